@@ -1,0 +1,64 @@
+# Runs everything in .venv, which `make venv` builds. Override on the command line, for example
+# `make test WORKERS=8` or `make clean venv TORCH=2.11.0`.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+TORCH ?= 2.13.0
+WORKERS ?= 2
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,\
+  $(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
+
+# One thread for each pytest worker: more would fight over the cores. Nothing is downloaded.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help venv test lint types tests demo format test-gpu clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Build .venv, or bring it up to date with pyproject.toml.
+
+# torch goes first and alone: the constraint then keeps pip from replacing it by a build that
+# brings gigabytes of CUDA packages.
+$(STAMP): pyproject.toml
+	$(if $(PYTHON),,$(error needs Python 3.10 or newer; set PYTHON to one))
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -qq torch==$(TORCH)
+	echo 'torch==$(TORCH)' >$(VENV)/constraints.txt
+	$(BIN)/pip install -qq -c $(VENV)/constraints.txt -e '.[gpu,dev]'
+	touch $@
+
+test: lint types tests ## Run lint, types and tests; what the continuous integration runs.
+
+lint: $(STAMP) ## Check style, format, the import contracts and spelling.
+	@$(BIN)/ruff check -q --output-format concise .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/codespell
+
+types: $(STAMP) ## Check types.
+	@$(BIN)/mypy
+
+tests: $(STAMP) ## Run the tests alone.
+	@$(TEST_ENV) $(BIN)/pytest -q -n $(WORKERS) --dist loadscope
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU, one after another.
+	@$(TEST_ENV) $(BIN)/pytest -q -m gpu
+
+demo: $(STAMP) ## Optimize a tiny model and show what was done to it.
+	@$(BIN)/python -m sparda_compile demo
+
+format: $(STAMP) ## Rewrite the sources in the house format.
+	@$(BIN)/ruff check -q --fix --output-format concise .
+	@$(BIN)/ruff format -q .
+
+clean: ## Remove .venv and the caches.
+	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

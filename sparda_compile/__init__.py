@@ -1,0 +1,33 @@
+"""Long contexts on one GPU: sparse, offloaded, race-free decode for causal LMs you already have.
+
+    import sparda_compile
+    fast = sparda_compile.optimize(model)
+    out = fast.generate(**inputs, max_new_tokens=64)
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from sparda_compile.config import SpardaConfig
+from sparda_compile.errors import SpardaError
+
+if TYPE_CHECKING:
+    from sparda_compile.api import explain, optimize
+
+__all__ = ["SpardaConfig", "SpardaError", "__version__", "explain", "optimize"]
+
+try:
+    __version__ = version("sparda-compile")
+except PackageNotFoundError:
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    # torch._dynamo, networkx and transformers take seconds to import; do it on first use.
+    if name in ("explain", "optimize"):
+        from sparda_compile import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'sparda_compile' has no attribute {name!r}")

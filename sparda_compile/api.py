@@ -1,0 +1,211 @@
+"""The data path in one screen: `optimize` and `explain`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sparda_compile.config import SpardaConfig
+from sparda_compile.errors import (
+    AttentionNotFoundError,
+    CaptureError,
+    ConfigError,
+    UnsupportedInputError,
+)
+from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
+from sparda_compile.passes.manager import check_disabled
+from sparda_compile.program import forecast_shapes, initial_forecast, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparda_compile.module import Captures, OptimizedModule
+    from sparda_compile.report import Report
+
+__all__ = ["explain", "optimize"]
+
+_log = logging.getLogger(__name__)
+
+_PLANNED_TOKENS = 4096
+
+
+def optimize(
+    model: nn.Module,
+    config: SpardaConfig | None = None,
+    *,
+    forecast: Mapping[int, Tensor] | str | Path | None = None,
+) -> OptimizedModule:
+    """Rewrite a causal LM so that decode reads selected KV blocks, kept in CPU memory.
+
+    Args:
+        model: A causal LM of transformers in eval mode; a module `forward(input_ids,
+            position_ids) -> logits` that calls scaled_dot_product_attention; or what `optimize`
+            returned before, which is then rebuilt for `config` without tracing again. It is left
+            as it is; its weights are shared.
+        config: What to build; None is `SpardaConfig()`.
+        forecast: Forecast weights by target layer, [G*D, hidden] each, or a safetensors file of
+            them; None initialises them afresh, with a warning.
+
+    Returns:
+        A module with the model's `forward` and `generate`, and `.sparda`.
+
+    Raises:
+        UnsupportedInputError: If the model is in training mode, an encoder-decoder, or on a
+            device that is not supported.
+        CaptureError: If its forward cannot be traced as one graph.
+        AttentionNotFoundError: If it has no attention, or one that is not implemented.
+        ConfigError: If the configuration or the Forecast weights do not fit the model.
+    """
+    from sparda_compile.module import OptimizedModule
+
+    config = config or SpardaConfig()
+    check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+    captures = _captures(model)
+    if next(captures.model.parameters()).device.type != "cpu":
+        raise UnsupportedInputError(
+            "this version runs on the CPU; the model is on "
+            f"{next(captures.model.parameters()).device}. Call model.to('cpu') first."
+        )
+    weights = _forecast_weights(captures, config, forecast)
+    fast = OptimizedModule(captures, config, weights)
+    plans = [fast.latest_plan(phase) for phase in ("prefill", "decode")]
+    _log.info(
+        "%s: mode %s, %d attentions, %d left dense", captures.model_name, config.mode,
+        len(plans[1].sites), sum(bool(site.window) for site in plans[1].sites),
+    )  # fmt: skip
+    return fast
+
+
+def explain(
+    model: nn.Module,
+    config: SpardaConfig | None = None,
+    *,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+) -> Report:
+    """Say what `optimize` would do, without running the model.
+
+    Args:
+        model: As for `optimize`; its weights may be on the meta device.
+        config: As for `optimize`.
+        batch_size: Sequences to plan for.
+        max_tokens: Tokens per sequence to plan for; None is `config.max_tokens`, or 4096.
+
+    Returns:
+        Sites, what stays dense and why, planned bytes, counts of each pass and schedules. A model
+        that cannot be rewritten gives a report with `error`.
+
+    Raises:
+        ConfigError: If the configuration does not fit the model.
+    """
+    from sparda_compile.report.build import build_report, refused_report
+
+    config = config or SpardaConfig()
+    check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+    max_tokens = max_tokens or config.max_tokens or _PLANNED_TOKENS
+    try:
+        captures = _captures(model)
+        plans = [
+            make_plan(
+                captures.get(phase, last_logits_only=True),
+                config,
+                model_name=captures.model_name,
+                windows=captures.windows,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+            )
+            for phase in ("prefill", "decode")
+        ]
+    except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
+        return refused_report(model, config, batch_size, max_tokens, str(error))
+    return build_report(model, plans[0], plans[1])
+
+
+def _captures(model: nn.Module) -> Captures:
+    from sparda_compile.module import Captures, OptimizedModule
+    from sparda_compile.plain import as_causal_lm, sliding_windows
+
+    if isinstance(model, OptimizedModule):
+        return model.captures
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInputError(
+            f"model is a {type(model).__name__}; pass a torch.nn.Module, such as what "
+            "AutoModelForCausalLM.from_pretrained returns."
+        )
+    if model.training:
+        raise UnsupportedInputError(
+            f"{type(model).__name__} is in training mode; call model.eval() first."
+        )
+    causal_lm = as_causal_lm(model)
+    return Captures(causal_lm, sliding_windows(causal_lm))
+
+
+def _forecast_weights(
+    captures: Captures, config: SpardaConfig, given: Mapping[int, Tensor] | str | Path | None
+) -> dict[int, Tensor]:
+    if not config.needs_forecast:
+        if given is not None:
+            raise ConfigError(
+                f"forecast weights were given, but mode={config.mode!r} uses none; use "
+                "mode='forecast', or mode='exact' with hint='forecast'."
+            )
+        return {}
+    plan = make_plan(
+        captures.get("decode", last_logits_only=True),
+        config,
+        model_name=captures.model_name,
+        windows=captures.windows,
+        batch_size=1,
+        max_tokens=config.max_tokens or _PLANNED_TOKENS,
+    )
+    shapes = forecast_shapes(plan)
+    weight = next(captures.model.parameters())
+    if given is None:
+        warnings.warn(
+            "Forecast weights are freshly initialised, so the blocks that they pick are close to "
+            "random; train them, or use mode='query' or mode='exact' until then.",
+            stacklevel=3,
+        )
+        return initial_forecast(shapes, weight.dtype, weight.device)
+    loaded = _load(given) if isinstance(given, (str, Path)) else dict(given)
+    _check_forecast(loaded, shapes, captures.model_name)
+    return {layer: loaded[layer].detach().to(weight) for layer in shapes}
+
+
+def _load(path: str | Path) -> dict[int, Tensor]:
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise ConfigError(f"forecast={str(path)!r} is no file; pass a safetensors file.")
+    try:
+        tensors: dict[str, Any] = load_file(path)
+        return {int(name): tensor for name, tensor in tensors.items()}
+    except Exception as error:
+        raise ConfigError(
+            f"forecast={str(path)!r} cannot be read as Forecast weights ({error}); it must be a "
+            "safetensors file whose names are layer numbers."
+        ) from error
+
+
+def _check_forecast(
+    given: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], model_name: str
+) -> None:
+    missing, unknown = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
+    if missing or unknown:
+        raise ConfigError(
+            f"forecast weights do not fit {model_name}: layers {missing} are missing and layers "
+            f"{unknown} are not in it. Pass the weights that were trained for this model."
+        )
+    for layer, shape in shapes.items():
+        if tuple(given[layer].shape) != shape:
+            raise ConfigError(
+                f"forecast weights of layer {layer} have shape {tuple(given[layer].shape)}, but "
+                f"{model_name} needs {shape} (KV heads x head_dim, hidden). Pass the weights that "
+                "were trained for this model."
+            )
+
+

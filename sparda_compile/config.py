@@ -1,0 +1,178 @@
+"""The one configuration object: frozen, keyword-only, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Mode", "SpardaConfig"]
+
+Mode = Literal["dense", "query", "forecast", "exact"]
+Eviction = Literal["lru", "fifo"]
+Lowering = Literal["inductor", "eager"]
+Offload = Literal["auto", "always", "never"]
+
+_MODES: Final = get_args(Mode)
+SELECTOR_NAMES: Final = ("infllm2", "quest")
+HINT_NAMES: Final = ("forecast", "previous_step", "previous_layer")
+MACHINE_NAMES: Final = ("cpu", "h200")
+MIB: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpardaConfig:
+    """What `optimize` should build. Every default is SparDA's published constant.
+
+    Attributes:
+        mode: Who selects the KV blocks that attention reads. `dense`: nobody, all blocks.
+            `query`: the layer's own query. `forecast`: the previous layer's Forecast (SparDA).
+            `exact`: the layer's own query, with a hint that prefetches and a repair of what
+            the hint missed; equals `query` bit for bit.
+        selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head) or
+            `quest` (bounds from each block's smallest and largest key).
+        hint: What `exact` prefetches by: `forecast`, `previous_step` or `previous_layer`.
+        top_k: Blocks to pick beyond the sink and local ones; None picks every block.
+        sink_blocks: Always-kept first blocks.
+        local_blocks: Always-kept most recent blocks, besides the one being written.
+        block_size: Tokens of one KV block: a multiple of 16 from 16 to 128.
+        pool_size: Tokens averaged into one pooled key.
+        pool_stride: Tokens between the starts of neighbouring pooled keys.
+        max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
+            (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
+        offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the
+            device while it fits `device_bytes`.
+        device_bytes: Device memory that the KV cache may take; None is no limit.
+        host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
+        page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
+        eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
+        lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
+        machine: Whose constants the scheduler plans with: `cpu`, `h200`, or None for the
+            machine that the model is on.
+        expected_overlap: Share of a step's blocks that the step before selected too; the
+            scheduler's estimate of how many bytes a step moves.
+        disable_passes: Names of passes to leave out.
+        dump_dir: Folder to write the graph after each pass to.
+
+    Raises:
+        ConfigError: If a value is outside what is allowed.
+    """
+
+    mode: Mode = "forecast"
+    selector: str = "infllm2"
+    hint: str = "forecast"
+    top_k: int | None = 62
+    sink_blocks: int = 1
+    local_blocks: int = 32
+    block_size: int = 64
+    pool_size: int = 32
+    pool_stride: int = 16
+    max_tokens: int | None = None
+    offload: Offload = "always"
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    page_ratio: float = 1.5
+    eviction: Eviction = "lru"
+    lowering: Lowering = "inductor"
+    machine: str | None = None
+    expected_overlap: float = 0.9
+    disable_passes: tuple[str, ...] = ()
+    dump_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, _MODES)
+        _one_of("selector", self.selector, SELECTOR_NAMES)
+        _one_of("hint", self.hint, HINT_NAMES)
+        _one_of("offload", self.offload, get_args(Offload))
+        _one_of("eviction", self.eviction, get_args(Eviction))
+        _one_of("lowering", self.lowering, get_args(Lowering))
+        if self.machine is not None:
+            _one_of("machine", self.machine, MACHINE_NAMES)
+        for name, low in (("sink_blocks", 0), ("local_blocks", 0), ("pool_stride", 1)):
+            _at_least(name, getattr(self, name), low)
+        if self.top_k is not None:
+            _at_least("top_k", self.top_k, 0)
+        self._check_geometry()
+        self._check_limits()
+
+    def _check_geometry(self) -> None:
+        if self.block_size % 16 or not 16 <= self.block_size <= 128:
+            raise ConfigError(
+                f"block_size={self.block_size} is not allowed; a page holds one block, so it must "
+                "be a multiple of 16 from 16 to 128. Use 64, the paper's value."
+            )
+        if self.block_size % self.pool_stride or self.pool_size % self.pool_stride:
+            raise ConfigError(
+                f"pool_stride={self.pool_stride} must divide block_size={self.block_size} and "
+                f"pool_size={self.pool_size}; use 16, the paper's value."
+            )
+        if self.max_tokens is None:
+            return
+        _at_least("max_tokens", self.max_tokens, self.block_size)
+        if self.max_tokens % self.block_size:
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} is not a whole number of pages of "
+                f"block_size={self.block_size} tokens; use "
+                f"{round_up(self.max_tokens, self.block_size)}."
+            )
+        num_blocks = self.max_tokens // self.block_size
+        if self.top_k is not None and self.top_k > num_blocks:
+            raise ConfigError(
+                f"top_k={self.top_k} is more than the {num_blocks} blocks of a cache of "
+                f"max_tokens={self.max_tokens}; lower top_k to at most {num_blocks}, raise "
+                "max_tokens, or use top_k=None for every block."
+            )
+
+    def _check_limits(self) -> None:
+        if not self.page_ratio >= 1.0:
+            raise ConfigError(
+                f"page_ratio={self.page_ratio} is less than 1.0, so the selected blocks would not "
+                "fit the device pages; use 1.0 or more (default 1.5)."
+            )
+        if not 0.0 <= self.expected_overlap <= 1.0:
+            raise ConfigError(
+                f"expected_overlap={self.expected_overlap} is not a share; use 0.0 to 1.0."
+            )
+        for name in ("device_bytes", "host_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, 1)
+
+    def num_selected(self, num_blocks: int) -> int:
+        """Blocks that attention reads out of `num_blocks`: sink + local + current + top-k."""
+        if self.mode == "dense" or self.top_k is None:
+            return num_blocks
+        return min(num_blocks, self.sink_blocks + self.local_blocks + 1 + self.top_k)
+
+    @property
+    def needs_forecast(self) -> bool:
+        """Whether this configuration uses Forecast weights."""
+        return self.mode == "forecast" or (self.mode == "exact" and self.hint == "forecast")
+
+    def replace(self, **changes: Any) -> SpardaConfig:
+        """Return a copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value in allowed:
+        return
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(allowed)}.{hint}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ConfigError(f"{name}={value} is too small; use {low} or more.")

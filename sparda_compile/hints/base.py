@@ -1,0 +1,53 @@
+"""What a hint is: nodes that guess a layer's blocks before its query exists."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from sparda_compile.passes.fx import Emitter
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from sparda_compile.layout import CacheLayout, LayerShape
+    from sparda_compile.passes.base import AttentionSite
+    from sparda_compile.passes.replace_attention import StateInputs
+
+__all__ = ["Hint", "HintPoint"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HintPoint:
+    """One layer that wants a hint, and where it can come from.
+
+    Attributes:
+        graph: The decode graph.
+        source: Site of the layer before; the target itself for the first layer.
+        target: Site whose blocks are guessed.
+        block_ids: Nodes of the true selections, by layer.
+        shape: Shape of the target's cache.
+        state: State tensors.
+        layout: Sizes.
+    """
+
+    graph: fx.Graph
+    source: AttentionSite
+    target: AttentionSite
+    block_ids: dict[int, fx.Node]
+    shape: LayerShape
+    state: StateInputs
+    layout: CacheLayout
+
+    def after(self, node: fx.Node) -> Emitter:
+        """Return an emitter that adds nodes for the target right behind `node`."""
+        return Emitter(self.graph, node.next, self.source.query, self.target.layer)
+
+
+class Hint(Protocol):
+    """Emits the guess for one layer."""
+
+    name: ClassVar[str]
+
+    def emit(self, point: HintPoint) -> fx.Node | None:
+        """Add the nodes and return the ids [B, G, K] int32, or None if there is nothing to go by."""

@@ -1,0 +1,101 @@
+"""The Forecast: the layer before predicts this layer's query, one head per group.
+
+    f = rope(W h)        h feeds the query projection of the layer before, W [G*D, hidden]
+
+The rotation is this layer's own, copied from its query's path, at the token's own position; no
+q/k norm, no bias. The first layer has no layer before: a projection of its own input stands in.
+Source: SparDA (arXiv 2606.04511), Forecast projection.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from sparda_compile.errors import PassError
+from sparda_compile.passes.fx import (
+    clone_region,
+    fake_value,
+    program_order,
+    tensor_shape,
+)
+from sparda_compile.passes.replace_attention import select_by_score
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from sparda_compile.hints.base import HintPoint
+
+__all__ = ["ForecastHint", "emit_forecast", "forecast_name"]
+
+
+def forecast_name(target_layer: int) -> str:
+    """Return the graph input of the projection that predicts a layer's query."""
+    return f"sparda_forecast_{target_layer}"
+
+
+def emit_forecast(point: HintPoint) -> fx.Node:
+    """Add the prediction of the target's query; returns [B, G, 1, D].
+
+    Raises:
+        PassError: If the rotation of the target's query cannot be applied to G heads.
+    """
+    source, target = point.source, point.target
+    emit = point.after(source.hidden)
+    batch, num_tokens, width = tensor_shape(source.hidden)
+    groups, dim = target.num_groups, target.head_dim
+    dtype = fake_value(source.hidden).dtype
+    weight = point.state.add(forecast_name(target.layer), (groups * dim, width), dtype)
+    name = f"forecast_{target.layer}"
+    projected = emit.function(torch.nn.functional.linear, (source.hidden, weight), {}, name)
+    heads = emit.method("view", projected, batch, num_tokens, groups, dim)
+    heads_first = tensor_shape(target.rotation_input)[1] == target.num_heads
+    begin = emit.method("transpose", heads, 1, 2) if heads_first else heads
+    if not target.rotation:
+        return begin if heads_first else emit.method("transpose", begin, 1, 2)
+    order = program_order(point.graph)
+    region = _with_late_inputs(point, order)
+    try:
+        copies = clone_region(region, order, {target.rotation_input: begin}, emit)
+    except Exception as error:
+        raise PassError(_no_rotation(target.layer, str(error))) from error
+    rotated = copies[target.query]
+    if tensor_shape(rotated) != (batch, groups, num_tokens, dim):
+        raise PassError(_no_rotation(target.layer, f"it gives {tensor_shape(rotated)}"))
+    return rotated
+
+
+def _no_rotation(layer: int, reason: str) -> str:
+    return (
+        f"the rotation of layer {layer}'s query cannot be applied to a Forecast with one head per "
+        f"group: {reason}. Use mode='query', or mode='exact' with hint='previous_step'."
+    )
+
+
+def _with_late_inputs(point: HintPoint, order: dict[fx.Node, int]) -> set[fx.Node]:
+    """Return the rotation with those of its inputs that are computed only later."""
+    place = order[point.source.hidden]
+    region = set(point.target.rotation)
+    stack = list(region)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            late = order[node] > place and node is not point.target.rotation_input
+            if late and node not in region:
+                region.add(node)
+                stack.append(node)
+    return region
+
+
+class ForecastHint:
+    """Blocks that the Forecast scores highest."""
+
+    name: ClassVar[str] = "forecast"
+
+    def emit(self, point: HintPoint) -> fx.Node | None:
+        """Add forecast, scores and ids behind the input of the layer before."""
+        forecast = emit_forecast(point)
+        return select_by_score(
+            point.after(forecast), forecast, "forecast", 1.0, point.shape, point.state,
+            point.layout, prefix="hint_",
+        )  # fmt: skip

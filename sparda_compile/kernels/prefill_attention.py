@@ -1,0 +1,152 @@
+"""Dense causal attention of many new tokens over the cache and themselves.
+
+    token at position p attends to every position <= p of its own sequence
+
+Past keys come from the host pool where a block is full, else from its device page.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+__all__ = ["masked_attention", "prefill_attention", "token_positions"]
+
+_QUERY_CHUNK = 256
+
+
+def token_positions(lengths_B: Tensor, token_mask_BT: Tensor | None, num_tokens: int) -> Tensor:
+    """Return the position of each new token in its sequence, [B, T] int64, -1 for padding."""
+    if token_mask_BT is None:
+        return lengths_B.long()[:, None] + torch.arange(num_tokens, device=lengths_B.device)
+    position = lengths_B.long()[:, None] + token_mask_BT.long().cumsum(1) - 1
+    return position.masked_fill(~token_mask_BT, -1)
+
+
+def masked_attention(
+    query_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    query_position_BT: Tensor,
+    key_position_BS: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    """Attend by position: keys at 0 <= position <= the query's, inside the window if there is one.
+
+    Computed in the query's dtype for chunks of queries, so memory is linear in T.
+    """
+    groups = k_BGSD.shape[1]
+    repeat = query_BHTD.shape[1] // groups
+    keys = k_BGSD.repeat_interleave(repeat, dim=1)
+    values = v_BGSD.repeat_interleave(repeat, dim=1)
+    chunks = []
+    for start in range(0, query_BHTD.shape[2], _QUERY_CHUNK):
+        position = query_position_BT[:, start : start + _QUERY_CHUNK, None]
+        key_position = key_position_BS[:, None]
+        seen = (key_position >= 0) & (key_position <= position)
+        if window:
+            seen &= key_position > position - window
+        # Padding attends to everything, so that no row is empty, and is zeroed below.
+        padding = position < 0
+        seen |= padding
+        query = query_BHTD[:, :, start : start + _QUERY_CHUNK]
+        if softcap:
+            scores = query.float() @ keys.float().transpose(-1, -2) * scale
+            scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~seen[:, None], float("-inf"))
+            out = (scores.softmax(-1) @ values.float()).to(query.dtype)
+        else:
+            out = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=seen[:, None], scale=scale
+            )
+        chunks.append(out.masked_fill(padding[:, None], 0.0))
+    return torch.cat(chunks, dim=2)
+
+
+def past_keys_values(
+    pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Gather the first blocks of each sequence: two tensors [B, G, num_blocks * P, D]."""
+    batch, groups = pages.shape[:2]
+    page = block_table[:, :, :num_blocks].long()
+    rows = torch.arange(batch, device=pages.device)[:, None, None]
+    heads = torch.arange(groups, device=pages.device)[:, None]
+    blocks = pages[rows, heads, page.clamp(min=0)]
+    if host.numel():
+        absent = (page < 0)[..., None, None, None]
+        blocks = torch.where(absent, host[:, :, :num_blocks], blocks)
+    keys, values = blocks.unbind(3)
+    return keys.flatten(2, 3), values.flatten(2, 3)
+
+
+@torch.library.custom_op("sparda::prefill_attention", mutates_args=())
+def prefill_attention(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    host: Tensor,
+    block_table: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend densely to the past and to the new tokens.
+
+    Args:
+        query: [B, H, T, D].
+        k: [B, G, T, D] new keys, not in the cache yet.
+        v: [B, G, T, D] new values.
+        token_mask: [B, T] bool, which tokens are real.
+        lengths: [B] int32, tokens in the cache.
+        pages: [B, G, C, 2, P, D].
+        host: [B, G, N, 2, P, D], or empty without offload.
+        block_table: [B, G, N] int32.
+        scale: Factor on q . k.
+        softcap: Soft cap on the scores, 0.0 for none.
+
+    Returns:
+        [B, H, T, D]; zero for tokens that are not real.
+    """
+    longest = int(lengths.max())  # host-sync: once per layer of a prefill, never in decode
+    if longest == 0 and not softcap and bool(token_mask.all()):  # host-sync: as above
+        return F.scaled_dot_product_attention(
+            query, k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+    position_BT = token_positions(lengths, token_mask, k.shape[2])
+    num_blocks = -(-longest // pages.shape[4])
+    past_k, past_v = past_keys_values(pages, host, block_table, num_blocks)
+    past = torch.arange(past_k.shape[2], device=k.device)
+    past_BS = past.where(past < lengths[:, None], -1)
+    # What lies past a sequence's end may be anything, NaN too: weight 0 must win.
+    empty = (past_BS < 0)[:, None, :, None]
+    return masked_attention(
+        query,
+        torch.cat([past_k.masked_fill(empty, 0.0), k], dim=2),
+        torch.cat([past_v.masked_fill(empty, 0.0), v], dim=2),
+        position_BT,
+        torch.cat([past_BS, position_BT], dim=1),
+        scale,
+        softcap,
+        0,
+    )
+
+
+@prefill_attention.register_fake
+def _(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    host: Tensor,
+    block_table: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    return query.new_empty(query.shape)

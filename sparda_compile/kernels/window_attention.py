@@ -1,0 +1,83 @@
+"""Attention over a sliding window, its keys and values kept in a ring on the device.
+
+    token at position p attends to positions p-window+1 .. p         slot of position s: s % window
+
+Layers with a sliding window stay dense: all of the window is read, nothing is offloaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparda_compile.kernels.prefill_attention import masked_attention, token_positions
+
+__all__ = ["window_attention"]
+
+
+@torch.library.custom_op("sparda::window_attention", mutates_args=("ring_k", "ring_v"))
+def window_attention(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend to the last tokens and put the new ones into the ring.
+
+    Args:
+        query: [B, H, T, D].
+        k: [B, G, T, D] new keys.
+        v: [B, G, T, D] new values.
+        token_mask: [B, T] bool, which tokens are real; None means all, and T is 1.
+        lengths: [B] int32, tokens before this step.
+        ring_k: [B, G, window, D], updated.
+        ring_v: [B, G, window, D], updated.
+        scale: Factor on q . k.
+        softcap: Soft cap on the scores, 0.0 for none.
+
+    Returns:
+        [B, H, T, D]; zero for tokens that are not real.
+    """
+    window = ring_k.shape[2]
+    slot_W = torch.arange(window, device=k.device)
+    last_B1 = lengths.long()[:, None] - 1
+    # Position of what a slot holds: the largest p <= last with p % window == slot.
+    past_BW = last_B1 - (last_B1 - slot_W) % window
+    new_BT = token_positions(lengths, token_mask, k.shape[2])
+    out = masked_attention(
+        query,
+        torch.cat([ring_k, k], dim=2),
+        torch.cat([ring_v, v], dim=2),
+        new_BT,
+        torch.cat([past_BW, new_BT], dim=1),
+        scale,
+        softcap,
+        window,
+    )
+    newest_B1 = new_BT.amax(1, keepdim=True)
+    kept_BT = (new_BT >= 0) & (new_BT > newest_B1 - window)
+    row, column = torch.where(kept_BT)
+    slot = new_BT[row, column] % window
+    ring_k[row, :, slot] = k[row, :, column]
+    ring_v[row, :, slot] = v[row, :, column]
+    return out
+
+
+@window_attention.register_fake
+def _(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    return query.new_empty(query.shape)

@@ -1,0 +1,174 @@
+"""The shape of all KV state: one table that both the passes and the runtime read.
+
+A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device pages, P tokens):
+
+    pages        [B, G, C, 2, P, D]   device pages, K then V
+    host         [B, G, N, 2, P, D]   the same blocks in CPU memory; empty without offload
+    block_table  [B, G, N] int32      block -> page, -1 if absent
+    page_block   [B, G, C] int32      page -> block, -1 if free
+    page_stamp   [B, G, C] int32      when the page's block was last selected (or loaded)
+    counters     [5] int64            see `COUNTERS`
+    ...                               the tensors of its selectors' summaries
+
+A window layer owns a ring of its last tokens, `ring_k` and `ring_v` [B, G, window, D].
+`lengths` [B] int32 is shared: tokens per sequence before the current step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sparda_compile.selectors import SELECTORS, SUMMARIES, Geometry
+
+if TYPE_CHECKING:
+    from sparda_compile.config import SpardaConfig
+
+__all__ = ["COUNTERS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
+
+COUNTERS: Final = ("hits", "misses", "prefetched_blocks", "repaired_blocks", "offloaded_blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What the cache must know of one attention site.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        kind: `sparse` or `window`.
+        num_groups: G, KV heads.
+        head_dim: D.
+        window: Tokens of the sliding window; 0 for sparse layers.
+        dtype: Of keys and values.
+    """
+
+    layer: int
+    kind: str
+    num_groups: int
+    head_dim: int
+    window: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and home of one state tensor; `fill` is its value in an empty cache."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_host: bool = False
+    fill: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def state_name(tensor: str, layer: int) -> str:
+    """Return the name of a layer's tensor, also the name of its graph input."""
+    return f"sparda_{tensor}_{layer}"
+
+
+LENGTHS: Final = "sparda_lengths"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens."""
+
+    config: SpardaConfig
+    layers: tuple[LayerShape, ...]
+    batch_size: int
+    max_tokens: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes that selectors depend on."""
+        c = self.config
+        return Geometry(
+            self.max_tokens // c.block_size, c.block_size, c.pool_size, c.pool_stride
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """N, blocks of one sequence and group."""
+        return self.max_tokens // self.config.block_size
+
+    @property
+    def num_selected(self) -> int:
+        """K, blocks that attention reads."""
+        return self.config.num_selected(self.num_blocks)
+
+    @property
+    def offload(self) -> bool:
+        """Whether full blocks live in CPU memory."""
+        if self.config.mode == "dense" or self.config.offload == "never":
+            return False
+        if self.config.offload == "always":
+            return True
+        limit = self.config.device_bytes
+        return limit is not None and self._resident_bytes() > limit
+
+    @property
+    def num_pages(self) -> int:
+        """C, device pages of one sequence and group."""
+        if not self.offload:
+            return self.num_blocks
+        wanted = math.ceil(self.num_selected * self.config.page_ratio)
+        return min(self.num_blocks, max(wanted, self.num_selected + 1))
+
+    def summaries(self) -> tuple[str, ...]:
+        """Names of the summaries that this configuration scores with."""
+        c = self.config
+        scorers = {"dense": [], "query": [c.selector], "forecast": ["forecast"]}.get(
+            c.mode, [c.selector, *(["forecast"] if c.hint == "forecast" else [])]
+        )
+        return tuple(sorted({SELECTORS[name].summary.name for name in scorers}))
+
+    def summary_tensors(self, summary: str, layer: LayerShape) -> tuple[str, ...]:
+        """Names of the tensors of one summary, in order."""
+        return tuple(SUMMARIES[summary].shapes(self.geometry, layer.head_dim))
+
+    def tensors(self, layer: LayerShape) -> dict[str, TensorSpec]:
+        """Return every state tensor of a layer, by short name."""
+        batch = (self.batch_size, layer.num_groups)
+        if layer.kind == "window":
+            ring = TensorSpec((*batch, layer.window, layer.head_dim), layer.dtype)
+            return {"ring_k": ring, "ring_v": ring}
+        block = (2, self.config.block_size, layer.head_dim)
+        pages, blocks = self.num_pages, self.num_blocks
+        host_shape = (*batch, blocks, *block) if self.offload else (0,)
+        specs = {
+            "pages": TensorSpec((*batch, pages, *block), layer.dtype),
+            "host": TensorSpec(host_shape, layer.dtype, on_host=True),
+            "block_table": TensorSpec((*batch, blocks), torch.int32, fill=-1),
+            "page_block": TensorSpec((*batch, pages), torch.int32, fill=-1),
+            "page_stamp": TensorSpec((*batch, pages), torch.int32, fill=-1),
+            "counters": TensorSpec((len(COUNTERS),), torch.int64),
+        }
+        for summary in self.summaries():
+            shapes = SUMMARIES[summary].shapes(self.geometry, layer.head_dim)
+            specs |= {name: TensorSpec((*batch, *s), layer.dtype) for name, s in shapes.items()}
+        if self.config.mode == "exact" and self.config.hint == "previous_step":
+            ids = TensorSpec((*batch, self.num_selected), torch.int32, fill=-1)
+            specs["last_block_ids"] = ids
+        return specs
+
+    def all_tensors(self) -> dict[str, TensorSpec]:
+        """Return every state tensor of the cache, by graph input name."""
+        specs = {LENGTHS: TensorSpec((self.batch_size,), torch.int32)}
+        for layer in self.layers:
+            specs |= {state_name(n, layer.layer): s for n, s in self.tensors(layer).items()}
+        return specs
+
+    def num_bytes(self, *, on_host: bool) -> int:
+        """Return the size of the cache in CPU memory, or on the device."""
+        return sum(s.num_bytes for s in self.all_tensors().values() if s.on_host == on_host)
+
+    def _resident_bytes(self) -> int:
+        resident = dataclasses.replace(self, config=self.config.replace(offload="never"))
+        return resident.num_bytes(on_host=False)

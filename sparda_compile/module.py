@@ -1,0 +1,544 @@
+"""What `optimize` returns: a module with the model's own `forward` and `generate`.
+
+    generate   transformers' own loop, on a copy of the model whose forward is ours
+    forward    many tokens: the prefill program; one token per sequence: the decode program
+    sparda     graphs, schedules, counts
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sparda_compile.capture import CapturedGraph, capture, share_weights
+from sparda_compile.config import round_up
+from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.program import Plan, Program, make_plan
+from sparda_compile.runtime.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import fx
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.runtime.stats import CacheStats
+    from sparda_compile.schedule import Schedule
+
+__all__ = ["Captures", "OptimizedModule", "Sparda", "SpardaCache"]
+
+_SMALLEST_CAPACITY = 512
+_CAPACITY_STEP = 8192
+_DEFAULT_CAPACITY = 4096
+
+
+class Captures:
+    """The traced forwards of one model; shared by every module optimized from it.
+
+    Args:
+        model: A causal LM of transformers.
+        windows: Sliding window of each layer, 0 for none.
+    """
+
+    def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
+        self.model = share_weights(model)
+        self.model_name = type(model).__name__
+        self.windows = dict(windows)
+        self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
+
+    @property
+    def num_captures(self) -> int:
+        """Times that a forward was traced."""
+        return len(self._graphs)
+
+    def get(self, phase: str, *, last_logits_only: bool) -> CapturedGraph:
+        """Return a traced forward; traced when first asked for."""
+        key = (phase, last_logits_only)
+        if key not in self._graphs:
+            self._graphs[key] = capture(self.model, phase, last_logits_only=last_logits_only)
+        return self._graphs[key]
+
+
+class SpardaCache(Cache):  # type: ignore[misc]
+    """A conversation's KV cache, as transformers passes it around.
+
+    Args:
+        owner: The optimized module that it belongs to.
+        max_tokens: Tokens per sequence to reserve.
+    """
+
+    is_compileable = False
+
+    def __init__(self, owner: OptimizedModule, max_tokens: int) -> None:
+        super().__init__(layers=[])
+        self.owner = weakref.ref(owner)
+        self.max_tokens = max_tokens
+        self.kv: KVCache | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens per sequence that were passed in, padding included."""
+        del layer_idx
+        return self.kv.num_columns if self.kv else 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Return the tokens per sequence that the cache holds."""
+        del layer_idx
+        return self.kv.layout.max_tokens if self.kv else self.max_tokens
+
+    get_max_length = get_max_cache_shape
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: beams would have to copy KV blocks."""
+        del beam_idx
+        raise UnsupportedInputError(_BEAMS)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: blocks that were offloaded are not taken back."""
+        raise UnsupportedInputError(_CROP)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: only an optimized module writes to this cache."""
+        raise KVCacheError(
+            "a SpardaCache was passed to a model that is not optimized; pass it to the module "
+            "that made it."
+        )
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.kv.layout.layers) if self.kv else 0
+
+
+_BEAMS = (
+    "beam search is not supported (num_beams must be 1): beams would copy KV blocks between "
+    "sequences. Use sampling with num_return_sequences instead."
+)
+_CROP = (
+    "assisted and prompt-lookup generation are not supported: they take tokens back from the KV "
+    "cache. Leave assistant_model and prompt_lookup_num_tokens unset."
+)
+
+
+class Sparda:
+    """What an optimized module shows of itself."""
+
+    def __init__(self, module: OptimizedModule) -> None:
+        self._module = weakref.ref(module)
+
+    def graph(self, phase: str, after: str | None = None) -> fx.GraphModule:
+        """Return the graph of a phase.
+
+        Args:
+            phase: `prefill` or `decode`.
+            after: A pass, or `capture`, whose result to return; None is the last one.
+
+        Raises:
+            ConfigError: If there is no such stage.
+        """
+        return self._owner.latest_plan(phase).stage(after)
+
+    def schedule(self, phase: str) -> Schedule:
+        """Return the schedule of a phase.
+
+        Raises:
+            UnsupportedInputError: If `disable_passes` leaves scheduling out.
+        """
+        schedule = self._owner.latest_plan(phase).schedule
+        if schedule is None:
+            raise UnsupportedInputError(
+                "there is no schedule: disable_passes leaves schedule_transfers or insert_prefetch "
+                "out, or nothing is offloaded."
+            )
+        return schedule
+
+    def stats(self) -> CacheStats:
+        """Return the counts of the cache used last; waits for the device.
+
+        Raises:
+            KVCacheError: If nothing has run yet.
+        """
+        return self._last_cache.stats()
+
+    def reset_stats(self) -> None:
+        """Zero the counts of the cache used last."""
+        self._last_cache.reset_stats()
+
+    @property
+    def num_compilations(self) -> dict[str, int]:
+        """Programs built so far, by phase."""
+        return self._owner.num_programs()
+
+    @property
+    def num_captures(self) -> int:
+        """Times that the model's forward was traced."""
+        return self._owner.captures.num_captures
+
+    @property
+    def _owner(self) -> OptimizedModule:
+        module = self._module()
+        if module is None:
+            raise UnsupportedInputError("the optimized module is gone; keep a reference to it.")
+        return module
+
+    @property
+    def _last_cache(self) -> KVCache:
+        cache = self._owner.last_cache
+        if cache is None:
+            raise KVCacheError("nothing has run yet; call generate or forward first.")
+        return cache
+
+
+class OptimizedModule(nn.Module):
+    """A causal LM whose KV cache is paged, offloaded and read in selected blocks.
+
+    Its parameters are the model's own, under the same names. Made by `sparda_compile.optimize`.
+
+    Args:
+        captures: Traced forwards of the model.
+        config: What to build.
+        forecast: Forecast weights by target layer.
+    """
+
+    def __init__(
+        self, captures: Captures, config: SpardaConfig, forecast: Mapping[int, Tensor]
+    ) -> None:
+        super().__init__()
+        self.captures = captures
+        self.sparda_config = config
+        self.sparda = Sparda(self)
+        self.last_cache: KVCache | None = None
+        self._programs: dict[tuple[str, int, int, bool], Program] = {}
+        self._idle: list[KVCache] = []
+        self._latest: dict[str, tuple[int, int, bool]] = {}
+        # The model's own children, under their own names: state_dict has the model's keys.
+        self._modules.update(captures.model._modules)
+        self._parameters.update(captures.model._parameters)
+        self.sparda_forecast = nn.ParameterDict(
+            {str(layer): nn.Parameter(w, requires_grad=False) for layer, w in forecast.items()}
+        )
+        self._forecast = {layer: self.sparda_forecast[str(layer)] for layer in forecast}
+        self.training = False
+        driver = copy.copy(captures.model)
+        driver.forward = self.forward
+        object.__setattr__(self, "_driver", driver)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SpardaCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run one step; the contract of the model's own forward.
+
+        Args:
+            input_ids: [B, T] int64, the new tokens.
+            attention_mask: [B, past + T], 0 for padding; None means no padding.
+            position_ids: [B, T] int64; None counts the real tokens of each sequence.
+            past_key_values: A cache of this module; None starts a new one.
+            use_cache: Accepted for compatibility; a cache is always kept.
+            return_dict: Accepted for compatibility; a dataclass is always returned.
+            logits_to_keep: 0 for all logits, n for those of the last n tokens.
+            **kwargs: Anything else must be None or False.
+
+        Returns:
+            Logits [B, T or n, vocabulary] and the cache.
+
+        Raises:
+            UnsupportedInputError: If an argument is not supported.
+            KVCacheError: If the cache is another module's, of another batch size, or full.
+        """
+        del use_cache, return_dict
+        ids = self._check_call(input_ids, kwargs)
+        cache = self._cache_for(past_key_values, ids)
+        kv = self._ready(cache, ids)
+        batch_size, num_tokens = ids.shape
+        mask = self._token_mask(attention_mask, kv, ids)
+        num_real = num_tokens
+        if num_tokens > 1:
+            num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
+            kv.check_room(num_real)
+        positions = self._positions(position_ids, mask, kv)
+        phase = "decode" if num_tokens == 1 else "prefill"
+        last_only = logits_to_keep == 1 or phase == "decode"
+        program = self.program(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
+        token_mask = None if phase == "decode" else mask
+        logits = program(ids.contiguous(), positions, token_mask, kv.state)
+        kv.advance(num_tokens, num_real)
+        self.last_cache = kv
+        if logits_to_keep > 1:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate tokens; the contract of the model's own `generate`.
+
+        Args:
+            inputs: [B, T] int64 prompt; or pass `input_ids`.
+            **kwargs: As for transformers' `generate`. `past_key_values` may be a cache of this
+                module, from an earlier call, whose tokens `input_ids` begins with.
+
+        Returns:
+            As transformers' `generate`.
+
+        Raises:
+            UnsupportedInputError: For beam search, assisted generation and input embeddings.
+            KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
+        """
+        config = kwargs.get("generation_config") or self._driver.generation_config
+        _check_generation(config, kwargs)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        num_tokens = 1 if ids is None else ids.shape[1]
+        new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
+        total = kwargs.get("max_length", config.max_length) or 20
+        if new_tokens is not None:
+            total = num_tokens + int(new_tokens)
+        cache = kwargs.pop("past_key_values", None)
+        if cache is None:
+            self._check_reserved(total)
+            cache = SpardaCache(self, self.capacity(total))
+        else:
+            self._check_owner(cache)
+            self._check_second_turn(cache, ids, total)
+        cache.reserve = total
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        return self._driver.generate(past_key_values=cache, disable_compile=True, **kwargs)
+
+    def new_cache(self, max_tokens: int | None = None) -> SpardaCache:
+        """Return an empty cache to pass as `past_key_values`, kept across turns.
+
+        Args:
+            max_tokens: Tokens per sequence to reserve; None is `SpardaConfig.max_tokens`.
+        """
+        reserve = max_tokens or self.sparda_config.max_tokens or _DEFAULT_CAPACITY
+        self._check_reserved(reserve)
+        return SpardaCache(self, self.capacity(reserve))
+
+    def capacity(self, num_tokens: int) -> int:
+        """Return the capacity reserved for so many tokens: few sizes, so few compilations."""
+        config = self.sparda_config
+        if config.max_tokens is not None:
+            return config.max_tokens
+        if num_tokens <= _CAPACITY_STEP:
+            return max(_SMALLEST_CAPACITY, 1 << (num_tokens - 1).bit_length())
+        return round_up(num_tokens, _CAPACITY_STEP)
+
+    def program(
+        self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool
+    ) -> Program:
+        """Return the program for a shape; built when first asked for."""
+        key = (phase, batch_size, max_tokens, last_only)
+        if key not in self._programs:
+            captured = self.captures.get(phase, last_logits_only=last_only)
+            plan = make_plan(
+                captured,
+                self.sparda_config,
+                model_name=self.captures.model_name,
+                windows=self.captures.windows,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+            )
+            self._programs[key] = Program(plan, self._forecast)
+        self._latest[phase] = (batch_size, max_tokens, last_only)
+        return self._programs[key]
+
+    def latest_plan(self, phase: str) -> Plan:
+        """Return the plan of a phase that ran last; one for a single sequence before that.
+
+        Raises:
+            UnsupportedInputError: If there is no such phase.
+        """
+        if phase not in ("prefill", "decode"):
+            raise UnsupportedInputError(f"phase {phase!r} is not known; use prefill or decode.")
+        default = (1, self.capacity(_DEFAULT_CAPACITY), True)
+        batch_size, max_tokens, last_only = self._latest.get(phase, default)
+        return self.program(phase, batch_size, max_tokens, last_only=last_only).plan
+
+    def num_programs(self) -> dict[str, int]:
+        """Return how many programs were built, by phase."""
+        phases = [key[0] for key in self._programs]
+        return {phase: phases.count(phase) for phase in ("prefill", "decode")}
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Refuse training mode: the rewritten graph has no gradient."""
+        if mode:
+            raise UnsupportedInputError(
+                "an optimized module cannot be trained; train the model and optimize it again."
+            )
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:
+        """Return self when device and dtype are as they are; refuse any other."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        weight = next(self.parameters())
+        same_device = device is None or torch.device(device).type == weight.device.type
+        if same_device and dtype in (None, weight.dtype):
+            return self
+        raise UnsupportedInputError(
+            "an optimized module cannot be moved or cast: its graphs and its KV cache are made "
+            f"for {weight.device} and {weight.dtype}. Move the model and optimize it again."
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        del fn, recurse
+        raise UnsupportedInputError(
+            "an optimized module cannot be moved or cast; move the model and optimize it again."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse pickling: compiled programs and live caches do not survive it."""
+        raise UnsupportedInputError(
+            "an optimized module cannot be pickled or deep-copied; save the model with "
+            "save_pretrained and optimize it again after loading."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the model itself has: config, generation_config, device, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("captures", "_driver"):
+                raise
+            return getattr(self.captures.model, name)
+
+    def _check_call(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        for name, value in kwargs.items():
+            if value is not None and value is not False:
+                raise UnsupportedInputError(
+                    f"{name} is not supported by an optimized module; it takes input_ids, "
+                    "attention_mask, position_ids, past_key_values and logits_to_keep."
+                )
+        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] < 1:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise UnsupportedInputError(
+                f"input_ids has shape {shape}; pass [batch, tokens] with at least one token."
+            )
+        return input_ids
+
+    def _check_owner(self, cache: Any) -> None:
+        if not isinstance(cache, SpardaCache):
+            raise KVCacheError(
+                f"past_key_values is a {type(cache).__name__}; pass None, or a cache that this "
+                "module returned (new_cache(), or past_key_values of an earlier output)."
+            )
+        if cache.owner() is not self:
+            raise KVCacheError(
+                "past_key_values is the cache of another model; a cache holds the keys of the "
+                "module that made it. Pass None to start a new one."
+            )
+
+    def _check_reserved(self, total: int) -> None:
+        limit = self.sparda_config.max_tokens
+        if limit is not None and total > limit:
+            raise KVCacheError(
+                f"prompt and new tokens need {total} tokens per sequence, more than "
+                f"max_tokens={limit}; raise max_tokens, shorten the prompt, or lower "
+                "max_new_tokens."
+            )
+
+    def _check_second_turn(self, cache: SpardaCache, ids: Tensor | None, total: int) -> None:
+        past = cache.get_seq_length()
+        self._check_reserved(total)
+        if ids is not None and past and ids.shape[1] <= past:
+            raise KVCacheError(
+                f"input_ids has {ids.shape[1]} tokens but the cache holds {past}; on a second turn "
+                "pass the whole conversation: the tokens of the cache and then the new ones."
+            )
+
+    def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
+        if cache is None:
+            self._check_reserved(ids.shape[1])
+            return SpardaCache(self, self.capacity(ids.shape[1] + 1))
+        self._check_owner(cache)
+        return cache
+
+    def _ready(self, cache: SpardaCache, ids: Tensor) -> KVCache:
+        """Return the cache's state, made or grown if need be."""
+        batch_size, num_tokens = ids.shape
+        if cache.kv is None:
+            cache.kv = self._allocate(batch_size, cache.max_tokens)
+            weakref.finalize(cache, _give_back, weakref.ref(self), [cache.kv])
+        kv = cache.kv
+        if kv.layout.batch_size != batch_size:
+            raise KVCacheError(
+                f"the cache holds {kv.layout.batch_size} sequences but this call passes "
+                f"{batch_size}; every turn must have the batch size of the first."
+            )
+        needed = kv.longest + num_tokens
+        if needed > kv.layout.max_tokens and self.sparda_config.max_tokens is None:
+            plan = self.program(
+                "decode", batch_size, self.capacity(max(needed, 2 * kv.layout.max_tokens)),
+                last_only=True,
+            ).plan  # fmt: skip
+            kv = cache.kv = kv.grow(plan.layout)
+        elif num_tokens == 1:
+            kv.check_room(1)
+        return kv
+
+    def _allocate(self, batch_size: int, max_tokens: int) -> KVCache:
+        layout = self.program("decode", batch_size, max_tokens, last_only=True).plan.layout
+        for kv in self._idle:
+            if kv.layout == layout:
+                self._idle.remove(kv)
+                kv.reset()
+                return kv
+        self._idle.clear()
+        return KVCache(layout, next(self.parameters()).device)
+
+    def _token_mask(self, attention_mask: Tensor | None, kv: KVCache, ids: Tensor) -> Tensor:
+        if attention_mask is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        width = kv.num_columns + ids.shape[1]
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (width, ids.shape[1]):
+            raise UnsupportedInputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; pass [batch, {width}], "
+                "one entry for each token of the cache and each new one, 0 for padding."
+            )
+        if attention_mask.shape[0] != ids.shape[0]:
+            raise UnsupportedInputError(
+                f"attention_mask is for {attention_mask.shape[0]} sequences, input_ids for "
+                f"{ids.shape[0]}."
+            )
+        return attention_mask[:, -ids.shape[1] :].bool()
+
+    def _positions(self, given: Tensor | None, mask: Tensor, kv: KVCache) -> Tensor:
+        if given is not None:
+            return given.expand(mask.shape).long().contiguous()
+        lengths = kv.state["sparda_lengths"].long()[:, None]
+        return (lengths + mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _give_back(module: weakref.ref[OptimizedModule], held: list[KVCache]) -> None:
+    """Keep the memory of a cache that nobody uses any more for the next one."""
+    owner = module()
+    if owner is not None and not owner._idle:
+        owner._idle.append(held[0])
+
+
+def _check_generation(config: Any, kwargs: dict[str, Any]) -> None:
+    def setting(name: str) -> Any:
+        return kwargs.get(name, getattr(config, name, None))
+
+    if (setting("num_beams") or 1) > 1:
+        raise UnsupportedInputError(_BEAMS)
+    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        raise UnsupportedInputError(_CROP)
+    if kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedInputError(
+            "inputs_embeds is not supported; pass input_ids to generate."
+        )
+    if setting("cache_implementation"):
+        raise UnsupportedInputError(
+            f"cache_implementation={setting('cache_implementation')!r} is not supported: an "
+            "optimized module brings its own cache. Leave it unset."
+        )

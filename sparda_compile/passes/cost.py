@@ -1,0 +1,130 @@
+"""Cost of a node: the roofline of its FLOPs, its bytes in device memory and its bytes on the link.
+
+    us = max(flops / rate, bytes / bandwidth, least kernel time)        per node
+    us = expected bytes / link bandwidth                                for a copy
+
+Elementwise nodes cost their bytes only: a compiler fuses them into their neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from sparda_compile.passes.effects import argument
+from sparda_compile.passes.fx import call_name, fake_value, is_sparda
+
+if TYPE_CHECKING:
+    from sparda_compile.machine import Machine
+    from sparda_compile.passes.base import PassContext
+
+__all__ = ["Cost", "node_cost"]
+
+_EXAMPLE_TOKENS: Final = 1024
+_FREE: Final = frozenset(
+    {"getitem", "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze",
+     "contiguous", "to", "float", "size", "split", "chunk", "flatten", "unflatten", "detach"}
+)  # fmt: skip
+_KERNELS: Final = frozenset(
+    {"linear", "addmm", "matmul", "bmm", "baddbmm", "einsum", "embedding", "softmax", "topk",
+     "scaled_dot_product_attention", "grouped_mm", "_grouped_mm", "sort", "index_add_"}
+)  # fmt: skip
+_TRANSFERS: Final = frozenset(
+    {"sparda.fetch_blocks", "sparda.prefetch_blocks", "sparda.store_blocks",
+     "sparda.offload_blocks"}
+)  # fmt: skip
+_NO_WORK: Final = frozenset({"sparda.fork_stream", "sparda.wait_blocks"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one node is expected to take."""
+
+    us: float
+    hbm_bytes: int = 0
+    link_bytes: int = 0
+
+
+def node_cost(node: fx.Node, ctx: PassContext) -> Cost:
+    """Return the expected cost of a node on the context's machine."""
+    name = call_name(node)
+    if node.op not in ("call_function", "call_method") or name in _FREE or name in _NO_WORK:
+        return Cost(0.0)
+    machine = ctx.machine
+    if name in _TRANSFERS:
+        link = _link_bytes(node, ctx)
+        return Cost(machine.launch_us + link / (machine.link_gbps * 1e3), 0, link)
+    num_bytes = _sparda_bytes(node, ctx) if is_sparda(node) else _bytes(node)
+    us = max(_flops(node) / (machine.tflops * 1e6), num_bytes / (machine.memory_gbps * 1e3))
+    if name in _KERNELS or is_sparda(node):
+        us = max(us, machine.launch_us)
+    return Cost(us, num_bytes)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a fake value; an unknown prompt length counts as an example."""
+    if isinstance(value, (list, tuple)):
+        return sum(_size(v) for v in value)
+    if not isinstance(value, Tensor):
+        return 0
+    return _numel(value.shape) * value.dtype.itemsize
+
+
+def _numel(shape: Any) -> int:
+    sizes = (_EXAMPLE_TOKENS if isinstance(s, torch.SymInt) else int(s) for s in shape)
+    return math.prod(sizes)
+
+
+def _bytes(node: fx.Node) -> int:
+    return _size(fake_value(node)) + sum(_size(fake_value(n)) for n in node.all_input_nodes)
+
+
+def _sparda_bytes(node: fx.Node, ctx: PassContext) -> int:
+    """Bytes that an op touches: of pools only the selected blocks, of summaries all."""
+    assert ctx.layout is not None
+    total = _size(fake_value(node))
+    for source in node.all_input_nodes:
+        value = fake_value(source)
+        is_pool = isinstance(value, Tensor) and value.dim() == 6
+        total += _selected_bytes(value, ctx) if is_pool else _size(value)
+    if call_name(node) == "sparda.append_kv":
+        total = 2 * sum(_size(fake_value(n)) for n in node.all_input_nodes[:2])
+    return total
+
+
+def _selected_bytes(pool: Tensor, ctx: PassContext) -> int:
+    assert ctx.layout is not None
+    batch, groups = pool.shape[:2]
+    blocks = min(ctx.layout.num_selected, pool.shape[2])
+    return batch * groups * blocks * _numel(pool.shape[3:]) * pool.dtype.itemsize
+
+
+def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
+    """Expected bytes of a copy, from the share of blocks that is new in each step."""
+    assert ctx.layout is not None
+    pages = fake_value(argument(node, "pages"))
+    if call_name(node).endswith(("store_blocks", "offload_blocks")):
+        new_kv = argument(node, "new_kv")
+        if new_kv:
+            return sum(_size(fake_value(n)) for n in new_kv)
+        # One block per `block_size` steps.
+        block = _numel(pages.shape[:2]) * _numel(pages.shape[3:]) * pages.dtype.itemsize
+        return block // ctx.layout.config.block_size
+    fresh = 1.0 - ctx.config.expected_overlap
+    return int(_selected_bytes(pages, ctx) * fresh)
+
+
+def _flops(node: fx.Node) -> float:
+    name = call_name(node)
+    value = fake_value(node)
+    if not isinstance(value, Tensor) or name not in _KERNELS:
+        return 0.0
+    if name in ("linear", "addmm", "matmul", "bmm", "baddbmm"):
+        operands = [fake_value(n) for n in node.all_input_nodes]
+        matrices = [v for v in operands if isinstance(v, Tensor) and v.dim() >= 2]
+        return 2.0 * _numel(value.shape) * _numel(matrices[0].shape[-1:])
+    return float(_numel(value.shape))

@@ -1,0 +1,123 @@
+"""Which state a node reads and writes, taken from its op's schema; and what a step is made of.
+
+State tensors are graph inputs whose names begin with `sparda_`. An op writes those that its
+schema marks as mutated and reads the others that it takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import fx
+
+from sparda_compile.passes.fx import call_name, is_sparda
+from sparda_compile.schedule import COMPUTE, COPY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Access", "accesses", "conflicts", "is_disjoint", "is_state", "stream_of"]
+
+STATE_PREFIX: Final = "sparda_"
+_ALWAYS_COPY: Final = frozenset({"sparda.prefetch_blocks", "sparda.offload_blocks"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """One use of one state tensor."""
+
+    state: str
+    is_write: bool
+
+
+def is_state(node: Any) -> bool:
+    """Whether a node is a state tensor."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "placeholder"
+        and node.name.startswith(STATE_PREFIX)
+    )
+
+
+def bound_arguments(node: fx.Node) -> Iterator[tuple[torch.Argument, Any]]:
+    """Yield each argument of a sparda op with its schema entry."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(node.args):
+            yield argument, node.args[i]
+        elif argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """Return one argument of a sparda op, or its default."""
+    for entry, value in bound_arguments(node):
+        if entry.name == name:
+            return value
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    return next(e for e in target._schema.arguments if e.name == name).default_value
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set one argument of a sparda op."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    names = [e.name for e in target._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def accesses(node: fx.Node) -> list[Access]:
+    """Return the state that a node reads and writes."""
+    if not is_sparda(node):
+        return []
+    found = []
+    for entry, value in bound_arguments(node):
+        is_write = entry.alias_info is not None and entry.alias_info.is_write
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found += [Access(v.name, is_write) for v in values if is_state(v)]
+    return found
+
+
+def stream_of(node: fx.Node) -> int:
+    """Return the stream that a node's work runs on."""
+    if not is_sparda(node):
+        return COMPUTE
+    if call_name(node) in _ALWAYS_COPY:
+        return COPY
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    if any(e.name == "stream" for e in target._schema.arguments):
+        return int(argument(node, "stream"))
+    return COMPUTE
+
+
+def is_disjoint(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two accesses of one pool never touch the same page.
+
+    `attend_resident` reads the pages of a plan's hits; `prefetch_blocks` of the same plan writes
+    the pages of its misses.
+    """
+    for reader, writer in ((first, second), (second, first)):
+        if call_name(reader) == "sparda.attend_resident" and call_name(writer) == (
+            "sparda.prefetch_blocks"
+        ):
+            plan = argument(reader, "is_miss").args[0]
+            return bool(argument(writer, "miss_blocks").args[0] is plan)
+    return False
+
+
+def conflicts(first: fx.Node, second: fx.Node) -> list[str]:
+    """Return the state tensors over which two nodes must be ordered."""
+    if is_disjoint(first, second):
+        return []
+    mine = {a.state: a.is_write for a in accesses(first)}
+    both = [(a.state, a.is_write or mine[a.state]) for a in accesses(second) if a.state in mine]
+    return [state for state, is_write in both if is_write]

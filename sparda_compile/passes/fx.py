@@ -1,0 +1,198 @@
+"""Small pure helpers on FX nodes, and the one way to add a node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "Emitter",
+    "call_name",
+    "clone_region",
+    "fake_value",
+    "find_ops",
+    "is_sparda",
+    "module_path",
+    "nodes_between",
+    "program_order",
+]
+
+
+def call_name(node: fx.Node) -> str:
+    """Return what a node calls as a short word: `linear`, `view`, `sparda.select_blocks`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name.replace("::", "."))
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    if isinstance(target, str):
+        return target
+    return str(getattr(target, "__name__", target))
+
+
+def is_sparda(node: fx.Node) -> bool:
+    """Whether a node calls one of this library's ops."""
+    return node.op == "call_function" and call_name(node).startswith("sparda.")
+
+
+def find_ops(graph: fx.Graph, *names: str) -> list[fx.Node]:
+    """Return the nodes that call `sparda.<name>`, in program order."""
+    wanted = {f"sparda.{name}" for name in names}
+    return [n for n in graph.nodes if n.op == "call_function" and call_name(n) in wanted]
+
+
+def fake_value(node: fx.Node) -> Any:
+    """Return the fake value of a node."""
+    return node.meta.get("val")
+
+
+def program_order(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return each node's place in the program."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module that a node came from, `model.layers.0.self_attn`."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    path = str(stack[-1][0])
+    return path.split("].", maxsplit=1)[1] if "]." in path else ""
+
+
+def nodes_between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Return the nodes on any path from `start` (left out) to `end` (taken in)."""
+    below: set[fx.Node] = set()
+    stack = [start]
+    while stack:
+        for user in stack.pop().users:
+            if user not in below:
+                below.add(user)
+                stack.append(user)
+    between: set[fx.Node] = set()
+    stack = [end] if end in below else []
+    while stack:
+        node = stack.pop()
+        between.add(node)
+        stack += [n for n in node.all_input_nodes if n in below and n not in between]
+    return between
+
+
+def clone_region(
+    region: Iterable[fx.Node],
+    order: dict[fx.Node, int],
+    replace: dict[fx.Node, fx.Node],
+    emitter: Emitter,
+) -> dict[fx.Node, fx.Node]:
+    """Copy nodes to the emitter's place in the program, with some inputs replaced.
+
+    Args:
+        region: Nodes to copy.
+        order: Place of each node in the program.
+        replace: Inputs of the region -> what stands for them in the copy.
+        emitter: Where the copies go.
+
+    Returns:
+        Each node of the region -> its copy, `replace` included.
+    """
+    mapping = dict(replace)
+    for node in sorted(region, key=lambda n: order[n]):
+        if node not in mapping:
+            mapping[node] = emitter.copy(node, mapping)
+    return mapping
+
+
+class Emitter:
+    """Adds nodes before a point of the graph, with metadata and a fake value each.
+
+    Args:
+        graph: The graph to add to.
+        before: Node that new ones are put before.
+        like: Node whose stack trace and module path new ones take.
+        layer: Layer that new ones are for.
+    """
+
+    def __init__(self, graph: fx.Graph, before: fx.Node, like: fx.Node, layer: int) -> None:
+        self.graph = graph
+        self.before = before
+        self.like = like
+        self.layer = layer
+
+    def call(self, op: str, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """Add a call of `sparda.<op>`; returns its node."""
+        target = getattr(torch.ops.sparda, op).default
+        return self.function(target, args, kwargs, name or f"{op}_{self.layer}")
+
+    def function(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None
+    ) -> fx.Node:
+        """Add a call of any function."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("call_function", target, args, kwargs, name)
+        return self._finish(node, self.like)
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        """Add a call of a tensor method on the first argument."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_method(name, args)
+        return self._finish(node, self.like)
+
+    def item(self, node: fx.Node, index: int, name: str | None = None) -> fx.Node:
+        """Add the choice of one of a node's results."""
+        import operator
+
+        return self.function(operator.getitem, (node, index), {}, name)
+
+    def copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Add a copy of a node with mapped inputs."""
+        with self.graph.inserting_before(self.before):
+            new = self.graph.node_copy(node, lambda old: mapping.get(old, old))
+        return self._finish(new, node)
+
+    def _finish(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        node.meta["sparda_layer"] = self.layer
+        node.meta["val"] = propagate(node)
+        return node
+
+
+def propagate(node: fx.Node) -> Any:
+    """Compute a node's fake value from those of its inputs."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    fakes = [fake_value(n) for n in node.all_input_nodes]
+    modes = [f.fake_mode for f in _leaves(fakes) if isinstance(f, FakeTensor)]
+
+    def value(arg: Any) -> Any:
+        return fx.node.map_arg(arg, fake_value)
+
+    args, kwargs = value(node.args), value(node.kwargs)
+    with modes[0], torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            flat += _leaves(value)
+        else:
+            flat.append(value)
+    return flat
+
+
+def tensor_shape(node: fx.Node) -> tuple[Any, ...]:
+    """Return the shape of a node's fake value, () when it is no tensor."""
+    value = fake_value(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()

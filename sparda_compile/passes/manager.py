@@ -1,0 +1,190 @@
+"""Run passes in order: check what they require, lint, check the grammar, count, time, keep texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from sparda_compile.errors import ConfigError, PassError, SpardaError
+from sparda_compile.passes.base import Fact, GraphPass, PassContext
+from sparda_compile.passes.spec import check_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparda_compile.schedule import Schedule
+
+__all__ = ["FACTS_KEY", "StageRecord", "check_disabled", "run_passes"]
+
+_log = logging.getLogger(__name__)
+
+FACTS_KEY = "sparda_facts"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRecord:
+    """A graph as one pass left it.
+
+    Attributes:
+        name: The pass, or `capture`.
+        graph_module: A copy of the graph.
+        counts: What the pass counted.
+        ms: Milliseconds that it took.
+        schedule: The schedule, from ScheduleTransfers alone.
+    """
+
+    name: str
+    graph_module: fx.GraphModule
+    counts: dict[str, int]
+    ms: float
+    schedule: Schedule | None = None
+
+
+def run_passes(
+    gm: fx.GraphModule, passes: Sequence[GraphPass], ctx: PassContext
+) -> list[StageRecord]:
+    """Run passes on a graph, in place.
+
+    Args:
+        gm: The graph; its facts are kept in `gm.meta`.
+        passes: In order; those named in `config.disable_passes` are left out.
+        ctx: What the passes may know.
+
+    Returns:
+        One record per pass that ran.
+
+    Raises:
+        PassError: If a pass fails, has run before, or requires what does not hold.
+        SpardaError: As raised by a pass on purpose.
+    """
+    records = []
+    for graph_pass in passes:
+        if graph_pass.name in ctx.config.disable_passes:
+            _log.debug("%s %s: disabled", ctx.phase, graph_pass.name)
+            continue
+        facts: frozenset[Fact] = gm.meta.get(FACTS_KEY, frozenset())
+        _check_facts(graph_pass, facts)
+        start = time.perf_counter()
+        try:
+            result = graph_pass(gm, ctx)
+        except SpardaError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"{graph_pass.name} failed on the {ctx.phase} graph of {ctx.model}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        ms = (time.perf_counter() - start) * 1e3
+        gm.meta[FACTS_KEY] = facts | graph_pass.ensures
+        gm.graph.lint()
+        gm.recompile()
+        check_spec(gm.graph, gm.meta[FACTS_KEY], graph_pass.name)
+        _log.debug("%s %s: %s in %.1f ms", ctx.phase, graph_pass.name, result.counts, ms)
+        records.append(
+            StageRecord(graph_pass.name, snapshot(gm), result.counts, ms, result.schedule)
+        )
+        if ctx.config.dump_dir is not None:
+            _dump(gm, Path(ctx.config.dump_dir), f"{ctx.phase}_{graph_pass.name}")
+    return records
+
+
+def _check_facts(graph_pass: GraphPass, facts: frozenset[Fact]) -> None:
+    if graph_pass.ensures <= facts:
+        raise PassError(
+            f"{graph_pass.name} has already run on this graph "
+            f"({', '.join(f.name for f in graph_pass.ensures)} holds); a pass runs once. "
+            "Start again from the captured graph."
+        )
+    missing = graph_pass.requires - facts
+    if missing:
+        raise PassError(
+            f"{graph_pass.name} requires {', '.join(sorted(f.name for f in missing))}, which does "
+            "not hold; run the pass that ensures it first."
+        )
+
+
+def check_disabled(
+    names: Sequence[str], passes: Sequence[GraphPass], optional: frozenset[str]
+) -> None:
+    """Check `disable_passes`.
+
+    Raises:
+        ConfigError: If a name is no pass, or a pass that the result is wrong without.
+    """
+    known = [graph_pass.name for graph_pass in passes]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"disable_passes names {name!r}, which is no pass; passes are "
+                f"{', '.join(known)}.{hint}"
+            )
+        if name not in optional:
+            raise ConfigError(
+                f"disable_passes names {name!r}, which cannot be left out: the program would be "
+                f"wrong without it. Passes that can be: {', '.join(sorted(optional))}."
+            )
+
+
+def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the graph, for looking at."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        mapping[node].name = node.name
+    copy = fx.GraphModule({}, graph)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def _dump(gm: fx.GraphModule, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.txt").write_text(graph_text(gm) + "\n")
+
+
+def graph_text(gm: fx.GraphModule) -> str:
+    """Return a graph as text: one line per node, placeholders of weights left out."""
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and not node.users:
+            continue
+        lines.append(_line(node))
+    return "\n".join(lines)
+
+
+def _line(node: fx.Node) -> str:
+    from sparda_compile.passes.fx import call_name, fake_value
+
+    value = fake_value(node)
+    shape = f": {_shape(value)}" if hasattr(value, "shape") else ""
+    if node.op == "placeholder":
+        return f"%{node.name}{shape} = input"
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    arguments = [_text(a) for a in node.args]
+    arguments += [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    return f"%{node.name}{shape} = {call_name(node)}({', '.join(arguments)})"
+
+
+def _shape(value: object) -> str:
+    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return f"{dtype}[{', '.join(str(s) for s in getattr(value, 'shape', ()))}]"
+
+
+def _text(argument: object) -> str:
+    if isinstance(argument, fx.Node):
+        return f"%{argument.name}"
+    if isinstance(argument, (list, tuple)):
+        return f"[{', '.join(_text(a) for a in argument)}]"
+    if isinstance(argument, slice):
+        parts = (argument.start, argument.stop)
+        return ":".join("" if p is None else _text(p) for p in parts)
+    return "..." if argument is Ellipsis else str(argument)

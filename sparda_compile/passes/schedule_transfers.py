@@ -1,0 +1,378 @@
+"""ScheduleTransfers: decide where each copy starts, where it is awaited, and what runs beside.
+
+A chain is what leads to one prefetch: forecast, scores, ids, plan, fork, prefetch. Before, and
+after (layer l's part of the program; `|` marks what may run on the copy stream):
+
+    layer l-1   ...                              layer l-1   %forecast_l
+                                                             %scores_l
+                                                             %block_ids_l
+                                                             %plan_l
+                                                           | fork  prefetch_l
+                                                             q, k, v, attention, ffn
+    layer l     %scores_l %block_ids_l %plan_l   layer l     q, k, v
+                fork prefetch_l wait_l                       wait_l
+                append_kv attention                          append_kv attention
+
+The dependences are a networkx graph: data edges, and an edge between every two ops that use the
+same state when one of them writes it. Within them the pass moves each chain up, tries each place
+and each cut (which ops of the chain go to the copy stream) against the cost model, and keeps the
+fastest; waits sink to their consumer. It moves nodes, sets `stream` and `after`, and renews the
+keepalive lists; it creates and deletes nothing.
+
+In a prefill the offload of a layer's keys and values is awaited one layer later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import networkx as nx
+
+from sparda_compile.errors import PassError
+from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.cost import Cost, node_cost
+from sparda_compile.passes.effects import (
+    accesses,
+    argument,
+    bound_arguments,
+    conflicts,
+    set_argument,
+    stream_of,
+)
+from sparda_compile.passes.find_attention import sites_of
+from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_order
+from sparda_compile.passes.liveness import set_keepalives
+from sparda_compile.schedule import COMPUTE, COPY, Schedule, ScheduleRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import fx
+
+__all__ = ["ORDER_KEY", "ScheduleTransfers", "dependence_graph", "mark_order", "simulate"]
+
+# Place of a stateful op in the program as it was written; what every schedule has to respect.
+ORDER_KEY: Final = "sparda_order"
+_STAGES: Final = ("score_blocks", "select_blocks", "plan_pages")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleTransfers:
+    """Place transfers. Counts: chains, moved, on_copy_stream, keepalives."""
+
+    name: ClassVar[str] = "schedule_transfers"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFERS_ASYNC})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFERS_SCHEDULED})
+    preserves_numerics: ClassVar[bool] = True
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        """Reorder the graph in place."""
+        mark_order(gm.graph)
+        planner = _Planner(gm.graph, ctx)
+        choices = planner.place_chains() if ctx.is_decode else planner.place_offload_waits()
+        keepalives = set_keepalives(gm.graph)
+        rows = simulate(list(gm.graph.nodes), planner.costs, ctx, planner.streams())
+        schedule = Schedule(
+            ctx.phase, ctx.machine.name, tuple(rows), tuple(choices), planner.baseline_us
+        )
+        on_copy = sum(is_sparda(n) and stream_of(n) == COPY for n in gm.graph.nodes)
+        counts = {
+            "chains": planner.num_chains,
+            "moved": planner.num_moved,
+            "on_copy_stream": on_copy,
+            "keepalives": keepalives,
+        }
+        return PassResult(gm, modified=bool(planner.num_moved), counts=counts, schedule=schedule)
+
+
+def mark_order(graph: fx.Graph) -> None:
+    """Write down the present order of all ops that use state."""
+    for i, node in enumerate(graph.nodes):
+        if accesses(node):
+            node.meta[ORDER_KEY] = i
+
+
+def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
+    """Return data edges, and effect edges between conflicting ops in the order they were marked."""
+    dag = nx.DiGraph()
+    by_state: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        dag.add_edges_from((source, node) for source in node.all_input_nodes)
+        for access in accesses(node):
+            by_state.setdefault(access.state, []).append(node)
+    for users in by_state.values():
+        users.sort(key=lambda n: n.meta[ORDER_KEY])
+        for first, second in itertools.combinations(dict.fromkeys(users), 2):
+            if conflicts(first, second):
+                dag.add_edge(first, second)
+    return dag
+
+
+@dataclasses.dataclass
+class _Chain:
+    """The nodes that lead to one prefetch, in order, and where they could go.
+
+    `stages` are those of scores, ids and plan that belong to it; a cut of n puts the last n of
+    them on the copy stream.
+    """
+
+    nodes: list[fx.Node]
+    prefetch: fx.Node
+    fork: fx.Node
+    stages: list[fx.Node]
+    places: list[tuple[str, fx.Node]]
+
+
+class _Planner:
+    """Moves chains within the dependence graph and compares predicted step times."""
+
+    def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
+        self._graph = graph
+        self._ctx = ctx
+        self._dag = dependence_graph(graph)
+        self.costs = {node: node_cost(node, ctx) for node in graph.nodes}
+        self.baseline_us = _end(
+            simulate(list(graph.nodes), self.costs, ctx, dict.fromkeys(graph.nodes, COMPUTE))
+        )
+        self.num_chains = 0
+        self.num_moved = 0
+
+    def streams(self) -> dict[fx.Node, int]:
+        """Return the stream of every node as it stands."""
+        return {node: stream_of(node) for node in self._graph.nodes}
+
+    def place_chains(self) -> list[str]:
+        """Place every chain of a decode step; returns the choices in words."""
+        chains = [c for c in map(self._chain, find_ops(self._graph, "prefetch_blocks")) if c]
+        self.num_chains = len(chains)
+        self._sink_waits()
+        if not chains:
+            return []
+        options = [(place, cut) for cut in range(4) for place in range(2)]
+        best = min(options, key=lambda option: self._try(chains, [option] * len(chains)))
+        decisions = [best] * len(chains)
+        best_us = self._try(chains, decisions)
+        # Chains differ at the ends of the model: let the first and the last one choose again.
+        for i in {0, len(chains) - 1}:
+            for option in options:
+                changed = [*decisions[:i], option, *decisions[i + 1 :]]
+                us = self._try(chains, changed)
+                if us < best_us - 1e-6:
+                    best_us, decisions = us, changed
+        before = program_order(self._graph)
+        self._apply(chains, decisions)
+        after = program_order(self._graph)
+        self.num_moved = sum(
+            before[n] - before[c.nodes[0]] != after[n] - after[c.nodes[0]]
+            or after[n] != before[n]
+            for c in chains
+            for n in c.nodes
+        )
+        return [self._describe(c, d) for c, d in zip(chains, decisions, strict=True)]
+
+    def place_offload_waits(self) -> list[str]:
+        """Let the offload of each layer of a prefill end one layer later."""
+        self._sink_waits()
+        anchors = [site.anchor_node for site in _SitePoints.of(self._graph)]
+        waits = find_ops(self._graph, "wait_blocks")
+        starts = {argument(n, "event"): n for n in find_ops(self._graph, "offload_blocks")}
+        choices = []
+        for wait in waits:
+            order = program_order(self._graph)
+            start = starts[argument(wait, "event")]
+            later = [a for a in anchors if order[a] > order[start]]
+            if later and self._may_move(wait, later[0], order):
+                later[0].prepend(wait)
+                self.num_moved += 1
+                choices.append(f"{start.name} is awaited before {later[0].name}")
+        return choices
+
+    def _may_move(self, node: fx.Node, before: fx.Node, order: dict[fx.Node, int]) -> bool:
+        place = order[before]
+        return all(order[p] < place for p in self._dag.predecessors(node))
+
+    def _sink_waits(self) -> None:
+        """Move every wait to just before the first op that needs it."""
+        for wait in find_ops(self._graph, "wait_blocks"):
+            order = program_order(self._graph)
+            consumers = [order[n] for n in self._dag.successors(wait)]
+            nodes = list(self._graph.nodes)
+            if consumers and min(consumers) > order[wait] + 1:
+                nodes[min(consumers)].prepend(wait)
+
+    def _chain(self, prefetch: fx.Node) -> _Chain | None:
+        layer = prefetch.meta["sparda_layer"]
+        fork = argument(prefetch, "after")
+        mine = {prefetch}
+        stack = [prefetch]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                own = source.meta.get("sparda_layer") == layer and source.op != "placeholder"
+                if own and source not in mine:
+                    mine.add(source)
+                    stack.append(source)
+        plan = argument(prefetch, "miss_blocks").args[0]
+        mine |= set(plan.users) & {n for n in plan.users if call_name(n) == "getitem"}
+        order = program_order(self._graph)
+        nodes = sorted(mine, key=lambda n: order[n])
+        if any(call_name(n) == "sparda.append_kv" for n in nodes):
+            return None
+        earliest = self._earliest(nodes, order)
+        wait = self._previous_wait(prefetch, order, earliest)
+        stages = [n for n in nodes if call_name(n).removeprefix("sparda.") in _STAGES]
+        places = [(f"behind {earliest.name}", earliest)]
+        if wait is not None and order[wait.prev] > order[earliest]:
+            places.append((f"before {wait.name}", wait.prev))
+        return _Chain(nodes, prefetch, fork, stages, places)
+
+    def _earliest(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node:
+        """Return the last node that anything in the chain depends on."""
+        inside = set(nodes)
+        outside = {p for n in nodes for p in self._dag.predecessors(n)} - inside
+        last = max((p for p in outside), key=lambda p: order[p])
+        if last.op != "placeholder":
+            return last
+        # A chain without inputs may start anywhere; one layer ahead is enough.
+        layer = nodes[-1].meta["sparda_layer"]
+        before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
+        first = next(n for n in self._graph.nodes if n.op != "placeholder").prev
+        return before[-1] if before else first
+
+    def _previous_wait(
+        self, prefetch: fx.Node, order: dict[fx.Node, int], earliest: fx.Node
+    ) -> fx.Node | None:
+        """Return the first wait between the chain's earliest place and its prefetch."""
+        waits = find_ops(self._graph, "wait_blocks")
+        between = [w for w in waits if order[earliest] < order[w] < order[prefetch]]
+        return between[0] if between else None
+
+    def _try(self, chains: Sequence[_Chain], decisions: Sequence[tuple[int, int]]) -> float:
+        """Return the predicted step time of a set of decisions."""
+        nodes = _ordered(self._graph, chains, decisions)
+        streams = {node: stream_of(node) for node in nodes}
+        for chain, (_, cut) in zip(chains, decisions, strict=True):
+            for i, stage in enumerate(chain.stages):
+                streams[stage] = COPY if i >= len(chain.stages) - cut else COMPUTE
+        return _end(simulate(nodes, self.costs, self._ctx, streams))
+
+    def _apply(self, chains: Sequence[_Chain], decisions: Sequence[tuple[int, int]]) -> None:
+        for node in _ordered(self._graph, chains, decisions):
+            last = next(reversed(self._graph.nodes))
+            if node.op not in ("placeholder", "output"):
+                last.prepend(node) if last.op == "output" else last.append(node)
+        for chain, (_, cut) in zip(chains, decisions, strict=True):
+            side = chain.stages[len(chain.stages) - cut :] if cut else []
+            _set_streams(chain, side)
+        order = program_order(self._graph)
+        for first, second in self._dag.edges:
+            if order[first] >= order[second]:
+                raise PassError(
+                    f"schedule_transfers put {second.name} before {first.name}, which it needs."
+                )
+
+    def _describe(self, chain: _Chain, decision: tuple[int, int]) -> str:
+        place, cut = decision
+        where = chain.places[min(place, len(chain.places) - 1)][0]
+        side = [n.name for n in chain.stages[len(chain.stages) - cut :]] if cut else []
+        beside = f"{', '.join(side)} and the copy" if side else "the copy"
+        return f"{chain.prefetch.name}: {where}; {beside} on the copy stream"
+
+
+@dataclasses.dataclass(frozen=True)
+class _SitePoints:
+    """Where a layer's attention begins in the program."""
+
+    anchor_node: fx.Node
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> list[_SitePoints]:
+        return [cls(n) for n in graph.nodes if "sparda" in n.meta]
+
+
+def _set_streams(chain: _Chain, side: Sequence[fx.Node]) -> None:
+    """Put stages on the copy stream behind the fork, which comes before the first of them."""
+    for stage in chain.stages:
+        set_argument(stage, "stream", COPY if stage in side else COMPUTE)
+        set_argument(stage, "after", None)
+    if not side:
+        return
+    first = side[0]
+    set_argument(chain.prefetch, "after", None)
+    set_argument(chain.fork, "inputs", _temporaries(first))
+    first.prepend(chain.fork)
+    set_argument(first, "after", chain.fork)
+
+
+def _temporaries(stage: fx.Node) -> list[fx.Node]:
+    inputs = [v for entry, v in bound_arguments(stage) if entry.name != "after"]
+    flat = [n for v in inputs for n in (v if isinstance(v, (list, tuple)) else [v])]
+    return [n for n in flat if hasattr(n, "op") and n.op != "placeholder"]
+
+
+def _ordered(
+    graph: fx.Graph, chains: Sequence[_Chain], decisions: Sequence[tuple[int, int]]
+) -> list[fx.Node]:
+    """Return the program with every chain at its place."""
+    moving = {n for chain in chains for n in chain.nodes}
+    behind: dict[fx.Node, list[fx.Node]] = {}
+    for chain, (place, _) in zip(chains, decisions, strict=True):
+        anchor = chain.places[min(place, len(chain.places) - 1)][1]
+        behind.setdefault(anchor, []).extend(chain.nodes)
+    result: list[fx.Node] = []
+
+    def add(nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            result.append(node)
+            add(behind.get(node, ()))
+
+    add(node for node in graph.nodes if node not in moving)
+    return result
+
+
+def _end(rows: Sequence[ScheduleRow]) -> float:
+    return max((row.end_us for row in rows), default=0.0)
+
+
+def simulate(
+    nodes: Sequence[fx.Node],
+    costs: dict[fx.Node, Cost],
+    ctx: PassContext,
+    streams: dict[fx.Node, int],
+) -> list[ScheduleRow]:
+    """Predict the times of a program.
+
+    Each stream runs its nodes in program order. A fork holds the copy stream back to the point
+    that the compute stream has reached, a wait holds the compute stream back to the end of its
+    copy. On a machine without overlap both streams are one.
+    """
+    clock = [0.0, 0.0]
+    event_end: dict[int, float] = {}
+    rows = []
+    for node in nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        name, cost, stream = call_name(node), costs[node], streams[node]
+        lane = stream if ctx.machine.overlaps else COMPUTE
+        exposed = 0.0
+        if name == "sparda.fork_stream":
+            clock[COPY] = max(clock[COPY], clock[COMPUTE])
+        if name == "sparda.wait_blocks":
+            done = event_end.get(int(argument(node, "event")), 0.0)
+            exposed = max(done - clock[COMPUTE], 0.0) if ctx.machine.overlaps else 0.0
+            start, end = clock[COMPUTE], clock[COMPUTE] + exposed
+            clock[COMPUTE] = end
+        else:
+            start = clock[lane]
+            end = start + cost.us
+            clock[lane] = end
+        if name in ("sparda.prefetch_blocks", "sparda.offload_blocks"):
+            event_end[int(argument(node, "event"))] = end
+        if cost.us or is_sparda(node):
+            layer = int(node.meta.get("sparda_layer", -1))
+            rows.append(
+                ScheduleRow(node.name, name, layer, stream, start, end,
+                            cost.hbm_bytes, cost.link_bytes, exposed)
+            )  # fmt: skip
+    return rows

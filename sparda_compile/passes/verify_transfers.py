@@ -1,0 +1,290 @@
+"""VerifyTransfers: prove that no copy races with a producer, a consumer, a reuse or the next step.
+
+The graph becomes a straight program of instructions on two streams. Vector clocks give
+happens-before: a stream's own order, plus fork (compute -> copy) and wait (copy -> compute). Then
+
+    state        of two accesses of one state tensor, one of them a write, the one that was written
+                 first in the semantic program happens before the other
+    data         a result happens before its use
+    keepalive    what the copy stream reads or writes is still used, on the compute stream, at a
+                 point that happens after it
+    allocation   all compute work issued before a copy-stream op that allocates happens before it,
+                 for its memory may be what that work has just freed
+    join         every started copy is awaited before the step ends
+
+State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
+the same plan touch different pages (hits, misses), so they need no order.
+
+Changes nothing, so there is no before and after; raises TransferRaceError naming both nodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, ClassVar
+
+from sparda_compile.errors import TransferRaceError
+from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.effects import accesses, argument, conflicts, stream_of
+from sparda_compile.passes.fx import call_name, is_sparda, tensor_shape
+from sparda_compile.passes.liveness import copy_stream_uses
+from sparda_compile.passes.schedule_transfers import ORDER_KEY, mark_order
+from sparda_compile.schedule import COMPUTE, COPY, STREAM_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import fx
+
+__all__ = ["Instruction", "VerifyTransfers", "check_program", "extract_program"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One node as the verifier sees it.
+
+    Attributes:
+        name: Name of the node.
+        stream: Stream that it runs on.
+        order: Place in the semantic program.
+        inputs: Temporaries that it takes, as the numbers of the instructions that make them.
+        keepalive: Those of `inputs` that it only keeps alive.
+        touches: Temporaries that it uses on the copy stream.
+        forks: Whether it lets the copy stream go on from here.
+        forked_by: Number of the fork that it waits for on the copy stream.
+        records: Event that it records when it ends.
+        waits: Event that the compute stream waits for.
+        allocates: Whether it makes a non-empty tensor.
+        node: The FX node, for state conflicts.
+    """
+
+    name: str
+    stream: int
+    order: int
+    inputs: tuple[int, ...]
+    keepalive: tuple[int, ...]
+    touches: tuple[int, ...]
+    forks: bool
+    forked_by: int | None
+    records: int | None
+    waits: int | None
+    allocates: bool
+    node: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyTransfers:
+    """Check every schedule. Counts: instructions, conflicts, events."""
+
+    name: ClassVar[str] = "verify_transfers"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FORECAST_INSERTED})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFERS_VERIFIED})
+    preserves_numerics: ClassVar[bool] = True
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        """Raise TransferRaceError if anything is unordered."""
+        if not any(ORDER_KEY in n.meta for n in gm.graph.nodes):
+            mark_order(gm.graph)
+        program = extract_program(gm.graph)
+        num_conflicts = check_program(program)
+        counts = {
+            "instructions": len(program),
+            "conflicts": num_conflicts,
+            "events": sum(i.records is not None or i.forks for i in program),
+        }
+        return PassResult(gm, modified=False, counts=counts)
+
+
+def extract_program(graph: fx.Graph) -> list[Instruction]:
+    """Return the graph as instructions, in program order."""
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    number = {node: i for i, node in enumerate(nodes)}
+
+    def numbers(sources: Sequence[fx.Node]) -> tuple[int, ...]:
+        return tuple(number[n] for n in sources if n in number)
+
+    program = []
+    for node in nodes:
+        sparda, name, stream = is_sparda(node), call_name(node), stream_of(node)
+        waits = argument(node, "event") if name == "sparda.wait_blocks" else None
+        starts = name in ("sparda.prefetch_blocks", "sparda.offload_blocks")
+        takes_fork = stream == COPY and argument(node, "after") is not None
+        fork = argument(node, "after") if takes_fork else None
+        uses = copy_stream_uses(node) if stream == COPY else []
+        program.append(
+            Instruction(
+                name=node.name,
+                stream=_stream(node, stream),
+                order=node.meta.get(ORDER_KEY, -1),
+                inputs=numbers(node.all_input_nodes),
+                keepalive=numbers(argument(node, "keepalive")) if waits is not None else (),
+                touches=numbers(uses),
+                forks=name == "sparda.fork_stream",
+                forked_by=number[fork] if fork is not None else None,
+                records=argument(node, "event") if starts else None,
+                waits=waits,
+                allocates=sparda and not starts and tensor_shape(node) != (0,),
+                node=node,
+            )
+        )
+    return program
+
+
+def _stream(node: fx.Node, stream: int) -> int:
+    """A choice of one result belongs to the stream that makes the results."""
+    if call_name(node) == "getitem" and is_sparda(node.all_input_nodes[0]):
+        return stream_of(node.all_input_nodes[0])
+    return stream
+
+
+def check_program(program: Sequence[Instruction]) -> int:
+    """Check one step and two consecutive ones; returns the number of conflicting pairs.
+
+    Raises:
+        TransferRaceError: At the first pair that is not ordered.
+    """
+    _check_join(program)
+    clocks = _vector_clocks(program, steps=2)
+    _check_data(program, clocks)
+    _check_keepalive(program, clocks)
+    _check_allocation(program, clocks)
+    return _check_state(program, clocks)
+
+
+Clock = tuple[int, int]
+
+
+def _vector_clocks(program: Sequence[Instruction], steps: int) -> list[Clock]:
+    """Return each instruction's clock, for `steps` consecutive runs of the program."""
+    now = [[0, 0], [0, 0]]
+    clocks: list[Clock] = []
+    for step in range(steps):
+        forks: dict[int, list[int]] = {}
+        events: dict[int, list[int]] = {}
+        for i, instruction in enumerate(program):
+            mine = now[instruction.stream]
+            if instruction.forked_by is not None and instruction.forked_by in forks:
+                _join(mine, forks[instruction.forked_by])
+            if instruction.waits is not None and instruction.waits in events:
+                _join(mine, events[instruction.waits])
+            mine[instruction.stream] += 1
+            clocks.append((mine[0], mine[1]))
+            if instruction.forks:
+                forks[i] = list(mine)
+            if instruction.records is not None:
+                events[instruction.records] = list(mine)
+        del step
+    return clocks
+
+
+def _join(mine: list[int], other: Sequence[int]) -> None:
+    for stream in (COMPUTE, COPY):
+        mine[stream] = max(mine[stream], other[stream])
+
+
+def _happens_before(
+    program: Sequence[Instruction], clocks: Sequence[Clock], first: int, second: int
+) -> bool:
+    stream = program[first % len(program)].stream
+    return first != second and clocks[first][stream] <= clocks[second][stream]
+
+
+def _race(kind: str, first: Instruction, second: Instruction, detail: str) -> TransferRaceError:
+    return TransferRaceError(
+        f"{kind}: {first.name} ({STREAM_NAMES[first.stream]} stream) and {second.name} "
+        f"({STREAM_NAMES[second.stream]} stream) are not ordered: {detail}."
+    )
+
+
+def _check_join(program: Sequence[Instruction]) -> None:
+    awaited = {i.waits for i in program if i.waits is not None}
+    for instruction in program:
+        if instruction.records is not None and instruction.records not in awaited:
+            raise TransferRaceError(
+                f"join: {instruction.name} starts a copy (event {instruction.records}) that no "
+                "wait joins before the step ends."
+            )
+    recorded = {i.records for i in program if i.records is not None}
+    for instruction in program:
+        if instruction.waits is not None and instruction.waits not in recorded:
+            raise TransferRaceError(
+                f"join: {instruction.name} waits for event {instruction.waits}, which nothing "
+                "records."
+            )
+
+
+def _check_data(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
+    for i, instruction in enumerate(program):
+        for source in instruction.inputs:
+            is_ticket = instruction.waits is not None and program[source].records is not None
+            only_kept = source in instruction.keepalive
+            ordered = _happens_before(program, clocks, source, i)
+            if source >= i or not (ordered or is_ticket or only_kept):
+                raise _race(
+                    "data", program[source], instruction, "the second uses the first's result"
+                )
+            if is_ticket and program[source].records != instruction.waits:
+                raise _race(
+                    "data", program[source], instruction, "the wait is for another copy's event"
+                )
+
+
+def _check_keepalive(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
+    last_use: dict[int, int] = {}
+    for i, instruction in enumerate(program):
+        last_use |= dict.fromkeys(instruction.inputs, i)
+    for i, instruction in enumerate(program):
+        for temporary in instruction.touches:
+            last = last_use.get(temporary, temporary)
+            safe = program[last].stream == COMPUTE and _happens_before(program, clocks, i, last)
+            if not safe:
+                raise TransferRaceError(
+                    f"keepalive: {program[temporary].name} is used by {instruction.name} on the "
+                    f"copy stream, but its memory is free after {program[last].name}, which does "
+                    "not come after that; the wait must keep it alive."
+                )
+
+
+def _check_allocation(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
+    last_compute = -1
+    for i, instruction in enumerate(program):
+        if instruction.stream == COMPUTE:
+            if instruction.node.op == "call_function" and not instruction.forks:
+                last_compute = i
+            continue
+        is_choice = call_name(instruction.node) == "getitem"
+        if instruction.allocates and not is_choice and last_compute >= 0:
+            if not _happens_before(program, clocks, last_compute, i):
+                raise _race(
+                    "allocation", program[last_compute], instruction,
+                    "the second may be given memory that the first has not finished with",
+                )  # fmt: skip
+
+
+def _check_state(program: Sequence[Instruction], clocks: Sequence[Clock]) -> int:
+    users: dict[str, list[int]] = {}
+    for i, instruction in enumerate(program):
+        for state in {a.state for a in accesses(instruction.node)}:
+            users.setdefault(state, []).append(i)
+    size, found = len(program), 0
+    for state, mine in users.items():
+        for first, second in itertools.combinations_with_replacement(mine, 2):
+            a, b = program[first], program[second]
+            if first != second and state in conflicts(a.node, b.node):
+                found += 1
+                early, late = (first, second) if a.order < b.order else (second, first)
+                if not _happens_before(program, clocks, early, late):
+                    raise _race("state", program[early], program[late], f"both use {state}")
+            if _writes(a, state) or _writes(b, state):
+                for early, late in {(first, second), (second, first)}:
+                    if not _happens_before(program, clocks, early, late + size):
+                        raise _race(
+                            "state", program[early], program[late],
+                            f"both use {state}, the second in the next step",
+                        )  # fmt: skip
+    return found
+
+
+def _writes(instruction: Instruction, state: str) -> bool:
+    return any(a.state == state and a.is_write for a in accesses(instruction.node))

@@ -1,0 +1,222 @@
+"""From a captured forward to a program: specialize, run the pipeline, lower.
+
+    captured --specialize(batch)--> graph --PIPELINE--> verified graph --lower--> callable
+
+One `Plan` is that path for one phase, batch size and capacity, kept stage by stage so that every
+graph can be looked at; `Program` adds the compiled callable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from sparda_compile import ops
+from sparda_compile.capture import CapturedGraph, specialize
+from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.layout import CacheLayout, LayerShape
+from sparda_compile.lower import lower
+from sparda_compile.machine import MACHINES
+from sparda_compile.passes import PIPELINE
+from sparda_compile.passes.base import AttentionSite, PassContext
+from sparda_compile.passes.find_attention import FindAttention, sites_of
+from sparda_compile.passes.fx import fake_value
+from sparda_compile.passes.manager import StageRecord, run_passes, snapshot
+from sparda_compile.passes.replace_attention import TOKEN_MASK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.schedule import Schedule
+
+__all__ = ["Plan", "Program", "forecast_shapes", "initial_forecast", "make_plan"]
+
+assert ops.INSTRUCTIONS  # registers every op before a pass emits one
+
+_FORECAST = re.compile(r"sparda_forecast_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A rewritten graph and how it came to be.
+
+    Attributes:
+        captured: Where it began.
+        layout: Sizes of the KV cache that it takes.
+        sites: The model's attentions.
+        stages: Graphs after capture and after each pass.
+        graph_module: The last graph.
+    """
+
+    captured: CapturedGraph
+    layout: CacheLayout
+    sites: tuple[AttentionSite, ...]
+    stages: tuple[StageRecord, ...]
+    graph_module: fx.GraphModule
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule, None where scheduling is disabled."""
+        return next((s.schedule for s in self.stages if s.schedule is not None), None)
+
+    def stage(self, name: str | None) -> fx.GraphModule:
+        """Return the graph after a stage; the last one for None.
+
+        Raises:
+            ConfigError: If there is no such stage.
+        """
+        by_name = {stage.name: stage.graph_module for stage in self.stages}
+        if name is None:
+            return self.stages[-1].graph_module
+        if name not in by_name:
+            raise ConfigError(
+                f"after={name!r} is no stage; stages are {', '.join(by_name)}."
+            )
+        return by_name[name]
+
+
+def make_plan(
+    captured: CapturedGraph,
+    config: SpardaConfig,
+    *,
+    model_name: str,
+    windows: Mapping[int, int],
+    batch_size: int,
+    max_tokens: int,
+) -> Plan:
+    """Run the pipeline on a captured forward.
+
+    Args:
+        captured: Prefill or decode.
+        config: What to build.
+        model_name: For messages.
+        windows: Sliding window of each layer, 0 for none.
+        batch_size: Sequences.
+        max_tokens: Tokens per sequence that the KV cache holds.
+
+    Raises:
+        AttentionNotFoundError: If the model has no attention, or one that is not implemented.
+        UnsupportedInputError: If the model's forward does not use position_ids.
+        PassError: If a pass fails.
+    """
+    gm = specialize(captured, batch_size)
+    machine = MACHINES[config.machine or "cpu"]
+    ctx = PassContext(config, captured.phase, dict(windows), model_name, None, machine)
+    first = StageRecord("capture", snapshot(gm), {"nodes": len(gm.graph.nodes)}, 0.0)
+    found = run_passes(gm, [FindAttention(captured.weights)], ctx)
+    _check_positions(captured, gm, model_name)
+    sites = tuple(sites_of(gm.graph))
+    layout = CacheLayout(
+        config, tuple(_layer_shape(s, max_tokens) for s in sites), batch_size, max_tokens
+    )
+    rest = run_passes(gm, PIPELINE[1:], dataclasses.replace(ctx, layout=layout))
+    return Plan(captured, layout, sites, (first, *found, *rest), gm)
+
+
+def _check_positions(captured: CapturedGraph, gm: fx.GraphModule, model_name: str) -> None:
+    names = [name for name, role in captured.inputs.items() if role == "position_ids"]
+    used = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in names and n.users]
+    if not used:
+        raise UnsupportedInputError(
+            f"{model_name}: forward does not use position_ids, so a decode step cannot tell it "
+            "where its token stands. Give forward a position_ids argument (absolute positions, "
+            "[B, T] int64) and derive every position from it."
+        )
+
+
+def _layer_shape(site: AttentionSite, max_tokens: int) -> LayerShape:
+    window = min(site.window, max_tokens) if site.window else 0
+    dtype = fake_value(site.k).dtype
+    return LayerShape(site.layer, site.kind, site.num_groups, site.head_dim, window, dtype)
+
+
+class Program:
+    """A plan that can run.
+
+    Args:
+        plan: What to run.
+        forecast: Forecast weights, by target layer.
+    """
+
+    def __init__(self, plan: Plan, forecast: Mapping[int, Tensor]) -> None:
+        self.plan = plan
+        self._arguments = [
+            self._argument(n, forecast) for n in plan.graph_module.graph.nodes
+            if n.op == "placeholder"
+        ]  # fmt: skip
+
+    @cached_property
+    def _function(self) -> Callable[..., Tensor]:
+        return lower(self.plan.graph_module, self.plan.layout.config.lowering)
+
+    def _argument(self, node: fx.Node, forecast: Mapping[int, Tensor]) -> Tensor | str:
+        """Return a weight, or the name of what a call passes in."""
+        captured = self.plan.captured
+        target = _FORECAST.fullmatch(node.name)
+        if target:
+            return forecast[int(target[1])]
+        if node.name in captured.weights:
+            return captured.weights[node.name]
+        if not isinstance(fake_value(node), Tensor):
+            return "num_tokens"
+        return captured.inputs.get(node.name, node.name)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_mask: Tensor | None,
+        state: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Run one step.
+
+        Args:
+            input_ids: [B, T] int64.
+            position_ids: [B, T] int64.
+            token_mask: [B, T] bool for a prefill, None for a decode.
+            state: The KV cache's tensors, updated.
+
+        Returns:
+            Logits [B, T or 1, vocabulary].
+        """
+        call: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "num_tokens": input_ids.shape[1],
+            TOKEN_MASK: token_mask,
+        }
+        arguments = [
+            a if isinstance(a, Tensor) else call[a] if a in call else state[a]
+            for a in self._arguments
+        ]
+        return self._function(*arguments)
+
+
+def forecast_shapes(plan: Plan) -> dict[int, tuple[int, ...]]:
+    """Return the shape of each Forecast projection that a decode plan takes, by target layer."""
+    shapes = {}
+    for node in plan.graph_module.graph.nodes:
+        target = _FORECAST.fullmatch(node.name) if node.op == "placeholder" else None
+        if target:
+            shapes[int(target[1])] = tuple(int(s) for s in fake_value(node).shape)
+    return shapes
+
+
+def initial_forecast(
+    shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> dict[int, Tensor]:
+    """Return fresh projections, U(-1/sqrt(hidden), 1/sqrt(hidden)), seeded (SparDA's init)."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer, shape in sorted(shapes.items()):
+        bound = 1.0 / math.sqrt(shape[1])
+        weight = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        weights[layer] = weight.to(device=device, dtype=dtype)
+    return weights

@@ -1,0 +1,5 @@
+"""What `explain` found, and how it is shown."""
+
+from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
+
+__all__ = ["LayerPlan", "PassSummary", "Report", "SiteSummary"]

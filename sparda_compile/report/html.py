@@ -1,0 +1,143 @@
+"""The inspection page: one self-contained HTML file that draws itself from embedded JSON.
+
+The page loads nothing: its style and script are in `template.html`, its content is one JSON
+value. Graph texts are stored as runs of line numbers into a table that holds each distinct line
+once, since a pass leaves most lines as they were.
+
+    graphs.lines   ["%a = ...", "%b = ...", "%c = ..."]
+    graphs.texts   [[0, 2], [0, 1, 2, 1]]            runs of (first line, count)
+    passes         [{"before": 0, "after": 1, "changes": [[1, 2, 1, 2]], ...}]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import html
+import itertools
+import json
+import string
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+
+from sparda_compile.schedule import ScheduleRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from sparda_compile.report.model import PassSummary, Report
+    from sparda_compile.schedule import Schedule
+
+__all__ = ["write_html"]
+
+_ROW_FIELDS: Final = tuple(field.name for field in dataclasses.fields(ScheduleRow))
+
+
+def write_html(
+    path: Path,
+    *,
+    title: str,
+    schedules: Sequence[Schedule],
+    report: Report | None = None,
+) -> Path:
+    """Write schedules, and a report if there is one, as one self-contained HTML file.
+
+    Args:
+        path: File to write; folders that are missing are made.
+        title: Title of the page.
+        schedules: Schedules to draw, in this order.
+        report: What `explain` found. Without it the page shows the schedules alone. Its own
+            schedules are not drawn.
+
+    Returns:
+        The path, as given.
+
+    Raises:
+        ValueError: If a number is infinite or not a number, which JSON cannot hold.
+    """
+    template = resources.files("sparda_compile.report").joinpath("template.html")
+    page = _Page(template.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title), payload=_embed(_payload(title, schedules, report))
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
+    return path
+
+
+class _Page(string.Template):
+    """A template whose marks, `@@title` and `@@payload`, occur in no CSS and no JavaScript."""
+
+    delimiter = "@@"
+
+
+class _GraphTexts:
+    """Interns graph texts, and the lines of these texts."""
+
+    def __init__(self) -> None:
+        self._line_ids: dict[str, int] = {}
+        self._text_ids: dict[str, int] = {}
+        self._texts: list[list[int]] = []
+
+    def add(self, text: str) -> int:
+        """Return the index of a text, storing it if it is new."""
+        if text not in self._text_ids:
+            self._text_ids[text] = len(self._texts)
+            ids = [self._line_ids.setdefault(x, len(self._line_ids)) for x in text.split("\n")]
+            self._texts.append(ids)
+        return self._text_ids[text]
+
+    def changes(self, before: int, after: int) -> list[tuple[int, int, int, int]]:
+        """Return what differs, as (first, end) lines of one text and (first, end) of the other."""
+        matcher = difflib.SequenceMatcher(None, self._texts[before], self._texts[after])
+        return [(a, b, c, d) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        texts = [list(itertools.chain.from_iterable(_runs(ids))) for ids in self._texts]
+        return {"lines": list(self._line_ids), "texts": texts}
+
+
+def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of each stretch of consecutive numbers."""
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or ids[end] != ids[end - 1] + 1:
+            yield ids[start], end - start
+            start = end
+
+
+def _payload(title: str, schedules: Sequence[Schedule], report: Report | None) -> dict[str, Any]:
+    texts = _GraphTexts()
+    return {
+        "title": title,
+        "row_fields": _ROW_FIELDS,
+        "schedules": [_plain_schedule(schedule) for schedule in schedules],
+        "report": _plain_report(report, texts) if report else None,
+        "graphs": texts.to_dict(),
+    }
+
+
+def _plain_schedule(schedule: Schedule) -> dict[str, Any]:
+    plain = schedule.to_dict()
+    plain["rows"] = [list(row.values()) for row in plain["rows"]]
+    return plain
+
+
+def _plain_report(report: Report, texts: _GraphTexts) -> dict[str, Any]:
+    plain = dataclasses.replace(report, schedules=()).to_dict()
+    del plain["schedules"]
+    for entry, summary in zip(plain["passes"], report.passes, strict=True):
+        entry.update(_plain_graphs(summary, texts))
+    return plain
+
+
+def _plain_graphs(summary: PassSummary, texts: _GraphTexts) -> dict[str, Any]:
+    before, after = texts.add(summary.before), texts.add(summary.after)
+    return {"before": before, "after": after, "changes": texts.changes(before, after)}
+
+
+def _embed(payload: dict[str, Any]) -> str:
+    """Return JSON that no text inside it can break out of a script element with."""
+    text = json.dumps(payload, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

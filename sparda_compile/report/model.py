@@ -1,0 +1,179 @@
+"""`Report`: everything that is known about a rewritten model without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparda_compile.schedule import Schedule
+
+__all__ = ["LayerPlan", "PassSummary", "Report", "SiteSummary"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteSummary:
+    """One attention of the model, as FindAttention saw it.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        module: Path of the attention module, `model.layers.0.self_attn`.
+        form: `sdpa` or `eager`.
+        kind: `sparse` (rewritten), `window` (kept dense over a sliding window).
+        reason: Why it stays dense; empty for sparse ones.
+        num_heads: Query heads.
+        num_groups: KV heads.
+        head_dim: Width of one head.
+        scale: Factor on the scores.
+        window: Sliding window in tokens, 0 for none.
+        softcap: Soft cap on the scores, 0.0 for none.
+        projection: Module path of the linear that makes the query.
+        position: What rotates the query: `rope` or `none`.
+    """
+
+    layer: int
+    module: str
+    form: str
+    kind: str
+    reason: str
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    scale: float
+    window: int
+    softcap: float
+    projection: str
+    position: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """Planned bytes of one layer's KV cache, for the whole batch."""
+
+    layer: int
+    host_bytes: int
+    page_bytes: int
+    summary_bytes: int
+    table_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSummary:
+    """What one pass did to one graph.
+
+    Attributes:
+        phase: `prefill` or `decode`.
+        name: The pass.
+        counts: What it counted, `{"sites": 32}`.
+        ms: Milliseconds that it took.
+        nodes_before: Nodes of the graph before it.
+        nodes_after: Nodes of the graph after it.
+        before: Text of the graph before it.
+        after: Text of the graph after it.
+    """
+
+    phase: str
+    name: str
+    counts: dict[str, int]
+    ms: float
+    nodes_before: int
+    nodes_after: int
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` returns; `str()` prints it, `to_html` writes the whole of it.
+
+    Attributes:
+        model: Class name of the model.
+        mode: Mode of the configuration.
+        batch_size: Sequences that the plan is for.
+        max_tokens: Tokens per sequence that the plan is for.
+        sites: Every attention found, in layer order.
+        layers: Planned bytes per layer.
+        passes: What each pass did, in order, prefill and decode.
+        schedules: Predicted schedules, by phase.
+        forecast_parameters: Number of Forecast weights that the mode needs.
+        model_parameters: Number of weights of the model.
+        error: Why the model cannot be rewritten; empty when it can.
+    """
+
+    model: str
+    mode: str
+    batch_size: int
+    max_tokens: int
+    sites: tuple[SiteSummary, ...]
+    layers: tuple[LayerPlan, ...]
+    passes: tuple[PassSummary, ...]
+    schedules: tuple[Schedule, ...]
+    forecast_parameters: int
+    model_parameters: int
+    error: str = ""
+
+    @property
+    def host_bytes(self) -> int:
+        """CPU memory that the KV cache will take."""
+        return sum(layer.host_bytes for layer in self.layers)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that the KV cache will take."""
+        return sum(p.page_bytes + p.summary_bytes + p.table_bytes for p in self.layers)
+
+    @property
+    def sparse_sites(self) -> tuple[SiteSummary, ...]:
+        """Attentions that are rewritten."""
+        return tuple(site for site in self.sites if site.kind == "sparse")
+
+    @property
+    def dense_sites(self) -> tuple[SiteSummary, ...]:
+        """Attentions that stay dense, each with its reason."""
+        return tuple(site for site in self.sites if site.kind != "sparse")
+
+    def __str__(self) -> str:
+        """Return the report as text."""
+        if self.error:
+            return f"{self.model}: cannot be rewritten. {self.error}"
+        mib = 1 << 20
+        share = self.forecast_parameters / max(self.model_parameters, 1)
+        lines = [
+            f"{self.model}, mode {self.mode}: {len(self.sparse_sites)} attentions rewritten, "
+            f"{len(self.dense_sites)} left dense",
+            f"KV cache of {self.batch_size} x {self.max_tokens} tokens: "
+            f"{self.host_bytes / mib:.1f} MiB in CPU memory, "
+            f"{self.device_bytes / mib:.1f} MiB on the device",
+            f"Forecast: {self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
+        ]
+        lines += [f"  {p.phase:7} {p.name}: {_counts(p.counts)}" for p in self.passes]
+        lines += [
+            f"  layer {site.layer}: {site.form} {site.num_heads}/{site.num_groups} heads of "
+            f"{site.head_dim}, {site.kind}" + (f" ({site.reason})" if site.reason else "")
+            for site in self.sites
+        ]
+        lines += [str(schedule).split("\n", maxsplit=1)[0] for schedule in self.schedules]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON; graph texts are left out."""
+        plain = dataclasses.asdict(dataclasses.replace(self, schedules=()))
+        for entry in plain["passes"]:
+            del entry["before"], entry["after"]
+        plain["schedules"] = [schedule.to_dict() for schedule in self.schedules]
+        plain["host_bytes"] = self.host_bytes
+        plain["device_bytes"] = self.device_bytes
+        return plain
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the whole report as one self-contained HTML file and return its path."""
+        from sparda_compile.report.html import write_html
+
+        return write_html(
+            Path(path), title=f"sparda: {self.model}", schedules=self.schedules, report=self
+        )
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{value} {name}" for name, value in counts.items()) or "nothing to do"

@@ -1,0 +1,222 @@
+"""Put new keys and values into the cache: one token per sequence, or many.
+
+    append_kv         decode: the new token goes to the tail page
+    extend_kv         prefill: pages for the blocks that stay resident, tokens into them
+    update_summary    keep a selector's summary in step with the keys
+    advance_lengths   end of the step: the new tokens are now past
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparda_compile.kernels.prefill_attention import token_positions
+from sparda_compile.runtime.block_table import assign_pages
+from sparda_compile.selectors import SUMMARIES, Geometry
+from sparda_compile.streams import current_engine
+
+__all__ = ["advance_lengths", "append_kv", "extend_kv", "update_summary"]
+
+
+@torch.library.custom_op("sparda::append_kv", mutates_args=("pages",))
+def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: Tensor) -> None:
+    """Write one token per sequence to its tail page.
+
+    Args:
+        k: [B, G, 1, D] new keys, after rotation.
+        v: [B, G, 1, D] new values.
+        tail_page: [B, G] int32, from `plan_pages`.
+        lengths: [B] int32, position of the token.
+        pages: [B, G, C, 2, P, D], updated.
+    """
+
+    def work() -> None:
+        rows = torch.arange(k.shape[0])[:, None]
+        heads = torch.arange(k.shape[1])
+        offset = (lengths.long() % pages.shape[4])[:, None]
+        page = tail_page.long()
+        pages[rows, heads, page, 0, offset] = k[:, :, 0]
+        pages[rows, heads, page, 1, offset] = v[:, :, 0]
+
+    current_engine().submit(0, work)
+
+
+@append_kv.register_fake
+def _(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "sparda::extend_kv", mutates_args=("pages", "block_table", "page_block", "page_stamp")
+)
+def extend_kv(
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    sink_blocks: int,
+    local_blocks: int,
+    eviction: str,
+) -> None:
+    """Give pages to the blocks that should stay resident and write the new tokens into them.
+
+    Resident are, of the blocks that get new tokens: the first `sink_blocks`, the last
+    `local_blocks` + 1, and the first of them, because its older tokens are only in its page.
+    With a page for every block, all of them.
+
+    Args:
+        k: [B, G, T, D] new keys, after rotation.
+        v: [B, G, T, D] new values.
+        token_mask: [B, T] bool, which tokens are real.
+        lengths: [B] int32, tokens before this step.
+        pages: [B, G, C, 2, P, D], updated.
+        block_table: [B, G, N] int32, updated.
+        page_block: [B, G, C] int32, updated.
+        page_stamp: [B, G, C] int32, updated.
+        sink_blocks: Always-kept first blocks.
+        local_blocks: Always-kept blocks before the last.
+        eviction: `lru` or `fifo`.
+    """
+    groups, num_pages, size = k.shape[1], pages.shape[2], pages.shape[4]
+    num_blocks = block_table.shape[-1]
+    position_BT = token_positions(lengths, token_mask, k.shape[2])
+    total_B = lengths.long() + token_mask.sum(1)
+    block_N = torch.arange(num_blocks)
+    first, last = (lengths.long() // size)[:, None], ((total_B - 1) // size)[:, None]
+    touched = (block_N >= first) & (block_N <= last)
+    if num_pages == num_blocks:
+        kept = touched
+    else:
+        kept = (block_N < sink_blocks) | (block_N >= last - local_blocks) | (block_N == first)
+        kept &= touched
+    most = min(num_blocks, num_pages)
+    ids = block_N.where(kept, num_blocks).sort(1).values[:, :most]
+    ids = ids.masked_fill(ids == num_blocks, -1).int()
+    ids_BGK = ids[:, None].expand(-1, groups, -1).contiguous()
+    stamp_B = (total_B - 1).clamp(min=0).int()
+    assign_pages(ids_BGK, stamp_B, block_table, page_block, page_stamp, eviction)
+
+    row, column = torch.where(token_mask)
+    position = position_BT[row, column]
+    page_ng = block_table[row, :, position // size]
+    token, head = torch.where(page_ng >= 0)
+    row, column, offset = row[token], column[token], position[token] % size
+    page = page_ng[token, head].long()
+    pages[row, head, page, 0, offset] = k[row, head, column]
+    pages[row, head, page, 1, offset] = v[row, head, column]
+
+
+@extend_kv.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    sink_blocks: int,
+    local_blocks: int,
+    eviction: str,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("sparda::update_summary", mutates_args=("tensors",))
+def update_summary(
+    k: Tensor,
+    lengths: Tensor,
+    token_mask: Tensor | None,
+    tensors: Sequence[Tensor],
+    summary: str,
+    num_blocks: int,
+    block_size: int,
+    pool_size: int,
+    pool_stride: int,
+) -> None:
+    """Take new keys into a selector's summary.
+
+    Args:
+        k: [B, G, T, D] new keys, after rotation.
+        lengths: [B] int32, tokens before this step.
+        token_mask: [B, T] bool, which tokens are real; None means all, and T is 1.
+        tensors: The summary's tensors, updated.
+        summary: Name of the summary.
+        num_blocks: N.
+        block_size: P.
+        pool_size: Tokens of one pooled key.
+        pool_stride: Tokens between pooled keys.
+    """
+    geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
+
+    def work() -> None:
+        SUMMARIES[summary].extend(tensors, k, lengths, token_mask, geometry)
+
+    current_engine().submit(0, work)
+
+
+@update_summary.register_fake
+def _(
+    k: Tensor,
+    lengths: Tensor,
+    token_mask: Tensor | None,
+    tensors: Sequence[Tensor],
+    summary: str,
+    num_blocks: int,
+    block_size: int,
+    pool_size: int,
+    pool_stride: int,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("sparda::remember_ids", mutates_args=("last_block_ids",))
+def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
+    """Keep this step's selection for the next step's hint.
+
+    Args:
+        block_ids: [B, G, K] int32.
+        last_block_ids: [B, G, K] int32, updated.
+    """
+    current_engine().submit(0, lambda: None)
+    last_block_ids.copy_(block_ids)
+
+
+@remember_ids.register_fake
+def _(block_ids: Tensor, last_block_ids: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("sparda::recall_ids", mutates_args=())
+def recall_ids(last_block_ids: Tensor) -> Tensor:
+    """Return the last step's selection as the hint for this one, [B, G, K] int32."""
+    return last_block_ids.clone()
+
+
+@recall_ids.register_fake
+def _(last_block_ids: Tensor) -> Tensor:
+    return torch.empty_like(last_block_ids)
+
+
+@torch.library.custom_op("sparda::advance_lengths", mutates_args=("lengths",))
+def advance_lengths(token_mask: Tensor | None, lengths: Tensor) -> None:
+    """Count the new tokens of the step that ends here.
+
+    Args:
+        token_mask: [B, T] bool, which tokens were real; None means one per sequence.
+        lengths: [B] int32, updated.
+    """
+    lengths += 1 if token_mask is None else token_mask.sum(1).int()
+
+
+@advance_lengths.register_fake
+def _(token_mask: Tensor | None, lengths: Tensor) -> None:
+    return None

@@ -1,0 +1,161 @@
+"""Block -> page: the only writer of residency. Plans ids; moves no bytes.
+
+`plan_pages` looks selected blocks up, gives the absent ones pages, and lists what to fetch:
+
+    hit    table[id] >= 0                      stays where it is
+    miss   table[id] <  0                      i-th miss takes the i-th page in victim order
+    tail   the block being written, if new     takes a page too, but nothing is fetched for it
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparda_compile.runtime.eviction import TOUCHES_HITS, victim_order
+from sparda_compile.streams import current_engine
+
+__all__ = ["assign_pages", "plan_pages"]
+
+_HITS, _MISSES, _PREFETCHED, _REPAIRED = range(4)
+
+
+def assign_pages(
+    ids_BGK: Tensor,
+    stamp_B: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    eviction: str,
+) -> tuple[Tensor, Tensor]:
+    """Give every block of `ids` a page. Updates the three tables.
+
+    Args:
+        ids_BGK: int32 block ids, each at most once, -1 for none; no more than there are pages.
+        stamp_B: int32, what selected (or loaded) pages are stamped with.
+        block_table: [B, G, N] int32.
+        page_block: [B, G, C] int32.
+        page_stamp: [B, G, C] int32.
+        eviction: Policy.
+
+    Returns:
+        The page of each id [B, G, K] int32 (-1 for none), and which ids were absent [B, G, K].
+    """
+    wanted = ids_BGK >= 0
+    safe_ids = ids_BGK.clamp(min=0).long()
+    page = block_table.gather(-1, safe_ids).masked_fill(~wanted, -1)
+    hit, miss = page >= 0, wanted & (page < 0)
+    num_pages = page_block.shape[-1]
+
+    def mark(positions: Tensor, mask: Tensor) -> Tensor:
+        """Return [B, G, C] bool: pages named in `positions` where `mask`."""
+        padded = torch.zeros(*page_block.shape[:2], num_pages + 1, dtype=torch.bool)
+        padded.scatter_(-1, positions.long().masked_fill(~mask, num_pages), True)
+        return padded[..., :num_pages]
+
+    order = victim_order(page_stamp, mark(page, hit))
+    rank = (miss.long().cumsum(-1) - 1).clamp(min=0, max=num_pages - 1)
+    page = torch.where(miss, order.gather(-1, rank).int(), page)
+
+    evicted = page_block.gather(-1, page.clamp(min=0).long()).masked_fill(~miss, -1)
+    _scatter(block_table, evicted, torch.full_like(page, -1), evicted >= 0)
+    _scatter(block_table, ids_BGK, page, miss)
+    _scatter(page_block, page, ids_BGK, miss)
+    touched = miss | hit if TOUCHES_HITS[eviction] else miss
+    _scatter(page_stamp, page, stamp_B[:, None, None].expand_as(page), touched)
+    return page, miss
+
+
+def _scatter(target: Tensor, index: Tensor, values: Tensor, mask: Tensor) -> None:
+    """Write `values` at `index` along the last dimension where `mask`, in place."""
+    size = target.shape[-1]
+    padded = torch.cat([target, target[..., :1]], dim=-1)
+    padded.scatter_(-1, index.long().masked_fill(~mask, size), values.to(target.dtype))
+    target.copy_(padded[..., :size])
+
+
+@torch.library.custom_op(
+    "sparda::plan_pages", mutates_args=("block_table", "page_block", "page_stamp", "counters")
+)
+def plan_pages(
+    block_ids: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    counters: Tensor,
+    block_size: int,
+    eviction: str,
+    is_hint: bool,
+    stream: int = 0,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Decide where the selected blocks will be, and which have to come from the host.
+
+    Args:
+        block_ids: [B, G, K] int32, -1 for none.
+        lengths: [B] int32, tokens before this step.
+        block_table: [B, G, N] int32, updated.
+        page_block: [B, G, C] int32, updated.
+        page_stamp: [B, G, C] int32, updated.
+        counters: [5] int64, updated; see `layout.COUNTERS`.
+        block_size: P.
+        eviction: `lru` or `fifo`.
+        is_hint: Whether the ids are a guess; guesses do not count as hits or misses.
+        stream: 0 compute, 1 copy.
+        after: Result of the fork that starts the copy stream's work, if this op is first on it.
+
+    Returns:
+        page_ids [B, G, K] int32, page of each id; is_miss [B, G, K] bool, ids to fetch;
+        miss_blocks and miss_pages [B, G, K] int32, the same as a compacted list, then -1;
+        tail_page [B, G] int32, page of the block that the new token goes to, -1 if not planned.
+    """
+    del after
+    small = block_ids.new_empty
+    page_ids, miss_blocks, miss_pages = (torch.empty_like(block_ids) for _ in range(3))
+    is_miss = small(block_ids.shape, dtype=torch.bool)
+    tail_page = small(block_ids.shape[:2])
+
+    def work() -> None:
+        page, absent = assign_pages(
+            block_ids, lengths, block_table, page_block, page_stamp, eviction
+        )
+        current = (lengths // block_size)[:, None, None]
+        is_tail = block_ids == current
+        fetch = absent & (block_ids < current)
+        page_ids.copy_(page)
+        is_miss.copy_(fetch)
+        tail_page.copy_(torch.where(is_tail, page, -1).amax(-1))
+        order = (~fetch).byte().sort(-1, stable=True).indices
+        listed = fetch.gather(-1, order)
+        miss_blocks.copy_(block_ids.gather(-1, order).masked_fill(~listed, -1))
+        miss_pages.copy_(page.gather(-1, order).masked_fill(~listed, -1))
+        num_fetched = fetch.sum()
+        if is_hint:
+            counters[_PREFETCHED] += num_fetched
+        else:
+            counters[_HITS] += ((block_ids >= 0) & ~absent).sum()
+            counters[_MISSES] += num_fetched
+            counters[_REPAIRED] += num_fetched
+
+    current_engine().submit(stream, work)
+    return page_ids, is_miss, miss_blocks, miss_pages, tail_page
+
+
+@plan_pages.register_fake
+def _(
+    block_ids: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    counters: Tensor,
+    block_size: int,
+    eviction: str,
+    is_hint: bool,
+    stream: int = 0,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids = [torch.empty_like(block_ids) for _ in range(3)]
+    is_miss = torch.empty_like(block_ids, dtype=torch.bool)
+    return ids[0], is_miss, ids[1], ids[2], block_ids.new_empty(block_ids.shape[:2])

@@ -1,0 +1,45 @@
+"""Bytes in device memory: pages, tables, summaries, rings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparda_compile.errors import DevicePoolFullError
+
+if TYPE_CHECKING:
+    from sparda_compile.layout import TensorSpec
+
+__all__ = ["DevicePool"]
+
+
+class DevicePool:
+    """Owns the state tensors on the device.
+
+    Args:
+        device: Where.
+        limit_bytes: Most that may be taken; None is no limit.
+    """
+
+    def __init__(self, device: torch.device, limit_bytes: int | None) -> None:
+        self._device = device
+        self._limit_bytes = limit_bytes
+        self.num_bytes = 0
+
+    def check(self, num_bytes: int, batch_size: int, max_tokens: int) -> None:
+        """Raise DevicePoolFullError if so many bytes are not allowed."""
+        if self._limit_bytes is None or num_bytes <= self._limit_bytes:
+            return
+        mib = 1 << 20
+        raise DevicePoolFullError(
+            f"the KV cache of {batch_size} sequences of {max_tokens} tokens needs "
+            f"{num_bytes / mib:.1f} MiB on the device, but device_bytes allows "
+            f"{self._limit_bytes / mib:.1f} MiB; lower top_k, page_ratio, max_tokens or the batch "
+            "size, or raise device_bytes."
+        )
+
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        """Return one state tensor, filled as in an empty cache."""
+        self.num_bytes += spec.num_bytes
+        return torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=self._device)

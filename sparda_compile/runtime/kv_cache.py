@@ -1,0 +1,148 @@
+"""KVCache: all KV state of one batch of sequences, as the tensors that a program takes.
+
+Ownership:
+
+    bytes in CPU memory          HostPool
+    bytes on the device          DevicePool
+    block -> page                block_table.py, the only writer of residency
+    streams, events, copies      streams.py and transfer.py
+    who leaves                   eviction.py
+    the whole                    KVCache
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparda_compile.errors import KVCacheError
+from sparda_compile.layout import COUNTERS, LENGTHS, CacheLayout, state_name
+from sparda_compile.runtime.device_pool import DevicePool
+from sparda_compile.runtime.host_pool import HostPool
+from sparda_compile.runtime.stats import CacheStats, LayerStats
+from sparda_compile.selectors import SUMMARIES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """State of `layout.batch_size` sequences of up to `layout.max_tokens` tokens.
+
+    Args:
+        layout: Sizes.
+        device: Where the program runs.
+
+    Attributes:
+        layout: Sizes.
+        state: Every state tensor, by graph input name; addresses never change.
+        num_columns: Tokens per sequence that were passed in, padding included.
+        longest: Tokens of the longest sequence, padding left out.
+
+    Raises:
+        HostPoolFullError: If there is not enough CPU memory.
+        DevicePoolFullError: If `device_bytes` is not enough.
+    """
+
+    def __init__(self, layout: CacheLayout, device: torch.device) -> None:
+        self.layout = layout
+        config = layout.config
+        size = (layout.batch_size, layout.max_tokens)
+        self.host_pool = HostPool(config.host_bytes)
+        self.device_pool = DevicePool(device, config.device_bytes)
+        device_bytes = layout.num_bytes(on_host=False)
+        host_bytes = layout.num_bytes(on_host=True)
+        on_cpu = device.type == "cpu"
+        self.device_pool.check(device_bytes, *size)
+        self.host_pool.check(host_bytes + (device_bytes if on_cpu else 0), *size)
+        self.state: dict[str, Tensor] = {
+            name: (self.host_pool if spec.on_host else self.device_pool).allocate(spec)
+            for name, spec in layout.all_tensors().items()
+        }
+        self.num_columns = 0
+        self.longest = 0
+        self._reset_summaries()
+
+    def reset(self) -> None:
+        """Forget every sequence and zero the counters; memory stays."""
+        for name, spec in self.layout.all_tensors().items():
+            if not spec.on_host:
+                self.state[name].fill_(spec.fill)
+        self._reset_summaries()
+        self.num_columns = 0
+        self.longest = 0
+
+    def advance(self, num_columns: int, num_tokens: int) -> None:
+        """Note that a step has taken in tokens.
+
+        Args:
+            num_columns: Tokens per sequence, padding included.
+            num_tokens: Most real tokens that any sequence got.
+        """
+        self.num_columns += num_columns
+        self.longest += num_tokens
+
+    def check_room(self, num_tokens: int) -> None:
+        """Raise KVCacheError if so many more tokens do not fit."""
+        if self.longest + num_tokens <= self.layout.max_tokens:
+            return
+        raise KVCacheError(
+            f"{num_tokens} more tokens do not fit: the cache holds {self.longest} and was reserved "
+            f"for {self.layout.max_tokens} per sequence. Raise max_tokens in SpardaConfig, or pass "
+            "fewer tokens."
+        )
+
+    def grow(self, layout: CacheLayout) -> KVCache:
+        """Return a larger cache with the same content.
+
+        Args:
+            layout: As this one's, with more `max_tokens`.
+        """
+        larger = KVCache(layout, next(iter(self.state.values())).device)
+        for name, old in self.state.items():
+            new = larger.state[name]
+            new[tuple(slice(0, size) for size in old.shape)] = old
+        larger.num_columns, larger.longest = self.num_columns, self.longest
+        return larger
+
+    def lengths(self) -> list[int]:
+        """Return the tokens of each sequence; waits for the device."""
+        return [int(n) for n in self.state[LENGTHS].tolist()]
+
+    def stats(self) -> CacheStats:
+        """Return the counts since the last reset; waits for the device."""
+        layers = {}
+        for shape in self.layout.layers:
+            if shape.kind != "sparse":
+                continue
+            counters = self.state[state_name("counters", shape.layer)].tolist()
+            count = dict(zip(COUNTERS, counters, strict=True))
+            pages = self.state[state_name("pages", shape.layer)]
+            block_bytes = math.prod(pages.shape[3:]) * pages.element_size()
+            fetched = count["prefetched_blocks"] + count["repaired_blocks"]
+            layers[shape.layer] = LayerStats(
+                hits=count["hits"],
+                misses=count["misses"],
+                h2d_bytes=fetched * block_bytes if self.layout.offload else 0,
+                d2h_bytes=count["offloaded_blocks"] * block_bytes,
+            )
+        return CacheStats(layers)
+
+    def reset_stats(self) -> None:
+        """Zero the counters."""
+        for shape in self.layout.layers:
+            if shape.kind == "sparse":
+                self.state[state_name("counters", shape.layer)].zero_()
+
+    def _reset_summaries(self) -> None:
+        for shape in self.layout.layers:
+            if shape.kind != "sparse":
+                continue
+            for summary in self.layout.summaries():
+                names = self.layout.summary_tensors(summary, shape)
+                tensors = [self.state[state_name(n, shape.layer)] for n in names]
+                SUMMARIES[summary].reset(tensors)

@@ -1,0 +1,320 @@
+"""Bytes between CPU and device: every copy, its start and its wait.
+
+    fork_stream       the copy stream may go on from here
+    prefetch_blocks   H2D of the missed blocks, on the copy stream; returns at once
+    fetch_blocks      the same in line, on the compute stream
+    offload_blocks    D2H of blocks that just became full, on the copy stream
+    store_blocks      the same in line
+    wait_blocks       the compute stream goes on when a copy has ended
+
+An async op names an event; its wait names the same one. The wait takes, as `keepalive`, every
+temporary that the copy stream still reads or writes and nobody uses later, or a compiler would
+hand its memory to somebody else while the copy runs.
+
+Host layout: one (sequence, KV head, block) is one contiguous run, K then V. On the CPU the host
+pool is an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparda_compile.kernels.prefill_attention import token_positions
+from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.streams import current_engine
+
+__all__ = [
+    "fetch_blocks",
+    "fork_stream",
+    "offload_blocks",
+    "prefetch_blocks",
+    "store_blocks",
+    "wait_blocks",
+]
+
+_OFFLOADED = 4
+
+
+def _fetch(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
+    if not host.numel():
+        return
+    row, head, entry = torch.where(miss_blocks >= 0)
+    block, page = miss_blocks[row, head, entry].long(), miss_pages[row, head, entry].long()
+    pages[row, head, page] = host[row, head, block]
+
+
+def _store_tail(
+    tail_page: Tensor, lengths: Tensor, pages: Tensor, host: Tensor, counters: Tensor
+) -> None:
+    """Copy the tail block of each sequence whose block the current token has filled."""
+    if not host.numel():
+        return
+    size = pages.shape[4]
+    is_full = ((lengths + 1) % size == 0)[:, None] & (tail_page >= 0)
+    row, head = torch.where(is_full)
+    block = (lengths.long() // size)[row]
+    host[row, head, block] = pages[row, head, tail_page[row, head].long()]
+    counters[_OFFLOADED] += is_full.sum()
+
+
+def _store_prefix(
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    pages: Tensor,
+    host: Tensor,
+    counters: Tensor,
+) -> None:
+    """Copy every block that the new tokens have filled."""
+    if not host.numel():
+        return
+    size = pages.shape[4]
+    total_B = lengths.long() + token_mask.sum(1)
+    first_B, end_B = lengths.long() // size, total_B // size
+    # The first block may have older tokens, which only its page has.
+    row = torch.where(end_B > first_B)[0]
+    page_nG = block_table[row, :, first_B[row]].long()
+    heads = torch.arange(pages.shape[1])
+    host[row, :, first_B[row]] = pages[row[:, None], heads, page_nG]
+
+    position_BT = token_positions(lengths, token_mask, k.shape[2])
+    whole = (position_BT >= ((first_B + 1) * size)[:, None]) & (
+        position_BT < (end_B * size)[:, None]
+    )
+    row, column = torch.where(whole)
+    position = position_BT[row, column]
+    block, offset = position // size, position % size
+    host[row, :, block, 0, offset] = k[row, :, column]
+    host[row, :, block, 1, offset] = v[row, :, column]
+    counters[_OFFLOADED] += (end_B - first_B).sum() * pages.shape[1]
+
+
+def _store(
+    new_kv: Sequence[Tensor],
+    tail_page: Tensor | None,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    pages: Tensor,
+    host: Tensor,
+    counters: Tensor,
+) -> None:
+    if tail_page is not None:
+        _store_tail(tail_page, lengths, pages, host, counters)
+    elif token_mask is not None and block_table is not None:
+        k, v = new_kv
+        _store_prefix(k, v, token_mask, lengths, block_table, pages, host, counters)
+
+
+def _ticket(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+@torch.library.custom_op("sparda::fork_stream", mutates_args=())
+def fork_stream(inputs: Sequence[Tensor], event: int) -> Tensor:
+    """Let the copy stream go on from here, with everything that was computed so far.
+
+    Args:
+        inputs: What the copy stream will read; keeps the fork behind its producers.
+        event: Number of the event, unique in the graph.
+
+    Returns:
+        An empty tensor for the first op of the copy stream's work.
+    """
+    return _ticket(inputs[0])
+
+
+@fork_stream.register_fake
+def _(inputs: Sequence[Tensor], event: int) -> Tensor:
+    return inputs[0].new_empty(0)
+
+
+@torch.library.custom_op("sparda::fetch_blocks", mutates_args=("pages",))
+def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
+    """Copy the missed blocks from the host to their pages, in line.
+
+    Args:
+        miss_blocks: [B, G, K] int32, from `plan_pages`.
+        miss_pages: [B, G, K] int32.
+        host: [B, G, N, 2, P, D], or empty without offload.
+        pages: [B, G, C, 2, P, D], updated.
+    """
+    current_engine().submit(COMPUTE, lambda: _fetch(miss_blocks, miss_pages, host, pages))
+
+
+@fetch_blocks.register_fake
+def _(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("sparda::prefetch_blocks", mutates_args=("pages",))
+def prefetch_blocks(
+    miss_blocks: Tensor,
+    miss_pages: Tensor,
+    host: Tensor,
+    pages: Tensor,
+    event: int,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Start the copy of the missed blocks to their pages, on the copy stream.
+
+    Args:
+        miss_blocks: [B, G, K] int32, from `plan_pages`.
+        miss_pages: [B, G, K] int32.
+        host: [B, G, N, 2, P, D], or empty without offload.
+        pages: [B, G, C, 2, P, D], updated when the wait for `event` has passed.
+        event: Number of the event, unique in the graph.
+        after: Result of the fork, if this op is first on the copy stream.
+
+    Returns:
+        A ticket for `wait_blocks`, an empty tensor.
+    """
+    del after
+    engine = current_engine()
+    engine.submit(COPY, lambda: _fetch(miss_blocks, miss_pages, host, pages))
+    engine.record(event)
+    return _ticket(pages)
+
+
+@prefetch_blocks.register_fake
+def _(
+    miss_blocks: Tensor,
+    miss_pages: Tensor,
+    host: Tensor,
+    pages: Tensor,
+    event: int,
+    after: Tensor | None = None,
+) -> Tensor:
+    return pages.new_empty(0)
+
+
+@torch.library.custom_op("sparda::wait_blocks", mutates_args=("buffer",))
+def wait_blocks(
+    ticket: Tensor,
+    buffer: Tensor,
+    keepalive: Sequence[Tensor],
+    anchor: Tensor | None,
+    event: int,
+) -> None:
+    """Make the compute stream wait for a copy.
+
+    Args:
+        ticket: From the op that started the copy.
+        buffer: What the copy writes: valid from here on.
+        keepalive: Temporaries that the copy stream uses until here.
+        anchor: A tensor computed late in the waiting layer; keeps compilers from moving the
+            wait up.
+        event: The event of the copy.
+    """
+    current_engine().wait(event)
+
+
+@wait_blocks.register_fake
+def _(
+    ticket: Tensor,
+    buffer: Tensor,
+    keepalive: Sequence[Tensor],
+    anchor: Tensor | None,
+    event: int,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("sparda::store_blocks", mutates_args=("host", "counters"))
+def store_blocks(
+    new_kv: Sequence[Tensor],
+    tail_page: Tensor | None,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    pages: Tensor,
+    host: Tensor,
+    counters: Tensor,
+) -> None:
+    """Copy blocks that became full in this step to the host, in line.
+
+    Args:
+        new_kv: Prefill: the new keys and values [B, G, T, D]. Decode: empty.
+        tail_page: Decode: [B, G] int32, page of the block that the new token went to.
+        token_mask: Prefill: [B, T] bool, which tokens are real.
+        lengths: [B] int32, tokens before this step.
+        block_table: Prefill: [B, G, N] int32.
+        pages: [B, G, C, 2, P, D].
+        host: [B, G, N, 2, P, D], updated; empty without offload.
+        counters: [5] int64, updated.
+    """
+    args = (new_kv, tail_page, token_mask, lengths, block_table, pages, host, counters)
+    current_engine().submit(COMPUTE, lambda: _store(*args))
+
+
+@store_blocks.register_fake
+def _(
+    new_kv: Sequence[Tensor],
+    tail_page: Tensor | None,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    pages: Tensor,
+    host: Tensor,
+    counters: Tensor,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("sparda::offload_blocks", mutates_args=("host", "counters"))
+def offload_blocks(
+    new_kv: Sequence[Tensor],
+    tail_page: Tensor | None,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    pages: Tensor,
+    host: Tensor,
+    counters: Tensor,
+    event: int,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Start the copy of blocks that became full in this step, on the copy stream.
+
+    Args:
+        new_kv: Prefill: the new keys and values [B, G, T, D]. Decode: empty.
+        tail_page: Decode: [B, G] int32, page of the block that the new token went to.
+        token_mask: Prefill: [B, T] bool, which tokens are real.
+        lengths: [B] int32, tokens before this step.
+        block_table: Prefill: [B, G, N] int32.
+        pages: [B, G, C, 2, P, D].
+        host: [B, G, N, 2, P, D], updated when the wait for `event` has passed.
+        counters: [5] int64, updated with it.
+        event: Number of the event, unique in the graph.
+        after: Result of the fork before it.
+
+    Returns:
+        A ticket for `wait_blocks`, an empty tensor.
+    """
+    del after
+    args = (new_kv, tail_page, token_mask, lengths, block_table, pages, host, counters)
+    engine = current_engine()
+    engine.submit(COPY, lambda: _store(*args))
+    engine.record(event)
+    return _ticket(pages)
+
+
+@offload_blocks.register_fake
+def _(
+    new_kv: Sequence[Tensor],
+    tail_page: Tensor | None,
+    token_mask: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    pages: Tensor,
+    host: Tensor,
+    counters: Tensor,
+    event: int,
+    after: Tensor | None = None,
+) -> Tensor:
+    return pages.new_empty(0)

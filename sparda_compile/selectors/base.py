@@ -1,0 +1,94 @@
+"""What a selector is: a summary of the keys of every block, and a score against a query.
+
+Dimensions: B batch, G groups (KV heads), H query heads, R = H / G, T new tokens, D head dim,
+N blocks, W pooled windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["Geometry", "Selector", "Summary", "valid_tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes that summaries and scores depend on.
+
+    Attributes:
+        num_blocks: N, blocks that the cache can hold.
+        block_size: Tokens of one block.
+        pool_size: Tokens averaged into one pooled key.
+        pool_stride: Tokens between the starts of neighbouring pooled keys.
+    """
+
+    num_blocks: int
+    block_size: int
+    pool_size: int
+    pool_stride: int
+
+    @property
+    def num_windows(self) -> int:
+        """W, pooled keys that a full cache has."""
+        tokens = self.num_blocks * self.block_size
+        return max((tokens - self.pool_size) // self.pool_stride + 1, 1)
+
+
+class Summary(Protocol):
+    """Small tensors kept on the device that stand for all keys of a layer."""
+
+    name: ClassVar[str]
+
+    def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor behind [B, G], by name."""
+
+    def reset(self, tensors: Sequence[Tensor]) -> None:
+        """Make the tensors stand for an empty cache."""
+
+    def extend(
+        self,
+        tensors: Sequence[Tensor],
+        k_BGTD: Tensor,
+        lengths_B: Tensor,
+        token_mask_BT: Tensor | None,
+        geometry: Geometry,
+    ) -> None:
+        """Take in new keys, in place.
+
+        Args:
+            tensors: In the order of `shapes`; updated.
+            k_BGTD: New keys, after rotation.
+            lengths_B: Tokens before this step, int32.
+            token_mask_BT: Which new tokens are real; None means all of them, and T is 1.
+            geometry: Sizes.
+        """
+
+
+class Selector(Protocol):
+    """Scores every block against a query."""
+
+    name: ClassVar[str]
+    summary: ClassVar[Summary]
+
+    def score(
+        self,
+        query_BHTD: Tensor,
+        tensors: Sequence[Tensor],
+        lengths_B: Tensor,
+        scale: float,
+        geometry: Geometry,
+    ) -> Tensor:
+        """Return [B, G, N] float32, higher is better, -inf for a block without a summary."""
+
+
+def valid_tokens(k_GTD: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Return the real tokens of one sequence, [G, n, D]."""
+    return k_GTD if mask_T is None else k_GTD[:, torch.where(mask_T)[0]]

@@ -1,0 +1,341 @@
+"""The mathematics of block-selected decoding, written a second time: slow, plain, one token a time.
+
+For the Llama architecture (`q_proj` .. `o_proj`, RMSNorm, SwiGLU, half-split RoPE; optional biases,
+tied embeddings and query/key norms). Keys and values are Python lists, summaries are recomputed
+at every step, and nothing of the library is used, so agreement with it means something.
+
+Legend: H query heads, G KV heads (groups), R = H / G, D head size, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["BlockIds", "ReferenceMode", "random_forecast", "reference_decode"]
+
+ReferenceMode = Literal["dense", "query", "exact", "forecast"]
+ReferenceSelector = Literal["infllm2", "quest"]
+BlockIds = list[list[list[int]]]
+"""Ascending block ids of one decode step, by layer and group."""
+
+_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+_NEVER: Final = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rules:
+    """How blocks are scored and how many are kept."""
+
+    mode: ReferenceMode
+    selector: ReferenceSelector
+    top_k: int | None
+    sink_blocks: int
+    local_blocks: int
+    block_size: int
+    pool_size: int
+    pool_stride: int
+
+
+@dataclasses.dataclass
+class _Memory:
+    """Keys and values of one layer: for each group a list with one [D] tensor per token."""
+
+    keys: list[list[Tensor]]
+    values: list[list[Tensor]]
+
+
+@torch.no_grad()
+def reference_decode(
+    model: Any,
+    prompt_ids: Sequence[int] | Tensor,
+    num_steps: int,
+    *,
+    mode: ReferenceMode = "dense",
+    selector: ReferenceSelector = "infllm2",
+    top_k: int | None = None,
+    sink_blocks: int = 1,
+    local_blocks: int = 32,
+    block_size: int = 64,
+    pool_size: int = 32,
+    pool_stride: int = 16,
+    forecast: Mapping[int | str, Tensor] | None = None,
+    trace: list[BlockIds] | None = None,
+) -> tuple[list[int], list[Tensor]]:
+    """Decode greedily, reading only the selected blocks of each layer and group.
+
+    The prompt is dense and its last logits give the first token. Every later token is a decode
+    step at position p. It may read blocks 0 .. p // block_size. The first `sink_blocks`, the
+    current block and the `local_blocks` before it are always read; `top_k` more are picked by
+    score, highest first, ties to the lower id. Scores know only the keys of earlier tokens;
+    attention also reads the key of the token itself.
+
+    Args:
+        model: A `LlamaForCausalLM`, `MistralForCausalLM` without a window, `Qwen2ForCausalLM`
+            or `Qwen3ForCausalLM`, in fp32.
+        prompt_ids: Tokens of the prompt, one sequence: a list, or a tensor [T] or [1, T].
+        num_steps: Tokens to make; the first needs no decode step.
+        mode: Who scores: `query` (also under the name `exact`) the layer's own query,
+            `forecast` the layer before, `dense` nobody, so every block is read.
+        selector: How a query scores: `infllm2` by pooled keys or `quest` by bounds.
+        top_k: Blocks beyond the forced ones; None reads every block.
+        sink_blocks: First blocks that are always read.
+        local_blocks: Blocks before the current one that are always read.
+        block_size: Tokens of a block.
+        pool_size: Tokens of a pooled key.
+        pool_stride: Tokens between the starts of neighbouring pooled keys.
+        forecast: For `forecast`: under the key l the projection [G * D, C] of layer l's
+            attention input that selects for layer l + 1; under `bootstrap` the projection of
+            layer 0's attention input that selects for layer 0.
+        trace: A list to append the block ids of every decode step to, so `num_steps - 1` items.
+
+    Returns:
+        The tokens and, for each of them, the fp32 logits [V] it was the largest of.
+
+    Raises:
+        ValueError: If the model is of another architecture or the forecast is missing.
+    """
+    _check(model, mode, forecast)
+    rules = _Rules(
+        mode=mode,
+        selector=selector,
+        top_k=top_k,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        block_size=block_size,
+        pool_size=pool_size,
+        pool_stride=pool_stride,
+    )
+    decoder = _Decoder(model, rules, forecast or {})
+    for token in torch.as_tensor(prompt_ids).reshape(-1).tolist():
+        logits_V, _ = decoder.forward(token, is_prefill=True)
+    tokens, logits = [int(logits_V.argmax())], [logits_V]
+    while len(tokens) < num_steps:
+        logits_V, block_ids = decoder.forward(tokens[-1], is_prefill=False)
+        tokens.append(int(logits_V.argmax()))
+        logits.append(logits_V)
+        if trace is not None:
+            trace.append(block_ids)
+    return tokens, logits
+
+
+def random_forecast(model: Any, *, seed: int = 0) -> dict[int | str, Tensor]:
+    """Return untrained projections in the form that `reference_decode` takes.
+
+    Args:
+        model: Model whose sizes they fit.
+        seed: Seed of the weights; the global random state is left alone.
+
+    Returns:
+        `bootstrap` and the layers 0 .. L - 2, each [G * D, C] fp32.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
+    names: list[int | str] = ["bootstrap", *range(config.num_hidden_layers - 1)]
+    scale = config.hidden_size**-0.5
+    return {
+        name: torch.randn(num_rows, config.hidden_size, generator=generator) * scale
+        for name in names
+    }
+
+
+def _check(model: Any, mode: str, forecast: Mapping[int | str, Tensor] | None) -> None:
+    config = model.config
+    if config.model_type not in _MODEL_TYPES or getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"the reference knows {', '.join(_MODEL_TYPES)} without sliding windows, "
+            f"not {type(model).__name__}."
+        )
+    if mode == "forecast" and forecast is None:
+        raise ValueError("mode='forecast' needs the projections; pass forecast={...}.")
+
+
+class _Decoder:
+    """A model, the keys and values of the tokens it has seen, and how it selects."""
+
+    def __init__(self, model: Any, rules: _Rules, forecast: Mapping[int | str, Tensor]) -> None:
+        self.model = model
+        self.rules = rules
+        self.forecast = forecast
+        self.position = 0
+        groups = range(model.config.num_key_value_heads)
+        self.memories = [
+            _Memory(keys=[[] for _ in groups], values=[[] for _ in groups])
+            for _ in model.model.layers
+        ]
+
+    def forward(self, token: int, *, is_prefill: bool) -> tuple[Tensor, BlockIds]:
+        """Run one token; return its logits [V] and the block ids by layer and group.
+
+        A prompt token reads all earlier ones and gives no ids.
+        """
+        x_C = self.model.model.embed_tokens.weight[token]
+        previous_input_C: Tensor | None = None
+        block_ids: BlockIds = []
+        for layer_id, layer in enumerate(self.model.model.layers):
+            input_C = _rms_norm(x_C, layer.input_layernorm)
+            forecast_GD = self._forecast(layer_id, input_C, previous_input_C)
+            q_GRD, k_GD, v_GD = self._project(layer.self_attn, input_C)
+            outputs, ids_by_group = [], []
+            for group, q_RD in enumerate(q_GRD):
+                keys = self.memories[layer_id].keys[group]
+                values = self.memories[layer_id].values[group]
+                readable = list(range(self.position + 1))
+                if not is_prefill:
+                    f_D = None if forecast_GD is None else forecast_GD[group]
+                    scale = layer.self_attn.scaling
+                    ids = _select(q_RD, f_D, scale, keys, self.position, self.rules)
+                    readable = [t for t in readable if t // self.rules.block_size in ids]
+                    ids_by_group.append(ids)
+                keys.append(k_GD[group])
+                values.append(v_GD[group])
+                read_keys, read_values = [keys[t] for t in readable], [values[t] for t in readable]
+                outputs.append(_attend(q_RD, read_keys, read_values, layer.self_attn.scaling))
+            block_ids.append(ids_by_group)
+            x_C = x_C + _linear(torch.cat(outputs).flatten(), layer.self_attn.o_proj)
+            x_C = x_C + _mlp(_rms_norm(x_C, layer.post_attention_layernorm), layer.mlp)
+            previous_input_C = input_C
+        self.position += 1
+        logits_V = _linear(_rms_norm(x_C, self.model.model.norm), self.model.lm_head)
+        return logits_V.float(), block_ids
+
+    def _project(self, attention: Any, input_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rotated query [G, R, D], the rotated key [G, D] and the value [G, D]."""
+        heads = (-1, attention.head_dim)
+        q_HD = _linear(input_C, attention.q_proj).unflatten(0, heads)
+        k_GD = _linear(input_C, attention.k_proj).unflatten(0, heads)
+        v_GD = _linear(input_C, attention.v_proj).unflatten(0, heads)
+        if hasattr(attention, "q_norm"):
+            q_HD, k_GD = _rms_norm(q_HD, attention.q_norm), _rms_norm(k_GD, attention.k_norm)
+        q_GRD = self._rotate(q_HD).unflatten(0, (k_GD.shape[0], -1))
+        return q_GRD, self._rotate(k_GD), v_GD
+
+    def _forecast(
+        self, layer_id: int, input_C: Tensor, previous_input_C: Tensor | None
+    ) -> Tensor | None:
+        """Return the rotated forecast heads [G, D] that select for layer `layer_id`."""
+        if self.rules.mode != "forecast":
+            return None
+        if previous_input_C is None:
+            flat = self.forecast["bootstrap"] @ input_C
+        else:
+            flat = self.forecast[layer_id - 1] @ previous_input_C
+        return self._rotate(flat.unflatten(0, (self.model.config.num_key_value_heads, -1)))
+
+    def _rotate(self, x_ND: Tensor) -> Tensor:
+        """Turn channel i with channel i + D/2 by the angle of the token's position."""
+        rotary = self.model.model.rotary_emb
+        angles = self.position * rotary.inv_freq.float()
+        cos = angles.cos() * rotary.attention_scaling
+        sin = angles.sin() * rotary.attention_scaling
+        left, right = x_ND.chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def _select(
+    q_RD: Tensor,
+    forecast_D: Tensor | None,
+    scale: float,
+    keys: list[Tensor],
+    position: int,
+    rules: _Rules,
+) -> list[int]:
+    """Return the ascending ids of the blocks that one group reads at `position`.
+
+    `keys` holds the tokens before `position` only.
+    """
+    current = position // rules.block_size
+    num_blocks = current + 1
+    if rules.mode == "dense" or rules.top_k is None:
+        return list(range(num_blocks))
+    if forecast_D is not None:
+        windows = _pooled_keys(keys, rules)
+        window_scores = [float(forecast_D @ pooled_D) for pooled_D in windows]
+        scores = _window_to_block_scores(window_scores, num_blocks, rules)
+    elif rules.selector == "infllm2":
+        window_scores = _infllm2_window_scores(q_RD, _pooled_keys(keys, rules), scale)
+        scores = _window_to_block_scores(window_scores, num_blocks, rules)
+    else:
+        scores = _quest_block_scores(q_RD, keys, num_blocks, rules)
+    first_local = current - rules.local_blocks
+    forced = [m for m in range(num_blocks) if m < rules.sink_blocks or m >= first_local]
+    others = [m for m in range(num_blocks) if m not in forced]
+    others.sort(key=lambda m: (-scores[m], m))
+    budget = rules.sink_blocks + rules.local_blocks + 1 + rules.top_k
+    return sorted(forced + others[: budget - len(forced)])
+
+
+def _pooled_keys(keys: list[Tensor], rules: _Rules) -> list[Tensor]:
+    """Return the mean key of every window whose tokens are all there."""
+    pooled = []
+    start = 0
+    while start + rules.pool_size <= len(keys):
+        pooled.append(torch.stack(keys[start : start + rules.pool_size]).float().mean(0))
+        start += rules.pool_stride
+    return pooled
+
+
+def _infllm2_window_scores(q_RD: Tensor, windows: list[Tensor], scale: float) -> list[float]:
+    """Return each window's share of attention, summed over the heads of the group."""
+    if not windows:
+        return []
+    logits_RW = q_RD.float() @ torch.stack(windows).T * scale
+    scores: list[float] = logits_RW.softmax(-1).sum(0).tolist()
+    return scores
+
+
+def _window_to_block_scores(
+    window_scores: list[float], num_blocks: int, rules: _Rules
+) -> list[float]:
+    """Return the largest score among the windows that touch each block."""
+    scores = [_NEVER] * num_blocks
+    for m in range(num_blocks):
+        for j, score in enumerate(window_scores):
+            start, end = j * rules.pool_stride, j * rules.pool_stride + rules.pool_size
+            if start < (m + 1) * rules.block_size and end > m * rules.block_size:
+                scores[m] = max(scores[m], score)
+    return scores
+
+
+def _quest_block_scores(
+    q_RD: Tensor, keys: list[Tensor], num_blocks: int, rules: _Rules
+) -> list[float]:
+    """Return an upper bound of the mean query's dot product with any key of each block."""
+    query_D = q_RD.float().mean(0)
+    scores = [_NEVER] * num_blocks
+    for m in range(num_blocks):
+        block = keys[m * rules.block_size : (m + 1) * rules.block_size]
+        if block:
+            block_PD = torch.stack(block).float()
+            low_D, high_D = block_PD.amin(0), block_PD.amax(0)
+            scores[m] = float(torch.maximum(query_D * low_D, query_D * high_D).sum())
+    return scores
+
+
+def _attend(q_RD: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+    """Return exact attention [R, D] of the group's query heads over the given tokens."""
+    return (q_RD @ torch.stack(keys).T * scale).softmax(-1) @ torch.stack(values)
+
+
+def _rms_norm(x: Tensor, norm: Any) -> Tensor:
+    scale = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    out: Tensor = x / scale * norm.weight
+    return out
+
+
+def _mlp(x_C: Tensor, mlp: Any) -> Tensor:
+    return _linear(
+        functional.silu(_linear(x_C, mlp.gate_proj)) * _linear(x_C, mlp.up_proj), mlp.down_proj
+    )
+
+
+def _linear(x: Tensor, linear: Any) -> Tensor:
+    return functional.linear(x, linear.weight, linear.bias)

@@ -1,0 +1,115 @@
+"""Environment and fixtures that every test shares."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PACKAGE_DIR = str(Path(__file__).resolve().parents[1] / "sparda_compile") + os.sep
+HAS_CUDA = torch.cuda.is_available()
+
+# Read when they are imported, so they have to be set before Triton and transformers are; torch
+# imports neither.
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+torch.set_num_threads(1)
+
+# Interpreted kernels and compilation take longer than Hypothesis's deadline allows.
+hypothesis.settings.register_profile("sparda", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("sparda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep compiled code out of the user's cache; all workers of a run share one folder."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Seed before each test; drop what torch.compile remembers after it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison_uninitialized_memory() -> Iterator[None]:
+    """Fill memory that the package allocates uninitialized, so that an unwritten byte shows.
+
+    One patch for the session, not one for each test: Dynamo's guards compare functions by
+    identity, so a model compiled for a whole module would be compiled again for each test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        patch.setattr(torch.Tensor, "new_empty", _poisoned_method(torch.Tensor.new_empty))
+        yield
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = allocate(*args, **kwargs)
+        if sys._getframe(1).f_code.co_filename.startswith(PACKAGE_DIR):
+            _fill(result)
+        return result
+
+    # Dynamo traces what this attribute holds in place of the function.
+    poisoned._torchdynamo_inline = allocate  # type: ignore[attr-defined]
+    return poisoned
+
+
+def _poisoned_method(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(tensor: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            # Dynamo cannot reach the method that this one hides; this is the same allocation.
+            return torch.empty(*size, **{"dtype": tensor.dtype, "device": tensor.device, **kwargs})
+        result = allocate(tensor, *size, **kwargs)
+        if sys._getframe(1).f_code.co_filename.startswith(PACKAGE_DIR):
+            _fill(result)
+        return result
+
+    return poisoned
+
+
+def _fill(tensor: torch.Tensor) -> None:
+    # A dispatch mode would record the fill, and a fake, functional or meta tensor has no bytes.
+    is_real = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    if not is_real or torch._C._len_torch_dispatch_stack():
+        return
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        tensor.detach().fill_(float("nan"))
+    elif tensor.dtype == torch.bool:
+        tensor.fill_(True)
+    else:
+        limits = torch.iinfo(tensor.dtype)
+        tensor.fill_(limits.min or limits.max)
