@@ -4,11 +4,11 @@ Before, and after (mode `forecast`):
 
     fetch_blocks(%miss_blocks, ..., %pages)     %fork = fork_stream([%miss_blocks, ...], event=0)
                                                 %ticket = prefetch_blocks(..., event=1, after=%fork)
-                                                wait_blocks(%ticket, %pages, [keepalive], %q, 1)
+                                                wait_blocks(%ticket, [%pages], [keepalive], %q, 1)
     append_kv; sparse_attention                 append_kv; sparse_attention
     store_blocks(..., %host)                    %fork = fork_stream([%tail_page], event=2)
     ...                                         %ticket = offload_blocks(..., event=3, after=%fork)
-    advance_lengths                             wait_blocks(%ticket, %host, [...], None, 3)
+    advance_lengths                             wait_blocks(%ticket, [%host], [...], None, 3)
                                                 advance_lengths
 
 Mode `exact` also fetches what the hint names, in the layer before, and hides the repair of what
@@ -92,7 +92,8 @@ class _Insertion:
         emit = Emitter(self._graph, ids.next, ids, layer)
         guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
         ticket, event = self._prefetch(emit, guess, "hint_")
-        self._wait(plan, ticket, event, "pages", anchor=ids_of(plan))
+        buffers = ("pages", "block_table", "page_block", "page_stamp", "counters")
+        self._wait(plan, ticket, event, *buffers, anchor=ids_of(plan))
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
@@ -148,13 +149,13 @@ class _Insertion:
         before: fx.Node,
         ticket: fx.Node,
         event: int,
-        buffer: str,
+        *buffers: str,
         anchor: fx.Node | None,
         layer: int | None = None,
     ) -> None:
         layer = ticket.meta["sparda_layer"] if layer is None else layer
         emit = Emitter(self._graph, before, before if layer is None else ticket, layer)
-        state = self._state.get(buffer, layer)
+        state = [self._state.get(name, layer) for name in buffers]
         emit.call("wait_blocks", ticket, state, [], anchor, event)
 
     def _split_attention(

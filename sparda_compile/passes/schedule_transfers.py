@@ -145,7 +145,9 @@ class _Planner:
 
     def place_chains(self) -> list[str]:
         """Place every chain of a decode step; returns the choices in words."""
-        chains = [c for c in map(self._chain, find_ops(self._graph, "prefetch_blocks")) if c]
+        prefetches = find_ops(self._graph, "prefetch_blocks")
+        prefetches.sort(key=lambda n: n.meta["sparda_layer"])
+        chains = [c for c in map(self._chain, prefetches) if c]
         self.num_chains = len(chains)
         self._sink_waits()
         if not chains:
@@ -217,7 +219,11 @@ class _Planner:
         mine |= set(plan.users) & {n for n in plan.users if call_name(n) == "getitem"}
         order = program_order(self._graph)
         nodes = sorted(mine, key=lambda n: order[n])
-        if any(call_name(n) == "sparda.append_kv" for n in nodes):
+        inside = set(nodes)
+        needed = {p for n in nodes for p in self._dag.predecessors(n)} - inside
+        if any(needed & nx.descendants(self._dag, n) for n in nodes[:-1]):
+            # Something outside needs the chain and is needed by it: a repair, behind its layer's
+            # own append. It stays where it is.
             return None
         earliest = self._earliest(nodes, order)
         wait = self._previous_wait(prefetch, order, earliest)

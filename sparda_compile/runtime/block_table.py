@@ -126,7 +126,7 @@ def plan_pages(
         page_ids.copy_(page)
         is_miss.copy_(fetch)
         tail_page.copy_(torch.where(is_tail, page, -1).amax(-1))
-        order = (~fetch).byte().sort(-1, stable=True).indices
+        order = (~fetch).byte().sort(dim=-1, stable=True).indices
         listed = fetch.gather(-1, order)
         miss_blocks.copy_(block_ids.gather(-1, order).masked_fill(~listed, -1))
         miss_pages.copy_(page.gather(-1, order).masked_fill(~listed, -1))

@@ -27,4 +27,4 @@ def victim_order(page_stamp_BGC: Tensor, selected_BGC: Tensor) -> Tensor:
         selected_BGC: bool, pages whose block is selected now; they come last.
     """
     protected = torch.iinfo(torch.int32).max
-    return page_stamp_BGC.masked_fill(selected_BGC, protected).sort(-1, stable=True).indices
+    return page_stamp_BGC.masked_fill(selected_BGC, protected).sort(dim=-1, stable=True).indices

@@ -193,10 +193,10 @@ def _(
     return pages.new_empty(0)
 
 
-@torch.library.custom_op("sparda::wait_blocks", mutates_args=("buffer",))
+@torch.library.custom_op("sparda::wait_blocks", mutates_args=("buffers",))
 def wait_blocks(
     ticket: Tensor,
-    buffer: Tensor,
+    buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
     anchor: Tensor | None,
     event: int,
@@ -205,7 +205,7 @@ def wait_blocks(
 
     Args:
         ticket: From the op that started the copy.
-        buffer: What the copy writes: valid from here on.
+        buffers: What the copy stream writes: valid from here on.
         keepalive: Temporaries that the copy stream uses until here.
         anchor: A tensor computed late in the waiting layer; keeps compilers from moving the
             wait up.
@@ -217,7 +217,7 @@ def wait_blocks(
 @wait_blocks.register_fake
 def _(
     ticket: Tensor,
-    buffer: Tensor,
+    buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
     anchor: Tensor | None,
     event: int,
