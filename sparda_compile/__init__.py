@@ -1,8 +1,8 @@
 """Long contexts on one GPU: sparse, offloaded, race-free decode for causal LMs you already have.
 
-    import sparda_compile
-    fast = sparda_compile.optimize(model)
-    out = fast.generate(**inputs, max_new_tokens=64)
+import sparda_compile
+fast = sparda_compile.optimize(model)
+out = fast.generate(**inputs, max_new_tokens=64)
 """
 
 from __future__ import annotations

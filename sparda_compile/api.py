@@ -207,5 +207,3 @@ def _check_forecast(
                 f"{model_name} needs {shape} (KV heads x head_dim, hidden). Pass the weights that "
                 "were trained for this model."
             )
-
-

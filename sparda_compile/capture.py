@@ -175,9 +175,7 @@ def _root_cause(error: BaseException) -> str:
     return ""
 
 
-def _describe(
-    phase: str, graph_module: fx.GraphModule, args: tuple[Any, ...]
-) -> CapturedGraph:
+def _describe(phase: str, graph_module: fx.GraphModule, args: tuple[Any, ...]) -> CapturedGraph:
     sizes: dict[str, str] = {}
     inputs: dict[str, str] = {}
     weights: dict[str, Tensor] = {}

@@ -67,7 +67,5 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-        mapping[node].meta = {
-            k: v for k, v in node.meta.items() if not k.startswith("sparda")
-        }
+        mapping[node].meta = {k: v for k, v in node.meta.items() if not k.startswith("sparda")}
     return fx.GraphModule(gm, graph)

@@ -1,8 +1,8 @@
 """What `optimize` returns: a module with the model's own `forward` and `generate`.
 
-    generate   transformers' own loop, on a copy of the model whose forward is ours
-    forward    many tokens: the prefill program; one token per sequence: the decode program
-    sparda     graphs, schedules, counts
+generate   transformers' own loop, on a copy of the model whose forward is ours
+forward    many tokens: the prefill program; one token per sequence: the decode program
+sparda     graphs, schedules, counts
 """
 
 from __future__ import annotations
@@ -333,9 +333,7 @@ class OptimizedModule(nn.Module):
             return max(_SMALLEST_CAPACITY, 1 << (num_tokens - 1).bit_length())
         return round_up(num_tokens, _CAPACITY_STEP)
 
-    def program(
-        self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool
-    ) -> Program:
+    def program(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
         """Return the program for a shape; built when first asked for."""
         key = (phase, batch_size, max_tokens, last_only)
         if key not in self._programs:
@@ -534,9 +532,7 @@ def _check_generation(config: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
         raise UnsupportedInputError(_CROP)
     if kwargs.get("inputs_embeds") is not None:
-        raise UnsupportedInputError(
-            "inputs_embeds is not supported; pass input_ids to generate."
-        )
+        raise UnsupportedInputError("inputs_embeds is not supported; pass input_ids to generate.")
     if setting("cache_implementation"):
         raise UnsupportedInputError(
             f"cache_implementation={setting('cache_implementation')!r} is not supported: an "

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from sparda_compile import ops
 from sparda_compile.capture import CapturedGraph, specialize
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.layout import CacheLayout, LayerShape
+from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.lower import lower
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes import PIPELINE
@@ -76,9 +76,7 @@ class Plan:
         if name is None:
             return self.stages[-1].graph_module
         if name not in by_name:
-            raise ConfigError(
-                f"after={name!r} is no stage; stages are {', '.join(by_name)}."
-            )
+            raise ConfigError(f"after={name!r} is no stage; stages are {', '.join(by_name)}.")
         return by_name[name]
 
 

@@ -10,7 +10,7 @@ from sparda_compile.passes.fx import Emitter
 if TYPE_CHECKING:
     from torch import fx
 
-    from sparda_compile.layout import CacheLayout, LayerShape
+    from sparda_compile.cache_layout import CacheLayout, LayerShape
     from sparda_compile.passes.base import AttentionSite
     from sparda_compile.passes.replace_attention import StateInputs
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.layout import CacheLayout
+    from sparda_compile.cache_layout import CacheLayout
     from sparda_compile.machine import Machine
     from sparda_compile.schedule import Schedule
 

@@ -238,31 +238,29 @@ def _new_kv(anchor: _Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
         assert isinstance(k, fx.Node)
         assert isinstance(v, fx.Node)
         return k, v
-    heads = tensor_shape(anchor.query)[1] if len(tensor_shape(anchor.query)) == 4 else 0
-    return _unrepeated(anchor.key, heads), _unrepeated(anchor.value, heads)
+    query_shape = tensor_shape(anchor.query)
+    if len(query_shape) != 4:
+        raise _Refused(f"its query has shape {query_shape}, not [B, heads, T, D]")
+    key = anchor.key
+    if anchor.form == "eager" and tensor_shape(key)[-1] != query_shape[3]:
+        key = key.all_input_nodes[0]  # K^T
+    return _unrepeated(key, query_shape[1]), _unrepeated(anchor.value, query_shape[1])
 
 
 def _unrepeated(operand: fx.Node, num_heads: Any) -> fx.Node:
-    """Return the [B, G, T, D] tensor that an operand repeats or transposes."""
+    """Return the [B, G, T, D] tensor that an operand with H heads repeats; itself if it does not."""
     repeats = {"repeat_interleave", "repeat", "expand", "reshape", "view", "contiguous"}
     repeats |= {"getitem", "flatten", "unsqueeze"}
-    node = operand
-    if call_name(node) in ("transpose", "mT", "permute") and not _is_bhtd(node, num_heads):
-        node = node.all_input_nodes[0]
-    candidate = node
+    node = candidate = operand
+    if tensor_shape(operand)[1] != num_heads:
+        return operand
     while call_name(node) in repeats and node.all_input_nodes:
         node = node.all_input_nodes[0]
         shape = tensor_shape(node)
-        if len(shape) == 4 and shape[3] == tensor_shape(candidate)[3] and shape[1] != 0:
-            smaller = isinstance(shape[1], int) and num_heads % shape[1] == 0
-            if smaller and shape[1] < tensor_shape(candidate)[1]:
-                candidate = node
+        fits = len(shape) == 4 and shape[3] == tensor_shape(candidate)[3]
+        if fits and isinstance(shape[1], int) and shape[1] < num_heads:
+            candidate = node
     return candidate
-
-
-def _is_bhtd(node: fx.Node, num_heads: Any) -> bool:
-    shape = tensor_shape(node.all_input_nodes[0])
-    return len(shape) == 4 and shape[1] != num_heads and shape[2] == num_heads
 
 
 def _cached_nodes(marker: fx.Node | None, k: fx.Node, v: fx.Node) -> dict[fx.Node, fx.Node]:
@@ -366,7 +364,11 @@ class _Flow:
             if fused is None or any(call_name(n) in _MATMUL for n in between):
                 raise _Refused("its query is not made by a linear projection")
             hidden = self._activation_input(fused)
-        while len(tensor_shape(hidden)) != 3 and call_name(hidden) in ("view", "reshape", "flatten"):
+        while len(tensor_shape(hidden)) != 3 and call_name(hidden) in (
+            "view",
+            "reshape",
+            "flatten",
+        ):
             hidden = self._activation_input(hidden)
         linears = _linears(nodes_between(hidden, q))
         if not linears:

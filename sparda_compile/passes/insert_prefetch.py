@@ -180,9 +180,7 @@ def ids_of(plan: fx.Node) -> fx.Node:
 
 def _plan_of(graph: fx.Graph, layer: int) -> fx.Node:
     plans = find_ops(graph, "plan_pages")
-    return next(
-        p for p in plans if p.meta["sparda_layer"] == layer and not argument(p, "is_hint")
-    )
+    return next(p for p in plans if p.meta["sparda_layer"] == layer and not argument(p, "is_hint"))
 
 
 def _plan_items(plan: fx.Node) -> Plan:

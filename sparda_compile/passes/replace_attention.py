@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from sparda_compile.layout import LENGTHS, CacheLayout, LayerShape, state_name
+from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape, state_name
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext, PassResult
 from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import Emitter, call_name, fake_value, find_ops
@@ -227,9 +227,7 @@ def plan_pages(
         layout.config.eviction, is_hint, name=f"{prefix}plan_{emit.layer}",
     )  # fmt: skip
     results = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
-    items = [
-        emit.item(node, i, f"{prefix}{name}_{emit.layer}") for i, name in enumerate(results)
-    ]
+    items = [emit.item(node, i, f"{prefix}{name}_{emit.layer}") for i, name in enumerate(results)]
     return Plan(node, *items)
 
 

@@ -167,8 +167,7 @@ class _Planner:
         self._apply(chains, decisions)
         after = program_order(self._graph)
         self.num_moved = sum(
-            before[n] - before[c.nodes[0]] != after[n] - after[c.nodes[0]]
-            or after[n] != before[n]
+            before[n] - before[c.nodes[0]] != after[n] - after[c.nodes[0]] or after[n] != before[n]
             for c in chains
             for n in c.nodes
         )
@@ -229,8 +228,12 @@ class _Planner:
         wait = self._previous_wait(prefetch, order, earliest)
         stages = [n for n in nodes if call_name(n).removeprefix("sparda.") in _STAGES]
         places = [(f"behind {earliest.name}", earliest)]
-        if wait is not None and order[wait.prev] > order[earliest]:
-            places.append((f"before {wait.name}", wait.prev))
+        if wait is not None:
+            behind = wait.prev
+            while "sparda_layer" in behind.meta:  # may move itself; the model's nodes do not
+                behind = behind.prev
+            if order[behind] > order[earliest]:
+                places.append((f"before {wait.name}", behind))
         return _Chain(nodes, prefetch, fork, stages, places)
 
     def _earliest(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node:
@@ -272,8 +275,9 @@ class _Planner:
             side = chain.stages[len(chain.stages) - cut :] if cut else []
             _set_streams(chain, side)
         order = program_order(self._graph)
+        forks = {chain.fork for chain in chains}  # they moved, with inputs of their own
         for first, second in self._dag.edges:
-            if order[first] >= order[second]:
+            if second not in forks and order[first] >= order[second]:
                 raise PassError(
                     f"schedule_transfers put {second.name} before {first.name}, which it needs."
                 )

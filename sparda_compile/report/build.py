@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparda_compile.layout import CacheLayout, LayerShape
+from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.passes.fx import module_path
 from sparda_compile.passes.manager import graph_text
 from sparda_compile.program import forecast_shapes

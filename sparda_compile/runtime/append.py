@@ -1,9 +1,9 @@
 """Put new keys and values into the cache: one token per sequence, or many.
 
-    append_kv         decode: the new token goes to the tail page
-    extend_kv         prefill: pages for the blocks that stay resident, tokens into them
-    update_summary    keep a selector's summary in step with the keys
-    advance_lengths   end of the step: the new tokens are now past
+append_kv         decode: the new token goes to the tail page
+extend_kv         prefill: pages for the blocks that stay resident, tokens into them
+update_summary    keep a selector's summary in step with the keys
+advance_lengths   end of the step: the new tokens are now past
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def plan_pages(
         block_table: [B, G, N] int32, updated.
         page_block: [B, G, C] int32, updated.
         page_stamp: [B, G, C] int32, updated.
-        counters: [5] int64, updated; see `layout.COUNTERS`.
+        counters: [5] int64, updated; see `cache_layout.COUNTERS`.
         block_size: P.
         eviction: `lru` or `fifo`.
         is_hint: Whether the ids are a guess; guesses do not count as hits or misses.
@@ -134,7 +134,7 @@ def plan_pages(
         if is_hint:
             counters[_PREFETCHED] += num_fetched
         else:
-            counters[_HITS] += ((block_ids >= 0) & ~absent).sum()
+            counters[_HITS] += ((block_ids >= 0) & ~fetch).sum()
             counters[_MISSES] += num_fetched
             counters[_REPAIRED] += num_fetched
 

@@ -10,7 +10,7 @@ import torch
 from sparda_compile.errors import HostPoolFullError
 
 if TYPE_CHECKING:
-    from sparda_compile.layout import TensorSpec
+    from sparda_compile.cache_layout import TensorSpec
 
 __all__ = ["HostPool", "free_host_bytes"]
 

@@ -70,9 +70,7 @@ class PooledKeys:
         window_B = start_B.clamp(min=0) // stride
         complete_B = (start_B >= 0) & (start_B % stride == 0)
         old_BGD = pooled_BGWD[rows_B, :, window_B]
-        pooled_BGWD[rows_B, :, window_B] = torch.where(
-            complete_B[:, None, None], mean_BGD, old_BGD
-        )
+        pooled_BGWD[rows_B, :, window_B] = torch.where(complete_B[:, None, None], mean_BGD, old_BGD)
 
     def _extend_row(
         self, tensors: Sequence[Tensor], k_GTD: Tensor, length: int, geometry: Geometry

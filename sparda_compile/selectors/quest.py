@@ -52,7 +52,10 @@ class KeyBounds:
             old_BG2D = bounds_BGN2D[rows_B, :, block_B]
             key_BGD = k_BGTD[:, :, 0]
             bounds_BGN2D[rows_B, :, block_B] = torch.stack(
-                [torch.minimum(old_BG2D[:, :, 0], key_BGD), torch.maximum(old_BG2D[:, :, 1], key_BGD)],
+                [
+                    torch.minimum(old_BG2D[:, :, 0], key_BGD),
+                    torch.maximum(old_BG2D[:, :, 1], key_BGD),
+                ],
                 dim=2,
             )
             return

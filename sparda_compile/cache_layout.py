@@ -89,9 +89,7 @@ class CacheLayout:
     def geometry(self) -> Geometry:
         """Sizes that selectors depend on."""
         c = self.config
-        return Geometry(
-            self.max_tokens // c.block_size, c.block_size, c.pool_size, c.pool_stride
-        )
+        return Geometry(self.max_tokens // c.block_size, c.block_size, c.pool_size, c.pool_stride)
 
     @property
     def num_blocks(self) -> int:
