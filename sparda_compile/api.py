@@ -18,12 +18,12 @@ from sparda_compile.errors import (
 )
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
-from sparda_compile.program import forecast_shapes, initial_forecast, make_plan
+from sparda_compile.program import Captures, forecast_shapes, initial_forecast, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparda_compile.module import Captures, OptimizedModule
+    from sparda_compile.module import OptimizedModule
     from sparda_compile.report import Report
 
 __all__ = ["explain", "optimize"]
@@ -126,7 +126,7 @@ def explain(
 
 
 def _captures(model: nn.Module) -> Captures:
-    from sparda_compile.module import Captures, OptimizedModule
+    from sparda_compile.module import OptimizedModule
     from sparda_compile.plain import as_causal_lm, sliding_windows
 
     if isinstance(model, OptimizedModule):

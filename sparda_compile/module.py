@@ -13,184 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sparda_compile.capture import CapturedGraph, capture, share_weights
+from sparda_compile.cache import NO_BEAMS, NO_CROP, SpardaCache
 from sparda_compile.config import round_up
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
-from sparda_compile.program import Plan, Program, make_plan
+from sparda_compile.inspection import Sparda
+from sparda_compile.program import Captures, Plan, Program, make_plan
 from sparda_compile.runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import fx
-
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.runtime.stats import CacheStats
-    from sparda_compile.schedule import Schedule
 
-__all__ = ["Captures", "OptimizedModule", "Sparda", "SpardaCache"]
+__all__ = ["OptimizedModule"]
 
 _SMALLEST_CAPACITY = 512
 _CAPACITY_STEP = 8192
 _DEFAULT_CAPACITY = 4096
-
-
-class Captures:
-    """The traced forwards of one model; shared by every module optimized from it.
-
-    Args:
-        model: A causal LM of transformers.
-        windows: Sliding window of each layer, 0 for none.
-    """
-
-    def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
-        self.model = share_weights(model)
-        self.model_name = type(model).__name__
-        self.windows = dict(windows)
-        self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
-
-    @property
-    def num_captures(self) -> int:
-        """Times that a forward was traced."""
-        return len(self._graphs)
-
-    def get(self, phase: str, *, last_logits_only: bool) -> CapturedGraph:
-        """Return a traced forward; traced when first asked for."""
-        key = (phase, last_logits_only)
-        if key not in self._graphs:
-            self._graphs[key] = capture(self.model, phase, last_logits_only=last_logits_only)
-        return self._graphs[key]
-
-
-class SpardaCache(Cache):  # type: ignore[misc]
-    """A conversation's KV cache, as transformers passes it around.
-
-    Args:
-        owner: The optimized module that it belongs to.
-        max_tokens: Tokens per sequence to reserve.
-    """
-
-    is_compileable = False
-
-    def __init__(self, owner: OptimizedModule, max_tokens: int) -> None:
-        super().__init__(layers=[])
-        self.owner = weakref.ref(owner)
-        self.max_tokens = max_tokens
-        self.kv: KVCache | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens per sequence that were passed in, padding included."""
-        del layer_idx
-        return self.kv.num_columns if self.kv else 0
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """Return the tokens per sequence that the cache holds."""
-        del layer_idx
-        return self.kv.layout.max_tokens if self.kv else self.max_tokens
-
-    get_max_length = get_max_cache_shape
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuse: beams would have to copy KV blocks."""
-        del beam_idx
-        raise UnsupportedInputError(_BEAMS)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: blocks that were offloaded are not taken back."""
-        raise UnsupportedInputError(_CROP)
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse: only an optimized module writes to this cache."""
-        raise KVCacheError(
-            "a SpardaCache was passed to a model that is not optimized; pass it to the module "
-            "that made it."
-        )
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self.kv.layout.layers) if self.kv else 0
-
-
-_BEAMS = (
-    "beam search is not supported (num_beams must be 1): beams would copy KV blocks between "
-    "sequences. Use sampling with num_return_sequences instead."
-)
-_CROP = (
-    "assisted and prompt-lookup generation are not supported: they take tokens back from the KV "
-    "cache. Leave assistant_model and prompt_lookup_num_tokens unset."
-)
-
-
-class Sparda:
-    """What an optimized module shows of itself."""
-
-    def __init__(self, module: OptimizedModule) -> None:
-        self._module = weakref.ref(module)
-
-    def graph(self, phase: str, after: str | None = None) -> fx.GraphModule:
-        """Return the graph of a phase.
-
-        Args:
-            phase: `prefill` or `decode`.
-            after: A pass, or `capture`, whose result to return; None is the last one.
-
-        Raises:
-            ConfigError: If there is no such stage.
-        """
-        return self._owner.latest_plan(phase).stage(after)
-
-    def schedule(self, phase: str) -> Schedule:
-        """Return the schedule of a phase.
-
-        Raises:
-            UnsupportedInputError: If `disable_passes` leaves scheduling out.
-        """
-        schedule = self._owner.latest_plan(phase).schedule
-        if schedule is None:
-            raise UnsupportedInputError(
-                "there is no schedule: disable_passes leaves schedule_transfers or insert_prefetch "
-                "out, or nothing is offloaded."
-            )
-        return schedule
-
-    def stats(self) -> CacheStats:
-        """Return the counts of the cache used last; waits for the device.
-
-        Raises:
-            KVCacheError: If nothing has run yet.
-        """
-        return self._last_cache.stats()
-
-    def reset_stats(self) -> None:
-        """Zero the counts of the cache used last."""
-        self._last_cache.reset_stats()
-
-    @property
-    def num_compilations(self) -> dict[str, int]:
-        """Programs built so far, by phase."""
-        return self._owner.num_programs()
-
-    @property
-    def num_captures(self) -> int:
-        """Times that the model's forward was traced."""
-        return self._owner.captures.num_captures
-
-    @property
-    def _owner(self) -> OptimizedModule:
-        module = self._module()
-        if module is None:
-            raise UnsupportedInputError("the optimized module is gone; keep a reference to it.")
-        return module
-
-    @property
-    def _last_cache(self) -> KVCache:
-        cache = self._owner.last_cache
-        if cache is None:
-            raise KVCacheError("nothing has run yet; call generate or forward first.")
-        return cache
 
 
 class OptimizedModule(nn.Module):
@@ -528,9 +369,9 @@ def _check_generation(config: Any, kwargs: dict[str, Any]) -> None:
         return kwargs.get(name, getattr(config, name, None))
 
     if (setting("num_beams") or 1) > 1:
-        raise UnsupportedInputError(_BEAMS)
+        raise UnsupportedInputError(NO_BEAMS)
     if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-        raise UnsupportedInputError(_CROP)
+        raise UnsupportedInputError(NO_CROP)
     if kwargs.get("inputs_embeds") is not None:
         raise UnsupportedInputError("inputs_embeds is not supported; pass input_ids to generate.")
     if setting("cache_implementation"):

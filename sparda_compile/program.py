@@ -15,12 +15,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparda_compile import ops
-from sparda_compile.capture import CapturedGraph, specialize
-from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.cache_layout import CacheLayout, LayerShape
+from sparda_compile.capture import CapturedGraph, capture, share_weights, specialize
+from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.lower import lower
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes import PIPELINE
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
     from sparda_compile.schedule import Schedule
 
-__all__ = ["Plan", "Program", "forecast_shapes", "initial_forecast", "make_plan"]
+__all__ = ["Captures", "Plan", "Program", "forecast_shapes", "initial_forecast", "make_plan"]
 
 assert ops.INSTRUCTIONS  # registers every op before a pass emits one
 
@@ -133,6 +133,33 @@ def _layer_shape(site: AttentionSite, max_tokens: int) -> LayerShape:
     window = min(site.window, max_tokens) if site.window else 0
     dtype = fake_value(site.k).dtype
     return LayerShape(site.layer, site.kind, site.num_groups, site.head_dim, window, dtype)
+
+
+class Captures:
+    """The traced forwards of one model; shared by every module optimized from it.
+
+    Args:
+        model: A causal LM of transformers.
+        windows: Sliding window of each layer, 0 for none.
+    """
+
+    def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
+        self.model = share_weights(model)
+        self.model_name = type(model).__name__
+        self.windows = dict(windows)
+        self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
+
+    @property
+    def num_captures(self) -> int:
+        """Times that a forward was traced."""
+        return len(self._graphs)
+
+    def get(self, phase: str, *, last_logits_only: bool) -> CapturedGraph:
+        """Return a traced forward; traced when first asked for."""
+        key = (phase, last_logits_only)
+        if key not in self._graphs:
+            self._graphs[key] = capture(self.model, phase, last_logits_only=last_logits_only)
+        return self._graphs[key]
 
 
 class Program:

@@ -8,7 +8,7 @@ Past keys come from the host pool where a block is full, else from its device pa
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["masked_attention", "prefill_attention", "token_positions"]

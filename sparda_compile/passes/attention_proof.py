@@ -25,7 +25,7 @@ _LARGEST_WINDOW = 256
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-class _NotProvable(Exception):
+class NotProvableError(Exception):
     """The nodes read something that a proof cannot give a value."""
 
 
@@ -44,7 +44,7 @@ def evaluate(
         num_tokens: Value of the prompt length.
 
     Raises:
-        _NotProvable: If a weight, or a buffer without a value, is needed.
+        NotProvableError: If a weight, or a buffer without a value, is needed.
     """
     needed: set[fx.Node] = set()
     stack = [target]
@@ -85,9 +85,9 @@ def _placeholder(node: fx.Node, weights: Mapping[str, Tensor], num_tokens: int) 
         return torch.arange(shape[-1]).expand(shape)
     weight = weights[node.name]
     if isinstance(weight, nn.Parameter):
-        raise _NotProvable(f"it reads the parameter {node.name}")
+        raise NotProvableError(f"it reads the parameter {node.name}")
     if weight.is_meta:
-        raise _NotProvable(f"it reads the buffer {node.name}, which has no values here")
+        raise NotProvableError(f"it reads the buffer {node.name}, which has no values here")
     return weight.cpu()
 
 
@@ -197,7 +197,7 @@ def find_difference(
     known = {query: q, **_substitute(known_kv, {k: keys, v: values}, values)}
     try:
         got = evaluate(anchor, known, weights, num_tokens)
-    except _NotProvable as error:
+    except NotProvableError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - whatever fails here, the site is not understood
         return f"its nodes cannot be run alone ({type(error).__name__}: {error})"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     from torch import fx
 
-    from sparda_compile.config import SpardaConfig
     from sparda_compile.cache_layout import CacheLayout
+    from sparda_compile.config import SpardaConfig
     from sparda_compile.machine import Machine
     from sparda_compile.schedule import Schedule
 

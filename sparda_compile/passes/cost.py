@@ -19,7 +19,6 @@ from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda
 
 if TYPE_CHECKING:
-    from sparda_compile.machine import Machine
     from sparda_compile.passes.base import PassContext
 
 __all__ = ["Cost", "node_cost"]

@@ -26,35 +26,28 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import networkx as nx
 from torch import Tensor, fx
 
 from sparda_compile.errors import AttentionNotFoundError
 from sparda_compile.passes.attention_proof import evaluate, find_difference, measure_scale
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext, PassResult
+from sparda_compile.passes.dataflow import LINEAR, MATMUL, Dataflow, RefusedAttentionError
 from sparda_compile.passes.fx import (
     call_name,
     fake_value,
     find_ops,
     module_path,
-    nodes_between,
     tensor_shape,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["FindAttention", "sites_of"]
 
 _SDPA: Final = "scaled_dot_product_attention"
-_MATMUL: Final = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
-_LINEAR: Final = frozenset({"linear", "addmm"})
 # A walk back from an anchor stops at these: what lies behind them is another computation.
-_STOPS: Final = frozenset({*_MATMUL, *_LINEAR, "embedding", "cat", "softmax", "sparda.kv_update"})
-
-
-class _Refused(Exception):
-    """This attention is not implemented; the text says why."""
+_STOPS: Final = frozenset({*MATMUL, *LINEAR, "embedding", "cat", "softmax", "sparda.kv_update"})
 
 
 def sites_of(graph: fx.Graph) -> list[AttentionSite]:
@@ -80,7 +73,7 @@ class FindAttention:
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Tag sites, or raise AttentionNotFoundError."""
-        flow = _Flow(gm.graph)
+        flow = Dataflow(gm.graph)
         markers = find_ops(gm.graph, "kv_update")
         anchors = [a for a in (_match_anchor(n, flow) for n in gm.graph.nodes) if a]
         sites: list[AttentionSite] = []
@@ -93,7 +86,7 @@ class FindAttention:
             assert isinstance(layer, int)
             try:
                 site = self._site(anchor, marker, layer, flow, ctx)
-            except _Refused as reason:
+            except RefusedAttentionError as reason:
                 raise self._refusal(ctx, anchor.node, layer, str(reason)) from None
             if marker is not None:
                 if marker in claimed:
@@ -131,7 +124,7 @@ class FindAttention:
         anchor: _Anchor,
         marker: fx.Node | None,
         layer: int,
-        flow: _Flow,
+        flow: Dataflow,
         ctx: PassContext,
     ) -> AttentionSite:
         k, v = _new_kv(anchor, marker)
@@ -146,7 +139,7 @@ class FindAttention:
             scale=scale, softcap=softcap, window=window,
         )  # fmt: skip
         if difference:
-            raise _Refused(difference)
+            raise RefusedAttentionError(difference)
         rotation_input, rotation = flow.rotation(hidden, anchor.query)
         return AttentionSite(
             layer=layer,
@@ -181,7 +174,7 @@ class _Anchor:
     path: tuple[fx.Node, ...] = ()
 
 
-def _match_anchor(node: fx.Node, flow: _Flow) -> _Anchor | None:
+def _match_anchor(node: fx.Node, flow: Dataflow) -> _Anchor | None:
     if node.op not in ("call_function", "call_method"):
         return None
     if call_name(node) == _SDPA:
@@ -191,7 +184,7 @@ def _match_anchor(node: fx.Node, flow: _Flow) -> _Anchor | None:
         assert isinstance(key, fx.Node)
         assert isinstance(value, fx.Node)
         return _Anchor(node, "sdpa", query, key, value)
-    if call_name(node) not in _MATMUL or len(node.all_input_nodes) != 2:
+    if call_name(node) not in MATMUL or len(node.all_input_nodes) != 2:
         return None
     weights, value = node.all_input_nodes
     softmax = _walk_back(weights, "softmax", flow)
@@ -204,7 +197,7 @@ def _match_anchor(node: fx.Node, flow: _Flow) -> _Anchor | None:
     return _Anchor(node, "eager", query, key, value, tuple(scores))
 
 
-def _walk_back(start: fx.Node, wanted: str, flow: _Flow) -> list[fx.Node] | None:
+def _walk_back(start: fx.Node, wanted: str, flow: Dataflow) -> list[fx.Node] | None:
     """Follow what depends on the model's input back to a call of `wanted`; None if it is not there."""
     path = [start]
     while call_name(path[-1]) != wanted:
@@ -240,7 +233,7 @@ def _new_kv(anchor: _Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
         return k, v
     query_shape = tensor_shape(anchor.query)
     if len(query_shape) != 4:
-        raise _Refused(f"its query has shape {query_shape}, not [B, heads, T, D]")
+        raise RefusedAttentionError(f"its query has shape {query_shape}, not [B, heads, T, D]")
     key = anchor.key
     if anchor.form == "eager" and tensor_shape(key)[-1] != query_shape[3]:
         key = key.all_input_nodes[0]  # K^T
@@ -273,14 +266,18 @@ def _cached_nodes(marker: fx.Node | None, k: fx.Node, v: fx.Node) -> dict[fx.Nod
 def _check_shapes(query: fx.Node, k: fx.Node, v: fx.Node) -> None:
     q_shape, k_shape, v_shape = (tensor_shape(n) for n in (query, k, v))
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
-        raise _Refused(f"query, key and value are not all [B, heads, T, D] but {q_shape} {k_shape}")
+        raise RefusedAttentionError(
+            f"query, key and value are not all [B, heads, T, D] but {q_shape} {k_shape}"
+        )
     if q_shape[3] != k_shape[3] or k_shape[3] != v_shape[3]:
-        raise _Refused(
+        raise RefusedAttentionError(
             f"query, key and value heads have different widths ({q_shape[3]}, {k_shape[3]}, "
             f"{v_shape[3]}), as in multi-head latent attention (MLA)"
         )
     if q_shape[1] % k_shape[1] or k_shape[1] != v_shape[1]:
-        raise _Refused(f"{q_shape[1]} query heads do not divide into {k_shape[1]} KV heads")
+        raise RefusedAttentionError(
+            f"{q_shape[1]} query heads do not divide into {k_shape[1]} KV heads"
+        )
 
 
 def _softcap(anchor: _Anchor, weights: Mapping[str, Tensor]) -> float:
@@ -311,7 +308,7 @@ def _scale(
     try:
         factor = measure_scale(before_cap, anchor.query, k, known_kv, weights)
     except Exception as error:  # noqa: BLE001 - whatever fails here, the site is not understood
-        raise _Refused(f"its scores cannot be computed alone ({error})") from None
+        raise RefusedAttentionError(f"its scores cannot be computed alone ({error})") from None
     return factor * softcap if softcap else factor
 
 
@@ -326,7 +323,7 @@ def _why_unmatched(marker: fx.Node) -> str:
         seen.add(node)
         if call_name(node) in (*_STOPS, _SDPA):
             names.append(call_name(node))
-            if call_name(node) not in _MATMUL or len(names) > 3:
+            if call_name(node) not in MATMUL or len(names) > 3:
                 continue
         stack += list(node.users)
         if len(seen) > 200:
@@ -336,103 +333,3 @@ def _why_unmatched(marker: fx.Node) -> str:
         f"its keys do not lead to softmax(Q K^T) V but to {path}, as with attention sinks, "
         "ALiBi biases or a latent cache"
     )
-
-
-class _Flow:
-    """What flows where: data from the input tokens, and positions."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.active = _tainted(graph, "input_ids")
-        self._positional = _tainted(graph, "position_ids") - self.active
-        self._dominators: dict[Any, Any] | None = None
-
-    def hidden(self, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Return the tensor that feeds q, k and v, and the linear that makes q."""
-        for node, what in ((q, "query"), (k, "key"), (v, "value")):
-            if node not in self.active:
-                raise _Refused(f"its {what} does not depend on the input tokens")
-        chains = [self._dominator_chain(n) for n in (q, k, v)]
-        common = set(chains[1]) & set(chains[2])
-        hidden = next((n for n in chains[0] if n in common), None)
-        if hidden is None:
-            raise _Refused("query, key and value have no common source")
-        chain = self._dominator_chain(hidden)
-        if not _linears(nodes_between(hidden, q)):
-            fused = next((n for n in [hidden, *chain] if call_name(n) in _LINEAR), None)
-            between = nodes_between(fused, q) if fused else set()
-            if fused is None or any(call_name(n) in _MATMUL for n in between):
-                raise _Refused("its query is not made by a linear projection")
-            hidden = self._activation_input(fused)
-        while len(tensor_shape(hidden)) != 3 and call_name(hidden) in (
-            "view",
-            "reshape",
-            "flatten",
-        ):
-            hidden = self._activation_input(hidden)
-        linears = _linears(nodes_between(hidden, q))
-        if not linears:
-            raise _Refused("its query is not made by a linear projection")
-        to_key = _linears(nodes_between(hidden, k))
-        if len(linears) > 1 or len(to_key) > 1:
-            raise _Refused(
-                "keys or queries pass through a low-rank bottleneck, as in multi-head latent "
-                "attention (MLA)"
-            )
-        if len(tensor_shape(hidden)) != 3:
-            raise _Refused(f"its input has shape {tensor_shape(hidden)}, not [B, T, hidden]")
-        return hidden, linears[0]
-
-    def rotation(self, hidden: fx.Node, query: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """Return where positions begin to mix into the query, and the nodes from there on."""
-        region = nodes_between(hidden, query)
-        mixing = {
-            n for n in region
-            if any(i in self._positional and _is_float(i) for i in n.all_input_nodes)
-        }  # fmt: skip
-        if not mixing:
-            return query, ()
-        for candidate in self._dominator_chain(query)[1:]:
-            inside = nodes_between(candidate, query)
-            if mixing <= inside:
-                order = {n: i for i, n in enumerate(self.graph.nodes)}
-                return candidate, tuple(sorted(inside, key=lambda n: order[n]))
-        raise _Refused("the rotation of its query has no single beginning")
-
-    def _activation_input(self, node: fx.Node) -> fx.Node:
-        return next(n for n in node.all_input_nodes if n in self.active)
-
-    def _dominator_chain(self, node: fx.Node) -> list[fx.Node]:
-        """Return `node`, its immediate dominator, that one's, ... up to the input."""
-        if self._dominators is None:
-            digraph = nx.DiGraph()
-            for user in self.graph.nodes:
-                if user in self.active:
-                    inputs = [n for n in user.all_input_nodes if n in self.active]
-                    digraph.add_edges_from((n, user) for n in inputs or ["root"])
-            self._dominators = nx.immediate_dominators(digraph, "root")
-        chain = [node]
-        while (above := self._dominators.get(chain[-1])) not in ("root", None, chain[-1]):
-            chain.append(above)
-        return chain
-
-
-def _linears(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if call_name(n) in _LINEAR]
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = fake_value(node)
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _tainted(graph: fx.Graph, source: str) -> set[fx.Node]:
-    """Return the tensors that are computed from a graph input; shapes do not count."""
-    tainted: set[fx.Node] = set()
-    for node in graph.nodes:
-        starts = node.op == "placeholder" and source in node.name
-        if starts or any(n in tainted for n in node.all_input_nodes):
-            value = fake_value(node)
-            if isinstance(value, (Tensor, tuple, list)):
-                tainted.add(node)
-    return tainted

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparda_compile.errors import KVCacheError
 from sparda_compile.cache_layout import COUNTERS, LENGTHS, CacheLayout, state_name
+from sparda_compile.errors import KVCacheError
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.stats import CacheStats, LayerStats

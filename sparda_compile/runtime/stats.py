@@ -40,8 +40,13 @@ class CacheStats:
     @property
     def total(self) -> LayerStats:
         """Sum over layers."""
-        values = [dataclasses.astuple(layer) for layer in self.layers.values()]
-        return LayerStats(*(sum(column) for column in zip(*values, strict=True)) or (0, 0, 0, 0))
+        layers = self.layers.values()
+        return LayerStats(
+            hits=sum(layer.hits for layer in layers),
+            misses=sum(layer.misses for layer in layers),
+            h2d_bytes=sum(layer.h2d_bytes for layer in layers),
+            d2h_bytes=sum(layer.d2h_bytes for layer in layers),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

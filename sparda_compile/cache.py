@@ -1,0 +1,75 @@
+"""SpardaCache: a conversation's KV cache in the form that transformers passes around."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from transformers.cache_utils import Cache
+
+from sparda_compile.errors import KVCacheError, UnsupportedInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparda_compile.runtime.kv_cache import KVCache
+
+__all__ = ["NO_BEAMS", "NO_CROP", "SpardaCache"]
+
+NO_BEAMS: Final = (
+    "beam search is not supported (num_beams must be 1): beams would copy KV blocks between "
+    "sequences. Use sampling with num_return_sequences instead."
+)
+NO_CROP: Final = (
+    "assisted and prompt-lookup generation are not supported: they take tokens back from the KV "
+    "cache. Leave assistant_model and prompt_lookup_num_tokens unset."
+)
+
+
+class SpardaCache(Cache):  # type: ignore[misc]
+    """A conversation's KV cache, as transformers passes it around.
+
+    Args:
+        owner: The optimized module that it belongs to.
+        max_tokens: Tokens per sequence to reserve.
+    """
+
+    is_compileable = False
+
+    def __init__(self, owner: nn.Module, max_tokens: int) -> None:
+        super().__init__(layers=[])
+        self.owner = weakref.ref(owner)
+        self.max_tokens = max_tokens
+        self.kv: KVCache | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens per sequence that were passed in, padding included."""
+        del layer_idx
+        return self.kv.num_columns if self.kv else 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Return the tokens per sequence that the cache holds."""
+        del layer_idx
+        return self.kv.layout.max_tokens if self.kv else self.max_tokens
+
+    get_max_length = get_max_cache_shape
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: beams would have to copy KV blocks."""
+        del beam_idx
+        raise UnsupportedInputError(NO_BEAMS)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: blocks that were offloaded are not taken back."""
+        raise UnsupportedInputError(NO_CROP)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: only an optimized module writes to this cache."""
+        raise KVCacheError(
+            "a SpardaCache was passed to a model that is not optimized; pass it to the module "
+            "that made it."
+        )
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.kv.layout.layers) if self.kv else 0
