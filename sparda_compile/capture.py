@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["CapturedGraph", "capture", "kv_update", "share_weights", "specialize"]
 
 INPUT_NAMES: Final = ("input_ids", "position_ids")
-# Example sizes of the trace. Unusual numbers, so that no size of a model equals one by accident.
-_EXAMPLE_BATCH, _EXAMPLE_TOKENS = 2, 83
+# Example sizes of the trace. Unusual numbers, so that no size of a model equals one by accident;
+# more tokens than any window that is proved, since transformers drops the mask of a prompt that a
+# window holds, and the proof would then find none.
+_EXAMPLE_BATCH, _EXAMPLE_TOKENS = 2, 523
 
 
 @torch.library.custom_op("sparda::kv_update", mutates_args=())
@@ -316,6 +318,9 @@ class _Propagator(fx.Interpreter):
 
 
 def _propagate(module: fx.GraphModule, values: dict[str, Any], fake_mode: Any) -> None:
+    from torch._dispatch.python import enable_python_dispatcher
+
     args = [values[n.name] for n in module.graph.nodes if n.op == "placeholder"]
-    with fake_mode, torch.no_grad():
+    # Without the Python dispatcher some ops (expand in baddbmm's meta) refuse a symbolic length.
+    with fake_mode, enable_python_dispatcher(), torch.no_grad():
         _Propagator(module).run(*args)

@@ -64,7 +64,7 @@ class Sparda:
 
     @property
     def num_compilations(self) -> dict[str, int]:
-        """Programs built so far, by phase."""
+        """Programs compiled so far, by phase."""
         return self._owner.num_programs()
 
     @property

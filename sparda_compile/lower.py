@@ -2,11 +2,16 @@
 
 `inductor` compiles it with `compile_fx`; `eager` runs the graph's own Python, node by node, which
 is slower and easier to look into. Both take the same flat arguments, in placeholder order.
+
+Inductor moves nodes by their data alone. What must not move for correctness is data: forks take
+the state that the copy stream will touch, waits mutate what was copied and take what must stay
+alive. What should not move for speed is pinned: every matrix multiplication gets a control
+dependence on the prefetch before it in the schedule, so the copy is issued before that work.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["lower"]
+
+_SEQUENCE: Final = "sparda_sequence"
+_PREFETCH: Final = "prefetch_blocks"
+_HEAVY: Final = frozenset(
+    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+)
 
 
 def lower(gm: fx.GraphModule, lowering: str) -> Callable[..., Tensor]:
@@ -46,19 +57,67 @@ def _compile(gm: fx.GraphModule) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     inputs = [fake_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
-    fake_mode = next(value for value in inputs if isinstance(value, Tensor)).fake_mode  # type: ignore[attr-defined]
+    fake_mode = next(v for v in inputs if isinstance(v, Tensor)).fake_mode  # type: ignore[attr-defined]
     symbols = [value for value in inputs if isinstance(value, torch.SymInt)]
+    patches = {
+        "joint_custom_pre_pass": _graph_pass(_number_nodes),
+        "post_grad_custom_post_pass": _graph_pass(_pin_prefetches),
+    }
     with tracing(TracingContext(fake_mode)), torch.no_grad():
-        compiled: Callable[..., Any] = compile_fx(_copy(gm), inputs)
+        compiled: Callable[..., Any] = compile_fx(_copy(gm), inputs, config_patches=patches)
     for symbol in symbols:
-        if symbol.node.expr not in symbol.node.shape_env.var_to_range:
-            continue
-        if symbol.node.shape_env.replacements.get(symbol.node.expr) is not None:
+        if isinstance(symbol.node.shape_env.replace(symbol.node.expr), _integer()):
             raise PassError(
                 f"Inductor fixed the prompt length to {symbol.node.hint}; every other prompt would "
                 "give wrong results. Use lowering='eager' and report the model."
             )
     return compiled
+
+
+def _integer() -> type:
+    import sympy
+
+    return sympy.Integer  # type: ignore[no-any-return]
+
+
+def _graph_pass(function: Callable[[fx.Graph], None]) -> Any:
+    """Wrap a function as Inductor's custom pass, named by this file for its caches."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            function(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((__file__,), function.__name__)
+
+    return Pass()
+
+
+def _number_nodes(graph: fx.Graph) -> None:
+    """Write the schedule's order on every node, while it still is the order of the graph."""
+    for i, node in enumerate(graph.nodes):
+        node.meta[_SEQUENCE] = i
+
+
+def _pin_prefetches(graph: fx.Graph) -> None:
+    """Make all work that follows a prefetch in the schedule depend on it."""
+    from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+    from torch._inductor.fx_passes.post_grad import stable_topological_sort
+    from torch.utils._ordered_set import OrderedSet
+
+    numbered = [n for n in graph.nodes if _SEQUENCE in n.meta and n.op == "call_function"]
+    numbered.sort(key=lambda n: n.meta[_SEQUENCE])
+    pins: dict[fx.Node, OrderedSet[fx.Node]] = {}
+    ticket: fx.Node | None = None
+    for node in numbered:
+        if _PREFETCH in str(node.args[:1]) and "auto_functionalized" in str(node.target):
+            ticket = next((u for u in node.users if u.args[1:] == (0,)), ticket)
+        elif ticket is not None and node.target in _HEAVY:
+            pins[node] = OrderedSet([ticket])
+    if pins:
+        preserve_node_ordering(graph, pins)
+        stable_topological_sort(graph)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

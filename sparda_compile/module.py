@@ -204,8 +204,8 @@ class OptimizedModule(nn.Module):
         return self.program(phase, batch_size, max_tokens, last_only=last_only).plan
 
     def num_programs(self) -> dict[str, int]:
-        """Return how many programs were built, by phase."""
-        phases = [key[0] for key in self._programs]
+        """Return how many programs were compiled, by phase."""
+        phases = [key[0] for key, program in self._programs.items() if program.is_compiled]
         return {phase: phases.count(phase) for phase in ("prefill", "decode")}
 
     def train(self, mode: bool = True) -> OptimizedModule:

@@ -6,7 +6,7 @@
                 plan       = plan_pages(block_ids, tables_l)              hits, misses, pages
                 fork       = fork_stream(plan)                            copy stream goes on
                 ticket     = prefetch_blocks(misses, pages_l)             returns at once
-    layer l     wait_blocks(ticket, [pages_l], keepalive, query)          compute stream joins
+    layer l     wait_blocks(ticket, [pages_l], keepalive, q)          compute stream joins
                 append_kv(k, v, pages_l)                                  the new token
                 update_summary(k, summary_l)
                 out        = sparse_attention(query, pages_l, block_ids)

@@ -177,6 +177,11 @@ class Program:
             if n.op == "placeholder"
         ]  # fmt: skip
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the program has run."""
+        return "_function" in self.__dict__
+
     @cached_property
     def _function(self) -> Callable[..., Tensor]:
         return lower(self.plan.graph_module, self.plan.layout.config.lowering)

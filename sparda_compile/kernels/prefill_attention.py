@@ -114,9 +114,10 @@ def prefill_attention(
     """
     longest = int(lengths.max())  # host-sync: once per layer of a prefill, never in decode
     if longest == 0 and not softcap and bool(token_mask.all()):  # host-sync: as above
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             query, k, v, is_causal=True, scale=scale, enable_gqa=True
         )
+        return out.contiguous()
     position_BT = token_positions(lengths, token_mask, k.shape[2])
     num_blocks = -(-longest // pages.shape[4])
     past_k, past_v = past_keys_values(pages, host, block_table, num_blocks)

@@ -75,8 +75,11 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 
 def accesses(node: fx.Node) -> list[Access]:
-    """Return the state that a node reads and writes."""
-    if not is_sparda(node):
+    """Return the state that a node reads and writes.
+
+    A fork uses none: it takes state so that compilers leave it behind what writes that state.
+    """
+    if not is_sparda(node) or call_name(node) == "sparda.fork_stream":
         return []
     found = []
     for entry, value in bound_arguments(node):

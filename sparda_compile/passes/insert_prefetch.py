@@ -2,13 +2,13 @@
 
 Before, and after (mode `forecast`):
 
-    fetch_blocks(%miss_blocks, ..., %pages)     %fork = fork_stream([%miss_blocks, ...], event=0)
+    fetch_blocks(%miss_blocks, ..., %pages)     %fork = fork_stream([%miss_blocks, ..., %pages], 0)
                                                 %ticket = prefetch_blocks(..., event=1, after=%fork)
-                                                wait_blocks(%ticket, [%pages], [keepalive], %q, 1)
+                                                wait_blocks(%ticket, [%pages], [keepalive], [%q], 1)
     append_kv; sparse_attention                 append_kv; sparse_attention
-    store_blocks(..., %host)                    %fork = fork_stream([%tail_page], event=2)
+    store_blocks(..., %host)                    %fork = fork_stream([%tail_page, %pages, ..], 2)
     ...                                         %ticket = offload_blocks(..., event=3, after=%fork)
-    advance_lengths                             wait_blocks(%ticket, [%host], [...], None, 3)
+    advance_lengths                             wait_blocks(%ticket, [%host], [...], [%logits], 3)
                                                 advance_lengths
 
 Mode `exact` also fetches what the hint names, in the layer before, and hides the repair of what
@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.effects import argument
-from sparda_compile.passes.fx import Emitter, find_ops
+from sparda_compile.passes.fx import Emitter, call_name, find_ops
 from sparda_compile.passes.insert_forecast import HINT_KEY
-from sparda_compile.passes.liveness import set_keepalives
+from sparda_compile.passes.liveness import copy_stream_inputs, set_keepalives
 from sparda_compile.passes.replace_attention import Plan, StateInputs, plan_pages
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class _Insertion:
         guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
         ticket, event = self._prefetch(emit, guess, "hint_")
         buffers = ("pages", "block_table", "page_block", "page_stamp", "counters")
-        self._wait(plan, ticket, event, *buffers, anchor=ids_of(plan))
+        new = _new_kv(_plan_items(plan))
+        self._wait(plan, ticket, event, *buffers, anchors=[argument(plan, "block_ids"), *new])
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
@@ -105,7 +106,7 @@ class _Insertion:
         attention = next(
             n for n in find_ops(self._graph, "sparse_attention") if n.meta["sparda_layer"] == layer
         )
-        query = argument(attention, "query")
+        new = [argument(attention, "query"), *_new_kv(plan)]
         if self._ctx.config.mode == "exact":
             emit = Emitter(self._graph, attention, fetch, layer)
             ticket, event = self._prefetch(emit, plan, "")
@@ -113,7 +114,7 @@ class _Insertion:
         else:
             emit = Emitter(self._graph, fetch, fetch, layer)
             ticket, event = self._prefetch(emit, plan, "")
-            self._wait(fetch, ticket, event, "pages", anchor=query)
+            self._wait(fetch, ticket, event, "pages", anchors=new)
         self._graph.erase_node(fetch)
         return 1
 
@@ -122,23 +123,27 @@ class _Insertion:
         layer = store.meta["sparda_layer"]
         emit = Emitter(self._graph, store, store, layer)
         event = next(self._events)
-        temporaries = [argument(store, "tail_page"), *argument(store, "new_kv")]
-        inputs = [n for n in temporaries if n is not None]
+        inputs = copy_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self._events)
         ticket = emit.call("offload_blocks", *store.args, event, fork)
         end = find_ops(self._graph, "advance_lengths")[0]
-        self._wait(end, ticket, event, "host", anchor=None, layer=layer)
+        output = next(n for n in self._graph.nodes if n.op == "output")
+        logits = [] if not self._ctx.is_decode else list(output.args[0])  # type: ignore[arg-type]
+        self._wait(end, ticket, event, "host", anchors=logits)
         self._graph.erase_node(store)
         return 1
 
     def _prefetch(self, emit: Emitter, plan: Plan, prefix: str) -> tuple[fx.Node, int]:
         misses = (plan.miss_blocks, plan.miss_pages)
+        pools = (self._state.get("host", emit.layer), self._state.get("pages", emit.layer))
         fork = emit.call(
-            "fork_stream", list(misses), next(self._events), name=f"{prefix}fork_{emit.layer}"
+            "fork_stream",
+            [*misses, *pools],
+            next(self._events),
+            name=f"{prefix}fork_{emit.layer}",
         )
         event = next(self._events)
-        pools = (self._state.get("host", emit.layer), self._state.get("pages", emit.layer))
         ticket = emit.call(
             "prefetch_blocks", *misses, *pools, event, fork, name=f"{prefix}prefetch_{emit.layer}"
         )
@@ -150,13 +155,12 @@ class _Insertion:
         ticket: fx.Node,
         event: int,
         *buffers: str,
-        anchor: fx.Node | None,
-        layer: int | None = None,
+        anchors: list[fx.Node],
     ) -> None:
-        layer = ticket.meta["sparda_layer"] if layer is None else layer
-        emit = Emitter(self._graph, before, before if layer is None else ticket, layer)
+        layer = ticket.meta["sparda_layer"]
+        emit = Emitter(self._graph, before, ticket, layer)
         state = [self._state.get(name, layer) for name in buffers]
-        emit.call("wait_blocks", ticket, state, [], anchor, event)
+        emit.call("wait_blocks", ticket, state, [], anchors, event)
 
     def _split_attention(
         self, emit: Emitter, attention: fx.Node, plan: Plan, ticket: fx.Node, event: int
@@ -165,17 +169,17 @@ class _Insertion:
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
         partial = emit.call("attend_resident", *selection, scale, softcap)
         parts = [emit.item(partial, i) for i in range(2)]
-        self._wait(attention, ticket, event, "pages", anchor=parts[1])
+        self._wait(attention, ticket, event, "pages", anchors=[parts[1]])
         out = emit.call("attend_missing", *selection, *parts, scale, softcap)
         out.meta["sparda"] = attention.meta["sparda"]
         attention.replace_all_uses_with(out)
         self._graph.erase_node(attention)
 
 
-def ids_of(plan: fx.Node) -> fx.Node:
-    """Return the block ids that a plan is for."""
-    ids = argument(plan, "block_ids")
-    return ids  # type: ignore[no-any-return]
+def _new_kv(plan: Plan) -> list[fx.Node]:
+    """Return the new keys and values of the layer that a plan is for."""
+    append = next(n for n in plan.tail_page.users if call_name(n) == "sparda.append_kv")
+    return list(append.args[:2])  # type: ignore[arg-type]
 
 
 def _plan_of(graph: fx.Graph, layer: int) -> fx.Node:

@@ -15,9 +15,11 @@ from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_ord
 from sparda_compile.schedule import COPY
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
 
-__all__ = ["copy_stream_uses", "set_keepalives"]
+__all__ = ["copy_stream_inputs", "copy_stream_uses", "set_keepalives"]
 
 
 def copy_stream_uses(node: fx.Node) -> list[fx.Node]:
@@ -28,30 +30,50 @@ def copy_stream_uses(node: fx.Node) -> list[fx.Node]:
     return [n for n in [*touched, *results] if tensor_shape(n) != (0,)]
 
 
+def copy_stream_inputs(work: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return what a fork must take for the work that follows it on the copy stream.
+
+    Temporaries and state alike: a compiler that moves nodes by their data alone then still issues
+    the fork behind everything that the work conflicts with.
+    """
+    inside = set(work)
+    sources = [n for node in work for n in node.all_input_nodes if n not in inside]
+    made_inside = {u for node in work for u in node.users if call_name(u) == "getitem"}
+    wanted = dict.fromkeys(n for n in sources if n not in made_inside)
+    return [n for n in wanted if call_name(n) != "sparda.fork_stream" and _is_used(n)]
+
+
+def _is_used(node: fx.Node) -> bool:
+    """Weights never change, so nothing has to come before their use."""
+    return node.op != "placeholder" or is_state(node)
+
+
 def set_keepalives(graph: fx.Graph) -> int:
-    """Give every wait exactly the temporaries that it must keep alive; returns how many."""
+    """Give every wait exactly the temporaries that it must keep alive; returns how many.
+
+    The copy stream is a queue: the wait for one copy joins all that was issued before it. So a
+    temporary has to live until the first wait for any copy that started after its last use there.
+    """
     waits = find_ops(graph, "wait_blocks")
     for wait in waits:
         set_argument(wait, "keepalive", [])
     order = program_order(graph)
-    joins = {argument(w, "event"): w for w in waits}
-    kept: dict[fx.Node, list[fx.Node]] = {}
-    pending: list[fx.Node] = []
-    for node in graph.nodes:
+    waits_by_event = {argument(w, "event"): w for w in waits}
+    joins: dict[fx.Node, fx.Node] = {}
+    join: fx.Node | None = None
+    for node in reversed(graph.nodes):
         if not is_sparda(node) or stream_of(node) != COPY:
             continue
-        pending += copy_stream_uses(node)
-        if not call_name(node).endswith(("prefetch_blocks", "offload_blocks")):
-            continue
-        join = joins[argument(node, "event")]
-        for temporary in dict.fromkeys(pending):
-            last = max((order[u] for u in temporary.users), default=-1)
-            if last < order[join]:
-                kept.setdefault(temporary, []).append(join)
-        pending = []
-    by_wait: dict[fx.Node, list[fx.Node]] = {}
-    for temporary, candidates in kept.items():
-        by_wait.setdefault(max(candidates, key=lambda w: order[w]), []).append(temporary)
-    for wait, temporaries in by_wait.items():
+        if call_name(node).endswith(("prefetch_blocks", "offload_blocks")):
+            own = waits_by_event[argument(node, "event")]
+            join = own if join is None else min(own, join, key=lambda w: order[w])
+        assert join is not None, f"{node.name} is on the copy stream and no wait joins it"
+        for temporary in copy_stream_uses(node):
+            joins.setdefault(temporary, join)
+    kept: dict[fx.Node, list[fx.Node]] = {}
+    for temporary, join in joins.items():
+        if max((order[u] for u in temporary.users), default=-1) < order[join]:
+            kept.setdefault(join, []).append(temporary)
+    for wait, temporaries in kept.items():
         set_argument(wait, "keepalive", sorted(temporaries, key=lambda n: order[n]))
-    return sum(len(v) for v in by_wait.values())
+    return sum(len(v) for v in kept.values())

@@ -36,14 +36,13 @@ from sparda_compile.passes.cost import Cost, node_cost
 from sparda_compile.passes.effects import (
     accesses,
     argument,
-    bound_arguments,
     conflicts,
     set_argument,
     stream_of,
 )
 from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_order
-from sparda_compile.passes.liveness import set_keepalives
+from sparda_compile.passes.liveness import copy_stream_inputs, set_keepalives
 from sparda_compile.schedule import COMPUTE, COPY, Schedule, ScheduleRow
 
 if TYPE_CHECKING:
@@ -185,6 +184,7 @@ class _Planner:
             start = starts[argument(wait, "event")]
             later = [a for a in anchors if order[a] > order[start]]
             if later and self._may_move(wait, later[0], order):
+                set_argument(wait, "anchors", [argument(later[0], "query")])
                 later[0].prepend(wait)
                 self.num_moved += 1
                 choices.append(f"{start.name} is awaited before {later[0].name}")
@@ -310,15 +310,9 @@ def _set_streams(chain: _Chain, side: Sequence[fx.Node]) -> None:
         return
     first = side[0]
     set_argument(chain.prefetch, "after", None)
-    set_argument(chain.fork, "inputs", _temporaries(first))
+    set_argument(chain.fork, "inputs", copy_stream_inputs([*side, chain.prefetch]))
     first.prepend(chain.fork)
     set_argument(first, "after", chain.fork)
-
-
-def _temporaries(stage: fx.Node) -> list[fx.Node]:
-    inputs = [v for entry, v in bound_arguments(stage) if entry.name != "after"]
-    flat = [n for v in inputs for n in (v if isinstance(v, (list, tuple)) else [v])]
-    return [n for n in flat if hasattr(n, "op") and n.op != "placeholder"]
 
 
 def _ordered(

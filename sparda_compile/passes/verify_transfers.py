@@ -10,7 +10,7 @@ happens-before: a stream's own order, plus fork (compute -> copy) and wait (copy
                  point that happens after it
     allocation   all compute work issued before a copy-stream op that allocates happens before it,
                  for its memory may be what that work has just freed
-    join         every started copy is awaited before the step ends
+    join         every started copy has its wait, and the copy stream is done when the step ends
 
 State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
 the same plan touch different pages (hits, misses), so they need no order.
@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.effects import accesses, argument, conflicts, stream_of
-from sparda_compile.passes.fx import call_name, is_sparda, tensor_shape
+from sparda_compile.passes.effects import accesses, argument, is_disjoint, stream_of
+from sparda_compile.passes.fx import call_name, fake_value, is_sparda, tensor_shape
 from sparda_compile.passes.liveness import copy_stream_uses
 from sparda_compile.passes.schedule_transfers import ORDER_KEY, mark_order
 from sparda_compile.schedule import COMPUTE, COPY, STREAM_NAMES
@@ -119,7 +119,7 @@ def extract_program(graph: fx.Graph) -> list[Instruction]:
                 order=node.meta.get(ORDER_KEY, -1),
                 inputs=numbers(node.all_input_nodes),
                 keepalive=numbers(argument(node, "keepalive")) if waits is not None else (),
-                touches=numbers(uses),
+                touches=numbers(uses) + ((number[node],) if _drops_a_result(node, uses) else ()),
                 forks=name == "sparda.fork_stream",
                 forked_by=number[fork] if fork is not None else None,
                 records=argument(node, "event") if starts else None,
@@ -129,6 +129,13 @@ def extract_program(graph: fx.Graph) -> list[Instruction]:
             )
         )
     return program
+
+
+def _drops_a_result(node: fx.Node, uses: Sequence[fx.Node]) -> bool:
+    """Whether a copy-stream op has a result that nobody takes, and so nobody keeps alive."""
+    value = fake_value(node)
+    taken = {u.args[1] for u in uses if call_name(u) == "getitem" and u.args[0] is node}
+    return bool(uses) and isinstance(value, (tuple, list)) and len(taken) < len(value)
 
 
 def _stream(node: fx.Node, stream: int) -> int:
@@ -144,8 +151,8 @@ def check_program(program: Sequence[Instruction]) -> int:
     Raises:
         TransferRaceError: At the first pair that is not ordered.
     """
-    _check_join(program)
     clocks = _vector_clocks(program, steps=2)
+    _check_join(program, clocks)
     _check_data(program, clocks)
     _check_keepalive(program, clocks)
     _check_allocation(program, clocks)
@@ -197,20 +204,25 @@ def _race(kind: str, first: Instruction, second: Instruction, detail: str) -> Tr
     )
 
 
-def _check_join(program: Sequence[Instruction]) -> None:
+def _check_join(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
+    recorded = {i.records for i in program if i.records is not None}
     awaited = {i.waits for i in program if i.waits is not None}
-    for instruction in program:
+    end = max((clocks[i] for i, x in enumerate(program) if x.stream == COMPUTE), default=(0, 0))
+    for i, instruction in enumerate(program):
+        if instruction.waits is not None and instruction.waits not in recorded:
+            raise TransferRaceError(
+                f"join: {instruction.name} waits for event {instruction.waits}, which nothing "
+                "records."
+            )
         if instruction.records is not None and instruction.records not in awaited:
             raise TransferRaceError(
                 f"join: {instruction.name} starts a copy (event {instruction.records}) that no "
                 "wait joins before the step ends."
             )
-    recorded = {i.records for i in program if i.records is not None}
-    for instruction in program:
-        if instruction.waits is not None and instruction.waits not in recorded:
+        if instruction.stream == COPY and clocks[i][COPY] > end[COPY]:
             raise TransferRaceError(
-                f"join: {instruction.name} waits for event {instruction.waits}, which nothing "
-                "records."
+                f"join: {instruction.name} runs on the copy stream and has not ended when the "
+                "step ends; every wait comes before it."
             )
 
 
@@ -248,43 +260,41 @@ def _check_keepalive(program: Sequence[Instruction], clocks: Sequence[Clock]) ->
 
 def _check_allocation(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
     last_compute = -1
-    for i, instruction in enumerate(program):
+    for i in range(len(clocks)):  # of both steps: the first may leave memory to the second
+        instruction = program[i % len(program)]
         if instruction.stream == COMPUTE:
-            if instruction.node.op == "call_function" and not instruction.forks:
+            if not instruction.forks:
                 last_compute = i
             continue
-        is_choice = call_name(instruction.node) == "getitem"
-        if instruction.allocates and not is_choice and last_compute >= 0:
-            if not _happens_before(program, clocks, last_compute, i):
-                raise _race(
-                    "allocation", program[last_compute], instruction,
-                    "the second may be given memory that the first has not finished with",
-                )  # fmt: skip
+        checked = instruction.allocates and last_compute >= 0
+        if checked and not _happens_before(program, clocks, last_compute, i):
+            raise _race(
+                "allocation", program[last_compute % len(program)], instruction,
+                "the second may be given memory that the first has not finished with",
+            )  # fmt: skip
 
 
 def _check_state(program: Sequence[Instruction], clocks: Sequence[Clock]) -> int:
-    users: dict[str, list[int]] = {}
+    users: dict[str, dict[int, bool]] = {}
     for i, instruction in enumerate(program):
-        for state in {a.state for a in accesses(instruction.node)}:
-            users.setdefault(state, []).append(i)
+        for access in accesses(instruction.node):
+            mine = users.setdefault(access.state, {})
+            mine[i] = mine.get(i, False) or access.is_write
     size, found = len(program), 0
-    for state, mine in users.items():
-        for first, second in itertools.combinations_with_replacement(mine, 2):
+    for state, writes in users.items():
+        for first, second in itertools.combinations_with_replacement(writes, 2):
+            if not (writes[first] or writes[second]):
+                continue
             a, b = program[first], program[second]
-            if first != second and state in conflicts(a.node, b.node):
+            if first != second and not is_disjoint(a.node, b.node):
                 found += 1
                 early, late = (first, second) if a.order < b.order else (second, first)
                 if not _happens_before(program, clocks, early, late):
                     raise _race("state", program[early], program[late], f"both use {state}")
-            if _writes(a, state) or _writes(b, state):
-                for early, late in {(first, second), (second, first)}:
-                    if not _happens_before(program, clocks, early, late + size):
-                        raise _race(
-                            "state", program[early], program[late],
-                            f"both use {state}, the second in the next step",
-                        )  # fmt: skip
+            for early, late in {(first, second), (second, first)}:
+                if not _happens_before(program, clocks, early, late + size):
+                    raise _race(
+                        "state", program[early], program[late],
+                        f"both use {state}, the second in the next step",
+                    )  # fmt: skip
     return found
-
-
-def _writes(instruction: Instruction, state: str) -> bool:
-    return any(a.state == state and a.is_write for a in accesses(instruction.node))

@@ -27,6 +27,7 @@ def assign_pages(
     page_block: Tensor,
     page_stamp: Tensor,
     eviction: str,
+    written_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Give every block of `ids` a page. Updates the three tables.
 
@@ -37,6 +38,8 @@ def assign_pages(
         page_block: [B, G, C] int32.
         page_stamp: [B, G, C] int32.
         eviction: Policy.
+        written_B: Blocks that keep their page although they are not in `ids`: the host has not
+            got them yet. One page more than ids must be there for it. None for no block.
 
     Returns:
         The page of each id [B, G, K] int32 (-1 for none), and which ids were absent [B, G, K].
@@ -53,7 +56,11 @@ def assign_pages(
         padded.scatter_(-1, positions.long().masked_fill(~mask, num_pages), True)
         return padded[..., :num_pages]
 
-    order = victim_order(page_stamp, mark(page, hit))
+    kept = mark(page, hit)
+    if written_B is not None:
+        written = block_table.gather(-1, written_B.long()[:, None, None].expand(*page.shape[:2], 1))
+        kept |= mark(written, written >= 0)
+    order = victim_order(page_stamp, kept)
     rank = (miss.long().cumsum(-1) - 1).clamp(min=0, max=num_pages - 1)
     page = torch.where(miss, order.gather(-1, rank).int(), page)
 
@@ -117,10 +124,12 @@ def plan_pages(
     tail_page = small(block_ids.shape[:2])
 
     def work() -> None:
+        current_B = lengths // block_size
+        # A hint may have been made before the current block: it must not push that one out.
         page, absent = assign_pages(
-            block_ids, lengths, block_table, page_block, page_stamp, eviction
+            block_ids, lengths, block_table, page_block, page_stamp, eviction, current_B
         )
-        current = (lengths // block_size)[:, None, None]
+        current = current_B[:, None, None]
         is_tail = block_ids == current
         fetch = absent & (block_ids < current)
         page_ids.copy_(page)

@@ -13,12 +13,13 @@ Ownership:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from sparda_compile.cache_layout import COUNTERS, LENGTHS, CacheLayout, state_name
 from sparda_compile.errors import KVCacheError
+from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.stats import CacheStats, LayerStats
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["KVCache"]
+
+# What says where blocks are.
+_PAGED: Final = ("pages", "host", "block_table", "page_block", "page_stamp")
 
 
 class KVCache:
@@ -103,9 +107,15 @@ class KVCache:
             layout: As this one's, with more `max_tokens`.
         """
         larger = KVCache(layout, next(iter(self.state.values())).device)
+        moves_out = layout.offload and not self.layout.offload
+        paged = set()
+        for shape in self.layout.layers:
+            if moves_out and shape.kind == "sparse":
+                paged |= {state_name(name, shape.layer) for name in _PAGED}
+                _move_out(self, larger, shape.layer)
         for name, old in self.state.items():
-            new = larger.state[name]
-            new[tuple(slice(0, size) for size in old.shape)] = old
+            if name not in paged:
+                larger.state[name][tuple(slice(0, size) for size in old.shape)] = old
         larger.num_columns, larger.longest = self.num_columns, self.longest
         return larger
 
@@ -146,3 +156,20 @@ class KVCache:
                 names = self.layout.summary_tensors(summary, shape)
                 tensors = [self.state[state_name(n, shape.layer)] for n in names]
                 SUMMARIES[summary].reset(tensors)
+
+
+def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
+    """Copy a layer's blocks to the host; only those that are still being written get pages."""
+    pages, _, table, *_ = (resident.state[state_name(name, layer)] for name in _PAGED)
+    new_pages, host, *tables = (offloaded.state[state_name(name, layer)] for name in _PAGED)
+    row, head, block = torch.where(table >= 0)
+    host[row, head, block] = pages[row, head, table[row, head, block].long()]
+    lengths = resident.state[LENGTHS]
+    size = pages.shape[4]
+    written_B = torch.where(lengths % size > 0, lengths // size, -1)
+    ids_BG1 = written_B[:, None, None].expand(*table.shape[:2], 1).contiguous()
+    eviction = offloaded.layout.config.eviction
+    page_BG1, _ = assign_pages(ids_BG1, (lengths - 1).clamp(min=0), *tables, eviction)
+    row, head, entry = torch.where(page_BG1 >= 0)
+    block = ids_BG1[row, head, entry].long()
+    new_pages[row, head, page_BG1[row, head, entry].long()] = host[row, head, block]

@@ -198,7 +198,7 @@ def wait_blocks(
     ticket: Tensor,
     buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
-    anchor: Tensor | None,
+    anchors: Sequence[Tensor],
     event: int,
 ) -> None:
     """Make the compute stream wait for a copy.
@@ -207,7 +207,7 @@ def wait_blocks(
         ticket: From the op that started the copy.
         buffers: What the copy stream writes: valid from here on.
         keepalive: Temporaries that the copy stream uses until here.
-        anchor: A tensor computed late in the waiting layer; keeps compilers from moving the
+        anchors: Tensors computed late in the waiting layer; keep compilers from moving the
             wait up.
         event: The event of the copy.
     """
@@ -219,7 +219,7 @@ def _(
     ticket: Tensor,
     buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
-    anchor: Tensor | None,
+    anchors: Sequence[Tensor],
     event: int,
 ) -> None:
     return None

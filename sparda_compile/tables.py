@@ -1,0 +1,189 @@
+"""The tables that the command line prints: a report, and the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+    from sparda_compile.demo import Demo, DemoRow
+    from sparda_compile.report import Report, SiteSummary
+    from sparda_compile.schedule import Schedule
+
+__all__ = ["format_bytes", "format_layers", "print_demo", "print_report"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+_DEMO_NOTES = """\
+Agreement is the share of new tokens equal to the original's. With all blocks read it has to be \
+100%. With a small budget a model with random weights goes its own way: that is no measure of \
+quality. Times are of the reference runtime on this CPU, with lowering="eager"; nothing overlaps \
+there."""
+_FRESH_FORECAST = """\
+The Forecast weights are freshly initialised, so the blocks that they pick are close to random; \
+they have to be trained."""
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print what `explain` found: sites, planned bytes, passes, schedules."""
+    console.print(
+        f"{report.model}, mode {report.mode}: {len(report.sparse_sites)} attentions rewritten, "
+        f"{len(report.dense_sites)} left dense",
+        style="bold",
+    )
+    console.print(_sites(report.sites))
+    console.print(_bytes(report))
+    console.print(_passes(report))
+    if report.schedules:
+        console.print(_schedules(report.schedules))
+
+
+def print_demo(demo: Demo, console: Console) -> None:
+    """Print the comparison of modes and what to make of it."""
+    table = _table(
+        f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written, one sequence",
+        ("mode", "blocks read", "agreement", "hits", "misses", "H2D", "D2H", "KV on device",
+         "prefill", "per token"),
+        left=1,
+    )  # fmt: skip
+    for row in demo.rows:
+        table.add_row(*_demo_cells(row), style=None if row.is_right else "red")
+    console.print(table)
+    console.print(_DEMO_NOTES, markup=False)
+    if demo.used_fresh_forecast:
+        console.print(_FRESH_FORECAST, markup=False)
+    console.print(
+        f"The model was traced {demo.num_captures} times (prefill, decode) for all modes together.",
+        markup=False,
+    )
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return a size in the largest unit that leaves at least 1 of it: `1.5 MiB`."""
+    size, unit = float(num_bytes), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Return layer numbers as ranges: `0-4, 6`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _table(title: str, columns: Sequence[str], *, left: int) -> Table:
+    """Return an empty table whose first `left` columns are text and the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right")
+    return table
+
+
+def _sites(sites: Iterable[SiteSummary]) -> Table:
+    """Return the attentions; those that differ in nothing but their layer share a row."""
+    alike: dict[SiteSummary, list[SiteSummary]] = {}
+    for site in sites:
+        key = dataclasses.replace(
+            site, layer=0, module="", projection="", scale=round(site.scale, 6)
+        )
+        alike.setdefault(key, []).append(site)
+    table = _table(
+        "Attentions",
+        ("layers", "becomes", "form", "heads / KV heads", "head dim", "scale", "soft cap",
+         "position", "first module", "why it stays dense"),
+        left=10,
+    )  # fmt: skip
+    for key, members in alike.items():
+        table.add_row(
+            format_layers(site.layer for site in members),
+            "sparse" if key.kind == "sparse" else "dense",
+            key.form,
+            f"{key.num_heads} / {key.num_groups}",
+            str(key.head_dim),
+            f"{key.scale:.4g}",
+            f"{key.softcap:g}" if key.softcap else "",
+            key.position,
+            members[0].module,
+            key.reason,
+        )
+    return table
+
+
+def _bytes(report: Report) -> Table:
+    table = _table(
+        f"KV cache planned for {report.batch_size} x {report.max_tokens} tokens",
+        ("what", "where", "bytes"),
+        left=2,
+    )
+    parts = (
+        ("all blocks", "CPU memory", report.host_bytes),
+        ("pages", "device", sum(layer.page_bytes for layer in report.layers)),
+        ("summaries", "device", sum(layer.summary_bytes for layer in report.layers)),
+        ("tables", "device", sum(layer.table_bytes for layer in report.layers)),
+    )
+    for what, where, num_bytes in parts:
+        table.add_row(what, where, format_bytes(num_bytes))
+    if report.forecast_parameters:
+        share = 100 * report.forecast_parameters / max(report.model_parameters, 1)
+        count = f"{report.forecast_parameters:,} weights"
+        table.add_row("Forecast", "device", f"{count}, {share:.2f}% of the model")
+    return table
+
+
+def _passes(report: Report) -> Table:
+    table = _table("Passes", ("phase", "pass", "counts", "nodes", "ms"), left=3)
+    for entry in report.passes:
+        counts = ", ".join(f"{value} {name}" for name, value in entry.counts.items() if value)
+        table.add_row(
+            entry.phase,
+            entry.name,
+            counts or "nothing to do",
+            f"{entry.nodes_before} -> {entry.nodes_after}",
+            f"{entry.ms:.0f}",
+        )
+    return table
+
+
+def _schedules(schedules: Sequence[Schedule]) -> Table:
+    table = _table(
+        f"One step as predicted for {schedules[0].machine}; nothing was measured",
+        ("phase", "step us", "copies in line us", "exposed us", "over the link"),
+        left=1,
+    )
+    for schedule in schedules:
+        table.add_row(
+            schedule.phase,
+            f"{schedule.total_us:.0f}",
+            f"{schedule.baseline_us:.0f}",
+            f"{schedule.exposed_us:.0f}",
+            format_bytes(schedule.link_bytes),
+        )
+    return table
+
+
+def _demo_cells(row: DemoRow) -> list[str]:
+    return [
+        row.mode,
+        f"{row.blocks}/{row.num_blocks}",
+        f"{100 * row.agreement:.0f}%",
+        "" if row.hit_rate is None else f"{100 * row.hit_rate:.0f}%",
+        "" if row.misses is None else str(row.misses),
+        "" if row.h2d_bytes is None else format_bytes(row.h2d_bytes),
+        "" if row.d2h_bytes is None else format_bytes(row.d2h_bytes),
+        f"{format_bytes(row.device_bytes)} ({100 * row.device_bytes / row.full_bytes:.0f}%)",
+        f"{row.prefill_ms:.0f} ms",
+        f"{row.token_ms:.0f} ms",
+    ]

@@ -1,0 +1,110 @@
+"""What `sparda inspect` can be pointed at: architectures, local folders and tiny models by name.
+
+Only shapes matter to an inspection, so models of transformers are built on the meta device: no
+weight is read, downloaded or allocated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from sparda_compile.errors import ConfigError
+from sparda_compile.testing import TINY_MODELS, build
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["TINY_PREFIX", "build_target"]
+
+TINY_PREFIX: Final = "tiny-"
+
+
+def build_target(target: str) -> nn.Module:
+    """Build the model that a name stands for.
+
+    Args:
+        target: `tiny-` and a family of `sparda_compile.testing`, which has random weights; a
+            folder with the `config.json` of a model; or a model type of transformers, `llama`,
+            whose default configuration is built. The last two are on the meta device.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ConfigError: If the name stands for nothing, or transformers cannot build it.
+    """
+    if target.startswith(TINY_PREFIX):
+        return _tiny(target)
+    if os.sep in target or Path(target).exists():
+        return _on_meta(_folder_config(Path(target)), target)
+    return _on_meta(_default_config(target), target)
+
+
+def _tiny(target: str) -> nn.Module:
+    family = target.removeprefix(TINY_PREFIX).replace("-", "_")
+    if family not in TINY_MODELS:
+        raise _unknown(target)
+    return build(family)
+
+
+def _folder_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{str(folder)!r} has no config.json; pass the folder that save_pretrained wrote."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot read {str(folder / 'config.json')!r}: {_first_line(error)}"
+        ) from error
+
+
+def _default_config(model_type: str) -> Any:
+    from transformers import AutoConfig
+
+    if model_type not in _causal_lm_types():
+        raise _unknown(model_type)
+    return AutoConfig.for_model(model_type)
+
+
+def _on_meta(config: Any, target: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot build a causal LM from the configuration of {target!r}: "
+            f"{_first_line(error)}"
+        ) from error
+    return model.eval()
+
+
+def _causal_lm_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _unknown(target: str) -> ConfigError:
+    tiny = [TINY_PREFIX + family.replace("_", "-") for family in TINY_MODELS]
+    close = difflib.get_close_matches(target, [*tiny, *_causal_lm_types()], n=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ConfigError(
+        f"{target!r} is no model that can be inspected; pass a causal LM type of transformers "
+        f"(llama, qwen3, ...), a folder with a config.json, or one of {', '.join(tiny)}.{hint}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

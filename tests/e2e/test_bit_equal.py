@@ -1,0 +1,176 @@
+"""What only moves bytes gives bit-equal logits, in whatever order the copy stream does its work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.module import OptimizedModule
+from sparda_compile.program import Program
+from sparda_compile.streams import DeferredEngine, use_engine
+from sparda_compile.testing import random_forecast, tiny_llama
+
+PROMPT_LENGTHS = (150, 37, 93)
+NEW_TOKENS = 17
+SECOND_PROMPT = 40
+MAX_TOKENS = 240
+BUSY = {"page_ratio": 1.0, "machine": "h200"}
+# K = 7 of 15 blocks; with page_ratio 1.5, 11 pages.
+SMALL = {
+    "block_size": 16,
+    "pool_size": 8,
+    "pool_stride": 4,
+    "sink_blocks": 1,
+    "local_blocks": 2,
+    "top_k": 3,
+    "max_tokens": MAX_TOKENS,
+    "lowering": "eager",
+}
+HINTS = ("forecast", "previous_step", "previous_layer")
+SEEDS = (None, 0, 1, 2, 3, 4)
+CHANGES = {
+    "on_device": {"offload": "never"},
+    "few_pages": {"page_ratio": 1.0},
+    "all_pages": {"page_ratio": 3.0},
+    "fifo_few_pages": {"eviction": "fifo", "page_ratio": 1.0},
+    "unscheduled": {"disable_passes": ("schedule_transfers",)},
+    "in_line": {"disable_passes": ("insert_prefetch", "schedule_transfers")},
+    "h200": BUSY,
+}
+
+
+class Lab:
+    """One traced model, and what it says under each configuration."""
+
+    def __init__(self):
+        model = tiny_llama()
+        projections = random_forecast(model, seed=1)
+        self.forecast = {0: projections["bootstrap"], 1: projections[0]}
+        first = optimize(model, SpardaConfig(mode="forecast", **SMALL), forecast=self.forecast)
+        self.captures = first.captures
+        generator = torch.Generator().manual_seed(3)
+        rows = len(PROMPT_LENGTHS)
+        width = max(PROMPT_LENGTHS)
+        self.ids = torch.randint(0, 256, (rows, width), generator=generator)
+        self.more_ids = torch.randint(0, 256, (rows, SECOND_PROMPT), generator=generator)
+        padding = width - torch.tensor(PROMPT_LENGTHS)
+        self.mask = (torch.arange(width) >= padding[:, None]).long()
+        self._baselines = {}
+
+    def module(self, **config):
+        config = SpardaConfig(**{**SMALL, **config})
+        forecast = self.forecast if config.needs_forecast else {}
+        return OptimizedModule(self.captures, config, forecast)
+
+    def baseline(self, **config):
+        """Return the logits of a configuration, computed once."""
+        key = tuple(sorted(config.items()))
+        if key not in self._baselines:
+            self._baselines[key] = self.run(self.module(**config))
+        return self._baselines[key]
+
+    def run(self, module):
+        """Return the logits of two turns on one cache, [B, 2 * NEW_TOKENS, V]."""
+        settings = {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
+        one = module.generate(self.ids, attention_mask=self.mask, **settings)
+        added = NEW_TOKENS + SECOND_PROMPT
+        two = module.generate(
+            torch.cat([one.sequences, self.more_ids], dim=1),
+            attention_mask=torch.cat([self.mask, self.mask.new_ones(len(self.mask), added)], dim=1),
+            past_key_values=one.past_key_values,
+            **settings,
+        )
+        return torch.stack(one.logits + two.logits, dim=1)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Lab()
+
+
+@pytest.mark.parametrize("selector", ["infllm2", "quest"])
+@pytest.mark.parametrize("hint", HINTS)
+def test_exact_equals_query(lab, hint, selector):
+    module = lab.module(mode="exact", hint=hint, selector=selector, page_ratio=1.0)
+    assert torch.equal(lab.run(module), lab.baseline(mode="query", selector=selector))
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [
+        *(("forecast", change) for change in CHANGES),
+        *(("exact", change) for change in CHANGES),
+        ("query", "on_device"),
+        ("query", "fifo_few_pages"),
+    ],
+)
+def test_moving_bytes_otherwise_changes_nothing(lab, mode, change):
+    module = lab.module(mode=mode, **CHANGES[change])
+    assert torch.equal(lab.run(module), lab.baseline(mode=mode))
+
+
+def test_modes_differ(lab):
+    """Else the tests here would hold for a selection that selects nothing."""
+    logits = [
+        lab.baseline(mode="query", selector="infllm2"),
+        lab.baseline(mode="query", selector="quest"),
+        lab.baseline(mode="forecast"),
+    ]
+    for i, one in enumerate(logits):
+        assert torch.isfinite(one).all()
+        for other in logits[:i]:
+            assert not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["query", "forecast", *(f"exact/{hint}" for hint in HINTS)])
+def test_late_copies_change_nothing(lab, mode):
+    mode, _, hint = mode.partition("/")
+    module = lab.module(mode=mode, hint=hint or "forecast", **BUSY)
+    for seed in SEEDS if hint != "previous_layer" else SEEDS[:2]:
+        engine = DeferredEngine(seed)
+        with use_engine(engine):
+            logits = lab.run(module)
+        assert torch.equal(logits, lab.baseline(mode=mode)), f"seed {seed}"
+        assert engine.num_pending == 0
+
+
+@pytest.mark.parametrize("mode", ["forecast", "exact"])
+def test_late_copies_change_nothing_where_streams_do_not_overlap(lab, mode):
+    with use_engine(DeferredEngine()) as engine:
+        logits = lab.run(lab.module(mode=mode, page_ratio=1.0, machine="cpu"))
+    assert torch.equal(logits, lab.baseline(mode=mode))
+    assert engine.num_pending == 0
+
+
+def without_wait(module, index):
+    """Take the `index`-th wait out of a module's decode program, behind the verifier's back."""
+    key = ("decode", len(PROMPT_LENGTHS), MAX_TOKENS, True)
+    plan = module.program(*key[:3], last_only=True).plan
+    graph_module = plan.graph_module
+    waits = [n for n in graph_module.graph.nodes if "wait_blocks" in str(n.target)]
+    assert len(waits) == 4
+    graph_module.graph.erase_node(waits[index])
+    graph_module.recompile()
+    module._programs[key] = Program(dataclasses.replace(plan), module._forecast)
+    return waits[index].name
+
+
+# Two for prefetches, two for offloads. The copy stream is in order and the first offload's wait
+# has another behind it before anything reads, so a run cannot miss that one.
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_late_copies_show_a_missing_wait(lab, index):
+    module = lab.module(mode="forecast", page_ratio=1.0)
+    name = without_wait(module, index)
+    # A machine without a second stream cannot tell.
+    assert torch.equal(lab.run(module), lab.baseline(mode="forecast"))
+    with use_engine(DeferredEngine()):
+        logits = lab.run(module)
+    assert not torch.equal(logits, lab.baseline(mode="forecast")), name

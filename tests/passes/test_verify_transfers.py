@@ -1,0 +1,434 @@
+"""VerifyTransfers, by mutation: break a right program in every single way, and it must object."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparda_compile import ops
+from sparda_compile.errors import TransferRaceError
+from sparda_compile.passes.base import Fact
+from sparda_compile.passes.effects import accesses, argument, conflicts, set_argument
+from sparda_compile.passes.fx import Emitter, find_ops, is_sparda
+from sparda_compile.passes.liveness import set_keepalives
+from sparda_compile.passes.manager import snapshot
+from sparda_compile.passes.schedule_transfers import ORDER_KEY
+from sparda_compile.passes.verify_transfers import (
+    VerifyTransfers,
+    check_program,
+    extract_program,
+)
+from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.testing import TINY_MODELS
+
+assert ops.INSTRUCTIONS  # registers the ops that the planted programs call
+
+MODES = {
+    "forecast": {"mode": "forecast"},
+    "query": {"mode": "query"},
+    "exact-forecast": {"mode": "exact", "hint": "forecast"},
+    "exact-previous_step": {"mode": "exact", "hint": "previous_step"},
+    "exact-previous_layer": {"mode": "exact", "hint": "previous_layer"},
+}
+UNSCHEDULED = ("schedule_transfers",)
+
+# Two models in every mode, the others in one each: what differs between models is not the
+# transfers but what they are threaded through.
+OTHER_MODELS = [
+    (model, mode)
+    for i, model in enumerate(sorted(set(TINY_MODELS) - {"llama"}))
+    for j, mode in enumerate(MODES)
+    if model in ("gemma3", "gpt2") or j == i % len(MODES)
+]
+
+
+def arranged(program, order):
+    """Return the instructions numbered in `order`, with what refers to them renumbered."""
+    new = {old: i for i, old in enumerate(order)}
+
+    def renumbered(numbers):
+        return tuple(new[i] for i in numbers if i in new)
+
+    return [
+        dataclasses.replace(
+            program[old],
+            inputs=renumbered(program[old].inputs),
+            keepalive=renumbered(program[old].keepalive),
+            touches=renumbered(program[old].touches),
+            forked_by=new.get(program[old].forked_by),
+        )
+        for old in order
+    ]
+
+
+def without(program, number):
+    return arranged(program, [i for i in range(len(program)) if i != number])
+
+
+def swapped(program, first, second):
+    order = list(range(len(program)))
+    order[first], order[second] = second, first
+    return arranged(program, order)
+
+
+def changed(program, number, **fields):
+    result = list(program)
+    result[number] = dataclasses.replace(program[number], **fields)
+    return result
+
+
+def dropped(numbers, number):
+    return tuple(i for i in numbers if i != number)
+
+
+def omissions(program):
+    """Yield every program that lacks one wait, fork, event or keepalive."""
+    for i, it in enumerate(program):
+        if it.waits is not None or it.forks:
+            yield f"{it.name} removed", without(program, i)
+        if it.forked_by is not None:
+            yield f"{it.name} does not wait for its fork", changed(program, i, forked_by=None)
+        if it.records is not None:
+            yield f"{it.name} records nothing", changed(program, i, records=None)
+        for kept in it.keepalive:
+            lists = {"keepalive": dropped(it.keepalive, kept), "inputs": dropped(it.inputs, kept)}
+            yield f"{it.name} keeps {program[kept].name} no more", changed(program, i, **lists)
+
+
+def unawaited(program, *, covered=False):
+    """Yield every program in which the start of a prefetch has lost both event and wait.
+
+    The copy stream is a queue, so the wait for a later copy may cover for the lost one; such
+    programs are right and come only with `covered`.
+    """
+    waits = {it.waits: i for i, it in enumerate(program) if it.waits is not None}
+    for i, it in enumerate(program):
+        if it.records is None or "prefetch" not in it.name:
+            continue
+        wait = waits[it.records]
+        later = [waits[other.records] for other in program[i + 1 :] if other.records is not None]
+        if any(other < wait for other in later) == covered:
+            yield f"{it.name} is not awaited", without(changed(program, i, records=None), wait)
+
+
+def swaps(program):
+    """Yield every program in which two conflicting ops, or a maker and its user, trade places."""
+    stateful = [i for i, it in enumerate(program) if accesses(it.node)]
+    pairs = {p for p in itertools.combinations(stateful, 2) if conflicts(*_nodes(program, p))}
+    for i, it in enumerate(program):
+        if is_sparda(it.node):
+            pairs |= {(source, i) for source in it.inputs}
+    for first, second in sorted(pairs):
+        name = f"{program[first].name} and {program[second].name} swapped"
+        yield name, swapped(program, first, second)
+
+
+def detours(program):
+    """Yield every program in which one op of the compute stream runs on the copy stream."""
+    for i, it in enumerate(program):
+        works = is_sparda(it.node) and not it.forks and it.waits is None
+        if works and it.stream == COMPUTE:
+            yield f"{it.name} on the copy stream", changed(program, i, stream=COPY)
+
+
+def _nodes(program, numbers):
+    return [program[i].node for i in numbers]
+
+
+def survivors(program, *kinds):
+    found = []
+    for name, mutant in itertools.chain.from_iterable(kind(program) for kind in kinds):
+        try:
+            check_program(mutant)
+        except TransferRaceError:
+            continue
+        found.append(name)
+    return found
+
+
+def check_all(plan):
+    program = extract_program(plan.graph_module.graph)
+    assert check_program(program) == plan.stages[-1].counts["conflicts"] > 0
+    assert survivors(program, omissions, unawaited, swaps, detours) == []
+    return program
+
+
+@pytest.mark.parametrize("disable_passes", [(), UNSCHEDULED], ids=["scheduled", "unscheduled"])
+@pytest.mark.parametrize("machine", ["cpu", "h200"])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mutation_of_a_decode_survives(plan_of, mode, machine, disable_passes):
+    plan = plan_of("llama", machine=machine, disable_passes=disable_passes, **MODES[mode])
+    program = check_all(plan)
+    assert len(list(omissions(program))) >= 10
+
+
+@pytest.mark.parametrize(("model", "mode"), OTHER_MODELS)
+def test_no_mutation_survives_in_any_model(plan_of, model, mode):
+    check_all(plan_of(model, machine="h200", **MODES[mode]))
+
+
+@pytest.mark.parametrize("disable_passes", [(), UNSCHEDULED], ids=["scheduled", "unscheduled"])
+@pytest.mark.parametrize("machine", ["cpu", "h200"])
+@pytest.mark.parametrize("model", ["llama", "gemma3"])
+def test_no_mutation_of_a_prefill_survives(plan_of, model, machine, disable_passes):
+    check_all(plan_of(model, "prefill", machine=machine, disable_passes=disable_passes))
+
+
+@pytest.mark.parametrize("cut", ["scores_1", "block_ids_1", "plan_1"])
+def test_no_mutation_survives_wherever_the_chain_is_cut(plan_of, cut):
+    # The cost model prefers one cut; the others are right as well.
+    plan = plan_of("llama", machine="h200")
+    gm = snapshot(plan.graph_module)
+    by_name = {n.name: n for n in gm.graph.nodes}
+    stages = ["scores_1", "block_ids_1", "plan_1"]
+    fork = argument(by_name["scores_1"], "after")
+    assert fork is not None
+    for name in stages:
+        set_argument(by_name[name], "stream", int(stages.index(name) >= stages.index(cut)))
+        set_argument(by_name[name], "after", None)
+    by_name[cut].prepend(fork)
+    set_argument(fork, "inputs", [by_name[cut].args[0]])
+    set_argument(by_name[cut], "after", fork)
+    set_keepalives(gm.graph)
+    program = extract_program(gm.graph)
+    check_program(program)
+    assert survivors(program, omissions, unawaited, swaps, detours) == []
+
+
+def test_wait_for_a_later_copy_covers_the_ones_before(plan_of):
+    program = extract_program(plan_of("llama", **MODES["exact-forecast"]).graph_module.graph)
+    mutants = dict(unawaited(program, covered=True))
+    assert list(mutants) == ["hint_prefetch_1 is not awaited"]
+    for mutant in mutants.values():
+        check_program(mutant)
+
+
+def test_copies_in_line_need_no_order_between_streams(plan_of):
+    disabled = ("insert_prefetch", "schedule_transfers")
+    program = check_all(plan_of("llama", disable_passes=disabled))
+    assert {it.stream for it in program} == {COMPUTE}
+
+
+class TestGraph:
+    """The same, on the graph itself: what a pass could do wrong."""
+
+    @pytest.fixture
+    def graph_of(self, plan_of):
+        plan = plan_of("llama", machine="h200", mode="exact", hint="forecast")
+        return lambda: snapshot(plan.graph_module)
+
+    def races(self, gm):
+        with pytest.raises(TransferRaceError) as caught:
+            VerifyTransfers()(gm, None)
+        return str(caught.value)
+
+    def test_right_graph_passes_and_is_left_alone(self, graph_of):
+        gm = graph_of()
+        before = [n.name for n in gm.graph.nodes]
+        result = VerifyTransfers()(gm, None)
+        assert not result.modified
+        assert set(result.counts) == {"instructions", "conflicts", "events"}
+        assert [n.name for n in gm.graph.nodes] == before
+        assert VerifyTransfers.ensures == {Fact.TRANSFERS_VERIFIED}
+
+    def test_wait_erased(self, graph_of):
+        waits = [n.name for n in find_ops(graph_of().graph, "wait_blocks")]
+        assert len(waits) == 6
+        for name in waits:
+            gm = graph_of()
+            gm.graph.erase_node(next(n for n in gm.graph.nodes if n.name == name))
+            assert "join" in self.races(gm)
+
+    def test_fork_left_out(self, graph_of):
+        forked = [n.name for n in graph_of().graph.nodes if _fork_of(n) is not None]
+        assert len(forked) == 6
+        for name in forked:
+            gm = graph_of()
+            node = next(n for n in gm.graph.nodes if n.name == name)
+            set_argument(node, "after", None)
+            assert node.name in self.races(gm)
+
+    def test_keepalive_dropped(self, graph_of):
+        lists = [argument(n, "keepalive") for n in find_ops(graph_of().graph, "wait_blocks")]
+        assert sum(map(len, lists)) > 6
+        for i, kept in enumerate(lists):
+            for j, temporary in enumerate(kept):
+                gm = graph_of()
+                wait = find_ops(gm.graph, "wait_blocks")[i]
+                rest = [n for k, n in enumerate(argument(wait, "keepalive")) if k != j]
+                set_argument(wait, "keepalive", rest)
+                message = self.races(gm)
+                assert "keepalive" in message
+                assert temporary.name in message
+
+    def test_nodes_swapped(self, graph_of):
+        nodes = [n for n in graph_of().graph.nodes if accesses(n)]
+        pairs = [p for p in itertools.combinations(nodes, 2) if conflicts(*p)]
+        assert len(pairs) > 50
+        for first, second in pairs:
+            gm = graph_of()
+            by_name = {n.name: n for n in gm.graph.nodes}
+            a, b = by_name[first.name], by_name[second.name]
+            behind_a, behind_b = a.next, b.next
+            behind_a.prepend(b)
+            if behind_b is not a:
+                behind_b.prepend(a)
+            self.races(gm)
+
+    def test_stream_changed(self, graph_of):
+        for name in ("hint_scores_1", "hint_block_ids_1", "hint_plan_1"):
+            gm = graph_of()
+            node = next(n for n in gm.graph.nodes if n.name == name)
+            assert argument(node, "stream") == COPY
+            set_argument(node, "stream", COMPUTE)
+            self.races(gm)
+
+    def test_result_of_a_copy_stream_op_that_nobody_takes(self, graph_of):
+        gm = graph_of()
+        item = next(n for n in gm.graph.nodes if n.name == "hint_is_miss_1")
+        for wait in list(item.users):
+            kept = argument(wait, "keepalive")
+            set_argument(wait, "keepalive", [n for n in kept if n is not item])
+        gm.graph.erase_node(item)
+        assert "hint_plan_1" in self.races(gm)
+
+
+def _fork_of(node):
+    names = {e.name for e in node.target._schema.arguments} if is_sparda(node) else set()
+    return argument(node, "after") if "after" in names else None
+
+
+class Planted:
+    """A program written by hand: state placeholders, then ops in semantic order."""
+
+    def __init__(self):
+        self.graph = fx.Graph()
+        self.mode = FakeTensorMode()
+        self.state = {
+            name: self._input(f"sparda_{name}", shape, dtype)
+            for name, shape, dtype in (
+                ("pages_0", (1, 2, 4, 2, 16, 8), torch.float32),
+                ("host_0", (1, 2, 8, 2, 16, 8), torch.float32),
+                ("last_block_ids_0", (1, 2, 3), torch.int32),
+                ("lengths", (1,), torch.int32),
+            )
+        }
+        self.ids = self._input("ids", (1, 2, 3), torch.int32)
+        self.tail = self._input("tail", (1, 2), torch.int32)
+        self.key = self._input("key", (1, 2, 1, 8), torch.float32)
+        self.end = self.graph.output((self.ids,))
+        self.emit = Emitter(self.graph, self.end, self.ids, 0)
+
+    def _input(self, name, shape, dtype):
+        node = self.graph.placeholder(name)
+        with self.mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        return node
+
+    def append(self):
+        state = self.state
+        args = (self.key, self.key, self.tail, state["lengths"], state["pages_0"])
+        return self.emit.call("append_kv", *args, name="append")
+
+    def prefetch(self, event, after=None):
+        pools = (self.state["host_0"], self.state["pages_0"])
+        args = (self.ids, self.ids, *pools, event, after)
+        return self.emit.call("prefetch_blocks", *args, name=f"prefetch{event}")
+
+    def wait(self, ticket, event, keepalive=()):
+        args = (ticket, [self.state["pages_0"]], list(keepalive), [], event)
+        return self.emit.call("wait_blocks", *args, name=f"wait{event}")
+
+    def fork(self, event):
+        return self.emit.call("fork_stream", [self.ids], event, name=f"fork{event}")
+
+    def check(self):
+        for i, node in enumerate(self.graph.nodes):
+            if accesses(node):
+                node.meta[ORDER_KEY] = i
+        return check_program(extract_program(self.graph))
+
+
+class TestTwoSteps:
+    """Programs whose first step is right whatever happens, and whose second one is not."""
+
+    def test_write_at_the_end_of_a_step_races_with_a_copy_that_begins_the_next(self):
+        planted = Planted()
+        planted.wait(planted.prefetch(0), 0)
+        planted.append()
+        with pytest.raises(TransferRaceError, match=r"prefetch0 .* in the next step"):
+            planted.check()
+
+    def test_fork_orders_them(self):
+        planted = Planted()
+        planted.wait(planted.prefetch(0, planted.fork(1)), 0)
+        planted.append()
+        assert planted.check() == 3
+
+    def test_memory_that_a_step_frees_is_not_given_to_a_copy_stream_op_of_the_next(self):
+        planted = Planted()
+        ids = _select_on_copy_stream(planted, None)
+        planted.wait(planted.prefetch(0), 0, [ids])
+        with pytest.raises(TransferRaceError, match=r"allocation: wait0 .* ids"):
+            planted.check()
+
+    def test_copy_that_outlives_its_step(self):
+        planted = Planted()
+        ticket = planted.prefetch(0, planted.fork(1))
+        planted.wait(ticket, 0)
+        planted.prefetch(2)
+        with pytest.raises(TransferRaceError, match="prefetch2"):
+            planted.check()
+
+
+def _select_on_copy_stream(planted, fork):
+    with planted.graph.inserting_before(planted.ids):
+        scores = planted._input("scores", (1, 2, 8), torch.float32)
+    args = (scores, planted.state["lengths"], 3, 16, 1, 1, COPY, fork)
+    return planted.emit.call("select_blocks", *args, name="ids")
+
+
+class TestMessages:
+    """Each message names the two nodes."""
+
+    def test_state(self):
+        planted = Planted()
+        fork = planted.fork(1)
+        planted.append()
+        planted.wait(planted.prefetch(0, fork), 0)
+        with pytest.raises(TransferRaceError) as caught:
+            planted.check()
+        assert str(caught.value) == (
+            "state: append (compute stream) and prefetch0 (copy stream) are not ordered: both use "
+            "sparda_pages_0."
+        )
+
+    def test_wait_for_another_copy(self):
+        planted = Planted()
+        fork = planted.fork(9)
+        first, second = planted.prefetch(0, fork), planted.prefetch(1, fork)
+        planted.wait(first, 1)
+        planted.wait(second, 0)
+        with pytest.raises(TransferRaceError, match=r"prefetch0 .* wait1 .* another copy's event"):
+            planted.check()
+
+    def test_wait_for_an_event_that_nothing_records(self):
+        planted = Planted()
+        planted.wait(planted.prefetch(0, planted.fork(1)), 7)
+        with pytest.raises(TransferRaceError, match=r"event [07]"):
+            planted.check()
+
+    def test_use_before_the_wait(self):
+        planted = Planted()
+        fork, last = planted.fork(1), planted.state["last_block_ids_0"]
+        ids = _select_on_copy_stream(planted, fork)
+        ticket = planted.prefetch(0)
+        planted.emit.call("remember_ids", ids, last, name="early")
+        planted.wait(ticket, 0, [ids])
+        with pytest.raises(TransferRaceError, match=r"data: ids \(copy .* early \(compute"):
+            planted.check()

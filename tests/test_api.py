@@ -1,0 +1,392 @@
+"""`optimize` refuses what it cannot do: an error has value, limit and remedy."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DynamicCache
+
+from sparda_compile import SpardaConfig, SpardaError, explain, optimize
+from sparda_compile.errors import (
+    AttentionNotFoundError,
+    CaptureError,
+    ConfigError,
+    DevicePoolFullError,
+    HostPoolFullError,
+    KVCacheError,
+    UnsupportedInputError,
+)
+from sparda_compile.testing import tiny_llama
+
+MAX_TOKENS = 64
+CONFIG = SpardaConfig(
+    mode="query", top_k=None, block_size=16, max_tokens=MAX_TOKENS, lowering="eager"
+)
+FORECAST = CONFIG.replace(mode="forecast")
+HIDDEN, ROWS = 64, 32  # of tiny_llama: hidden size, KV heads x head_dim
+
+
+def prompt(num_tokens, batch_size=1):
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.randint(256, (batch_size, num_tokens), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return optimize(model, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return model.generate(prompt(20), max_new_tokens=5, do_sample=False)
+
+
+@pytest.fixture
+def works(fast, expected):
+    """Return a check that an optimized module still generates the right tokens."""
+
+    def check(module=fast):
+        assert torch.equal(module.generate(prompt(20), max_new_tokens=5, do_sample=False), expected)
+
+    return check
+
+
+def refuses(error, call, *words):
+    """Check that a call raises `error` with a message that has all the words and is a sentence."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert isinstance(caught.value, SpardaError)
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+    assert message.endswith((".", "?"))
+
+
+class Perceptron(nn.Module):
+    """A language model without attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(256, 32)
+        self.positions = nn.Embedding(128, 32)
+        self.head = nn.Linear(32, 256)
+
+    def forward(self, input_ids, position_ids):
+        return self.head(torch.relu(self.embedding(input_ids) + self.positions(position_ids)))
+
+
+class Branching(Perceptron):
+    """A forward that decides by a value, which no graph can hold."""
+
+    def forward(self, input_ids, position_ids):
+        hidden = self.embedding(input_ids)
+        if hidden.sum() > 0:
+            hidden = hidden + self.positions(position_ids)
+        return self.head(hidden)
+
+
+class TestModels:
+    def test_without_attention(self):
+        words = ("PlainCausalLM", "no attention", "no KV cache")
+        refuses(AttentionNotFoundError, lambda: optimize(Perceptron().eval(), CONFIG), *words)
+
+    def test_that_cannot_be_traced(self):
+        words = ("cannot trace", "TORCH_LOGS=graph_breaks")
+        refuses(CaptureError, lambda: optimize(Branching().eval(), CONFIG), *words)
+
+    def test_encoder_decoder(self):
+        config = transformers.T5Config(
+            vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+        )
+        t5 = transformers.T5ForConditionalGeneration(config).eval()
+        words = ("T5ForConditionalGeneration", "encoder-decoder", "decoder-only")
+        refuses(UnsupportedInputError, lambda: optimize(t5, CONFIG), *words)
+
+    def test_without_a_head(self, model):
+        words = ("LlamaModel", "no causal LM head", "AutoModelForCausalLM")
+        refuses(UnsupportedInputError, lambda: optimize(model.model, CONFIG), *words)
+
+    def test_in_training_mode(self):
+        words = ("LlamaForCausalLM", "training mode", "model.eval()")
+        refuses(UnsupportedInputError, lambda: optimize(tiny_llama().train(), CONFIG), *words)
+
+    def test_that_is_no_module(self):
+        words = ("str", "torch.nn.Module", "from_pretrained")
+        refuses(UnsupportedInputError, lambda: optimize("llama", CONFIG), *words)
+
+    def test_on_another_device(self):
+        words = ("CPU", "meta", "model.to('cpu')")
+        refuses(UnsupportedInputError, lambda: optimize(tiny_llama().to("meta"), CONFIG), *words)
+
+    def test_with_a_kernel_that_is_not_in_the_graph(self):
+        llama = tiny_llama()
+        llama.config._attn_implementation = "flash_attention_2"
+        words = ("flash_attention_2", "set_attn_implementation('sdpa')")
+        refuses(UnsupportedInputError, lambda: optimize(llama, CONFIG), *words)
+
+    def test_explain_reports_what_optimize_refuses(self):
+        report = explain(Perceptron().eval(), CONFIG)
+        assert "no attention" in report.error
+        assert report.sites == ()
+
+
+class TestConfiguration:
+    def test_budget_beyond_the_blocks(self):
+        words = ("top_k=9", "4 blocks", "max_tokens=64", "lower top_k")
+        refuses(ConfigError, lambda: CONFIG.replace(top_k=9), *words)
+
+    def test_block_size_that_does_not_divide_the_cache(self):
+        words = ("max_tokens=70", "block_size=16", "use 80")
+        refuses(ConfigError, lambda: CONFIG.replace(max_tokens=70), *words)
+
+    def test_unknown_pass(self, fast, works):
+        config = CONFIG.replace(disable_passes=("schedule_transfer",))
+        words = ("'schedule_transfer'", "insert_prefetch", "Did you mean 'schedule_transfers'?")
+        refuses(ConfigError, lambda: optimize(fast, config), *words)
+        refuses(ConfigError, lambda: explain(fast, config), *words)
+        works()
+
+    @pytest.mark.parametrize("name", ["replace_attention", "verify_transfers", "insert_forecast"])
+    def test_pass_that_cannot_be_left_out(self, fast, name):
+        words = (f"'{name}'", "cannot be left out", "insert_prefetch, schedule_transfers")
+        config = CONFIG.replace(disable_passes=(name,))
+        refuses(ConfigError, lambda: optimize(fast, config), *words)
+
+    @pytest.mark.parametrize("offload", ["always", "never"])
+    def test_too_little_cpu_memory(self, fast, works, offload):
+        small = optimize(fast, CONFIG.replace(host_bytes=1000, offload=offload))
+        words = ("1 sequences of 64 tokens", "host_bytes allows", "raise host_bytes")
+        for _ in range(2):
+            refuses(HostPoolFullError, lambda: small.generate(prompt(20), max_new_tokens=1), *words)
+        works(optimize(small, CONFIG))
+
+    def test_too_little_device_memory(self, fast, works):
+        small = optimize(fast, CONFIG.replace(device_bytes=1000))
+        words = ("1 sequences of 64 tokens", "device_bytes allows", "raise device_bytes")
+        refuses(DevicePoolFullError, lambda: small(prompt(20)), *words)
+        works()
+
+
+class TestForecast:
+    def weights(self, **changes):
+        return {0: torch.zeros(ROWS, HIDDEN), 1: torch.zeros(ROWS, HIDDEN)} | {
+            int(name[1:]): value for name, value in changes.items()
+        }
+
+    def test_fresh_weights_warn(self, fast, works):
+        with pytest.warns(UserWarning, match="freshly initialised"):
+            module = optimize(fast, FORECAST)
+        works(module)
+
+    def test_given_weights_do_not_warn_and_are_used(self, fast, works, recwarn):
+        given = self.weights(_1=torch.full((ROWS, HIDDEN), 0.5))
+        module = optimize(fast, FORECAST, forecast=given)
+        assert not [w for w in recwarn if "Forecast" in str(w.message)]
+        assert torch.equal(module.state_dict()["sparda_forecast.1"], given[1])
+        works(module)
+
+    def test_of_another_model(self, fast):
+        given = self.weights(_2=torch.zeros(ROWS, HIDDEN))
+        words = ("LlamaForCausalLM", "layers [2] are not in it", "trained for this model")
+        refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=given), *words)
+
+    def test_of_wrong_shape(self, fast):
+        given = self.weights(_1=torch.zeros(ROWS, 48))
+        words = ("layer 1", "(32, 48)", "(32, 64)", "trained for this model")
+        refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=given), *words)
+
+    def test_that_miss_a_layer(self, fast):
+        given = {0: torch.zeros(ROWS, HIDDEN)}
+        words = ("layers [1] are missing", "trained for this model")
+        refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=given), *words)
+
+    def test_file_that_is_not_there(self, fast, tmp_path):
+        path = tmp_path / "none.safetensors"
+        words = ("none.safetensors", "no file", "pass a safetensors file")
+        refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=path), *words)
+
+    def test_file_that_cannot_be_read(self, fast, tmp_path):
+        path = tmp_path / "noise.safetensors"
+        path.write_bytes(b"\x00noise" * 9)
+        words = ("noise.safetensors", "cannot be read", "safetensors file")
+        refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=str(path)), *words)
+
+    def test_file_of_something_else(self, fast, tmp_path):
+        path = tmp_path / "model.safetensors"
+        save_file({"lm_head.weight": torch.zeros(2, 2)}, path)
+        words = ("model.safetensors", "lm_head.weight", "layer numbers")
+        refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=path), *words)
+
+    def test_file(self, fast, works, tmp_path):
+        path = tmp_path / "forecast.safetensors"
+        save_file({str(layer): tensor for layer, tensor in self.weights().items()}, path)
+        works(optimize(fast, FORECAST, forecast=path))
+
+    @pytest.mark.parametrize("changes", [{}, {"mode": "exact", "hint": "previous_step"}])
+    def test_for_a_mode_that_uses_none(self, fast, works, changes):
+        config = CONFIG.replace(**changes)
+        words = (f"mode={config.mode!r}", "uses none", "mode='forecast'")
+        refuses(ConfigError, lambda: optimize(fast, config, forecast=self.weights()), *words)
+        works()
+
+
+def overfill(module):
+    """Fill a cache to its last token with a decode step, then ask for one more."""
+    cache = module(prompt(MAX_TOKENS - 1)).past_key_values
+    module(prompt(1), past_key_values=cache)
+    module(prompt(1), past_key_values=cache)
+
+
+CALLS = {
+    "prompt beyond max_tokens": (
+        lambda fast, _: fast.generate(prompt(70), max_new_tokens=1),
+        KVCacheError, ("71 tokens", "max_tokens=64", "raise max_tokens"),
+    ),
+    "forward beyond max_tokens": (
+        lambda fast, _: fast(prompt(65)),
+        KVCacheError, ("65 tokens", "max_tokens=64", "raise max_tokens"),
+    ),
+    "new tokens beyond max_tokens": (
+        lambda fast, _: fast.generate(prompt(20), max_new_tokens=45),
+        KVCacheError, ("65 tokens", "max_tokens=64", "max_new_tokens"),
+    ),
+    "a step beyond max_tokens": (
+        lambda fast, _: overfill(fast),
+        KVCacheError, ("1 more tokens", "holds 64", "64 per sequence", "Raise max_tokens"),
+    ),
+    "a turn beyond max_tokens": (
+        lambda fast, _: fast(prompt(40), past_key_values=fast(prompt(30)).past_key_values),
+        KVCacheError, ("40 more tokens", "holds 30", "64 per sequence", "Raise max_tokens"),
+    ),
+    "a cache beyond max_tokens": (
+        lambda fast, _: fast.new_cache(100),
+        KVCacheError, ("100 tokens", "max_tokens=64"),
+    ),
+    "cache of another module": (
+        lambda fast, _: fast(prompt(3), past_key_values=optimize(fast, CONFIG).new_cache()),
+        KVCacheError, ("another model", "Pass None"),
+    ),
+    "DynamicCache": (
+        lambda fast, _: fast(prompt(3), past_key_values=DynamicCache()),
+        KVCacheError, ("DynamicCache", "new_cache()"),
+    ),
+    "generate with a DynamicCache": (
+        lambda fast, _: fast.generate(prompt(3), past_key_values=DynamicCache()),
+        KVCacheError, ("DynamicCache", "new_cache()"),
+    ),
+    "another batch size on the second turn": (
+        lambda fast, _: fast(prompt(1, 2), past_key_values=fast(prompt(9)).past_key_values),
+        KVCacheError, ("holds 1 sequences", "passes 2", "batch size of the first"),
+    ),
+    "second turn without the first": (
+        lambda fast, _: fast.generate(prompt(4), past_key_values=fast(prompt(9)).past_key_values),
+        KVCacheError, ("4 tokens", "holds 9", "whole conversation"),
+    ),
+    "its cache in the original model": (
+        lambda fast, model: model(prompt(3), past_key_values=fast.new_cache()),
+        KVCacheError, ("not optimized", "module that made it"),
+    ),
+    "beam search": (
+        lambda fast, _: fast.generate(prompt(9), num_beams=2),
+        UnsupportedInputError, ("beam search", "num_beams must be 1", "num_return_sequences"),
+    ),
+    "beam search by a generation config": (
+        lambda fast, _: fast.generate(
+            prompt(9), generation_config=transformers.GenerationConfig(num_beams=3)
+        ),
+        UnsupportedInputError, ("beam search", "num_beams must be 1", "num_return_sequences"),
+    ),
+    "assisted generation": (
+        lambda fast, model: fast.generate(prompt(9), assistant_model=model),
+        UnsupportedInputError, ("assisted", "assistant_model"),
+    ),
+    "prompt lookup": (
+        lambda fast, _: fast.generate(prompt(9), prompt_lookup_num_tokens=3),
+        UnsupportedInputError, ("prompt-lookup", "prompt_lookup_num_tokens"),
+    ),
+    "another cache implementation": (
+        lambda fast, _: fast.generate(prompt(9), cache_implementation="static"),
+        UnsupportedInputError, ("'static'", "Leave it unset"),
+    ),
+    "embeddings to generate": (
+        lambda fast, _: fast.generate(inputs_embeds=torch.zeros(1, 3, HIDDEN)),
+        UnsupportedInputError, ("inputs_embeds", "input_ids"),
+    ),
+    "embeddings": (
+        lambda fast, _: fast(inputs_embeds=torch.zeros(1, 3, HIDDEN)),
+        UnsupportedInputError, ("inputs_embeds", "input_ids"),
+    ),
+    "labels": (
+        lambda fast, _: fast(prompt(3), labels=prompt(3)),
+        UnsupportedInputError, ("labels", "it takes input_ids"),
+    ),
+    "attention weights": (
+        lambda fast, _: fast(prompt(3), output_attentions=True),
+        UnsupportedInputError, ("output_attentions", "it takes input_ids"),
+    ),
+    "attention mask that is too short": (
+        lambda fast, _: fast(prompt(9), attention_mask=torch.ones(1, 8).long()),
+        UnsupportedInputError, ("(1, 8)", "[batch, 9]", "0 for padding"),
+    ),
+    "attention mask of another batch": (
+        lambda fast, _: fast(prompt(9), attention_mask=torch.ones(3, 9).long()),
+        UnsupportedInputError, ("3 sequences", "1"),
+    ),
+    "no tokens": (lambda fast, _: fast(), UnsupportedInputError, ("None", "[batch, tokens]")),
+    "flat tokens": (
+        lambda fast, _: fast(prompt(3)[0]), UnsupportedInputError, ("(3,)", "[batch, tokens]"),
+    ),
+    "empty tokens": (
+        lambda fast, _: fast(prompt(3)[:, :0]), UnsupportedInputError, ("(1, 0)", "at least one"),
+    ),
+    "training": (
+        lambda fast, _: fast.train(), UnsupportedInputError, ("trained", "optimize it again"),
+    ),
+    "another dtype": (
+        lambda fast, _: fast.to(torch.float16),
+        UnsupportedInputError, ("cast", "torch.float32", "optimize it again"),
+    ),
+    "half": (lambda fast, _: fast.half(), UnsupportedInputError, ("cast", "optimize it again")),
+    "another device": (
+        lambda fast, _: fast.to("meta"), UnsupportedInputError, ("moved", "cpu"),
+    ),
+    "pickle": (
+        lambda fast, _: pickle.dumps(fast), UnsupportedInputError, ("pickled", "save_pretrained"),
+    ),
+    "deepcopy": (
+        lambda fast, _: copy.deepcopy(fast), UnsupportedInputError, ("deep-copied", "optimize it"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_refused_call_leaves_the_module_in_order(fast, model, works, case):
+    call, error, words = CALLS[case]
+    refuses(error, lambda: call(fast, model), *words)
+    works()
+
+
+def test_optimize_again_traces_nothing_new(fast):
+    module = optimize(fast, CONFIG.replace(top_k=1, sink_blocks=1, local_blocks=1))
+    assert module.captures is fast.captures
+    assert module.sparda.num_captures == fast.sparda.num_captures
+    assert module.sparda.graph("decode") is not fast.sparda.graph("decode")
+
+
+def test_default_configuration_is_the_papers_and_needs_no_weights_to_explain():
+    report = explain(tiny_llama().to("meta"), batch_size=3)
+    assert report.error == ""
+    assert (report.mode, report.max_tokens, report.batch_size) == ("forecast", 4096, 3)
+    assert report.forecast_parameters == 2 * ROWS * HIDDEN
+    assert len(report.sites) == 2
