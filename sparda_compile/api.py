@@ -194,7 +194,8 @@ def _load(path: str | Path) -> dict[int, Tensor]:
 def _check_forecast(
     given: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], model_name: str
 ) -> None:
-    missing, unknown = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
+    missing = sorted(set(shapes) - set(given))
+    unknown = sorted(set(given) - set(shapes), key=str)
     if missing or unknown:
         raise ConfigError(
             f"forecast weights do not fit {model_name}: layers {missing} are missing and layers "

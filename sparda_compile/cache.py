@@ -26,7 +26,7 @@ NO_CROP: Final = (
 )
 
 
-class SpardaCache(Cache):  # type: ignore[misc]
+class SpardaCache(Cache):
     """A conversation's KV cache, as transformers passes it around.
 
     Args:
@@ -42,12 +42,12 @@ class SpardaCache(Cache):  # type: ignore[misc]
         self.max_tokens = max_tokens
         self.kv: KVCache | None = None
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Return the tokens per sequence that were passed in, padding included."""
         del layer_idx
         return self.kv.num_columns if self.kv else 0
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+    def get_max_cache_shape(self, layer_idx: int | None = 0) -> int:
         """Return the tokens per sequence that the cache holds."""
         del layer_idx
         return self.kv.layout.max_tokens if self.kv else self.max_tokens

@@ -135,6 +135,7 @@ def _trace(
     step: Callable[..., Tensor], example: list[Tensor], *, dynamic_tokens: bool, model: nn.Module
 ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
     import torch._dynamo
+    from torch._C._dynamo.eval_frame import reset_code
 
     captured: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
@@ -166,7 +167,7 @@ def _trace(
             f"{reason}Set TORCH_LOGS=graph_breaks to see where."
         ) from error
     finally:
-        torch._dynamo.reset_code(fresh)
+        reset_code(fresh)
     raise CaptureError(f"{type(model).__name__}: forward returned without being traced.")
 
 
@@ -215,7 +216,7 @@ def _marker_cache(model: nn.Module) -> Any:
         is_sliding = False
 
         def __init__(self, layer: int) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.layer = layer
             self.is_initialized = True
 
@@ -237,7 +238,7 @@ def _marker_cache(model: nn.Module) -> Any:
         get_max_cache_shape = get_max_length
 
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if config is not None else None
     num_layers = getattr(text, "num_hidden_layers", None) or 0
     return Cache(layers=[MarkerLayer(i) for i in range(num_layers)])
 
@@ -274,7 +275,7 @@ def specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
             continue
         else:
             # A mapped batch size is an int, which `node_copy` passes into the arguments as it is.
-            new = graph.node_copy(node, lambda old: mapping[old])
+            new: fx.Node = graph.node_copy(node, lambda old: mapping[old])
             new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
             mapping[node] = new
             if role == "tokens":
@@ -295,11 +296,12 @@ def specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node.op != "placeholder":
             continue
-        if node is tokens:
+        if tokens is not None and node is tokens:
             values[node.name] = ids.shape[1]
         elif node.name in captured.inputs:
             with fake_mode:
-                values[node.name] = ids if node.name == "l_input_ids_" else torch.empty_like(ids)
+                role = captured.inputs[node.name]
+                values[node.name] = ids if role == "input_ids" else torch.empty_like(ids)
         else:
             values[node.name] = fake_mode.from_tensor(
                 captured.weights[node.name], static_shapes=True

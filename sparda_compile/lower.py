@@ -41,7 +41,7 @@ def lower(gm: fx.GraphModule, lowering: str) -> Callable[..., Tensor]:
     Raises:
         PassError: If the compiler has fixed a size that must stay free.
     """
-    run: Callable[..., Any] = gm.forward if lowering == "eager" else _compile(gm)
+    run = gm.forward if lowering == "eager" else _compile(gm)
 
     def call(*args: Any) -> Tensor:
         with torch.no_grad():
@@ -64,20 +64,14 @@ def _compile(gm: fx.GraphModule) -> Callable[..., Any]:
         "post_grad_custom_post_pass": _graph_pass(_pin_prefetches),
     }
     with tracing(TracingContext(fake_mode)), torch.no_grad():
-        compiled: Callable[..., Any] = compile_fx(_copy(gm), inputs, config_patches=patches)
+        compiled = compile_fx(_copy(gm), inputs, config_patches=patches)
     for symbol in symbols:
-        if isinstance(symbol.node.shape_env.replace(symbol.node.expr), _integer()):
+        if symbol.node.shape_env.replace(symbol.node.expr).is_number:
             raise PassError(
                 f"Inductor fixed the prompt length to {symbol.node.hint}; every other prompt would "
                 "give wrong results. Use lowering='eager' and report the model."
             )
-    return compiled
-
-
-def _integer() -> type:
-    import sympy
-
-    return sympy.Integer  # type: ignore[no-any-return]
+    return compiled  # type: ignore[return-value]
 
 
 def _graph_pass(function: Callable[[fx.Graph], None]) -> Any:
@@ -103,7 +97,7 @@ def _number_nodes(graph: fx.Graph) -> None:
 def _pin_prefetches(graph: fx.Graph) -> None:
     """Make all work that follows a prefetch in the schedule depend on it."""
     from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-    from torch._inductor.fx_passes.post_grad import stable_topological_sort
+    from torch._inductor.pattern_matcher import stable_topological_sort
     from torch.utils._ordered_set import OrderedSet
 
     numbered = [n for n in graph.nodes if _SEQUENCE in n.meta and n.op == "call_function"]

@@ -16,7 +16,7 @@ __all__ = ["PlainCausalLM", "as_causal_lm", "sliding_windows"]
 _TRACEABLE = ("sdpa", "eager")
 
 
-class PlainCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class PlainCausalLM(PreTrainedModel, GenerationMixin):
     """A module `forward(input_ids, position_ids) -> logits` with transformers' generate.
 
     Args:
@@ -27,7 +27,7 @@ class PlainCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _supports_sdpa = True
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(PretrainedConfig(is_decoder=True))
+        super().__init__(PretrainedConfig())
         self.module = module
         self.takes_positions = "position_ids" in inspect.signature(module.forward).parameters
 
@@ -57,7 +57,8 @@ def as_causal_lm(model: nn.Module) -> PreTrainedModel:
     if next(model.parameters(), None) is None:
         raise AttentionNotFoundError(f"{name} has no parameters, so it has no attention.")
     if not isinstance(model, PreTrainedModel):
-        wrapped = PlainCausalLM(model)
+        # Under the module's own name, which every message then gives.
+        wrapped: PreTrainedModel = type(name, (PlainCausalLM,), {})(model)
         wrapped.eval()
         return wrapped
     if model.config.is_encoder_decoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["format_bytes", "format_layers", "print_demo", "print_report"]
 
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 _DEMO_NOTES = """\
-Agreement is the share of new tokens equal to the original's. With all blocks read it has to be \
-100%. With a small budget a model with random weights goes its own way: that is no measure of \
-quality. Times are of the reference runtime on this CPU, with lowering="eager"; nothing overlaps \
-there."""
+blocks: of all blocks, those that a step reads for each KV head. agree: new tokens that are the \
+original's. With all blocks read it has to be 100%; with a small budget a model with random \
+weights goes its own way, which is no measure of quality. on device: device memory of the KV \
+cache, tables and summaries included, against all keys and values. Times are of the reference \
+runtime on one CPU thread with lowering="eager", where nothing overlaps."""
 _FRESH_FORECAST = """\
 The Forecast weights are freshly initialised, so the blocks that they pick are close to random; \
 they have to be trained."""
@@ -39,6 +41,8 @@ def print_report(report: Report, console: Console) -> None:
         style="bold",
     )
     console.print(_sites(report.sites))
+    for reason, layers in _reasons(report).items():
+        console.print(f"Layers {format_layers(layers)} stay dense: {reason}.", markup=False)
     console.print(_bytes(report))
     console.print(_passes(report))
     if report.schedules:
@@ -48,9 +52,10 @@ def print_report(report: Report, console: Console) -> None:
 def print_demo(demo: Demo, console: Console) -> None:
     """Print the comparison of modes and what to make of it."""
     table = _table(
-        f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written, one sequence",
-        ("mode", "blocks read", "agreement", "hits", "misses", "H2D", "D2H", "KV on device",
-         "prefill", "per token"),
+        f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written; all keys and "
+        f"values: {format_bytes(demo.rows[0].full_bytes)}",
+        ("mode", "blocks", "agree", "hits", "misses", "H2D", "D2H", "on device", "prefill",
+         "per token"),
         left=1,
     )  # fmt: skip
     for row in demo.rows:
@@ -94,32 +99,37 @@ def _table(title: str, columns: Sequence[str], *, left: int) -> Table:
 
 def _sites(sites: Iterable[SiteSummary]) -> Table:
     """Return the attentions; those that differ in nothing but their layer share a row."""
-    alike: dict[SiteSummary, list[SiteSummary]] = {}
-    for site in sites:
-        key = dataclasses.replace(
-            site, layer=0, module="", projection="", scale=round(site.scale, 6)
-        )
-        alike.setdefault(key, []).append(site)
     table = _table(
         "Attentions",
-        ("layers", "becomes", "form", "heads / KV heads", "head dim", "scale", "soft cap",
-         "position", "first module", "why it stays dense"),
+        ("layers", "becomes", "form", "heads", "KV heads", "head dim", "scale", "soft cap",
+         "position", "module"),
         left=10,
     )  # fmt: skip
-    for key, members in alike.items():
-        table.add_row(
-            format_layers(site.layer for site in members),
-            "sparse" if key.kind == "sparse" else "dense",
-            key.form,
-            f"{key.num_heads} / {key.num_groups}",
-            str(key.head_dim),
-            f"{key.scale:.4g}",
-            f"{key.softcap:g}" if key.softcap else "",
-            key.position,
-            members[0].module,
-            key.reason,
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for site in sites:
+        cells: tuple[str, ...] = (
+            "sparse" if site.kind == "sparse" else "dense",
+            site.form,
+            str(site.num_heads),
+            str(site.num_groups),
+            str(site.head_dim),
+            f"{site.scale:.4g}",
+            f"{site.softcap:g}" if site.softcap else "",
+            site.position,
+            _LAYER_NUMBER.sub(".*.", site.module),
         )
+        layers.setdefault(cells, []).append(site.layer)
+    for same, numbers in layers.items():
+        table.add_row(format_layers(numbers), *same)
     return table
+
+
+def _reasons(report: Report) -> dict[str, list[int]]:
+    """Return the layers that stay dense, by reason."""
+    layers: dict[str, list[int]] = {}
+    for site in report.dense_sites:
+        layers.setdefault(site.reason, []).append(site.layer)
+    return layers
 
 
 def _bytes(report: Report) -> Table:
@@ -183,7 +193,7 @@ def _demo_cells(row: DemoRow) -> list[str]:
         "" if row.misses is None else str(row.misses),
         "" if row.h2d_bytes is None else format_bytes(row.h2d_bytes),
         "" if row.d2h_bytes is None else format_bytes(row.d2h_bytes),
-        f"{format_bytes(row.device_bytes)} ({100 * row.device_bytes / row.full_bytes:.0f}%)",
+        f"{100 * row.device_bytes / row.full_bytes:.0f}%",
         f"{row.prefill_ms:.0f} ms",
-        f"{row.token_ms:.0f} ms",
+        f"{row.token_ms:.1f} ms",
     ]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 import torch
+from torch.utils import _device
+from torch.utils._device import _device_constructors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,6 +71,9 @@ def _poison_uninitialized_memory() -> Iterator[None]:
     One patch for the session, not one for each test: Dynamo's guards compare functions by
     identity, so a model compiled for a whole module would be compiled again for each test.
     """
+    # `with torch.device(...)` knows the functions that allocate by identity: it must have looked
+    # at them before they are patched.
+    _device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))

@@ -197,8 +197,8 @@ class TestForecast:
         works(module)
 
     def test_of_another_model(self, fast):
-        given = self.weights(_2=torch.zeros(ROWS, HIDDEN))
-        words = ("LlamaForCausalLM", "layers [2] are not in it", "trained for this model")
+        given = self.weights(_2=torch.zeros(ROWS, HIDDEN)) | {"bootstrap": torch.zeros(1)}
+        words = ("LlamaForCausalLM", "layers [2, 'bootstrap'] are not in it", "trained for this")
         refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=given), *words)
 
     def test_of_wrong_shape(self, fast):

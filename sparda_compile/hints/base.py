@@ -50,4 +50,4 @@ class Hint(Protocol):
     name: ClassVar[str]
 
     def emit(self, point: HintPoint) -> fx.Node | None:
-        """Add the nodes and return the ids [B, G, K] int32, or None if there is nothing to go by."""
+        """Add the nodes; return the ids [B, G, K] int32, or None if there is nothing to go by."""

@@ -28,7 +28,7 @@ def block_partials(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend to each selected block alone: [B, G, K, R, D] and [B, G, K, R], fp32."""
-    batch, groups, _, _, size, dim = pages.shape
+    batch, groups, _, _, size, _ = pages.shape
     query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
     index = page_ids_BGK.clamp(min=0).long()
     rows = torch.arange(batch, device=pages.device)[:, None, None]

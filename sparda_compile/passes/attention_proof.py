@@ -72,7 +72,7 @@ def evaluate(
         if node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
     return values[target]
 
 
@@ -204,12 +204,12 @@ def find_difference(
     want = causal_attention(q, keys, values, scale, softcap, window)
     if tuple(got.shape) != tuple(want.shape):
         return f"its output has shape {tuple(got.shape)}, not {tuple(want.shape)}"
-    error = float((got.double() - want).abs().max() / want.abs().max())
-    if error < _TOLERANCE.get(q.dtype, 1e-4):
+    difference = float((got.double() - want).abs().max() / want.abs().max())
+    if difference < _TOLERANCE.get(q.dtype, 1e-4):
         return ""
     what = f"window {window}" if window else "no window"
     return (
         f"its values are not causal attention with scale {scale:.4g}, soft cap {softcap:.4g} and "
-        f"{what} (relative difference {error:.2g}): another mask, a bias, sinks or another "
+        f"{what} (relative difference {difference:.2g}): another mask, a bias, sinks or another "
         "grouping of heads"
     )

@@ -99,7 +99,7 @@ def _selected_bytes(pool: Tensor, ctx: PassContext) -> int:
     assert ctx.layout is not None
     batch, groups = pool.shape[:2]
     blocks = min(ctx.layout.num_selected, pool.shape[2])
-    return batch * groups * blocks * _numel(pool.shape[3:]) * pool.dtype.itemsize
+    return int(batch * groups * blocks * _numel(pool.shape[3:]) * pool.dtype.itemsize)
 
 
 def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
@@ -111,7 +111,7 @@ def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
         if new_kv:
             return sum(_size(fake_value(n)) for n in new_kv)
         # One block per `block_size` steps.
-        block = _numel(pages.shape[:2]) * _numel(pages.shape[3:]) * pages.dtype.itemsize
+        block = int(_numel(pages.shape[:2]) * _numel(pages.shape[3:]) * pages.dtype.itemsize)
         return block // ctx.layout.config.block_size
     fresh = 1.0 - ctx.config.expected_overlap
     return int(_selected_bytes(pages, ctx) * fresh)

@@ -48,6 +48,10 @@ __all__ = ["FindAttention", "sites_of"]
 _SDPA: Final = "scaled_dot_product_attention"
 # A walk back from an anchor stops at these: what lies behind them is another computation.
 _STOPS: Final = frozenset({*MATMUL, *LINEAR, "embedding", "cat", "softmax", "sparda.kv_update"})
+_NOT_CACHED: Final = (
+    "its keys are not those of the KV cache, as in multi-head latent attention (MLA) and "
+    "cross-attention"
+)
 
 
 def sites_of(graph: fx.Graph) -> list[AttentionSite]:
@@ -81,13 +85,13 @@ class FindAttention:
         for anchor in anchors:
             marker = _marker_of(anchor)
             if markers and marker is None:
-                raise self._refusal(ctx, anchor.node, len(sites), "it does not read the KV cache")
+                raise self._refusal(ctx, anchor.node, len(sites), _NOT_CACHED)
             layer = marker.args[2] if marker else len(sites)
             assert isinstance(layer, int)
             try:
                 site = self._site(anchor, marker, layer, flow, ctx)
-            except RefusedAttentionError as reason:
-                raise self._refusal(ctx, anchor.node, layer, str(reason)) from None
+            except RefusedAttentionError as refused:
+                raise self._refusal(ctx, anchor.node, layer, str(refused)) from None
             if marker is not None:
                 if marker in claimed:
                     raise self._refusal(ctx, anchor.node, layer, "two attentions read one layer")
@@ -198,7 +202,7 @@ def _match_anchor(node: fx.Node, flow: Dataflow) -> _Anchor | None:
 
 
 def _walk_back(start: fx.Node, wanted: str, flow: Dataflow) -> list[fx.Node] | None:
-    """Follow what depends on the model's input back to a call of `wanted`; None if it is not there."""
+    """Follow what depends on the input back to a call of `wanted`; None if there is none."""
     path = [start]
     while call_name(path[-1]) != wanted:
         if call_name(path[-1]) in _STOPS or path[-1].op == "placeholder":
@@ -241,7 +245,7 @@ def _new_kv(anchor: _Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
 
 
 def _unrepeated(operand: fx.Node, num_heads: Any) -> fx.Node:
-    """Return the [B, G, T, D] tensor that an operand with H heads repeats; itself if it does not."""
+    """Return the [B, G, T, D] tensor that an operand with H heads repeats, or the operand."""
     repeats = {"repeat_interleave", "repeat", "expand", "reshape", "view", "contiguous"}
     repeats |= {"getitem", "flatten", "unsqueeze"}
     node = candidate = operand

@@ -6,7 +6,7 @@ Mode `forecast`: the guess is the selection. Before, and after:
                                                       %forecast_1 = linear(%hidden_0, %W_1)
                                                       %view, %transpose, rotation of layer 1
     ...                                               ...
-    %scores_1 = score_blocks(%q_1, ..., "infllm2")    %scores_1 = score_blocks(%f_1, ..., "forecast")
+    %scores_1 = score_blocks(%q_1, .., "infllm2")     %scores_1 = score_blocks(%f_1, .., "forecast")
 
 Mode `exact`: the layer's own query still selects; the hint's ids are computed beside it, for
 InsertPrefetch to fetch early:
@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from sparda_compile.hints import HINTS, HintPoint
+from sparda_compile import hints  # whole, since hints import this package
 from sparda_compile.hints.forecast import emit_forecast
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.effects import set_argument
@@ -64,14 +64,14 @@ class InsertForecast:
                 set_argument(scores, "scale", 1.0)  # type: ignore[arg-type]
                 counts["bootstraps" if is_first else "forecasts"] += 1
                 continue
-            ids = HINTS[ctx.config.hint].emit(point)
+            ids = hints.HINTS[ctx.config.hint].emit(point)
             if ids is not None:
                 ids.meta.setdefault(HINT_KEY, []).append(point.target.layer)
                 counts["hints"] += 1
         return PassResult(gm, modified=True, counts=counts)
 
 
-def _points(graph: fx.Graph, ctx: PassContext) -> list[HintPoint]:
+def _points(graph: fx.Graph, ctx: PassContext) -> list[hints.HintPoint]:
     assert ctx.layout is not None
     sites = sites_of(graph)
     shapes = {shape.layer: shape for shape in ctx.layout.layers}
@@ -79,7 +79,7 @@ def _points(graph: fx.Graph, ctx: PassContext) -> list[HintPoint]:
     block_ids = {n.meta["sparda_layer"]: n for n in find_ops(graph, "select_blocks")}
     before = [sites[0], *sites[:-1]]
     return [
-        HintPoint(graph, source, site, block_ids, shapes[site.layer], state, ctx.layout)
+        hints.HintPoint(graph, source, site, block_ids, shapes[site.layer], state, ctx.layout)
         for source, site in zip(before, sites, strict=True)
         if not site.window
     ]

@@ -129,7 +129,7 @@ class _Insertion:
         ticket = emit.call("offload_blocks", *store.args, event, fork)
         end = find_ops(self._graph, "advance_lengths")[0]
         output = next(n for n in self._graph.nodes if n.op == "output")
-        logits = [] if not self._ctx.is_decode else list(output.args[0])  # type: ignore[arg-type]
+        logits = [] if not self._ctx.is_decode else list(output.args[0])
         self._wait(end, ticket, event, "host", anchors=logits)
         self._graph.erase_node(store)
         return 1

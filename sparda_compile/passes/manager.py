@@ -1,4 +1,4 @@
-"""Run passes in order: check what they require, lint, check the grammar, count, time, keep texts."""
+"""Run passes in order: check what they require, lint, check the grammar, count, time, snapshot."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from sparda_compile.errors import ConfigError, PassError, SpardaError
-from sparda_compile.passes.base import Fact, GraphPass, PassContext
 from sparda_compile.passes.spec import check_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sparda_compile.passes.base import Fact, GraphPass, PassContext
     from sparda_compile.schedule import Schedule
 
 __all__ = ["FACTS_KEY", "StageRecord", "check_disabled", "run_passes"]

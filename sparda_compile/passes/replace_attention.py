@@ -52,7 +52,7 @@ class StateInputs:
     def __init__(self, graph: fx.Graph, layout: CacheLayout) -> None:
         self._graph = graph
         self._specs = layout.all_tensors()
-        self._nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+        self._nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes if n.op == "placeholder"}
 
     def get(self, tensor: str, layer: int) -> fx.Node:
         """Return a layer's tensor."""
@@ -71,7 +71,7 @@ class StateInputs:
     def add(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
         """Return the placeholder of that name, made if it is not there."""
         if name not in self._nodes:
-            last = list(self._nodes.values())[-1]
+            last: fx.Node = list(self._nodes.values())[-1]
             with self._graph.inserting_after(last):
                 node = self._graph.placeholder(name)
             like = next(n for n in self._nodes.values() if isinstance(fake_value(n), torch.Tensor))

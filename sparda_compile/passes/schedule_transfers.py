@@ -240,13 +240,13 @@ class _Planner:
         """Return the last node that anything in the chain depends on."""
         inside = set(nodes)
         outside = {p for n in nodes for p in self._dag.predecessors(n)} - inside
-        last = max((p for p in outside), key=lambda p: order[p])
+        last: fx.Node = max((p for p in outside), key=lambda p: order[p])
         if last.op != "placeholder":
             return last
         # A chain without inputs may start anywhere; one layer ahead is enough.
         layer = nodes[-1].meta["sparda_layer"]
         before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
-        first = next(n for n in self._graph.nodes if n.op != "placeholder").prev
+        first: fx.Node = next(n for n in self._graph.nodes if n.op != "placeholder").prev
         return before[-1] if before else first
 
     def _previous_wait(
@@ -268,7 +268,7 @@ class _Planner:
 
     def _apply(self, chains: Sequence[_Chain], decisions: Sequence[tuple[int, int]]) -> None:
         for node in _ordered(self._graph, chains, decisions):
-            last = next(reversed(self._graph.nodes))
+            last = next(iter(reversed(self._graph.nodes)))
             if node.op not in ("placeholder", "output"):
                 last.prepend(node) if last.op == "output" else last.append(node)
         for chain, (_, cut) in zip(chains, decisions, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.passes.fx import module_path
 from sparda_compile.passes.manager import graph_text
 from sparda_compile.program import forecast_shapes
@@ -13,6 +12,7 @@ from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSumm
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparda_compile.cache_layout import CacheLayout, LayerShape
     from sparda_compile.config import SpardaConfig
     from sparda_compile.passes.base import AttentionSite
     from sparda_compile.program import Plan

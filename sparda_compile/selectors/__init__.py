@@ -3,10 +3,11 @@
 from sparda_compile.selectors.base import Geometry, Selector, Summary
 from sparda_compile.selectors.forecast import Forecast
 from sparda_compile.selectors.infllm2 import InfLLM2
-from sparda_compile.selectors.pooled_keys import PooledKeys
-from sparda_compile.selectors.quest import KeyBounds, Quest
+from sparda_compile.selectors.quest import Quest
 
 __all__ = ["SELECTORS", "SUMMARIES", "Geometry", "Selector", "Summary"]
 
-SELECTORS: dict[str, Selector] = {s.name: s for s in (InfLLM2(), Quest(), Forecast())}
-SUMMARIES: dict[str, Summary] = {s.name: s for s in (PooledKeys(), KeyBounds())}
+_ALL: tuple[Selector, ...] = (InfLLM2(), Quest(), Forecast())
+
+SELECTORS: dict[str, Selector] = {selector.name: selector for selector in _ALL}
+SUMMARIES: dict[str, Summary] = {s.summary.name: s.summary for s in _ALL}

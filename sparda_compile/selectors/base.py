@@ -76,7 +76,10 @@ class Selector(Protocol):
     """Scores every block against a query."""
 
     name: ClassVar[str]
-    summary: ClassVar[Summary]
+
+    @property
+    def summary(self) -> Summary:
+        """What it scores with."""
 
     def score(
         self,

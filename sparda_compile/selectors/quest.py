@@ -91,5 +91,5 @@ class Quest:
         starts_N = torch.arange(geometry.num_blocks, device=lengths_B.device) * geometry.block_size
         empty_BN = (starts_N >= lengths_B[:, None])[:, None]
         finite = bounds.masked_fill(empty_BN[..., None, None], 0.0)
-        scores_BGN = (query_BGD[:, :, None, None] * finite).amax(3).sum(-1)
+        scores_BGN: Tensor = (query_BGD[:, :, None, None] * finite).amax(3).sum(-1)
         return scores_BGN.masked_fill(empty_BN, float("-inf"))

@@ -17,7 +17,7 @@ ENCODER_DECODERS = ("bart", "t5")
 
 # What else the sentence must say, so that a model is not refused for a reason that is not its own.
 REASONS = {
-    "deepseek_v3": "KV cache|latent",
+    "deepseek_v3": "latent attention",
     "gpt_oss": "sinks",
     "bloom": "ALiBi",
     "falcon": "linear projection",

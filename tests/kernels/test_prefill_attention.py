@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.kernels.prefill_attention import (
+    masked_attention,
+    prefill_attention,
+    token_positions,
+)
+
+SIZE, BLOCKS, PAGES = 16, 5, 4
+
+
+def truth(query_HTD, k_GSD, v_GSD, past, scale, softcap, window=0):
+    """Return causal attention of new tokens behind `past` others, fp64, one token at a time."""
+    out = torch.zeros(query_HTD.shape, dtype=torch.float64)
+    repeat = query_HTD.shape[0] // k_GSD.shape[0]
+    for head in range(query_HTD.shape[0]):
+        for t in range(query_HTD.shape[1]):
+            first = max(past + t + 1 - window, 0) if window else 0
+            keys = k_GSD[head // repeat, first : past + t + 1].double()
+            values = v_GSD[head // repeat, first : past + t + 1].double()
+            scores = keys @ query_HTD[head, t].double() * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[head, t] = scores.softmax(0) @ values
+    return out
+
+
+class Case:
+    """Past tokens in pages and on the host, new ones with padding; NaN wherever nothing is."""
+
+    def __init__(self, lengths, num_tokens, padding, *, repeat, dim, dtype, offload=True):
+        generator = torch.Generator().manual_seed(0)
+        rows, self.groups = len(lengths), 2
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.query = randn(rows, self.groups * repeat, num_tokens, dim)
+        self.k, self.v = randn(2, rows, self.groups, num_tokens, dim)
+        self.past = randn(2, rows, self.groups, BLOCKS * SIZE, dim)
+        self.mask = torch.arange(num_tokens) >= torch.tensor(padding)[:, None]
+        num_pages = PAGES if offload else BLOCKS
+        self.pages = randn(rows, self.groups, num_pages, 2, SIZE, dim).fill_(float("nan"))
+        self.host = randn(rows, self.groups, BLOCKS, 2, SIZE, dim).fill_(float("nan"))
+        self.table = torch.full((rows, self.groups, BLOCKS), -1, dtype=torch.int32)
+        for row, length in enumerate(lengths):
+            for group in range(self.groups):
+                order = torch.randperm(num_pages, generator=generator).tolist()
+                for block in range(-(-length // SIZE)):
+                    seen = min(SIZE, length - block * SIZE)
+                    kv = self.past[:, row, group, block * SIZE : block * SIZE + seen]
+                    if not offload or seen < SIZE or block % 2:
+                        page = order.pop()
+                        self.table[row, group, block] = page
+                        self.pages[row, group, page, :, :seen] = kv
+                    if seen == SIZE:
+                        self.host[row, group, block] = kv
+        if not offload:
+            self.host = self.host.new_empty(0)
+
+    def attend(self, softcap):
+        return prefill_attention(
+            self.query, self.k, self.v, self.mask, self.lengths, self.pages, self.host,
+            self.table, 0.3, softcap,
+        )  # fmt: skip
+
+    def check(self, got, softcap, assert_near):
+        for row, length in enumerate(self.lengths.tolist()):
+            real = self.mask[row]
+            keys = torch.cat([self.past[0, row, :, :length], self.k[row][:, real]], dim=1)
+            values = torch.cat([self.past[1, row, :, :length], self.v[row][:, real]], dim=1)
+            want = truth(self.query[row][:, real], keys, values, length, 0.3, softcap)
+            if real.any():
+                assert_near(got[row][:, real], want, got.dtype)
+            assert got[row][:, ~real].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens", "padding", "repeat", "dim", "softcap"),
+    [
+        ([0], 1, [0], 1, 16, 0.0),
+        ([0, 0], 19, [0, 0], 3, 60, 0.0),
+        ([0, 0], 19, [0, 7], 7, 60, 0.0),
+        ([0, 0], 19, [0, 0], 1, 16, 2.0),
+        ([37, 5], 9, [0, 4], 3, 60, 0.0),
+        ([64, 0], 3, [0, 2], 7, 16, 3.0),
+        ([33, 48], 4, [4, 0], 1, 16, 0.0),
+    ],
+)
+@pytest.mark.parametrize("offload", [True, False])
+def test_attention_is_causal_over_past_and_new(
+    assert_near, lengths, num_tokens, padding, repeat, dim, softcap, dtype, offload
+):
+    case = Case(
+        lengths, num_tokens, padding, repeat=repeat, dim=dim, dtype=dtype, offload=offload
+    )
+    got = case.attend(softcap)
+    assert got.dtype == dtype
+    case.check(got, softcap, assert_near)
+
+
+def test_chunks_of_queries_change_nothing(assert_near):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, 515, 4, generator=generator)
+    k, v = torch.randn(2, 1, 1, 515, 4, generator=generator)
+    position = torch.arange(515)[None]
+    for window in (0, 100):
+        got = masked_attention(query, k, v, position, position, 0.5, 0.0, window)
+        want = truth(query[0], k[0], v[0], 0, 0.5, 0.0, window)
+        assert_near(got[0], want, torch.float32)
+
+
+def test_positions_count_real_tokens_behind_the_past():
+    lengths = torch.tensor([5, 0], dtype=torch.int32)
+    assert token_positions(lengths, None, 2).tolist() == [[5, 6], [0, 1]]
+    mask = torch.tensor([[False, True, True, False], [True, False, False, True]])
+    assert token_positions(lengths, mask, 4).tolist() == [[-1, 5, 6, -1], [0, -1, -1, 1]]

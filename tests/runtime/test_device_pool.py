@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from sparda_compile.cache_layout import TensorSpec
+from sparda_compile.errors import DevicePoolFullError
+from sparda_compile.runtime.device_pool import DevicePool
+
+MIB = 1 << 20
+
+
+def test_limit_that_is_too_small_is_named():
+    pool = DevicePool(torch.device("cpu"), 2 * MIB)
+    pool.check(2 * MIB, 3, 4096)
+    want = (
+        "the KV cache of 3 sequences of 4096 tokens needs 2.5 MiB on the device, but device_bytes "
+        "allows 2.0 MiB"
+    )
+    with pytest.raises(DevicePoolFullError, match=re.escape(want)):
+        pool.check(2 * MIB + MIB // 2, 3, 4096)
+
+
+def test_no_limit_allows_any_size():
+    DevicePool(torch.device("cpu"), None).check(1 << 60, 1, 1)
+
+
+def test_allocation_is_counted_and_filled():
+    pool = DevicePool(torch.device("cpu"), None)
+    table = pool.allocate(TensorSpec((2, 3), torch.int32, fill=-1))
+    assert table.tolist() == [[-1] * 3] * 2
+    assert pool.allocate(TensorSpec((5,), torch.int64)).tolist() == [0] * 5
+    assert pool.num_bytes == 24 + 40

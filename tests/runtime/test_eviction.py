@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+
+from sparda_compile.config import Eviction
+from sparda_compile.runtime.eviction import TOUCHES_HITS, victim_order
+
+
+def order(stamps, selected):
+    chosen = torch.tensor([[[page in selected for page in range(len(stamps))]]])
+    return victim_order(torch.tensor([[stamps]], dtype=torch.int32), chosen)[0, 0].tolist()
+
+
+def test_free_pages_go_first_then_the_oldest_then_the_lower_page():
+    assert order([7, -1, 3, 3, -1, 9], ()) == [1, 4, 2, 3, 0, 5]
+
+
+def test_selected_pages_come_last():
+    assert order([7, -1, 3, 3, -1, 9], (2, 1)) == [4, 3, 0, 5, 1, 2]
+
+
+def test_rows_and_groups_are_apart():
+    stamps = torch.tensor([[[2, 1], [1, 2]], [[0, 0], [5, -1]]], dtype=torch.int32)
+    got = victim_order(stamps, torch.zeros(2, 2, 2, dtype=torch.bool))
+    assert got.tolist() == [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
+
+
+def test_every_policy_of_the_configuration_is_there():
+    assert set(TOUCHES_HITS) == set(Eviction.__args__)
+    assert TOUCHES_HITS == {"lru": True, "fifo": False}

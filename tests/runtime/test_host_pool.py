@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from sparda_compile.cache_layout import TensorSpec
+from sparda_compile.errors import HostPoolFullError, KVCacheError
+from sparda_compile.runtime import host_pool
+from sparda_compile.runtime.host_pool import HostPool, free_host_bytes
+
+MIB = 1 << 20
+
+
+def test_free_bytes_are_those_of_this_machine():
+    assert MIB < free_host_bytes() < 1 << 50
+
+
+@pytest.mark.parametrize("text", ["", "MemTotal: 5 kB\n", "MemAvailable: many kB\n"])
+def test_free_bytes_without_meminfo_are_the_physical_memory(monkeypatch, tmp_path, text):
+    (tmp_path / "meminfo").write_text(text)
+    monkeypatch.setattr(
+        host_pool, "open", lambda *_, **__: (tmp_path / "meminfo").open(), raising=False
+    )
+    assert free_host_bytes() >= MIB
+
+
+def test_limit_that_is_too_small_is_named(monkeypatch):
+    monkeypatch.setattr(host_pool, "free_host_bytes", lambda: 100 * MIB)
+    HostPool(20 * MIB).check(20 * MIB, 3, 4096)
+    want = "3 sequences of 4096 tokens needs 21 MiB of CPU memory, but host_bytes allows 20 MiB"
+    with pytest.raises(HostPoolFullError, match=re.escape(want)) as error:
+        HostPool(20 * MIB).check(21 * MIB, 3, 4096)
+    assert isinstance(error.value, KVCacheError)
+
+
+@pytest.mark.parametrize("limit", [None, 500 * MIB])
+def test_machine_that_is_too_small_is_named(monkeypatch, limit):
+    monkeypatch.setattr(host_pool, "free_host_bytes", lambda: 100 * MIB)
+    HostPool(limit).check(100 * MIB, 1, 64)
+    with pytest.raises(HostPoolFullError, match="needs 101 MiB .* machine has free 100 MiB"):
+        HostPool(limit).check(101 * MIB, 1, 64)
+
+
+def test_allocation_is_counted_and_empty():
+    pool = HostPool(None)
+    tensor = pool.allocate(TensorSpec((2, 3), torch.bfloat16, on_host=True))
+    assert tensor.dtype == torch.bfloat16
+    assert tensor.eq(0).all()
+    pool.allocate(TensorSpec((0,), torch.float32, on_host=True))
+    assert pool.num_bytes == 12

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.config import SELECTOR_NAMES
+from sparda_compile.selectors import SELECTORS, SUMMARIES, Geometry
+from sparda_compile.selectors.base import valid_tokens
+
+
+@pytest.mark.parametrize(
+    ("geometry", "num_windows"),
+    [
+        (Geometry(10, 64, 32, 16), 39),
+        (Geometry(2, 16, 8, 4), 7),
+        (Geometry(1, 16, 16, 16), 1),
+        (Geometry(1, 16, 64, 16), 1),  # no window ever completes, but its tensor must exist
+        (Geometry(2, 16, 32, 16), 1),
+    ],
+)
+def test_num_windows(geometry, num_windows):
+    assert geometry.num_windows == num_windows
+
+
+def test_valid_tokens_are_the_masked_in_order():
+    k_GTD = torch.arange(12.0).view(2, 3, 2)
+    assert valid_tokens(k_GTD, None) is k_GTD
+    mask = torch.tensor([True, False, True])
+    assert torch.equal(valid_tokens(k_GTD, mask), k_GTD[:, [0, 2]])
+    assert valid_tokens(k_GTD, torch.zeros(3, dtype=torch.bool)).shape == (2, 0, 2)
+
+
+def test_every_selector_is_registered_under_its_name_with_its_summary():
+    assert set(SELECTOR_NAMES) == set(SELECTORS) - {"forecast"}
+    for name, selector in SELECTORS.items():
+        assert selector.name == name
+        assert SUMMARIES[selector.summary.name].name == selector.summary.name

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparda_compile import SpardaConfig, explain, optimize
+from sparda_compile.capture import CapturedGraph, capture, kv_update, share_weights, specialize
+from sparda_compile.errors import CaptureError
+from sparda_compile.passes.fx import call_name, fake_value, find_ops
+from sparda_compile.plain import as_causal_lm
+from sparda_compile.testing import PlainCausalLM, build, tiny_llama
+
+PHASES = ("prefill", "decode")
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def captured(llama: nn.Module) -> dict[str, CapturedGraph]:
+    return {phase: capture(llama, phase, last_logits_only=True) for phase in PHASES}
+
+
+def placeholders(graph_module: Any) -> list[Any]:
+    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+@pytest.mark.parametrize("op", [kv_update, torch.ops.sparda.kv_update])
+def test_marker_raises_when_it_is_run(op: Any) -> None:
+    k = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(CaptureError, match=r"layer=7.*layer 7 was not rewritten"):
+        op(k, k, 7)
+
+
+def test_marker_returns_shapes_alone_when_traced() -> None:
+    with FakeTensorMode():
+        k, v = torch.empty(2, 3, 5, 4), torch.empty(2, 3, 5, 4, dtype=torch.float16)
+        new_k, new_v = torch.ops.sparda.kv_update(k, v, 0)
+    assert (new_k.shape, new_k.dtype) == (k.shape, torch.float32)
+    assert (new_v.shape, new_v.dtype) == (v.shape, torch.float16)
+    assert new_k is not k
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_graph_holds_one_marker_for_each_layer_and_no_other_state(
+    captured: dict[str, CapturedGraph], llama: nn.Module, phase: str
+) -> None:
+    graph = captured[phase]
+    markers = find_ops(graph.graph_module.graph, "kv_update")
+    assert [node.args[2] for node in markers] == [0, 1]
+    assert set(graph.inputs.values()) == {"input_ids", "position_ids"}
+    assert set(graph.sizes.values()) == ({"batch", "tokens"} if phase == "prefill" else {"batch"})
+    own = {tensor.data_ptr() for tensor in (*llama.parameters(), *llama.buffers())}
+    assert {weight.data_ptr() for weight in graph.weights.values()} <= own
+    assert {id(p) for p in llama.parameters()} <= {id(w) for w in graph.weights.values()}
+    named = {*graph.inputs, *graph.sizes, *graph.weights}
+    assert {node.name for node in placeholders(graph.graph_module)} == named
+
+
+def test_weights_may_be_on_the_meta_device() -> None:
+    model = tiny_llama().to("meta")
+    graph = capture(model, "decode", last_logits_only=True)
+    assert all(weight.is_meta for weight in graph.weights.values())
+    report = explain(model, SpardaConfig(mode="query", lowering="eager"))
+    assert report.error == ""
+    assert len(report.sparse_sites) == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_node_gets_a_value_with_the_batch_put_in(
+    captured: dict[str, CapturedGraph], phase: str, batch_size: int
+) -> None:
+    gm = specialize(captured[phase], batch_size)
+    inner = [node for node in gm.graph.nodes if node.op != "output"]
+    assert all("val" in node.meta for node in inner)
+    assert all("example_value" not in node.meta for node in inner)
+    tensors = [v for v in map(fake_value, inner) if isinstance(v, Tensor)]
+    free = [size for tensor in tensors for size in tensor.shape if not isinstance(size, int)]
+    (logits,) = fake_value(next(n for n in gm.graph.nodes if n.op == "output"))
+    assert tuple(logits.shape) == (batch_size, 1, 256)
+    ids = next(fake_value(n) for n in placeholders(gm) if n.name == "l_input_ids_")
+    assert ids.shape[0] == batch_size
+    symbols = [n for n in placeholders(gm) if not isinstance(fake_value(n), Tensor)]
+    if phase == "decode":
+        assert free == []
+        assert symbols == []
+        assert tuple(ids.shape) == (batch_size, 1)
+    else:
+        assert [node.name for node in symbols] == ["num_tokens"]
+        names = {str(symbol) for size in free for symbol in size.node.expr.free_symbols}
+        assert names == {str(ids.shape[1])}
+
+
+def test_specializing_leaves_the_capture_as_it_was(captured: dict[str, CapturedGraph]) -> None:
+    before = str(captured["prefill"].graph_module.graph)
+    first, second = (specialize(captured["prefill"], batch) for batch in (3, 3))
+    assert str(captured["prefill"].graph_module.graph) == before
+    assert str(first.graph) == str(second.graph)
+    assert first.graph is not second.graph
+
+
+@torch.no_grad()
+def test_two_captures_compute_every_shape() -> None:
+    """A module without a cache has no marker, so its specialized graph can run."""
+    module = PlainCausalLM()
+    model = as_causal_lm(module)
+    graphs = {phase: capture(model, phase, last_logits_only=True) for phase in PHASES}
+    for phase, batch_size, num_tokens in [
+        ("prefill", 1, 2), ("prefill", 2, 90), ("prefill", 5, 7), ("decode", 1, 1),
+        ("decode", 5, 1),
+    ]:  # fmt: skip
+        gm = specialize(graphs[phase], batch_size)
+        generator = torch.Generator().manual_seed(num_tokens)
+        ids = torch.randint(0, 256, (batch_size, num_tokens), generator=generator)
+        positions = torch.arange(num_tokens).expand(batch_size, -1) + 3
+        given = {"input_ids": ids, "position_ids": positions}
+        values = {name: given[role] for name, role in graphs[phase].inputs.items()}
+        values |= graphs[phase].weights | {"num_tokens": num_tokens}
+        (logits,) = gm(*(values[node.name] for node in placeholders(gm)))
+        torch.testing.assert_close(logits, module(ids, positions)[:, -1:])
+
+
+def test_all_logits_are_kept_when_asked_for(llama: nn.Module) -> None:
+    gm = specialize(capture(llama, "prefill", last_logits_only=False), 2)
+    (logits,) = fake_value(next(n for n in gm.graph.nodes if n.op == "output"))
+    ids = next(fake_value(n) for n in placeholders(gm) if n.name == "l_input_ids_")
+    assert tuple(map(str, logits.shape)) == ("2", str(ids.shape[1]), "256")
+
+
+def test_captures_do_not_share_what_dynamo_remembers() -> None:
+    first, second = (
+        capture(tiny_llama(num_hidden_layers=layers), "decode", last_logits_only=True)
+        for layers in (1, 3)
+    )
+    counts = [len(find_ops(c.graph_module.graph, "kv_update")) for c in (first, second)]
+    assert counts == [1, 3]
+
+
+class Talkative(PlainCausalLM):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(input_ids, position_ids)
+
+
+class Undecided(PlainCausalLM):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits if logits.sum() > 0 else -logits
+
+
+@pytest.mark.parametrize("model_class", [Talkative, Undecided])
+def test_graph_breaks_are_errors_that_name_the_class(model_class: type[nn.Module]) -> None:
+    config = SpardaConfig(mode="query", lowering="eager")
+    wanted = re.escape(model_class.__name__) + ": torch.compile cannot trace forward as one graph"
+    with pytest.raises(CaptureError, match=wanted):
+        optimize(model_class(), config)
+    assert model_class.__name__ in explain(model_class(), config).error
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@torch.no_grad()
+def test_shared_copy_has_the_same_weights_and_leaves_the_model_alone(attn: Any) -> None:
+    model = build("llama", attn_implementation=attn)
+    ids = torch.arange(9)[None]
+    logits, attributes = model(ids).logits, {n: set(vars(m)) for n, m in model.named_modules()}
+    shared = share_weights(model)
+    assert shared is not model
+    assert type(shared) is type(model)
+    mine, theirs = dict(model.named_parameters()), dict(shared.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    assert torch.equal(shared(ids).logits, logits)
+    capture(shared, "decode", last_logits_only=True)
+    assert torch.equal(model(ids).logits, logits)
+    assert model.config._attn_implementation == shared.config._attn_implementation == attn
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+
+
+def test_buffers_outside_the_state_dict_are_copied() -> None:
+    model = tiny_llama()
+    shared = share_weights(model)
+    name = next(name for name, _ in model.named_buffers() if name not in model.state_dict())
+    assert shared.get_buffer(name) is not model.get_buffer(name)
+    assert torch.equal(shared.get_buffer(name), model.get_buffer(name))
+
+
+def test_no_marker_is_left_to_run(llama: nn.Module) -> None:
+    fast = optimize(llama, SpardaConfig(mode="query", lowering="eager"))
+    for phase in PHASES:
+        assert len(find_ops(fast.sparda.graph(phase, after="capture").graph, "kv_update")) == 2
+        left = [call_name(node) for node in fast.sparda.graph(phase).graph.nodes]
+        assert "sparda.kv_update" not in left
+        assert "scaled_dot_product_attention" not in left

@@ -1,0 +1,153 @@
+"""`SpardaConfig`: what it accepts, what it refuses and what follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+
+from sparda_compile import SpardaConfig
+from sparda_compile.config import HINT_NAMES, MACHINE_NAMES, SELECTOR_NAMES, round_up
+from sparda_compile.errors import ConfigError
+from sparda_compile.hints import HINTS
+from sparda_compile.machine import MACHINES
+from sparda_compile.selectors import SELECTORS
+
+REFUSED = {
+    "mode": ("forcast", ["mode='forcast'", "Did you mean 'forecast'?"]),
+    "selector": ("quests", ["selector='quests'", "infllm2, quest", "Did you mean 'quest'?"]),
+    "hint": ("ema", ["hint='ema'", "forecast, previous_step, previous_layer"]),
+    "offload": (True, ["offload=True", "always, never"]),
+    "eviction": ("random", ["eviction='random'", "lru, fifo"]),
+    "lowering": ("inductr", ["lowering='inductr'", "Did you mean 'inductor'?"]),
+    "machine": ("h100", ["machine='h100'", "cpu, h200", "Did you mean 'h200'?"]),
+    "top_k": (-1, ["top_k=-1", "use 0 or more"]),
+    "sink_blocks": (-1, ["sink_blocks=-1", "use 0 or more"]),
+    "local_blocks": (-2, ["local_blocks=-2", "use 0 or more"]),
+    "block_size": (24, ["block_size=24", "multiple of 16", "Use 64"]),
+    "pool_stride": (0, ["pool_stride=0", "use 1 or more"]),
+    "pool_size": (40, ["pool_stride=16", "pool_size=40"]),
+    "max_tokens": (63, ["max_tokens=63", "use 64 or more"]),
+    "page_ratio": (0.5, ["page_ratio=0.5", "use 1.0 or more"]),
+    "expected_overlap": (1.5, ["expected_overlap=1.5", "use 0.0 to 1.0"]),
+    "device_bytes": (0, ["device_bytes=0", "use 1 or more"]),
+    "host_bytes": (-5, ["host_bytes=-5", "use 1 or more"]),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_refused_value_is_named_with_what_is_allowed(field):
+    value, words = REFUSED[field]
+    with pytest.raises(ConfigError) as caught:
+        SpardaConfig(**{field: value})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_field_is_refused_or_free():
+    free = {"disable_passes", "dump_dir"}  # checked by optimize; any folder will do
+    assert {f.name for f in dataclasses.fields(SpardaConfig)} == {*REFUSED, *free}
+
+
+def test_config_error_is_a_value_error():
+    with pytest.raises(ValueError, match="mode="):
+        SpardaConfig(mode="sparse")
+
+
+@pytest.mark.parametrize("value", [0, 8, 136, 144, 24, -16])
+def test_block_sizes_that_are_refused(value):
+    with pytest.raises(ConfigError, match=f"block_size={value} "):
+        SpardaConfig(block_size=value)
+
+
+@pytest.mark.parametrize("value", range(16, 129, 16))
+def test_block_sizes_that_are_allowed(value):
+    assert SpardaConfig(block_size=value).block_size == value
+
+
+def test_page_ratio_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="page_ratio=nan"):
+        SpardaConfig(page_ratio=float("nan"))
+
+
+def test_cache_must_be_whole_pages():
+    with pytest.raises(ConfigError, match=r"max_tokens=1000 .* use 1024"):
+        SpardaConfig(max_tokens=1000, top_k=1)
+
+
+@pytest.mark.parametrize("top_k", [0, 16, None])
+def test_budget_up_to_the_blocks_is_allowed(top_k):
+    assert SpardaConfig(max_tokens=1024, top_k=top_k).top_k == top_k
+
+
+def test_budget_beyond_the_blocks_is_refused():
+    with pytest.raises(ConfigError, match=r"top_k=17 .* 16 blocks .* max_tokens=1024"):
+        SpardaConfig(max_tokens=1024, top_k=17)
+
+
+def test_defaults_are_the_published_constants():
+    config = SpardaConfig()
+    assert (config.block_size, config.pool_size, config.pool_stride) == (64, 32, 16)
+    assert (config.sink_blocks, config.local_blocks, config.top_k) == (1, 32, 62)
+    assert config.num_selected(10_000) == 96
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_blocks", "expected"),
+    [
+        ({"top_k": 2, "sink_blocks": 1, "local_blocks": 3}, 100, 7),
+        ({"top_k": 2, "sink_blocks": 1, "local_blocks": 3}, 5, 5),
+        ({"top_k": 0, "sink_blocks": 0, "local_blocks": 0}, 100, 1),
+        ({"top_k": None}, 100, 100),
+        ({"mode": "dense", "top_k": 2}, 100, 100),
+    ],
+)
+def test_selected_blocks(settings, num_blocks, expected):
+    assert SpardaConfig(**settings).num_selected(num_blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "hint", "expected"),
+    [
+        ("forecast", "previous_step", True),
+        ("exact", "forecast", True),
+        ("exact", "previous_step", False),
+        ("query", "forecast", False),
+        ("dense", "forecast", False),
+    ],
+)
+def test_who_needs_forecast_weights(mode, hint, expected):
+    assert SpardaConfig(mode=mode, hint=hint).needs_forecast is expected
+
+
+def test_it_is_frozen_and_keyword_only_and_hashable():
+    config = SpardaConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3
+    with pytest.raises(TypeError):
+        SpardaConfig("query")
+    assert config == SpardaConfig()
+    assert len({config, SpardaConfig(), SpardaConfig(top_k=1)}) == 2
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_replace_checks_again():
+    config = SpardaConfig(max_tokens=4096)
+    assert config.replace(top_k=3).top_k == 3
+    assert config.top_k == 62
+    with pytest.raises(ConfigError, match="top_k=65"):
+        config.replace(top_k=65)
+    with pytest.raises(TypeError, match="topk"):
+        config.replace(topk=3)
+
+
+def test_names_are_those_that_exist():
+    assert set(HINT_NAMES) == set(HINTS)
+    assert set(MACHINE_NAMES) == set(MACHINES)
+    assert {*SELECTOR_NAMES, "forecast"} == set(SELECTORS)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128)])
+def test_round_up(value, expected):
+    assert round_up(value, 64) == expected

@@ -1,0 +1,125 @@
+"""docs/models.md is generated from the models that are tested, so it says no more than they do."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import pytest
+
+from sparda_compile import SpardaConfig, explain
+from sparda_compile.config import Mode
+from sparda_compile.testing import TINY_MODELS, UNSUPPORTED_MODELS, build
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sparda_compile.report import Report
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+UPDATE = os.environ.get("SPARDA_UPDATE_GOLDEN") == "1"
+
+# What a family brings that the plainest one does not.
+DIFFERENCES = {
+    "llama": "grouped queries, RoPE (plain, linear and llama3 scaling), optional biases",
+    "qwen2": "biases on query, key and value",
+    "qwen3": "norms on queries and keys",
+    "mistral": "no window in this test; with one, see Gemma 3",
+    "mixtral": "mixture of experts",
+    "qwen3_moe": "mixture of experts, norms on queries and keys",
+    "phi3": "one fused projection for query, key and value; partial RoPE",
+    "gemma3": "sliding and full layers, two RoPE bases, norms on queries and keys, own scale",
+    "glm4": "interleaved partial RoPE, norms after the branches",
+    "gpt2": "learned positions, fused projection, no groups; optional scale per layer",
+    "minicpm4": "LongRoPE tables, scaled embeddings, residuals and head",
+    "plain": "any module `forward(input_ids, position_ids) -> logits`; no cache, no `generate`",
+}
+
+INTRODUCTION = """\
+# Models
+
+Made by `tests/test_docs_models.py` from the models that the tests build; set
+`SPARDA_UPDATE_GOLDEN=1` to write it again. What counts is the graph, not the name: any causal LM
+whose attention is found and proved equal to causal attention is rewritten, and any other is
+refused with its reason. `sparda_compile.explain(model)` says which of the two it is.
+
+## Covered
+
+With a full budget each generates the tokens of the original model, in each mode named here, for
+prompts of 1 to 700 tokens and ragged batches (`tests/e2e/test_models.py`). *Sparse* attentions
+read selected blocks; *window* ones are dense over their sliding window. Sites are those of the
+tiny model.
+"""
+
+REFUSED = """
+## Refused
+
+`optimize` raises the reason and leaves the model as it was (`tests/e2e/test_unsupported.py`).
+"""
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def covered_row(name: str) -> tuple[str, ...]:
+    model = build(name)
+    report: Report = explain(model, SpardaConfig(mode="query", lowering="eager"))
+    assert report.error == ""
+    sites = f"{len(report.sparse_sites)} sparse"
+    if report.dense_sites:
+        sites += f", {len(report.dense_sites)} window"
+    forms = "sdpa" if name == "plain" else "sdpa, eager"
+    return (f"`{type(model).__name__}`", forms, DIFFERENCES[name], sites, ", ".join(get_args(Mode)))
+
+
+def refused_row(name: str) -> tuple[str, ...]:
+    make, _ = UNSUPPORTED_MODELS[name]
+    model = make()
+    return f"`{type(model).__name__}`", short_reason(model, explain(model).error)
+
+
+def short_reason(model: Any, error: str) -> str:
+    """Return what a refusal says of the model, without names, numbers and advice."""
+    reason = error.partition("does not implement: ")[2] or error
+    reason = re.split(r"\. |; |, which ", reason)[0]
+    reason = re.sub(rf"^{type(model).__name__}:? ", "", reason)
+    return re.sub(r" \([^)]*\)", "", reason).removesuffix(".")
+
+
+def document() -> str:
+    header = ("Model", "Attention forms", "What differs", "Sites", "Modes")
+    covered = table(header, [covered_row(name) for name in TINY_MODELS])
+    refused = table(("Model", "Reason"), [refused_row(name) for name in UNSUPPORTED_MODELS])
+    return "\n".join([INTRODUCTION, *covered, REFUSED, *refused, ""])
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return document()
+
+
+def test_document_is_what_the_models_give(text: str) -> None:
+    if UPDATE:
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(text, encoding="utf-8")
+    assert DOCUMENT.exists(), "write it: SPARDA_UPDATE_GOLDEN=1"
+    written = DOCUMENT.read_text(encoding="utf-8")
+    assert written == text, "docs/models.md is out of date: write it with SPARDA_UPDATE_GOLDEN=1"
+
+
+def test_every_model_is_described() -> None:
+    assert DIFFERENCES.keys() == TINY_MODELS.keys()
+
+
+def test_document_is_ascii_and_names_each_refused_model_once(text: str) -> None:
+    assert text.isascii()
+    refused = text.partition("## Refused")[2]
+    assert refused.count("\n| `") == len(UNSUPPORTED_MODELS)
+    assert all(len(line) < 250 for line in text.splitlines())

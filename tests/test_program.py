@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig
+from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.passes import PIPELINE
+from sparda_compile.plain import as_causal_lm, sliding_windows
+from sparda_compile.program import (
+    Captures,
+    Plan,
+    Program,
+    forecast_shapes,
+    initial_forecast,
+    make_plan,
+)
+from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.testing import UNSUPPORTED_MODELS, build, tiny_llama
+
+CONFIG = SpardaConfig(mode="forecast", top_k=None, block_size=16, lowering="eager", max_tokens=64)
+PASSES = [graph_pass.name for graph_pass in PIPELINE]
+
+
+@pytest.fixture(scope="module")
+def captures() -> Captures:
+    # Wider than its heads together, so that no size stands for another by accident.
+    model = tiny_llama(hidden_size=48)
+    return Captures(as_causal_lm(model), sliding_windows(model))
+
+
+def plan_of(captures: Captures, phase: str = "decode", batch_size: int = 1, **changes: Any) -> Plan:
+    return make_plan(
+        captures.get(phase, last_logits_only=True),
+        CONFIG.replace(**changes),
+        model_name=captures.model_name,
+        windows=captures.windows,
+        batch_size=batch_size,
+        max_tokens=64,
+    )
+
+
+def placeholders(plan: Plan) -> list[str]:
+    return [node.name for node in plan.graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def test_a_forward_is_traced_once(captures: Captures) -> None:
+    first = captures.get("decode", last_logits_only=True)
+    num_captures = captures.num_captures
+    assert captures.get("decode", last_logits_only=True) is first
+    assert captures.num_captures == num_captures
+    captures.get("prefill", last_logits_only=True)
+    assert captures.num_captures <= num_captures + 1
+    assert captures.get("prefill", last_logits_only=True) is not first
+    assert captures.model_name == "LlamaForCausalLM"
+
+
+def test_stages_are_the_capture_and_every_pass(captures: Captures) -> None:
+    plan = plan_of(captures)
+    assert [stage.name for stage in plan.stages] == ["capture", *PASSES]
+    texts = {name: str(plan.stage(name).graph) for name in ("capture", "replace_attention")}
+    assert "sparda.kv_update" in texts["capture"]
+    assert "sparse_attention" not in texts["capture"]
+    assert "sparda.kv_update" not in texts["replace_attention"]
+    assert "sparse_attention" in texts["replace_attention"]
+    assert str(plan.stage(None).graph) == str(plan.stage(PASSES[-1]).graph)
+    assert str(plan.stage(None).graph) == str(plan.graph_module.graph)
+
+
+@pytest.mark.parametrize("name", ["", "lower", "Capture"])
+def test_unknown_stages_are_errors_that_name_the_known(captures: Captures, name: str) -> None:
+    wanted = f"after='{name}' is no stage; stages are capture, {', '.join(PASSES)}"
+    with pytest.raises(ConfigError, match=wanted):
+        plan_of(captures).stage(name)
+
+
+def test_disabled_passes_leave_no_stage_and_no_schedule(captures: Captures) -> None:
+    assert plan_of(captures).schedule is not None
+    plan = plan_of(captures, disable_passes=("schedule_transfers",))
+    assert plan.schedule is None
+    with pytest.raises(ConfigError, match="schedule_transfers"):
+        plan.stage("schedule_transfers")
+
+
+def test_layout_follows_the_sites(captures: Captures) -> None:
+    plan = plan_of(captures, batch_size=3)
+    assert [site.layer for site in plan.sites] == [0, 1]
+    assert (plan.layout.batch_size, plan.layout.max_tokens) == (3, 64)
+    shapes = [(s.kind, s.num_groups, s.head_dim, s.window) for s in plan.layout.layers]
+    assert shapes == [("sparse", 2, 16, 0)] * 2
+
+
+def test_a_window_is_no_longer_than_the_cache() -> None:
+    model = as_causal_lm(build("gemma3", 3))
+    windows = sliding_windows(model)
+    plan = plan_of(Captures(model, windows), mode="query")
+    assert windows == {0: 0, 1: 0, 2: 96}
+    assert [shape.window for shape in plan.layout.layers] == [0, 0, 64]
+    assert [site.window for site in plan.sites] == [0, 0, 96]
+
+
+def test_forward_without_positions_is_refused() -> None:
+    model = as_causal_lm(UNSUPPORTED_MODELS["no_position_ids"][0]())
+    with pytest.raises(UnsupportedInputError, match="does not use position_ids"):
+        plan_of(Captures(model, {}), mode="query")
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"mode": "forecast"}, (0, 1)),
+        ({"mode": "exact", "hint": "forecast"}, (0, 1)),
+        ({"mode": "exact", "hint": "previous_step"}, ()),
+        ({"mode": "query"}, ()),
+        ({"mode": "dense"}, ()),
+    ],
+)
+def test_forecast_shapes_are_those_of_the_mode(
+    captures: Captures, changes: dict[str, str], layers: tuple[int, ...]
+) -> None:
+    plan = plan_of(captures, **changes)
+    shapes = forecast_shapes(plan)
+    assert set(shapes) <= set(layers)
+    assert bool(shapes) == bool(layers)
+    assert 1 in shapes or not layers
+    assert all(shape == (2 * 16, 48) for shape in shapes.values())
+
+
+def test_initial_forecast_is_uniform_and_bounded() -> None:
+    weight = initial_forecast({0: (256, 400)}, torch.float32, torch.device("cpu"))[0]
+    bound = 1 / math.sqrt(400)
+    assert 0.999 * bound < weight.max().item() <= bound
+    assert -bound <= weight.min().item() < -0.999 * bound
+    assert weight.mean().abs().item() < 0.01 * bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+
+
+def test_initial_forecast_depends_on_nothing_but_the_shapes() -> None:
+    cpu = torch.device("cpu")
+    first = initial_forecast({0: (32, 48), 1: (32, 48)}, torch.float32, cpu)
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    second = initial_forecast({1: (32, 48), 0: (32, 48)}, torch.float32, cpu)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[layer], second[layer]) for layer in (0, 1))
+    assert not torch.equal(first[0], first[1])
+    half = initial_forecast({0: (32, 48)}, torch.bfloat16, cpu)[0]
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, first[0].bfloat16())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_program_takes_what_its_graph_asks_for(captures: Captures, phase: str) -> None:
+    plan = plan_of(captures, phase, batch_size=2)
+    forecast = initial_forecast(forecast_shapes(plan), torch.float32, torch.device("cpu"))
+    program = Program(plan, forecast)
+    kv = KVCache(plan.layout, torch.device("cpu"))
+    num_tokens = 1 if phase == "decode" else 5
+    ids = torch.arange(2 * num_tokens).reshape(2, num_tokens)
+    positions = torch.arange(num_tokens).expand(2, -1).contiguous()
+    mask = None if phase == "decode" else torch.ones_like(ids, dtype=torch.bool)
+    assert ("sparda_token_mask" in placeholders(plan)) == (phase == "prefill")
+    assert not program.is_compiled
+    logits = program(ids, positions, mask, kv.state)
+    assert program.is_compiled
+    assert logits.shape == (2, 1, 256)
+    assert not logits.requires_grad
+    with torch.no_grad():
+        want = captures.model(ids, position_ids=positions).logits[:, -1:]
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+    assert kv.state["sparda_lengths"].tolist() == [num_tokens] * 2
+
+
+def test_program_needs_the_state_that_its_graph_names(captures: Captures) -> None:
+    plan = plan_of(captures, mode="query")
+    state = dict(KVCache(plan.layout, torch.device("cpu")).state)
+    del state["sparda_lengths"]
+    one = torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(KeyError, match="sparda_lengths"):
+        Program(plan, {})(one, one, None, state)
+
+
+def test_program_needs_every_forecast(captures: Captures) -> None:
+    plan = plan_of(captures)
+    with pytest.raises(KeyError):
+        Program(plan, {})
+
+
+def test_weights_are_the_model_s_own(captures: Captures) -> None:
+    plan = plan_of(captures, mode="query")
+    arguments = dict(zip(placeholders(plan), Program(plan, {})._arguments, strict=True))
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    own = {tensor.data_ptr() for tensor in captures.model.parameters()}
+    assert own <= {tensor.data_ptr() for tensor in tensors}
+    named = {value for value in arguments.values() if isinstance(value, str)}
+    assert {"input_ids", "position_ids"} <= named
+    assert named - {"input_ids", "position_ids"} <= set(
+        KVCache(plan.layout, torch.device("cpu")).state
+    )
