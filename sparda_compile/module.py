@@ -105,6 +105,11 @@ class OptimizedModule(nn.Module):
         batch_size, num_tokens = ids.shape
         mask = self._token_mask(attention_mask, kv, ids)
         num_real = num_tokens
+        if num_tokens == 1 and kv.num_columns == 0 and not bool(mask.all()):
+            raise UnsupportedInputError(
+                "attention_mask hides the only token of a sequence; pass at least one real token "
+                "for each."
+            )
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
             kv.check_room(num_real)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 import torch
-from torch.utils import _device
 from torch.utils._device import _device_constructors
 
 if TYPE_CHECKING:

@@ -40,14 +40,17 @@ def samples():
     page_ids = int32([0, 2, 1]).expand(ROWS, GROUPS, SELECTED).contiguous()
     is_miss = torch.tensor([False, True, False]).expand(ROWS, GROUPS, SELECTED).contiguous()
     tail = int32([[1, 1], [1, 1]])
-    pages, host = randn(ROWS, GROUPS, PAGES, 2, SIZE, DIM), randn(ROWS, GROUPS, BLOCKS, 2, SIZE, DIM)
+    pages, host = (
+        randn(ROWS, GROUPS, PAGES, 2, SIZE, DIM),
+        randn(ROWS, GROUPS, BLOCKS, 2, SIZE, DIM),
+    )
     counters = torch.zeros(5, dtype=torch.int64)
     pooled = [randn(ROWS, GROUPS, 19, DIM), randn(ROWS, GROUPS, 8, DIM)]
     misses = (int32([1, -1, -1]).expand_as(ids).contiguous(), page_ids)
     partial = (randn(ROWS, GROUPS, SELECTED, 3, DIM), randn(ROWS, GROUPS, SELECTED, 3))
     ticket = torch.empty(0)
     selection = (query, pages, page_ids, ids)
-    stored = (lengths, tables()[0], pages, host, counters)
+    stored = (tables()[0], pages, host, counters)
     scale, softcap = 0.25, 3.0
     return {
         "score_blocks": (query, pooled, lengths, "infllm2", scale, *GEOMETRY),
@@ -59,9 +62,9 @@ def samples():
         "prefetch_blocks": (*misses, host, pages, 1, ticket),
         "wait_blocks": (ticket, [pages], [ids], [query], 1),
         "store_blocks": ([], tail, None, int32([79, 64]), None, pages, host, counters),
-        "offload_blocks": (prompt, None, mask, *stored, 2, ticket),
+        "offload_blocks": (prompt, None, mask, int32([73, 64]), *stored, 2, ticket),
         "append_kv": (*new, tail, lengths, pages),
-        "extend_kv": (*prompt, mask, lengths, pages, *tables(), 1, 1, "lru"),
+        "extend_kv": (*prompt, mask, int32([60, 50]), pages, *tables(), 1, 1, "lru"),
         "update_summary": (prompt[0], lengths, mask, pooled, "pooled_keys", *GEOMETRY),
         "remember_ids": (ids, torch.full_like(ids, -1)),
         "recall_ids": (ids,),

@@ -104,9 +104,8 @@ def test_engine_is_in_use_inside_the_block_only():
     assert isinstance(before, ImmediateEngine)
     with use_engine(DeferredEngine()) as outer:
         assert current_engine() is outer
-        with pytest.raises(KeyError), use_engine(DeferredEngine()) as inner:
-            assert current_engine() is inner
-            raise KeyError
+        with use_engine(DeferredEngine()) as inner:
+            assert current_engine() is inner is not outer
         assert current_engine() is outer
     assert current_engine() is before
 
@@ -118,3 +117,13 @@ def test_other_threads_keep_the_immediate_engine():
         thread.start()
         thread.join()
     assert isinstance(seen[0], ImmediateEngine)
+
+
+def test_engine_is_put_back_after_an_error():
+    def fail():
+        raise ValueError("from inside")
+
+    before = current_engine()
+    with pytest.raises(ValueError, match="from inside"), use_engine(DeferredEngine()) as engine:
+        engine.submit(COMPUTE, fail)
+    assert current_engine() is before

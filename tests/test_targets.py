@@ -45,7 +45,7 @@ def test_code_of_a_folder_is_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("lama", "Did you mean 'llama'"),
+        ("llamas", "Did you mean 'llama'"),
         ("t5", "no model that can be inspected"),
         ("tiny-t5", "tiny-plain"),
         ("no/such/folder", "has no config.json"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import networkx as nx
+import torch
 from torch import Tensor, fx
 
 from sparda_compile.passes.fx import call_name, fake_value, nodes_between, tensor_shape
@@ -122,6 +123,7 @@ def _tainted(graph: fx.Graph, source: str) -> set[fx.Node]:
         starts = node.op == "placeholder" and source in node.name
         if starts or any(n in tainted for n in node.all_input_nodes):
             value = fake_value(node)
-            if isinstance(value, (Tensor, tuple, list)):
+            # A size is a tuple too, but of numbers.
+            if isinstance(value, (Tensor, tuple, list)) and not isinstance(value, torch.Size):
                 tainted.add(node)
     return tainted

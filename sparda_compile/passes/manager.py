@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import time
 from pathlib import Path
@@ -115,7 +116,8 @@ def check_disabled(
     """Check `disable_passes`.
 
     Raises:
-        ConfigError: If a name is no pass, or a pass that the result is wrong without.
+        ConfigError: If a name is no pass, a pass that the result is wrong without, or one that a
+            pass that stays needs.
     """
     known = [graph_pass.name for graph_pass in passes]
     for name in names:
@@ -130,6 +132,14 @@ def check_disabled(
             raise ConfigError(
                 f"disable_passes names {name!r}, which cannot be left out: the program would be "
                 f"wrong without it. Passes that can be: {', '.join(sorted(optional))}."
+            )
+    disabled = [graph_pass for graph_pass in passes if graph_pass.name in names]
+    staying = [graph_pass for graph_pass in passes if graph_pass.name not in names]
+    for gone, left in itertools.product(disabled, staying):
+        if gone.ensures & left.requires:
+            raise ConfigError(
+                f"disable_passes names {gone.name!r}, without which {left.name!r} cannot run; "
+                f"name {left.name!r} too."
             )
 
 

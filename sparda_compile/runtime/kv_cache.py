@@ -161,7 +161,9 @@ class KVCache:
 def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     """Copy a layer's blocks to the host; only those that are still being written get pages."""
     pages, _, table, *_ = (resident.state[state_name(name, layer)] for name in _PAGED)
-    new_pages, host, *tables = (offloaded.state[state_name(name, layer)] for name in _PAGED)
+    new_pages, host, new_table, page_block, page_stamp = (
+        offloaded.state[state_name(name, layer)] for name in _PAGED
+    )
     row, head, block = torch.where(table >= 0)
     host[row, head, block] = pages[row, head, table[row, head, block].long()]
     lengths = resident.state[LENGTHS]
@@ -169,7 +171,8 @@ def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     written_B = torch.where(lengths % size > 0, lengths // size, -1)
     ids_BG1 = written_B[:, None, None].expand(*table.shape[:2], 1).contiguous()
     eviction = offloaded.layout.config.eviction
-    page_BG1, _ = assign_pages(ids_BG1, (lengths - 1).clamp(min=0), *tables, eviction)
+    stamp_B = (lengths - 1).clamp(min=0)
+    page_BG1, _ = assign_pages(ids_BG1, stamp_B, new_table, page_block, page_stamp, eviction)
     row, head, entry = torch.where(page_BG1 >= 0)
     block = ids_BG1[row, head, entry].long()
     new_pages[row, head, page_BG1[row, head, entry].long()] = host[row, head, block]

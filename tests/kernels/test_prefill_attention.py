@@ -96,9 +96,7 @@ class Case:
 def test_attention_is_causal_over_past_and_new(
     assert_near, lengths, num_tokens, padding, repeat, dim, softcap, dtype, offload
 ):
-    case = Case(
-        lengths, num_tokens, padding, repeat=repeat, dim=dim, dtype=dtype, offload=offload
-    )
+    case = Case(lengths, num_tokens, padding, repeat=repeat, dim=dim, dtype=dtype, offload=offload)
     got = case.attend(softcap)
     assert got.dtype == dtype
     case.check(got, softcap, assert_near)

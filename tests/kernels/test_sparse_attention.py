@@ -25,9 +25,9 @@ class Case:
         # Row 1 is shorter by a few tokens; both end in the last block.
         last = (num_blocks - 1) * SIZE
         self.lengths = torch.tensor([last + 15, last + 3], dtype=torch.int32)
-        self.query = torch.randn(
-            self.rows, self.groups * repeat, 1, dim, generator=generator
-        ).to(dtype)
+        self.query = torch.randn(self.rows, self.groups * repeat, 1, dim, generator=generator).to(
+            dtype
+        )
         self.page_ids = torch.full((self.rows, self.groups, selected), -1, dtype=torch.int32)
         self.block_ids = self.page_ids.clone()
         for row in range(self.rows):

@@ -39,7 +39,7 @@ def test_limit_that_is_too_small_is_named(monkeypatch):
 def test_machine_that_is_too_small_is_named(monkeypatch, limit):
     monkeypatch.setattr(host_pool, "free_host_bytes", lambda: 100 * MIB)
     HostPool(limit).check(100 * MIB, 1, 64)
-    with pytest.raises(HostPoolFullError, match="needs 101 MiB .* machine has free 100 MiB"):
+    with pytest.raises(HostPoolFullError, match=r"needs 101 MiB .* machine has free 100 MiB"):
         HostPool(limit).check(101 * MIB, 1, 64)
 
 

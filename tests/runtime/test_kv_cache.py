@@ -81,7 +81,7 @@ def test_room_is_that_of_the_longest_sequence():
     kv = make()
     kv.advance(60, 50)
     kv.check_room(14)
-    with pytest.raises(KVCacheError, match="15 more tokens .* holds 50 .* reserved for 64"):
+    with pytest.raises(KVCacheError, match=r"15 more tokens .* holds 50 .* reserved for 64"):
         kv.check_room(15)
 
 

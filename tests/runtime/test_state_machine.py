@@ -147,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.kv.layout.num_blocks < SELECTED:
             ids = ids[..., : self.kv.layout.num_blocks]
         lists = {}
-        for (row, group), _ in self.pages.items():
+        for row, group in self.pages:
             current = self.k[row].shape[1] // SIZE
             picked = {m for m in range(current + 1) if m < SINK or m >= current - LOCAL}
             picked = picked if forced else set()

@@ -30,8 +30,7 @@ def test_scores_follow_the_formula(length, repeat):
             ]
             total = sum(math.exp(x - max(logits)) for x in logits)
             windows = [
-                w + math.exp(x - max(logits)) / total
-                for w, x in zip(windows, logits, strict=True)
+                w + math.exp(x - max(logits)) / total for w, x in zip(windows, logits, strict=True)
             ]
         for m in range(5):
             touching = [w for j, w in enumerate(windows) if 4 * m - 1 <= j <= 4 * m + 3]

@@ -41,9 +41,10 @@ def check(pooled_GWD, k_GSD, geometry):
             window = k_GSD[:, j * stride : j * stride + size]
             assert torch.equal(pooled_GWD[:, j], window.mean(1))
             num_windows += 1
-    assert existing_windows(
-        torch.tensor([k_GSD.shape[1]]), geometry.num_windows, geometry
-    ).sum() == num_windows
+    assert (
+        existing_windows(torch.tensor([k_GSD.shape[1]]), geometry.num_windows, geometry).sum()
+        == num_windows
+    )
 
 
 @given(

@@ -1,0 +1,117 @@
+"""The cost model against sums done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sparda_compile.machine import MACHINES
+from sparda_compile.passes.base import PassContext
+from sparda_compile.passes.cost import Cost, node_cost
+from sparda_compile.passes.fx import call_name, find_ops, module_path
+
+H200 = MACHINES["h200"]
+SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
+BLOCK_BYTES = 2 * 64 * 16 * 4  # K and V, tokens, head dim, fp32
+HEADS = 3 * 2  # batch, KV heads
+SELECTED = 96
+
+
+@pytest.fixture
+def decode(plan_of):
+    return plan_of("llama", batch_size=3, **SETTINGS)
+
+
+def context(plan, machine=H200, **changes):
+    config = plan.layout.config.replace(**changes)
+    layout = dataclasses.replace(plan.layout, config=config)
+    return PassContext(config, plan.captured.phase, {}, "Model", layout, machine)
+
+
+def cost(plan, name, machine=H200, **changes):
+    node = next(n for n in plan.graph_module.graph.nodes if n.name == name)
+    return node_cost(node, context(plan, machine, **changes))
+
+
+def linear(plan, path):
+    nodes = plan.graph_module.graph.nodes
+    return next(n for n in nodes if call_name(n) == "linear" and module_path(n) == path)
+
+
+def test_prefetch_moves_the_blocks_that_are_new(decode):
+    expected = int(HEADS * SELECTED * BLOCK_BYTES * 0.25)
+    assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 45e3, 0, expected)
+
+
+def test_prefetch_of_nothing_is_a_launch(decode):
+    assert cost(decode, "prefetch_1", expected_overlap=1.0) == Cost(2.0, 0, 0)
+    everything = cost(decode, "prefetch_1", expected_overlap=0.0)
+    assert everything.link_bytes == HEADS * SELECTED * BLOCK_BYTES
+
+
+def test_offload_of_a_decode_moves_one_block_in_so_many_steps(decode):
+    assert cost(decode, "offload_blocks_0").link_bytes == HEADS * BLOCK_BYTES // 64
+
+
+def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
+    plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
+    # A prompt of unknown length counts as 1024 tokens.
+    assert cost(plan, "offload_blocks_0").link_bytes == 2 * HEADS * 1024 * 16 * 4
+
+
+def test_matrix_multiplication_is_a_roofline(plan_of):
+    plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
+    node = linear(plan, "model.layers.0.mlp.gate_proj")
+    tokens = 3 * 1024
+    flops = 2 * tokens * 64 * 128
+    num_bytes = 4 * (tokens * 64 + 64 * 128 + tokens * 128)
+    slow_memory = dataclasses.replace(H200, memory_gbps=1.0)
+    slow_units = dataclasses.replace(H200, tflops=0.001)
+    assert node_cost(node, context(plan, slow_memory)).us == pytest.approx(num_bytes / 1e3)
+    assert node_cost(node, context(plan, slow_units)).us == pytest.approx(flops / 1e3)
+    assert node_cost(node, context(plan)).hbm_bytes == num_bytes
+
+
+def test_small_kernel_takes_a_launch(decode):
+    node = linear(decode, "model.layers.0.mlp.gate_proj")
+    assert node_cost(node, context(decode)).us == H200.launch_us
+    slow = dataclasses.replace(H200, launch_us=9.0)
+    assert node_cost(node, context(decode, slow)).us == 9.0
+
+
+def test_attention_reads_the_selected_blocks_and_not_the_pool(decode):
+    (attention, *_) = find_ops(decode.graph_module.graph, "sparse_attention")
+    found = node_cost(attention, context(decode)).hbm_bytes
+    pages = HEADS * SELECTED * BLOCK_BYTES
+    assert pages < found < 1.05 * pages
+
+
+def test_append_writes_one_token(decode):
+    found = cost(decode, "append_kv_0").hbm_bytes
+    assert found == 2 * 2 * HEADS * 16 * 4
+
+
+def test_forks_waits_views_and_inputs_are_free(decode):
+    graph = decode.graph_module.graph
+    free = [*find_ops(graph, "fork_stream", "wait_blocks")]
+    free += [n for n in graph.nodes if call_name(n) in ("view", "transpose", "getitem")]
+    free += [n for n in graph.nodes if n.op in ("placeholder", "output")]
+    assert len(free) > 50
+    assert {node_cost(n, context(decode)) for n in free} == {Cost(0.0)}
+
+
+def test_elementwise_nodes_cost_their_bytes_only(decode):
+    graph = decode.graph_module.graph
+    node = next(n for n in graph.nodes if call_name(n) == "silu")
+    expected = 2 * 3 * 128 * 4
+    assert node_cost(node, context(decode)) == Cost(expected / 4300e3, expected)
+
+
+def test_everything_is_slower_on_the_cpu(decode):
+    graph = decode.graph_module.graph
+    for node in graph.nodes:
+        fast = node_cost(node, context(decode))
+        slow = node_cost(node, context(decode, MACHINES["cpu"]))
+        assert slow.us >= fast.us
+        assert (slow.hbm_bytes, slow.link_bytes) == (fast.hbm_bytes, fast.link_bytes)

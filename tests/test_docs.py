@@ -1,0 +1,245 @@
+"""The generated parts of docs/, and what docs and README promise.
+
+A generated part stands between `<!-- generated: name -->` and `<!-- end -->`. After a change of
+the code, `SPARDA_UPDATE_GOLDEN=1 pytest tests/test_docs.py` writes these parts anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparda_compile import errors, ops, optimize
+from sparda_compile.api import _captures
+from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape
+from sparda_compile.config import SpardaConfig
+from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
+from sparda_compile.passes.fx import is_sparda
+from sparda_compile.passes.manager import graph_text
+from sparda_compile.program import make_plan
+from sparda_compile.testing import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+UPDATE = "SPARDA_UPDATE_GOLDEN" in os.environ
+PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+CONFIG = SpardaConfig(mode="forecast", top_k=8, local_blocks=4, machine="h200")
+
+
+def fence(text):
+    return f"```text\n{text}\n```\n"
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def code(values):
+    return ", ".join(f"`{value}`" for value in values)
+
+
+@cache
+def plan():
+    captures = _captures(tiny_llama())
+    return make_plan(
+        captures.get("decode", last_logits_only=True), CONFIG, model_name="LlamaForCausalLM",
+        windows=captures.windows, batch_size=1, max_tokens=8192,
+    )  # fmt: skip
+
+
+def excerpt(gm):
+    """Return the lines of sparda ops, the nodes next to them and the readers of sparda inputs."""
+    shown = set()
+    for node in gm.graph.nodes:
+        if is_sparda(node):
+            near = [node, *node.all_input_nodes, *node.users]
+            shown |= {n.name for n in near if n.op != "placeholder"}
+        elif any(n.name.startswith("sparda_") for n in node.all_input_nodes):
+            shown.add(node.name)
+    lines = []
+    for line in graph_text(gm).splitlines():
+        if re.match(r"%?(\w+)", line)[1] in shown:
+            lines.append(line)
+        elif line.startswith("return") or " = input" in line:
+            continue
+        elif lines[-1:] != ["..."]:
+            lines.append("...")
+    return "\n".join(lines)
+
+
+def stage_text(name):
+    names = [stage.name for stage in plan().stages]
+    stage = plan().stages[names.index(name)]
+    counts = ", ".join(f"{key} {value}" for key, value in stage.counts.items())
+    if name == "find_attention":
+        return f"Counts: {counts}.\n\n{site_table()}"
+    if name == "verify_transfers":
+        return f"Counts: {counts}.\n"
+    return f"Counts: {counts}.\n\n{fence(excerpt(stage.graph_module))}"
+
+
+def site_table():
+    fields = ("layer", "query", "k", "v", "hidden", "projection", "rotation_input", "anchor")
+    rows = [[f"`{getattr(site, field)}`" for field in fields] for site in plan().sites]
+    return table(fields, rows)
+
+
+def pass_table():
+    head = ("pass", "requires", "ensures", "numerics", "may be disabled")
+    rows = [
+        (
+            f"`{p.name}`",
+            code(sorted(fact.name for fact in p.requires)) or "nothing",
+            code(sorted(fact.name for fact in p.ensures)),
+            "kept" if p.preserves_numerics else "may change",
+            "yes" if p.name in OPTIONAL_PASSES else "no",
+        )
+        for p in PIPELINE
+    ]
+    return table(head, rows)
+
+
+def fact_table():
+    from sparda_compile.passes.base import Fact
+
+    return table(("fact", "what holds"), [(f"`{fact.name}`", fact.value) for fact in Fact])
+
+
+def op_sections():
+    sections = []
+    for name, op in ops.INSTRUCTIONS.items():
+        schema = op._opoverload._schema
+        writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        first_line = op._init_fn.__doc__.splitlines()[0]
+        sections.append(
+            f"### {name}\n\n{first_line} Writes {code(writes) or 'nothing'}.\n\n"
+            + fence(str(schema).removeprefix("sparda::"))
+        )
+    return "\n".join(sections)
+
+
+def state_table():
+    """Return every state tensor that some configuration has, with its shape in letters."""
+    sizes = {2: "B", 3: "G", 128: "N", 20: "D", 21: "C", 64: "P", 511: "W", 96: "window", 14: "K"}
+    shapes = (
+        LayerShape(0, "sparse", 3, 20, 0, torch.bfloat16),
+        LayerShape(1, "window", 3, 20, 96, torch.bfloat16),
+    )
+    rows = {}
+    for changes in (
+        {"mode": "forecast"},
+        {"mode": "query", "selector": "quest"},
+        {"mode": "exact", "hint": "previous_step"},
+    ):
+        layout = CacheLayout(CONFIG.replace(**changes), shapes, 2, 8192)
+        specs = {LENGTHS.removeprefix("sparda_"): layout.all_tensors()[LENGTHS]}
+        for shape in shapes:
+            specs |= layout.tensors(shape)
+        for name, spec in specs.items():
+            if name in rows:
+                continue
+            letters = [sizes.get(s, str(s)) for s in spec.shape]
+            # Two is the number of sequences in front, and K and V or two bounds elsewhere.
+            letters = [letters[0], *("2" if x == "B" else x for x in letters[1:])]
+            dtype = "the model's" if spec.dtype == torch.bfloat16 else str(spec.dtype)[6:]
+            home = "CPU memory" if spec.on_host else "device"
+            rows[name] = (f"`{name}`", f"[{', '.join(letters)}]", dtype, home)
+    return table(("tensor", "shape", "dtype", "where"), list(rows.values()))
+
+
+GENERATED = {
+    "data_path.md": {
+        stage: (lambda stage=stage: stage_text(stage))
+        for stage in ("capture", *(p.name for p in PIPELINE))
+    },
+    "passes.md": {"passes": pass_table, "facts": fact_table},
+    "ops.md": {"ops": op_sections},
+    "kv_cache.md": {"tensors": state_table},
+}
+
+
+@pytest.mark.parametrize("page", GENERATED)
+def test_generated_parts_are_up_to_date(page):
+    path = DOCS / page
+    text = path.read_text(encoding="ascii")
+    parts = [match[2] for match in PART.finditer(text)]
+    assert parts == list(GENERATED[page])
+    fresh = PART.sub(lambda m: f"{m[1]}\n{GENERATED[page][m[2]]().strip()}\n\n{m[4]}", text)
+    if UPDATE:
+        path.write_text(fresh, encoding="ascii")
+    else:
+        assert text == fresh, f"run SPARDA_UPDATE_GOLDEN=1 pytest {Path(__file__).name}"
+
+
+def test_every_error_is_explained():
+    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "errors.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(errors.__all__)
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def programs(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_program_is_short_and_runs(capsys, monkeypatch):
+    (program,) = programs(ROOT / "README.md")
+    assert len([line for line in program.splitlines() if line.strip()]) <= 10
+    # The same program without the compiler, which takes most of the time.
+    shown = SpardaConfig
+
+    def eager(**settings):
+        return shown(lowering="eager", **settings)
+
+    monkeypatch.setattr("sparda_compile.SpardaConfig", eager)
+    exec(compile(program, "README.md", "exec"), {})
+    assert "hits" in capsys.readouterr().out
+
+
+def test_quickstart_programs_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for program in programs(DOCS / "quickstart.md"):
+        exec(compile(program, "quickstart.md", "exec"), scope)
+    assert (tmp_path / "decode.html").exists()
+
+
+def test_example_runs(capsys):
+    path = ROOT / "examples" / "optimize_tiny_llama.py"
+    spec = importlib.util.spec_from_file_location("example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        example.main()
+    out = capsys.readouterr().out
+    assert "all blocks, same tokens: True" in out
+    assert "times traced: 2" in out
+
+
+def test_capacity_is_as_kv_cache_says():
+    config = SpardaConfig(mode="query", top_k=2, local_blocks=1, lowering="eager")
+    ids = torch.randint(0, 256, (1, 100))
+    grows = optimize(tiny_llama(), config)
+    cache = grows(ids).past_key_values
+    before = cache.get_max_cache_shape()
+    grows(torch.randint(0, 256, (1, before)), past_key_values=cache)
+    assert cache.get_max_cache_shape() > before
+    fixed = optimize(grows, config.replace(max_tokens=128))
+    with pytest.raises(errors.KVCacheError, match="max_tokens=128"):
+        fixed.generate(ids, max_new_tokens=29)
