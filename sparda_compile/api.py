@@ -122,7 +122,8 @@ def explain(
         ]
     except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
         return refused_report(model, config, batch_size, max_tokens, str(error))
-    return build_report(model, plans[0], plans[1])
+    is_optimized = hasattr(model, "sparda_config")
+    return build_report(captures.model if is_optimized else model, plans[0], plans[1])
 
 
 def _captures(model: nn.Module) -> Captures:

@@ -51,8 +51,9 @@ def _is_used(node: fx.Node) -> bool:
 def set_keepalives(graph: fx.Graph) -> int:
     """Give every wait exactly the temporaries that it must keep alive; returns how many.
 
-    The copy stream is a queue: the wait for one copy joins all that was issued before it. So a
-    temporary has to live until the first wait for any copy that started after its last use there.
+    Each goes to the wait for the copy that its use leads to. The wait for a later copy joins that
+    one too, for the copy stream is a queue, but no data ties the two copies together: a compiler
+    may issue them the other way round.
     """
     waits = find_ops(graph, "wait_blocks")
     for wait in waits:
@@ -65,11 +66,10 @@ def set_keepalives(graph: fx.Graph) -> int:
         if not is_sparda(node) or stream_of(node) != COPY:
             continue
         if call_name(node).endswith(("prefetch_blocks", "offload_blocks")):
-            own = waits_by_event[argument(node, "event")]
-            join = own if join is None else min(own, join, key=lambda w: order[w])
+            join = waits_by_event[argument(node, "event")]
         assert join is not None, f"{node.name} is on the copy stream and no wait joins it"
         for temporary in copy_stream_uses(node):
-            joins.setdefault(temporary, join)
+            joins[temporary] = max(join, joins.get(temporary, join), key=lambda w: order[w])
     kept: dict[fx.Node, list[fx.Node]] = {}
     for temporary, join in joins.items():
         if max((order[u] for u in temporary.users), default=-1) < order[join]:

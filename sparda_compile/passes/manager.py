@@ -65,8 +65,11 @@ def run_passes(
         SpardaError: As raised by a pass on purpose.
     """
     records = []
+    disabled = set(ctx.config.disable_passes)
+    if "insert_prefetch" in disabled:
+        disabled.add("schedule_transfers")  # there is nothing for it to place
     for graph_pass in passes:
-        if graph_pass.name in ctx.config.disable_passes:
+        if graph_pass.name in disabled:
             _log.debug("%s %s: disabled", ctx.phase, graph_pass.name)
             continue
         facts: frozenset[Fact] = gm.meta.get(FACTS_KEY, frozenset())

@@ -6,8 +6,8 @@ happens-before: a stream's own order, plus fork (compute -> copy) and wait (copy
     state        of two accesses of one state tensor, one of them a write, the one that was written
                  first in the semantic program happens before the other
     data         a result happens before its use
-    keepalive    what the copy stream reads or writes is still used, on the compute stream, at a
-                 point that happens after it
+    keepalive    what the copy stream reads or writes is still used, on the compute stream, at or
+                 behind the wait for the copy that it leads to
     allocation   all compute work issued before a copy-stream op that allocates happens before it,
                  for its memory may be what that work has just freed
     join         every started copy has its wait, and the copy stream is done when the step ends
@@ -154,7 +154,7 @@ def check_program(program: Sequence[Instruction]) -> int:
     clocks = _vector_clocks(program, steps=2)
     _check_join(program, clocks)
     _check_data(program, clocks)
-    _check_keepalive(program, clocks)
+    _check_keepalive(program)
     _check_allocation(program, clocks)
     return _check_state(program, clocks)
 
@@ -242,15 +242,18 @@ def _check_data(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None
                 )
 
 
-def _check_keepalive(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
+def _check_keepalive(program: Sequence[Instruction]) -> None:
     last_use: dict[int, int] = {}
     for i, instruction in enumerate(program):
         last_use |= dict.fromkeys(instruction.inputs, i)
-    for i, instruction in enumerate(program):
+    waits = {x.waits: i for i, x in enumerate(program) if x.waits is not None}
+    wait = len(program)
+    for i, instruction in reversed(list(enumerate(program))):
+        if instruction.records is not None:
+            wait = waits[instruction.records]
         for temporary in instruction.touches:
             last = last_use.get(temporary, temporary)
-            safe = program[last].stream == COMPUTE and _happens_before(program, clocks, i, last)
-            if not safe:
+            if program[last].stream != COMPUTE or last < wait:
                 raise TransferRaceError(
                     f"keepalive: {program[temporary].name} is used by {instruction.name} on the "
                     f"copy stream, but its memory is free after {program[last].name}, which does "

@@ -59,8 +59,13 @@ def test_what_was_there_is_gone(replaced, phase):
     assert not gone & {call_name(n) for n in gm.graph.nodes}
     # The causal mask and the repeats of keys and values go with them.
     assert counts["erased"] > 4
-    assert not any(n.op == "call_function" and not n.users and not is_sparda(n)
-                   for n in gm.graph.nodes if call_name(n) != "setitem")  # fmt: skip
+    assert dead(gm.graph) <= dead(before)
+
+
+def dead(graph):
+    """Names of the model's nodes whose result nobody takes."""
+    own = (n for n in graph.nodes if n.op.startswith("call") and "sparda_layer" not in n.meta)
+    return {n.name for n in own if not n.users}
 
 
 def test_layers_without_offload_copy_nothing(replaced):

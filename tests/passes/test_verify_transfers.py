@@ -100,19 +100,11 @@ def omissions(program):
             yield f"{it.name} keeps {program[kept].name} no more", changed(program, i, **lists)
 
 
-def unawaited(program, *, covered=False):
-    """Yield every program in which the start of a prefetch has lost both event and wait.
-
-    The copy stream is a queue, so the wait for a later copy may cover for the lost one; such
-    programs are right and come only with `covered`.
-    """
-    waits = {it.waits: i for i, it in enumerate(program) if it.waits is not None}
+def unawaited(program):
+    """Yield every program in which the start of a prefetch has lost both event and wait."""
     for i, it in enumerate(program):
-        if it.records is None or "prefetch" not in it.name:
-            continue
-        wait = waits[it.records]
-        later = [waits[other.records] for other in program[i + 1 :] if other.records is not None]
-        if any(other < wait for other in later) == covered:
+        if it.records is not None and "prefetch" in it.name:
+            wait = next(n for n, other in enumerate(program) if other.waits == it.records)
             yield f"{it.name} is not awaited", without(changed(program, i, records=None), wait)
 
 
@@ -198,14 +190,6 @@ def test_no_mutation_survives_wherever_the_chain_is_cut(plan_of, cut):
     program = extract_program(gm.graph)
     check_program(program)
     assert survivors(program, omissions, unawaited, swaps, detours) == []
-
-
-def test_wait_for_a_later_copy_covers_the_ones_before(plan_of):
-    program = extract_program(plan_of("llama", **MODES["exact-forecast"]).graph_module.graph)
-    mutants = dict(unawaited(program, covered=True))
-    assert list(mutants) == ["hint_prefetch_1 is not awaited"]
-    for mutant in mutants.values():
-        check_program(mutant)
 
 
 def test_copies_in_line_need_no_order_between_streams(plan_of):
