@@ -18,7 +18,14 @@ from sparda_compile.errors import (
 )
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
-from sparda_compile.program import Captures, forecast_shapes, initial_forecast, make_plan
+from sparda_compile.program import (
+    Captures,
+    Plan,
+    forecast_shapes,
+    initial_forecast,
+    make_plan,
+    planned_capacity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["explain", "optimize"]
 
 _log = logging.getLogger(__name__)
-
-_PLANNED_TOKENS = 4096
 
 
 def optimize(
@@ -70,8 +75,16 @@ def optimize(
             "this version runs on the CPU; the model is on "
             f"{next(captures.model.parameters()).device}. Call model.to('cpu') first."
         )
-    weights = _forecast_weights(captures, config, forecast)
-    fast = OptimizedModule(captures, config, weights)
+    decode = make_plan(
+        captures.get("decode", last_logits_only=True),
+        config,
+        model_name=captures.model_name,
+        windows=captures.windows,
+        batch_size=1,
+        max_tokens=planned_capacity(config),
+    )
+    weights = _forecast_weights(captures, decode, forecast)
+    fast = OptimizedModule(captures, config, weights, decode)
     plans = [fast.latest_plan(phase) for phase in ("prefill", "decode")]
     _log.info(
         "%s: mode %s, %d attentions, %d left dense", captures.model_name, config.mode,
@@ -106,7 +119,7 @@ def explain(
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
-    max_tokens = max_tokens or config.max_tokens or _PLANNED_TOKENS
+    max_tokens = max_tokens or planned_capacity(config)
     try:
         captures = _captures(model)
         plans = [
@@ -146,8 +159,9 @@ def _captures(model: nn.Module) -> Captures:
 
 
 def _forecast_weights(
-    captures: Captures, config: SpardaConfig, given: Mapping[int, Tensor] | str | Path | None
+    captures: Captures, plan: Plan, given: Mapping[int, Tensor] | str | Path | None
 ) -> dict[int, Tensor]:
+    config = plan.layout.config
     if not config.needs_forecast:
         if given is not None:
             raise ConfigError(
@@ -155,14 +169,6 @@ def _forecast_weights(
                 "mode='forecast', or mode='exact' with hint='forecast'."
             )
         return {}
-    plan = make_plan(
-        captures.get("decode", last_logits_only=True),
-        config,
-        model_name=captures.model_name,
-        windows=captures.windows,
-        batch_size=1,
-        max_tokens=config.max_tokens or _PLANNED_TOKENS,
-    )
     shapes = forecast_shapes(plan)
     weight = next(captures.model.parameters())
     if given is None:

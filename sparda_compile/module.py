@@ -19,7 +19,7 @@ from sparda_compile.cache import NO_BEAMS, NO_CROP, SpardaCache
 from sparda_compile.config import round_up
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.inspection import Sparda
-from sparda_compile.program import Captures, Plan, Program, make_plan
+from sparda_compile.program import Captures, Plan, Program, make_plan, planned_capacity
 from sparda_compile.runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = ["OptimizedModule"]
 
 _SMALLEST_CAPACITY = 512
 _CAPACITY_STEP = 8192
-_DEFAULT_CAPACITY = 4096
 
 
 class OptimizedModule(nn.Module):
@@ -43,10 +42,15 @@ class OptimizedModule(nn.Module):
         captures: Traced forwards of the model.
         config: What to build.
         forecast: Forecast weights by target layer.
+        decode: A plan for the decode of one sequence, if there is one already.
     """
 
     def __init__(
-        self, captures: Captures, config: SpardaConfig, forecast: Mapping[int, Tensor]
+        self,
+        captures: Captures,
+        config: SpardaConfig,
+        forecast: Mapping[int, Tensor],
+        decode: Plan | None = None,
     ) -> None:
         super().__init__()
         self.captures = captures
@@ -63,6 +67,9 @@ class OptimizedModule(nn.Module):
             {str(layer): nn.Parameter(w, requires_grad=False) for layer, w in forecast.items()}
         )
         self._forecast = {layer: self.sparda_forecast[str(layer)] for layer in forecast}
+        if decode is not None:
+            key = ("decode", 1, decode.layout.max_tokens, True)
+            self._programs[key] = Program(decode, self._forecast)
         self.training = False
         driver = copy.copy(captures.model)
         driver.forward = self.forward
@@ -166,7 +173,7 @@ class OptimizedModule(nn.Module):
         Args:
             max_tokens: Tokens per sequence to reserve; None is `SpardaConfig.max_tokens`.
         """
-        reserve = max_tokens or self.sparda_config.max_tokens or _DEFAULT_CAPACITY
+        reserve = max_tokens or planned_capacity(self.sparda_config)
         self._check_reserved(reserve)
         return SpardaCache(self, self.capacity(reserve))
 
@@ -204,7 +211,7 @@ class OptimizedModule(nn.Module):
         """
         if phase not in ("prefill", "decode"):
             raise UnsupportedInputError(f"phase {phase!r} is not known; use prefill or decode.")
-        default = (1, self.capacity(_DEFAULT_CAPACITY), True)
+        default = (1, planned_capacity(self.sparda_config), True)
         batch_size, max_tokens, last_only = self._latest.get(phase, default)
         return self.program(phase, batch_size, max_tokens, last_only=last_only).plan
 

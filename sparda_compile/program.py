@@ -36,10 +36,19 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
     from sparda_compile.schedule import Schedule
 
-__all__ = ["Captures", "Plan", "Program", "forecast_shapes", "initial_forecast", "make_plan"]
+__all__ = [
+    "Captures",
+    "Plan",
+    "Program",
+    "forecast_shapes",
+    "initial_forecast",
+    "make_plan",
+    "planned_capacity",
+]
 
 assert ops.INSTRUCTIONS  # registers every op before a pass emits one
 
+_PLANNED_TOKENS = 4096
 _FORECAST = re.compile(r"sparda_forecast_(\d+)")
 
 
@@ -78,6 +87,11 @@ class Plan:
         if name not in by_name:
             raise ConfigError(f"after={name!r} is no stage; stages are {', '.join(by_name)}.")
         return by_name[name]
+
+
+def planned_capacity(config: SpardaConfig) -> int:
+    """Return the tokens per sequence that are planned for before anything has run."""
+    return config.max_tokens or _PLANNED_TOKENS
 
 
 def make_plan(

@@ -98,7 +98,7 @@ class Branching(Perceptron):
 
 class TestModels:
     def test_without_attention(self):
-        words = ("PlainCausalLM", "no attention", "no KV cache")
+        words = ("Perceptron", "no attention", "no KV cache")
         refuses(AttentionNotFoundError, lambda: optimize(Perceptron().eval(), CONFIG), *words)
 
     def test_that_cannot_be_traced(self):

@@ -29,6 +29,7 @@ from sparda_compile.testing import tiny_llama
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 UPDATE = "SPARDA_UPDATE_GOLDEN" in os.environ
+OTHER_TORCH = not torch.__version__.startswith("2.13")
 PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CONFIG = SpardaConfig(mode="forecast", top_k=8, local_blocks=4, machine="h200")
 
@@ -166,6 +167,7 @@ GENERATED = {
 }
 
 
+@pytest.mark.skipif(OTHER_TORCH, reason="the files are written with torch 2.13")
 @pytest.mark.parametrize("page", GENERATED)
 def test_generated_parts_are_up_to_date(page):
     path = DOCS / page

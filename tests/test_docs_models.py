@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
+import torch
 
 from sparda_compile import SpardaConfig, explain
 from sparda_compile.config import Mode
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 UPDATE = os.environ.get("SPARDA_UPDATE_GOLDEN") == "1"
+OTHER_TORCH = not torch.__version__.startswith("2.13")
 
 # What a family brings that the plainest one does not.
 DIFFERENCES = {
@@ -124,6 +126,7 @@ def text() -> str:
         return document()
 
 
+@pytest.mark.skipif(OTHER_TORCH, reason="the file is written with torch 2.13")
 def test_document_is_what_the_models_give(text: str) -> None:
     if UPDATE:
         DOCUMENT.parent.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ Every block is selected here (`top_k=None`), so the outputs are those of the mod
 
 from __future__ import annotations
 
+import functools
 import gc
 import types
 
@@ -50,6 +51,16 @@ def fast(model):
     return optimize(model, CONFIG)
 
 
+@pytest.fixture(scope="module")
+def module_of(fast):
+    """Return a function that gives the module of a mode and a capacity, built once."""
+    return functools.cache(
+        lambda mode, max_tokens=None: optimize(
+            fast, CONFIG.replace(max_tokens=max_tokens, **MODES[mode])
+        )
+    )
+
+
 def greedy(module, ids, num_new=8, **kwargs):
     return module.generate(ids, max_new_tokens=num_new, do_sample=False, **kwargs)
 
@@ -60,8 +71,8 @@ class TestGenerate:
         assert torch.equal(greedy(fast, prompt(length)), greedy(model, prompt(length)))
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_every_mode(self, fast, model, mode):
-        module = optimize(fast, CONFIG.replace(**MODES[mode]))
+    def test_every_mode(self, module_of, model, mode):
+        module = module_of(mode)
         ids, mask = ragged(37, 20)
         expected = greedy(model, ids, attention_mask=mask)
         assert torch.equal(greedy(module, ids, attention_mask=mask), expected)
@@ -160,19 +171,19 @@ class TestSecondTurn:
 
     @pytest.mark.parametrize("mode", ["query", "exact", "resident"])
     @pytest.mark.parametrize(("first", "more"), [(20, 1), (20, 50), (64, 16), (5, 130)])
-    def test_equals_the_whole_conversation_at_once(self, fast, model, first, more, mode):
-        module = optimize(fast, CONFIG.replace(max_tokens=256, **MODES[mode]))
+    def test_equals_the_whole_conversation_at_once(self, module_of, model, first, more, mode):
+        module = module_of(mode, 256)
         whole, answer = self.conversation(module, prompt(first), prompt(more))
         assert torch.equal(answer, greedy(model, whole))
         assert torch.equal(answer, greedy(module, whole))
 
-    def test_of_a_batch(self, fast, model):
-        module = optimize(fast, CONFIG.replace(max_tokens=128))
+    def test_of_a_batch(self, module_of, model):
+        module = module_of("query", 128)
         whole, answer = self.conversation(module, prompt(20, 2), prompt(33, 2))
         assert torch.equal(answer, greedy(model, whole))
 
-    def test_of_a_ragged_batch(self, fast, model):
-        module = optimize(fast, CONFIG.replace(max_tokens=128))
+    def test_of_a_ragged_batch(self, module_of, model):
+        module = module_of("query", 128)
         ids, mask = ragged(30, 12)
         begun = greedy(module, ids, attention_mask=mask, return_dict_in_generate=True)
         whole = torch.cat([begun.sequences, prompt(21, 2)], dim=1)

@@ -248,7 +248,7 @@ def _check_keepalive(program: Sequence[Instruction]) -> None:
         last_use |= dict.fromkeys(instruction.inputs, i)
     waits = {x.waits: i for i, x in enumerate(program) if x.waits is not None}
     wait = len(program)
-    for i, instruction in reversed(list(enumerate(program))):
+    for instruction in reversed(program):
         if instruction.records is not None:
             wait = waits[instruction.records]
         for temporary in instruction.touches:
@@ -256,8 +256,8 @@ def _check_keepalive(program: Sequence[Instruction]) -> None:
             if program[last].stream != COMPUTE or last < wait:
                 raise TransferRaceError(
                     f"keepalive: {program[temporary].name} is used by {instruction.name} on the "
-                    f"copy stream, but its memory is free after {program[last].name}, which does "
-                    "not come after that; the wait must keep it alive."
+                    f"copy stream, but its memory is free after {program[last].name}, which comes "
+                    "before the wait for that copy; the wait must keep it alive."
                 )
 
 
