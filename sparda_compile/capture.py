@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparda_compile.errors import CaptureError
+from sparda_compile.passes.manager import snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,7 @@ class CapturedGraph:
         sizes: Placeholder of a size -> `batch` or `tokens`.
         inputs: Placeholder of a tensor input -> `input_ids` or `position_ids`.
         weights: Placeholder of anything else -> the tensor.
+        specialized: Graphs that `specialize` has made, by batch size.
     """
 
     phase: str
@@ -74,6 +76,7 @@ class CapturedGraph:
     sizes: dict[str, str]
     inputs: dict[str, str]
     weights: dict[str, Tensor]
+    specialized: dict[int, fx.GraphModule] = dataclasses.field(default_factory=dict)
 
 
 class _Stop(BaseException):
@@ -253,8 +256,16 @@ def specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
         batch_size: Sequences.
 
     Returns:
-        A graph whose nodes have `meta["val"]`, under a fake mode of its own.
+        A graph of the caller's own whose nodes have `meta["val"]`; graphs of one batch size share
+        a fake mode.
     """
+    if batch_size not in captured.specialized:
+        captured.specialized[batch_size] = _specialize(captured, batch_size)
+    template = captured.specialized[batch_size]
+    return snapshot(template)
+
+
+def _specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,

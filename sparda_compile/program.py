@@ -26,8 +26,8 @@ from sparda_compile.machine import MACHINES
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
-from sparda_compile.passes.fx import fake_value
-from sparda_compile.passes.manager import StageRecord, run_passes, snapshot
+from sparda_compile.passes.fx import copy_graph, fake_value
+from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.replace_attention import TOKEN_MASK
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def make_plan(
     gm = specialize(captured, batch_size)
     machine = MACHINES[config.machine or "cpu"]
     ctx = PassContext(config, captured.phase, dict(windows), model_name, None, machine)
-    first = StageRecord("capture", snapshot(gm), {"nodes": len(gm.graph.nodes)}, 0.0)
+    first = StageRecord("capture", copy_graph(gm.graph), {"nodes": len(gm.graph.nodes)}, 0.0)
     found = run_passes(gm, [FindAttention(captured.weights)], ctx)
     _check_positions(captured, gm, model_name)
     sites = tuple(sites_of(gm.graph))

@@ -61,6 +61,13 @@ def module_of(fast):
     )
 
 
+@pytest.fixture(scope="module")
+def other_pair():
+    """Another model, with another number of KV heads, and its optimized module."""
+    other = tiny_llama(seed=1, num_key_value_heads=4)
+    return other, optimize(other, CONFIG)
+
+
 def greedy(module, ids, num_new=8, **kwargs):
     return module.generate(ids, max_new_tokens=num_new, do_sample=False, **kwargs)
 
@@ -271,9 +278,8 @@ class TestForward:
 
 
 class TestTwoModels:
-    def test_interleaved(self, fast, model):
-        other_model = tiny_llama(seed=1, num_key_value_heads=4)
-        other = optimize(other_model, CONFIG)
+    def test_interleaved(self, fast, model, other_pair):
+        other_model, other = other_pair
         assert greedy(fast, prompt(20)).tolist() != greedy(other, prompt(20)).tolist()
         caches = {fast: fast.new_cache(64), other: other.new_cache(64)}
         theirs = {m: DynamicCache(config=m.config) for m in (model, other_model)}
@@ -331,13 +337,13 @@ class TestModule:
             assert torch.equal(model.state_dict()[name], tensor), name
         assert torch.equal(greedy(model, prompt(20)), greedy(fresh, prompt(20)))
 
-    def test_weights_are_shared(self):
-        original = tiny_llama()
-        module = optimize(original, CONFIG)
+    def test_weights_are_shared(self, other_pair):
+        original, module = other_pair
+        before = module(prompt(20)).logits
         with torch.no_grad():
             original.lm_head.weight.mul_(-1.0)
-        logits = module(prompt(20)).logits
-        assert_close(logits, original(prompt(20)).logits, rtol=1e-4, atol=1e-4)
+        assert_close(module(prompt(20)).logits, -before)
+        assert_close(-before, original(prompt(20)).logits, rtol=1e-4, atol=1e-4)
 
     def test_counts(self, fast):
         module = optimize(fast, CONFIG.replace(max_tokens=128))

@@ -14,6 +14,7 @@ __all__ = [
     "Emitter",
     "call_name",
     "clone_region",
+    "copy_graph",
     "fake_value",
     "find_ops",
     "is_sparda",
@@ -196,3 +197,13 @@ def tensor_shape(node: fx.Node) -> tuple[Any, ...]:
     """Return the shape of a node's fake value, () when it is no tensor."""
     value = fake_value(node)
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph with the same node names and metadata."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        mapping[node].name = node.name
+    return graph

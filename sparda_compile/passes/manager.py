@@ -7,12 +7,14 @@ import difflib
 import itertools
 import logging
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from sparda_compile.errors import ConfigError, PassError, SpardaError
+from sparda_compile.passes.fx import copy_graph
 from sparda_compile.passes.spec import check_spec
 
 if TYPE_CHECKING:
@@ -34,17 +36,22 @@ class StageRecord:
 
     Attributes:
         name: The pass, or `capture`.
-        graph_module: A copy of the graph.
+        graph: A copy of the graph.
         counts: What the pass counted.
         ms: Milliseconds that it took.
         schedule: The schedule, from ScheduleTransfers alone.
     """
 
     name: str
-    graph_module: fx.GraphModule
+    graph: fx.Graph
     counts: dict[str, int]
     ms: float
     schedule: Schedule | None = None
+
+    @cached_property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph as a module, for looking at."""
+        return fx.GraphModule({}, self.graph)
 
 
 def run_passes(
@@ -65,11 +72,8 @@ def run_passes(
         SpardaError: As raised by a pass on purpose.
     """
     records = []
-    disabled = set(ctx.config.disable_passes)
-    if "insert_prefetch" in disabled:
-        disabled.add("schedule_transfers")  # there is nothing for it to place
     for graph_pass in passes:
-        if graph_pass.name in disabled:
+        if graph_pass.name in ctx.config.disable_passes:
             _log.debug("%s %s: disabled", ctx.phase, graph_pass.name)
             continue
         facts: frozenset[Fact] = gm.meta.get(FACTS_KEY, frozenset())
@@ -91,7 +95,7 @@ def run_passes(
         check_spec(gm.graph, gm.meta[FACTS_KEY], graph_pass.name)
         _log.debug("%s %s: %s in %.1f ms", ctx.phase, graph_pass.name, result.counts, ms)
         records.append(
-            StageRecord(graph_pass.name, snapshot(gm), result.counts, ms, result.schedule)
+            StageRecord(graph_pass.name, copy_graph(gm.graph), result.counts, ms, result.schedule)
         )
         if ctx.config.dump_dir is not None:
             _dump(gm, Path(ctx.config.dump_dir), f"{ctx.phase}_{graph_pass.name}")
@@ -147,13 +151,8 @@ def check_disabled(
 
 
 def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of the graph, for looking at."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-        mapping[node].name = node.name
-    copy = fx.GraphModule({}, graph)
+    """Return a copy of a graph module that passes may change; weights are shared."""
+    copy = fx.GraphModule(gm, copy_graph(gm.graph))
     copy.meta = dict(gm.meta)
     return copy
 

@@ -48,20 +48,15 @@ def _is_shown(node):
 
 
 def _name(node):
+    if call_name(node) == "sparda.kv_update":
+        return f"%kv_update_{node.args[2]}"
     if is_sparda(node) or node.name.startswith(("forecast_", "sparda_")):
         return f"%{node.name}"
     if call_name(node) == "getitem" and is_sparda(node.args[0]):
         return f"{_name(node.args[0])}[{node.args[1]}]"
     if _is_shown(node):
         return f"%{module_path(node)}" + (".sdpa" if call_name(node) != "linear" else "")
-    if node.op == "placeholder":
-        return f"%{_weight_name(node.name)}"
     return f"<{_shape(node)}>"
-
-
-def _weight_name(name):
-    words = name.removeprefix("l_").removesuffix("_")
-    return re.sub(r"_?(modules|parameters|buffers)_", ".", words).lstrip(".")
 
 
 def _shape(node):
