@@ -138,14 +138,14 @@ def test_state_comes_as_inputs_of_the_layouts_shapes(replaced, phase):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_new_nodes_have_metadata(replaced, phase):
-    gm, _, _ = replaced(phase=phase)
+    gm, _, plan = replaced(phase=phase)
     for node in gm.graph.nodes:
         if is_sparda(node) and node.meta["sparda_layer"] >= 0:
             layer = node.meta["sparda_layer"]
             assert module_path(node) == f"model.layers.{layer}.self_attn", node.name
             assert "stack_trace" in node.meta
             assert "val" in node.meta
-    assert Fact.ATTENTION_REPLACED in gm.meta[FACTS_KEY]
+    assert Fact.ATTENTION_REPLACED in plan.graph_module.meta[FACTS_KEY]
 
 
 def test_end_of_the_step_counts_real_tokens_only(replaced):
