@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 UPDATE = os.environ.get("SPARDA_UPDATE_GOLDEN") == "1"
 OTHER_TORCH = not torch.__version__.startswith("2.13")
+pytestmark = pytest.mark.skipif(
+    not UPDATE and "CI" not in os.environ,
+    reason="traces every model for a minute; runs in CI and with SPARDA_UPDATE_GOLDEN=1",
+)
 
 # What a family brings that the plainest one does not.
 DIFFERENCES = {
