@@ -162,7 +162,6 @@ class OptimizedModule(nn.Module):
         else:
             self._check_owner(cache)
             self._check_second_turn(cache, ids, total)
-        cache.reserve = total
         if inputs is not None:
             kwargs["inputs"] = inputs
         return self._driver.generate(past_key_values=cache, disable_compile=True, **kwargs)

@@ -150,7 +150,7 @@ def tracked_text():
     try:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs a git checkout")
+        pytest.skip("git lists the files to check, and this is no git checkout")
     for name in listing.decode().split("\0"):
         path = ROOT / name
         if not name or path.is_symlink() or not path.is_file():
