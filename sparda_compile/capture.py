@@ -78,6 +78,11 @@ class CapturedGraph:
     weights: dict[str, Tensor]
     specialized: dict[int, fx.GraphModule] = dataclasses.field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.weights.values())).device
+
 
 class _Stop(BaseException):
     """Ends Dynamo's call once the graph is there; nothing is computed."""
@@ -296,7 +301,7 @@ def _specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
     module = fx.GraphModule(captured.graph_module, graph)
 
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
-    device = next(iter(captured.weights.values())).device
+    device = captured.device
     num_tokens = 1 if captured.phase == "decode" else _EXAMPLE_TOKENS
     kinds = [DimDynamic.STATIC, DimDynamic.DYNAMIC if num_tokens > 1 else DimDynamic.STATIC]
     ids = fake_mode.from_tensor(

@@ -52,6 +52,8 @@ class SpardaConfig:
         page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
         lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
+        cuda_graph: On a GPU, capture each decode step once and replay it for every token. False
+            launches every kernel from Python, which is slower and easier to look into.
         machine: Whose constants the scheduler plans with: `cpu`, `h200`, or None for the
             machine that the model is on.
         expected_overlap: Share of a step's blocks that the step before selected too; the
@@ -79,6 +81,7 @@ class SpardaConfig:
     page_ratio: float = 1.5
     eviction: Eviction = "lru"
     lowering: Lowering = "inductor"
+    cuda_graph: bool = True
     machine: str | None = None
     expected_overlap: float = 0.9
     disable_passes: tuple[str, ...] = ()

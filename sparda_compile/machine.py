@@ -9,9 +9,21 @@ small elementwise op; there nothing runs beside anything else.
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import os
+import re
+from pathlib import Path
 from typing import Final
 
-__all__ = ["MACHINES", "Machine"]
+import torch
+
+from sparda_compile.errors import ConfigError
+
+__all__ = ["MACHINES", "Machine", "calibration_file", "machine_for"]
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +51,38 @@ MACHINES: Final = {
     "cpu": Machine("cpu", 13.1, 5.6, 0.15, 2.5, overlaps=False),
     "h200": Machine("h200", 4300.0, 45.0, 790.0, 2.0, overlaps=True),
 }
+
+
+def calibration_file(device_name: str) -> Path:
+    """Return where the measured constants of a device are kept, one file per device."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return base / "sparda_compile" / f"machine-{name}.json"
+
+
+def machine_for(name: str | None, device: torch.device) -> Machine:
+    """Return the constants to plan with.
+
+    Args:
+        name: `SpardaConfig.machine`; None takes what was measured on the device, and where
+            nothing was, `h200` for a GPU and `cpu` for the CPU.
+        device: Where the program runs.
+
+    Raises:
+        ConfigError: If the file of measured constants cannot be read.
+    """
+    if name is not None:
+        return MACHINES[name]
+    if device.type != "cuda":
+        return MACHINES["cpu"]
+    path = calibration_file(torch.cuda.get_device_name(device))
+    if not path.is_file():
+        _log.info("no calibration of %s; planning with h200. Run `sparda calibrate`.", device)
+        return MACHINES["h200"]
+    try:
+        return Machine(**json.loads(path.read_text(encoding="utf-8"))["machine"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} does not hold the constants of a machine ({error}); run `sparda calibrate` "
+            "again, or remove it."
+        ) from error

@@ -125,7 +125,7 @@ class OptimizedModule(nn.Module):
         last_only = logits_to_keep == 1 or phase == "decode"
         program = self.program(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
         token_mask = None if phase == "decode" else mask
-        logits = program(ids.contiguous(), positions, token_mask, kv.state)
+        logits = program(ids.contiguous(), positions, token_mask, kv)
         kv.advance(num_tokens, num_real)
         self.last_cache = kv
         if logits_to_keep > 1:

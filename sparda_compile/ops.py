@@ -4,6 +4,7 @@
                 scores     = score_blocks(forecast_l, summary_l)          [B, G, N]
                 block_ids  = select_blocks(scores)                        [B, G, K]
                 plan       = plan_pages(block_ids, tables_l)              hits, misses, pages
+                (or both   = select_pages(scores, tables_l))
                 fork       = fork_stream(plan)                            copy stream goes on
                 ticket     = prefetch_blocks(misses, pages_l)             returns at once
     layer l     wait_blocks(ticket, [pages_l], keepalive, q)          compute stream joins
@@ -38,7 +39,7 @@ from sparda_compile.runtime.append import (
     remember_ids,
     update_summary,
 )
-from sparda_compile.runtime.block_table import plan_pages
+from sparda_compile.runtime.block_table import plan_pages, select_pages
 from sparda_compile.runtime.transfer import (
     fetch_blocks,
     fork_stream,
@@ -57,6 +58,7 @@ INSTRUCTIONS: Final = {
         select_blocks,
         all_blocks,
         plan_pages,
+        select_pages,
         fork_stream,
         fetch_blocks,
         prefetch_blocks,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,25 @@ from torch import Tensor, fx, nn
 from sparda_compile import ops
 from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.capture import CapturedGraph, capture, share_weights, specialize
+from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.lower import lower
-from sparda_compile.machine import MACHINES
+from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
 from sparda_compile.passes.fx import copy_graph, fake_value
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.replace_attention import TOKEN_MASK
+from sparda_compile.streams import CudaEngine, use_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.schedule import Schedule
+    from sparda_compile.streams import Engine
 
 __all__ = [
     "Captures",
@@ -119,7 +124,7 @@ def make_plan(
         PassError: If a pass fails.
     """
     gm = specialize(captured, batch_size)
-    machine = MACHINES[config.machine or "cpu"]
+    machine = machine_for(config.machine, captured.device)
     ctx = PassContext(config, captured.phase, dict(windows), model_name, None, machine)
     first = StageRecord("capture", copy_graph(gm.graph), {"nodes": len(gm.graph.nodes)}, 0.0)
     found = run_passes(gm, [FindAttention(captured.weights)], ctx)
@@ -182,10 +187,20 @@ class Program:
     Args:
         plan: What to run.
         forecast: Forecast weights, by target layer.
+        engine: Where its streams are; None makes one for the device.
     """
 
-    def __init__(self, plan: Plan, forecast: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, plan: Plan, forecast: Mapping[int, Tensor], engine: Engine | None = None
+    ) -> None:
         self.plan = plan
+        device = plan.captured.device
+        self._engine = engine
+        if engine is None and device.type == "cuda":
+            self._engine = CudaEngine(device)
+        self._replays = device.type == "cuda" and plan.captured.phase == "decode"
+        self._replays &= plan.layout.config.cuda_graph
+        self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._arguments = [
             self._argument(n, forecast) for n in plan.graph_module.graph.nodes
             if n.op == "placeholder"
@@ -196,9 +211,23 @@ class Program:
         """Whether the program has run."""
         return "_function" in self.__dict__
 
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that were captured and are alive."""
+        return sum(graph.is_captured for graph in self._graphs.values())
+
     @cached_property
     def _function(self) -> Callable[..., Tensor]:
-        return lower(self.plan.graph_module, self.plan.layout.config.lowering)
+        run = lower(self.plan.graph_module, self.plan.layout.config.lowering)
+        engine = self._engine
+        if engine is None:
+            return run
+
+        def on_engine(*args: Any) -> Tensor:
+            with use_engine(engine):
+                return run(*args)
+
+        return on_engine
 
     def _argument(self, node: fx.Node, forecast: Mapping[int, Tensor]) -> Tensor | str:
         """Return a weight, or the name of what a call passes in."""
@@ -217,7 +246,7 @@ class Program:
         input_ids: Tensor,
         position_ids: Tensor,
         token_mask: Tensor | None,
-        state: Mapping[str, Tensor],
+        kv: KVCache,
     ) -> Tensor:
         """Run one step.
 
@@ -225,22 +254,33 @@ class Program:
             input_ids: [B, T] int64.
             position_ids: [B, T] int64.
             token_mask: [B, T] bool for a prefill, None for a decode.
-            state: The KV cache's tensors, updated.
+            kv: The KV cache; its state is updated.
 
         Returns:
             Logits [B, T or 1, vocabulary].
         """
+        if self._replays:
+            return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "num_tokens": input_ids.shape[1],
             TOKEN_MASK: token_mask,
         }
-        arguments = [
-            a if isinstance(a, Tensor) else call[a] if a in call else state[a]
+        return self._function(*self._bound(call, kv))
+
+    def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
+        return [
+            a if isinstance(a, Tensor) else call[a] if a in call else kv.state[a]
             for a in self._arguments
         ]
-        return self._function(*arguments)
+
+    def _step_graph(self, kv: KVCache, *inputs: Tensor) -> StepGraph:
+        if kv not in self._graphs:
+            ids, positions = (t.clone() for t in inputs)
+            call = {"input_ids": ids, "position_ids": positions}
+            self._graphs[kv] = StepGraph(self._function, self._bound(call, kv), (ids, positions))
+        return self._graphs[kv]
 
 
 def forecast_shapes(plan: Plan) -> dict[int, tuple[int, ...]]:

@@ -164,7 +164,7 @@ def test_program_takes_what_its_graph_asks_for(captures: Captures, phase: str) -
     mask = None if phase == "decode" else torch.ones_like(ids, dtype=torch.bool)
     assert ("sparda_token_mask" in placeholders(plan)) == (phase == "prefill")
     assert not program.is_compiled
-    logits = program(ids, positions, mask, kv.state)
+    logits = program(ids, positions, mask, kv)
     assert program.is_compiled
     assert logits.shape == (2, 1, 256)
     assert not logits.requires_grad
@@ -176,11 +176,11 @@ def test_program_takes_what_its_graph_asks_for(captures: Captures, phase: str) -
 
 def test_program_needs_the_state_that_its_graph_names(captures: Captures) -> None:
     plan = plan_of(captures, mode="query")
-    state = dict(KVCache(plan.layout, torch.device("cpu")).state)
-    del state["sparda_lengths"]
+    kv = KVCache(plan.layout, torch.device("cpu"))
+    del kv.state["sparda_lengths"]
     one = torch.zeros(1, 1, dtype=torch.long)
     with pytest.raises(KeyError, match="sparda_lengths"):
-        Program(plan, {})(one, one, None, state)
+        Program(plan, {})(one, one, None, kv)
 
 
 def test_program_needs_every_forecast(captures: Captures) -> None:

@@ -70,6 +70,11 @@ def past_keys_values(
     pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
     """Gather the first blocks of each sequence: two tensors [B, G, num_blocks * P, D]."""
+    if pages.is_cuda:
+        from sparda_compile.kernels.gpu.prefill import load_prefix
+
+        keys, values = load_prefix(pages, host, block_table, num_blocks).unbind(3)
+        return keys.flatten(2, 3), values.flatten(2, 3)
     batch, groups = pages.shape[:2]
     page = block_table[:, :, :num_blocks].long()
     rows = torch.arange(batch, device=pages.device)[:, None, None]
@@ -104,7 +109,7 @@ def prefill_attention(
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens in the cache.
         pages: [B, G, C, 2, P, D].
-        host: [B, G, N, 2, P, D], or empty without offload.
+        host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
         block_table: [B, G, N] int32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.

@@ -2,12 +2,14 @@
 
     scores[b, g, m] = selector.score(query, summary of block m)              (see `selectors/`)
 
-Reads the summary once: W*D elements per sequence and group for pooled keys.
+Reads the summary once: W*D elements per sequence and group for pooled keys. On CUDA a selector
+has a Triton kernel in `gpu/score.py`, or its `score` runs there as it stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +18,26 @@ from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.streams import current_engine
 
 __all__ = ["score_blocks"]
+
+_BEST: Final = 1e30
+
+
+def _kernel(selector: str) -> Callable[..., None] | None:
+    from sparda_compile.kernels.gpu.score import SCORE_KERNELS
+
+    return SCORE_KERNELS.get(selector)
+
+
+def follow_trace(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor) -> None:
+    """Raise the scores of the blocks that a recorded or generated trace names for this step."""
+    if scores_BGN.is_cuda:
+        from sparda_compile.kernels.gpu.score import raise_scores
+
+        raise_scores(trace_BGSN, lengths_B, scores_BGN, _BEST)
+        return
+    rows = torch.arange(len(lengths_B))
+    named_BGN = trace_BGSN[rows, :, lengths_B.long() % trace_BGSN.shape[2]]
+    scores_BGN.masked_fill_(named_BGN, _BEST)
 
 
 @torch.library.custom_op("sparda::score_blocks", mutates_args=())
@@ -31,6 +53,7 @@ def score_blocks(
     pool_stride: int,
     stream: int = 0,
     after: Tensor | None = None,
+    trace: Tensor | None = None,
 ) -> Tensor:
     """Score the blocks of one layer.
 
@@ -46,6 +69,7 @@ def score_blocks(
         pool_stride: Tokens between pooled keys.
         stream: 0 compute, 1 copy.
         after: Result of the fork that starts the copy stream's work, if this op is first on it.
+        trace: [B, G, S, N] bool, for benchmarks: blocks that step length % S shall find best.
 
     Returns:
         [B, G, N] float32, -inf for a block without a summary.
@@ -56,7 +80,13 @@ def score_blocks(
     scores = torch.empty(batch, groups, num_blocks, dtype=torch.float32, device=query.device)
 
     def work() -> None:
-        scores.copy_(SELECTORS[selector].score(query, summary, lengths, scale, geometry))
+        kernel = _kernel(selector) if query.is_cuda else None
+        if kernel is not None:
+            kernel(query, summary, lengths, scale, geometry, scores)
+        else:
+            scores.copy_(SELECTORS[selector].score(query, summary, lengths, scale, geometry))
+        if trace is not None:
+            follow_trace(trace, lengths, scores)
 
     current_engine().submit(stream, work)
     return scores
@@ -75,6 +105,7 @@ def _(
     pool_stride: int,
     stream: int = 0,
     after: Tensor | None = None,
+    trace: Tensor | None = None,
 ) -> Tensor:
     batch, groups = summary[0].shape[:2]
     return query.new_empty(batch, groups, num_blocks, dtype=torch.float32)

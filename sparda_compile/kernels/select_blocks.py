@@ -4,6 +4,7 @@
     ids       = the K best of (forced: +inf, existing: score, else: never), ascending
 
 Source: SparDA (arXiv 2606.04511) section 3; `reference` constants 1 + 32 + 1 + 62 = 96 blocks.
+On CUDA: `gpu/select.py`.
 """
 
 from __future__ import annotations
@@ -71,11 +72,13 @@ def select_blocks(
     ids = torch.empty(*scores.shape[:2], num_selected, dtype=torch.int32, device=scores.device)
 
     def work() -> None:
-        ids.copy_(
-            select_blocks_reference(
-                scores, lengths, num_selected, block_size, sink_blocks, local_blocks
-            )
-        )
+        choice = (num_selected, block_size, sink_blocks, local_blocks)
+        if scores.is_cuda:
+            from sparda_compile.kernels.gpu.select import Choice, select
+
+            select(scores, lengths, ids, Choice(*choice))
+        else:
+            ids.copy_(select_blocks_reference(scores, lengths, *choice))
 
     current_engine().submit(stream, work)
     return ids

@@ -1,24 +1,58 @@
-"""Decode attention over the selected KV blocks, one partial result per block.
+"""Decode attention over the selected KV blocks, one partial result per split of the ids.
 
-    partial over block i :  o_i, lse_i = softmax(q K_i^T * scale) V_i        fp32
-    merge                :  lse = logsumexp_i lse_i ;  o = sum_i exp(lse_i - lse) o_i
+    split s   :  ids s*n .. s*n + n-1                                    n = `blocks_per_split`
+    partial   :  o_s, lse_s = softmax(q K_s^T * scale) V_s               fp32
+    merge     :  lse = logsumexp_s lse_s ;  o = sum_s exp(lse_s - lse) o_s
 
-Partials are always taken per block and merged in the order of the ids, so the result does not
-depend on which blocks were resident when attention began: `attend_resident` then `attend_missing`
-equals `sparse_attention` bit for bit. Merge formula: PRR (arXiv 2606.30389) section 4.3.
+Splits depend on shapes alone and are merged in order. A split with a missing block waits for it
+as a whole, so the result does not depend on which blocks were resident when attention began:
+`attend_resident` then `attend_missing` equals `sparse_attention` bit for bit. Merge formula: PRR
+(arXiv 2606.30389) section 4.3.
 
-Reads K*2*P*D elements per sequence and group.
+Reads K*2*P*D elements per sequence and group. On CUDA: `gpu/attention.py`.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend_missing", "attend_resident", "sparse_attention"]
+__all__ = ["attend_missing", "attend_resident", "blocks_per_split", "sparse_attention"]
+
+# Enough splits to fill every multiprocessor of a large GPU a few times over, and no more.
+_WANTED_SPLITS: Final = 528
+_MOST_BLOCKS: Final = 16
 
 
-def block_partials(
+def blocks_per_split(num_pairs: int, num_selected: int) -> int:
+    """Return how many blocks one partial result covers, a power of two.
+
+    Args:
+        num_pairs: Sequences times KV heads.
+        num_selected: K.
+    """
+    blocks = 1
+    while blocks < _MOST_BLOCKS and num_pairs * num_selected > blocks * _WANTED_SPLITS:
+        blocks *= 2
+    return blocks
+
+
+def _split_size(block_ids_BGK: Tensor) -> int:
+    batch, groups, selected = block_ids_BGK.shape
+    return blocks_per_split(batch * groups, selected)
+
+
+def _in_splits(tensor_BGK: Tensor, fill: int) -> Tensor:
+    """Return [B, G, S, n], padded with `fill`."""
+    blocks = _split_size(tensor_BGK)
+    padded = F.pad(tensor_BGK, (0, -tensor_BGK.shape[-1] % blocks), value=fill)
+    return padded.unflatten(-1, (-1, blocks))
+
+
+def split_partials(
     query_BH1D: Tensor,
     pages: Tensor,
     page_ids_BGK: Tensor,
@@ -27,20 +61,24 @@ def block_partials(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to each selected block alone: [B, G, K, R, D] and [B, G, K, R], fp32."""
+    """Attend to each split alone: [B, G, S, R, D] and [B, G, S, R], fp32."""
     batch, groups, _, _, size, _ = pages.shape
     query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
-    index = page_ids_BGK.clamp(min=0).long()
-    rows = torch.arange(batch, device=pages.device)[:, None, None]
-    heads = torch.arange(groups, device=pages.device)[:, None]
-    kv_BGK2PD = pages[rows, heads, index].float()
-    keys, values = kv_BGK2PD.unbind(3)
+    index = _in_splits(page_ids_BGK, 0).clamp(min=0).long()
+    block_BGSn = _in_splits(block_ids_BGK, -1)
+    rows = torch.arange(batch, device=pages.device)[:, None, None, None]
+    heads = torch.arange(groups, device=pages.device)[:, None, None]
+    kv_BGSn2PD = pages[rows, heads, index].float()
+    keys, values = (t.flatten(3, 4) for t in kv_BGSn2PD.unbind(4))
     scores = query_BGRD[:, :, None] @ keys.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     offset_P = torch.arange(size, device=pages.device)
-    position = block_ids_BGK[..., None].long() * size + offset_P
-    seen = (block_ids_BGK[..., None] >= 0) & (position <= lengths_B.long()[:, None, None, None])
+    position = block_BGSn[..., None].long() * size + offset_P
+    seen = (block_BGSn[..., None] >= 0) & (
+        position <= lengths_B.long()[:, None, None, None, None]
+    )
+    seen = seen.flatten(3)
     scores = scores.masked_fill(~seen[..., None, :], float("-inf"))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None])
@@ -49,10 +87,17 @@ def block_partials(
     return weights @ values, lse
 
 
-def merge_partials(out_BGKRD: Tensor, lse_BGKR: Tensor) -> Tensor:
-    """Merge partials in the order of the ids: [B, G, R, D] fp32."""
-    total = lse_BGKR.logsumexp(2, keepdim=True)
-    return (torch.exp(lse_BGKR - total)[..., None] * out_BGKRD).sum(2)
+def merge_partials(out_BGSRD: Tensor, lse_BGSR: Tensor) -> Tensor:
+    """Merge partials in the order of the splits: [B, G, R, D] fp32."""
+    total = lse_BGSR.logsumexp(2, keepdim=True)
+    return (torch.exp(lse_BGSR - total)[..., None] * out_BGSRD).sum(2)
+
+
+def _in_late_split(is_miss_BGK: Tensor) -> Tensor:
+    """Return [B, G, K] bool: ids of splits that have a missing block."""
+    late_BGS = _in_splits(is_miss_BGK, 0).any(-1)
+    spread = late_BGS.repeat_interleave(_split_size(is_miss_BGK), dim=-1)
+    return spread[..., : is_miss_BGK.shape[-1]]
 
 
 @torch.library.custom_op("sparda::sparse_attention", mutates_args=())
@@ -79,7 +124,7 @@ def sparse_attention(
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
-    out, lse = block_partials(query, pages, page_ids, block_ids, lengths, scale, softcap)
+    out, lse = split_partials(query, pages, page_ids, block_ids, lengths, scale, softcap)
     return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
 
 
@@ -94,6 +139,23 @@ def _(
     softcap: float,
 ) -> Tensor:
     return query.new_empty(query.shape)
+
+
+@sparse_attention.register_kernel("cuda")
+def _(
+    query: Tensor,
+    pages: Tensor,
+    page_ids: Tensor,
+    block_ids: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    from sparda_compile.kernels.gpu.attention import merge, partials
+
+    blocks = _split_size(block_ids)
+    parts = partials(query, pages, page_ids, block_ids, None, lengths, scale, softcap, blocks)
+    return merge(*parts, None, query.dtype)
 
 
 @torch.library.custom_op("sparda::attend_resident", mutates_args=())
@@ -111,7 +173,7 @@ def attend_resident(
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D]; pages of missing blocks are not read.
+        pages: [B, G, C, 2, P, D]; pages of missing blocks are not read for their content.
         page_ids: [B, G, K] int32.
         block_ids: [B, G, K] int32.
         is_miss: [B, G, K] bool, blocks that a copy is bringing.
@@ -120,11 +182,12 @@ def attend_resident(
         softcap: Soft cap on the scores, 0.0 for none.
 
     Returns:
-        Partial outputs [B, G, K, R, D] fp32 and their log-sum-exps [B, G, K, R] fp32; empty
-        (0, -inf) for missing blocks.
+        Partial outputs [B, G, S, R, D] fp32 and their log-sum-exps [B, G, S, R] fp32; empty
+        (0, -inf) for splits with a missing block.
     """
-    resident = block_ids.masked_fill(is_miss, -1)
-    return block_partials(query, pages, page_ids, resident, lengths, scale, softcap)
+    late = _in_late_split(is_miss)
+    resident = block_ids.masked_fill(late, -1)
+    return split_partials(query, pages, page_ids, resident, lengths, scale, softcap)
 
 
 @attend_resident.register_fake
@@ -139,9 +202,27 @@ def _(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, groups, selected = block_ids.shape
-    shape = (batch, groups, selected, query.shape[1] // groups)
+    splits = -(-selected // _split_size(block_ids))
+    shape = (batch, groups, splits, query.shape[1] // groups)
     lse = query.new_empty(shape, dtype=torch.float32)
     return query.new_empty((*shape, query.shape[-1]), dtype=torch.float32), lse
+
+
+@attend_resident.register_kernel("cuda")
+def _(
+    query: Tensor,
+    pages: Tensor,
+    page_ids: Tensor,
+    block_ids: Tensor,
+    is_miss: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    from sparda_compile.kernels.gpu.attention import partials
+
+    blocks = _split_size(block_ids)
+    return partials(query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks)
 
 
 @torch.library.custom_op("sparda::attend_missing", mutates_args=())
@@ -166,18 +247,19 @@ def attend_missing(
         block_ids: [B, G, K] int32.
         is_miss: [B, G, K] bool, blocks that had to be fetched.
         lengths: [B] int32.
-        partial_out: [B, G, K, R, D] fp32, from `attend_resident`.
-        partial_lse: [B, G, K, R] fp32.
+        partial_out: [B, G, S, R, D] fp32, from `attend_resident`.
+        partial_lse: [B, G, S, R] fp32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
 
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
-    missing = block_ids.masked_fill(~is_miss, -1)
-    out, lse = block_partials(query, pages, page_ids, missing, lengths, scale, softcap)
-    out = torch.where(is_miss[..., None, None], out, partial_out)
-    lse = torch.where(is_miss[..., None], lse, partial_lse)
+    is_late = _in_splits(is_miss, 0).any(-1)
+    missing = block_ids.masked_fill(~_in_late_split(is_miss), -1)
+    out, lse = split_partials(query, pages, page_ids, missing, lengths, scale, softcap)
+    out = torch.where(is_late[..., None, None], out, partial_out)
+    lse = torch.where(is_late[..., None], lse, partial_lse)
     return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
 
 
@@ -195,3 +277,25 @@ def _(
     softcap: float,
 ) -> Tensor:
     return query.new_empty(query.shape)
+
+
+@attend_missing.register_kernel("cuda")
+def _(
+    query: Tensor,
+    pages: Tensor,
+    page_ids: Tensor,
+    block_ids: Tensor,
+    is_miss: Tensor,
+    lengths: Tensor,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    from sparda_compile.kernels.gpu.attention import merge, partials
+
+    late = partials(
+        query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap,
+        _split_size(block_ids), missing=True,
+    )  # fmt: skip
+    return merge(partial_out, partial_lse, late, query.dtype)

@@ -59,6 +59,12 @@ def window_attention(
         softcap,
         window,
     )
+    if token_mask is None:
+        rows = torch.arange(k.shape[0], device=k.device)
+        slot = new_BT[:, 0] % window
+        ring_k[rows, :, slot] = k[:, :, 0]
+        ring_v[rows, :, slot] = v[:, :, 0]
+        return out
     newest_B1 = new_BT.amax(1, keepdim=True)
     kept_BT = (new_BT >= 0) & (new_BT > newest_B1 - window)
     row, column = torch.where(kept_BT)

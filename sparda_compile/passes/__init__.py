@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.passes.find_attention import FindAttention
+from sparda_compile.passes.fuse_selection import FuseSelection
 from sparda_compile.passes.insert_forecast import InsertForecast
 from sparda_compile.passes.insert_prefetch import InsertPrefetch
 from sparda_compile.passes.replace_attention import ReplaceAttention
@@ -21,9 +22,11 @@ PIPELINE: Final[tuple[GraphPass, ...]] = (
     ReplaceAttention(),
     InsertForecast(),
     InsertPrefetch(),
+    FuseSelection(),
     ScheduleTransfers(),
     VerifyTransfers(),
 )
 
-# Without these the program is slower, not wrong: copies stay in line, or where they were made.
-OPTIONAL_PASSES: Final = frozenset({"insert_prefetch", "schedule_transfers"})
+# Without these the program is slower, not wrong: copies stay in line, or where they were made, and
+# selecting takes a launch more.
+OPTIONAL_PASSES: Final = frozenset({"insert_prefetch", "fuse_selection", "schedule_transfers"})

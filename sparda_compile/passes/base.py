@@ -24,6 +24,7 @@ class Fact(enum.Enum):
     ATTENTION_REPLACED = "attention reads selected blocks of the KV cache"
     FORECAST_INSERTED = "blocks are scored by a Forecast where the mode says so"
     TRANSFERS_ASYNC = "copies have a start and a wait"
+    SELECTION_FUSED = "a selection and its plan are one op where they can be"
     TRANSFERS_SCHEDULED = "every transfer has its place and its stream"
     TRANSFERS_VERIFIED = "no two conflicting accesses are unordered"
 

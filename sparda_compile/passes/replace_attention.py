@@ -82,7 +82,16 @@ class StateInputs:
 
     def _input(self, name: str) -> fx.Node:
         spec = self._specs[name]
+        if spec.on_host and spec.num_bytes and self._device.type != "cpu":
+            # Addresses, one per sequence and head: see runtime/transfer.py.
+            return self.add(name, spec.shape[:2], torch.int64)
         return self.add(name, spec.shape, spec.dtype)
+
+    @property
+    def _device(self) -> torch.device:
+        values = (fake_value(n) for n in self._nodes.values())
+        device: torch.device = next(v for v in values if isinstance(v, torch.Tensor)).device
+        return device
 
 
 @dataclasses.dataclass(frozen=True)

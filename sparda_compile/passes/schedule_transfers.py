@@ -54,7 +54,7 @@ __all__ = ["ORDER_KEY", "ScheduleTransfers", "dependence_graph", "mark_order", "
 
 # Place of a stateful op in the program as it was written; what every schedule has to respect.
 ORDER_KEY: Final = "sparda_order"
-_STAGES: Final = ("score_blocks", "select_blocks", "plan_pages")
+_STAGES: Final = ("score_blocks", "select_blocks", "plan_pages", "select_pages")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,8 +64,9 @@ def _one_end(graph: fx.Graph) -> str:
 
 
 def _one_fetch_per_plan(graph: fx.Graph) -> str:
-    for plan in find_ops(graph, "plan_pages"):
-        listed = [u for u in plan.users if u.args[1] == 2 for u in u.users]
+    for plan in find_ops(graph, "plan_pages", "select_pages"):
+        miss_blocks = 2 if call_name(plan) == "sparda.plan_pages" else 3
+        listed = [u for u in plan.users if u.args[1] == miss_blocks for u in u.users]
         copies = [u for u in listed if call_name(u).endswith("fetch_blocks")]
         if len(copies) > 1:
             return f"the misses of {plan.name} are fetched {len(copies)} times"

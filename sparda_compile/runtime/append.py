@@ -8,7 +8,7 @@ advance_lengths   end of the step: the new tokens are now past
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: T
     """
 
     def work() -> None:
+        if k.is_cuda:
+            from sparda_compile.kernels.gpu import append
+
+            append.append_kv(k, v, tail_page, lengths, pages)
+            return
         rows = torch.arange(k.shape[0])[:, None]
         heads = torch.arange(k.shape[1])
         offset = (lengths.long() % pages.shape[4])[:, None]
@@ -88,7 +93,7 @@ def extend_kv(
     num_blocks = block_table.shape[-1]
     position_BT = token_positions(lengths, token_mask, k.shape[2])
     total_B = lengths.long() + token_mask.sum(1)
-    block_N = torch.arange(num_blocks)
+    block_N = torch.arange(num_blocks, device=k.device)
     first, last = (lengths.long() // size)[:, None], ((total_B - 1) // size)[:, None]
     touched = (block_N >= first) & (block_N <= last)
     if num_pages == num_blocks:
@@ -130,6 +135,12 @@ def _(
     return None
 
 
+def _kernel(summary: str) -> Callable[..., None] | None:
+    from sparda_compile.kernels.gpu.append import SUMMARY_KERNELS
+
+    return SUMMARY_KERNELS.get(summary)
+
+
 @torch.library.custom_op("sparda::update_summary", mutates_args=("tensors",))
 def update_summary(
     k: Tensor,
@@ -158,7 +169,11 @@ def update_summary(
     geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
 
     def work() -> None:
-        SUMMARIES[summary].extend(tensors, k, lengths, token_mask, geometry)
+        kernel = _kernel(summary) if k.is_cuda and token_mask is None else None
+        if kernel is not None:
+            kernel(k, lengths, tensors, geometry)
+        else:
+            SUMMARIES[summary].extend(tensors, k, lengths, token_mask, geometry)
 
     current_engine().submit(0, work)
 
@@ -186,8 +201,7 @@ def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
         block_ids: [B, G, K] int32.
         last_block_ids: [B, G, K] int32, updated.
     """
-    current_engine().submit(0, lambda: None)
-    last_block_ids.copy_(block_ids)
+    current_engine().submit(0, lambda: last_block_ids.copy_(block_ids))  # type: ignore[arg-type,return-value]
 
 
 @remember_ids.register_fake

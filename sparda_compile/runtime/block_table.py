@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.runtime.eviction import TOUCHES_HITS, victim_order
 from sparda_compile.streams import current_engine
 
-__all__ = ["assign_pages", "plan_pages"]
+__all__ = ["assign_pages", "plan_pages", "select_pages"]
 
 _HITS, _MISSES, _PREFETCHED, _REPAIRED = range(4)
 
@@ -52,7 +53,7 @@ def assign_pages(
 
     def mark(positions: Tensor, mask: Tensor) -> Tensor:
         """Return [B, G, C] bool: pages named in `positions` where `mask`."""
-        padded = torch.zeros(*page_block.shape[:2], num_pages + 1, dtype=torch.bool)
+        padded = page_block.new_zeros((*page_block.shape[:2], num_pages + 1), dtype=torch.bool)
         padded.scatter_(-1, positions.long().masked_fill(~mask, num_pages), True)
         return padded[..., :num_pages]
 
@@ -118,37 +119,58 @@ def plan_pages(
         tail_page [B, G] int32, page of the block that the new token goes to, -1 if not planned.
     """
     del after
-    small = block_ids.new_empty
     page_ids, miss_blocks, miss_pages = (torch.empty_like(block_ids) for _ in range(3))
-    is_miss = small(block_ids.shape, dtype=torch.bool)
-    tail_page = small(block_ids.shape[:2])
+    is_miss = torch.empty_like(block_ids, dtype=torch.bool)
+    tail_page = block_ids.new_empty(block_ids.shape[:2])
+    out = (page_ids, is_miss, miss_blocks, miss_pages, tail_page)
+    tables = (block_table, page_block, page_stamp, counters)
 
     def work() -> None:
-        current_B = lengths // block_size
-        # A hint may have been made before the current block: it must not push that one out.
-        page, absent = assign_pages(
-            block_ids, lengths, block_table, page_block, page_stamp, eviction, current_B
-        )
-        current = current_B[:, None, None]
-        is_tail = block_ids == current
-        fetch = absent & (block_ids < current)
-        page_ids.copy_(page)
-        is_miss.copy_(fetch)
-        tail_page.copy_(torch.where(is_tail, page, -1).amax(-1))
-        order = (~fetch).byte().sort(dim=-1, stable=True).indices
-        listed = fetch.gather(-1, order)
-        miss_blocks.copy_(block_ids.gather(-1, order).masked_fill(~listed, -1))
-        miss_pages.copy_(page.gather(-1, order).masked_fill(~listed, -1))
-        num_fetched = fetch.sum()
-        if is_hint:
-            counters[_PREFETCHED] += num_fetched
+        if block_ids.is_cuda:
+            from sparda_compile.kernels.gpu.select import Planned, Tables, plan
+
+            plan(block_ids, lengths, Tables(*tables), Planned(*out), block_size, eviction,
+                 is_hint=is_hint)  # fmt: skip
         else:
-            counters[_HITS] += ((block_ids >= 0) & ~fetch).sum()
-            counters[_MISSES] += num_fetched
-            counters[_REPAIRED] += num_fetched
+            _plan(block_ids, lengths, tables, out, block_size, eviction, is_hint=is_hint)
 
     current_engine().submit(stream, work)
-    return page_ids, is_miss, miss_blocks, miss_pages, tail_page
+    return out
+
+
+def _plan(
+    block_ids: Tensor,
+    lengths: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    block_size: int,
+    eviction: str,
+    *,
+    is_hint: bool,
+) -> None:
+    """Fill the results of `plan_pages` and update its tables."""
+    page_ids, is_miss, miss_blocks, miss_pages, tail_page = out
+    *residency, counters = tables
+    current_B = lengths // block_size
+    # A hint may have been made before the current block: it must not push that one out.
+    page, absent = assign_pages(block_ids, lengths, *residency, eviction, current_B)
+    current = current_B[:, None, None]
+    is_tail = block_ids == current
+    fetch = absent & (block_ids < current)
+    page_ids.copy_(page)
+    is_miss.copy_(fetch)
+    tail_page.copy_(torch.where(is_tail, page, -1).amax(-1))
+    order = (~fetch).byte().sort(dim=-1, stable=True).indices
+    listed = fetch.gather(-1, order)
+    miss_blocks.copy_(block_ids.gather(-1, order).masked_fill(~listed, -1))
+    miss_pages.copy_(page.gather(-1, order).masked_fill(~listed, -1))
+    num_fetched = fetch.sum()
+    if is_hint:
+        counters[_PREFETCHED] += num_fetched
+    else:
+        counters[_HITS] += ((block_ids >= 0) & ~fetch).sum()
+        counters[_MISSES] += num_fetched
+        counters[_REPAIRED] += num_fetched
 
 
 @plan_pages.register_fake
@@ -168,3 +190,90 @@ def _(
     ids = [torch.empty_like(block_ids) for _ in range(3)]
     is_miss = torch.empty_like(block_ids, dtype=torch.bool)
     return ids[0], is_miss, ids[1], ids[2], block_ids.new_empty(block_ids.shape[:2])
+
+
+@torch.library.custom_op(
+    "sparda::select_pages", mutates_args=("block_table", "page_block", "page_stamp", "counters")
+)
+def select_pages(
+    scores: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    counters: Tensor,
+    num_selected: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    eviction: str,
+    is_hint: bool,
+    stream: int = 0,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Do `select_blocks` and then `plan_pages`, on CUDA in one launch.
+
+    Args:
+        scores: [B, G, N] float32; as for `select_blocks`.
+        lengths: [B] int32, tokens before this step.
+        block_table: [B, G, N] int32, updated.
+        page_block: [B, G, C] int32, updated.
+        page_stamp: [B, G, C] int32, updated.
+        counters: [5] int64, updated.
+        num_selected: K.
+        block_size: P.
+        sink_blocks: Always-kept first blocks.
+        local_blocks: Always-kept blocks before the current one.
+        eviction: `lru` or `fifo`.
+        is_hint: Whether the ids are a guess.
+        stream: 0 compute, 1 copy.
+        after: Result of the fork that starts the copy stream's work, if this op is first on it.
+
+    Returns:
+        block_ids [B, G, K] int32, then the results of `plan_pages`.
+    """
+    del after
+    ids, page_ids, miss_blocks, miss_pages = (
+        lengths.new_empty((*scores.shape[:2], num_selected)) for _ in range(4)
+    )
+    is_miss = torch.empty_like(ids, dtype=torch.bool)
+    tail_page = ids.new_empty(ids.shape[:2])
+    out = (page_ids, is_miss, miss_blocks, miss_pages, tail_page)
+    tables = (block_table, page_block, page_stamp, counters)
+    choice = (num_selected, block_size, sink_blocks, local_blocks)
+
+    def work() -> None:
+        if scores.is_cuda:
+            from sparda_compile.kernels.gpu.select import Choice, Planned, Tables, select_and_plan
+
+            select_and_plan(scores, lengths, ids, Tables(*tables), Planned(*out), Choice(*choice),
+                            eviction, is_hint=is_hint)  # fmt: skip
+        else:
+            ids.copy_(select_blocks_reference(scores, lengths, *choice))
+            _plan(ids, lengths, tables, out, block_size, eviction, is_hint=is_hint)
+
+    current_engine().submit(stream, work)
+    return ids, *out
+
+
+@select_pages.register_fake
+def _(
+    scores: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    page_block: Tensor,
+    page_stamp: Tensor,
+    counters: Tensor,
+    num_selected: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    eviction: str,
+    is_hint: bool,
+    stream: int = 0,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (*scores.shape[:2], num_selected)
+    ids = [lengths.new_empty(shape) for _ in range(4)]
+    is_miss = lengths.new_empty(shape, dtype=torch.bool)
+    return ids[0], ids[1], is_miss, ids[2], ids[3], lengths.new_empty(shape[:2])

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["DevicePool"]
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Return what the driver and torch's own allocator can still give on a CUDA device."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 class DevicePool:
     """Owns the state tensors on the device.
 
@@ -28,15 +34,20 @@ class DevicePool:
         self.num_bytes = 0
 
     def check(self, num_bytes: int, batch_size: int, max_tokens: int) -> None:
-        """Raise DevicePoolFullError if so many bytes are not allowed."""
-        if self._limit_bytes is None or num_bytes <= self._limit_bytes:
+        """Raise DevicePoolFullError if so many bytes are not allowed, or not there."""
+        limit, whose = self._limit_bytes, "device_bytes allows"
+        if self._device.type == "cuda":
+            free = _free_bytes(self._device)
+            if limit is None or free < limit:
+                limit, whose = free, f"{self._device} has free"
+        if limit is None or num_bytes <= limit:
             return
         mib = 1 << 20
         raise DevicePoolFullError(
             f"the KV cache of {batch_size} sequences of {max_tokens} tokens needs "
-            f"{num_bytes / mib:.1f} MiB on the device, but device_bytes allows "
-            f"{self._limit_bytes / mib:.1f} MiB; lower top_k, page_ratio, max_tokens or the batch "
-            "size, or raise device_bytes."
+            f"{num_bytes / mib:.1f} MiB on the device, but {whose} {limit / mib:.1f} MiB; lower "
+            "top_k, page_ratio, max_tokens or the batch size, use offload='always', or raise "
+            "device_bytes."
         )
 
     def allocate(self, spec: TensorSpec) -> torch.Tensor:

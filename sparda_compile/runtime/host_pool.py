@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparda_compile.errors import HostPoolFullError
+from sparda_compile.runtime.pinned import PinnedMemory
 
 if TYPE_CHECKING:
     from sparda_compile.cache_layout import TensorSpec
@@ -30,10 +31,13 @@ class HostPool:
 
     Args:
         limit_bytes: Most that may be taken; None is what the machine has free.
+        pinned: Whether a GPU will read and write the blocks.
     """
 
-    def __init__(self, limit_bytes: int | None) -> None:
+    def __init__(self, limit_bytes: int | None, *, pinned: bool = False) -> None:
         self._limit_bytes = limit_bytes
+        self._pinned = pinned
+        self._regions: list[PinnedMemory] = []
         self.num_bytes = 0
 
     def check(self, num_bytes: int, batch_size: int, max_tokens: int) -> None:
@@ -57,6 +61,11 @@ class HostPool:
         )
 
     def allocate(self, spec: TensorSpec) -> torch.Tensor:
-        """Return the blocks of one layer."""
-        self.num_bytes += spec.num_bytes
-        return torch.zeros(spec.shape, dtype=spec.dtype)
+        """Return the blocks of one layer; they live as long as the pool."""
+        if not self._pinned or not spec.num_bytes:
+            self.num_bytes += spec.num_bytes
+            return torch.zeros(spec.shape, dtype=spec.dtype)
+        region = PinnedMemory(spec.num_bytes)
+        self._regions.append(region)
+        self.num_bytes += region.num_bytes
+        return region.tensor.view(spec.dtype).view(spec.shape)

@@ -22,6 +22,7 @@ from sparda_compile.errors import KVCacheError
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.host_pool import HostPool
+from sparda_compile.runtime.pinned import check_host_access
 from sparda_compile.runtime.stats import CacheStats, LayerStats
 from sparda_compile.selectors import SUMMARIES
 
@@ -44,6 +45,8 @@ class KVCache:
     Attributes:
         layout: Sizes.
         state: Every state tensor, by graph input name; addresses never change.
+        host_blocks: The blocks in CPU memory, [B, G, N, 2, P, D] each, by graph input name. On the
+            CPU they are in `state` too; on CUDA `state` has their addresses, [B, G] int64.
         num_columns: Tokens per sequence that were passed in, padding included.
         longest: Tokens of the longest sequence, padding left out.
 
@@ -56,17 +59,23 @@ class KVCache:
         self.layout = layout
         config = layout.config
         size = (layout.batch_size, layout.max_tokens)
-        self.host_pool = HostPool(config.host_bytes)
+        on_cpu = device.type == "cpu"
+        self.host_pool = HostPool(config.host_bytes, pinned=not on_cpu)
         self.device_pool = DevicePool(device, config.device_bytes)
         device_bytes = layout.num_bytes(on_host=False)
         host_bytes = layout.num_bytes(on_host=True)
-        on_cpu = device.type == "cpu"
+        if host_bytes and not on_cpu:
+            check_host_access(device)
         self.device_pool.check(device_bytes, *size)
         self.host_pool.check(host_bytes + (device_bytes if on_cpu else 0), *size)
-        self.state: dict[str, Tensor] = {
-            name: (self.host_pool if spec.on_host else self.device_pool).allocate(spec)
-            for name, spec in layout.all_tensors().items()
-        }
+        self.state: dict[str, Tensor] = {}
+        self.host_blocks: dict[str, Tensor] = {}
+        for name, spec in layout.all_tensors().items():
+            if spec.on_host:
+                self.host_blocks[name] = self.host_pool.allocate(spec)
+                self.state[name] = _as_input(self.host_blocks[name], device)
+            else:
+                self.state[name] = self.device_pool.allocate(spec)
         self.num_columns = 0
         self.longest = 0
         self._reset_summaries()
@@ -106,16 +115,20 @@ class KVCache:
         Args:
             layout: As this one's, with more `max_tokens`.
         """
-        larger = KVCache(layout, next(iter(self.state.values())).device)
+        device = self.state[LENGTHS].device
+        larger = KVCache(layout, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the CPU is about to read what the GPU wrote
         moves_out = layout.offload and not self.layout.offload
         paged = set()
         for shape in self.layout.layers:
             if moves_out and shape.kind == "sparse":
                 paged |= {state_name(name, shape.layer) for name in _PAGED}
                 _move_out(self, larger, shape.layer)
-        for name, old in self.state.items():
+        for name, old in (self.state | self.host_blocks).items():
             if name not in paged:
-                larger.state[name][tuple(slice(0, size) for size in old.shape)] = old
+                new = larger.host_blocks.get(name, larger.state[name])
+                new[tuple(slice(0, size) for size in old.shape)] = old
         larger.num_columns, larger.longest = self.num_columns, self.longest
         return larger
 
@@ -158,14 +171,28 @@ class KVCache:
                 SUMMARIES[summary].reset(tensors)
 
 
+def _as_input(blocks: Tensor, device: torch.device) -> Tensor:
+    """Return what a program takes for blocks in CPU memory; see `transfer`."""
+    if device.type == "cpu":
+        return blocks
+    if not blocks.numel():
+        return blocks.to(device)
+    batch, groups = blocks.shape[:2]
+    stride = blocks.stride(1) * blocks.element_size()
+    pairs = torch.arange(batch * groups, dtype=torch.int64).view(batch, groups)
+    return (blocks.data_ptr() + pairs * stride).to(device)
+
+
 def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     """Copy a layer's blocks to the host; only those that are still being written get pages."""
     pages, _, table, *_ = (resident.state[state_name(name, layer)] for name in _PAGED)
-    new_pages, host, new_table, page_block, page_stamp = (
+    new_pages, _, new_table, page_block, page_stamp = (
         offloaded.state[state_name(name, layer)] for name in _PAGED
     )
+    host = offloaded.host_blocks[state_name("host", layer)]
     row, head, block = torch.where(table >= 0)
-    host[row, head, block] = pages[row, head, table[row, head, block].long()]
+    moved = pages[row, head, table[row, head, block].long()]
+    host[row.to(host.device), head.to(host.device), block.to(host.device)] = moved.to(host.device)
     lengths = resident.state[LENGTHS]
     size = pages.shape[4]
     written_B = torch.where(lengths % size > 0, lengths // size, -1)
@@ -175,4 +202,6 @@ def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     page_BG1, _ = assign_pages(ids_BG1, stamp_B, new_table, page_block, page_stamp, eviction)
     row, head, entry = torch.where(page_BG1 >= 0)
     block = ids_BG1[row, head, entry].long()
-    new_pages[row, head, page_BG1[row, head, entry].long()] = host[row, head, block]
+    new_pages[row, head, page_BG1[row, head, entry].long()] = pages[
+        row, head, table[row, head, block].long()
+    ]

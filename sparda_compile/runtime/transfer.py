@@ -11,8 +11,9 @@ An async op names an event; its wait names the same one. The wait takes, as `kee
 temporary that the copy stream still reads or writes and nobody uses later, or a compiler would
 hand its memory to somebody else while the copy runs.
 
-Host layout: one (sequence, KV head, block) is one contiguous run, K then V. On the CPU the host
-pool is an ordinary tensor.
+Host layout: one (sequence, KV head, block) is one contiguous run, K then V. On the CPU `host` is
+the blocks themselves, [B, G, N, 2, P, D]. On CUDA a CPU tensor cannot be part of a captured step, so
+`host` is [B, G] int64 on the device: the address where each sequence's and head's blocks begin.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ _OFFLOADED = 4
 def _fetch(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
     if not host.numel():
         return
+    if pages.is_cuda:
+        from sparda_compile.kernels.gpu.copy import gather
+
+        gather(miss_blocks, miss_pages, host, pages)
+        return
     row, head, entry = torch.where(miss_blocks >= 0)
     block, page = miss_blocks[row, head, entry].long(), miss_pages[row, head, entry].long()
     pages[row, head, page] = host[row, head, block]
@@ -51,6 +57,11 @@ def _store_tail(
 ) -> None:
     """Copy the tail block of each sequence whose block the current token has filled."""
     if not host.numel():
+        return
+    if pages.is_cuda:
+        from sparda_compile.kernels.gpu.copy import store_tail
+
+        store_tail(tail_page, lengths, pages, host, counters[_OFFLOADED:])
         return
     size = pages.shape[4]
     is_full = ((lengths + 1) % size == 0)[:, None] & (tail_page >= 0)
@@ -72,6 +83,12 @@ def _store_prefix(
 ) -> None:
     """Copy every block that the new tokens have filled."""
     if not host.numel():
+        return
+    if pages.is_cuda:
+        from sparda_compile.kernels.gpu.prefill import store_prefix
+
+        count = store_prefix(k, v, token_mask, lengths, block_table, pages, host)
+        counters[_OFFLOADED] += count
         return
     size = pages.shape[4]
     total_B = lengths.long() + token_mask.sum(1)

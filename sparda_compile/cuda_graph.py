@@ -1,0 +1,71 @@
+"""One CUDA graph of a whole decode step, copy branch included, over the compiled program.
+
+    first token      the program runs as it is: kernels are compiled, nothing is recorded
+    second token     the program is captured: every launch on both streams, every event, no work
+    from then on     inputs are copied into the captured buffers, and the graph is replayed
+
+A graph holds addresses, so there is one for each cache that a program runs on. What the program
+does in Python happens only while it is captured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+__all__ = ["StepGraph"]
+
+
+class StepGraph:
+    """A function of fixed tensors, captured at its second call.
+
+    Args:
+        function: Takes `arguments`, returns the logits. May change them in place.
+        arguments: What it is called with, always.
+        inputs: Those of the arguments whose values change from call to call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        arguments: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+    ) -> None:
+        self._function = function
+        self._arguments = tuple(arguments)
+        self._inputs = tuple(inputs)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._calls = 0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether calls replay a graph."""
+        return self._graph is not None
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        """Run one step with new values of the inputs; returns the logits, a tensor of their own."""
+        for buffer, value in zip(self._inputs, values, strict=True):
+            buffer.copy_(value)
+        self._calls += 1
+        if self._calls == 1:
+            return self._function(*self._arguments)
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        assert self._logits is not None
+        self._graph.replay()
+        return self._logits.clone()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._logits = self._function(*self._arguments)
+        self._graph = graph

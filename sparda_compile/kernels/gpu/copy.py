@@ -1,0 +1,158 @@
+"""Blocks between pinned CPU memory and device pages, read and written by the GPU itself.
+
+    gather       pages[b, g, miss_pages[i]] = host[b, g, miss_blocks[i]]      a few long programs
+    store_tail   host[b, g, length // P] = pages[b, g, tail_page]             of blocks just filled
+    copy_runs    *target[i] = *source[i]                                      runs of equal length
+
+CPU memory is reached by address: `host` is [B, G] int64, where each sequence's and head's blocks
+begin. A block is one contiguous run, so a handful of programs with a whole block in flight each
+reach the link's rate and leave the other multiprocessors to the compute stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import triton
+import triton.language as tl
+
+from sparda_compile.kernels.gpu.launch import power_of_two
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["copy_runs", "gather", "store_tail"]
+
+_CHUNK_WORDS: Final = 8192
+_PROGRAMS: Final = 8
+_COUNT_TILE: Final = 8192
+
+
+@triton.jit
+def _copy_words(source, target, words, CHUNK: tl.constexpr):
+    offsets = tl.arange(0, CHUNK)
+    source = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int32))
+    target = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int32))
+    data = tl.load(source + offsets, mask=offsets < words)
+    tl.store(target + offsets, data, mask=offsets < words)
+
+
+@triton.jit
+def _gather(
+    miss_blocks, miss_pages, host, pages, num_rows, num_pages, programs,
+    SELECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    count = tl.zeros([ROWS], dtype=tl.int32)
+    for first in tl.static_range(0, SELECTED, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = (rows[:, None] < num_rows) & (columns[None, :] < SELECTED)
+        listed = rows[:, None] * SELECTED + columns[None, :]
+        count += tl.sum((tl.load(miss_blocks + listed, mask=inside, other=-1) >= 0).to(tl.int32), 1)
+    end = tl.cumsum(count, 0)
+    chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
+    total = tl.sum(count, 0) * chunks
+    item = tl.program_id(0)
+    while item < total:
+        entry, chunk = item // chunks, item % chunks
+        row = tl.sum((end <= entry).to(tl.int32), 0)
+        place = entry - tl.sum(tl.where(rows < row, count, 0), 0)
+        block = tl.load(miss_blocks + row * SELECTED + place).to(tl.int64)
+        page = tl.load(miss_pages + row * SELECTED + place).to(tl.int64)
+        source = tl.load(host + row) + (block * WORDS + chunk * CHUNK) * 4
+        target = pages.to(tl.int64) + ((row.to(tl.int64) * num_pages + page) * WORDS
+                                       + chunk * CHUNK) * 4  # fmt: skip
+        _copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
+        item += programs
+
+
+def gather(
+    miss_blocks_BGK: Tensor,
+    miss_pages_BGK: Tensor,
+    host_BG: Tensor,
+    pages: Tensor,
+    num_programs: int = _PROGRAMS,
+) -> None:
+    """Fetch the missed blocks to their pages.
+
+    Args:
+        miss_blocks_BGK: int32, compacted, then -1.
+        miss_pages_BGK: int32.
+        host_BG: int64 addresses.
+        pages: [B, G, C, 2, P, D], updated.
+        num_programs: Programs; each keeps one block of up to 32 KiB in flight.
+    """
+    batch, groups, selected = miss_blocks_BGK.shape
+    words = pages[0, 0, 0].numel() * pages.element_size() // 4
+    chunk = min(power_of_two(words), _CHUNK_WORDS)
+    rows = power_of_two(batch * groups)
+    columns = min(power_of_two(selected), max(_COUNT_TILE // rows, 1))
+    _gather[(num_programs,)](
+        miss_blocks_BGK, miss_pages_BGK, host_BG, pages, batch * groups, pages.shape[2],
+        num_programs, selected, rows, columns, words, chunk, num_warps=16,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_tail(
+    tail_page, lengths, pages, host, counter, groups, num_pages,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    pair, chunk = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lengths + pair // groups)
+    page = tl.load(tail_page + pair).to(tl.int64)
+    if ((length + 1) % SIZE == 0) & (page >= 0):
+        offset = (chunk * CHUNK).to(tl.int64)
+        block = (length // SIZE).to(tl.int64)
+        source = pages.to(tl.int64) + ((pair.to(tl.int64) * num_pages + page) * WORDS + offset) * 4
+        target = tl.load(host + pair) + (block * WORDS + offset) * 4
+        _copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
+        if chunk == 0:
+            tl.atomic_add(counter, 1)
+
+
+def store_tail(
+    tail_page_BG: Tensor, lengths_B: Tensor, pages: Tensor, host_BG: Tensor, counter: Tensor
+) -> None:
+    """Copy each block that the current token has filled to the host, and count it.
+
+    Args:
+        tail_page_BG: int32 page of the current block, -1 if it has none.
+        lengths_B: int32, position of the current token.
+        pages: [B, G, C, 2, P, D].
+        host_BG: int64 addresses; what they point to is written.
+        counter: One int64, raised by the number of blocks.
+    """
+    batch, groups, num_pages, _, size, _ = pages.shape
+    words = pages[0, 0, 0].numel() * pages.element_size() // 4
+    chunk = min(power_of_two(words), _CHUNK_WORDS)
+    _store_tail[(batch * groups, triton.cdiv(words, chunk))](
+        tail_page_BG, lengths_B, pages, host_BG, counter, groups, num_pages, size, words, chunk,
+        num_warps=16,
+    )  # fmt: skip
+
+
+@triton.jit
+def _copy_runs(source, target, words, CHUNK: tl.constexpr):
+    run, chunk = tl.program_id(0), tl.program_id(1)
+    offset = (chunk * CHUNK).to(tl.int64) * 4
+    _copy_words(
+        tl.load(source + run) + offset, tl.load(target + run) + offset, words - chunk * CHUNK, CHUNK
+    )
+
+
+def copy_runs(source_n: Tensor, target_n: Tensor, num_bytes: int) -> None:
+    """Copy runs of memory by address, on the device or in pinned CPU memory.
+
+    Args:
+        source_n: int64 addresses, multiples of 16.
+        target_n: int64 addresses, multiples of 16.
+        num_bytes: Length of every run, a multiple of 16.
+    """
+    words = num_bytes // 4
+    chunk = min(power_of_two(words), _CHUNK_WORDS)
+    if source_n.numel():
+        _copy_runs[(source_n.numel(), triton.cdiv(words, chunk))](
+            source_n, target_n, words, chunk, num_warps=16
+        )

@@ -1,0 +1,32 @@
+"""What every Triton kernel of this folder shares: sizes of tiles, and what the interpreter needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["interpreting", "power_of_two", "rows_of"]
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """Return the smallest power of two that is at least `size` and `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def rows_of(tensor_BH1D: Tensor) -> tuple[Tensor, int, int]:
+    """Return one token's vectors with their strides by sequence and by head.
+
+    The last dimension is made contiguous, which it is where nothing odd produced it.
+    """
+    if tensor_BH1D.stride(-1) != 1:
+        tensor_BH1D = tensor_BH1D.contiguous()
+    return tensor_BH1D, tensor_BH1D.stride(0), tensor_BH1D.stride(1)
