@@ -15,8 +15,9 @@ from sparda_compile.errors import SpardaError
 
 if TYPE_CHECKING:
     from sparda_compile.api import explain, optimize
+    from sparda_compile.training.trainer import train_forecast
 
-__all__ = ["SpardaConfig", "SpardaError", "__version__", "explain", "optimize"]
+__all__ = ["SpardaConfig", "SpardaError", "__version__", "explain", "optimize", "train_forecast"]
 
 try:
     __version__ = version("sparda-compile")
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from sparda_compile import api
 
         return getattr(api, name)
+    if name == "train_forecast":
+        from sparda_compile.training import trainer
+
+        return trainer.train_forecast
     raise AttributeError(f"module 'sparda_compile' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from sparda_compile.errors import (
     ConfigError,
     UnsupportedInputError,
 )
+from sparda_compile.forecast_weights import fit_forecast, load_forecast
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
 from sparda_compile.program import (
@@ -52,8 +53,9 @@ def optimize(
             returned before, which is then rebuilt for `config` without tracing again. It is left
             as it is; its weights are shared.
         config: What to build; None is `SpardaConfig()`.
-        forecast: Forecast weights by target layer, [G*D, hidden] each, or a safetensors file of
-            them; None initialises them afresh, with a warning.
+        forecast: Forecast weights by target layer, [G*D, hidden] each, as `train_forecast`
+            returns them, or a file of them: what it wrote, or a released `.pt` checkpoint. None
+            initialises them afresh, with a warning.
 
     Returns:
         A module with the model's `forward` and `generate`, and `.sparda`.
@@ -70,10 +72,10 @@ def optimize(
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
     captures = _captures(model)
-    if next(captures.model.parameters()).device.type != "cpu":
+    device = next(captures.model.parameters()).device
+    if device.type not in ("cpu", "cuda"):
         raise UnsupportedInputError(
-            "this version runs on the CPU; the model is on "
-            f"{next(captures.model.parameters()).device}. Call model.to('cpu') first."
+            f"the model is on {device}; optimize runs on cpu and cuda. Call model.to('cuda') first."
         )
     decode = make_plan(
         captures.get("decode", last_logits_only=True),
@@ -178,40 +180,6 @@ def _forecast_weights(
             stacklevel=3,
         )
         return initial_forecast(shapes, weight.dtype, weight.device)
-    loaded = _load(given) if isinstance(given, (str, Path)) else dict(given)
-    _check_forecast(loaded, shapes, captures.model_name)
-    return {layer: loaded[layer].detach().to(weight) for layer in shapes}
-
-
-def _load(path: str | Path) -> dict[int, Tensor]:
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise ConfigError(f"forecast={str(path)!r} is no file; pass a safetensors file.")
-    try:
-        tensors: dict[str, Any] = load_file(path)
-        return {int(name): tensor for name, tensor in tensors.items()}
-    except Exception as error:
-        raise ConfigError(
-            f"forecast={str(path)!r} cannot be read as Forecast weights ({error}); it must be a "
-            "safetensors file whose names are layer numbers."
-        ) from error
-
-
-def _check_forecast(
-    given: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], model_name: str
-) -> None:
-    missing = sorted(set(shapes) - set(given))
-    unknown = sorted(set(given) - set(shapes), key=str)
-    if missing or unknown:
-        raise ConfigError(
-            f"forecast weights do not fit {model_name}: layers {missing} are missing and layers "
-            f"{unknown} are not in it. Pass the weights that were trained for this model."
-        )
-    for layer, shape in shapes.items():
-        if tuple(given[layer].shape) != shape:
-            raise ConfigError(
-                f"forecast weights of layer {layer} have shape {tuple(given[layer].shape)}, but "
-                f"{model_name} needs {shape} (KV heads x head_dim, hidden). Pass the weights that "
-                "were trained for this model."
-            )
+    loaded = load_forecast(given) if isinstance(given, (str, Path)) else given
+    fitting = fit_forecast(loaded, shapes, captures.model_name, config)
+    return {layer: tensor.detach().to(weight) for layer, tensor in fitting.items()}

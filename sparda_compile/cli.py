@@ -1,4 +1,4 @@
-"""The command line: `sparda version`, `sparda inspect`, `sparda demo`.
+"""The command line: `sparda version`, `inspect`, `demo`, `train` and `eval`.
 
 What a command finds goes to stdout, as tables or with `--json` as JSON alone; progress and errors
 go to stderr. Exit codes:
@@ -10,29 +10,37 @@ go to stderr. Exit codes:
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.console import Console
 
 from sparda_compile import __version__
+from sparda_compile.commands.console import (
+    CANNOT,
+    errors_as_sentences,
+    fail,
+    make_console,
+    print_json,
+    print_paths,
+    progress,
+    write_file,
+)
+from sparda_compile.commands.evaluate import evaluate_model
+from sparda_compile.commands.train import train_model
 from sparda_compile.config import HINT_NAMES, MACHINE_NAMES, SELECTOR_NAMES, SpardaConfig, round_up
-from sparda_compile.errors import ConfigError, SpardaError
+from sparda_compile.errors import ConfigError
+from sparda_compile.small_model import has_small_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from sparda_compile.demo import Demo
+    from sparda_compile.needle_demo import NeedleDemo
 
 __all__ = ["app", "main"]
 
-_CANNOT, _WRONG_USAGE = 1, 2
 _ALL: Final = "all"
-_WIDTH: Final = 110
 
 app = typer.Typer(
     help="Long contexts on one GPU: sparse, offloaded, race-free decode.",
@@ -59,7 +67,7 @@ def show_version(as_json: AsJson = False) -> None:
         "python": platform.python_version(),
     }
     if as_json:
-        _print_json(versions)
+        print_json(versions)
         return
     for name, number in versions.items():
         typer.echo(f"{name} {number}")
@@ -97,7 +105,7 @@ def inspect_model(
     as_json: AsJson = False,
 ) -> None:
     """Say what `optimize` would do to a model, without running it."""
-    with _errors_as_sentences():
+    with errors_as_sentences():
         config = SpardaConfig(
             mode=mode,  # type: ignore[arg-type]
             selector=selector,
@@ -106,7 +114,7 @@ def inspect_model(
             machine=machine,
             offload=offload,  # type: ignore[arg-type]
         )
-        with _progress() as say:
+        with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.api import explain
             from sparda_compile.targets import build_target
@@ -117,22 +125,22 @@ def inspect_model(
             max_tokens = round_up(tokens, config.block_size)
             report = explain(model, config, batch_size=batch, max_tokens=max_tokens)
         if as_json:
-            _print_json(report.to_dict())
+            print_json(report.to_dict())
         if report.error:
-            _fail(report.error, _CANNOT)
+            fail(report.error, CANNOT)
         decode = next((s for s in report.schedules if s.phase == "decode"), None)
         if trace is not None and decode is None:
             raise ConfigError(
                 f"--trace {trace}: mode={mode!r} with offload={offload!r} has no decode schedule "
                 "to trace; use a mode that offloads."
             )
-        written = [_write(report.to_html, html or _default("sparda-report.html", as_json))]
-        written.append(_write(decode.to_chrome_trace, trace) if decode else None)
+        written = [write_file(report.to_html, html or _default("sparda-report.html", as_json))]
+        written.append(write_file(decode.to_chrome_trace, trace) if decode else None)
     if not as_json:
         from sparda_compile.tables import print_report
 
-        print_report(report, _console())
-        _print_paths(written)
+        print_report(report, make_console())
+        print_paths(written)
 
 
 @app.command()
@@ -141,37 +149,63 @@ def demo(
         list[str] | None,
         typer.Option(help="Mode to run, may be given again. [default: all of them]"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Bytes of text to read.")] = 8192,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the model's random weights.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="small: the shipped model finds needles in a haystack; random: a tiny random "
+            "Llama is compared with the original. [default: small, if its weights are there]"
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="Tokens to read. [default: 16448; random: 8192]")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens that the random model generates.")
+    ] = 24,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the haystack, or of the random weights.")
+    ] = 0,
     html: Annotated[
         Path | None, typer.Option(help="HTML report to write. [default: sparda-demo.html]")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a tiny random Llama in every mode on the CPU and compare it with the original."""
-    with _errors_as_sentences():
-        with _progress() as say:
+    """Run a small model in every mode on the CPU: what is right, what is equal, what moves."""
+    with errors_as_sentences():
+        chosen = model or ("small" if has_small_model() else "random")
+        if chosen not in ("small", "random"):
+            raise ConfigError(f"--model {chosen} is not known; use small or random.")
+        result: Demo | NeedleDemo
+        with progress() as say:
             say("importing torch and transformers")
-            from sparda_compile.demo import MODES, run_demo
+            if chosen == "small":
+                from sparda_compile.needle_demo import run_shipped_model
 
-            result = run_demo(
-                modes=mode or MODES,
-                num_tokens=tokens,
-                new_tokens=new_tokens,
-                seed=seed,
-                progress=say,
-            )
-        written = _write(result.report.to_html, html or _default("sparda-demo.html", as_json))
+                result = run_shipped_model(modes=mode, num_tokens=tokens, seed=seed, progress=say)
+            else:
+                from sparda_compile.demo import MODES, run_demo
+
+                result = run_demo(
+                    modes=mode or MODES,
+                    num_tokens=tokens or 8192,
+                    new_tokens=new_tokens,
+                    seed=seed,
+                    progress=say,
+                )
+        written = write_file(result.report.to_html, html or _default("sparda-demo.html", as_json))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         from sparda_compile.tables import print_demo
 
-        print_demo(result, _console())
-        _print_paths([written])
+        print_demo(result, make_console())
+        print_paths([written])
     if result.mismatches:
-        _fail("; ".join(result.mismatches) + ".", _CANNOT)
+        fail("; ".join(result.mismatches) + ".", CANNOT)
+
+
+app.command("train")(train_model)
+app.command("eval")(evaluate_model)
 
 
 def _version(package: str) -> str:
@@ -195,85 +229,3 @@ def _parse_top_k(text: str) -> int | None:
 def _default(name: str, as_json: bool) -> Path | None:
     """Return the file to write when none was named: none beside JSON."""
     return None if as_json else Path(name)
-
-
-def _write(write: Callable[[Path], Path], path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value))
-
-
-def _print_paths(paths: list[Path | None]) -> None:
-    for path in paths:
-        if path is not None:
-            typer.echo(f"Wrote {path}")
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """Return a console; what is no terminal gets room enough for the tables."""
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
-    return console
-
-
-def _fail(message: str, code: int) -> None:
-    _console(stderr=True).print(f"Error: {message}", markup=False, style="red", soft_wrap=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Print the sentence of an error of ours, and nothing else, and exit."""
-    try:
-        yield
-    except ConfigError as error:
-        _fail(str(error), _WRONG_USAGE)
-    except SpardaError as error:
-        _fail(str(error), _CANNOT)
-
-
-class _PassNames(logging.Handler):
-    """Shows which pass ended last, on the status line."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__(logging.DEBUG)
-        self.show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show the first words of a message: phase and pass."""
-        self.show(record.getMessage().partition(":")[0])
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that says on stderr what is being done: a status line, or plain lines."""
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: console.print(f"{text} ...", markup=False, style="dim")
-        return
-    current = ""
-    with console.status("starting") as status:
-
-        def say(text: str) -> None:
-            nonlocal current
-            current = text
-            status.update(text)
-
-        log = logging.getLogger("sparda_compile.passes")
-        handler, level = _PassNames(lambda name: status.update(f"{current}: {name}")), log.level
-        log.addHandler(handler)
-        log.setLevel(logging.DEBUG)
-        try:
-            yield say
-        finally:
-            log.removeHandler(handler)
-            log.setLevel(level)

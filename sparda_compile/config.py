@@ -20,7 +20,7 @@ Offload = Literal["auto", "always", "never"]
 
 _MODES: Final = get_args(Mode)
 SELECTOR_NAMES: Final = ("infllm2", "quest")
-HINT_NAMES: Final = ("forecast", "previous_step", "previous_layer")
+HINT_NAMES: Final = ("forecast", "previous_step", "previous_layer", "next_query")
 MACHINE_NAMES: Final = ("cpu", "h200")
 MIB: Final = 1 << 20
 
@@ -36,7 +36,8 @@ class SpardaConfig:
             the hint missed; equals `query` bit for bit.
         selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head) or
             `quest` (bounds from each block's smallest and largest key).
-        hint: What `exact` prefetches by: `forecast`, `previous_step` or `previous_layer`.
+        hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer` or
+            `next_query` (the layer's query projection on the input of the layer before).
         top_k: Blocks to pick beyond the sink and local ones; None picks every block.
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
@@ -94,6 +95,7 @@ class SpardaConfig:
         _one_of("offload", self.offload, get_args(Offload))
         _one_of("eviction", self.eviction, get_args(Eviction))
         _one_of("lowering", self.lowering, get_args(Lowering))
+        _one_of("cuda_graph", self.cuda_graph, (True, False))
         if self.machine is not None:
             _one_of("machine", self.machine, MACHINE_NAMES)
         for name, low in (("sink_blocks", 0), ("local_blocks", 0), ("pool_stride", 1)):
@@ -157,9 +159,63 @@ class SpardaConfig:
         """Whether this configuration uses Forecast weights."""
         return self.mode == "forecast" or (self.mode == "exact" and self.hint == "forecast")
 
+    @classmethod
+    def from_model(cls, model_config: Any, **changes: Any) -> SpardaConfig:
+        """Return a configuration with the block sizes that a model was trained with.
+
+        Args:
+            model_config: A model's `config` with a `sparse_config` as MiniCPM4.1 has it:
+                `kernel_size`, `kernel_stride`, `init_blocks`, `block_size`, `window_size` in
+                tokens, and `topk`, local blocks not included. Missing ones keep their defaults.
+            **changes: Further fields; they win.
+
+        Raises:
+            ConfigError: If there is no `sparse_config`, or a value in it is not allowed.
+        """
+        return cls(**(_sparse_fields(model_config) | changes))
+
     def replace(self, **changes: Any) -> SpardaConfig:
         """Return a copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+# Name in a checkpoint's sparse_config -> field.
+_SPARSE_NAMES: Final = {
+    "kernel_size": "pool_size",
+    "kernel_stride": "pool_stride",
+    "init_blocks": "sink_blocks",
+    "block_size": "block_size",
+    "window_size": "local_blocks",
+    "topk": "top_k",
+}
+
+
+def _sparse_fields(model_config: Any) -> dict[str, Any]:
+    sparse = getattr(model_config, "sparse_config", None)
+    if not isinstance(sparse, dict) or not sparse:
+        raise ConfigError(
+            f"{type(model_config).__name__} has no sparse_config, so the model says nothing about "
+            "blocks; use SpardaConfig(...)."
+        )
+    for name in _SPARSE_NAMES:
+        value = sparse.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(
+                f"sparse_config[{name!r}]={value!r} is not a whole number of 0 or more; correct "
+                "the model's config, or use SpardaConfig(...)."
+            )
+    fields: dict[str, Any] = {
+        field: sparse[name] for name, field in _SPARSE_NAMES.items() if name in sparse
+    }
+    if "window_size" in sparse:
+        block_size = sparse.get("block_size", SpardaConfig.block_size)
+        if not block_size or sparse["window_size"] % block_size:
+            raise ConfigError(
+                f"sparse_config['window_size']={sparse['window_size']} tokens is no whole number "
+                f"of blocks of block_size={block_size}; pass local_blocks to SpardaConfig(...)."
+            )
+        fields["local_blocks"] = sparse["window_size"] // block_size
+    return fields
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -167,13 +223,14 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     if value in allowed:
         return
-    close = difflib.get_close_matches(str(value), allowed, n=1)
+    names = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(allowed)}.{hint}")
+    raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(names)}.{hint}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparda_compile.demo import Demo, DemoRow
+    from sparda_compile.needle_demo import NeedleDemo, NeedleRow
     from sparda_compile.report import Report, SiteSummary
     from sparda_compile.schedule import Schedule
 
@@ -28,6 +29,11 @@ original's. With all blocks read it has to be 100%; with a small budget a model 
 weights goes its own way, which is no measure of quality. on device: device memory of the KV \
 cache, tables and summaries included, against all keys and values. Times are of the reference \
 runtime on one CPU thread with lowering="eager", where nothing overlaps."""
+_NEEDLE_NOTES = """\
+blocks: of all blocks, those that a step reads for each KV head. recall: of the attention that the \
+questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
+copied to the device by all steps; mode dense keeps everything there. Times are of the reference \
+runtime on the CPU with lowering="eager", where nothing overlaps."""
 _FRESH_FORECAST = """\
 The Forecast weights are freshly initialised, so the blocks that they pick are close to random; \
 they have to be trained."""
@@ -49,8 +55,13 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_schedules(report.schedules))
 
 
-def print_demo(demo: Demo, console: Console) -> None:
+def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
     """Print the comparison of modes and what to make of it."""
+    from sparda_compile.needle_demo import NeedleDemo
+
+    if isinstance(demo, NeedleDemo):
+        _print_needles(demo, console)
+        return
     table = _table(
         f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written; all keys and "
         f"values: {format_bytes(demo.rows[0].full_bytes)}",
@@ -68,6 +79,36 @@ def print_demo(demo: Demo, console: Console) -> None:
         f"The model was traced {demo.num_captures} times (prefill, decode) for all modes together.",
         markup=False,
     )
+
+
+def _print_needles(demo: NeedleDemo, console: Console) -> None:
+    console.print(f"{demo.num_tokens} tokens read; 4 of the 32 needles in them are asked for:")
+    for key, value, place in zip(demo.questions, demo.right_answers, demo.places, strict=True):
+        console.print(f"  {key}: {value}, at token {place}", markup=False, highlight=False)
+    table = _table(
+        "",
+        ("mode", "answers", "blocks", "recall", "over the link", "per step", "prefill",
+         "per token"),
+        left=2,
+    )  # fmt: skip
+    for row in demo.rows:
+        is_right = row.answers == demo.right_answers
+        table.add_row(*_needle_cells(row), style=None if is_right else "red")
+    console.print(table)
+    console.print(_NEEDLE_NOTES, markup=False)
+
+
+def _needle_cells(row: NeedleRow) -> list[str]:
+    return [
+        row.mode,
+        " ".join(row.answers),
+        f"{row.blocks}/{row.num_blocks}",
+        "" if row.recall is None else f"{100 * row.recall:.0f}%",
+        format_bytes(row.h2d_bytes),
+        format_bytes(row.step_bytes),
+        f"{row.prefill_ms / 1e3:.1f} s",
+        f"{row.token_ms:.0f} ms",
+    ]
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -1,7 +1,8 @@
-"""What `sparda inspect` can be pointed at: architectures, local folders and tiny models by name.
+"""What a command can be pointed at: architectures, local folders and tiny models by name.
 
-Only shapes matter to an inspection, so models of transformers are built on the meta device: no
-weight is read, downloaded or allocated.
+Only shapes matter to `sparda inspect`, so `build_target` builds models of transformers on the meta
+device: no weight is read or allocated. `load_target` reads the weights of a local folder. Nothing
+is ever downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sparda_compile.testing import TINY_MODELS, build
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TINY_PREFIX", "build_target"]
+__all__ = ["TINY_PREFIX", "build_target", "load_target"]
 
 TINY_PREFIX: Final = "tiny-"
 
@@ -43,6 +44,40 @@ def build_target(target: str) -> nn.Module:
     if os.sep in target or Path(target).exists():
         return _on_meta(_folder_config(Path(target)), target)
     return _on_meta(_default_config(target), target)
+
+
+def load_target(target: str) -> nn.Module:
+    """Load the model that a name stands for, with its weights.
+
+    Args:
+        target: `tiny-` and a family of `sparda_compile.testing`, which has random weights; or a
+            folder that transformers' `save_pretrained` wrote.
+
+    Returns:
+        The model in eval mode, on the CPU, in the dtype that its folder names.
+
+    Raises:
+        ConfigError: If the name stands for neither, or transformers cannot load it.
+    """
+    if target.startswith(TINY_PREFIX):
+        return _tiny(target)
+    if not Path(target).is_dir():
+        raise ConfigError(
+            f"{target!r} is no folder; pass a folder with a model's weights, or a tiny model such "
+            f"as {TINY_PREFIX}llama."
+        )
+    _folder_config(Path(target))
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            target, local_files_only=True, trust_remote_code=False, dtype="auto"
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot load a causal LM from {target!r}: {_first_line(error)}"
+        ) from error
+    return model.eval()
 
 
 def _tiny(target: str) -> nn.Module:

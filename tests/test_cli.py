@@ -111,8 +111,9 @@ def test_inspect_refused_model(sparda, tmp_path):
         (["inspect", "tiny-llama", "--top-k", "many"], "or 'all' for every block"),
         (["inspect", "tiny-llama", "--batch", "0"], "greater than or equal to 1"),
         (["inspect", "tiny-llama", "--html", "/dev/null/page.html"], "cannot be written"),
-        (["demo", "--mode", "fast"], "use one of dense"),
-        (["demo", "--tokens", "100000000"], "bytes of text that the demo has"),
+        (["demo", "--model", "random", "--mode", "fast"], "use one of dense"),
+        (["demo", "--model", "random", "--tokens", "100000000"], "bytes of text that the demo has"),
+        (["demo", "--model", "large"], "use small or random"),
         (["inspect"], "Missing argument"),
     ],
 )
@@ -131,7 +132,9 @@ def test_unreadable_config(sparda, tmp_path):
 
 
 def test_demo_prints_a_table(sparda, tmp_path):
-    result = sparda("demo", "--tokens", 640, "--new-tokens", 3, "--mode", "forecast")
+    result = sparda(
+        "demo", "--model", "random", "--tokens", 640, "--new-tokens", 3, "--mode", "forecast"
+    )
     assert result.exit_code == 0, result.stderr
     assert "original" in result.stdout
     assert result.stdout.count("freshly initialised") == 1
@@ -146,7 +149,9 @@ def test_demo_that_finds_a_difference_fails(sparda, monkeypatch):
 
     monkeypatch.setattr(demo, "_generate", generate)
     monkeypatch.setattr(demo, "_row", lambda *a: wrong_row())
-    result = sparda("demo", "--tokens", 128, "--new-tokens", 2, "--mode", "dense", "--json")
+    result = sparda(
+        "demo", "--model", "random", "--tokens", 128, "--new-tokens", 2, "--mode", "dense", "--json"
+    )
     assert result.exit_code == 1
     assert "mode dense reads all blocks, but only 0%" in result.stderr
     assert json.loads(result.stdout)["mismatches"]

@@ -21,6 +21,7 @@ REFUSED = {
     "offload": (True, ["offload=True", "always, never"]),
     "eviction": ("random", ["eviction='random'", "lru, fifo"]),
     "lowering": ("inductr", ["lowering='inductr'", "Did you mean 'inductor'?"]),
+    "cuda_graph": ("yes", ["cuda_graph='yes'", "True, False"]),
     "machine": ("h100", ["machine='h100'", "cpu, h200", "Did you mean 'h200'?"]),
     "top_k": (-1, ["top_k=-1", "use 0 or more"]),
     "sink_blocks": (-1, ["sink_blocks=-1", "use 0 or more"]),
@@ -151,3 +152,53 @@ def test_names_are_those_that_exist():
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128)])
 def test_round_up(value, expected):
     assert round_up(value, 64) == expected
+
+
+class CheckpointConfig:
+    """A model's config, as far as block sizes go."""
+
+    def __init__(self, **sparse_config):
+        self.sparse_config = sparse_config
+
+
+MINICPM = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 2048,
+    "topk": 64,
+    "use_nope": False,
+    "dense_len": 8192,
+}
+
+
+def test_block_sizes_are_read_from_the_model():
+    config = SpardaConfig.from_model(CheckpointConfig(**MINICPM), mode="query")
+    assert config == SpardaConfig(mode="query", top_k=64, local_blocks=32)
+    changed = MINICPM | {"window_size": 512, "block_size": 32, "init_blocks": 2, "kernel_size": 16}
+    config = SpardaConfig.from_model(CheckpointConfig(**changed), top_k=5)
+    assert (config.local_blocks, config.block_size, config.sink_blocks) == (16, 32, 2)
+    assert (config.pool_size, config.top_k) == (16, 5)
+    assert SpardaConfig.from_model(CheckpointConfig(topk=9)) == SpardaConfig(top_k=9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window_size": 2000}, "2000 tokens is no whole number of blocks of block_size=64"),
+        ({"topk": "many"}, "'topk'.*='many' is not a whole number"),
+        ({"kernel_stride": -16}, "'kernel_stride'.*=-16"),
+        ({"block_size": 0}, "no whole number of blocks of block_size=0"),
+        ({"block_size": 24, "window_size": 48}, "block_size=24 is not allowed"),
+    ],
+)
+def test_sizes_of_a_model_that_are_not_allowed(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        SpardaConfig.from_model(CheckpointConfig(**(MINICPM | changes)))
+
+
+def test_model_without_block_sizes():
+    for model_config in (object(), CheckpointConfig()):
+        with pytest.raises(ConfigError, match="has no sparse_config"):
+            SpardaConfig.from_model(model_config)

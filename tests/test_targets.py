@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.targets import build_target
+from sparda_compile.targets import build_target, load_target
+from sparda_compile.testing import build
 
 
 def devices(model):
@@ -61,3 +63,27 @@ def test_config_that_cannot_be_built(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="transformers cannot"):
         build_target(str(tmp_path))
+
+
+class TestLoad:
+    def test_tiny_model(self):
+        model = load_target("tiny-llama")
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert not model.training
+
+    def test_folder_with_weights(self, tmp_path):
+        model = build("llama").to(torch.bfloat16)
+        model.save_pretrained(tmp_path)
+        loaded = load_target(str(tmp_path))
+        assert not loaded.training
+        weights = loaded.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+    def test_what_has_no_weights(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"'llama' is no folder.*tiny-llama"):
+            load_target("llama")
+        with pytest.raises(ConfigError, match=r"has no config.json"):
+            load_target(str(tmp_path))
+        build("llama").config.save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=r"cannot load a causal LM from"):
+            load_target(str(tmp_path))

@@ -2,11 +2,13 @@
 
 from sparda_compile.hints.base import Hint, HintPoint
 from sparda_compile.hints.forecast import ForecastHint
+from sparda_compile.hints.next_query import NextQueryHint
 from sparda_compile.hints.previous_layer import PreviousLayerHint
 from sparda_compile.hints.previous_step import PreviousStepHint
 
 __all__ = ["HINTS", "Hint", "HintPoint"]
 
 HINTS: dict[str, Hint] = {
-    hint.name: hint for hint in (ForecastHint(), PreviousStepHint(), PreviousLayerHint())
+    hint.name: hint
+    for hint in (ForecastHint(), NextQueryHint(), PreviousStepHint(), PreviousLayerHint())
 }

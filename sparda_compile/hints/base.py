@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from sparda_compile.passes.fx import Emitter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import fx
 
     from sparda_compile.cache_layout import CacheLayout, LayerShape
     from sparda_compile.passes.base import AttentionSite
     from sparda_compile.passes.replace_attention import StateInputs
 
-__all__ = ["Hint", "HintPoint"]
+__all__ = ["Hint", "HintPoint", "late_inputs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +53,25 @@ class Hint(Protocol):
 
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add the nodes; return the ids [B, G, K] int32, or None if there is nothing to go by."""
+
+
+def late_inputs(
+    region: Iterable[fx.Node], after: fx.Node, replaced: fx.Node, order: dict[fx.Node, int]
+) -> set[fx.Node]:
+    """Return a region to copy, with those of its inputs that are computed only later.
+
+    Args:
+        region: Nodes to copy.
+        after: Node behind which the copies go.
+        replaced: Input of the region that the copy does not have.
+        order: Place of each node in the program.
+    """
+    place = order[after]
+    wanted = set(region)
+    stack = list(wanted)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if order[node] > place and node is not replaced and node not in wanted:
+                wanted.add(node)
+                stack.append(node)
+    return wanted

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from sparda_compile.errors import PassError
+from sparda_compile.hints.base import late_inputs
 from sparda_compile.passes.fx import (
     clone_region,
     fake_value,
@@ -49,13 +50,15 @@ def emit_forecast(point: HintPoint) -> fx.Node:
     weight = point.state.add(forecast_name(target.layer), (groups * dim, width), dtype)
     name = f"forecast_{target.layer}"
     projected = emit.function(torch.nn.functional.linear, (source.hidden, weight), {}, name)
-    heads = emit.method("view", projected, batch, num_tokens, groups, dim)
+    # A prompt's length is a symbol, which no argument may be.
+    length = num_tokens if isinstance(num_tokens, int) else -1
+    heads = emit.method("view", projected, batch, length, groups, dim)
     heads_first = tensor_shape(target.rotation_input)[1] == target.num_heads
     begin = emit.method("transpose", heads, 1, 2) if heads_first else heads
     if not target.rotation:
         return begin if heads_first else emit.method("transpose", begin, 1, 2)
     order = program_order(point.graph)
-    region = _with_late_inputs(point, order)
+    region = late_inputs(target.rotation, source.hidden, target.rotation_input, order)
     try:
         copies = clone_region(region, order, {target.rotation_input: begin}, emit)
     except Exception as error:
@@ -71,20 +74,6 @@ def _no_rotation(layer: int, reason: str) -> str:
         f"the rotation of layer {layer}'s query cannot be applied to a Forecast with one head per "
         f"group: {reason}. Use mode='query', or mode='exact' with hint='previous_step'."
     )
-
-
-def _with_late_inputs(point: HintPoint, order: dict[fx.Node, int]) -> set[fx.Node]:
-    """Return the rotation with those of its inputs that are computed only later."""
-    place = order[point.source.hidden]
-    region = set(point.target.rotation)
-    stack = list(region)
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            late = order[node] > place and node is not point.target.rotation_input
-            if late and node not in region:
-                region.add(node)
-                stack.append(node)
-    return region
 
 
 class ForecastHint:

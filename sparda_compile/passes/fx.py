@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +177,8 @@ def propagate(node: fx.Node) -> Any:
         return fx.node.map_arg(arg, fake_value)
 
     args, kwargs = value(node.args), value(node.kwargs)
-    with modes[0], torch.no_grad():
+    # What is computed from sizes alone has no mode, and needs none.
+    with modes[0] if modes else contextlib.nullcontext(), torch.no_grad():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)

@@ -1,0 +1,174 @@
+"""Time one Forecast training step against its floor; prints JSON.
+
+    python benchmarks/train_forecast.py --tokens 32768 --out result.json
+
+The floor is one forward pass of the same backbone, as transformers runs it, plus the FLOPs of one
+pass of Q K^T over the visible pairs (the teacher) at the rate of a large matrix product on the same
+device. `ratio` is the step's time over the floor. Weights are random and are made on the device;
+before timing, the fused teacher is compared with the plain one on a short sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from sparda_compile import SpardaConfig, __version__
+from sparda_compile.training.teacher import aligned_teacher, fine_keys
+from sparda_compile.training.trainer import ForecastTrainer
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--ffn", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--groups", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=73448)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--recall-queries", type=int, default=64)
+    parser.add_argument("--backend", choices=("auto", "plain", "triton"), default="auto")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def build(args, device, dtype):
+    """Make the model on the device; no weight passes through CPU memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.groups,
+        head_dim=args.head_dim,
+        max_position_embeddings=max(args.tokens, 65536),
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+def check_teacher(args, device, dtype):
+    """Return the largest difference between the two teachers on a short sequence."""
+    if args.backend == "plain" or (args.backend == "auto" and device.type != "cuda"):
+        return None
+    shape = (1, 777, args.heads, args.head_dim)
+    query = torch.randn(shape, device=device).to(dtype).transpose(1, 2)
+    key = torch.randn(1, args.groups, 777, args.head_dim, device=device).to(dtype)
+    inputs = (query, fine_keys(key), range(300, 777), (32, 16), args.head_dim**-0.5)
+    plain, fused = (aligned_teacher(*inputs, backend=b) for b in ("plain", "triton"))
+    difference = float((plain - fused).abs().max() / plain.abs().max())
+    if not difference < 1e-3:
+        raise SystemExit(f"the fused teacher is wrong (relative difference {difference}): no time")
+    return difference
+
+
+def median_s(run, device, repeats):
+    """Return the median and all times of a call in seconds, after two calls to warm up."""
+    times = []
+    for number in range(repeats + 2):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        if number >= 2:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times), times
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device, dtype, size):
+    """Return FLOP/s of a square matrix product."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    seconds, _ = median_s(lambda: a @ b, device, 10)
+    return 2 * size**3 / seconds
+
+
+def commit():
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def main():
+    args = parse()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    difference = check_teacher(args, device, dtype)
+    model = build(args, device, dtype)
+    ids = torch.randint(0, args.vocabulary, (1, args.tokens), device=device)
+
+    @torch.no_grad()
+    def forward():
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    forward_s, forward_times = median_s(forward, device, args.repeats)
+    rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 512)
+    pairs = args.tokens * (args.tokens + 1) // 2
+    teacher_flops = 2 * args.layers * args.heads * args.head_dim * pairs
+    trainer = ForecastTrainer(
+        model, SpardaConfig(), 5e-4, recall_queries=args.recall_queries, backend=args.backend
+    )
+    backbone_s, _ = median_s(lambda: trainer.run(ids, None), device, args.repeats)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    reports = []
+    step_s, step_times = median_s(lambda: reports.append(trainer.step([ids])), device, args.repeats)
+    is_cuda = device.type == "cuda"
+    floor_s = forward_s + teacher_flops / rate
+    result = {
+        "shape": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "step_s": step_s,
+        "step_times_s": step_times,
+        "forward_s": forward_s,
+        "forward_times_s": forward_times,
+        "tapped_backbone_s": backbone_s,
+        "teacher_flops": teacher_flops,
+        "matmul_tflops": rate / 1e12,
+        "floor_s": floor_s,
+        "ratio": step_s / floor_s,
+        "tokens_per_s": args.tokens / step_s,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if is_cuda else None,
+        "loss": reports[-1].loss,
+        "teacher_difference": difference,
+        "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor(),
+        "torch": torch.__version__,
+        "sparda_compile": __version__,
+        "commit": commit(),
+    }
+    text = json.dumps(result, indent=2)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""How the small model is learned: its sizes, its stages, its training sequences and its losses.
+
+Three losses. Answers: the cross-entropy of the answer tokens alone. Attention: the first layer's
+first group is told to look from a value at its key, and the lookup layers to look from a question
+at the value; without it a small model copies any value of the haystack for thousands of steps
+before it finds the right one. Blocks: the same for mean-pooled keys, so that a block which holds
+the answer also scores highest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from sparda_compile.evaluation.lookup import lookup
+from sparda_compile.evaluation.tasks import TASKS
+from sparda_compile.evaluation.vocabulary import ASK, LINK, NUM_KEYS, NUM_TOKENS, RECORD, TRACK
+
+GOALS = ("single_needle", "multi_key", "key_value")
+POOL = 32
+LOWEST = -1e9
+OTHERS = ("variable_tracking", "multi_value", "common_words", "frequent_words")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Sequences of one length, until `mastered` or the share of the time is over."""
+
+    length: int
+    batch_size: int
+    max_records: int
+    queries: int
+    end: float
+    other_tasks: float = 0.0
+    jumps: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model, its stages, and what it is tested on."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    max_position: int
+    stages: tuple[Stage, ...]
+    eval_lengths: tuple[int, ...]
+    eval_samples: int
+    learning_rate: float
+    lookup_layers: tuple[int, ...]
+    forecast_length: int
+    top_k: int
+    local_blocks: int
+    mastered: float = 0.99
+
+
+FULL = Preset(
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rope_theta=1e7,
+    max_position=32768,
+    stages=(
+        Stage(64, 1024, 9, 9, 0.2, jumps=0.0),
+        Stage(512, 128, 80, 64, 0.4, other_tasks=0.1),
+        Stage(4096, 16, 900, 64, 0.6, other_tasks=0.2),
+        Stage(17408, 4, NUM_KEYS, 64, 1.0, other_tasks=0.2, jumps=0.3),
+    ),
+    eval_lengths=(1024, 4096, 8192, 16384),
+    eval_samples=256,
+    learning_rate=1.5e-3,
+    lookup_layers=(1, 2),
+    forecast_length=8192,
+    top_k=22,
+    local_blocks=2,
+)
+TOY = Preset(
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    rope_theta=1e7,
+    max_position=4096,
+    stages=(
+        Stage(48, 64, 7, 7, 0.6, jumps=0.0),
+        Stage(128, 32, 20, 20, 0.8),
+        Stage(512, 8, 60, 32, 1.0),
+    ),
+    eval_lengths=(128, 512, 4096),
+    eval_samples=64,
+    learning_rate=4e-3,
+    lookup_layers=(1,),
+    forecast_length=1024,
+    top_k=4,
+    local_blocks=1,
+)
+PRESETS = {"full": FULL, "toy": TOY}
+
+
+def build_model(preset, arch, seed):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    classes = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    make_config, make_model = classes[arch]
+    config = make_config(
+        vocab_size=NUM_TOKENS,
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.intermediate_size,
+        num_hidden_layers=preset.num_layers,
+        num_attention_heads=preset.num_heads,
+        num_key_value_heads=preset.num_kv_heads,
+        head_dim=preset.head_dim,
+        max_position_embeddings=preset.max_position,
+        rope_parameters={"rope_type": "default", "rope_theta": preset.rope_theta},
+        tie_word_embeddings=True,
+        initializer_range=preset.hidden_size**-0.5,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    model = make_model(config)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.mul_(0.5)
+        layer.mlp.down_proj.weight.data.mul_(0.5)
+    return model
+
+
+def answer_logits(model, batch, positions, watch=None):
+    """Return logits [B, A, vocabulary] of the answers.
+
+    No mask tensor is made, so that attention stays the causal flash kernel. `watch` is called
+    with the number, the input and the rotation of each layer.
+    """
+    body = model.model
+    x = body.embed_tokens(batch.ids_BT)
+    rotation = body.rotary_emb(x, positions)
+    for number, layer in enumerate(body.layers):
+        if watch is not None:
+            watch(number, x, rotation)
+        x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotation)
+        x = x[0] if isinstance(x, tuple) else x
+    return model.lm_head(body.norm(x)[:, batch.answer_positions_A - 1]).float()
+
+
+def rotated(attention, part, hidden, rotation):
+    """Return queries or keys as attention sees them, [B, T, heads, D]."""
+    out = getattr(attention, f"{part}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{part}_norm", None)
+    out = out if norm is None else norm(out)
+    cos, sin = (part[:, :, None] for part in rotation)
+    left, right = out.chunk(2, dim=-1)
+    return out * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def at(x, places_BA):
+    """Return x [B, T, ...] at places of each row, [B, A, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], places_BA]
+
+
+def attention_losses(layer, x, rotation, asked_BA, wanted_BA, num_groups=None):
+    """Return how far attention, and block scores, at `asked` are from the token `wanted`, in nats.
+
+    The first is -log of the attention that each head of the first groups pays to that token. The
+    second is the same for mean-pooled keys, with logits multiplied by 16: the score of a window is
+    the mean of 32 keys, of which only one matters.
+    """
+    attention = layer.self_attn
+    hidden = layer.input_layernorm(x)
+    k = rotated(attention, "k", hidden, rotation)
+    queried = [at(part, asked_BA) for part in rotation]
+    q = rotated(attention, "q", at(hidden, asked_BA), queried).unflatten(2, (k.shape[2], -1))
+    q, k = q[:, :, :num_groups], k[:, :, :num_groups]
+    last = asked_BA[:, None, None, :, None]
+    places = torch.arange(x.shape[1], device=x.device)
+    logits = torch.einsum("bagrd,btgd->bgrat", q, k).float() * attention.scaling
+    logits = logits.masked_fill(places > last, float("-inf"))
+    target = wanted_BA[:, None, None, :, None].expand(*logits.shape[:4], 1)
+    loss = (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]).mean()
+    if num_groups is not None or x.shape[1] < 8 * POOL:
+        return loss, torch.zeros_like(loss)
+    pooled = k.unfold(1, POOL, POOL // 2).mean(-1)
+    logits = torch.einsum("bagrd,bwgd->bgraw", q, pooled).float() * attention.scaling * POOL / 2
+    starts = torch.arange(pooled.shape[1], device=x.device) * (POOL // 2)
+    age = wanted_BA[..., None] - starts
+    is_near = ((age >= 0) & (age < POOL))[:, None, None]
+    logits = logits.masked_fill(starts + POOL > last, float("-inf"))
+    near = logits.masked_fill(~is_near, LOWEST).logsumexp(-1)
+    # A token so late that no whole window holds it is always attended to anyway.
+    counts = near > LOWEST / 2
+    return loss, ((logits.logsumexp(-1) - near) * counts).sum() / counts.sum().clamp(min=1)
+
+
+def other_task(maker, rng):
+    return TASKS[rng.choice(OTHERS)](maker)
+
+
+def lookups(stage, maker, rng):
+    # Each record takes three tokens, and so does each question.
+    fitting = (stage.length - 2) // 3
+    most = min(stage.max_records, fitting - min(stage.queries, fitting // 2))
+    records = most if rng.random() < 0.25 else round(math.exp(rng.uniform(0, math.log(most))))
+    return lookup(maker, num_records=records, num_queries=stage.queries)
+
+
+def training_positions(ids, max_position, jump, generator):
+    """Count positions; with `jump`, leave gaps before records, up to `max_position` in all."""
+    counted = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if not jump or max_position <= ids.shape[1]:
+        return counted
+
+    def uniform(*shape):
+        return torch.rand(*shape, device=ids.device, generator=generator)
+
+    starts = (ids == RECORD) | (ids == ASK) | (ids == LINK) | (ids == TRACK)
+    rows = ids.shape[0]
+    chosen = starts & (uniform(ids.shape) < uniform(rows, 1).square())
+    weights = chosen * -uniform(ids.shape).clamp(min=1e-6).log()
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
+    extra = uniform(rows, 1) * (max_position - ids.shape[1] - 1)
+    return counted + (shares.cumsum(1) * extra).long()

@@ -1,0 +1,364 @@
+"""Train the small model that the package ships: it looks things up in up to 16K tokens and more.
+
+A Llama (or, with --arch qwen3, a Qwen3) learns the tasks of `sparda_compile.evaluation` from
+scratch. Retrieval is learned fast where each sequence asks many questions and only the answers
+count, so a training sequence is a haystack with up to 64 questions behind it; sequences are short
+at first, and positions jump between records, so that distances of 32K tokens are met from the
+start. Stages end when they are mastered. Everything is written under --out, and a second call
+with the same --out goes on where the first one stopped:
+
+    python examples/train_small_model.py --out runs/small --max-minutes 8          one GPU
+    python examples/train_small_model.py --out runs/toy --preset toy               one CPU core
+
+Afterwards `--out` holds model/config.json, model/model.safetensors (fp16), summary.json, log.jsonl
+and checkpoint.pt. `--forecast-steps N` also trains the Forecast: forecast.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from small_model_recipe import (
+    GOALS,
+    OTHERS,
+    PRESETS,
+    Stage,
+    answer_logits,
+    attention_losses,
+    build_model,
+    lookups,
+    other_task,
+    training_positions,
+)
+from torch.nn import functional as F
+
+from sparda_compile.evaluation.haystack import Maker
+from sparda_compile.evaluation.tasks import make_batch
+from sparda_compile.evaluation.vocabulary import NUM_KEYS
+
+
+class Run:
+    """Everything that a checkpoint holds."""
+
+    def __init__(self, args):
+        self.args = args
+        self.preset = PRESETS[args.preset]
+        self.device = torch.device(args.device)
+        self.is_cuda = self.device.type == "cuda"
+        self.out = Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.model = build_model(self.preset, args.arch, args.seed).to(self.device)
+        decay = [p for p in self.model.parameters() if p.ndim > 1]
+        rest = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}],
+            lr=self.preset.learning_rate, betas=(0.9, 0.98), fused=self.is_cuda,
+        )  # fmt: skip
+        self.stage_id, self.step, self.elapsed = 0, 0, 0.0
+        if (self.out / "checkpoint.pt").exists():
+            self.resume()
+        # A fresh generator for each start: a resumed run does not see the first batches again.
+        self.generator = torch.Generator(self.device).manual_seed(1000 * self.step + args.seed)
+        self.rng = random.Random(1000 * self.step + args.seed)
+        if args.compile:
+            torch._dynamo.config.cache_size_limit = 64
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
+
+    def resume(self):
+        state = torch.load(self.out / "checkpoint.pt", map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stage_id, self.step, self.elapsed = state["stage"], state["step"], state["elapsed"]
+        say(f"resumed at step {self.step}, stage {self.stage_id}, {self.elapsed:.0f} s")
+
+    def save(self):
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stage": self.stage_id,
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        partial = self.out / "checkpoint.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.out / "checkpoint.pt")
+
+    def autocast(self):
+        if self.is_cuda:
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def learning_rate(self, progress):
+        warmup = min(1.0, (self.step + 1) / 100)
+        decay = min(1.0, max((1.0 - progress) / 0.3, 0.02))
+        return self.preset.learning_rate * warmup * decay
+
+    def pick_stage(self):
+        """Return the stage of this step: the present one, or one before it lest it be lost."""
+        if self.stage_id > 1 and self.rng.random() < 0.25:
+            return self.preset.stages[self.rng.randrange(1, self.stage_id)]
+        return self.preset.stages[self.stage_id]
+
+    def train_step(self, stage, progress):
+        """Return the loss, and the share of right answers if the step was one of lookups."""
+        maker = Maker(stage.batch_size, stage.length, self.generator)
+        is_lookup = self.rng.random() >= stage.other_tasks
+        batch = lookups(stage, maker, self.rng) if is_lookup else other_task(maker, self.rng)
+        jump = self.rng.random() < stage.jumps
+        positions = training_positions(batch.ids_BT, self.preset.max_position, jump, self.generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress)
+        extra = []
+        layers = self.model.model.layers
+
+        asked = (batch.answer_positions_A - 1).expand_as(batch.evidence_BA)
+
+        def watch(number, x, rotation):
+            """Tie names to values in the first layer, and find them in the lookup layers."""
+            if not batch.copies:
+                return
+            found = batch.evidence_BA
+            if number == 0:
+                pairs = attention_losses(layers[0], x, rotation, found, found - 1, num_groups=1)
+            elif number in self.preset.lookup_layers:
+                pairs = attention_losses(layers[number], x, rotation, asked, found)
+            else:
+                return
+            weights = (self.args.attention_loss, self.args.pooled_loss)
+            extra.extend(weight * part for weight, part in zip(weights, pairs, strict=True))
+
+        with self.autocast():
+            logits = answer_logits(self.model, batch, positions, watch)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.answers_BA.flatten())
+        (loss + sum(extra)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        right = (logits.detach().argmax(-1) == batch.answers_BA).float().mean()
+        return loss.detach(), right if is_lookup else None
+
+
+def train(run):
+    args, preset = run.args, run.preset
+    limit = 60.0 * args.max_minutes
+    before, start = run.elapsed, time.perf_counter()
+    last_save = last_print = start
+    recent = collections.deque(maxlen=40)
+    while run.elapsed < limit:
+        present = preset.stages[run.stage_id]
+        stage = run.pick_stage()
+        loss, right = run.train_step(stage, run.elapsed / limit)
+        if stage is present and right is not None:
+            recent.append(torch.stack([loss, right]))
+        run.step += 1
+        if run.step % 20 or not recent:
+            continue
+        mean_loss, accuracy = torch.stack(list(recent)).mean(0).tolist()
+        now = time.perf_counter()
+        run.elapsed = before + now - start
+        status = (
+            f"{run.elapsed:6.0f} s  step {run.step:6d}  length {present.length:6d}  "
+            f"loss {mean_loss:.4f}  answers {100 * accuracy:5.1f}%"
+        )
+        if now - last_print > args.print_seconds:
+            last_print = now
+            say(status)
+        is_last = run.stage_id == len(preset.stages) - 1
+        is_mastered = accuracy > preset.mastered and len(recent) == recent.maxlen
+        if not is_last and (is_mastered or run.elapsed > present.end * limit):
+            say(status + "  stage done")
+            run.stage_id += 1
+            recent.clear()
+        if now - last_save > args.save_seconds:
+            log(run, {"scores": evaluate(run, preset.eval_lengths, preset.eval_samples // 4)})
+            run.save()
+            last_save = time.perf_counter()
+            before -= last_save - now  # Testing and saving are not training time.
+    run.save()
+
+
+@torch.no_grad()
+def evaluate(run, lengths, samples, tasks=GOALS):
+    """Return the share of sequences with every answer right, by task and length."""
+    run.model.eval()
+    scores = {}
+    for task in tasks:
+        for length in lengths:
+            size = max(1, min(samples, 2**18 // length if run.is_cuda else 16))
+            right = []
+            for seed in range(-(-samples // size)):
+                batch = make_batch(task, batch_size=size, length=length, seed=10_000 + seed)
+                batch = dataclasses.replace(
+                    batch,
+                    ids_BT=batch.ids_BT.to(run.device),
+                    answer_positions_A=batch.answer_positions_A.to(run.device),
+                )
+                positions = torch.arange(length, device=run.device).expand_as(batch.ids_BT)
+                # A compiled layer would be compiled once more for every shape.
+                with run.autocast(), torch.compiler.set_stance("force_eager"):
+                    logits = answer_logits(run.model, batch, positions)
+                right += (logits.argmax(-1) == batch.answers_BA).all(1).tolist()
+            scores[f"{task}@{length}"] = sum(right) / len(right)
+    run.model.train()
+    say("        " + "  ".join(f"{name} {100 * score:.1f}" for name, score in scores.items()))
+    return scores
+
+
+def export(run, scores):
+    """Write config and fp16 weights, with the command in their metadata."""
+    folder = run.out / "model"
+    folder.mkdir(exist_ok=True)
+    run.model.config.save_pretrained(folder)
+    weights = {
+        name: tensor.detach().to(torch.float16).contiguous().cpu()
+        for name, tensor in run.model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    metadata = {
+        "format": "pt",
+        "command": shlex.join(["python", "examples/train_small_model.py", *sys.argv[1:]]),
+        "seed": str(run.args.seed),
+        "steps": str(run.step),
+        "torch": torch.__version__,
+    }
+    save_file(weights, folder / "model.safetensors", metadata=metadata)
+    size = (folder / "model.safetensors").stat().st_size
+    summary = metadata | {
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "bytes": size,
+        "seconds": round(run.elapsed, 1),
+        "device": torch.cuda.get_device_name() if run.is_cuda else "cpu",
+        "scores": scores,
+    }
+    (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    say(f"wrote {folder}: {summary['parameters']} parameters, {size / 1e6:.1f} MB")
+
+
+def fresh_model(run):
+    """Return the trained model in eval mode, without compiled layers."""
+    model = build_model(run.preset, run.args.arch, run.args.seed).to(run.device)
+    model.load_state_dict(run.model.state_dict())
+    return model.eval()
+
+
+def train_forecast(run, model):
+    """Train the Forecast on sequences in which every record is asked for."""
+    from sparda_compile import SpardaConfig
+    from sparda_compile import train_forecast as train_projections
+
+    preset = run.preset
+    stage = Stage(preset.forecast_length, 2, NUM_KEYS, NUM_KEYS, 1.0)
+
+    def token_batches():
+        while True:
+            maker = Maker(stage.batch_size, stage.length, run.generator)
+            yield lookups(stage, maker, run.rng).ids_BT
+
+    weights = train_projections(
+        model,
+        token_batches(),
+        config=SpardaConfig(top_k=preset.top_k, local_blocks=preset.local_blocks),
+        steps=run.args.forecast_steps,
+        lr=2e-3,
+        out=run.out / "forecast.safetensors",
+        progress=False,
+    )
+    say(f"wrote {run.out / 'forecast.safetensors'}")
+    return weights
+
+
+def evaluate_sparse(run, model, forecast):
+    """Return what a tenth of the blocks costs at the longest length: accuracies and recalls."""
+    from sparda_compile import SpardaConfig
+    from sparda_compile.evaluation.run import budget_config
+    from sparda_compile.evaluation.run import evaluate as measure
+
+    length = run.preset.eval_lengths[-1]
+    base = SpardaConfig(mode="query", local_blocks=run.preset.local_blocks)
+    base = budget_config(base, length, 0.1)
+    configs = {
+        "dense": base.replace(mode="dense"),
+        "query": base,
+        "quest": base.replace(selector="quest"),
+        "query@0.2": budget_config(base, length, 0.2),
+    }
+    if forecast is not None:
+        configs["forecast"] = base.replace(mode="forecast")
+    found = measure(
+        model,
+        configs,
+        tasks=GOALS,
+        length=length,
+        num_samples=min(run.preset.eval_samples, 64),
+        batch_size=8 if run.is_cuda else 2,
+        forecast=forecast,
+    )
+    for row in found.rows:
+        recalls = {part.name: round(part.mass, 3) for part in row.recalls if part.layer is None}
+        say(f"{row.task}@{length} {row.name}: {100 * row.accuracy:.1f}%  mass {recalls}")
+    return found.to_dict()
+
+
+def log(run, entry):
+    entry = {"step": run.step, "seconds": round(run.elapsed, 1), **entry}
+    with (run.out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder that everything is written under")
+    parser.add_argument("--arch", choices=("llama", "qwen3"), default="llama")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
+    parser.add_argument("--max-minutes", type=float, default=8.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-seconds", type=float, default=60.0)
+    parser.add_argument("--print-seconds", type=float, default=10.0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--attention-loss", type=float, default=0.5)
+    parser.add_argument("--pooled-loss", type=float, default=0.1)
+    parser.add_argument("--forecast-steps", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.compile is None:
+        args.compile = args.device.startswith("cuda")
+    return args
+
+
+def main():
+    args = parse()
+    torch.set_float32_matmul_precision("high")
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    run = Run(args)
+    train(run)
+    scores = evaluate(run, run.preset.eval_lengths, run.preset.eval_samples)
+    scores |= evaluate(run, run.preset.eval_lengths[-2:-1], 64, ("multi_query", *OTHERS))
+    log(run, {"scores": scores})
+    export(run, scores)
+    model = fresh_model(run)
+    forecast = train_forecast(run, model) if args.forecast_steps else None
+    # Only half precision has a fast attention kernel on a GPU.
+    sparse = evaluate_sparse(run, model.half() if run.is_cuda else model, forecast)
+    (run.out / "sparse.json").write_text(json.dumps(sparse) + "\n")
+
+
+if __name__ == "__main__":
+    main()

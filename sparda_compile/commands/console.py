@@ -1,0 +1,122 @@
+"""What every command prints with: consoles, progress, JSON, and errors as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+from rich.console import Console
+
+from sparda_compile.errors import ConfigError, SpardaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+__all__ = [
+    "CANNOT",
+    "errors_as_sentences",
+    "fail",
+    "make_console",
+    "print_json",
+    "print_paths",
+    "progress",
+    "write_file",
+]
+
+CANNOT: Final = 1
+_WRONG_USAGE: Final = 2
+_WIDTH: Final = 110
+
+
+def write_file(write: Callable[[Path], Path], path: Path | None) -> Path | None:
+    """Write a file with `write`, its folder too; None is no file.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one line of JSON."""
+    typer.echo(json.dumps(value))
+
+
+def print_paths(paths: list[Path | None]) -> None:
+    """Say which files were written."""
+    for path in paths:
+        if path is not None:
+            typer.echo(f"Wrote {path}")
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console; what is no terminal gets room enough for the tables."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
+
+
+def fail(message: str, code: int) -> None:
+    """Print an error and exit with a code."""
+    make_console(stderr=True).print(f"Error: {message}", markup=False, style="red", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """Print the sentence of an error of ours, and nothing else, and exit."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error), _WRONG_USAGE)
+    except SpardaError as error:
+        fail(str(error), CANNOT)
+
+
+class _PassNames(logging.Handler):
+    """Shows which pass ended last, on the status line."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.DEBUG)
+        self.show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the first words of a message: phase and pass."""
+        self.show(record.getMessage().partition(":")[0])
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that says on stderr what is being done: a status line, or plain lines."""
+    console = make_console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: console.print(f"{text} ...", markup=False, style="dim")
+        return
+    current = ""
+    with console.status("starting") as status:
+
+        def say(text: str) -> None:
+            nonlocal current
+            current = text
+            status.update(text)
+
+        log = logging.getLogger("sparda_compile.passes")
+        handler, level = _PassNames(lambda name: status.update(f"{current}: {name}")), log.level
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        try:
+            yield say
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)

@@ -1,0 +1,315 @@
+"""Decoding as the modes define it, in plain PyTorch, with everything on record that they decide.
+
+The haystack is read densely, by the model itself. Each later token is a decode step: every layer
+picks its blocks by the configuration's mode and selector and attends to those alone. What other
+predictors would have picked, and where the layer's attention really goes, is recorded beside it.
+For models built like Llama, on any device. Nothing is captured or compiled: this says what is
+computed, not how fast.
+
+Legend: B sequences, S steps, H query heads, G groups, D head dim, N blocks, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional as F
+
+from sparda_compile.config import round_up
+from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.selectors import SELECTORS, Geometry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from sparda_compile.config import SpardaConfig
+
+__all__ = ["PREDICTORS", "Decoded", "LayerRecord", "Reading", "decode", "read"]
+
+PREDICTORS: Final = ("forecast", "previous_layer", "previous_step", "next_query")
+_PARTS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A haystack that was read: keys and values by layer, [B, G, T, D] each."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def length(self) -> int:
+        """T, tokens that were read."""
+        return self.keys[0].shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What one layer did in one step. All are [B, G, N], masks are bool.
+
+    Attributes:
+        mass_BGN: Share of the layer's attention that falls on each block if all are read, mean of
+            the group's heads, float32.
+        forced_BGN: Sink, local and current blocks: read whatever the scores are.
+        read_BGN: Blocks that the layer read.
+        chosen: By `query` and the predictors that had something to go by: the blocks that each
+            would read at the budget of the configuration, forced ones included.
+    """
+
+    mass_BGN: Tensor
+    forced_BGN: Tensor
+    read_BGN: Tensor
+    chosen: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Logits [B, S, vocabulary] float32 of the steps, and records by step and layer."""
+
+    logits_BSV: Tensor
+    records: list[list[LayerRecord]]
+
+
+@torch.no_grad()
+def read(model: Any, ids_BT: Tensor) -> Reading:
+    """Read tokens densely.
+
+    Args:
+        model: A causal LM of transformers built like Llama, Mistral without a window, Qwen2 or
+            Qwen3, in eval mode, on any device.
+        ids_BT: [B, T] int64 tokens without padding.
+
+    Raises:
+        UnsupportedInputError: If the model is not built like Llama.
+    """
+    _check_model(model)
+    layers = model.model(ids_BT, use_cache=True).past_key_values.layers
+    return Reading(tuple(x.keys for x in layers), tuple(x.values for x in layers))
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    reading: Reading,
+    ids_BS: Tensor,
+    config: SpardaConfig,
+    *,
+    forecast: Mapping[int, Tensor] | None = None,
+) -> Decoded:
+    """Feed tokens one by one behind a reading, as a mode does.
+
+    Args:
+        model: The model of the reading.
+        reading: What `read` returned; it is left as it is.
+        ids_BS: [B, S] int64 tokens, one for each step.
+        config: Mode, selector, budget and sizes; `exact` decides what `query` decides.
+        forecast: By target layer [G*D, hidden]. Mode `forecast` needs it; given in other modes
+            it is recorded as a predictor.
+
+    Raises:
+        ConfigError: If there is no step, or the Forecast is needed and missing.
+    """
+    if ids_BS.shape[1] < 1:
+        raise ConfigError("there is no token to decode; pass one for each step.")
+    if config.mode == "forecast" and not forecast:
+        raise ConfigError(
+            "mode='forecast' needs Forecast weights; pass forecast, or use mode='query'."
+        )
+    decoder = _Decoder(model, reading, ids_BS.shape[1], config, forecast or {})
+    logits, records = [], []
+    for ids_B1 in ids_BS.split(1, dim=1):
+        logits_BV, layers = decoder.step(ids_B1)
+        logits.append(logits_BV)
+        records.append(layers)
+    return Decoded(torch.stack(logits, dim=1), records)
+
+
+def _check_model(model: Any) -> None:
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    attention = getattr(layers[0], "self_attn", None) if layers is not None else None
+    windowed = getattr(getattr(model, "config", None), "sliding_window", None)
+    if attention is None or windowed or not all(hasattr(attention, part) for part in _PARTS):
+        raise UnsupportedInputError(
+            f"{type(model).__name__} cannot be evaluated offline: that takes a model with "
+            "model.layers, separate q_proj, k_proj, v_proj and o_proj, and no sliding window, "
+            "such as Llama, Qwen2 or Qwen3. Run it through optimize() instead."
+        )
+
+
+class _Decoder:
+    """A model, the keys and values that it has seen, and the choices of the step before."""
+
+    def __init__(
+        self,
+        model: Any,
+        reading: Reading,
+        num_steps: int,
+        config: SpardaConfig,
+        forecast: Mapping[int, Tensor],
+    ) -> None:
+        self.model, self.config, self.forecast = model, config, forecast
+        capacity = round_up(reading.length + num_steps, config.block_size)
+        self.geometry = Geometry(
+            capacity // config.block_size, config.block_size, config.pool_size, config.pool_stride
+        )
+        self.budget = config.replace(mode="query").num_selected(self.geometry.num_blocks)
+        self.length = reading.length
+        room = (0, 0, 0, capacity - reading.length)
+        self.keys = [F.pad(keys, room) for keys in reading.keys]
+        self.values = [F.pad(values, room) for values in reading.values]
+        self.summaries = [self._summarize(keys) for keys in reading.keys]
+        self.last_choice: dict[int, Tensor] = {}
+
+    def step(self, ids_B1: Tensor) -> tuple[Tensor, list[LayerRecord]]:
+        """Run one token; return its logits [B, vocabulary] and the record of each layer."""
+        body = self.model.model
+        x_B1C = body.embed_tokens(ids_B1)
+        rotation = body.rotary_emb(x_B1C, torch.full_like(ids_B1, self.length))
+        before: tuple[Tensor, Tensor] | None = None
+        records = []
+        for number, layer in enumerate(body.layers):
+            hidden_B1C = layer.input_layernorm(x_B1C)
+            attention = layer.self_attn
+            q_BH1D = _rotated(attention, "q", hidden_B1C, rotation)
+            chosen = self._choices(number, q_BH1D, hidden_B1C, rotation, before)
+            # Scores know the keys of earlier tokens only; attention also reads the token's own.
+            k_BG1D = _rotated(attention, "k", hidden_B1C, rotation)
+            self._append(number, k_BG1D, _heads(attention, attention.v_proj(hidden_B1C)))
+            exists_N, forced_N = self._existing()
+            shape = chosen["query"].shape
+            read_BGN = exists_N.expand(shape)
+            if self.config.mode != "dense":
+                read_BGN = chosen["forecast" if self.config.mode == "forecast" else "query"]
+            out_BH1D, mass_BGN = self._attend(number, q_BH1D, read_BGN, attention.scaling)
+            records.append(LayerRecord(mass_BGN, forced_N.expand(shape), read_BGN, chosen))
+            x_B1C = x_B1C + attention.o_proj(out_BH1D.transpose(1, 2).flatten(2))
+            x_B1C = x_B1C + layer.mlp(layer.post_attention_layernorm(x_B1C))
+            before = hidden_B1C, chosen["query"]
+        self.length += 1
+        logits: Tensor = self.model.lm_head(body.norm(x_B1C))[:, 0].float()
+        return logits, records
+
+    def _choices(
+        self,
+        number: int,
+        q_BH1D: Tensor,
+        hidden_B1C: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        before: tuple[Tensor, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Return the blocks that the query and each predictor choose for a layer, [B, G, N]."""
+        attention = self.model.model.layers[number].self_attn
+        scale = attention.scaling
+        chosen = {"query": self._select(number, self.config.selector, q_BH1D, scale)}
+        source_B1C = hidden_B1C if before is None else before[0]
+        if number in self.forecast:
+            weight = self.forecast[number].to(source_B1C)
+            f_BG1D = _rotate(_heads(attention, F.linear(source_B1C, weight)), rotation)
+            chosen["forecast"] = self._select(number, "forecast", f_BG1D, scale)
+        if before is not None:
+            next_BH1D = _rotated(attention, "q", source_B1C, rotation)
+            chosen["next_query"] = self._select(number, self.config.selector, next_BH1D, scale)
+            if before[1].shape == chosen["query"].shape:
+                chosen["previous_layer"] = before[1]
+        if number in self.last_choice:
+            # A block may have begun since: it is forced, and so is what the window still holds.
+            chosen["previous_step"] = self.last_choice[number] | self._existing()[1]
+        self.last_choice[number] = chosen["query"]
+        return chosen
+
+    def _select(self, number: int, selector: str, query: Tensor, scale: float) -> Tensor:
+        rule = SELECTORS[selector]
+        tensors = self.summaries[number][rule.summary.name]
+        lengths_B = self._lengths(query)
+        scores_BGN = rule.score(query, tensors, lengths_B, scale, self.geometry)
+        config = self.config
+        ids_BGK = select_blocks_reference(
+            scores_BGN, lengths_B, self.budget, config.block_size, config.sink_blocks,
+            config.local_blocks,
+        ).long()  # fmt: skip
+        mask = torch.zeros(
+            *scores_BGN.shape[:2], scores_BGN.shape[2] + 1, dtype=torch.bool, device=query.device
+        )
+        # An id of -1, for a block that does not exist, goes to the column behind the last one.
+        return mask.scatter(2, ids_BGK.where(ids_BGK >= 0, scores_BGN.shape[2]), True)[..., :-1]
+
+    def _existing(self) -> tuple[Tensor, Tensor]:
+        """Return which blocks exist and which of them are forced, [N] each."""
+        current = self.length // self.config.block_size
+        block_N = torch.arange(self.geometry.num_blocks, device=self.keys[0].device)
+        exists_N = block_N <= current
+        is_local = block_N >= current - self.config.local_blocks
+        return exists_N, exists_N & (is_local | (block_N < self.config.sink_blocks))
+
+    def _attend(
+        self, number: int, q_BH1D: Tensor, read_BGN: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output [B, H, 1, D] over the blocks read, and the mass of all blocks."""
+        keys_BGTD, values_BGTD = self.keys[number], self.values[number]
+        q_BGRD = q_BH1D[:, :, 0].unflatten(1, (keys_BGTD.shape[1], -1)).float()
+        logits_BGRT = q_BGRD @ keys_BGTD.float().mT * scale
+        unseen_T = torch.arange(keys_BGTD.shape[2], device=keys_BGTD.device) > self.length
+        logits_BGRT = logits_BGRT.masked_fill(unseen_T, float("-inf"))
+        size = self.config.block_size
+        mass_BGN = logits_BGRT.softmax(-1).mean(2).unflatten(-1, (-1, size)).sum(-1)
+        skipped_BGT = ~read_BGN.repeat_interleave(size, dim=-1)
+        weights = logits_BGRT.masked_fill(skipped_BGT[:, :, None], float("-inf")).softmax(-1)
+        out_BGRD = (weights @ values_BGTD.float()).to(q_BH1D.dtype)
+        return out_BGRD.flatten(1, 2)[:, :, None], mass_BGN
+
+    def _append(self, number: int, k_BG1D: Tensor, v_BG1D: Tensor) -> None:
+        self.keys[number][:, :, self.length] = k_BG1D[:, :, 0]
+        self.values[number][:, :, self.length] = v_BG1D[:, :, 0]
+        lengths_B = self._lengths(k_BG1D)
+        for name, tensors in self.summaries[number].items():
+            summary = self._rules()[name]
+            summary.extend(tensors, k_BG1D, lengths_B, None, self.geometry)
+
+    def _summarize(self, keys_BGTD: Tensor) -> dict[str, list[Tensor]]:
+        """Return the tensors of each summary that a choice needs, for the keys of one layer."""
+        batch, groups, num_tokens, dim = keys_BGTD.shape
+        every = torch.ones(batch, num_tokens, dtype=torch.bool, device=keys_BGTD.device)
+        summaries = {}
+        for name, summary in self._rules().items():
+            shapes = summary.shapes(self.geometry, dim).values()
+            tensors = [keys_BGTD.new_empty(batch, groups, *shape) for shape in shapes]
+            summary.reset(tensors)
+            start_B = torch.zeros(batch, dtype=torch.int32, device=keys_BGTD.device)
+            summary.extend(tensors, keys_BGTD, start_B, every, self.geometry)
+            summaries[name] = tensors
+        return summaries
+
+    def _rules(self) -> dict[str, Any]:
+        names = (self.config.selector, "forecast")
+        return {SELECTORS[name].summary.name: SELECTORS[name].summary for name in names}
+
+    def _lengths(self, like: Tensor) -> Tensor:
+        return torch.full((like.shape[0],), self.length, dtype=torch.int32, device=like.device)
+
+
+def _heads(attention: Any, projected_B1C: Tensor) -> Tensor:
+    """Return [B, heads, 1, D]."""
+    heads: Tensor = projected_B1C.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    return heads
+
+
+def _rotated(
+    attention: Any, part: str, hidden_B1C: Tensor, rotation: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return the query or the key as attention sees it, [B, heads, 1, D]."""
+    heads = _heads(attention, getattr(attention, f"{part}_proj")(hidden_B1C))
+    norm = getattr(attention, f"{part}_norm", None)
+    return _rotate(heads if norm is None else norm(heads), rotation)
+
+
+def _rotate(heads_BH1D: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cos_B1D, sin_B1D = rotation
+    left, right = heads_BH1D.chunk(2, dim=-1)
+    turned = torch.cat((-right, left), dim=-1)
+    rotated: Tensor = heads_BH1D * cos_B1D[:, None] + turned * sin_B1D[:, None]
+    return rotated

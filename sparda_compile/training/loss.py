@@ -1,0 +1,214 @@
+"""One layer's loss: how far the Forecast's spread over windows is from the attention's own.
+
+    T[g, p, :] = cell / (sum(cell) + 1e-8)                    the teacher, see `teacher.py`
+    S[g, p, :] = softmax_c(f_g[p] . pooled_k[g, c] / sqrt(D))      over c with stride * c <= p
+    M[g, p]    = the top_k blocks by max-pooled T that are neither sink nor local nor current
+    buckets    = the cells stride-aligned to the blocks of M, and one bucket for all the rest
+    loss       = sum_{g, p} KL(buckets of T || buckets of S) / (G * T)              mean over B
+
+Buckets are clamped to at least 1e-8 and normalised again. A query whose blocks are all forced has
+one bucket and adds nothing. Teacher, keys and queries are constants; the gradient reaches the
+Forecast alone.
+
+Differs from the released recipe: float32 throughout (there the teacher and the student's softmax
+are rounded to bfloat16); a cell that no block of M has is left out of the clamp.
+
+Source: SparDA (arXiv 2606.04511), Forecast training; teacher-selected support with a rest bucket.
+
+Dimensions: B batch, H heads, G groups, T tokens, Q queries of a tile, N blocks, W pooled windows,
+K selected cells, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sparda_compile.selectors import Geometry
+from sparda_compile.selectors.pooled_keys import windows_to_blocks
+from sparda_compile.training.teacher import Backend, aligned_teacher, fine_keys, num_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparda_compile.config import SpardaConfig
+
+__all__ = [
+    "backward_loss",
+    "best_blocks",
+    "first_supervised",
+    "free_blocks",
+    "geometry_of",
+    "pool_keys",
+    "tile_loss",
+]
+
+_SMALLEST: Final = 1e-8
+# Elements of one [B, G, Q, W] tensor; a dozen of them are alive at once, 64 MiB each.
+_TILE_ELEMENTS: Final = 1 << 24
+
+
+def geometry_of(config: SpardaConfig, num_tokens: int) -> Geometry:
+    """Return the block geometry of a sequence."""
+    num_blocks = -(-num_tokens // config.block_size)
+    return Geometry(num_blocks, config.block_size, config.pool_size, config.pool_stride)
+
+
+def first_supervised(config: SpardaConfig) -> int:
+    """Return the first position that has a block which is neither sink nor local nor current."""
+    return (config.sink_blocks + config.local_blocks + 1) * config.block_size
+
+
+def pool_keys(k_BGTD: Tensor, config: SpardaConfig) -> Tensor:
+    """Return the deployed pooled keys of a whole sequence, [B, G, W, D], in the keys' dtype."""
+    windows = k_BGTD.float().unfold(2, config.pool_size, config.pool_stride)
+    return windows.mean(-1).to(k_BGTD.dtype)
+
+
+def backward_loss(
+    forecast_BGTD: Tensor,
+    query_BHTD: Tensor,
+    k_BGTD: Tensor,
+    config: SpardaConfig,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    weight: float = 1.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compute the loss of one layer and send its gradient into the Forecast at once.
+
+    Works in tiles of queries, so that memory is linear in T.
+
+    Args:
+        forecast_BGTD: Predicted queries, after rotation; if they need no gradient, only the loss
+            is computed.
+        query_BHTD: The layer's true queries, after rotation.
+        k_BGTD: Its keys, after rotation.
+        config: Sizes of blocks and windows; `top_k` is a number.
+        scale: Factor on q . k of the model.
+        softcap: Soft cap on the scores, 0.0 for none.
+        weight: Factor on the gradient, not on what is returned.
+        backend: Of the teacher.
+
+    Returns:
+        The loss, a float32 scalar in nats without a graph.
+    """
+    batch, groups, num_tokens, _ = forecast_BGTD.shape
+    query_BHTD, k_BGTD = query_BHTD.detach(), k_BGTD.detach()
+    needs_gradient = forecast_BGTD.requires_grad
+    fine_BGJD = fine_keys(k_BGTD)
+    pooled_BGWD = pool_keys(k_BGTD, config).float()
+    width = num_windows(num_tokens, config.pool_size, config.pool_stride)
+    step = max(1, _TILE_ELEMENTS // max(batch * groups * width, 1))
+    step = min(step, 8192)
+    total = torch.zeros((), dtype=torch.float32, device=k_BGTD.device)
+    gradient = torch.zeros_like(forecast_BGTD, dtype=torch.float32) if needs_gradient else None
+    for start in range(first_supervised(config), num_tokens, step):
+        queries = range(start, min(start + step, num_tokens))
+        with torch.no_grad():
+            target = aligned_teacher(
+                query_BHTD, fine_BGJD, queries, (config.pool_size, config.pool_stride), scale,
+                softcap, backend,
+            )  # fmt: skip
+        leaf = forecast_BGTD[:, :, queries.start : queries.stop].detach().float()
+        with torch.set_grad_enabled(needs_gradient):
+            leaf.requires_grad_(needs_gradient)
+            pooled = pooled_BGWD[:, :, : target.shape[-1]]
+            loss = tile_loss(leaf, pooled, target, queries, config) / num_tokens
+            if gradient is not None:
+                (part,) = torch.autograd.grad(loss, leaf)
+                gradient[:, :, queries.start : queries.stop] = part
+        total += loss.detach()
+    if gradient is not None:
+        forecast_BGTD.backward((gradient * weight).to(forecast_BGTD.dtype))
+    return total
+
+
+def tile_loss(
+    forecast_BGQD: Tensor,
+    pooled_BGWD: Tensor,
+    cells_BGQW: Tensor,
+    queries: range,
+    config: SpardaConfig,
+) -> Tensor:
+    """Return the divergence of a range of queries, summed, over B * G; a float32 scalar.
+
+    Args:
+        forecast_BGQD: Float32 Forecasts of these queries.
+        pooled_BGWD: Float32 pooled keys of the windows that `cells_BGQW` has.
+        cells_BGQW: The teacher's mass, as `aligned_teacher` returns it.
+        queries: Positions.
+        config: Sizes.
+    """
+    position_Q = torch.arange(queries.start, queries.stop, device=forecast_BGQD.device)
+    with torch.no_grad():
+        target_BGQW = cells_BGQW / (cells_BGQW.sum(-1, keepdim=True) + _SMALLEST)
+        cell_BGQK, is_cell = _supervised_cells(target_BGQW, position_Q, config, queries.stop)
+        target_BGQK = target_BGQW.gather(-1, cell_BGQK).where(is_cell, 0.0)
+        target_rest = target_BGQW.sum(-1, keepdim=True) - target_BGQK.sum(-1, keepdim=True)
+        target = _normalised(torch.cat([target_BGQK, target_rest.clamp(min=0.0)], dim=-1), is_cell)
+    logits_BGQW = forecast_BGQD @ pooled_BGWD.transpose(-1, -2) / math.sqrt(forecast_BGQD.shape[-1])
+    starts_W = torch.arange(pooled_BGWD.shape[2], device=position_Q.device) * config.pool_stride
+    logits_BGQW = logits_BGQW.masked_fill(starts_W > position_Q[:, None], float("-inf"))
+    log_total = logits_BGQW.logsumexp(-1, keepdim=True)
+    student_BGQK = (logits_BGQW.gather(-1, cell_BGQK) - log_total).exp().where(is_cell, 0.0)
+    student_rest = (1.0 - student_BGQK.sum(-1, keepdim=True)).clamp(min=0.0)
+    student = _normalised(torch.cat([student_BGQK, student_rest], dim=-1), is_cell)
+    divergence = (target * (target.clamp(min=1e-30).log() - student.clamp(min=1e-30).log())).sum()
+    batch, groups = forecast_BGQD.shape[:2]
+    return divergence / (batch * groups)
+
+
+def _supervised_cells(
+    target_BGQW: Tensor, position_Q: Tensor, config: SpardaConfig, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Return the cells of the blocks that the teacher selects, and which of them there are.
+
+    Both [B, G, Q, K], K = top_k * block_size / pool_stride at most.
+    """
+    geometry = geometry_of(config, num_tokens)
+    blocks_BGQN = windows_to_blocks(target_BGQW, geometry)
+    free_QN = free_blocks(position_Q, config, geometry.num_blocks)
+    assert config.top_k is not None
+    count = min(config.top_k, geometry.num_blocks)
+    best = best_blocks(blocks_BGQN, free_QN, count)
+    picked = free_QN.expand_as(blocks_BGQN).gather(-1, best)
+    ratio = config.block_size // config.pool_stride
+    offsets = torch.arange(ratio, device=best.device)
+    cell = (best[..., None] * ratio + offsets).flatten(-2)
+    width = target_BGQW.shape[-1]
+    is_cell = picked[..., None].expand(*picked.shape, ratio).flatten(-2) & (cell < width)
+    return cell.clamp(max=width - 1), is_cell
+
+
+def free_blocks(position_Q: Tensor, config: SpardaConfig, num_blocks: int) -> Tensor:
+    """Return [Q, N] bool: the blocks that a query may pick beyond those it always reads."""
+    block_N = torch.arange(num_blocks, device=position_Q.device)
+    current_Q1 = (position_Q // config.block_size)[:, None]
+    return (block_N >= config.sink_blocks) & (block_N < current_Q1 - config.local_blocks)
+
+
+def best_blocks(scores_BGQN: Tensor, free_QN: Tensor, count: int) -> Tensor:
+    """Return the ids of the best free blocks, [B, G, Q, count] int64, others if there are fewer.
+
+    Ties go to the lower id, as in `select_blocks`. They are common: two neighbouring blocks share
+    the window that touches both.
+    """
+    bits = scores_BGQN.float().contiguous().view(torch.int32)
+    # Makes the order of the bits, read as integers, that of the floats.
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    num_blocks = scores_BGQN.shape[-1]
+    later_N = torch.arange(num_blocks, device=bits.device)
+    key = (ordered * num_blocks - later_N).masked_fill(~free_QN, torch.iinfo(torch.int64).min)
+    return key.topk(count, dim=-1, sorted=False).indices
+
+
+def _normalised(buckets: Tensor, is_cell: Tensor) -> Tensor:
+    """Clamp the buckets that there are and make them sum to one; the others stay zero."""
+    clamped = buckets.clamp(min=_SMALLEST)
+    exists = torch.cat([is_cell, torch.ones_like(is_cell[..., :1])], dim=-1)
+    clamped = clamped.where(exists, 0.0)
+    return clamped / clamped.sum(-1, keepdim=True)

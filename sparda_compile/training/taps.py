@@ -1,0 +1,262 @@
+"""The prefill graph as a training forward: every attention dense, every Forecast tapped.
+
+Begins with the sites that `FindAttention` tags, so what `optimize` takes can be trained. Before:
+
+    %kv_update = sparda.kv_update(%k, %v, 1)
+    %attn = scaled_dot_product_attention(%q, %key, %value, attn_mask=%mask)
+
+and after:
+
+    %forecast_1 = rotation of layer 1(linear(%hidden_0, %sparda_forecast_1))
+    %tap = call_module[sparda_tap_1](%forecast_1, %q, %k)
+    %attn = causal_attention(%q, %k, %v, scale, softcap, window)
+
+The Forecast is made by `hints.forecast.emit_forecast`, as for a decode step: what is trained is
+what is deployed. Nothing behind the last tap is left, so neither the last MLP nor the head runs. No
+weight of the model needs a gradient, so autograd keeps nothing but the input of each projection,
+until the tap of the layer has sent its loss back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor, fx, nn
+
+from sparda_compile.cache_layout import CacheLayout, LayerShape
+from sparda_compile.capture import specialize
+from sparda_compile.config import round_up
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.hints import HintPoint
+from sparda_compile.hints.forecast import emit_forecast, forecast_name
+from sparda_compile.machine import MACHINES
+from sparda_compile.passes.base import AttentionSite, PassContext
+from sparda_compile.passes.find_attention import FindAttention, sites_of
+from sparda_compile.passes.fx import call_name, fake_value, tensor_shape
+from sparda_compile.passes.manager import run_passes
+from sparda_compile.passes.replace_attention import StateInputs
+from sparda_compile.program import Captures
+from sparda_compile.training.attention import causal_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparda_compile.config import SpardaConfig
+
+__all__ = ["Listener", "TappedForward", "captures_of", "tap_forward"]
+
+Listener = Callable[[AttentionSite, Tensor, Tensor, Tensor], None]
+"""Takes a site, its Forecast [B, G, T, D], its query [B, H, T, D] and its keys [B, G, T, D]."""
+
+_PLANNED_TOKENS: Final = 4096
+# Nodes without a user that have to stay.
+_CONTEXTS: Final = frozenset({"_enter_autocast", "_exit_autocast"})
+
+
+class _Tap(nn.Module):
+    """Hands one layer's tensors to the listener of the moment."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        super().__init__()
+        self.site = site
+        self.listener: Listener | None = None
+
+    def forward(self, forecast_BGTD: Tensor, query_BHTD: Tensor, k_BGTD: Tensor) -> None:
+        """Call the listener, if there is one."""
+        if self.listener is not None:
+            self.listener(self.site, forecast_BGTD, query_BHTD, k_BGTD)
+
+
+@dataclasses.dataclass(frozen=True)
+class TappedForward:
+    """A model's forward over whole sequences, up to the last layer that has a Forecast.
+
+    Attributes:
+        graph_module: The rewritten graph.
+        sites: The layers that have a Forecast, in order.
+        shapes: Shape [G * D, hidden] of each projection, by target layer.
+        taps: The module that listens at each layer.
+        arguments: For each placeholder its value, or the name of what a call passes in.
+    """
+
+    graph_module: fx.GraphModule
+    sites: tuple[AttentionSite, ...]
+    shapes: dict[int, tuple[int, int]]
+    taps: tuple[_Tap, ...]
+    arguments: tuple[Tensor | str, ...]
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        forecast: Mapping[int, Tensor],
+        listener: Listener | None,
+    ) -> None:
+        """Run the model.
+
+        Args:
+            input_ids: [B, T] int64, all of them real tokens; B as traced.
+            position_ids: [B, T] int64.
+            forecast: Projections by target layer, in the model's dtype.
+            listener: Called once per layer, in order, while the model runs; None runs the
+                backbone alone.
+        """
+        call: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "num_tokens": input_ids.shape[1],
+            **{forecast_name(layer): weight for layer, weight in forecast.items()},
+        }
+        for tap in self.taps:
+            tap.listener = listener
+        try:
+            self.graph_module(*[call[a] if isinstance(a, str) else a for a in self.arguments])
+        finally:
+            for tap in self.taps:
+                tap.listener = None
+
+
+def captures_of(model: nn.Module) -> Captures:
+    """Return the traced forwards of a model, or of what `optimize` returned.
+
+    Raises:
+        UnsupportedInputError: If it is no module, in training mode, or no causal LM.
+        AttentionNotFoundError: If it has layers that are not implemented.
+    """
+    from sparda_compile.module import OptimizedModule
+    from sparda_compile.plain import as_causal_lm, sliding_windows
+
+    if isinstance(model, OptimizedModule):
+        return model.captures
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInputError(
+            f"model is a {type(model).__name__}; pass a torch.nn.Module, such as what "
+            "AutoModelForCausalLM.from_pretrained returns."
+        )
+    if model.training:
+        raise UnsupportedInputError(
+            f"{type(model).__name__} is in training mode; call model.eval() first: the model "
+            "stays as it is, only the Forecast is trained."
+        )
+    causal_lm = as_causal_lm(model)
+    return Captures(causal_lm, sliding_windows(causal_lm))
+
+
+def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> TappedForward:
+    """Build the training forward of a model for one batch size.
+
+    Args:
+        captures: The traced model.
+        config: Sizes of blocks and windows.
+        batch_size: Sequences of a batch.
+
+    Raises:
+        AttentionNotFoundError: If the model has no attention, or one that is not implemented.
+        PassError: If a rotation cannot be applied to a Forecast.
+        UnsupportedInputError: If every attention has a sliding window.
+    """
+    captured = captures.get("prefill", last_logits_only=True)
+    gm = specialize(captured, batch_size)
+    ctx = PassContext(
+        config, "prefill", dict(captures.windows), captures.model_name, None, MACHINES["cpu"]
+    )
+    run_passes(gm, [FindAttention(captured.weights)], ctx)
+    points = _points(gm.graph, config, batch_size)
+    if not points:
+        raise UnsupportedInputError(
+            f"{captures.model_name} has a sliding window in every attention; such layers stay "
+            "dense and use no Forecast, so there is nothing to train. Use mode='dense'."
+        )
+    taps = []
+    for point in points:
+        tap = _Tap(point.target)
+        gm.add_submodule(f"sparda_tap_{point.target.layer}", tap)
+        taps.append(tap)
+        _insert_tap(gm.graph, point.target, emit_forecast(point))
+    for site in sites_of(gm.graph):
+        _attend_densely(gm.graph, site)
+    _prune(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return TappedForward(
+        gm,
+        tuple(point.target for point in points),
+        {p.target.layer: _projection_shape(p) for p in points},
+        tuple(taps),
+        tuple(
+            _argument(n, captured.inputs, captured.weights)
+            for n in gm.graph.nodes
+            if n.op == "placeholder"
+        ),
+    )
+
+
+def _points(graph: fx.Graph, config: SpardaConfig, batch_size: int) -> list[HintPoint]:
+    """Return where Forecasts come from and go to, as InsertForecast pairs them in a decode."""
+    sites = sites_of(graph)
+    max_tokens = round_up(_PLANNED_TOKENS, config.block_size)
+    shapes = {
+        s.layer: LayerShape(
+            s.layer, s.kind, s.num_groups, s.head_dim, min(s.window, max_tokens),
+            fake_value(s.k).dtype,
+        )
+        for s in sites
+    }  # fmt: skip
+    layout = CacheLayout(config, tuple(shapes.values()), batch_size, max_tokens)
+    state = StateInputs(graph, layout)
+    return [
+        HintPoint(graph, source, target, {}, shapes[target.layer], state, layout)
+        for source, target in zip([sites[0], *sites[:-1]], sites, strict=True)
+        if not target.window
+    ]
+
+
+def _projection_shape(point: HintPoint) -> tuple[int, int]:
+    target = point.target
+    return target.num_groups * target.head_dim, int(tensor_shape(point.source.hidden)[2])
+
+
+def _insert_tap(graph: fx.Graph, site: AttentionSite, forecast: fx.Node) -> None:
+    with graph.inserting_before(site.anchor):
+        graph.call_module(f"sparda_tap_{site.layer}", (forecast, site.query, site.k))
+
+
+def _attend_densely(graph: fx.Graph, site: AttentionSite) -> None:
+    old = site.anchor
+    args = (site.query, site.k, site.v, site.scale, site.softcap, site.window)
+    with graph.inserting_before(old):
+        new = graph.call_function(causal_attention, args)
+    # Not propagated: on symbolic lengths its loop over tiles would have to know them.
+    new.meta = {key: value for key, value in old.meta.items() if key != "sparda"}
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+
+
+def _prune(graph: fx.Graph) -> None:
+    """Return nothing from the graph, and erase what no tap needs."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (None,)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and call_name(node) == "_set_grad_enabled":
+            # The model's own no_grad regions end in a set: without them the trainer's mode holds.
+            graph.erase_node(node)
+            continue
+        if node.users or node.op in ("placeholder", "output", "call_module"):
+            continue
+        name = call_name(node)
+        changes_something = name == "setitem" or (name.endswith("_") and node.op == "call_method")
+        if not changes_something and name not in _CONTEXTS:
+            graph.erase_node(node)
+
+
+def _argument(
+    node: fx.Node, inputs: Mapping[str, str], weights: Mapping[str, Tensor]
+) -> Tensor | str:
+    """Return a weight, or the name of what a call passes in."""
+    if node.name in weights:
+        return weights[node.name].detach()
+    if not isinstance(fake_value(node), Tensor):
+        return "num_tokens"
+    return inputs.get(node.name, node.name)

@@ -1,0 +1,385 @@
+"""`train_forecast`: teach every layer's Forecast to point where the layer's attention looks.
+
+One forward of the frozen model per batch. At each layer the loss is computed and sent back into
+that layer's projection alone, so nothing is recomputed and memory is linear in the length.
+
+Constants are those of SparDA (arXiv 2606.04511), Forecast training: AdamW, betas 0.9 and 0.95,
+eps 1e-6, weight decay 0.01, gradient norm clipped at 0.5, constant rate 5e-4, 2000 steps of 32
+sequences of 64K tokens, every layer's loss with weight one.
+
+Differs from the released recipe: master weights and moments are float32, and the model attends
+densely (there it reads the blocks that the teacher chose).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from sparda_compile.config import SpardaConfig
+from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights
+from sparda_compile.program import initial_forecast
+from sparda_compile.training import parallel
+from sparda_compile.training.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    random_states,
+    restore_random_states,
+)
+from sparda_compile.training.data import check_batch, endless
+from sparda_compile.training.loss import backward_loss
+from sparda_compile.training.recall import block_recall
+from sparda_compile.training.taps import TappedForward, captures_of, tap_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from sparda_compile.passes.base import AttentionSite
+    from sparda_compile.training.teacher import Backend
+
+__all__ = ["ForecastTrainer", "StepReport", "train_forecast"]
+
+_log = logging.getLogger(__name__)
+
+_BETAS: Final = (0.9, 0.95)
+_EPS: Final = 1e-6
+_WEIGHT_DECAY: Final = 0.01
+_LARGEST_NORM: Final = 0.5
+_RECALL_QUERIES: Final = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step saw, on the first process.
+
+    Attributes:
+        step: Steps done, this one included.
+        losses: Loss of each layer in nats, over all sequences of the step, before the update.
+        recalls: Share of the true query's blocks that each layer's Forecast picks at equal
+            budget, sink and local blocks left out; NaN where a sequence is too short for a choice.
+        gradient_norm: Norm of the gradient before clipping.
+        num_tokens: Tokens of the step, over all processes.
+        seconds: Time that the step took.
+    """
+
+    step: int
+    losses: dict[int, float]
+    recalls: dict[int, float]
+    gradient_norm: float
+    num_tokens: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over the layers."""
+        return sum(self.losses.values()) / len(self.losses)
+
+    @property
+    def recall(self) -> float:
+        """Mean over the layers."""
+        return sum(self.recalls.values()) / len(self.recalls)
+
+
+class ForecastTrainer:
+    """Projections in training, their optimizer, and the model that teaches them.
+
+    Args:
+        model: As for `train_forecast`.
+        config: As for `train_forecast`; `top_k` must be a number.
+        lr: Learning rate.
+        recall_queries: Positions per sequence that recall is measured at; 0 for none.
+        backend: Of the teacher.
+
+    Raises:
+        ConfigError: If `top_k` is not a number of at least one.
+        UnsupportedInputError: If the model is in training mode, or not one that `optimize` takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SpardaConfig,
+        lr: float,
+        *,
+        recall_queries: int = _RECALL_QUERIES,
+        backend: Backend = "auto",
+    ) -> None:
+        if not config.top_k:
+            raise ConfigError(
+                f"top_k={config.top_k} leaves a Forecast nothing to choose; train with the number "
+                "of blocks that it is to pick, such as 62, the paper's."
+            )
+        if not lr > 0.0:
+            raise ConfigError(f"lr={lr} is not allowed; use more than 0, such as 5e-4.")
+        self.config = config
+        self.captures = captures_of(model)
+        self.device = next(self.captures.model.parameters()).device
+        self.dtype = next(self.captures.model.parameters()).dtype
+        self.steps_done = 0
+        self.longest = 0
+        self._lr = lr
+        self._recall_queries = recall_queries
+        self._backend: Backend = backend
+        self._forwards: dict[int, TappedForward] = {}
+        fresh = initial_forecast(self._forward(1).shapes, torch.float32, self.device)
+        self.weights = {layer: nn.Parameter(weight) for layer, weight in fresh.items()}
+        self.optimizer = torch.optim.AdamW(
+            list(self.weights.values()), lr, betas=_BETAS, eps=_EPS, weight_decay=_WEIGHT_DECAY
+        )
+
+    def step(self, batches: Sequence[Tensor]) -> StepReport:
+        """Take one optimizer step.
+
+        Args:
+            batches: This process's token ids, [B, T] each; their gradients are averaged.
+
+        Returns:
+            What the step saw; waits for the device.
+
+        Raises:
+            UnsupportedInputError: If a batch does not fit the model, or the loss is not finite.
+        """
+        start = time.perf_counter()
+        losses = {layer: torch.zeros((), device=self.device) for layer in self.weights}
+        recalls = dict(losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, ids in enumerate(batches):
+            is_last = number == len(batches) - 1
+            self._accumulate(ids, 1.0 / len(batches), losses, recalls if is_last else None)
+        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        parallel.average_([*gradients, *losses.values(), *recalls.values()])
+        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), _LARGEST_NORM)
+        numbers = torch.stack([*losses.values(), *recalls.values(), norm]).tolist()
+        finite = map(math.isfinite, numbers)
+        bad = [layer for layer, is_finite in zip(losses, finite, strict=False) if not is_finite]
+        if bad or not math.isfinite(numbers[-1]):
+            raise UnsupportedInputError(
+                f"the loss or its gradient is not finite at step {self.steps_done + 1} (layers "
+                f"{bad}): the model computes NaN or infinity on this batch. Check its weights, "
+                "and run it in bfloat16 or float32 rather than float16."
+            )
+        self.optimizer.step()
+        self.steps_done += 1
+        num_tokens = sum(ids.numel() for ids in batches) * parallel.world_size()
+        count = len(losses)
+        return StepReport(
+            self.steps_done,
+            dict(zip(losses, numbers[:count], strict=True)),
+            dict(zip(losses, numbers[count : 2 * count], strict=True)),
+            numbers[-1],
+            num_tokens,
+            time.perf_counter() - start,
+        )
+
+    def _accumulate(
+        self,
+        ids: Tensor,
+        share: float,
+        losses: dict[int, Tensor],
+        recalls: dict[int, Tensor] | None,
+    ) -> None:
+        """Add one batch's losses and gradients."""
+        check_batch(ids, self.config, self._vocab_size)
+        self.longest = max(self.longest, ids.shape[1])
+
+        def listen(site: AttentionSite, forecast: Tensor, query: Tensor, k: Tensor) -> None:
+            loss = backward_loss(
+                forecast, query, k, self.config, site.scale,
+                softcap=site.softcap, weight=share, backend=self._backend,
+            )  # fmt: skip
+            losses[site.layer] = losses[site.layer] + loss * share
+            if recalls is not None:
+                recalls[site.layer] = block_recall(
+                    forecast.detach(), query, k, self.config, site.scale, self._recall_queries
+                )
+
+        self.run(ids, listen)
+
+    def run(self, ids: Tensor, listener: Callable[..., None] | None) -> None:
+        """Run the model over a batch with a listener; None runs the backbone alone."""
+        ids = ids.to(self.device, non_blocking=True)
+        positions = torch.arange(ids.shape[1], device=self.device).expand(ids.shape)
+        forward = self._forward(ids.shape[0])
+        with torch.enable_grad():
+            weights = {layer: weight.to(self.dtype) for layer, weight in self.weights.items()}
+            forward(ids, positions, weights, listener)
+
+    def forecast(self) -> ForecastWeights:
+        """Return a copy of the projections, float32."""
+        tensors = {layer: weight.detach().clone() for layer, weight in self.weights.items()}
+        return ForecastWeights(tensors, self.info())
+
+    def info(self) -> ForecastInfo:
+        """Return what the projections are for."""
+        sites = self._forward(1).sites
+        config = self.config
+        assert config.top_k is not None
+        return ForecastInfo(
+            model=self.captures.model_name,
+            layers=tuple(site.layer for site in sites),
+            groups=tuple(site.num_groups for site in sites),
+            head_dim=tuple(site.head_dim for site in sites),
+            hidden=tuple(self.weights[site.layer].shape[1] for site in sites),
+            block_size=config.block_size,
+            pool_size=config.pool_size,
+            pool_stride=config.pool_stride,
+            top_k=config.top_k,
+            steps=self.steps_done,
+            num_tokens=self.longest,
+            versions={name: _version(name) for name in ("sparda-compile", "torch")},
+        )
+
+    def checkpoint(self, num_batches: int) -> Checkpoint:
+        """Return the state of the run."""
+        weights = {layer: weight.detach() for layer, weight in self.weights.items()}
+        rng = random_states(self.device)
+        return Checkpoint(
+            self.steps_done, num_batches, weights, self.optimizer.state_dict(), rng, self.info()
+        )
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a state.
+
+        Raises:
+            ConfigError: If it is the state of another model or of other sizes.
+        """
+        names = ("model", "layers", "groups", "head_dim", "hidden")
+        sizes = ("block_size", "pool_size", "pool_stride", "top_k")
+        here, there = self.info(), checkpoint.info
+        for name in (*names, *sizes):
+            if getattr(here, name) != getattr(there, name):
+                raise ConfigError(
+                    f"the checkpoint was trained with {name}={getattr(there, name)}, this run has "
+                    f"{name}={getattr(here, name)}; resume with the same model and configuration."
+                )
+        for layer, weight in self.weights.items():
+            weight.copy_(checkpoint.weights[layer])
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr
+        self.steps_done, self.longest = checkpoint.step, there.num_tokens
+        restore_random_states(checkpoint.rng, self.device)
+
+    def _forward(self, batch_size: int) -> TappedForward:
+        if batch_size not in self._forwards:
+            self._forwards[batch_size] = tap_forward(self.captures, self.config, batch_size)
+        return self._forwards[batch_size]
+
+    @property
+    def _vocab_size(self) -> int | None:
+        config: Any = getattr(self.captures.model, "config", None)
+        return getattr(config.get_text_config(), "vocab_size", None) if config else None
+
+
+def train_forecast(
+    model: nn.Module,
+    token_batches: Iterable[Tensor],
+    *,
+    config: SpardaConfig | None = None,
+    steps: int = 2000,
+    lr: float = 5e-4,
+    accumulate: int = 1,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    save_every: int = 50,
+    on_step: Callable[[StepReport], None] | None = None,
+    progress: bool = True,
+) -> ForecastWeights:
+    """Train the Forecast projections of a model; the model itself is left as it is.
+
+    Under `torchrun` every process takes its own batches out of the same iterable and gradients
+    are averaged, so a step sees `accumulate` batches of each.
+
+    Args:
+        model: What `optimize` takes, or what it returned, in eval mode; on the CPU or a GPU.
+        token_batches: Token ids [B, T] int64 without padding. Gone through again when it ends and
+            can be; see `sparda_compile.training.data` for texts and data sets.
+        config: Sizes of blocks and pooled keys and `top_k`; None is `SpardaConfig()`. Use the
+            same ones in `optimize`.
+        steps: Optimizer steps in all, those before a resumption included.
+        lr: Learning rate, constant.
+        accumulate: Batches per step and process.
+        out: Safetensors file to write; a checkpoint is kept beside it.
+        resume: Checkpoint to go on from.
+        save_every: Steps between checkpoints.
+        on_step: Called after each step, on the first process.
+        progress: Whether to show a progress bar, on a terminal.
+
+    Returns:
+        The projections by target layer, float32; pass them to `optimize(forecast=...)`.
+
+    Raises:
+        ConfigError: If a number is not allowed, the checkpoint does not fit, or the batches end.
+        UnsupportedInputError: If the model or a batch cannot be trained on.
+        CaptureError: If the model's forward cannot be traced as one graph.
+        AttentionNotFoundError: If it has no attention, or one that is not implemented.
+    """
+    for name, value in (("steps", steps), ("accumulate", accumulate), ("save_every", save_every)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is too small; use 1 or more.")
+    trainer = ForecastTrainer(model, config or SpardaConfig(), lr)
+    num_used = 0
+    if resume is not None:
+        checkpoint = Checkpoint.load(resume)
+        trainer.restore(checkpoint)
+        num_used = checkpoint.num_batches
+        if trainer.steps_done >= steps:
+            raise ConfigError(
+                f"resume={str(resume)!r} has done {trainer.steps_done} steps, so there are none "
+                f"left of steps={steps}; raise steps."
+            )
+    with parallel.process_group(trainer.device), _bar(steps, shown=progress) as advance:
+        per_step = accumulate * parallel.world_size()
+        batches = endless(token_batches, num_used, parallel.rank(), parallel.world_size())
+        while trainer.steps_done < steps:
+            report = trainer.step([next(batches) for _ in range(accumulate)])
+            num_used += per_step
+            if parallel.rank():
+                continue
+            _log.debug("step %d: loss %.4f, recall %.3f", report.step, report.loss, report.recall)
+            advance(report)
+            if on_step is not None:
+                on_step(report)
+            if out is not None and (report.step % save_every == 0 or report.step == steps):
+                trainer.checkpoint(num_used).save(checkpoint_path(out))
+        weights = trainer.forecast()
+        if out is not None and parallel.rank() == 0:
+            weights.save(out)
+    return weights
+
+
+@contextlib.contextmanager
+def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[StepReport], None]]:
+    """Yield what shows a step on a terminal's progress bar, or does nothing."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not shown or parallel.rank() or not console.is_terminal:
+        yield lambda report: None
+        return
+    text = TextColumn("loss {task.fields[loss]:.4f}  recall {task.fields[recall]:.3f}")
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), text)
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("training", total=steps, loss=math.nan, recall=math.nan)
+        yield lambda report: bar.update(
+            task, completed=report.step, loss=report.loss, recall=report.recall
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

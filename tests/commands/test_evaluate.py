@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from sparda_compile import cli
+from sparda_compile.evaluation.vocabulary import NUM_TOKENS
+from sparda_compile.small_model import has_small_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=NUM_TOKENS, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+
+
+SMALL = ("--tokens", 640, "--samples", 2, "--batch", 2, "--local-blocks", 1, "--budget", 0.4)
+
+
+def test_table_and_json_file(folder, tmp_path):
+    path = tmp_path / "found.json"
+    result = run(folder, *SMALL, "--task", "multi_key", "--json-file", path)
+    assert result.exit_code == 0, result.output
+    assert "query 40%" in result.stdout
+    assert "previous_layer" in result.stdout
+    assert f"Wrote {path}" in result.stdout.replace("\n", "")
+    assert "multi_key, 640 tokens" in result.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "query 40%"]
+
+
+def test_json_alone_and_several_of_each(folder):
+    result = run(
+        folder, *SMALL, "--budget", 0.5, "--tokens", 704, "--task", "single_needle", "--mode",
+        "query", "--selector", "infllm2", "--selector", "quest", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    names = ["query 40%", "query 50%", "query quest 40%", "query quest 50%"]
+    assert [(row["length"], row["name"]) for row in rows] == [
+        (length, name) for length in (640, 704) for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mode", "fast"], "use one of dense"),
+        (["--budget", "2"], "is not a share"),
+        (["--task", "poetry"], "use some of single_needle"),
+        (["--tokens", "8"], "local_blocks"),
+    ],
+)
+def test_wrong_usage(folder, arguments, words):
+    result = run(folder, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+
+
+def test_no_such_folder(tmp_path):
+    result = run(tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "no folder with a config.json" in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(has_small_model(), reason="the small model's weights are in this checkout")
+def test_small_model_without_weights():
+    result = run()
+    assert result.exit_code == 1
+    assert "weights are missing" in " ".join(result.stderr.split())

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sparda_compile
+from sparda_compile import optimize, train_forecast
+from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_weights import load_forecast
+from sparda_compile.training import trainer as trainer_module
+from sparda_compile.training.checkpoint import checkpoint_path
+from sparda_compile.training.trainer import ForecastTrainer
+
+pytestmark = pytest.mark.usefixtures("shared_capture")
+
+
+def train(gym, batches, steps, **options):
+    options = {"config": gym.config, "lr": 3e-3, "progress": False} | options
+    return train_forecast(gym.model, batches, steps=steps, **options)
+
+
+def test_loss_falls_and_recall_rises_and_a_decode_takes_the_weights(gym):
+    """Layer 0 forecasts from what its own query is made of, so much can be predicted."""
+    held_out = gym.batches(2, length=320, seed=9)
+    reports = []
+    weights = train(gym, gym.batches(12, length=320), 150, lr=1e-2, on_step=reports.append)
+    assert [r.step for r in reports] == list(range(1, 151))
+    assert all(r.num_tokens == 320 and r.seconds > 0 for r in reports)
+    trainer = ForecastTrainer(gym.model, gym.config, 1e-9)
+    fresh = trainer.step(held_out)
+    with torch.no_grad():
+        for layer, weight in trainer.weights.items():
+            weight.copy_(weights[layer])
+    trained = trainer.step(held_out)
+    assert trained.losses[0] < 0.85 * fresh.losses[0]
+    assert trained.loss < 0.9 * fresh.loss
+    assert trained.recalls[0] > fresh.recalls[0] + 0.15
+    assert trained.recall > fresh.recall + 0.1
+    config = gym.config.replace(mode="forecast", max_tokens=512)
+    fast = optimize(gym.model, config, forecast=weights)
+    assert fast.generate(held_out[0], max_new_tokens=2).shape == (1, 322)
+
+
+def test_the_model_is_left_as_it_is(gym):
+    before = {name: value.clone() for name, value in gym.model.state_dict().items()}
+    train(gym, gym.batches(1), 2)
+    after = gym.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.requires_grad and p.grad is None for p in gym.model.parameters())
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(gym, tmp_path):
+    batches = gym.batches(5)
+    whole = train(gym, batches, 7, accumulate=2, out=tmp_path / "whole" / "forecast.safetensors")
+    out = tmp_path / "forecast.safetensors"
+    train(gym, batches, 3, accumulate=2, out=out)
+    first = load_forecast(out)
+    resumed = train(gym, batches, 7, accumulate=2, out=out, resume=checkpoint_path(out))
+    assert (first.info.steps, resumed.info.steps) == (3, 7)
+    for layer, weight in whole.items():
+        assert torch.equal(weight, resumed[layer])
+        assert not torch.equal(weight, first[layer])
+    on_disk = load_forecast(out)
+    assert on_disk.info == resumed.info
+    assert all(torch.equal(on_disk[layer], weight) for layer, weight in resumed.items())
+
+
+def test_resumption_goes_on_with_the_next_batch_whatever_a_step_takes(gym, tmp_path, monkeypatch):
+    seen = []
+    step = ForecastTrainer.step
+
+    def noted(trainer, batches):
+        seen.append([int(ids[0, 0]) for ids in batches])
+        return step(trainer, batches)
+
+    monkeypatch.setattr(ForecastTrainer, "step", noted)
+    batches = [torch.cat([torch.tensor([[n]]), gym.batches(1)[0]], dim=1) for n in range(6)]
+    out = tmp_path / "forecast.safetensors"
+    train(gym, batches, 1, accumulate=3, out=out)
+    train(gym, batches, 3, accumulate=2, resume=checkpoint_path(out))
+    assert seen == [[0, 1, 2], [3, 4], [5, 0]]
+
+
+def test_accumulated_batches_are_one_large_batch(gym):
+    parts = gym.batches(2)
+    trainers = [ForecastTrainer(gym.model, gym.config, 1e-3) for _ in range(2)]
+    reports = [trainers[0].step(parts), trainers[1].step([torch.cat(parts)])]
+    assert math.isclose(reports[0].loss, reports[1].loss, rel_tol=1e-5)
+    for layer, weight in trainers[0].weights.items():
+        torch.testing.assert_close(weight.grad, trainers[1].weights[layer].grad)
+
+
+def test_gradient_is_clipped_and_the_optimizer_is_that_of_the_paper(gym, monkeypatch):
+    assert trainer_module._LARGEST_NORM == 0.5
+    monkeypatch.setattr(trainer_module, "_LARGEST_NORM", 0.01)
+    trainer = ForecastTrainer(gym.model, gym.config, 1e-3)
+    (group,) = trainer.optimizer.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-6, 0.01)
+    report = trainer.step(gym.batches(1))
+    gradients = torch.cat([w.grad.flatten() for w in trainer.weights.values()])
+    assert report.gradient_norm > 0.02
+    assert math.isclose(float(gradients.norm()), 0.01, rel_tol=1e-3)
+
+
+def test_master_weights_are_float32_and_the_model_sees_its_own_dtype(gym):
+    model = sparda_compile.testing.build("plain").to(torch.bfloat16)
+    trainer = ForecastTrainer(model, gym.config, 1e-3)
+    heard = []
+    trainer.run(gym.batches(1)[0], lambda site, forecast, *_: heard.append(forecast.dtype))
+    assert set(heard) == {torch.bfloat16}
+    report = trainer.step(gym.batches(1))
+    assert math.isfinite(report.loss)
+    for weight in trainer.weights.values():
+        assert weight.dtype == weight.grad.dtype == torch.float32
+        assert trainer.optimizer.state[weight]["exp_avg"].dtype == torch.float32
+
+
+def test_recall_of_a_sequence_without_a_choice_is_nan(gym):
+    report = ForecastTrainer(gym.model, gym.config, 1e-3).step(gym.batches(1, length=60))
+    assert math.isnan(report.recall)
+    assert report.loss > 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps=0 is too small"),
+        ({"accumulate": 0}, "accumulate=0 is too small"),
+        ({"lr": 0.0}, "lr=0.0 is not allowed"),
+        ({"resume": "nowhere.checkpoint"}, "nowhere.checkpoint.*no file"),
+    ],
+)
+def test_numbers_that_are_not_allowed(gym, options, words):
+    with pytest.raises(ConfigError, match=words):
+        train(gym, gym.batches(1), **({"steps": 1} | options))
+
+
+@pytest.mark.parametrize("top_k", [0, None])
+def test_top_k_must_leave_a_choice(gym, top_k):
+    with pytest.raises(ConfigError, match=f"top_k={top_k} leaves a Forecast nothing to choose"):
+        train(gym, gym.batches(1), 1, config=gym.config.replace(top_k=top_k))
+
+
+def test_checkpoint_of_other_sizes_or_too_far_is_refused(gym, tmp_path):
+    out = tmp_path / "forecast.safetensors"
+    train(gym, gym.batches(1), 1, out=out)
+    resume = checkpoint_path(out)
+    with pytest.raises(ConfigError, match=r"top_k=3, this run has top_k=4.*same model"):
+        train(gym, gym.batches(1), 2, resume=resume, config=gym.config.replace(top_k=4))
+    with pytest.raises(ConfigError, match=r"has done 1 steps.*raise steps"):
+        train(gym, gym.batches(1), 1, resume=resume)
+
+
+def test_loss_that_is_not_finite_stops(gym, monkeypatch):
+    trainer = ForecastTrainer(gym.model, gym.config, 1e-3)
+    before = trainer.weights[1].detach().clone()
+    with torch.no_grad():
+        trainer.weights[1][0, 0] = math.nan
+    with pytest.raises(UnsupportedInputError, match=r"not finite at step 1 \(layers \[1\]\)"):
+        trainer.step(gym.batches(1))
+    assert torch.equal(trainer.weights[1].detach()[1:], before[1:])
+    assert trainer.steps_done == 0
+
+
+def test_batches_that_do_not_fit_are_refused(gym):
+    trainer = ForecastTrainer(gym.model, gym.config, 1e-3)
+    with pytest.raises(UnsupportedInputError, match=r"40 tokens per sequence.*pass 49 or more"):
+        trainer.step(gym.batches(1, length=40))
+    with pytest.raises(UnsupportedInputError, match=r"ids from 0 to 256.*0 to 255"):
+        trainer.step([torch.arange(257)[None]])
+
+
+def test_it_is_a_function_of_the_package():
+    assert sparda_compile.train_forecast is train_forecast
+    assert isinstance(sparda_compile.testing.build("plain"), nn.Module)
