@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -24,6 +25,10 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tracing tiny models takes most of the time of a run. Dynamo's cache of fake tensors costs more
+# than it saves where few nodes are alike, and so do Python's frequent searches for garbage.
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+gc.set_threshold(50_000, 20, 100)
 
 torch.set_num_threads(1)
 

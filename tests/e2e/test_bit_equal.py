@@ -29,7 +29,7 @@ SMALL = {
     "max_tokens": MAX_TOKENS,
     "lowering": "eager",
 }
-HINTS = ("forecast", "previous_step", "previous_layer")
+HINTS = ("forecast", "previous_step", "previous_layer", "next_query")
 SEEDS = (None, 0, 1, 2, 3, 4)
 CHANGES = {
     "on_device": {"offload": "never"},

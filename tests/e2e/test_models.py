@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, explain, optimize
-from sparda_compile.testing import TINY_MODELS, build, tiny_llama
+from sparda_compile.testing import TINY_MODELS, tiny_llama
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are freshly:Use
 MODES = ("dense", "query", "forecast", "exact")
 PROMPTS = (1, 63, 64, 65, 700)
 RAGGED = (700, 65, 130)
+EAGER_LENGTHS = (RAGGED, (1,), (65,))
 # Room for the longest prompt and its tokens, so that all prompts share two programs per batch.
 CONFIG = SpardaConfig(
     mode="dense", top_k=None, block_size=16, lowering="eager", offload="always", max_tokens=768
@@ -124,19 +125,17 @@ def subjects(names: tuple[str, ...], attn: str) -> list[Any]:
     return [pytest.param((name, attn), id=f"{name}-{attn}") for name in names]
 
 
-SDPA = subjects(tuple(TINY_MODELS), "sdpa")
 # The plain module calls torch's attention whatever is asked for.
-EAGER = subjects(tuple(name for name in TINY_MODELS if name != "plain"), "eager")
+WITH_EAGER = tuple(name for name in TINY_MODELS if name != "plain")
 
 
 @pytest.fixture(scope="module")
-def subject(request: pytest.FixtureRequest) -> Subject:
-    name, attn = request.param
-    model = build(name, attn_implementation=attn)
-    return Subject(model, optimize(model, CONFIG))
+def subject(request: pytest.FixtureRequest, traced: Any) -> Subject:
+    found = traced(*request.param)
+    return Subject(found.model, optimize(found.fast, CONFIG))
 
 
-@pytest.mark.parametrize("subject", SDPA, indirect=True)
+@pytest.mark.parametrize("subject", subjects(tuple(TINY_MODELS), "sdpa"), indirect=True)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lengths", [*((n,) for n in PROMPTS), RAGGED], ids=str)
 def test_full_budget_generates_the_same_tokens(
@@ -147,18 +146,37 @@ def test_full_budget_generates_the_same_tokens(
     assert subject.dense.sparda.num_captures == 2
 
 
-# Eager attention becomes the same nodes as sdpa once it is rewritten; what may differ is what was
-# found. So here each mode has one prompt, few tokens, and no ragged batch.
-@pytest.mark.parametrize("subject", EAGER, indirect=True)
-@pytest.mark.parametrize(
-    ("mode", "num_prompt", "num_tokens"),
-    [("dense", 65, 20), ("query", 63, 20), ("forecast", 1, 20), ("exact", 130, 20)],
-)
-def test_full_budget_with_eager_attention(
-    subject: Subject, mode: str, num_prompt: int, num_tokens: int
+@pytest.mark.parametrize("name", WITH_EAGER)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_eager_attention_becomes_the_same_program(
+    traced: Any, rewrite: Any, name: str, phase: str
 ) -> None:
-    got = answer_of(subject.fast(mode), (num_prompt,), num_tokens)
-    assert_same_tokens(got, subject.answer((num_prompt,), num_tokens))
+    """So what holds above for sdpa holds for eager: every mode, every prompt, ragged batches.
+
+    Once attention is replaced, both forms leave the same ops on the same weights, and the same
+    sites; the passes that follow look at nothing else. `rewrite` says what is compared.
+    """
+    sdpa, eager = (traced(name, attn) for attn in ("sdpa", "eager"))
+    state = eager.model.state_dict()
+    assert all(torch.equal(state[key], w) for key, w in sdpa.model.state_dict().items())
+    ours, theirs = (rewrite(one.fast.captures, phase) for one in (eager, sdpa))
+    assert ours.lines == theirs.lines
+    assert {site.form for site in ours.sites} == {"eager"}
+
+
+EAGER_RUNS = [
+    pytest.param((name, "eager"), MODES[i % 4], EAGER_LENGTHS[i % 3], id=f"{name}-{MODES[i % 4]}")
+    for i, name in enumerate(WITH_EAGER)
+]
+
+
+@pytest.mark.parametrize(("subject", "mode", "lengths"), EAGER_RUNS, indirect=["subject"])
+def test_full_budget_with_eager_attention(
+    subject: Subject, mode: str, lengths: tuple[int, ...]
+) -> None:
+    """Each family once: what the test above proves equal does run, and equals its own original."""
+    got = answer_of(subject.fast(mode), lengths, 64)
+    assert_same_tokens(got, subject.answer(lengths, 64))
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +226,9 @@ def test_reserved_capacity_comes_in_few_sizes() -> None:
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_gemma3_keeps_its_sliding_layers_dense(attn: Any) -> None:
-    model = build("gemma3", attn_implementation=attn)
-    report = explain(model, CONFIG)
+def test_gemma3_keeps_its_sliding_layers_dense(traced: Any, attn: str) -> None:
+    gemma3 = traced("gemma3", attn)
+    model, report = gemma3.model, explain(gemma3.fast, CONFIG)
     assert report.error == ""
     kinds = {"sliding_attention": "window", "full_attention": "sparse"}
     assert [site.kind for site in report.sites] == [kinds[k] for k in model.config.layer_types]

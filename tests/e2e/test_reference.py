@@ -89,8 +89,10 @@ def test_llama_over_300_steps(llama, mode, selector):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "selector"), SELECTIONS)
-def test_qwen3(qwen3, mode, selector):
-    qwen3.check([prompt_of(n) for n in LENGTHS], 40, mode=mode, selector=selector, top_k=2, **SMALL)
+def test_qwen3_over_300_steps(qwen3, mode, selector):
+    qwen3.check(
+        [prompt_of(n) for n in LENGTHS], 301, mode=mode, selector=selector, top_k=2, **SMALL
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,287 @@
+"""The optimized module on a CUDA GPU: right, the same however it runs, and whole after a failure.
+
+Runs are long enough for every tail page to roll over many times, on a ragged batch of four.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import sparda_compile
+from sparda_compile import SpardaConfig
+from sparda_compile.errors import DevicePoolFullError, HostPoolFullError, UnsupportedInputError
+from sparda_compile.program import Program
+from sparda_compile.streams import CudaEngine, DelayEngine
+from sparda_compile.testing import random_forecast, tiny_llama
+
+pytestmark = pytest.mark.gpu
+
+PROMPT_LENGTHS = (200, 121, 90, 37)
+MAX_TOKENS = 2304
+STEPS = 2048
+MODES = ("query", "forecast", "exact", "exact/previous_step")
+SMALL = {"block_size": 16, "top_k": 3, "local_blocks": 1, "max_tokens": MAX_TOKENS}
+COPIES = ("insert_prefetch", "schedule_transfers")
+CHANGES = {
+    "offload off": {"offload": "never"},
+    "schedule off": {"disable_passes": COPIES},
+    "schedule off, fusion off": {"disable_passes": (*COPIES, "fuse_selection")},
+    "graph off": {"cuda_graph": False},
+    "page capacity 1.0": {"page_ratio": 1.0},
+    "page capacity 2.0": {"page_ratio": 2.0},
+    "first in, first out": {"eviction": "fifo"},
+}
+# Largest difference of a logit to the CPU reference, in units of the largest logit.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def forecast_of(model):
+    weights = random_forecast(model)
+    return {0 if key == "bootstrap" else key + 1: value for key, value in weights.items()}
+
+
+class Lab:
+    """One model, traced once; modules of it and what they generate."""
+
+    def __init__(self, dtype=torch.float32, device="cuda"):
+        model = tiny_llama()
+        self.forecast = forecast_of(model)
+        self.model = model.to(device=device, dtype=dtype)
+        self.device = device
+        self.traced = None
+        self.truths = {}
+        generator = torch.Generator().manual_seed(3)
+        longest = max(PROMPT_LENGTHS)
+        ids = torch.randint(1, 250, (len(PROMPT_LENGTHS), longest), generator=generator)
+        mask = torch.arange(longest) >= longest - torch.tensor(PROMPT_LENGTHS)[:, None]
+        self.ids, self.mask = ids.to(device), mask.long().to(device)
+
+    def module(self, mode="forecast", **changes):
+        mode, _, hint = mode.partition("/")
+        config = SpardaConfig(mode=mode, hint=hint or "forecast", **{**SMALL, **changes})
+        forecast = self.forecast if config.needs_forecast else None
+        module = sparda_compile.optimize(self.traced or self.model, config, forecast=forecast)
+        self.traced = self.traced or module
+        return module
+
+    def run(self, module, steps=STEPS):
+        """Return tokens and logits of a greedy generation."""
+        out = module.generate(
+            input_ids=self.ids, attention_mask=self.mask, max_new_tokens=steps, do_sample=False,
+            pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return out.sequences[:, self.ids.shape[1] :], torch.stack(out.logits)
+
+    def truth(self, mode):
+        """Return the run that the others of a mode must equal."""
+        mode = "query" if mode.startswith("exact") else mode
+        if mode not in self.truths:
+            self.truths[mode] = self.run(self.module(mode))
+        return self.truths[mode]
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Lab()
+
+
+@pytest.mark.parametrize("change", ["nothing", *CHANGES])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_do_not_depend_on_how_a_step_runs(lab, mode, change):
+    module = lab.module(mode, **CHANGES.get(change, {}))
+    tokens, logits = lab.run(module)
+    assert torch.isfinite(logits).all()
+    wanted_tokens, wanted = lab.truth(mode)
+    assert torch.equal(logits, wanted), (logits != wanted).any(-1).nonzero()[:3].tolist()
+    assert torch.equal(tokens, wanted_tokens)
+    decode = next(p for key, p in module._programs.items() if key[0] == "decode" and p.is_compiled)
+    assert decode.num_graphs == (0 if change == "graph off" else 1)
+    rolled_over = (STEPS - 1 + min(PROMPT_LENGTHS)) // 16 - min(PROMPT_LENGTHS) // 16
+    assert rolled_over > 30
+    if change != "offload off":
+        stats = module.sparda.stats()
+        assert all(layer.d2h_bytes > 0 for layer in stats.layers.values())
+        assert all(layer.h2d_bytes > 0 for layer in stats.layers.values())
+
+
+def engines_of(module):
+    return [p for p in module._programs.values() if p._engine is not None]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_delays_change_nothing(lab, mode):
+    steps = 200
+    module = lab.module(mode, cuda_graph=False, page_ratio=1.0)
+    _, wanted = lab.truth(mode)
+    for seed in range(20):
+        for program in engines_of(module):
+            program._engine = DelayEngine(torch.device("cuda"), seed)
+        _, logits = lab.run(module, steps)
+        assert torch.equal(logits, wanted[:steps]), f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", MODES)
+def test_delays_captured_in_the_graph_change_nothing(lab, mode, seed):
+    steps = 200
+    module = lab.module(mode)
+    for program in engines_of(module):
+        program._engine = DelayEngine(torch.device("cuda"), seed)
+    module.program("decode", 4, MAX_TOKENS, last_only=True)._engine = DelayEngine(
+        torch.device("cuda"), seed
+    )
+    assert torch.equal(lab.run(module, steps)[1], lab.truth(mode)[1][:steps])
+
+
+class SlowCopies(CudaEngine):
+    """Its copy stream is late with everything."""
+
+    def submit(self, stream, work):
+        if stream:
+            super().submit(stream, lambda: torch.cuda._sleep(3_000_000))
+        super().submit(stream, work)
+
+
+def test_a_missing_wait_shows(lab):
+    """Take the waits for prefetches out, behind the verifier's back; slow copies must show it."""
+    steps = 60
+    module = lab.module("forecast", cuda_graph=False, page_ratio=1.0)
+    module.program("decode", 4, MAX_TOKENS, last_only=True)
+    key = ("decode", 4, MAX_TOKENS, True)
+    whole = module._programs[key]
+
+    def run(program):
+        program._engine = SlowCopies(torch.device("cuda"))
+        module._programs[key] = program
+        return lab.run(module, steps)[1]
+
+    wanted = lab.truth("forecast")[1][:steps]
+    assert torch.equal(run(whole), wanted)
+    graph_module = whole.plan.graph_module
+    waits = [n for n in graph_module.graph.nodes if "wait_blocks" in str(n.target)]
+    for wait in [w for w in waits if "prefetch" in str(w.args[0])]:
+        graph_module.graph.erase_node(wait)
+    graph_module.recompile()
+    assert not torch.equal(run(Program(dataclasses.replace(whole.plan), module._forecast)), wanted)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("mode", ["dense", *MODES])
+def test_gpu_equals_the_cpu_reference(mode, dtype):
+    """Forced to take the same tokens; a block that is picked otherwise would show in fp32."""
+    logits = {}
+    tokens = None
+    for device in ("cpu", "cuda"):
+        lab = Lab(dtype, device)
+        module = lab.module(mode, top_k=3 if dtype == torch.float32 else None)
+        cache = module.new_cache()
+        out = module(input_ids=lab.ids, attention_mask=lab.mask, past_key_values=cache)
+        steps = [out.logits[:, -1]]
+        generator = torch.Generator().manual_seed(5)
+        tokens = torch.randint(1, 250, (4, 40), generator=generator)
+        mask = lab.mask
+        for i in range(tokens.shape[1]):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            out = module(
+                input_ids=tokens[:, i : i + 1].to(device), attention_mask=mask,
+                past_key_values=cache,
+            )  # fmt: skip
+            steps.append(out.logits[:, -1])
+        logits[device] = torch.stack(steps).float().cpu()
+    error = (logits["cuda"] - logits["cpu"]).abs().max() / logits["cpu"].abs().max()
+    assert error < TOLERANCE[dtype]
+
+
+def test_module_is_whole_after_an_exception(lab):
+    module = lab.module("forecast")
+    wanted = lab.truth("forecast")[1][:50]
+
+    def stop(input_ids, scores, **_):
+        if input_ids.shape[1] > lab.ids.shape[1] + 20:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    with pytest.raises(KeyboardInterrupt):
+        module.generate(
+            input_ids=lab.ids, attention_mask=lab.mask, max_new_tokens=50, do_sample=False,
+            pad_token_id=0, stopping_criteria=[stop],
+        )  # fmt: skip
+    assert torch.equal(lab.run(module, 50)[1], wanted)
+
+
+def test_two_caches_of_one_module_have_graphs_of_their_own(lab):
+    module = lab.module("forecast")
+    wanted = lab.truth("forecast")[1]
+    caches = [module.new_cache() for _ in range(2)]
+    logits = [[], []]
+    for cache, out in zip(caches, logits, strict=True):
+        prefill = module(input_ids=lab.ids, attention_mask=lab.mask, past_key_values=cache)
+        out.append(prefill.logits[:, -1])
+    mask = lab.mask
+    for _ in range(30):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        for cache, out in zip(caches, logits, strict=True):
+            token = out[-1].argmax(-1, keepdim=True)
+            step = module(input_ids=token, attention_mask=mask, past_key_values=cache)
+            out.append(step.logits[:, -1])
+    assert torch.equal(torch.stack(logits[0]), torch.stack(logits[1]))
+    assert torch.equal(torch.stack(logits[0])[1:], wanted[1:31])
+
+
+def test_no_recompilation_and_one_graph_over_many_lengths(lab):
+    module = lab.module("forecast")
+    for steps in (5, 70, 33):
+        lab.run(module, steps)
+    assert module.num_programs() == {"prefill": 1, "decode": 1}
+    decode = module.program("decode", 4, MAX_TOKENS, last_only=True)
+    assert decode.num_graphs == 1
+
+
+def test_limits_fail_early_and_lose_nothing(lab):
+    for setting, error in (
+        ("device_bytes", DevicePoolFullError),
+        ("host_bytes", HostPoolFullError),
+    ):
+        module = lab.module("forecast", **{setting: 1000})
+        with pytest.raises(error, match=setting):
+            lab.run(module, 4)
+    huge = lab.module("forecast", max_tokens=1 << 28)
+    with pytest.raises(HostPoolFullError, match="the machine has free"):
+        lab.run(huge, 4)
+    with pytest.raises(DevicePoolFullError, match="has free"):
+        lab.run(lab.module("forecast", max_tokens=1 << 28, offload="never"), 4)
+    assert torch.equal(lab.run(lab.module("forecast"), 4)[1], lab.truth("forecast")[1][:4])
+
+
+def test_kernel_too_large_for_the_gpu_is_named():
+    model = tiny_llama(head_dim=512)
+    config = SpardaConfig(mode="query", block_size=128, pool_size=32, max_tokens=4096)
+    fast = sparda_compile.optimize(model.to("cuda"), config)
+    ids = torch.ones(1, 200, dtype=torch.long, device="cuda")
+    with pytest.raises(UnsupportedInputError, match="shared memory"):
+        fast.generate(input_ids=ids, max_new_tokens=4)
+
+
+def test_offload_auto_stays_on_the_gpu_while_it_fits(lab):
+    roomy = lab.module("forecast", offload="auto", device_bytes=1 << 30)
+    assert roomy.latest_plan("decode").layout.offload is False
+    tight = lab.module("forecast", offload="auto", device_bytes=1_500_000)
+    assert tight.latest_plan("decode").layout.offload is True
+
+
+def test_pinned_memory_is_exact():
+    from sparda_compile.runtime.pinned import PinnedMemory
+
+    asked = (5 << 20) + 100
+    region = PinnedMemory(asked)
+    assert asked <= region.num_bytes < asked + 4096
+    assert region.tensor.shape == (asked,)
+    on_gpu = torch.arange(64, dtype=torch.uint8, device="cuda")
+    region.tensor[:64].copy_(on_gpu, non_blocking=True)
+    torch.cuda.synchronize()
+    assert region.tensor[:64].tolist() == list(range(64))
+    region.close()
+    region.close()
