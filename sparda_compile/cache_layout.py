@@ -78,12 +78,17 @@ LENGTHS: Final = "sparda_lengths"
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens."""
+    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens.
+
+    With `trace_steps`, for benchmarks, each sparse layer also has `trace` [B, G, S, N] bool: the
+    blocks that selection shall follow in step length % S, whatever their scores are.
+    """
 
     config: SpardaConfig
     layers: tuple[LayerShape, ...]
     batch_size: int
     max_tokens: int
+    trace_steps: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -154,6 +159,8 @@ class CacheLayout:
         if self.config.mode == "exact" and self.config.hint == "previous_step":
             ids = TensorSpec((*batch, self.num_selected), torch.int32, fill=-1)
             specs["last_block_ids"] = ids
+        if self.trace_steps:
+            specs["trace"] = TensorSpec((*batch, self.trace_steps, blocks), torch.bool)
         return specs
 
     def all_tensors(self) -> dict[str, TensorSpec]:

@@ -62,6 +62,9 @@ def _compile(gm: fx.GraphModule) -> Callable[..., Any]:
     patches = {
         "joint_custom_pre_pass": _graph_pass(_number_nodes),
         "post_grad_custom_post_pass": _graph_pass(_pin_prefetches),
+        # Else Inductor times its reductions and picks one: two programs of one model would round
+        # their sums differently, and so would one program compiled twice.
+        "deterministic": True,
     }
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         compiled = compile_fx(_copy(gm), inputs, config_patches=patches)

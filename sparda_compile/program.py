@@ -8,6 +8,7 @@ graph can be looked at; `Program` adds the compiled callable.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -28,13 +29,14 @@ from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
+from sparda_compile.passes.fuse_projections import JOINED_KEY
 from sparda_compile.passes.fx import copy_graph, fake_value
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.replace_attention import TOKEN_MASK
 from sparda_compile.streams import CudaEngine, use_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from sparda_compile.config import SpardaConfig
     from sparda_compile.runtime.kv_cache import KVCache
@@ -107,6 +109,7 @@ def make_plan(
     windows: Mapping[int, int],
     batch_size: int,
     max_tokens: int,
+    trace_steps: int = 0,
 ) -> Plan:
     """Run the pipeline on a captured forward.
 
@@ -117,6 +120,7 @@ def make_plan(
         windows: Sliding window of each layer, 0 for none.
         batch_size: Sequences.
         max_tokens: Tokens per sequence that the KV cache holds.
+        trace_steps: For benchmarks: steps of the trace that selection follows, 0 for none.
 
     Raises:
         AttentionNotFoundError: If the model has no attention, or one that is not implemented.
@@ -130,9 +134,8 @@ def make_plan(
     found = run_passes(gm, [FindAttention(captured.weights)], ctx)
     _check_positions(captured, gm, model_name)
     sites = tuple(sites_of(gm.graph))
-    layout = CacheLayout(
-        config, tuple(_layer_shape(s, max_tokens) for s in sites), batch_size, max_tokens
-    )
+    layers = tuple(_layer_shape(s, max_tokens) for s in sites)
+    layout = CacheLayout(config, layers, batch_size, max_tokens, trace_steps)
     rest = run_passes(gm, PIPELINE[1:], dataclasses.replace(ctx, layout=layout))
     return Plan(captured, layout, sites, (first, *found, *rest), gm)
 
@@ -181,6 +184,31 @@ class Captures:
         return self._graphs[key]
 
 
+class JoinedWeight:
+    """Weights put together, one above the other, in step with the model's own.
+
+    Args:
+        sources: The weights; in-place changes to them are noticed.
+
+    Attributes:
+        tensor: The copy; its address never changes.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self._sources = tuple(sources)
+        self._versions = self._now()
+        self.tensor = torch.cat([source.detach() for source in sources])
+
+    def _now(self) -> list[int]:
+        return [source._version for source in self._sources]
+
+    def refresh(self) -> None:
+        """Copy the sources again if one of them has changed."""
+        if self._now() != self._versions:
+            self._versions = self._now()
+            self.tensor.copy_(torch.cat([source.detach() for source in self._sources]))
+
+
 class Program:
     """A plan that can run.
 
@@ -201,6 +229,7 @@ class Program:
         self._replays = device.type == "cuda" and plan.captured.phase == "decode"
         self._replays &= plan.layout.config.cuda_graph
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
+        self._joined: list[JoinedWeight] = []
         self._arguments = [
             self._argument(n, forecast) for n in plan.graph_module.graph.nodes
             if n.op == "placeholder"
@@ -219,12 +248,12 @@ class Program:
     @cached_property
     def _function(self) -> Callable[..., Tensor]:
         run = lower(self.plan.graph_module, self.plan.layout.config.lowering)
-        engine = self._engine
-        if engine is None:
+        if self._engine is None:
             return run
 
         def on_engine(*args: Any) -> Tensor:
-            with use_engine(engine):
+            assert self._engine is not None
+            with use_engine(self._engine), _launch_errors(self.plan.layout):
                 return run(*args)
 
         return on_engine
@@ -232,14 +261,20 @@ class Program:
     def _argument(self, node: fx.Node, forecast: Mapping[int, Tensor]) -> Tensor | str:
         """Return a weight, or the name of what a call passes in."""
         captured = self.plan.captured
-        target = _FORECAST.fullmatch(node.name)
-        if target:
-            return forecast[int(target[1])]
-        if node.name in captured.weights:
-            return captured.weights[node.name]
+        joined = self.plan.graph_module.meta.get(JOINED_KEY, {})
+        if node.name in joined:
+            copy = JoinedWeight([self._weight(name, forecast) for name in joined[node.name]])
+            self._joined.append(copy)
+            return copy.tensor
+        if _FORECAST.fullmatch(node.name) or node.name in captured.weights:
+            return self._weight(node.name, forecast)
         if not isinstance(fake_value(node), Tensor):
             return "num_tokens"
         return captured.inputs.get(node.name, node.name)
+
+    def _weight(self, name: str, forecast: Mapping[int, Tensor]) -> Tensor:
+        target = _FORECAST.fullmatch(name)
+        return forecast[int(target[1])] if target else self.plan.captured.weights[name]
 
     def __call__(
         self,
@@ -259,6 +294,8 @@ class Program:
         Returns:
             Logits [B, T or 1, vocabulary].
         """
+        for weight in self._joined:
+            weight.refresh()
         if self._replays:
             return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
         call: dict[str, Any] = {
@@ -281,6 +318,22 @@ class Program:
             call = {"input_ids": ids, "position_ids": positions}
             self._graphs[kv] = StepGraph(self._function, self._bound(call, kv), (ids, positions))
         return self._graphs[kv]
+
+
+@contextlib.contextmanager
+def _launch_errors(layout: CacheLayout) -> Iterator[None]:
+    """Say it in a sentence when a kernel asks for more than the GPU has."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":
+            raise
+        dims = sorted({shape.head_dim for shape in layout.layers})
+        raise UnsupportedInputError(
+            f"a kernel for block_size={layout.config.block_size} and head_dim "
+            f"{', '.join(map(str, dims))} does not fit this GPU ({error}). Use a smaller "
+            "block_size, down to 16, or a model in half precision."
+        ) from error
 
 
 def forecast_shapes(plan: Plan) -> dict[int, tuple[int, ...]]:

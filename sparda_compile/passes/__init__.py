@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.passes.find_attention import FindAttention
+from sparda_compile.passes.fuse_projections import FuseProjections
 from sparda_compile.passes.fuse_selection import FuseSelection
 from sparda_compile.passes.insert_forecast import InsertForecast
 from sparda_compile.passes.insert_prefetch import InsertPrefetch
@@ -21,6 +22,7 @@ PIPELINE: Final[tuple[GraphPass, ...]] = (
     FindAttention(),
     ReplaceAttention(),
     InsertForecast(),
+    FuseProjections(),
     InsertPrefetch(),
     FuseSelection(),
     ScheduleTransfers(),
@@ -28,5 +30,7 @@ PIPELINE: Final[tuple[GraphPass, ...]] = (
 )
 
 # Without these the program is slower, not wrong: copies stay in line, or where they were made, and
-# selecting takes a launch more.
-OPTIONAL_PASSES: Final = frozenset({"insert_prefetch", "fuse_selection", "schedule_transfers"})
+# selecting and projecting take more launches.
+OPTIONAL_PASSES: Final = frozenset(
+    {"fuse_projections", "insert_prefetch", "fuse_selection", "schedule_transfers"}
+)

@@ -35,13 +35,14 @@ from torch import fx
 
 from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape, state_name
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext, PassResult
+from sparda_compile.passes.effects import set_argument
 from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import Emitter, call_name, fake_value, find_ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["ReplaceAttention", "StateInputs"]
+__all__ = ["ReplaceAttention", "StateInputs", "replace_and_erase"]
 
 TOKEN_MASK = "sparda_token_mask"
 
@@ -115,7 +116,7 @@ class ReplaceAttention:
             new = rewrite.window() if site.window else rewrite.sparse()
             new.meta["sparda"] = site
             counts[site.kind] += 1
-            counts["erased"] += _erase(gm.graph, site.anchor, new)
+            counts["erased"] += replace_and_erase(gm.graph, site.anchor, new)
         output = next(n for n in gm.graph.nodes if n.op == "output")
         mask = None if ctx.is_decode else state.token_mask()
         last = Emitter(gm.graph, output, sites_of(gm.graph)[-1].query, -1)
@@ -260,6 +261,8 @@ def select_by_score(
         "score_blocks", query, tensors, state.lengths, selector, scale, *_geometry(layout),
         name=f"{prefix}scores_{shape.layer}",
     )  # fmt: skip
+    if layout.trace_steps:
+        set_argument(scores, "trace", state.get("trace", shape.layer))
     return emit.call(
         "select_blocks", scores, state.lengths, layout.num_selected, config.block_size,
         config.sink_blocks, config.local_blocks, name=f"{prefix}block_ids_{shape.layer}",
@@ -271,8 +274,8 @@ def _geometry(layout: CacheLayout) -> tuple[int, int, int, int]:
     return g.num_blocks, g.block_size, g.pool_size, g.pool_stride
 
 
-def _erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
-    """Put `new` in the place of `old` and erase what only `old` needed."""
+def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
+    """Put `new` in the place of `old` and erase what only `old` needed; returns how many nodes."""
     ancestors: set[fx.Node] = set()
     stack = [old]
     while stack:

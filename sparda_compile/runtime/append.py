@@ -201,7 +201,7 @@ def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
         block_ids: [B, G, K] int32.
         last_block_ids: [B, G, K] int32, updated.
     """
-    current_engine().submit(0, lambda: last_block_ids.copy_(block_ids))  # type: ignore[arg-type,return-value]
+    current_engine().submit(0, lambda: last_block_ids.copy_(block_ids))  # type: ignore[arg-type]
 
 
 @remember_ids.register_fake

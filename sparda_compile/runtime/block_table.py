@@ -3,7 +3,7 @@
 `plan_pages` looks selected blocks up, gives the absent ones pages, and lists what to fetch:
 
     hit    table[id] >= 0                      stays where it is
-    miss   table[id] <  0                      i-th miss takes the i-th page in victim order
+    miss   table[id] <  0                      i-th miss takes the i-th page of those that leave
     tail   the block being written, if new     takes a page too, but nothing is fetched for it
 """
 
@@ -61,8 +61,12 @@ def assign_pages(
     if written_B is not None:
         written = block_table.gather(-1, written_B.long()[:, None, None].expand(*page.shape[:2], 1))
         kept |= mark(written, written >= 0)
-    order = victim_order(page_stamp, kept)
-    rank = (miss.long().cumsum(-1) - 1).clamp(min=0, max=num_pages - 1)
+    # Those that leave are handed out by page number.
+    order = victim_order(page_stamp, kept, stamp_B)[..., : page.shape[-1]]
+    turn = torch.arange(order.shape[-1], device=order.device)
+    leaving = turn < miss.sum(-1, keepdim=True)
+    order = order.masked_fill(~leaving, num_pages).sort(-1).values.clamp(max=num_pages - 1)
+    rank = (miss.long().cumsum(-1) - 1).clamp(min=0, max=order.shape[-1] - 1)
     page = torch.where(miss, order.gather(-1, rank).int(), page)
 
     evicted = page_block.gather(-1, page.clamp(min=0).long()).masked_fill(~miss, -1)
@@ -150,10 +154,10 @@ def _plan(
 ) -> None:
     """Fill the results of `plan_pages` and update its tables."""
     page_ids, is_miss, miss_blocks, miss_pages, tail_page = out
-    *residency, counters = tables
+    table, owner, stamp, counters = tables
     current_B = lengths // block_size
     # A hint may have been made before the current block: it must not push that one out.
-    page, absent = assign_pages(block_ids, lengths, *residency, eviction, current_B)
+    page, absent = assign_pages(block_ids, lengths, table, owner, stamp, eviction, current_B)
     current = current_B[:, None, None]
     is_tail = block_ids == current
     fetch = absent & (block_ids < current)

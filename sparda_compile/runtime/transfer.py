@@ -12,8 +12,8 @@ temporary that the copy stream still reads or writes and nobody uses later, or a
 hand its memory to somebody else while the copy runs.
 
 Host layout: one (sequence, KV head, block) is one contiguous run, K then V. On the CPU `host` is
-the blocks themselves, [B, G, N, 2, P, D]. On CUDA a CPU tensor cannot be part of a captured step, so
-`host` is [B, G] int64 on the device: the address where each sequence's and head's blocks begin.
+the blocks themselves, [B, G, N, 2, P, D]. On CUDA a CPU tensor cannot be part of a captured step,
+so `host` is [B, G] int64 on the device: where each sequence's and head's blocks begin.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sparda_compile.kernels.sparse_attention import (
     attend_missing,
     attend_resident,
+    blocks_per_split,
     sparse_attention,
 )
 
@@ -130,15 +131,27 @@ def test_parts_equal_the_whole_in_half_precision(dtype):
 
 def test_missing_blocks_have_empty_partials():
     case = Case(11, 6)
-    is_miss = case.block_ids % 2 == 1
+    is_miss = (case.block_ids % 4 == 1) & (case.block_ids >= 0)
     out, lse = attend_resident(
         case.query, case.pages, case.page_ids, case.block_ids, is_miss, case.lengths, 1.0, 0.0
     )
     assert out.dtype == lse.dtype == torch.float32
     assert is_miss.any()
-    assert lse[is_miss].eq(float("-inf")).all()
-    assert out[is_miss].eq(0).all()
-    assert lse[~is_miss & (case.block_ids >= 0)].isfinite().all()
+    # Two blocks a split; one missing block makes the whole split wait.
+    is_late = is_miss.unflatten(-1, (-1, blocks_per_split(4, 6))).any(-1)
+    assert is_late.any()
+    assert not is_late.all()
+    assert lse[is_late].eq(float("-inf")).all()
+    assert out[is_late].eq(0).all()
+    assert lse[~is_late].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "selected", "blocks"),
+    [(1, 1, 2), (2, 96, 2), (32, 96, 8), (128, 96, 16), (2, 2048, 16)],
+)
+def test_splits_are_few_enough_and_many_enough(pairs, selected, blocks):
+    assert blocks_per_split(pairs, selected) == blocks
 
 
 def test_partials_without_a_block_are_empty():

@@ -33,14 +33,14 @@ class Tables:
 def test_hits_stay_and_misses_take_the_oldest_pages():
     tables = Tables([5, 3, -1, 0], [4, 2, -1, 7])
     page_ids, is_miss, blocks, pages, tail = tables.plan([0, 1, 2, 6], 6 * SIZE + 3)
-    # Block 1 takes the free page, 2 the one stamped 2, and 6, which is being written, the next.
-    assert page_ids.tolist() == [[[3, 2, 1, 0]]]
+    # The free page and those stamped 2 and 4 are handed out by their numbers; 6 is being written.
+    assert page_ids.tolist() == [[[3, 0, 1, 2]]]
     assert is_miss.tolist() == [[[False, True, True, False]]]
     assert blocks.tolist() == [[[1, 2, -1, -1]]]
-    assert pages.tolist() == [[[2, 1, -1, -1]]]
-    assert tail.tolist() == [[0]]
-    assert tables.page_block.tolist() == [[[6, 2, 1, 0]]]
-    assert tables.block_table.tolist() == [[[3, 2, 1, -1, -1, -1, 0, -1]]]
+    assert pages.tolist() == [[[0, 1, -1, -1]]]
+    assert tail.tolist() == [[2]]
+    assert tables.page_block.tolist() == [[[1, 2, 6, 0]]]
+    assert tables.block_table.tolist() == [[[3, 0, 1, -1, -1, -1, 2, -1]]]
     assert tables.page_stamp.tolist() == [[[99, 99, 99, 99]]]
     assert tables.counters.tolist() == [2, 2, 0, 2, 0]
 

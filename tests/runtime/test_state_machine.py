@@ -56,9 +56,10 @@ class Pages:
         stay = {*ids, written}
         victims = sorted(
             (page for page, block in enumerate(self.blocks) if block < 0 or block not in stay),
-            key=lambda page: (self.stamps[page], page),
+            key=lambda page: (self.stamps[page] >= 0, max(self.stamps[page], stamp - 254), page),
         )
         absent = [block for block in ids if block not in self.blocks]
+        victims = sorted(victims[: len(absent)])
         if is_lru:
             for block in ids:
                 if block in self.blocks:

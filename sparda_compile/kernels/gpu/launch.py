@@ -1,4 +1,4 @@
-"""What every Triton kernel of this folder shares: sizes of tiles, and what the interpreter needs."""
+"""What every Triton kernel of this folder shares: sizes of tiles, and the interpreter's needs."""
 
 from __future__ import annotations
 

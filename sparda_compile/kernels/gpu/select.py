@@ -2,11 +2,13 @@
 
     threshold   the K-th largest key, found by halving over 32 bits; no sort
     ids         blocks above it and, by ascending id, as many at it as fit
-    victims     pages ranked by (stamp, number); protected ones never
+    victims     the pages not selected for longest, up to 254 steps; protected ones never
     tables      block -> page, page -> block, stamps; updated in place
 
 One program per sequence and group. Steps of a program talk through global memory, between
-barriers. `select_blocks` runs the first half, `plan_pages` the second, `select_pages` both.
+barriers; a small tensor is held by several warps at once, so a load and a later store to the same
+place need one too. `select_blocks` runs the first half, `plan_pages` the second, `select_pages`
+both.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Planned", "Tables", "plan", "select", "select_and_plan"]
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
+_IN_USE = tl.constexpr(0x7FFFFFFF)
 _SIGN = tl.constexpr(-(1 << 31))
 
 
@@ -71,13 +74,21 @@ def _pick(
     # Order-preserving integers: the sign bit of an unsigned key says positive.
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _SIGN)
-    threshold = tl.zeros([1], dtype=tl.int32)
-    for i in tl.static_range(32):
-        trial = threshold | (1 << (31 - i) if i else _SIGN)
-        enough = tl.sum((key >= (trial ^ _SIGN)).to(tl.int32), 0) >= SELECTED
-        threshold = tl.where(enough, trial, threshold)
+    # Two bits of the threshold at a time: the largest digit that leaves enough blocks above it.
+    # Done as soon as exactly enough are.
+    threshold = 0
+    found = 0
+    shift = 30
+    digit = tl.arange(0, 4)
+    while (shift >= 0) & (found != SELECTED):
+        trial = threshold | (digit << shift)
+        count = tl.sum((key[:, None] >= (trial ^ _SIGN)[None, :]).to(tl.int32), 0)
+        enough = count >= SELECTED
+        threshold |= tl.max(tl.where(enough, digit, 0), 0) << shift
+        found = tl.min(tl.where(enough, count, 0x7FFFFFFF), 0)
+        shift -= 2
     cut = threshold ^ _SIGN
-    above = key > cut
+    above = exists & (key > cut)
     tie = exists & (key == cut)
     free = SELECTED - tl.sum(above.to(tl.int32), 0)
     picked = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
@@ -89,39 +100,59 @@ def _pick(
 
 
 @triton.jit
+def _leaving(key, candidate, wanted, DIGITS: tl.constexpr):
+    """Mark the `wanted` candidates with the lowest 8-bit keys; ties by position."""
+    digit = tl.arange(0, DIGITS)
+    high, low = key >> 4, key & 15
+    upto = candidate[:, None] & (high[:, None] <= digit[None, :])
+    first = tl.sum((tl.sum(upto.to(tl.int32), 0) < wanted).to(tl.int32), 0)
+    below = candidate & (high < first)
+    rest = wanted - tl.sum(below.to(tl.int32), 0)
+    same = candidate & (high == first)
+    upto = same[:, None] & (low[:, None] <= digit[None, :])
+    second = tl.sum((tl.sum(upto.to(tl.int32), 0) < rest).to(tl.int32), 0)
+    below = below | (same & (low < second))
+    tie = same & (low == second)
+    rest = wanted - tl.sum(below.to(tl.int32), 0)
+    return below | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= rest))
+
+
+@triton.jit
 def _assign(
-    block_id, page, absent, length, current, pair, block_table, page_block, page_stamp,
+    block_id, page, wanted, length, current, pair, block_table, page_block, page_stamp,
     miss_blocks, miss_pages, num_blocks, num_pages,
     SELECTED: tl.constexpr, PAGES: tl.constexpr, TOUCH: tl.constexpr,
 ):  # fmt: skip
     """Give the absent blocks the pages that leave; the i-th absent takes the i-th victim."""
+    hit = wanted & (page >= 0)
+    absent = wanted & (page < 0)
+    num_absent = tl.sum(absent.to(tl.int32), 0)
     rank = tl.cumsum(absent.to(tl.int32), 0) - 1
     tl.store(miss_blocks + pair * SELECTED + rank, block_id, mask=absent)
+    # A stamp that no step has says to the other side that the page is in use now.
+    stamp_of_hit = tl.load(page_stamp + pair * num_pages + page, mask=hit, other=0)
+    tl.debug_barrier()
+    tl.store(page_stamp + pair * num_pages + page, _IN_USE, mask=hit)
     number = tl.arange(0, PAGES)
     is_page = number < num_pages
     owned = pair * num_pages + number
     block = tl.load(page_block + owned, mask=is_page, other=-1)
-    stamp = tl.load(page_stamp + owned, mask=is_page, other=0x7FFFFFFF)
-    named = (block[:, None] == block_id[None, :]) & (block_id[None, :] >= 0)
-    hit = tl.max(named.to(tl.int32), axis=1) > 0
-    protected = hit | (block == current) | (number >= num_pages)
-    order = tl.where(protected, 0x7FFFFFFF, stamp)
-    before = (order[None, :] < order[:, None]) | (
-        (order[None, :] == order[:, None]) & (number[None, :] < number[:, None])
-    )
-    turn = tl.sum(before.to(tl.int32), axis=1)
-    victim = (turn < tl.sum(absent.to(tl.int32), 0)) & (number < num_pages)
     tl.debug_barrier()
+    stamp = tl.load(page_stamp + owned, mask=is_page, other=_IN_USE)
+    candidate = is_page & (stamp != _IN_USE) & ((block != current) | (block < 0))
+    key = tl.where(stamp < 0, 0, 255 - tl.minimum(tl.maximum(length - stamp, 0), 254))
+    victim = _leaving(key, candidate, num_absent, 16)
+    turn = tl.cumsum(victim.to(tl.int32), 0) - 1
     new = tl.load(miss_blocks + pair * SELECTED + turn, mask=victim, other=0)
     tl.store(block_table + pair * num_blocks + block, -1, mask=victim & (block >= 0))
     tl.store(block_table + pair * num_blocks + new, number, mask=victim)
     tl.store(page_block + owned, new, mask=victim)
-    tl.store(miss_pages + pair * SELECTED + turn, number, mask=victim)
-    if TOUCH:
-        victim = victim | (hit & (number < num_pages))
     tl.store(page_stamp + owned, length, mask=victim)
+    tl.store(miss_pages + pair * SELECTED + turn, number, mask=victim)
     tl.debug_barrier()
     taken = tl.load(miss_pages + pair * SELECTED + rank, mask=absent, other=-1)
+    renewed = length if TOUCH else stamp_of_hit
+    tl.store(page_stamp + pair * num_pages + page, renewed, mask=hit)
     tl.debug_barrier()
     return tl.where(absent, taken, page)
 
@@ -139,9 +170,7 @@ def _select_pages(
     length = tl.load(lengths + pair // groups)
     current = length // SIZE
     if SELECT:
-        _pick(
-            scores, block_ids, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS
-        )
+        _pick(scores, block_ids, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
     if PLAN:
         if SELECT:
             tl.debug_barrier()
@@ -155,12 +184,13 @@ def _select_pages(
         if RESIDENT:
             # Nothing ever leaves, so blocks and pages are handed out in step: they are the same.
             page = tl.where(absent, block_id, page)
+            tl.debug_barrier()
             tl.store(block_table + pair * num_blocks + block_id, page, mask=absent)
             tl.store(page_block + pair * num_pages + page, block_id, mask=absent)
             tl.store(page_stamp + pair * num_pages + page, length, mask=wanted & (absent | TOUCH))
         else:
             page = _assign(
-                block_id, page, absent, length, current, pair, block_table, page_block, page_stamp,
+                block_id, page, wanted, length, current, pair, block_table, page_block, page_stamp,
                 miss_blocks, miss_pages, num_blocks, num_pages, SELECTED, PAGES, TOUCH,
             )  # fmt: skip
         fetch = absent & (block_id < current)

@@ -1,0 +1,1 @@
+"""Benchmarks: what decode costs, beside everything that a user could do instead."""

@@ -1,0 +1,225 @@
+"""Decode of one token at a long context: the programs of `programs.py`, interleaved in one run.
+
+For each batch size every program is built once and checked: scheduled, inline and resident decode
+must agree bit for bit on the same blocks. Then, for each overlap, they take turns; every turn's
+steps are timed one by one. The floor is max(step with every page resident, bytes / memcpy rate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from sparda_compile.bench.programs import build_body, build_program
+from sparda_compile.bench.synthetic import fill, follow, rewind
+from sparda_compile.bench.timing import Spread, time_calls
+from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.runtime.pinned import PinnedMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sparda_compile.program import Captures, Program
+
+__all__ = ["DecodeSetting", "bench_decode", "memcpy_gbps"]
+
+_TRACE_STEPS: Final = 96
+_CHECKED: Final = 3
+_MIB: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSetting:
+    """What to measure.
+
+    Attributes:
+        batch_size: Sequences.
+        max_tokens: Tokens per sequence that the cache holds; it is filled up to the last ones.
+        overlaps: Shares of scored blocks that a step has in common with the one before.
+        variants: Programs, keys of `programs.KNOBS`, and `body`.
+        rounds: Turns of each program at each overlap.
+        steps: Steps of one turn.
+        settings: Fields of SpardaConfig.
+    """
+
+    batch_size: int
+    max_tokens: int = 131072
+    overlaps: tuple[float, ...] = (0.5, 0.7, 0.9, 0.97)
+    variants: tuple[str, ...] = ("scheduled", "inline", "resident", "dense", "body")
+    rounds: int = 3
+    steps: int = 20
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def memcpy_gbps() -> float:
+    """Return the rate of one copy of 64 MiB from pinned memory, 10^9 bytes per second."""
+    region = PinnedMemory(64 * _MIB)
+    room = torch.empty(64 * _MIB, dtype=torch.uint8, device="cuda")
+    us = time_calls(lambda: room.copy_(region.tensor, non_blocking=True), 20)
+    region.close()
+    return 64 * _MIB / Spread.of(us).median / 1e3
+
+
+def bench_decode(
+    captures: Captures, setting: DecodeSetting, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure one batch size.
+
+    Args:
+        captures: A model on a CUDA device.
+        setting: What to measure.
+        say: Told what is going on.
+
+    Returns:
+        Plain data: times by overlap and program, bytes, memory, floors.
+
+    Raises:
+        AssertionError: If programs that must agree do not.
+    """
+    bench = _Bench(captures, setting, say)
+    bench.check()
+    return bench.measure()
+
+
+class _Bench:
+    def __init__(
+        self, captures: Captures, setting: DecodeSetting, say: Callable[[str], None]
+    ) -> None:
+        self.setting = setting
+        self.say = say
+        self.device = torch.device("cuda")
+        self.start = setting.max_tokens - 128
+        self.programs: dict[str, Program] = {}
+        self.caches: dict[str, KVCache] = {}
+        self.memory: dict[str, int] = {}
+        self.build_s: dict[str, float] = {}
+        for variant in setting.variants:
+            say(f"batch {setting.batch_size}: building {variant}")
+            begin = time.perf_counter()
+            self._build(captures, variant)
+            self.build_s[variant] = round(time.perf_counter() - begin, 1)
+        vocabulary = captures.model.config.vocab_size  # type: ignore[union-attr]
+        shape = (setting.batch_size, 1)
+        self.ids = torch.randint(0, int(vocabulary), shape, device=self.device)
+        self.positions = torch.full(shape, self.start, device=self.device)
+
+    def _build(self, captures: Captures, variant: str) -> None:
+        setting = self.setting
+        if variant == "body":
+            program = build_body(captures, setting.batch_size)
+        else:
+            program = build_program(
+                captures, variant, setting.batch_size, setting.max_tokens, _TRACE_STEPS,
+                **setting.settings,
+            )  # fmt: skip
+        self.programs[variant] = program
+        # Programs that differ in knobs alone run on one cache; dense needs a part of resident's.
+        home = {"inline": "scheduled", "dense": "resident"}.get(variant, variant)
+        if home not in self.caches:
+            before = torch.cuda.memory_allocated()
+            self.caches[home] = KVCache(program.plan.layout, self.device)
+            self.memory[home] = torch.cuda.memory_allocated() - before
+            if variant != "body":
+                fill(self.caches[home], self.start)
+        self.caches[variant] = self.caches[home]
+
+    def run(self, variant: str) -> torch.Tensor:
+        """Take one step."""
+        return self.programs[variant](self.ids, self.positions, None, self.caches[variant])
+
+    def prepare(self, overlap: float) -> None:
+        """Give every cache the trace of an overlap, and start again."""
+        for variant, cache in self.caches.items():
+            if variant in ("scheduled", "resident"):
+                follow(cache, self.start, overlap)
+                rewind(cache, self.start)
+
+    def check(self) -> None:
+        """Compare what must be equal; this also compiles and captures everything."""
+        self.prepare(0.9)
+        logits = {}
+        for variant in self.programs:
+            self.say(f"batch {self.setting.batch_size}: compiling and checking {variant}")
+            begin = time.perf_counter()
+            if variant != "body":
+                rewind(self.caches[variant], self.start)
+            logits[variant] = torch.stack([self.run(variant) for _ in range(_CHECKED)])
+            torch.cuda.synchronize()
+            self.build_s[variant] = round(
+                self.build_s[variant] + time.perf_counter() - begin, 1
+            )
+        for variant in ("inline", "resident"):
+            if variant in logits and not torch.equal(logits[variant], logits["scheduled"]):
+                raise AssertionError(f"{variant} and scheduled decode give other logits")
+
+    def measure(self) -> dict[str, Any]:
+        """Time everything, in turns."""
+        rate = memcpy_gbps()
+        by_overlap = {}
+        for overlap in self.setting.overlaps:
+            self.say(f"batch {self.setting.batch_size}: overlap {overlap}")
+            self.prepare(overlap)
+            by_overlap[str(overlap)] = self._row(self._times(), rate)
+        layout = self.caches["scheduled"].layout
+        return {
+            "batch_size": self.setting.batch_size,
+            "max_tokens": self.setting.max_tokens,
+            "memcpy_gbps": round(rate, 2),
+            "device_mib_per_sequence": {
+                name: round(size / _MIB / self.setting.batch_size, 1)
+                for name, size in self.memory.items()
+            },
+            "planned_device_mib_per_sequence": round(
+                (layout.num_bytes(on_host=False) - self._trace_bytes(layout))
+                / _MIB / self.setting.batch_size, 1,
+            ),
+            "trace_mib_per_sequence": round(
+                self._trace_bytes(layout) / _MIB / self.setting.batch_size, 1
+            ),
+            "build_s": self.build_s,
+            "by_overlap": by_overlap,
+        }  # fmt: skip
+
+    @staticmethod
+    def _trace_bytes(layout: Any) -> int:
+        specs = layout.all_tensors().items()
+        return sum(spec.num_bytes for name, spec in specs if name.startswith("sparda_trace"))
+
+    def _times(self) -> dict[str, tuple[list[float], float]]:
+        """Return step times and bytes moved per step, by variant."""
+        times: dict[str, list[float]] = {variant: [] for variant in self.programs}
+        moved = dict.fromkeys(self.programs, 0.0)
+        for round_ in range(self.setting.rounds):
+            for variant in self.programs:
+                if variant != "body":
+                    rewind(self.caches[variant], self.start)
+                for _ in range(4):  # pages fill up: the first step misses every block
+                    self.run(variant)
+                if variant != "body":
+                    self.caches[variant].reset_stats()
+                times[variant] += time_calls(lambda v=variant: self.run(v), self.setting.steps)
+                if round_ == self.setting.rounds - 1 and variant != "body":
+                    layers = self.caches[variant].stats().layers.values()
+                    moved[variant] = sum(s.h2d_bytes for s in layers) / self.setting.steps
+        return {variant: (times[variant], moved[variant]) for variant in self.programs}
+
+    def _row(self, times: dict[str, tuple[list[float], float]], rate: float) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for variant, (values, num_bytes) in times.items():
+            row[variant] = {**Spread.of(values).to_dict(), "h2d_bytes": round(num_bytes)}
+        us = {variant: spread["median"] for variant, spread in row.items()}
+        link_us = row["scheduled"]["h2d_bytes"] / rate / 1e3
+        row["link_us"] = round(link_us, 1)
+        row["tokens_per_s"] = round(self.setting.batch_size / us["scheduled"] * 1e6, 1)
+        if "inline" in us:
+            row["inline_over_scheduled"] = round(us["inline"] / us["scheduled"], 3)
+        if "body" in us:
+            row["scheduled_over_body"] = round(us["scheduled"] / us["body"], 3)
+        if "resident" in us:
+            floor = max(us["resident"], link_us)
+            row["floor_us"] = round(floor, 1)
+            row["scheduled_over_floor"] = round(us["scheduled"] / floor, 3)
+        return row

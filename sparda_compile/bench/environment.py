@@ -1,0 +1,51 @@
+"""Where a result comes from: versions, device, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe", "write_result"]
+
+
+def describe(commit: str | None = None) -> dict[str, Any]:
+    """Return what a number means nothing without.
+
+    Args:
+        commit: Of this package, where it is not a git checkout.
+    """
+    import transformers
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return run.stdout.strip() or "unknown"
+
+
+def write_result(path: Path, result: dict[str, Any], commit: str | None = None) -> None:
+    """Write a result with its environment as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": describe(commit), **result}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")

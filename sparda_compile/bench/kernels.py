@@ -1,0 +1,234 @@
+"""Kernels alone: time, floor and what else could do the same, at 128K tokens.
+
+    gather      8 MiB of 32 KiB blocks from pinned memory, beside one memcpy of 8 MiB
+    miss_list   from a Forecast to the list of misses: two launches
+    attention   over 96 selected blocks, beside SDPA and FlexAttention over gathered KV
+
+Each is timed in a CUDA graph over enough data sets that the L2 cache serves none of them. Results
+are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from sparda_compile.bench.timing import Spread, graph_us, time_calls
+from sparda_compile.kernels.gpu import attention, copy, score, select
+from sparda_compile.kernels.sparse_attention import blocks_per_split
+from sparda_compile.runtime.pinned import PinnedMemory
+from sparda_compile.selectors import Geometry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+__all__ = ["bench_kernels"]
+
+_SIZE, _DIM, _SELECTED, _TOKENS = 64, 128, 96, 131072
+_BLOCKS = _TOKENS // _SIZE
+_BLOCK_BYTES = 2 * _SIZE * _DIM * 2
+_L2_BYTES = 160 << 20
+_MIB = 1 << 20
+
+
+def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every kernel; `say` is told what is being measured."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    say("device copy")
+    result: dict[str, Any] = {"copy": _device_copy(device)}
+    rate = result["copy"]["gbps"]
+    say("gather")
+    result["gather"] = _gather(device)
+    for batch in (1, 4, 16):
+        say(f"batch {batch}")
+        result[f"miss_list_b{batch}"] = _miss_list(device, batch, rate)
+        for heads, groups in ((32, 2), (32, 8)):
+            name = f"attention_b{batch}_g{groups}"
+            result[name] = _attention(device, batch, heads, groups, rate)
+    return result
+
+
+def _device_copy(device: torch.device) -> dict[str, Any]:
+    source = torch.empty(1 << 32, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    us = Spread.of(time_calls(lambda: target.copy_(source), 10))
+    return {"us": us.to_dict(), "gbps": round(2 * source.numel() / us.median / 1e3, 1)}
+
+
+def _gather(device: torch.device) -> dict[str, Any]:
+    count = 8 * _MIB // _BLOCK_BYTES
+    region = PinnedMemory(1 << 31)
+    host = region.tensor.view(torch.bfloat16)
+    host.view(torch.int16).random_(-9999, 9999)
+    blocks = host.view(2, -1, 2, _SIZE, _DIM)
+    addresses = torch.tensor([[blocks[g].data_ptr() for g in range(2)]], device=device)
+    pages = torch.zeros(1, 2, count, 2, _SIZE, _DIM, dtype=torch.bfloat16, device=device)
+    lists = [_random_misses(blocks.shape[1], count // 2, device) for _ in range(8)]
+    order = torch.arange(count // 2, dtype=torch.int32, device=device).expand(1, 2, -1).contiguous()
+    copy.gather(lists[0], order, addresses, pages, 8)
+    for g in range(2):
+        wanted = blocks[g][lists[0][0, g].cpu().long()]
+        got = pages[0, g, : count // 2].cpu()
+        if not torch.equal(got.view(torch.int16), wanted.view(torch.int16)):  # NaN must match too
+            raise AssertionError("gather copied something else")
+    flat = host[: 8 * _MIB // 2]
+    room = torch.empty_like(flat, device=device)
+    memcpy = graph_us([lambda: room.copy_(flat, non_blocking=True)] * 8)
+    rows = {}
+    for programs in (1, 2, 4, 6, 8, 16, 32):
+
+        def call(misses: Tensor, programs: int = programs) -> Callable[[], None]:
+            return lambda: copy.gather(misses, order, addresses, pages, programs)
+
+        us = graph_us([call(misses) for misses in lists])
+        rows[programs] = {
+            **us.to_dict(),
+            "gbps": round(8 * _MIB / us.median / 1e3, 2),
+            "of_memcpy": round(memcpy.median / us.median, 3),
+        }
+    region.close()
+    return {
+        "memcpy": {**memcpy.to_dict(), "gbps": round(8 * _MIB / memcpy.median / 1e3, 2)},
+        "by_programs": rows,
+    }
+
+
+def _random_misses(num_blocks: int, count: int, device: torch.device) -> Tensor:
+    picked = [torch.randperm(num_blocks, device=device)[:count].int() for _ in range(2)]
+    return torch.stack(picked)[None].contiguous()
+
+
+def _copies(num_bytes: int) -> int:
+    return max(2, min(64, math.ceil(_L2_BYTES / num_bytes)))
+
+
+def _miss_list(device: torch.device, batch: int, rate: float) -> dict[str, Any]:
+    geometry = Geometry(_BLOCKS, _SIZE, 32, 16)
+    groups, pages = 2, 144
+    num_bytes = batch * groups * geometry.num_windows * _DIM * 2
+    lengths = torch.full((batch,), _TOKENS - 100, dtype=torch.int32, device=device)
+    choice = select.Choice(_SELECTED, _SIZE, 1, 32)
+    both, scoring, planning = [], [], []
+    for _ in range(_copies(num_bytes)):
+        pooled = torch.randn(
+            batch, groups, geometry.num_windows, _DIM, dtype=torch.bfloat16, device=device
+        )
+        query = torch.randn(batch, groups, 1, _DIM, dtype=torch.bfloat16, device=device)
+        scores = torch.empty(batch, groups, _BLOCKS, device=device)
+        ids = torch.empty(batch, groups, _SELECTED, dtype=torch.int32, device=device)
+        table = torch.full((batch, groups, _BLOCKS), -1, dtype=torch.int32, device=device)
+        owner = torch.full((batch, groups, pages), -1, dtype=torch.int32, device=device)
+        counters = torch.zeros(5, dtype=torch.int64, device=device)
+        tables = select.Tables(table, owner, owner.clone(), counters)
+        out = select.Planned(
+            ids.clone(), torch.empty_like(ids, dtype=torch.bool), ids.clone(), ids.clone(),
+            ids[:, :, 0].clone(),
+        )  # fmt: skip
+
+        def scored(q: Tensor = query, p: Tensor = pooled, s: Tensor = scores) -> None:
+            score.SCORE_KERNELS["forecast"](q, [p], lengths, 1.0, geometry, s)
+
+        def planned(
+            s: Tensor = scores,
+            i: Tensor = ids,
+            t: select.Tables = tables,
+            o: select.Planned = out,
+        ) -> None:
+            select.select_and_plan(s, lengths, i, t, o, choice, "lru", is_hint=False)
+
+        def chain(first: Callable[[], None] = scored, then: Callable[[], None] = planned) -> None:
+            first()
+            then()
+
+        both.append(chain)
+        scoring.append(scored)
+        planning.append(planned)
+    us = graph_us(both)
+    return {
+        "chain": us.to_dict(),
+        "score": graph_us(scoring).to_dict(),
+        "select_and_plan": graph_us(planning).to_dict(),
+        "launches": 2,
+        "floor_us": round(num_bytes / rate / 1e3, 2),
+    }
+
+
+def _attention(
+    device: torch.device, batch: int, heads: int, groups: int, rate: float
+) -> dict[str, Any]:
+    kv_bytes = batch * groups * _SELECTED * _BLOCK_BYTES
+    pairs = batch * groups
+    num_pages = _SELECTED * 3 // 2
+    lengths = torch.full((batch,), _TOKENS - 1, dtype=torch.int32, device=device)
+    scale = _DIM**-0.5
+    data = []
+    for _ in range(_copies(kv_bytes)):
+        pages = torch.randn(
+            batch, groups, num_pages, 2, _SIZE, _DIM, dtype=torch.bfloat16, device=device
+        )
+        query = torch.randn(batch, heads, 1, _DIM, dtype=torch.bfloat16, device=device)
+        ids = torch.arange(_BLOCKS - _SELECTED, _BLOCKS, dtype=torch.int32, device=device)
+        places = torch.rand(batch, groups, num_pages, device=device).argsort(-1)[..., :_SELECTED]
+        data.append((query, pages, places.int(), ids.expand(batch, groups, -1).contiguous()))
+
+    def sparse(query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, blocks: int) -> Tensor:
+        parts = attention.partials(query, pages, places, ids, None, lengths, scale, 0.0, blocks)
+        return attention.merge(*parts, None, query.dtype)
+
+    chosen = blocks_per_split(pairs, _SELECTED)
+    gathered = [_gathered(pages, places) for _, pages, places, _ in data]
+    ours = sparse(*data[0], chosen)
+    exact = _sdpa(data[0][0].double(), *(t.double() for t in gathered[0]), scale)
+    error = float((ours - exact).norm() / exact.norm())
+    if not error < 5e-3:
+        raise AssertionError(f"sparse attention is off by {error}")
+    by_blocks = {}
+    for blocks in (1, 2, 4, 8, 16):
+        calls = [lambda d=d, n=blocks: sparse(*d, n) for d in data]
+        by_blocks[blocks] = graph_us(calls).to_dict()
+    us = by_blocks[chosen]["median"]
+    result = {
+        "relative_error": error,
+        "blocks_per_split": chosen,
+        "by_blocks_per_split": by_blocks,
+        "floor_us": round(kv_bytes / (rate * 1e3), 2),
+        "of_copy_bandwidth": round(kv_bytes / (rate * 1e3) / us, 3),
+    }
+    pairs_of = list(zip(data, gathered, strict=True))
+    result["sdpa_gathered"] = graph_us(
+        [lambda d=d, kv=kv: _sdpa(d[0], *kv, scale) for d, kv in pairs_of]
+    ).to_dict()
+    flex = _flex(scale)
+    if float((flex(data[0][0], *gathered[0]) - exact).norm() / exact.norm()) < 5e-3:
+        result["flex_gathered"] = graph_us(
+            [lambda d=d, kv=kv: flex(d[0], *kv) for d, kv in pairs_of]
+        ).to_dict()
+    return result
+
+
+def _gathered(pages: Tensor, places: Tensor) -> Sequence[Tensor]:
+    index = places.long()[..., None, None, None].expand(*places.shape, 2, _SIZE, _DIM)
+    keys, values = pages.gather(2, index).unbind(3)
+    return keys.flatten(2, 3).contiguous(), values.flatten(2, 3).contiguous()
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
+
+
+def _flex(scale: float) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = compiled(query, keys, values, scale=scale, enable_gqa=True)
+        return out
+
+    return call

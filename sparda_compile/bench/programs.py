@@ -1,0 +1,100 @@
+"""The programs that are compared: one pipeline, other knobs.
+
+    scheduled   mode forecast, KV cache in CPU memory, copies scheduled on their own stream
+    inline      the same without InsertPrefetch and ScheduleTransfers: every copy in line
+    resident    mode forecast, every block on the device: what no copy could beat
+    dense       every block on the device, all of them read
+    body        the model with every attention removed: what is left of a step
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from sparda_compile.cache_layout import CacheLayout
+from sparda_compile.capture import specialize
+from sparda_compile.config import SpardaConfig
+from sparda_compile.machine import machine_for
+from sparda_compile.passes.base import PassContext
+from sparda_compile.passes.find_attention import FindAttention, sites_of
+from sparda_compile.passes.fuse_projections import FuseProjections
+from sparda_compile.passes.fx import Emitter
+from sparda_compile.passes.manager import FACTS_KEY, run_passes
+from sparda_compile.passes.replace_attention import replace_and_erase
+from sparda_compile.program import (
+    Captures,
+    Plan,
+    Program,
+    forecast_shapes,
+    initial_forecast,
+    make_plan,
+)
+
+__all__ = ["KNOBS", "build_body", "build_program"]
+
+_COPIES: Final = ("insert_prefetch", "schedule_transfers")
+KNOBS: Final[dict[str, dict[str, object]]] = {
+    "scheduled": {"mode": "forecast", "offload": "always"},
+    "inline": {"mode": "forecast", "offload": "always", "disable_passes": _COPIES},
+    "resident": {"mode": "forecast", "offload": "never"},
+    "dense": {"mode": "dense", "offload": "never"},
+}
+
+
+def build_program(
+    captures: Captures,
+    variant: str,
+    batch_size: int,
+    max_tokens: int,
+    trace_steps: int,
+    **settings: object,
+) -> Program:
+    """Return the decode program of a variant; its Forecast weights are random.
+
+    Args:
+        captures: The model's traced forwards.
+        variant: A key of `KNOBS`.
+        batch_size: Sequences.
+        max_tokens: Tokens per sequence that the KV cache holds.
+        trace_steps: Steps of the trace that selection follows.
+        **settings: Further fields of SpardaConfig.
+    """
+    config = SpardaConfig(**{**KNOBS[variant], "max_tokens": max_tokens, **settings})  # type: ignore[arg-type]
+    plan = make_plan(
+        captures.get("decode", last_logits_only=True),
+        config,
+        model_name=captures.model_name,
+        windows=captures.windows,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        trace_steps=0 if config.mode == "dense" else trace_steps,
+    )
+    weight = next(captures.model.parameters())
+    return Program(plan, initial_forecast(forecast_shapes(plan), weight.dtype, weight.device))
+
+
+def build_body(captures: Captures, batch_size: int) -> Program:
+    """Return the decode program without attention: the query passes for its output.
+
+    Keys and values are still computed, and go into the sum, so that no compiler drops them. There
+    is no cache; the program runs on one of this layout, which is empty.
+    """
+    captured = captures.get("decode", last_logits_only=True)
+    config = SpardaConfig(mode="dense", offload="never")
+    machine = machine_for(None, captured.device)
+    gm = specialize(captured, batch_size)
+    ctx = PassContext(config, "decode", dict(captures.windows), captures.model_name, None, machine)
+    stages = run_passes(gm, [FindAttention(captured.weights)], ctx)
+    sites = tuple(sites_of(gm.graph))
+    for site in sites:
+        emit = Emitter(gm.graph, site.anchor, site.anchor, site.layer)
+        both = emit.function(torch.add, (site.k, site.v), {})
+        wide = emit.method("repeat_interleave", both, site.num_heads // site.num_groups, 1)
+        passed = emit.function(torch.add, (site.query, wide), {})
+        replace_and_erase(gm.graph, site.anchor, passed)
+    gm.meta[FACTS_KEY] |= FuseProjections.requires  # it needs only to come behind that pass
+    stages += run_passes(gm, [FuseProjections()], ctx)
+    layout = CacheLayout(config, (), batch_size, config.block_size)
+    return Program(Plan(captured, layout, sites, tuple(stages), gm), {})

@@ -1,0 +1,122 @@
+"""A KV cache of any length without a prefill, and selections with a stated locality.
+
+    fill       random blocks, pooled keys and bounds; every block on the host, the tail in its page
+    follow     a trace: step t keeps a share `overlap` of the scored blocks of step t - 1
+    rewind     back to the first step: lengths and tables as after `fill`, blocks as they are
+
+Random weights say nothing about which blocks a model reads, so speed is measured on traces whose
+step-to-step overlap is stated. Sink, local and current blocks are selected anyway and not part of
+the trace. For benchmarks and tests only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparda_compile.cache_layout import LENGTHS, state_name
+from sparda_compile.runtime.block_table import assign_pages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparda_compile.runtime.kv_cache import KVCache
+
+__all__ = ["fill", "follow", "rewind"]
+
+_TABLES = ("block_table", "page_block", "page_stamp")
+
+
+def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
+    """Fill a cache as if so many tokens per sequence had been taken in.
+
+    Args:
+        kv: A cache; what it held is lost. Two caches of the same sizes get the same content,
+            wherever their blocks live.
+        num_tokens: At least 1, less than the cache holds.
+        seed: Of the random content.
+    """
+    device = kv.state[LENGTHS].device
+    num_blocks = num_tokens // kv.layout.config.block_size + 1
+    for shape in kv.layout.layers:
+        if shape.kind != "sparse":
+            raise ValueError(f"layer {shape.layer} has a sliding window; fill knows none")
+        generator = torch.Generator(device=device).manual_seed(seed * 1000 + shape.layer)
+        pages = kv.state[state_name("pages", shape.layer)]
+        host = kv.host_blocks.get(state_name("host", shape.layer))
+        target = host if host is not None and host.numel() else pages
+        for row in range(pages.shape[0]):
+            size = (pages.shape[1], num_blocks, *pages.shape[3:])
+            blocks = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
+            target[row, :, :num_blocks].copy_(blocks)
+        for name in kv.layout.tensors(shape):
+            if name in ("pooled_k", "recent_k", "key_bounds"):
+                tensor = kv.state[state_name(name, shape.layer)]
+                tensor.normal_(generator=generator)
+    rewind(kv, num_tokens)
+
+
+def rewind(kv: KVCache, num_tokens: int) -> None:
+    """Make a filled cache hold `num_tokens` per sequence again, with no block but the last resident."""
+    layout = kv.layout
+    lengths = kv.state[LENGTHS]
+    lengths.fill_(num_tokens)
+    current = num_tokens // layout.config.block_size
+    for shape in layout.layers:
+        table, page_block, page_stamp = (
+            kv.state[state_name(name, shape.layer)] for name in _TABLES
+        )
+        for tensor in (table, page_block, page_stamp):
+            tensor.fill_(-1)
+        batch, groups = table.shape[:2]
+        if layout.offload:
+            ids = torch.full((batch, groups, 1), current, dtype=torch.int32, device=table.device)
+        else:
+            ids = torch.arange(current + 1, dtype=torch.int32, device=table.device)
+            ids = ids.expand(batch, groups, -1).contiguous()
+        assign_pages(ids, lengths - 1, table, page_block, page_stamp, layout.config.eviction)
+        if layout.offload:
+            name = state_name("host", shape.layer)
+            pages = kv.state[state_name("pages", shape.layer)]
+            tail = kv.host_blocks[name][:, :, current]
+            page = table[:, :, current].long()
+            rows = torch.arange(batch, device=table.device)[:, None]
+            pages[rows, torch.arange(groups, device=table.device), page] = tail.to(pages.device)
+    kv.longest = kv.num_columns = num_tokens
+
+
+def follow(kv: KVCache, num_tokens: int, overlap: float, seed: int = 0) -> None:
+    """Write a trace into a cache that was laid out with `trace_steps`.
+
+    Args:
+        kv: The cache.
+        num_tokens: Tokens at the first step.
+        overlap: Share of a step's scored blocks that the step before selected too, 0.0 to 1.0.
+        seed: Of the choice.
+    """
+    config, steps = kv.layout.config, kv.layout.trace_steps
+    device = kv.state[LENGTHS].device
+    scored = kv.layout.num_selected - config.sink_blocks - config.local_blocks - 1
+    first = config.sink_blocks
+    end = num_tokens // config.block_size - config.local_blocks
+    kept = round(overlap * scored)
+    if steps <= 0 or end - first < 2 * scored:
+        raise ValueError(f"a trace of {scored} of {end - first} blocks in {steps} steps cannot be")
+    for shape in kv.layout.layers:
+        trace = kv.state[state_name("trace", shape.layer)]
+        generator = torch.Generator(device=device).manual_seed(seed * 1000 + shape.layer)
+        trace.zero_()
+        size = (*trace.shape[:2], end - first)
+        named: Tensor | None = None
+        for step in range(steps):
+            order = torch.rand(size, generator=generator, device=device)
+            fresh = order if named is None else order.masked_fill(named, -1.0)
+            count = scored if named is None else scored - kept
+            picked = torch.zeros_like(order, dtype=torch.bool)
+            picked.scatter_(-1, fresh.topk(count).indices, True)
+            if named is not None and kept:
+                stay = order.masked_fill(~named, -1.0).topk(kept).indices
+                picked.scatter_(-1, stay, True)
+            named = picked
+            trace[:, :, (num_tokens + step) % steps, first:end] = picked
