@@ -253,7 +253,11 @@ class Program:
 
         def on_engine(*args: Any) -> Tensor:
             assert self._engine is not None
-            with use_engine(self._engine), _launch_errors(self.plan.layout):
+            with (
+                torch.cuda.device(self.plan.captured.device),
+                use_engine(self._engine),
+                _launch_errors(self.plan.layout),
+            ):
                 return run(*args)
 
         return on_engine
@@ -297,7 +301,8 @@ class Program:
         for weight in self._joined:
             weight.refresh()
         if self._replays:
-            return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
+            with torch.cuda.device(self.plan.captured.device):
+                return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,

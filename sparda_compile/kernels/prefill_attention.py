@@ -36,16 +36,19 @@ def masked_attention(
 ) -> Tensor:
     """Attend by position: keys at 0 <= position <= the query's, inside the window if there is one.
 
-    Computed in the query's dtype for chunks of queries, so memory is linear in T.
+    The last T keys are those of the query's own tokens, in their order. Computed in the query's
+    dtype for chunks of queries, so memory is linear in T.
     """
     groups = k_BGSD.shape[1]
+    num_past = k_BGSD.shape[2] - query_BHTD.shape[2]
     repeat = query_BHTD.shape[1] // groups
     keys = k_BGSD.repeat_interleave(repeat, dim=1)
     values = v_BGSD.repeat_interleave(repeat, dim=1)
     chunks = []
     for start in range(0, query_BHTD.shape[2], _QUERY_CHUNK):
         position = query_position_BT[:, start : start + _QUERY_CHUNK, None]
-        key_position = key_position_BS[:, None]
+        end = num_past + start + _QUERY_CHUNK  # no token sees a later one
+        key_position = key_position_BS[:, None, :end]
         seen = (key_position >= 0) & (key_position <= position)
         if window:
             seen &= key_position > position - window
@@ -54,13 +57,13 @@ def masked_attention(
         seen |= padding
         query = query_BHTD[:, :, start : start + _QUERY_CHUNK]
         if softcap:
-            scores = query.float() @ keys.float().transpose(-1, -2) * scale
+            scores = query.float() @ keys[:, :, :end].float().transpose(-1, -2) * scale
             scores = softcap * torch.tanh(scores / softcap)
             scores = scores.masked_fill(~seen[:, None], float("-inf"))
-            out = (scores.softmax(-1) @ values.float()).to(query.dtype)
+            out = (scores.softmax(-1) @ values[:, :, :end].float()).to(query.dtype)
         else:
             out = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=seen[:, None], scale=scale
+                query, keys[:, :, :end], values[:, :, :end], attn_mask=seen[:, None], scale=scale
             )
         chunks.append(out.masked_fill(padding[:, None], 0.0))
     return torch.cat(chunks, dim=2)

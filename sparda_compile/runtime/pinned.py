@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from typing import Final
 
 import torch
@@ -94,5 +95,6 @@ class PinnedMemory:
             self._address = 0
 
     def __del__(self) -> None:
-        """Unpin when nobody holds the object any more."""
-        self.close()
+        """Unpin when nobody holds the object any more; at exit the driver does it."""
+        if not sys.is_finalizing():
+            self.close()

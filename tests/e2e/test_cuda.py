@@ -52,7 +52,7 @@ class Lab:
         self.model = model.to(device=device, dtype=dtype)
         self.device = device
         self.traced = None
-        self.truths = {}
+        self.truths: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
         generator = torch.Generator().manual_seed(3)
         longest = max(PROMPT_LENGTHS)
         ids = torch.randint(1, 250, (len(PROMPT_LENGTHS), longest), generator=generator)
@@ -61,7 +61,8 @@ class Lab:
 
     def module(self, mode="forecast", **changes):
         mode, _, hint = mode.partition("/")
-        config = SpardaConfig(mode=mode, hint=hint or "forecast", **{**SMALL, **changes})
+        settings = {**SMALL, "lowering": "eager", **changes}
+        config = SpardaConfig(mode=mode, hint=hint or "forecast", **settings)
         forecast = self.forecast if config.needs_forecast else None
         module = sparda_compile.optimize(self.traced or self.model, config, forecast=forecast)
         self.traced = self.traced or module
@@ -75,12 +76,13 @@ class Lab:
         )  # fmt: skip
         return out.sequences[:, self.ids.shape[1] :], torch.stack(out.logits)
 
-    def truth(self, mode):
+    def truth(self, mode, lowering="eager"):
         """Return the run that the others of a mode must equal."""
         mode = "query" if mode.startswith("exact") else mode
-        if mode not in self.truths:
-            self.truths[mode] = self.run(self.module(mode))
-        return self.truths[mode]
+        if (mode, lowering) not in self.truths:
+            module = self.module(mode, lowering=lowering)
+            self.truths[mode, lowering] = self.run(module)
+        return self.truths[mode, lowering]
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +90,20 @@ def lab():
     return Lab()
 
 
-@pytest.mark.parametrize("change", ["nothing", *CHANGES])
-@pytest.mark.parametrize("mode", MODES)
-def test_logits_do_not_depend_on_how_a_step_runs(lab, mode, change):
-    module = lab.module(mode, **CHANGES.get(change, {}))
+# Compiling takes most of a run, so what Inductor makes of each change is looked at in two modes.
+RUNS = [(mode, change, "eager") for mode in MODES for change in ("nothing", *CHANGES)]
+RUNS += [(mode, change, "inductor") for mode in ("forecast", "exact") for change in CHANGES]
+
+
+@pytest.mark.parametrize(("mode", "change", "lowering"), RUNS)
+def test_logits_do_not_depend_on_how_a_step_runs(lab, mode, change, lowering):
+    module = lab.module(mode, lowering=lowering, **CHANGES.get(change, {}))
     tokens, logits = lab.run(module)
     assert torch.isfinite(logits).all()
-    wanted_tokens, wanted = lab.truth(mode)
+    wanted_tokens, wanted = lab.truth(mode, lowering)
     assert torch.equal(logits, wanted), (logits != wanted).any(-1).nonzero()[:3].tolist()
     assert torch.equal(tokens, wanted_tokens)
-    decode = next(p for key, p in module._programs.items() if key[0] == "decode" and p.is_compiled)
-    assert decode.num_graphs == (0 if change == "graph off" else 1)
+    assert decode_of(module).num_graphs == (0 if change == "graph off" else 1)
     rolled_over = (STEPS - 1 + min(PROMPT_LENGTHS)) // 16 - min(PROMPT_LENGTHS) // 16
     assert rolled_over > 30
     if change != "offload off":
@@ -107,33 +112,37 @@ def test_logits_do_not_depend_on_how_a_step_runs(lab, mode, change):
         assert all(layer.h2d_bytes > 0 for layer in stats.layers.values())
 
 
-def engines_of(module):
-    return [p for p in module._programs.values() if p._engine is not None]
+def decode_of(module):
+    return module.program("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_random_delays_change_nothing(lab, mode):
-    steps = 200
-    module = lab.module(mode, cuda_graph=False, page_ratio=1.0)
-    _, wanted = lab.truth(mode)
+DELAYED = [
+    ("query", "eager"),
+    ("forecast", "eager"),
+    ("forecast", "inductor"),
+    ("exact", "inductor"),
+    ("exact/previous_step", "eager"),
+]
+
+
+@pytest.mark.parametrize(("mode", "lowering"), DELAYED)
+def test_random_delays_change_nothing(lab, mode, lowering):
+    steps = 100
+    module = lab.module(mode, cuda_graph=False, page_ratio=1.0, lowering=lowering)
+    wanted = lab.truth(mode, lowering)[1][:steps]
     for seed in range(20):
-        for program in engines_of(module):
-            program._engine = DelayEngine(torch.device("cuda"), seed)
-        _, logits = lab.run(module, steps)
-        assert torch.equal(logits, wanted[:steps]), f"seed {seed}"
+        decode_of(module)._engine = DelayEngine(torch.device("cuda"), seed)
+        assert torch.equal(lab.run(module, steps)[1], wanted), f"seed {seed}"
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("mode", MODES)
-def test_delays_captured_in_the_graph_change_nothing(lab, mode, seed):
+@pytest.mark.parametrize(("mode", "lowering"), DELAYED)
+def test_delays_captured_in_the_graph_change_nothing(lab, mode, lowering, seed):
     steps = 200
-    module = lab.module(mode)
-    for program in engines_of(module):
-        program._engine = DelayEngine(torch.device("cuda"), seed)
-    module.program("decode", 4, MAX_TOKENS, last_only=True)._engine = DelayEngine(
-        torch.device("cuda"), seed
-    )
-    assert torch.equal(lab.run(module, steps)[1], lab.truth(mode)[1][:steps])
+    module = lab.module(mode, lowering=lowering)
+    decode_of(module)._engine = DelayEngine(torch.device("cuda"), seed)
+    assert torch.equal(lab.run(module, steps)[1], lab.truth(mode, lowering)[1][:steps])
+    assert decode_of(module).num_graphs == 1
 
 
 class SlowCopies(CudaEngine):
@@ -148,10 +157,9 @@ class SlowCopies(CudaEngine):
 def test_a_missing_wait_shows(lab):
     """Take the waits for prefetches out, behind the verifier's back; slow copies must show it."""
     steps = 60
-    module = lab.module("forecast", cuda_graph=False, page_ratio=1.0)
-    module.program("decode", 4, MAX_TOKENS, last_only=True)
-    key = ("decode", 4, MAX_TOKENS, True)
-    whole = module._programs[key]
+    module = lab.module("forecast", cuda_graph=False, page_ratio=1.0, lowering="eager")
+    whole = decode_of(module)
+    key = ("decode", len(PROMPT_LENGTHS), MAX_TOKENS, True)
 
     def run(program):
         program._engine = SlowCopies(torch.device("cuda"))
@@ -232,12 +240,11 @@ def test_two_caches_of_one_module_have_graphs_of_their_own(lab):
 
 
 def test_no_recompilation_and_one_graph_over_many_lengths(lab):
-    module = lab.module("forecast")
+    module = lab.module("forecast", lowering="inductor")
     for steps in (5, 70, 33):
         lab.run(module, steps)
     assert module.num_programs() == {"prefill": 1, "decode": 1}
-    decode = module.program("decode", 4, MAX_TOKENS, last_only=True)
-    assert decode.num_graphs == 1
+    assert decode_of(module).num_graphs == 1
 
 
 def test_limits_fail_early_and_lose_nothing(lab):
