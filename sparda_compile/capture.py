@@ -69,6 +69,7 @@ class CapturedGraph:
         inputs: Placeholder of a tensor input -> `input_ids` or `position_ids`.
         weights: Placeholder of anything else -> the tensor.
         specialized: Graphs that `specialize` has made, by batch size.
+        joined: Copies of several weights in one, by the addresses of the weights.
     """
 
     phase: str
@@ -77,6 +78,7 @@ class CapturedGraph:
     inputs: dict[str, str]
     weights: dict[str, Tensor]
     specialized: dict[int, fx.GraphModule] = dataclasses.field(default_factory=dict)
+    joined: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -189,15 +189,16 @@ class JoinedWeight:
 
     Args:
         sources: The weights; in-place changes to them are noticed.
-
-    Attributes:
-        tensor: The copy; its address never changes.
     """
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         self._sources = tuple(sources)
         self._versions = self._now()
-        self.tensor = torch.cat([source.detach() for source in sources])
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The copy; made when first asked for, its address never changes."""
+        return torch.cat([source.detach() for source in self._sources])
 
     def _now(self) -> list[int]:
         return [source._version for source in self._sources]
@@ -267,9 +268,12 @@ class Program:
         captured = self.plan.captured
         joined = self.plan.graph_module.meta.get(JOINED_KEY, {})
         if node.name in joined:
-            copy = JoinedWeight([self._weight(name, forecast) for name in joined[node.name]])
-            self._joined.append(copy)
-            return copy.tensor
+            sources = [self._weight(name, forecast) for name in joined[node.name]]
+            key = tuple(source.data_ptr() for source in sources)
+            # Programs of other sizes join the same weights: one copy serves them all.
+            weight: JoinedWeight = captured.joined.setdefault(key, JoinedWeight(sources))
+            self._joined.append(weight)
+            return weight.tensor
         if _FORECAST.fullmatch(node.name) or node.name in captured.weights:
             return self._weight(node.name, forecast)
         if not isinstance(fake_value(node), Tensor):
