@@ -19,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help venv test lint types tests demo format test-gpu clean
+.PHONY: help venv test lint types tests demo format test-gpu bench clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ tests: $(STAMP) ## Run the tests alone.
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU, one after another.
 	@$(TEST_ENV) $(BIN)/pytest -q -m gpu
+
+bench: $(STAMP) ## Run all benchmarks on the CUDA GPU of this machine; results in benchmarks/results.
+	@$(BIN)/python -m sparda_compile bench all --out benchmarks/results
 
 demo: $(STAMP) ## Optimize a tiny model and show what was done to it.
 	@$(BIN)/python -m sparda_compile demo

@@ -1,4 +1,4 @@
-"""The command line: `sparda version`, `inspect`, `demo`, `train` and `eval`.
+"""The command line: `version`, `inspect`, `demo`, `train`, `eval`, `bench` and `calibrate`.
 
 What a command finds goes to stdout, as tables or with `--json` as JSON alone; progress and errors
 go to stderr. Exit codes:
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from sparda_compile import __version__
+from sparda_compile.commands.bench import bench_app
+from sparda_compile.commands.calibrate import calibrate_machine
 from sparda_compile.commands.console import (
     CANNOT,
     errors_as_sentences,
@@ -204,8 +206,10 @@ def demo(
         fail("; ".join(result.mismatches) + ".", CANNOT)
 
 
+app.command("calibrate")(calibrate_machine)
 app.command("train")(train_model)
 app.command("eval")(evaluate_model)
+app.add_typer(bench_app, name="bench")
 
 
 def _version(package: str) -> str:

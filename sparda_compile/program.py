@@ -201,7 +201,8 @@ class JoinedWeight:
         return torch.cat([source.detach() for source in self._sources])
 
     def _now(self) -> list[int]:
-        return [source._version for source in self._sources]
+        # A tensor made in inference mode counts no versions, and cannot be changed outside of it.
+        return [0 if source.is_inference() else source._version for source in self._sources]
 
     def refresh(self) -> None:
         """Copy the sources again if one of them has changed."""

@@ -114,11 +114,18 @@ class Schedule:
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write the timeline as one self-contained HTML file and return its path."""
+    def to_html(self, path: str | Path, measured: Sequence[ScheduleRow] = ()) -> Path:
+        """Write the timeline as one self-contained HTML file and return its path.
+
+        Args:
+            path: File to write.
+            measured: Rows of a run, drawn below those of the schedule.
+        """
         from sparda_compile.report.html import write_html
 
-        return write_html(Path(path), title=f"sparda {self.phase} schedule", schedules=[self])
+        title = f"sparda {self.phase} schedule"
+        rows = {self.phase: measured} if measured else {}
+        return write_html(Path(path), title=title, schedules=[self], measured=rows)
 
     def to_chrome_trace(self, path: str | Path) -> Path:
         """Write a trace for chrome://tracing or Perfetto and return its path."""

@@ -1,4 +1,4 @@
-"""The tables that the command line prints: a report, and the demo."""
+"""The tables that the command line prints: a report, the demo, and a measured step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparda_compile.schedule import STREAM_NAMES
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Console
 
     from sparda_compile.demo import Demo, DemoRow
+    from sparda_compile.measured import MeasuredSchedule, Times
     from sparda_compile.needle_demo import NeedleDemo, NeedleRow
+    from sparda_compile.replay import Totals
     from sparda_compile.report import Report, SiteSummary
     from sparda_compile.schedule import Schedule
 
-__all__ = ["format_bytes", "format_layers", "print_demo", "print_report"]
+__all__ = ["format_bytes", "format_layers", "print_demo", "print_measured", "print_report"]
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -34,6 +38,17 @@ blocks: of all blocks, those that a step reads for each KV head. recall: of the 
 questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
 copied to the device by all steps; mode dense keeps everything there. Times are of the reference \
 runtime on the CPU with lowering="eager", where nothing overlaps."""
+_MEASURED_NOTES = """\
+model: all that is not ours, which the compiler fuses as it likes. wait_blocks: the time that the \
+compute stream stood still for a copy. overlap: share of the copy stream's work that lies under \
+compute. The profiler makes a step longer; without it one takes {step}."""
+_TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
+    ("step", " us", lambda totals: totals.step_us),
+    ("compute stream busy", " us", lambda totals: totals.compute_us),
+    ("copy stream busy", " us", lambda totals: totals.copy_us),
+    ("compute waits for copies", " us", lambda totals: totals.exposed_us),
+    ("overlap", "%", lambda totals: 100 * totals.overlap),
+)
 _FRESH_FORECAST = """\
 The Forecast weights are freshly initialised, so the blocks that they pick are close to random; \
 they have to be trained."""
@@ -79,6 +94,40 @@ def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
         f"The model was traced {demo.num_captures} times (prefill, decode) for all modes together.",
         markup=False,
     )
+
+
+def print_measured(
+    measured: MeasuredSchedule, console: Console, *, with_nodes: bool = False
+) -> None:
+    """Print a step as predicted and as measured: totals, ops, layers and, if wanted, nodes."""
+    schedule = measured.schedule
+    table = _table(
+        f"One {schedule.phase} step on {measured.device}, predicted for {schedule.machine}",
+        ("", "predicted", "measured", "difference"),
+        left=1,
+    )
+    for name, unit, value in _TOTALS:
+        planned, found = value(measured.predicted), value(measured.measured)
+        table.add_row(name, *(f"{each:.1f}{unit}" for each in (planned, found)),
+                      f"{found - planned:+.1f}{unit}")  # fmt: skip
+    console.print(table)
+    console.print(_times("Per op, microseconds", "op", measured.ops()))
+    for stream, name in enumerate(STREAM_NAMES):
+        title = f"Per layer on the {name} stream, microseconds; waits are left out"
+        console.print(_times(title, "layer", measured.layers(stream)))
+    if with_nodes:
+        console.print(_times("Per node, microseconds", "node", measured.each_node()))
+    step = "an unknown time" if measured.step_us is None else f"{measured.step_us:.1f} us"
+    console.print(_MEASURED_NOTES.format(step=step), markup=False)
+
+
+def _times(title: str, what: str, entries: Sequence[Times]) -> Table:
+    table = _table(title, (what, "nodes", "predicted", "measured", "difference"), left=1)
+    for each in entries:
+        name = "none" if what == "layer" and each.name == "-1" else each.name
+        numbers = (f"{each.predicted_us:.1f}", f"{each.measured_us:.1f}")
+        table.add_row(name, str(each.count), *numbers, f"{each.difference_us:+.1f}")
+    return table
 
 
 def _print_needles(demo: NeedleDemo, console: Console) -> None:

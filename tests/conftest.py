@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -56,6 +58,26 @@ def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
         yield
+
+
+@pytest.fixture(scope="session")
+def decode_trace() -> SimpleNamespace:
+    """Return the events of two replays of a decode step, the plan's nodes and its schedule."""
+    from sparda_compile.kernel_trace import PlannedNode
+    from sparda_compile.schedule import Schedule, ScheduleRow
+
+    path = Path(__file__).parent / "data" / "decode_trace.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    rows = tuple(ScheduleRow(*row) for row in plain["schedule"].pop("rows"))
+    choices = tuple(plain["schedule"].pop("choices"))
+    return SimpleNamespace(
+        events=plain["traceEvents"],
+        nodes=tuple(
+            PlannedNode(node, op, layer, stream, tuple(kernels), event)
+            for node, op, layer, stream, kernels, event in plain["nodes"]
+        ),
+        schedule=Schedule(rows=rows, choices=choices, **plain["schedule"]),
+    )
 
 
 @pytest.fixture(autouse=True)

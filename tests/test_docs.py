@@ -82,7 +82,7 @@ def stage_text(name):
     counts = ", ".join(f"{key} {value}" for key, value in stage.counts.items())
     if name == "find_attention":
         return f"Counts: {counts}.\n\n{site_table()}"
-    if name == "verify_transfers":
+    if name in ("fuse_projections", "verify_transfers"):  # the graph stays as it was
         return f"Counts: {counts}.\n"
     return f"Counts: {counts}.\n\n{fence(excerpt(stage.graph_module))}"
 

@@ -10,6 +10,7 @@ import torch
 
 import sparda_compile
 from sparda_compile import SpardaConfig
+from sparda_compile.lower import lower
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, is_sparda
 from sparda_compile.testing import tiny_llama
@@ -125,3 +126,24 @@ def test_inductor_equals_eager(compiled, traced):
             torch.cat(got.logits), torch.cat(want.logits), rtol=1e-3, atol=1e-3
         )
     assert fast.sparda.num_compilations == {"prefill": 1, "decode": 1}
+
+
+def test_reductions_are_never_chosen_by_the_clock(traced, monkeypatch):
+    """Two programs of one model must round their sums alike, and so must one compiled twice."""
+    from torch._inductor import compile_fx
+
+    seen = []
+
+    def compile_nothing(graph_module, inputs, config_patches):
+        seen.append(config_patches)
+        return graph_module.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_nothing)
+    plan = traced.program("decode", 1, 512, last_only=True).plan
+    lower(plan.graph_module, "inductor")
+    assert [patches["deterministic"] for patches in seen] == [True]
+    assert set(seen[0]) == {
+        "joint_custom_pre_pass", "post_grad_custom_post_pass", "deterministic",
+    }  # fmt: skip
+    lower(plan.graph_module, "eager")
+    assert len(seen) == 1

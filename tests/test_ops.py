@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
+from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.ops import INSTRUCTIONS
 
 ROWS, GROUPS, HEADS, DIM, SIZE, BLOCKS, PAGES, SELECTED = 2, 2, 6, 60, 16, 5, 4, 3
@@ -47,7 +48,8 @@ def samples():
     counters = torch.zeros(5, dtype=torch.int64)
     pooled = [randn(ROWS, GROUPS, 19, DIM), randn(ROWS, GROUPS, 8, DIM)]
     misses = (int32([1, -1, -1]).expand_as(ids).contiguous(), page_ids)
-    partial = (randn(ROWS, GROUPS, SELECTED, 3, DIM), randn(ROWS, GROUPS, SELECTED, 3))
+    splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED))
+    partial = (randn(ROWS, GROUPS, splits, 3, DIM), randn(ROWS, GROUPS, splits, 3))
     ticket = torch.empty(0)
     selection = (query, pages, page_ids, ids)
     stored = (tables()[0], pages, host, counters)
@@ -57,6 +59,10 @@ def samples():
         "select_blocks": (randn(ROWS, GROUPS, BLOCKS), lengths, SELECTED, SIZE, 1, 0),
         "all_blocks": (tables()[0], lengths, SIZE),
         "plan_pages": (ids, lengths, *tables(), counters, SIZE, "lru", False),
+        "select_pages": (
+            randn(ROWS, GROUPS, BLOCKS), lengths, *tables(), counters, SELECTED, SIZE, 1, 0, "lru",
+            False,
+        ),
         "fork_stream": ([ids, page_ids], 0),
         "fetch_blocks": (*misses, host, pages),
         "prefetch_blocks": (*misses, host, pages, 1, ticket),

@@ -8,10 +8,12 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.passes import PIPELINE
+from sparda_compile.passes import PIPELINE, fuse_projections
+from sparda_compile.passes.fuse_projections import JOINED_KEY
 from sparda_compile.plain import as_causal_lm, sliding_windows
 from sparda_compile.program import (
     Captures,
+    JoinedWeight,
     Plan,
     Program,
     forecast_shapes,
@@ -32,7 +34,13 @@ def captures() -> Captures:
     return Captures(as_causal_lm(model), sliding_windows(model))
 
 
-def plan_of(captures: Captures, phase: str = "decode", batch_size: int = 1, **changes: Any) -> Plan:
+def plan_of(
+    captures: Captures,
+    phase: str = "decode",
+    batch_size: int = 1,
+    trace_steps: int = 0,
+    **changes: Any,
+) -> Plan:
     return make_plan(
         captures.get(phase, last_logits_only=True),
         CONFIG.replace(**changes),
@@ -40,6 +48,7 @@ def plan_of(captures: Captures, phase: str = "decode", batch_size: int = 1, **ch
         windows=captures.windows,
         batch_size=batch_size,
         max_tokens=64,
+        trace_steps=trace_steps,
     )
 
 
@@ -200,3 +209,98 @@ def test_weights_are_the_model_s_own(captures: Captures) -> None:
     assert named - {"input_ids", "position_ids"} <= set(
         KVCache(plan.layout, torch.device("cpu")).state
     )
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_joined_weight_follows_changes_in_place_and_stays_where_it_is(changed: int) -> None:
+    sources = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(2, 5))]
+    weight = JoinedWeight(sources)
+    address = weight.tensor.data_ptr()
+    assert torch.equal(weight.tensor, torch.cat([s.detach() for s in sources]))
+    assert not weight.tensor.requires_grad
+    with torch.no_grad():
+        sources[changed].mul_(-2.0)
+    assert not torch.equal(weight.tensor, torch.cat([s.detach() for s in sources]))
+    weight.refresh()
+    assert torch.equal(weight.tensor, torch.cat([s.detach() for s in sources]))
+    assert weight.tensor.data_ptr() == address
+
+
+def test_joined_weight_is_copied_only_when_a_source_has_changed() -> None:
+    source = torch.randn(3, 5)
+    weight = JoinedWeight([source, source])
+    weight.tensor.fill_(7.0)
+    weight.refresh()
+    assert weight.tensor.eq(7.0).all()
+    source.zero_()
+    weight.refresh()
+    weight.tensor.fill_(7.0)
+    weight.refresh()
+    assert weight.tensor.eq(7.0).all()
+
+
+def test_program_follows_its_model_s_joined_weights(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = plan_of(captures, mode="query", machine="h200")
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
+    plan = plan_of(captures, mode="query", machine="h200")
+    assert len(plan.graph_module.meta[JOINED_KEY]) == 4
+    one = torch.ones(1, 1, dtype=torch.long)
+    programs = [Program(p, {}) for p in (apart, plan)]
+    weight = captures.model.get_parameter("model.layers.1.self_attn.v_proj.weight")
+    kept = weight.detach().clone()
+    logits = []
+    try:
+        for factor in (1.0, -3.0):
+            with torch.no_grad():
+                weight.mul_(factor)
+            want, got = (
+                program(one, one * 0, None, KVCache(program.plan.layout, torch.device("cpu")))
+                for program in programs
+            )
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            logits.append(got)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert not torch.allclose(*logits, atol=1e-3)
+
+
+def test_programs_of_one_model_share_their_joined_weights(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
+    plans = [plan_of(captures, batch_size=size, machine="h200") for size in (1, 2)]
+    forecast, other = (
+        initial_forecast(forecast_shapes(plans[0]), torch.float32, torch.device("cpu"))
+        for _ in range(2)
+    )
+    joined = [
+        [weight.tensor.data_ptr() for weight in program._joined]
+        for program in (Program(plans[0], forecast), Program(plans[1], forecast))
+    ]
+    assert joined[0] == joined[1]
+    assert len(set(joined[0])) == len(joined[0]) == 4
+    # Both layers' forecasts are made from the first one's input: only that copy is another.
+    another = [weight.tensor.data_ptr() for weight in Program(plans[1], other)._joined]
+    assert [one == two for one, two in zip(joined[0], another, strict=True)].count(False) == 1
+
+
+def test_traced_program_reads_the_blocks_that_its_trace_names(captures: Captures) -> None:
+    settings: dict[str, Any] = {"mode": "query", "top_k": 1, "sink_blocks": 0, "local_blocks": 0}
+    plan = plan_of(captures, trace_steps=2, **settings)
+    assert {"sparda_trace_0", "sparda_trace_1"} <= set(placeholders(plan))
+    assert "sparda_trace_0" not in placeholders(plan_of(captures, **settings))
+    kv = KVCache(plan.layout, torch.device("cpu"))
+    kv.state["sparda_lengths"].fill_(50)
+    trace = kv.state["sparda_trace_1"]
+    trace[:, 0, 0, 1] = trace[:, 1, 0, 2] = trace[:, :, 1, 0] = True
+    one = torch.ones(1, 1, dtype=torch.long)
+    program = Program(plan, {})
+    for step, blocks in enumerate([({1}, {2}), ({0}, {0})]):
+        program(one, one * (50 + step), None, kv)
+        for group, named in enumerate(blocks):
+            stamps = kv.state["sparda_page_stamp_1"][0, group]
+            touched = kv.state["sparda_page_block_1"][0, group][stamps == 50 + step]
+            assert set(touched.tolist()) == {3} | named

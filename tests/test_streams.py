@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
+import torch
 
 from sparda_compile.schedule import COMPUTE, COPY
-from sparda_compile.streams import DeferredEngine, ImmediateEngine, current_engine, use_engine
+from sparda_compile.streams import (
+    CudaEngine,
+    DeferredEngine,
+    DelayEngine,
+    ImmediateEngine,
+    current_engine,
+    use_engine,
+)
 
 
 class Log(list):
@@ -127,3 +136,149 @@ def test_engine_is_put_back_after_an_error():
     with pytest.raises(ValueError, match="from inside"), use_engine(DeferredEngine()) as engine:
         engine.submit(COMPUTE, fail)
     assert current_engine() is before
+
+
+class FakeStream:
+    """A stream that notes what is issued to it."""
+
+    def __init__(self, log, name, priority=0):
+        self.log, self.name, self.priority = log, name, priority
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for event {event.number}")
+
+
+@pytest.fixture
+def cuda(monkeypatch, log):
+    """Put streams and events that only note what they are told in the place of CUDA's."""
+    compute = FakeStream(log, "compute")
+    current = [compute]
+    numbers = iter(range(100))
+
+    class FakeEvent:
+        def __init__(self):
+            self.number = next(numbers)
+
+        def record(self, stream):
+            log.append(f"event {self.number} on {stream.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def make(device, priority):
+        assert device == torch.device("cuda:1")
+        return FakeStream(log, "copy", priority)
+
+    def current_stream(device):
+        assert device == torch.device("cuda:1")
+        return current[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: log.append(("sleep", current[-1].name, cycles))
+    )
+    return lambda name: lambda: log.append(f"{name} on {current[-1].name}")
+
+
+def test_cuda_engine_starts_copies_behind_the_compute_work_before_them(log, cuda):
+    engine = CudaEngine(torch.device("cuda:1"))
+    assert engine._copy.priority == -1
+    engine.submit(COMPUTE, cuda("a"))
+    engine.submit(COPY, cuda("b"))
+    engine.submit(COMPUTE, cuda("c"))
+    assert log == ["a on compute", "copy waits for compute", "b on copy", "c on compute"]
+
+
+def test_cuda_engine_marks_the_copy_stream_and_holds_the_compute_stream(log, cuda):
+    engine = CudaEngine(torch.device("cuda:1"))
+    for _ in range(2):
+        engine.record(7)
+        engine.record(3)
+        engine.wait(3)
+        engine.wait(7)
+    # One event for each number, from step to step: a captured graph has them in it.
+    step = ["event 0 on copy", "event 1 on copy"]
+    step += ["compute waits for event 1", "compute waits for event 0"]
+    assert log == step * 2
+
+
+def test_cuda_engine_refuses_an_event_that_nothing_recorded(cuda):
+    del cuda
+    with pytest.raises(KeyError):
+        CudaEngine(torch.device("cuda:1")).wait(0)
+
+
+def test_delay_engine_idles_around_the_work_and_keeps_its_order(log, cuda):
+    engine = DelayEngine(torch.device("cuda:1"), seed=0, longest_us=5.0)
+    for i in range(50):
+        engine.submit(COPY, cuda(f"copy{i}"))
+        engine.submit(COMPUTE, cuda(f"compute{i}"))
+    sleeps = [entry for entry in log if isinstance(entry, tuple)]
+    assert all(1 <= cycles < 5000 for _, _, cycles in sleeps)
+    assert max(cycles for _, _, cycles in sleeps) > 4000
+    assert 60 < len(sleeps) < 140
+    assert {stream for _, stream, _ in sleeps} == {"copy", "compute"}
+    work = [entry for entry in log if isinstance(entry, str) and " on " in entry]
+    assert work == [f"{s}{i} on {s}" for i in range(50) for s in ("copy", "compute")]
+
+
+def test_seed_of_a_delay_engine_gives_its_delays(log, cuda):
+    runs = []
+    for seed in (1, 1, 2):
+        log.clear()
+        engine = DelayEngine(torch.device("cuda:1"), seed)
+        for _ in range(20):
+            engine.submit(COPY, cuda("a"))
+        runs.append(list(log))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", [COPY, COMPUTE])
+def test_cuda_engine_orders_a_copy_and_its_user(late):
+    """Whichever stream is late, the copy reads what was computed and its user what was copied."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    engine = CudaEngine(device)
+    source, target, result = (torch.zeros(1 << 16, device=device) for _ in range(3))
+
+    def copy():
+        if late == COPY:
+            torch.cuda._sleep(20_000_000)
+        target.copy_(source)
+
+    for step in range(1, 6):
+        if late == COMPUTE:
+            torch.cuda._sleep(20_000_000)
+        source.fill_(step)
+        engine.submit(COPY, copy)
+        engine.record(0)
+        engine.wait(0)
+        engine.submit(COMPUTE, lambda: result.copy_(target))
+        assert result.eq(step).all()
+
+
+@pytest.mark.gpu
+def test_copies_run_beside_the_compute_stream():
+    device = torch.device("cuda", torch.cuda.current_device())
+    engine = CudaEngine(device)
+    flag = torch.zeros(1, device=device)
+    seen = torch.zeros(1, device=device)
+    # The driver may wait for the device when it loads a kernel that it has not run yet.
+    torch.cuda._sleep(1)
+    seen.copy_(flag.fill_(0)).item()
+    engine.submit(COPY, lambda: (torch.cuda._sleep(200_000_000), flag.fill_(1)))
+    engine.record(0)
+    engine.submit(COMPUTE, lambda: seen.copy_(flag))
+    assert seen.item() == 0  # the compute stream did not wait
+    engine.wait(0)
+    engine.submit(COMPUTE, lambda: seen.copy_(flag))
+    assert seen.item() == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 
 import pytest
@@ -8,7 +9,14 @@ from rich.console import Console
 
 from sparda_compile import explain
 from sparda_compile.demo import Demo, DemoRow
-from sparda_compile.tables import format_bytes, format_layers, print_demo, print_report
+from sparda_compile.measured import measure
+from sparda_compile.tables import (
+    format_bytes,
+    format_layers,
+    print_demo,
+    print_measured,
+    print_report,
+)
 from sparda_compile.testing import tiny_llama
 
 
@@ -66,3 +74,29 @@ def test_demo_marks_the_original_and_counts(report):
     assert rows[0] == ["original", "8/8", "100%", "100%", "10", "ms", "1.5", "ms"]
     assert rows[1][:5] == ["query", "2/8", "25%", "75%", "1"]
     assert "Forecast" not in text
+
+
+@pytest.mark.parametrize(("step_us", "step"), [(812.34, "812.3 us"), (None, "an unknown time")])
+def test_measured_step(decode_trace, step_us, step):
+    measured = measure(
+        decode_trace.events, decode_trace.schedule, decode_trace.nodes, "H200", step_us
+    )
+    lines = [line.split() for line in printed(print_measured, measured).splitlines()]
+    assert ["step", "773.7", "us", "850.6", "us", "+76.9", "us"] in lines
+    assert any(
+        line[:2] == ["overlap", f"{100 * measured.predicted.overlap:.1f}%"] for line in lines
+    )
+    select = next(times for times in measured.ops() if times.name == "select_pages")
+    assert any(
+        line[:4] == ["select_pages", "4", "8.0", f"{select.measured_us:.1f}"] for line in lines
+    )
+    assert sum(line[:1] == ["none"] for line in lines) == 1
+    assert not any(line[:1] == ["scores_3"] for line in lines)
+    assert f"without it one takes {step}." in " ".join(" ".join(line) for line in lines)
+
+
+def test_measured_step_node_by_node(decode_trace):
+    measured = measure(decode_trace.events, decode_trace.schedule, decode_trace.nodes, "H200")
+    text = printed(functools.partial(print_measured, with_nodes=True), measured)
+    rows = [line.split()[0] for line in text[text.index("Per node") :].splitlines() if line.split()]
+    assert [name for name in rows if "_" in name] == [node.node for node in measured.nodes]

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sparda_compile.bench.programs import build_body, build_program
+from sparda_compile.bench.memory import HOMES
+from sparda_compile.bench.programs import KNOBS, build_body, build_program
 from sparda_compile.bench.synthetic import fill, follow, rewind
 from sparda_compile.bench.timing import Spread, time_calls
+from sparda_compile.errors import ConfigError
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.pinned import PinnedMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from sparda_compile.program import Captures, Program
 
-__all__ = ["DecodeSetting", "bench_decode", "memcpy_gbps"]
+__all__ = ["VARIANTS", "DecodeBench", "DecodeSetting", "bench_decode", "memcpy_gbps"]
 
+VARIANTS: Final = (*KNOBS, "body")
 _TRACE_STEPS: Final = 96
 _CHECKED: Final = 3
+_WARM: Final = 4
 _MIB: Final = 1 << 20
 
 
@@ -48,10 +53,38 @@ class DecodeSetting:
     batch_size: int
     max_tokens: int = 131072
     overlaps: tuple[float, ...] = (0.5, 0.7, 0.9, 0.97)
-    variants: tuple[str, ...] = ("scheduled", "inline", "resident", "dense", "body")
+    variants: tuple[str, ...] = VARIANTS
     rounds: int = 3
     steps: int = 20
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what a run would only find out after minutes."""
+        unknown = [variant for variant in self.variants if variant not in VARIANTS]
+        if unknown or len(set(self.variants)) < len(self.variants):
+            raise ConfigError(
+                f"variants {', '.join(self.variants)} are not known or named twice; use some of "
+                f"{', '.join(VARIANTS)}, each once."
+            )
+        if not all(0.0 <= overlap <= 1.0 for overlap in self.overlaps):
+            raise ConfigError(f"overlaps {self.overlaps} are no shares; use 0.0 to 1.0.")
+        if not 1 <= self.steps <= _TRACE_STEPS - _WARM:
+            raise ConfigError(
+                f"steps={self.steps} do not fit the trace; use 1 to {_TRACE_STEPS - _WARM}."
+            )
+        for name in ("batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; use 1 or more.")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per sequence at the first step; the steps need the room that is left."""
+        return self.max_tokens - 128
+
+    @property
+    def trace_steps(self) -> int:
+        """Steps of the trace."""
+        return _TRACE_STEPS
 
 
 def memcpy_gbps() -> float:
@@ -79,19 +112,27 @@ def bench_decode(
     Raises:
         AssertionError: If programs that must agree do not.
     """
-    bench = _Bench(captures, setting, say)
+    bench = DecodeBench(captures, setting, say)
     bench.check()
     return bench.measure()
 
 
-class _Bench:
+class DecodeBench:
+    """The programs of one batch size with their caches.
+
+    Args:
+        captures: A model on a CUDA device.
+        setting: What to measure.
+        say: Told what is going on.
+    """
+
     def __init__(
         self, captures: Captures, setting: DecodeSetting, say: Callable[[str], None]
     ) -> None:
         self.setting = setting
         self.say = say
-        self.device = torch.device("cuda")
-        self.start = setting.max_tokens - 128
+        self.device = next(captures.model.parameters()).device
+        self.start = setting.num_tokens
         self.programs: dict[str, Program] = {}
         self.caches: dict[str, KVCache] = {}
         self.memory: dict[str, int] = {}
@@ -101,23 +142,23 @@ class _Bench:
             begin = time.perf_counter()
             self._build(captures, variant)
             self.build_s[variant] = round(time.perf_counter() - begin, 1)
-        vocabulary = captures.model.config.vocab_size  # type: ignore[union-attr]
+        config: Any = captures.model.config
         shape = (setting.batch_size, 1)
-        self.ids = torch.randint(0, int(vocabulary), shape, device=self.device)
+        self.ids = torch.randint(0, config.vocab_size, shape, device=self.device)
         self.positions = torch.full(shape, self.start, device=self.device)
 
     def _build(self, captures: Captures, variant: str) -> None:
         setting = self.setting
         if variant == "body":
-            program = build_body(captures, setting.batch_size)
+            lowering = setting.settings.get("lowering", "inductor")
+            program = build_body(captures, setting.batch_size, lowering)
         else:
             program = build_program(
-                captures, variant, setting.batch_size, setting.max_tokens, _TRACE_STEPS,
+                captures, variant, setting.batch_size, setting.max_tokens, setting.trace_steps,
                 **setting.settings,
             )  # fmt: skip
         self.programs[variant] = program
-        # Programs that differ in knobs alone run on one cache; dense needs a part of resident's.
-        home = {"inline": "scheduled", "dense": "resident"}.get(variant, variant)
+        home = HOMES.get(variant, variant)
         if home not in self.caches:
             before = torch.cuda.memory_allocated()
             self.caches[home] = KVCache(program.plan.layout, self.device)
@@ -134,8 +175,30 @@ class _Bench:
         """Give every cache the trace of an overlap, and start again."""
         for variant, cache in self.caches.items():
             if variant in ("scheduled", "resident"):
-                follow(cache, self.start, overlap)
+                if cache.layout.trace_steps:
+                    follow(cache, self.start, overlap)
                 rewind(cache, self.start)
+
+    def turn(self, variant: str) -> list[float]:
+        """Return the times of one turn's steps, microseconds; it begins at the first step."""
+        if variant != "body":
+            rewind(self.caches[variant], self.start)
+        for _ in range(_WARM):  # pages fill up: the first step misses every block
+            self.run(variant)
+        if variant != "body":
+            self.caches[variant].reset_stats()
+        return time_calls(partial(self.run, variant), self.setting.steps)
+
+    def moved_bytes(self, variant: str) -> float:
+        """Return the bytes that a step of the last turn copied to the device."""
+        if variant == "body":
+            return 0.0
+        layers = self.caches[variant].stats().layers.values()
+        return sum(layer.h2d_bytes for layer in layers) / self.setting.steps
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def check(self) -> None:
         """Compare what must be equal; this also compiles and captures everything."""
@@ -147,11 +210,9 @@ class _Bench:
             if variant != "body":
                 rewind(self.caches[variant], self.start)
             logits[variant] = torch.stack([self.run(variant) for _ in range(_CHECKED)])
-            torch.cuda.synchronize()
-            self.build_s[variant] = round(
-                self.build_s[variant] + time.perf_counter() - begin, 1
-            )
-        for variant in ("inline", "resident"):
+            self._wait()
+            self.build_s[variant] = round(self.build_s[variant] + time.perf_counter() - begin, 1)
+        for variant in ("inline", "resident") if "scheduled" in logits else ():
             if variant in logits and not torch.equal(logits[variant], logits["scheduled"]):
                 raise AssertionError(f"{variant} and scheduled decode give other logits")
 
@@ -194,16 +255,9 @@ class _Bench:
         moved = dict.fromkeys(self.programs, 0.0)
         for round_ in range(self.setting.rounds):
             for variant in self.programs:
-                if variant != "body":
-                    rewind(self.caches[variant], self.start)
-                for _ in range(4):  # pages fill up: the first step misses every block
-                    self.run(variant)
-                if variant != "body":
-                    self.caches[variant].reset_stats()
-                times[variant] += time_calls(lambda v=variant: self.run(v), self.setting.steps)
-                if round_ == self.setting.rounds - 1 and variant != "body":
-                    layers = self.caches[variant].stats().layers.values()
-                    moved[variant] = sum(s.h2d_bytes for s in layers) / self.setting.steps
+                times[variant] += self.turn(variant)
+                if round_ == self.setting.rounds - 1:
+                    moved[variant] = self.moved_bytes(variant)
         return {variant: (times[variant], moved[variant]) for variant in self.programs}
 
     def _row(self, times: dict[str, tuple[list[float], float]], rate: float) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import datetime
 import json
 import platform
 import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,11 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     Args:
         commit: Of this package, where it is not a git checkout.
     """
-    import transformers
-    import triton
-
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit or _commit(),
@@ -35,6 +34,14 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     }
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
 def _commit() -> str:
     root = Path(__file__).resolve().parents[2]
     run = subprocess.run(

@@ -11,6 +11,7 @@ are compared before anything is timed.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +24,19 @@ from sparda_compile.runtime.pinned import PinnedMemory
 from sparda_compile.selectors import Geometry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
-__all__ = ["bench_kernels"]
+__all__ = ["GATHER_PROGRAMS", "bench_copy", "bench_gather", "bench_kernels"]
 
 _SIZE, _DIM, _SELECTED, _TOKENS = 64, 128, 96, 131072
 _BLOCKS = _TOKENS // _SIZE
 _BLOCK_BYTES = 2 * _SIZE * _DIM * 2
 _L2_BYTES = 160 << 20
 _MIB = 1 << 20
+# Programs of a gather in a decode step.
+GATHER_PROGRAMS = 8
 
 
 def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
@@ -41,10 +44,10 @@ def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
     device = torch.device("cuda")
     torch.manual_seed(0)
     say("device copy")
-    result: dict[str, Any] = {"copy": _device_copy(device)}
+    result: dict[str, Any] = {"copy": bench_copy(device)}
     rate = result["copy"]["gbps"]
     say("gather")
-    result["gather"] = _gather(device)
+    result["gather"] = bench_gather(device)
     for batch in (1, 4, 16):
         say(f"batch {batch}")
         result[f"miss_list_b{batch}"] = _miss_list(device, batch, rate)
@@ -54,14 +57,16 @@ def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
     return result
 
 
-def _device_copy(device: torch.device) -> dict[str, Any]:
+def bench_copy(device: torch.device) -> dict[str, Any]:
+    """Measure a copy of 4 GiB on the device."""
     source = torch.empty(1 << 32, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
     us = Spread.of(time_calls(lambda: target.copy_(source), 10))
     return {"us": us.to_dict(), "gbps": round(2 * source.numel() / us.median / 1e3, 1)}
 
 
-def _gather(device: torch.device) -> dict[str, Any]:
+def bench_gather(device: torch.device) -> dict[str, Any]:
+    """Compare and measure gathers of 8 MiB from pinned memory, and one memcpy of the same."""
     count = 8 * _MIB // _BLOCK_BYTES
     region = PinnedMemory(1 << 31)
     host = region.tensor.view(torch.bfloat16)
@@ -184,13 +189,14 @@ def _attention(
     chosen = blocks_per_split(pairs, _SELECTED)
     gathered = [_gathered(pages, places) for _, pages, places, _ in data]
     ours = sparse(*data[0], chosen)
-    exact = _sdpa(data[0][0].double(), *(t.double() for t in gathered[0]), scale)
+    keys, values = (tensor.double() for tensor in gathered[0])
+    exact = _sdpa(data[0][0].double(), keys, values, scale)
     error = float((ours - exact).norm() / exact.norm())
     if not error < 5e-3:
         raise AssertionError(f"sparse attention is off by {error}")
     by_blocks = {}
     for blocks in (1, 2, 4, 8, 16):
-        calls = [lambda d=d, n=blocks: sparse(*d, n) for d in data]
+        calls = [partial(sparse, *operands, blocks) for operands in data]
         by_blocks[blocks] = graph_us(calls).to_dict()
     us = by_blocks[chosen]["median"]
     result = {
@@ -200,19 +206,19 @@ def _attention(
         "floor_us": round(kv_bytes / (rate * 1e3), 2),
         "of_copy_bandwidth": round(kv_bytes / (rate * 1e3) / us, 3),
     }
-    pairs_of = list(zip(data, gathered, strict=True))
+    pairs_of = [(d[0], *kv) for d, kv in zip(data, gathered, strict=True)]
     result["sdpa_gathered"] = graph_us(
-        [lambda d=d, kv=kv: _sdpa(d[0], *kv, scale) for d, kv in pairs_of]
+        [partial(_sdpa, *operands, scale) for operands in pairs_of]
     ).to_dict()
     flex = _flex(scale)
     if float((flex(data[0][0], *gathered[0]) - exact).norm() / exact.norm()) < 5e-3:
         result["flex_gathered"] = graph_us(
-            [lambda d=d, kv=kv: flex(d[0], *kv) for d, kv in pairs_of]
+            [partial(flex, *operands) for operands in pairs_of]
         ).to_dict()
     return result
 
 
-def _gathered(pages: Tensor, places: Tensor) -> Sequence[Tensor]:
+def _gathered(pages: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     index = places.long()[..., None, None, None].expand(*places.shape, 2, _SIZE, _DIM)
     keys, values = pages.gather(2, index).unbind(3)
     return keys.flatten(2, 3).contiguous(), values.flatten(2, 3).contiguous()

@@ -1,5 +1,7 @@
 """The programs that are compared: one pipeline, other knobs.
 
+Each variant is a name that results are listed by:
+
     scheduled   mode forecast, KV cache in CPU memory, copies scheduled on their own stream
     inline      the same without InsertPrefetch and ScheduleTransfers: every copy in line
     resident    mode forecast, every block on the device: what no copy could beat
@@ -15,7 +17,7 @@ import torch
 
 from sparda_compile.cache_layout import CacheLayout
 from sparda_compile.capture import specialize
-from sparda_compile.config import SpardaConfig
+from sparda_compile.config import Lowering, SpardaConfig
 from sparda_compile.machine import machine_for
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
@@ -75,14 +77,14 @@ def build_program(
     return Program(plan, initial_forecast(forecast_shapes(plan), weight.dtype, weight.device))
 
 
-def build_body(captures: Captures, batch_size: int) -> Program:
+def build_body(captures: Captures, batch_size: int, lowering: Lowering = "inductor") -> Program:
     """Return the decode program without attention: the query passes for its output.
 
     Keys and values are still computed, and go into the sum, so that no compiler drops them. There
     is no cache; the program runs on one of this layout, which is empty.
     """
     captured = captures.get("decode", last_logits_only=True)
-    config = SpardaConfig(mode="dense", offload="never")
+    config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
     machine = machine_for(None, captured.device)
     gm = specialize(captured, batch_size)
     ctx = PassContext(config, "decode", dict(captures.windows), captures.model_name, None, machine)

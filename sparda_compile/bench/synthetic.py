@@ -49,7 +49,9 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
         for row in range(pages.shape[0]):
             size = (pages.shape[1], num_blocks, *pages.shape[3:])
             blocks = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-            target[row, :, :num_blocks].copy_(blocks)
+            blocks = blocks.to(target.dtype)
+            for group in range(size[0]):  # one run of memory each: a copy at the link's rate
+                target[row, group, :num_blocks].copy_(blocks[group])
         for name in kv.layout.tensors(shape):
             if name in ("pooled_k", "recent_k", "key_bounds"):
                 tensor = kv.state[state_name(name, shape.layer)]
@@ -58,7 +60,7 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
 
 
 def rewind(kv: KVCache, num_tokens: int) -> None:
-    """Make a filled cache hold `num_tokens` per sequence again, with no block but the last resident."""
+    """Make a filled cache hold `num_tokens` per sequence; the last block alone is resident."""
     layout = kv.layout
     lengths = kv.state[LENGTHS]
     lengths.fill_(num_tokens)

@@ -8,7 +8,8 @@ Before, and after:
     ...                                           ...
 
 The fused op stands where the plan stood. A selection that something reads before its plan is left
-alone: the ids that another layer takes as its hint, and those that a wait is anchored to.
+alone, such as ids that a wait is anchored to; so is one with two plans, such as ids that another
+layer takes as its hint: one of the plans may go to the copy stream, and the other may not.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _fuse(graph: fx.Graph, plan: fx.Node, order: dict[fx.Node, int]) -> bool:
     ids = argument(plan, "block_ids")
     if call_name(ids) != "sparda.select_blocks":
         return False
-    if any(order[user] < order[plan] for user in ids.users if user is not plan):
+    others = [user for user in ids.users if user is not plan]
+    if any(order[n] < order[plan] or call_name(n) == "sparda.plan_pages" for n in others):
         return False
     lengths, tables = argument(plan, "lengths"), plan.args[2:6]
     emit = Emitter(graph, plan, plan, plan.meta["sparda_layer"])

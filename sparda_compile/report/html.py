@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sparda_compile.schedule import ScheduleRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparda_compile.report.model import PassSummary, Report
@@ -40,6 +40,7 @@ def write_html(
     title: str,
     schedules: Sequence[Schedule],
     report: Report | None = None,
+    measured: Mapping[str, Sequence[ScheduleRow]] | None = None,
 ) -> Path:
     """Write schedules, and a report if there is one, as one self-contained HTML file.
 
@@ -49,6 +50,8 @@ def write_html(
         schedules: Schedules to draw, in this order.
         report: What `explain` found. Without it the page shows the schedules alone. Its own
             schedules are not drawn.
+        measured: Rows of runs, by phase; drawn below the schedule of that phase. Their bytes are
+            not shown.
 
     Returns:
         The path, as given.
@@ -58,7 +61,7 @@ def write_html(
     """
     template = resources.files("sparda_compile.report").joinpath("template.html")
     page = _Page(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title), payload=_embed(_payload(title, schedules, report))
+        title=html.escape(title), payload=_embed(_payload(title, schedules, report, measured or {}))
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
@@ -107,12 +110,21 @@ def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def _payload(title: str, schedules: Sequence[Schedule], report: Report | None) -> dict[str, Any]:
+def _payload(
+    title: str,
+    schedules: Sequence[Schedule],
+    report: Report | None,
+    measured: Mapping[str, Sequence[ScheduleRow]],
+) -> dict[str, Any]:
     texts = _GraphTexts()
     return {
         "title": title,
         "row_fields": _ROW_FIELDS,
         "schedules": [_plain_schedule(schedule) for schedule in schedules],
+        "measured": {
+            phase: [list(dataclasses.asdict(row).values()) for row in rows]
+            for phase, rows in measured.items()
+        },
         "report": _plain_report(report, texts) if report else None,
         "graphs": texts.to_dict(),
     }

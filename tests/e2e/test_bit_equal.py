@@ -36,6 +36,7 @@ CHANGES = {
     "few_pages": {"page_ratio": 1.0},
     "all_pages": {"page_ratio": 3.0},
     "fifo_few_pages": {"eviction": "fifo", "page_ratio": 1.0},
+    "unfused": {"disable_passes": ("fuse_selection",), "page_ratio": 1.0},
     "unscheduled": {"disable_passes": ("schedule_transfers",)},
     "in_line": {"disable_passes": ("insert_prefetch", "schedule_transfers")},
     "h200": BUSY,
@@ -113,6 +114,7 @@ def test_exact_equals_query_with_quest(lab, hint):
         *(("forecast", change) for change in CHANGES),
         *(("exact", change) for change in CHANGES),
         ("query", "on_device"),
+        ("query", "unfused"),
         ("query", "fifo_few_pages"),
     ],
 )

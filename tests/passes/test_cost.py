@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 
+from sparda_compile.config import SpardaConfig
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.cost import Cost, node_cost
 from sparda_compile.passes.fx import call_name, find_ops, module_path
+from sparda_compile.program import make_plan
 
 H200 = MACHINES["h200"]
 SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
@@ -85,6 +87,35 @@ def test_attention_reads_the_selected_blocks_and_not_the_pool(decode):
     found = node_cost(attention, context(decode)).hbm_bytes
     pages = HEADS * SELECTED * BLOCK_BYTES
     assert pages < found < 1.05 * pages
+
+
+def test_selecting_in_one_op_costs_no_more_than_in_two(plan_of):
+    fused = plan_of("llama", batch_size=3, **SETTINGS)
+    apart = plan_of("llama", batch_size=3, disable_passes=("fuse_selection",), **SETTINGS)
+    two = [cost(apart, name) for name in ("block_ids_1", "plan_1")]
+    one = cost(fused, "select_pages_1")
+    assert one.us == H200.launch_us < sum(c.us for c in two)
+    # The ids are written once, and not read again.
+    ids = HEADS * SELECTED * 4
+    lengths = 3 * 4
+    assert one.hbm_bytes == sum(c.hbm_bytes for c in two) - ids - lengths
+
+
+def test_trace_of_a_benchmark_costs_nothing(captures_of):
+    captures = captures_of("llama")
+    costs = []
+    for trace_steps in (0, 500):
+        plan = make_plan(
+            captures.get("decode", last_logits_only=True),
+            SpardaConfig(**SETTINGS),
+            model_name=captures.model_name,
+            windows=captures.windows,
+            batch_size=3,
+            max_tokens=8192,
+            trace_steps=trace_steps,
+        )
+        costs.append(cost(plan, "scores_1"))
+    assert costs[0] == costs[1]
 
 
 def test_append_writes_one_token(decode):

@@ -24,6 +24,7 @@ from sparda_compile.schedule import COMPUTE, COPY
 WRITES = {
     "append_kv": {"pages"},
     "plan_pages": {"block_table", "page_block", "page_stamp", "counters"},
+    "select_pages": {"block_table", "page_block", "page_stamp", "counters"},
     "prefetch_blocks": {"pages"},
     "fetch_blocks": {"pages"},
     "offload_blocks": {"host", "counters"},
@@ -114,7 +115,8 @@ def test_argument_set_by_name(graph):
 
 
 def test_streams(graph):
-    expected = {"prefetch_1": COPY, "plan_1": COMPUTE, "fork_1": COMPUTE, "hint_plan_1": COPY}
+    expected = {"prefetch_1": COPY, "plan_1": COMPUTE, "fork_1": COMPUTE}
+    expected["hint_select_pages_1"] = COPY
     assert {name: stream_of(named(graph, name)) for name in expected} == expected
     assert {stream_of(n) for n in find_ops(graph, "offload_blocks")} == {COPY}
     assert {stream_of(n) for n in find_ops(graph, "wait_blocks", "append_kv")} == {COMPUTE}
@@ -135,7 +137,7 @@ def test_conflicts_are_mutual_and_need_a_write(graph):
 
 def test_layers_do_not_conflict(graph):
     assert conflicts(named(graph, "plan_0"), named(graph, "plan_1")) == []
-    assert conflicts(named(graph, "plan_0"), named(graph, "hint_plan_0"))
+    assert conflicts(named(graph, "plan_0"), named(graph, "hint_select_pages_0"))
 
 
 def test_partial_attention_and_the_fetch_of_its_misses_touch_other_pages(graph):

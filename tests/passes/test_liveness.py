@@ -84,7 +84,7 @@ def test_whole_chain_keeps_scores_and_the_results_that_nobody_reads(graph_of):
     names = kept(graph_of())["prefetch_1"]
     assert {"scores_1", "is_miss_1", "miss_blocks_1", "miss_pages_1"} <= set(names)
     # These are read by the layer's own attention, behind the wait.
-    assert not {"block_ids_1", "page_ids_1", "tail_page_1"} & set(names)
+    assert not {"picked_ids_1", "page_ids_1", "tail_page_1"} & set(names)
 
 
 def test_prefill_keeps_new_keys_and_values(graph_of):
@@ -126,11 +126,11 @@ def test_ids_that_another_layer_goes_by_live_until_its_copy_is_awaited(graph_of)
 
 def test_copy_that_nobody_awaits_is_a_bug_of_ours(graph_of):
     graph = graph_of(machine="cpu")
-    plan = named(graph, "plan_1")
+    plan = named(graph, "select_pages_1")
     set_argument(plan, "stream", COPY)
     last = find_ops(graph, "offload_blocks")[-1]
     last.append(plan)
-    with pytest.raises(AssertionError, match="plan_1 is on the copy stream"):
+    with pytest.raises(AssertionError, match="select_pages_1 is on the copy stream"):
         set_keepalives(graph)
 
 
@@ -141,10 +141,10 @@ def test_tickets_are_no_temporaries(graph_of):
 
 def test_fork_takes_what_the_work_behind_it_uses(graph_of):
     graph = graph_of()
-    chain = [named(graph, n) for n in ("scores_1", "block_ids_1", "plan_1", "prefetch_1")]
+    chain = [named(graph, n) for n in ("scores_1", "select_pages_1", "prefetch_1")]
     names = [n.name for n in copy_stream_inputs(chain)]
     assert names[0] == chain[0].args[0].name
     state = {"sparda_lengths", "sparda_block_table_1", "sparda_pages_1", "sparda_host_1"}
     assert state <= set(names)
-    assert not {"scores_1", "block_ids_1", "miss_blocks_1", "fork_1"} & set(names)
+    assert not {"scores_1", "select_pages_1", "miss_blocks_1", "fork_1"} & set(names)
     assert argument(named(graph, "fork_1"), "inputs") == copy_stream_inputs(chain)

@@ -43,7 +43,7 @@ def scheduled(plan_of):
     def schedule(model="llama", phase="decode", **settings):
         plan = plan_of(model, phase, **settings)
         record = next(s for s in plan.stages if s.name == "schedule_transfers")
-        return plan.stage("insert_prefetch").graph, record.graph_module.graph, record
+        return plan.stage("fuse_selection").graph, record.graph_module.graph, record
 
     return schedule
 
@@ -139,12 +139,12 @@ def _signature(node):
 
 class TestDependences:
     def test_edges_are_data_and_effects(self, plan_of):
-        graph = snapshot(plan_of("llama", mode="forecast").stage("insert_prefetch")).graph
+        graph = snapshot(plan_of("llama", mode="forecast").stage("fuse_selection")).graph
         mark_order(graph)
         dag = dependence_graph(graph)
         assert nx.is_directed_acyclic_graph(dag)
         append, attention = (named(graph, f"{n}_1") for n in ("append_kv", "sparse_attention"))
-        assert dag.has_edge(named(graph, "plan_1"), named(graph, "miss_blocks_1"))
+        assert dag.has_edge(named(graph, "select_pages_1"), named(graph, "miss_blocks_1"))
         assert dag.has_edge(append, attention)
         assert not dag.has_edge(attention, append)
         assert not dag.has_edge(append, named(graph, "sparse_attention_0"))
@@ -153,7 +153,7 @@ class TestDependences:
             assert is_data or conflicts(first, second)
 
     def test_order_is_marked_once_on_what_uses_state(self, plan_of):
-        graph = snapshot(plan_of("llama", mode="forecast").stage("insert_prefetch")).graph
+        graph = snapshot(plan_of("llama", mode="forecast").stage("fuse_selection")).graph
         mark_order(graph)
         marks = [n.meta[ORDER_KEY] for n in graph.nodes if ORDER_KEY in n.meta]
         assert marks == sorted(marks)
@@ -165,35 +165,35 @@ class TestDependences:
 class TestStreams:
     """The cost model decides what runs beside the copy."""
 
-    STAGES = ("scores_1", "block_ids_1", "plan_1")
+    STAGES = ("scores_1", "select_pages_1")
 
     def streams(self, graph):
         return tuple(stream_of(named(graph, name)) for name in self.STAGES)
 
     def test_small_batch_leaves_the_critical_path_whole(self, scheduled):
         _, after, record = scheduled(mode="forecast", machine="h200", expected_overlap=0.9)
-        assert self.streams(after) == (COPY, COPY, COPY)
+        assert self.streams(after) == (COPY, COPY)
         assert argument(named(after, "scores_1"), "after") is named(after, "fork_1")
         assert argument(named(after, "prefetch_1"), "after") is None
-        assert "scores_1, block_ids_1, plan_1 and the copy" in record.schedule.choices[1]
+        assert "scores_1, select_pages_1 and the copy" in record.schedule.choices[1]
 
     def test_large_batch_keeps_a_busy_copy_stream_to_copies(self, scheduled):
         settings = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.9}
         _, after, record = scheduled(batch_size=64, **settings)
-        assert self.streams(after) == (COMPUTE, COMPUTE, COMPUTE)
+        assert self.streams(after) == (COMPUTE, COMPUTE)
         assert argument(named(after, "prefetch_1"), "after") is named(after, "fork_1")
         assert "; the copy on the copy stream" in record.schedule.choices[1]
 
     def test_no_overlap_with_the_last_step_makes_the_copy_stream_busy_too(self, scheduled):
         settings = {"mode": "forecast", "machine": "h200", "max_tokens": 8192}
         _, after, _ = scheduled(expected_overlap=0.0, **settings)
-        assert self.streams(after) == (COMPUTE, COMPUTE, COMPUTE)
+        assert self.streams(after) == (COMPUTE, COMPUTE)
         _, after, _ = scheduled(expected_overlap=1.0, **settings)
-        assert self.streams(after) == (COPY, COPY, COPY)
+        assert self.streams(after) == (COPY, COPY)
 
     def test_machine_without_overlap_gains_nothing_from_a_second_stream(self, scheduled):
         _, after, record = scheduled(**CASES["forecast-cpu"])
-        assert self.streams(after) == (COMPUTE, COMPUTE, COMPUTE)
+        assert self.streams(after) == (COMPUTE, COMPUTE)
         assert record.counts["on_copy_stream"] == len(
             find_ops(after, "prefetch_blocks", "offload_blocks")
         )

@@ -173,13 +173,21 @@ def test_no_mutation_of_a_prefill_survives(plan_of, model, machine, disable_pass
     check_all(plan_of(model, "prefill", machine=machine, disable_passes=disable_passes))
 
 
-@pytest.mark.parametrize("cut", ["scores_1", "block_ids_1", "plan_1"])
-def test_no_mutation_survives_wherever_the_chain_is_cut(plan_of, cut):
+CHAINS = {
+    (): ("scores_1", "select_pages_1"),
+    ("fuse_selection",): ("scores_1", "block_ids_1", "plan_1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("disable_passes", "cut"), [(disabled, cut) for disabled in CHAINS for cut in CHAINS[disabled]]
+)
+def test_no_mutation_survives_wherever_the_chain_is_cut(plan_of, disable_passes, cut):
     # The cost model prefers one cut; the others are right as well.
-    plan = plan_of("llama", machine="h200")
+    plan = plan_of("llama", machine="h200", disable_passes=disable_passes)
     gm = snapshot(plan.graph_module)
     by_name = {n.name: n for n in gm.graph.nodes}
-    stages = ["scores_1", "block_ids_1", "plan_1"]
+    stages = CHAINS[disable_passes]
     fork = argument(by_name["scores_1"], "after")
     assert fork is not None
     for name in stages:
@@ -267,7 +275,7 @@ class TestGraph:
             self.races(gm)
 
     def test_stream_changed(self, graph_of):
-        for name in ("hint_scores_1", "hint_block_ids_1", "hint_plan_1"):
+        for name in ("hint_scores_1", "hint_select_pages_1"):
             gm = graph_of()
             node = next(n for n in gm.graph.nodes if n.name == name)
             assert argument(node, "stream") == COPY
@@ -281,7 +289,7 @@ class TestGraph:
             kept = argument(wait, "keepalive")
             set_argument(wait, "keepalive", [n for n in kept if n is not item])
         gm.graph.erase_node(item)
-        assert "hint_plan_1" in self.races(gm)
+        assert "hint_select_pages_1" in self.races(gm)
 
 
 def _fork_of(node):

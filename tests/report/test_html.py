@@ -1,12 +1,9 @@
 """The inspection page: what is embedded in it, and what a browser makes of it."""
 
 import dataclasses
-import html.parser
 import itertools
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
@@ -14,12 +11,6 @@ from sparda_compile.report import LayerPlan, PassSummary, Report, SiteSummary
 from sparda_compile.report.html import write_html
 from sparda_compile.schedule import COMPUTE, COPY, Schedule, ScheduleRow
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--virtual-time-budget=4000 --dump-dom"
-)
 HOSTILE = "</script><b>x \"'&amp; \u00e9\u2028 \U0001f600 @@payload $title {{ title }}"
 
 # Of one layer: name, what it calls, microseconds.
@@ -142,39 +133,6 @@ def text_of(payload, index):
     return "\n".join(line for first in runs for line in lines[first : first + next(runs)])
 
 
-class Elements(html.parser.HTMLParser):
-    """The tags of a page, and the text in each element that has a data-testid."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.open, self.texts = [], [], {}
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.tags.append((tag, attributes))
-        testid = attributes.get("data-testid")
-        self.texts.setdefault(testid, []).append("")
-        if tag not in ("meta", "input"):
-            self.open.append((tag, testid))
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data):
-        for testid in {testid for _, testid in self.open}:
-            self.texts[testid][-1] += data
-
-    def having(self, testid):
-        return [
-            attributes for _, attributes in self.tags if attributes.get("data-testid") == testid
-        ]
-
-    def num(self, tag):
-        return [each for each, _ in self.tags].count(tag)
-
-
 @pytest.fixture(scope="module")
 def report():
     return make_report()
@@ -199,9 +157,9 @@ def test_schedule_and_report_write_themselves(report, tmp_path):
     assert [schedule["phase"] for schedule in payload["schedules"]] == ["decode"]
 
 
-def test_page_loads_nothing(page):
+def test_page_loads_nothing(page, elements_of):
     text = page.read_text(encoding="ascii")
-    for tag, attributes in Elements(text).tags:
+    for tag, attributes in elements_of(text).tags:
         assert tag not in ("link", "img", "iframe", "object", "base")
         assert not {"src", "srcset", "href", "xlink:href"} & set(attributes)
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
@@ -246,7 +204,7 @@ def test_page_of_a_large_model_is_small(tmp_path):
     assert write_report(tmp_path / "page.html", report).stat().st_size < 2 << 20
 
 
-def test_hostile_text_stays_text(tmp_path):
+def test_hostile_text_stays_text(tmp_path, elements_of):
     path = write_report(tmp_path / "page.html", make_hostile_report())
     text = path.read_text(encoding="ascii")
     assert "<b>" not in text
@@ -255,7 +213,7 @@ def test_hostile_text_stays_text(tmp_path):
     assert payload["report"]["error"] == HOSTILE
     assert payload["schedules"][0]["rows"][0][:2] == [HOSTILE, HOSTILE]
     assert text_of(payload, payload["report"]["passes"][0]["after"]) == f"a\n{HOSTILE}\n"
-    assert Elements(text).texts["title"] == [f"sparda: {HOSTILE}"]
+    assert elements_of(text).texts["title"] == [f"sparda: {HOSTILE}"]
 
 
 def test_lone_surrogate_is_written(tmp_path):
@@ -268,25 +226,6 @@ def test_number_that_json_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         schedule.to_html(tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
-
-
-@pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("needs chromium on the PATH; Debian's package has the same name")
-
-    def load(path, fragment="", width=1280):
-        profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
-        command = [CHROMIUM, *FLAGS.split(), profile, f"--window-size={width},1600"]
-        url = path.as_uri() + fragment
-        run = subprocess.run([*command, url], capture_output=True, check=True, timeout=120)
-        elements = Elements(run.stdout.decode())
-        (body,) = (attributes for tag, attributes in elements.tags if tag == "body")
-        assert (body["data-errors"], body["data-ready"]) == ("", "true")
-        assert "[object" not in elements.texts["main"][0]
-        return elements
-
-    return load
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.runtime.block_table import assign_pages, plan_pages
+from sparda_compile.kernels.select_blocks import select_blocks
+from sparda_compile.runtime.block_table import assign_pages, plan_pages, select_pages
 from sparda_compile.schedule import COPY
 from sparda_compile.streams import DeferredEngine, use_engine
 
@@ -114,3 +115,58 @@ def test_plan_on_the_copy_stream_waits_for_its_turn():
         engine.record(3)
         engine.wait(3)
     assert page_ids.tolist() == [[[0, 1]]]
+
+
+class Steps:
+    """Tables of a batch, and the random scores of one step after another."""
+
+    ROWS, GROUPS, BLOCKS, PAGES = 3, 2, 12, 8
+
+    def __init__(self, lengths):
+        shape = (self.ROWS, self.GROUPS)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.tables = [
+            torch.full((*shape, size), -1, dtype=torch.int32)
+            for size in (self.BLOCKS, self.PAGES, self.PAGES)
+        ]
+        self.tables.append(torch.zeros(5, dtype=torch.int64))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def scores(self):
+        """Return [B, G, N]; some blocks have none, and many are equal."""
+        shape = (self.ROWS, self.GROUPS, self.BLOCKS)
+        scores = torch.randint(0, 4, shape, generator=self.generator).float()
+        return scores.masked_fill(scores == 0, float("-inf"))
+
+
+@pytest.mark.parametrize("is_hint", [False, True])
+@pytest.mark.parametrize("eviction", ["lru", "fifo"])
+def test_fused_op_equals_selecting_and_then_planning(eviction, is_hint):
+    fused, apart = (Steps([100, 7, 190]) for _ in range(2))
+    sizes = (6, SIZE, 1, 2)
+    fetched = 0
+    for _ in range(30):
+        got = select_pages(fused.scores(), fused.lengths, *fused.tables, *sizes, eviction, is_hint)
+        ids = select_blocks(apart.scores(), apart.lengths, *sizes)
+        want = (ids, *plan_pages(ids, apart.lengths, *apart.tables, SIZE, eviction, is_hint))
+        assert len(got) == len(want) == 6
+        for one, other in zip((*got, *fused.tables), (*want, *apart.tables), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+        fetched += int(want[2].sum())
+        for steps in (fused, apart):
+            steps.lengths = (steps.lengths + 1).clamp(max=SIZE * Steps.BLOCKS - 1)
+    assert fetched > 30
+
+
+def test_fused_op_on_the_copy_stream_waits_for_its_turn():
+    steps = Steps([100, 7, 190])
+    with use_engine(DeferredEngine()) as engine:
+        ids, *_ = select_pages(
+            steps.scores(), steps.lengths, *steps.tables, 6, SIZE, 1, 2, "lru", False, COPY
+        )
+        assert steps.tables[0].eq(-1).all()
+        engine.record(3)
+        engine.wait(3)
+    assert ids[1].tolist() == [[0, -1, -1, -1, -1, -1]] * 2
+    assert steps.tables[0][1, :, 0].ge(0).all()

@@ -7,6 +7,7 @@ import torch
 
 from sparda_compile.cache_layout import TensorSpec
 from sparda_compile.errors import DevicePoolFullError
+from sparda_compile.runtime import device_pool
 from sparda_compile.runtime.device_pool import DevicePool
 
 MIB = 1 << 20
@@ -25,6 +26,34 @@ def test_limit_that_is_too_small_is_named():
 
 def test_no_limit_allows_any_size():
     DevicePool(torch.device("cpu"), None).check(1 << 60, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "whose"),
+    [
+        (None, "cuda:1 has free 3.5 MiB"),
+        (8 * MIB, "cuda:1 has free 3.5 MiB"),
+        (3 * MIB, "device_bytes allows 3.0 MiB"),
+    ],
+)
+def test_a_gpu_gives_no_more_than_it_has_free(monkeypatch, limit, whose):
+    """Free is what the driver has, and what torch has reserved and given to nobody."""
+    sizes = {"mem_get_info": (2 * MIB, 80 * MIB), "memory_reserved": 5 * MIB,
+             "memory_allocated": 7 * MIB // 2}  # fmt: skip
+    asked = []
+    for name, size in sizes.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda device, size=size: asked.append(device) or size
+        )
+    gpu = torch.device("cuda:1")
+    assert device_pool._free_bytes(gpu) == 7 * MIB // 2
+    pool = DevicePool(gpu, limit)
+    pool.check(3 * MIB, 3, 4096)
+    with pytest.raises(
+        DevicePoolFullError, match=re.escape(f"needs 4.0 MiB on the device, but {whose};")
+    ):
+        pool.check(4 * MIB, 3, 4096)
+    assert set(asked) == {gpu}
 
 
 def test_allocation_is_counted_and_filled():

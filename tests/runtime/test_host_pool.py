@@ -43,6 +43,27 @@ def test_machine_that_is_too_small_is_named(monkeypatch, limit):
         HostPool(limit).check(101 * MIB, 1, 64)
 
 
+class FakeRegion:
+    """Pinned memory of a machine with large pages."""
+
+    def __init__(self, num_bytes):
+        self.num_bytes = -(-num_bytes // 4096) * 4096
+        self.tensor = torch.arange(num_bytes).to(torch.uint8)
+
+
+def test_pinned_blocks_are_views_of_regions_that_the_pool_keeps(monkeypatch):
+    monkeypatch.setattr(host_pool, "PinnedMemory", FakeRegion)
+    pool = HostPool(None, pinned=True)
+    blocks = [pool.allocate(TensorSpec((2, 3), torch.int16, on_host=True)) for _ in range(2)]
+    assert [b.shape for b in blocks] == [(2, 3)] * 2
+    assert [b.data_ptr() for b in blocks] == [r.tensor.data_ptr() for r in pool._regions]
+    assert blocks[0].view(torch.uint8).flatten().tolist() == list(range(12))
+    assert pool.num_bytes == 2 * 4096
+    empty = pool.allocate(TensorSpec((0,), torch.float32, on_host=True))
+    assert empty.shape == (0,)
+    assert len(pool._regions) == 2
+
+
 def test_allocation_is_counted_and_empty():
     pool = HostPool(None)
     tensor = pool.allocate(TensorSpec((2, 3), torch.bfloat16, on_host=True))

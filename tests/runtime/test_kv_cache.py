@@ -9,7 +9,13 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.cache_layout import CacheLayout, LayerShape
-from sparda_compile.errors import DevicePoolFullError, HostPoolFullError, KVCacheError
+from sparda_compile.errors import (
+    DevicePoolFullError,
+    HostPoolFullError,
+    KVCacheError,
+    UnsupportedInputError,
+)
+from sparda_compile.runtime import kv_cache
 from sparda_compile.runtime.append import advance_lengths, extend_kv
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.stats import LayerStats
@@ -61,6 +67,57 @@ def test_new_cache_is_empty():
     assert kv.stats().total == LayerStats(0, 0, 0, 0)
     assert kv.host_pool.num_bytes == kv.layout.num_bytes(on_host=True)
     assert kv.device_pool.num_bytes == kv.layout.num_bytes(on_host=False)
+
+
+def test_blocks_in_cpu_memory_are_their_own_input_on_the_cpu():
+    kv = make()
+    assert set(kv.host_blocks) == {"sparda_host_0"}
+    assert kv.state["sparda_host_0"] is kv.host_blocks["sparda_host_0"]
+    assert make(offload="never").state["sparda_host_0"].shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 2, 16, 4), (1, 1, 1, 2, 16, 4)])
+def test_another_device_takes_the_address_of_each_row_and_group(monkeypatch, shape):
+    """The device is made up, as far as asking it goes; addresses stay on the CPU."""
+    device = Elsewhere()
+    blocks = torch.zeros(shape, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, where: (tensor, where))
+    addresses, where = kv_cache._as_input(blocks, device)
+    assert where is device
+    assert addresses.dtype == torch.int64
+    rows = [[blocks[b, g].data_ptr() for g in range(shape[1])] for b in range(shape[0])]
+    assert addresses.tolist() == rows
+    nothing, where = kv_cache._as_input(torch.zeros(0), device)
+    assert (nothing.shape, where) == ((0,), device)
+
+
+class Elsewhere:
+    """A device that is not the CPU."""
+
+    type = "cuda"
+
+
+def test_a_gpu_is_asked_before_anything_is_allocated(monkeypatch):
+    asked = []
+
+    def refuse(device):
+        asked.append(device)
+        raise UnsupportedInputError("cannot read CPU memory")
+
+    def check(*_):
+        raise DevicePoolFullError("asked too late")
+
+    layouts = [make(offload=offload).layout for offload in ("always", "never")]
+    monkeypatch.setattr(kv_cache, "check_host_access", refuse)
+    monkeypatch.setattr(kv_cache.DevicePool, "check", check)
+    gpu = torch.device("cuda:0")
+    with pytest.raises(UnsupportedInputError):
+        KVCache(layouts[0], gpu)
+    assert asked == [gpu]
+    # What stays on the device needs no such GPU.
+    with pytest.raises(DevicePoolFullError, match="asked too late"):
+        KVCache(layouts[1], gpu)
+    assert asked == [gpu]
 
 
 def test_reset_forgets_all_and_keeps_the_memory():

@@ -1,0 +1,72 @@
+"""Constants of this machine for the scheduler's cost model, measured in a minute.
+
+memory_gbps   a copy of 4 GiB on the device, bytes read and written
+link_gbps     a gather of 32 KiB blocks from pinned memory, with the number of programs in use
+tflops        an 8192^3 matrix multiplication in bf16
+launch_us     one of many tiny kernels in a CUDA graph
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sparda_compile.bench.environment import write_result
+from sparda_compile.bench.timing import Spread, graph_us, time_calls
+from sparda_compile.machine import Machine, calibration_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["measure_machine", "write_machine"]
+
+_SIZE: Final = 8192
+_TINY_KERNELS: Final = 256
+
+
+def measure_machine(say: Callable[[str], None]) -> Machine:
+    """Return the constants of the current CUDA device; `say` is told what is being measured."""
+    from sparda_compile.bench.kernels import GATHER_PROGRAMS, bench_copy, bench_gather
+
+    device = torch.device("cuda")
+    say("device copy")
+    memory = bench_copy(device)
+    say("gather from pinned memory")
+    link = bench_gather(device)
+    say("matrix multiplication")
+    tflops = _tflops(device)
+    say("tiny kernels")
+    launch_us = _launch_us(device)
+    return Machine(
+        name=torch.cuda.get_device_name(),
+        memory_gbps=float(memory["gbps"]),
+        link_gbps=float(link["by_programs"][GATHER_PROGRAMS]["gbps"]),
+        tflops=tflops,
+        launch_us=launch_us,
+        overlaps=True,
+    )
+
+
+def write_machine(machine: Machine, commit: str | None = None) -> Path:
+    """Write constants to where `machine_for` finds them on this device; returns the file."""
+    path = calibration_file(torch.cuda.get_device_name())
+    write_result(path, {"machine": dataclasses.asdict(machine)}, commit)
+    return path
+
+
+def _tflops(device: torch.device) -> float:
+    a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    multiply = partial(torch.mm, a, b, out=out)
+    time_calls(multiply, 5)  # clocks rise
+    us = Spread.of(time_calls(multiply, 20)).median
+    return round(2 * _SIZE**3 / us / 1e6, 1)
+
+
+def _launch_us(device: torch.device) -> float:
+    value = torch.zeros(1, device=device)
+    return round(graph_us([partial(value.add_, 1.0)] * _TINY_KERNELS).median, 3)

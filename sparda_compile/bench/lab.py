@@ -1,0 +1,181 @@
+"""A model that all measurements of a shape share, and files that keep what was measured.
+
+Making the 8b model takes half a minute, and so does compiling each of its programs; so one `Lab`
+serves every batch size. A result is written as soon as it is there, and measurements of the same
+environment that a file holds already are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparda_compile.bench.budget import bench_budget, plan_budget
+from sparda_compile.bench.decode import DecodeBench, DecodeSetting
+from sparda_compile.bench.environment import describe, write_result
+from sparda_compile.bench.memory import GIB, FreeMemory, free_everything, layout_of, misfits
+from sparda_compile.bench.programs import KNOBS
+from sparda_compile.bench.shapes import SHAPES, build_model
+from sparda_compile.program import Captures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import nn
+
+__all__ = ["Lab", "ResultFile"]
+
+
+class ResultFile:
+    """A JSON file of results, one for each value of `key`; rewritten whenever one is added.
+
+    Args:
+        path: The file. What it holds is kept if it was measured in this environment; the date may
+            differ.
+        head: Fields beside the results.
+        key: Field that tells results apart.
+        commit: Of this package, where it is not a git checkout.
+
+    Attributes:
+        results: What is there, by key.
+    """
+
+    def __init__(
+        self, path: Path, head: dict[str, Any], key: str, commit: str | None = None
+    ) -> None:
+        self.path = path
+        self.head = head
+        self.key = key
+        self.commit = commit
+        self.results: list[dict[str, Any]] = self._kept()
+
+    def _kept(self) -> list[dict[str, Any]]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        if not isinstance(found, dict):
+            return []
+        then, now = found.get("environment", {}), describe(self.commit)
+        same = all(then.get(name) == now[name] for name in now if name != "date")
+        same &= all(found.get(name) == value for name, value in self.head.items())
+        return list(found.get("results", [])) if same else []
+
+    def has(self, value: object) -> bool:
+        """Return whether there is a result of this key with everything in it."""
+        return any(r[self.key] == value and not r.get("unfinished") for r in self.results)
+
+    def save(self, result: dict[str, Any]) -> None:
+        """Add a result, in place of one with the same key, and write the file."""
+        others = [r for r in self.results if r[self.key] != result[self.key]]
+        self.results = sorted([*others, result], key=lambda r: r[self.key])
+        write_result(self.path, self.content(), self.commit)
+
+    def content(self) -> dict[str, Any]:
+        """Return the head and the results."""
+        return {**self.head, "results": self.results}
+
+
+class Lab:
+    """Measures one shape.
+
+    Args:
+        name: A key of `SHAPES`.
+        say: Told what is going on.
+        device: Where the model is made.
+        max_host_bytes: Most CPU memory for KV; None is all that the machine has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        say: Callable[[str], None],
+        device: str = "cuda",
+        max_host_bytes: int | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = SHAPES[name]
+        self.say = say
+        self.device = torch.device(device)
+        self.max_host_bytes = max_host_bytes
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, bf16."""
+        self.say(f"building the {self.name} model")
+        torch.manual_seed(0)
+        return build_model(self.shape, self.device, torch.bfloat16)
+
+    @cached_property
+    def captures(self) -> Captures:
+        """The model's forward, traced once."""
+        captures = Captures(self.model, {})
+        self.say("tracing decode")
+        captures.get("decode", last_logits_only=True)
+        return captures
+
+    def free(self) -> FreeMemory:
+        """Return what KV caches may take now, with the model on the device."""
+        assert self.captures
+        return FreeMemory.now(self.max_host_bytes)
+
+    def decode(
+        self,
+        setting: DecodeSetting,
+        save: Callable[[dict[str, Any]], None],
+        *,
+        with_baselines: bool,
+    ) -> dict[str, Any]:
+        """Measure one batch size.
+
+        Args:
+            setting: What to measure; variants that do not fit are left out.
+            save: Given the result, and again once the baselines are in it.
+            with_baselines: Whether to measure transformers' caches too.
+
+        Returns:
+            The result.
+        """
+        layouts = {
+            variant: layout_of(
+                self.shape, variant, setting.batch_size, setting.max_tokens, setting.trace_steps,
+                **setting.settings,
+            )
+            for variant in setting.variants if variant in KNOBS
+        }  # fmt: skip
+        skipped = misfits(setting.variants, layouts, self.free())
+        for variant, reason in skipped.items():
+            self.say(f"batch {setting.batch_size}: {variant} is left out: {reason}")
+        head = {"batch_size": setting.batch_size, "max_tokens": setting.max_tokens}
+        if "scheduled" in skipped:
+            result = {**head, "skipped": skipped, "by_overlap": {}}
+            save(result)
+            return result
+        kept = tuple(variant for variant in setting.variants if variant not in skipped)
+        bench = DecodeBench(self.captures, dataclasses.replace(setting, variants=kept), self.say)
+        bench.check()
+        result = {**head, **bench.measure(), "skipped": skipped}
+        if with_baselines:
+            from sparda_compile.bench.baselines import bench_baselines
+
+            save({**result, "unfinished": "transformers' caches are still to be measured"})
+            result["baselines"] = bench_baselines(bench, self.model, self.shape, self.free())
+        save(result)
+        del bench
+        free_everything()
+        return result
+
+    def budget(
+        self, gib: float, setting: DecodeSetting, save: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Measure one budget of device memory for KV; `save` is given the result."""
+        budget = round(gib * GIB)
+        plan = plan_budget(self.shape, setting, budget, self.free())
+        result = bench_budget(self.captures, plan, budget, setting, self.say)
+        save(result)
+        return result

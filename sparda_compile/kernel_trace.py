@@ -1,0 +1,305 @@
+"""From a profiler's trace to the nodes of a plan: which kernel belongs to which node.
+
+    trace    kernels of one replay by start time:  _score_forecast, nvjet.., _select_pages, ..
+    plan     kernels that the nodes launch:        score_blocks -> _score_forecast, _raise_scores
+                                                   select_pages -> _select_pages
+
+A replayed CUDA graph does not say which stream a kernel was recorded on: the profiler gives each
+branch of the graph a number of its own. But recording keeps the order of each stream as
+dependences, so the kernels of our nodes on one stream start in program order, one after the other.
+What the trace shows is an interleaving of two known sequences, and is taken apart as one. Where a
+kernel's name would fit both, the way in which kernels of one stream overlap least is taken.
+
+Everything else is the model: matmuls, kernels that Inductor fused, ops of PyTorch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.passes.effects import argument, stream_of
+from sparda_compile.passes.fx import call_name, is_sparda
+from sparda_compile.schedule import COMPUTE, COPY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import fx
+
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "PlannedNode",
+    "assign_kernels",
+    "planned_nodes",
+    "read_kernels",
+    "split_replays",
+]
+
+_DEVICE_WORK: Final = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+_SCORES: Final = {
+    "forecast": ("_score_forecast",),
+    "infllm2": ("_infllm2_logits", "_infllm2_blocks"),
+    "quest": ("_score_quest",),
+}
+_TRACE: Final = ("_raise_scores",)
+_SUMMARIES: Final = {"pooled_keys": ("_append_pooled_keys",), "key_bounds": ("_append_key_bounds",)}
+_OTHERS: Final = {
+    "sparda.prefetch_blocks": ("_gather",),
+    "sparda.fetch_blocks": ("_gather",),
+    "sparda.offload_blocks": ("_store_tail",),
+    "sparda.store_blocks": ("_store_tail",),
+    "sparda.select_blocks": ("_select_pages",),
+    "sparda.plan_pages": ("_select_pages",),
+    "sparda.select_pages": ("_select_pages",),
+    "sparda.append_kv": ("_append_kv",),
+    "sparda.sparse_attention": ("_partials", "_merge"),
+    "sparda.attend_resident": ("_partials",),
+    "sparda.attend_missing": ("_partials", "_merge"),
+}
+_TABLES: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
+    _SCORES, _SUMMARIES, _OTHERS, {"": _TRACE},
+)  # fmt: skip
+_TIE_US: Final = 1e-3
+KERNELS: Final = frozenset(n for table in _TABLES for names in table.values() for n in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One piece of work on the device.
+
+    Attributes:
+        name: As the profiler gives it.
+        start_us: Start, microseconds on the profiler's clock.
+        end_us: End.
+        launch: Number that it shares with what launched it: one for all kernels of a replay.
+    """
+
+    name: str
+    start_us: float
+    end_us: float
+    launch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedNode:
+    """A sparda node of a plan, and what it launches.
+
+    Attributes:
+        node: Name of the FX node.
+        op: What it calls, `sparda.select_pages`.
+        layer: Layer that it belongs to, -1 if none.
+        stream: 0 compute, 1 copy.
+        kernels: Names of its kernels, in order; empty where it has none of its own.
+        event: Event that it records or waits for, -1 for none.
+    """
+
+    node: str
+    op: str
+    layer: int
+    stream: int
+    kernels: tuple[str, ...]
+    event: int = -1
+
+
+def read_kernels(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
+    """Return the work of the device in the events of a Chrome trace, by start time."""
+    found = []
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in _DEVICE_WORK:
+            start, launch = float(event["ts"]), int(event["args"].get("correlation", -1))
+            end = start + float(event["dur"])
+            found.append(Kernel(str(event["name"]), start, end, launch))
+    return sorted(found, key=lambda kernel: kernel.start_us)
+
+
+def split_replays(kernels: Iterable[Kernel]) -> list[list[Kernel]]:
+    """Return the kernels of each replay of a CUDA graph, in the order of the replays.
+
+    All kernels of a replay carry the number of its launch; a kernel launched alone has one of its
+    own, and is left out.
+    """
+    launches: dict[int, list[Kernel]] = {}
+    for kernel in kernels:
+        launches.setdefault(kernel.launch, []).append(kernel)
+    return [group for launch, group in launches.items() if launch >= 0 and len(group) > 1]
+
+
+def planned_nodes(graph: fx.Graph) -> tuple[PlannedNode, ...]:
+    """Return the sparda nodes of a decode plan's graph, in program order."""
+    return tuple(
+        PlannedNode(
+            node.name, call_name(node), int(node.meta.get("sparda_layer", -1)), stream_of(node),
+            _kernels(node), _event(node),
+        )
+        for node in graph.nodes
+        if is_sparda(node)
+    )  # fmt: skip
+
+
+def _kernels(node: fx.Node) -> tuple[str, ...]:
+    name = call_name(node)
+    if name == "sparda.score_blocks":
+        followed = _TRACE if argument(node, "trace") is not None else ()
+        return _SCORES.get(argument(node, "selector"), ()) + followed
+    if name == "sparda.update_summary":
+        return _SUMMARIES.get(argument(node, "summary"), ())
+    return _OTHERS.get(name, ())
+
+
+def _event(node: fx.Node) -> int:
+    target: Any = node.target
+    has_event = any(entry.name == "event" for entry in target._schema.arguments)
+    return int(argument(node, "event")) if has_event else -1
+
+
+def assign_kernels(
+    kernels: Sequence[Kernel], nodes: Sequence[PlannedNode]
+) -> dict[str, list[Kernel]]:
+    """Return the kernels of each node that has some, by node.
+
+    Args:
+        kernels: Of one replay, by start time.
+        nodes: The plan's sparda nodes, in program order.
+
+    Raises:
+        UnsupportedInputError: If the kernels are not those of the plan.
+    """
+    lanes = [_lane(nodes, stream) for stream in (COMPUTE, COPY)]
+    ours = [kernel for kernel in kernels if kernel.name in KERNELS]
+    _check_counts(ours, lanes)
+    model = [kernel for kernel in kernels if kernel.name not in KERNELS]
+    assigned: dict[str, list[Kernel]] = {}
+    for kernel, entry in zip(ours, _take_apart(ours, lanes, _covered(ours, model)), strict=True):
+        assigned.setdefault(entry.node, []).append(kernel)
+    return assigned
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A kernel that a stream is to launch, behind `after` kernels of the other stream."""
+
+    name: str
+    node: str
+    after: int
+
+
+def _lane(nodes: Sequence[PlannedNode], stream: int) -> list[_Entry]:
+    lane, others = [], 0
+    for node in nodes:
+        if node.stream == stream:
+            lane += [_Entry(name, node.node, others) for name in node.kernels]
+        else:
+            others += len(node.kernels)
+    return lane
+
+
+def _check_counts(ours: Sequence[Kernel], lanes: Sequence[Sequence[_Entry]]) -> None:
+    measured = collections.Counter(kernel.name for kernel in ours)
+    planned = collections.Counter(entry.name for lane in lanes for entry in lane)
+    wrong = [
+        f"{measured[name]} of {name}, not {planned[name]}"
+        for name in sorted(measured.keys() | planned.keys())
+        if measured[name] != planned[name]
+    ]
+    if wrong:
+        raise UnsupportedInputError(
+            f"the kernels of the replay are not those of the plan: {'; '.join(wrong)}. Profile "
+            "whole replays of the program that was made from this plan."
+        )
+
+
+def _covered(ours: Sequence[Kernel], model: Sequence[Kernel]) -> list[float]:
+    """Return how long each kernel runs beside the model's, which are all on one stream."""
+    shares, first = [], 0
+    for kernel in ours:
+        while first < len(model) and model[first].end_us <= kernel.start_us:
+            first += 1
+        beside, i = 0.0, first
+        while i < len(model) and model[i].start_us < kernel.end_us:
+            beside += _overlap(kernel, model[i].start_us, model[i].end_us)
+            i += 1
+        shares.append(beside)
+    return shares
+
+
+def _overlap(kernel: Kernel, start_us: float, end_us: float) -> float:
+    return max(min(kernel.end_us, end_us) - max(kernel.start_us, start_us), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """A way to read the kernels so far.
+
+    Attributes:
+        cost_us: How much speaks against it.
+        ends: When the last kernel of each stream ended.
+        path: The entries chosen, the last one with all before it.
+    """
+
+    cost_us: float
+    ends: tuple[float, float]
+    path: tuple[Any, ...]
+
+    def then(
+        self, kernel: Kernel, entry: _Entry, stream: int, covered_us: float, *, is_early: bool
+    ) -> _State:
+        """Return the state after a kernel that is an entry of a stream.
+
+        A stream does one thing at a time. Copies start behind all compute that was issued before
+        them; compute need not be behind copies, so there the program's order decides ties alone.
+        """
+        cost = self.cost_us + max(self.ends[stream] - kernel.start_us, 0.0)
+        if stream == COMPUTE:
+            ends = (kernel.end_us, self.ends[COPY])
+            cost += covered_us + (_TIE_US if is_early else 0.0)
+        else:
+            ends = (self.ends[COMPUTE], kernel.end_us)
+            cost += kernel.end_us - kernel.start_us if is_early else 0.0
+        return _State(cost, ends, (self.path, entry))
+
+
+def _take_apart(
+    ours: Sequence[Kernel], lanes: Sequence[Sequence[_Entry]], covered: Sequence[float]
+) -> list[_Entry]:
+    """Return the entry of each kernel: the interleaving of both lanes that overlaps least."""
+    states = {0: _State(0.0, (0.0, 0.0), ())}  # by compute kernels so far; the others were copies
+    for place, kernel in enumerate(ours):
+        following: dict[int, _State] = {}
+        for issued, state in states.items():
+            counts = (issued, place - issued)
+            for stream, lane in enumerate(lanes):
+                if counts[stream] == len(lane) or lane[counts[stream]].name != kernel.name:
+                    continue
+                entry = lane[counts[stream]]
+                is_early = counts[1 - stream] < entry.after
+                new = state.then(kernel, entry, stream, covered[place], is_early=is_early)
+                key = issued + (stream == COMPUTE)
+                if key not in following or new.cost_us < following[key].cost_us:
+                    following[key] = new
+        if not following:
+            raise UnsupportedInputError(
+                f"kernel {place + 1} of the replay, {kernel.name}, is not next on either stream; "
+                f"next are {_next_names(states, place, lanes)}. The program's ops run in another "
+                "order than the plan's: profile the program that was made from this plan."
+            )
+        states = following
+    best = min(states.values(), key=lambda state: state.cost_us)
+    entries, path = [], best.path
+    while path:
+        path, entry = path
+        entries.append(entry)
+    return entries[::-1]
+
+
+def _next_names(states: Mapping[int, _State], place: int, lanes: Sequence[Sequence[_Entry]]) -> str:
+    names = {
+        lane[i].name
+        for issued in states
+        for lane, i in zip(lanes, (issued, place - issued), strict=True)
+        if i < len(lane)
+    }
+    return ", ".join(sorted(names))

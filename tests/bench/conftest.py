@@ -1,0 +1,98 @@
+"""A tiny model on the CPU, measured as if it were on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+from sparda_compile.bench import decode, memory
+from sparda_compile.bench.decode import DecodeSetting
+from sparda_compile.bench.lab import Lab
+
+SMALL = {"lowering": "eager", "top_k": 4, "local_blocks": 2}
+
+
+@pytest.fixture(autouse=True)
+def _no_search_for_garbage(monkeypatch):
+    """It takes longer than most of these tests."""
+    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The tiny shape; its forward is traced once."""
+    lab = Lab("tiny", lambda text: None, device="cpu")
+    assert lab.captures
+    return lab
+
+
+@pytest.fixture
+def setting():
+    return DecodeSetting(
+        2, 2048, overlaps=(0.0, 1.0), rounds=2, steps=2, settings=dict(SMALL)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """A machine with memory for everything; the rate of its link is made up."""
+    free = memory.FreeMemory(1 << 40, 1 << 40)
+    monkeypatch.setattr(memory.FreeMemory, "now", classmethod(lambda cls, limit=None: free))
+    monkeypatch.setattr(decode, "memcpy_gbps", lambda: 10.0)
+
+
+def _spread(us, **more):
+    return {"median": us, "low": us, "high": us, "runs": 60, **more}
+
+
+def _row(us, overlap):
+    return {
+        "scheduled": _spread(us, h2d_bytes=round(4e8 * (1 - overlap))),
+        "inline": _spread(1.5 * us, h2d_bytes=1),
+        "resident": _spread(0.8 * us, h2d_bytes=0),
+        "body": _spread(0.7 * us, h2d_bytes=0),
+        "tokens_per_s": 16e6 / us,
+        "floor_us": 0.8 * us,
+        "inline_over_scheduled": 1.5,
+        "scheduled_over_body": 1.429,
+        "scheduled_over_floor": 1.25,
+    }
+
+
+_DECODE = [
+    {
+        "batch_size": 1,
+        "max_tokens": 131072,
+        "by_overlap": {"0.5": _row(8000.0, 0.5), "0.9": _row(5000.0, 0.9)},
+        "skipped": {},
+        "baselines": {
+            "overlap": 0.9,
+            "scheduled": _spread(5000.0),
+            "static": _spread(54000.0, relative_difference=0.01),
+            "offloaded": _spread(200000.0, agrees=False, repair="none"),
+            "offloaded_repaired": _spread(210000.0, agrees=True, repair="wait"),
+            "skipped": {},
+        },
+    },
+    {
+        "batch_size": 16,
+        "max_tokens": 131072,
+        "by_overlap": {"0.5": _row(20000.0, 0.5), "0.9": _row(9000.0, 0.9)},
+        "skipped": {"dense": "its KV cache needs 64.0 GiB"},
+        "baselines": {"overlap": 0.9, "skipped": {"static": "a static cache needs 64.0 GiB"}},
+    },
+    {
+        "batch_size": 64,
+        "max_tokens": 131072,
+        "by_overlap": {},
+        "skipped": {"scheduled": "its KV cache needs 256.0 GiB"},
+    },
+]
+
+
+@pytest.fixture
+def decode_results():
+    """Decode results as they are written, with few numbers; the last has no times."""
+    return copy.deepcopy(_DECODE)

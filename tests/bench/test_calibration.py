@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparda_compile.bench import calibration
+from sparda_compile.bench.calibration import measure_machine, write_machine
+from sparda_compile.machine import Machine, calibration_file, machine_for
+
+MACHINE = Machine("Fake GPU 9000", 1000.5, 20.25, 100.0, 1.5, overlaps=True)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU 9000")
+
+
+def test_what_is_written_is_what_is_planned_with(gpu, tmp_path):
+    device = torch.device("cuda")
+    assert machine_for(None, device).name == "h200"
+    path = write_machine(MACHINE, "abc123")
+    assert path == calibration_file("Fake GPU 9000")
+    assert path.is_relative_to(tmp_path)
+    assert machine_for(None, device) == MACHINE
+    found = json.loads(path.read_text())
+    assert found["environment"]["commit"] == "abc123"
+    assert set(found) == {"machine", "environment"}
+
+
+def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
+    kernels = pytest.importorskip("sparda_compile.bench.kernels")
+    rows = {programs: {"gbps": float(programs)} for programs in (1, 8, 32)}
+    monkeypatch.setattr(kernels, "bench_copy", lambda device: {"gbps": 4000.0})
+    monkeypatch.setattr(kernels, "bench_gather", lambda device: {"by_programs": rows})
+    monkeypatch.setattr(calibration, "_tflops", lambda device: 700.0)
+    monkeypatch.setattr(calibration, "_launch_us", lambda device: 1.25)
+    told = []
+    machine = measure_machine(told.append)
+    assert machine == Machine("Fake GPU 9000", 4000.0, 8.0, 700.0, 1.25, overlaps=True)
+    assert len(told) == 4
+
+
+def test_rate_of_a_matrix_multiplication(monkeypatch):
+    monkeypatch.setattr(calibration, "_SIZE", 64)
+    monkeypatch.setattr(calibration, "time_calls", lambda call, runs: [2.0])
+    assert calibration._tflops(torch.device("cpu")) == round(2 * 64**3 / 2.0 / 1e6, 1)
+
+
+@pytest.mark.gpu
+def test_real_machine():
+    machine = measure_machine(lambda text: None)
+    assert machine.memory_gbps > machine.link_gbps > 1
+    assert machine.tflops > 10
+    assert 0.2 < machine.launch_us < 20

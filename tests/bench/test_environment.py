@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+
+import torch
+
+from sparda_compile.bench import environment
+from sparda_compile.bench.environment import describe, write_result
+
+
+def test_describes_versions_and_commit():
+    found = describe("abc123")
+    assert found["torch"] == torch.__version__
+    assert found["transformers"] == version("transformers")
+    assert found["commit"] == "abc123"
+    assert (found["gpu"] is None) == (not torch.cuda.is_available())
+    assert describe()["commit"] not in ("", None)
+
+
+def test_package_that_is_not_there():
+    assert environment._version("no-such-package-at-all") is None
+
+
+def test_result_is_written_with_its_environment(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write_result(path, {"name": "x", "value": 1}, "abc123")
+    found = json.loads(path.read_text())
+    assert found == {"environment": describe("abc123"), "name": "x", "value": 1}

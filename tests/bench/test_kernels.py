@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+kernels = pytest.importorskip("sparda_compile.bench.kernels")
+
+CPU = torch.device("cpu")
+
+
+def test_calibration_uses_the_programs_of_a_step():
+    from sparda_compile.kernels.gpu import copy
+
+    assert kernels.GATHER_PROGRAMS == copy._PROGRAMS
+
+
+@pytest.mark.parametrize(("num_bytes", "copies"), [(1, 64), (16 << 20, 10), (1 << 30, 2)])
+def test_data_sets_are_larger_than_the_cache(num_bytes, copies):
+    assert kernels._copies(num_bytes) == copies
+
+
+def test_misses_are_different_blocks():
+    misses = kernels._random_misses(100, 40, CPU)
+    assert misses.shape == (1, 2, 40)
+    assert misses.dtype == torch.int32
+    for group in misses[0]:
+        assert len(set(group.tolist())) == 40
+        assert 0 <= int(group.min()) <= int(group.max()) < 100
+
+
+def test_gathered_keys_and_values_are_those_of_the_pages():
+    pages = torch.randn(2, 3, 5, 2, kernels._SIZE, kernels._DIM)
+    places = torch.tensor([4, 0]).expand(2, 3, 2)
+    keys, values = kernels._gathered(pages, places)
+    assert torch.equal(keys[1, 2], torch.cat([pages[1, 2, 4, 0], pages[1, 2, 0, 0]]))
+    assert torch.equal(values[0, 1], torch.cat([pages[0, 1, 4, 1], pages[0, 1, 0, 1]]))
+
+
+def test_reference_attention_knows_groups():
+    query = torch.randn(1, 4, 1, 8)
+    keys, values = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    out = kernels._sdpa(query, keys, values, 0.5)
+    weights = torch.softmax(0.5 * query[0, 3] @ keys[0, 1].T, -1)
+    torch.testing.assert_close(out[0, 3], weights @ values[0, 1])

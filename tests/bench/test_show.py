@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sparda_compile.bench.budget import budget_row
+from sparda_compile.bench.memory import GIB, LargestBatch
+from sparda_compile.bench.show import (
+    print_budget,
+    print_decode,
+    print_kernels,
+    print_machine,
+    print_parts,
+)
+from sparda_compile.machine import MACHINES
+
+
+def spread(us, **more):
+    return {"median": us, "low": us, "high": us, "runs": 60, **more}
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=130)
+
+
+def lines(console):
+    """Return what was printed, with single spaces."""
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_decode(console, decode_results):
+    print_decode(decode_results, console)
+    printed = lines(console)
+    assert "sched/ inline/ sched/" in printed[1]
+    assert printed[2] == "batch overlap scheduled inline resident body body sched floor tokens/s MB"
+    assert "1 0.9 5.000 7.500 4.000 3.500 1.429 1.500 1.250 3200 40.0" in printed
+    assert "16 0.5 20.000 30.000 16.000 14.000 1.429 1.500 1.250 800 200.0" in printed
+    assert "batch 16: dense is left out: its KV cache needs 64.0 GiB." in printed
+    assert "batch 64: scheduled is left out: its KV cache needs 256.0 GiB." in printed
+
+
+def test_baselines_say_whether_their_logits_agree(console, decode_results):
+    print_decode(decode_results, console)
+    printed = lines(console)
+    assert "batch 1, transformers' caches, overlap 0.9" in printed
+    assert "static 54.000 10.800" in printed
+    assert "offloaded 200.000 WRONG 40.000" in printed
+    assert "offloaded_repaired 210.000 agree (wait) 42.000" in printed
+    assert "batch 16: static is left out: a static cache needs 64.0 GiB." in printed
+
+
+def test_budget(console):
+    plan = {
+        "resident": LargestBatch(1, "budget", 4 * GIB, 0),
+        "scheduled": LargestBatch(19, "CPU memory", 7 * GIB, 76 * GIB),
+    }
+    times = {"0.9": {"resident": [5000.0], "scheduled": [9500.0]}}
+    none = {**plan, "resident": LargestBatch(0, "budget", 0, 0)}
+    print_budget([budget_row(plan, 8 * GIB, times), budget_row(none, GIB, {})], console)
+    printed = lines(console)
+    assert "8 GiB 0.9 resident 1 budget 4.0 0.0 5.000 200" in printed
+    assert "8 GiB 0.9 scheduled 19 CPU memory 7.0 76.0 9.500 2000 10.000" in printed
+    assert "1 GiB - resident 0 budget 0.0 0.0 - -" in printed
+    assert "1 GiB is left out: not one sequence of resident fits: budget." in printed
+
+
+def test_kernels(console):
+    result = {
+        "copy": {"us": spread(2000.0), "gbps": 4295.0},
+        "gather": {
+            "memcpy": spread(160.0, gbps=52.0),
+            "by_programs": {8: spread(185.0, gbps=45.0, of_memcpy=0.865)},
+        },
+        "miss_list_b1": {"chain": spread(12.0), "floor_us": 1.0},
+        "attention_b1_g2": {
+            "blocks_per_split": 4,
+            "by_blocks_per_split": {4: spread(9.0), 8: spread(11.0)},
+            "floor_us": 1.5,
+            "sdpa_gathered": spread(20.0),
+        },
+    }
+    print_kernels(result, console)
+    printed = lines(console)
+    assert printed[0] == "Device copy: 4295 GB/s."
+    assert "8 185.0 45.0 0.865" in printed
+    assert "memcpy 160.0 52.0 1" in printed
+    assert "miss_list_b1 12.0 1.00 12.000 - -" in printed
+    assert "attention_b1_g2 9.0 1.50 6.000 20.0 -" in printed
+
+
+def test_machine(console):
+    print_machine(MACHINES["h200"], console)
+    printed = lines(console)
+    assert "h200, measured" in printed
+    assert "link, GB/s 45.00" in printed
+
+
+def test_parts(console):
+    parts = [
+        {"name": "kernels", "status": "done", "seconds": 61.4},
+        {"name": "budget 8 GiB", "status": "left out", "reason": "no time"},
+    ]
+    print_parts(parts, console)
+    assert "kernels done 61" in lines(console)
+    assert "budget 8 GiB left out - no time" in lines(console)

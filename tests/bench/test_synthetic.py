@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sparda_compile.bench.memory import layout_of
+from sparda_compile.bench.shapes import SHAPES
+from sparda_compile.bench.synthetic import fill, follow, rewind
+from sparda_compile.cache_layout import LENGTHS, LayerShape, state_name
+from sparda_compile.runtime.kv_cache import KVCache
+
+CPU = torch.device("cpu")
+TOKENS = 1500
+SETTINGS = {"top_k": 4, "local_blocks": 2}
+
+
+def cache(variant, batch=2, steps=6):
+    return KVCache(layout_of(SHAPES["tiny"], variant, batch, 2048, steps, **SETTINGS), CPU)
+
+
+def blocks(kv, layer):
+    """Return the blocks of a layer, wherever they live."""
+    host = kv.host_blocks[state_name("host", layer)]
+    return host if host.numel() else kv.state[state_name("pages", layer)]
+
+
+def test_same_content_wherever_blocks_live():
+    offloaded, resident = cache("scheduled"), cache("resident")
+    for kv in (offloaded, resident):
+        fill(kv, TOKENS)
+    for layer in (0, 1):
+        one, other = blocks(offloaded, layer), blocks(resident, layer)
+        assert torch.equal(one[:, :, :24], other[:, :, :24])
+        assert one[:, :, :24].float().std() > 0.9
+        assert not one[:, :, 24:].any()
+    assert not torch.equal(blocks(offloaded, 0), blocks(offloaded, 1))
+    assert offloaded.lengths() == [TOKENS, TOKENS]
+
+
+def test_tail_is_resident_and_equal_to_its_block():
+    kv = cache("scheduled")
+    fill(kv, TOKENS)
+    current = TOKENS // 64
+    table = kv.state[state_name("block_table", 1)]
+    assert ((table >= 0).sum(-1) == 1).all()
+    for row in range(2):
+        for group in range(2):
+            page = kv.state[state_name("pages", 1)][row, group, table[row, group, current]]
+            assert torch.equal(page, blocks(kv, 1)[row, group, current])
+
+
+def test_rewind_takes_lengths_and_tables_back():
+    kv = cache("scheduled")
+    fill(kv, TOKENS)
+    before = {name: tensor.clone() for name, tensor in kv.state.items()}
+    kv.state[LENGTHS].add_(5)
+    kv.state[state_name("block_table", 0)].fill_(3)
+    kv.state[state_name("page_block", 0)].fill_(3)
+    rewind(kv, TOKENS)
+    assert all(torch.equal(kv.state[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("overlap", "kept"), [(0.0, 0), (0.5, 2), (1.0, 4)])
+def test_trace_has_the_stated_overlap(overlap, kept):
+    kv = cache("scheduled")
+    fill(kv, TOKENS)
+    follow(kv, TOKENS, overlap)
+    trace = kv.state[state_name("trace", 1)]
+    steps = [trace[:, :, (TOKENS + step) % 6] for step in range(6)]
+    for step in steps:
+        assert (step.sum(-1) == 4).all()
+        assert not step[..., :1].any()  # sink
+        assert not step[..., TOKENS // 64 - 2 :].any()  # local and current
+    for one, other in pairwise(steps):
+        assert ((one & other).sum(-1) == kept).all()
+
+
+def test_trace_that_cannot_be():
+    with pytest.raises(ValueError, match="cannot be"):
+        follow(cache("scheduled", steps=0), TOKENS, 0.5)
+    with pytest.raises(ValueError, match="cannot be"):
+        follow(cache("scheduled"), 300, 0.5)
+
+
+def test_sliding_windows_are_refused():
+    kv = cache("scheduled")
+    ring = LayerShape(0, "window", 2, 16, 64, torch.bfloat16)
+    object.__setattr__(kv.layout, "layers", (ring,))
+    with pytest.raises(ValueError, match="sliding window"):
+        fill(kv, TOKENS)

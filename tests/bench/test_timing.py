@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.bench.timing import Spread, graph_us, time_calls
+
+
+def test_spread():
+    spread = Spread.of([float(i) for i in range(20, 0, -1)])
+    assert spread == Spread(median=10.5, low=3.0, high=18.0, runs=20)
+    assert spread.to_dict() == {"median": 10.5, "low": 3.0, "high": 18.0, "runs": 20}
+
+
+def test_spread_of_one():
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
+
+
+def test_each_call_has_its_time():
+    calls = []
+    times = time_calls(lambda: calls.append(None), 5)
+    assert len(calls) == len(times) == 5
+    assert min(times) > 0
+
+
+@pytest.mark.gpu
+def test_graph_is_timed_by_call():
+    values = [torch.zeros(1 << 24, device="cuda") for _ in range(3)]
+    spread = graph_us([lambda v=v: v.add_(1) for v in values], rounds=4)
+    assert spread.runs == 4
+    assert spread.median > 10  # 128 MiB read and written
+    assert all(int(v[0]) == 6 for v in values)  # once as it is, five replays

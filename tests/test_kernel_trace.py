@@ -1,0 +1,229 @@
+"""From a profiler's trace to the nodes of a plan."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from sparda_compile.api import _captures
+from sparda_compile.config import SpardaConfig
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.kernel_trace import (
+    KERNELS,
+    Kernel,
+    PlannedNode,
+    assign_kernels,
+    planned_nodes,
+    read_kernels,
+    split_replays,
+)
+from sparda_compile.program import make_plan
+from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.testing import tiny_llama
+
+GPU = Path(__file__).resolve().parents[1] / "sparda_compile" / "kernels" / "gpu"
+# A prefill's; it is not replayed.
+OTHER_KERNELS = {"_copy_runs"}
+# Two layers of mode exact: name, stream, kernels. Both streams select.
+EXACT = """
+hint_score_1     1 _score_forecast
+hint_select_1    1 _select_pages
+hint_fetch_1     1 _gather
+score_0          0 _infllm2_logits _infllm2_blocks
+select_0         0 _select_pages
+plan_0           0 _select_pages
+append_0         0 _append_kv
+attend_0         0 _partials
+fetch_0          1 _gather
+hint_score_2     1 _score_forecast
+hint_select_2    1 _select_pages
+hint_fetch_2     1 _gather
+score_1          0 _infllm2_logits _infllm2_blocks
+select_1         0 _select_pages
+plan_1           0 _select_pages
+append_1         0 _append_kv
+attend_1         0 _partials
+"""
+
+
+def parse(text):
+    lines = [line.split() for line in text.strip().split("\n")]
+    return [PlannedNode(n, f"sparda.{n}", 0, int(s), tuple(names)) for n, s, *names in lines]
+
+
+@functools.cache
+def plan(trace_steps=0, **settings):
+    captures = _captures(shared_model())
+    return make_plan(
+        captures.get("decode", last_logits_only=True),
+        SpardaConfig(block_size=16, top_k=4, local_blocks=2, machine="h200", **settings),
+        model_name="LlamaForCausalLM", windows=captures.windows, batch_size=1, max_tokens=2048,
+        trace_steps=trace_steps,
+    )  # fmt: skip
+
+
+@functools.cache
+def shared_model():
+    return tiny_llama()
+
+
+def kernels_by_op(trace_steps=0, **settings):
+    found = collections.defaultdict(set)
+    for node in planned_nodes(plan(trace_steps, **settings).graph_module.graph):
+        found[node.op.removeprefix("sparda.")].add(node.kernels)
+    return found
+
+
+def test_every_kernel_that_is_launched_has_a_node():
+    launched = {
+        name
+        for path in GPU.glob("*.py")
+        for name in re.findall(r"^ +(_\w+)\[\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert launched - OTHER_KERNELS == KERNELS
+
+
+def test_nodes_of_a_forecast_plan():
+    found = kernels_by_op(4, mode="forecast", offload="always")
+    assert found["score_blocks"] == {("_score_forecast", "_raise_scores")}
+    assert found["select_pages"] == {("_select_pages",)}
+    assert found["prefetch_blocks"] == {("_gather",)}
+    assert found["offload_blocks"] == {("_store_tail",)}
+    assert found["append_kv"] == {("_append_kv",)}
+    assert found["update_summary"] == {("_append_pooled_keys",)}
+    assert found["sparse_attention"] == {("_partials", "_merge")}
+    for op in ("fork_stream", "wait_blocks", "advance_lengths"):
+        assert found[op] == {()}
+
+
+def test_nodes_of_an_exact_plan():
+    found = kernels_by_op(mode="exact", hint="forecast", offload="always")
+    assert found["score_blocks"] == {("_score_forecast",), ("_infllm2_logits", "_infllm2_blocks")}
+    assert found["select_blocks"] == found["plan_pages"] == {("_select_pages",)}
+    assert found["attend_resident"] == {("_partials",)}
+    assert found["attend_missing"] == {("_partials", "_merge")}
+
+
+def test_nodes_without_offload_copy_nothing():
+    found = kernels_by_op(mode="query", selector="quest", offload="never")
+    assert found["score_blocks"] == {("_score_quest",)}
+    assert found["update_summary"] == {("_append_key_bounds",)}
+    names = {name for kernels in found.values() for each in kernels for name in each}
+    assert not names & {"_gather", "_store_tail"}
+
+
+def test_events_link_a_wait_to_its_copy():
+    nodes = planned_nodes(plan(4, mode="forecast", offload="always").graph_module.graph)
+    started = {n.event for n in nodes if n.op.endswith(("prefetch_blocks", "offload_blocks"))}
+    waited = {n.event for n in nodes if n.op == "sparda.wait_blocks"}
+    assert started == waited
+    assert -1 not in waited
+    assert {n.event for n in nodes if n.op == "sparda.append_kv"} == {-1}
+
+
+def test_reading_keeps_device_work_by_start_time():
+    def event(name, ts, cat="kernel", ph="X"):
+        return {"ph": ph, "cat": cat, "name": name, "ts": ts, "dur": 2.5, "args": {}}
+
+    events = [
+        event("late", 9.0), event("copy", 4.0, "gpu_memcpy"), event("launch", 1.0, "cuda_runtime"),
+        event("flow", 2.0, "ac2g", "s"), {"ph": "M", "name": "thread_name"},
+        {**event("first", "3.5"), "args": {"correlation": 7}},
+    ]  # fmt: skip
+    assert read_kernels(events) == [
+        Kernel("first", 3.5, 6.0, 7), Kernel("copy", 4.0, 6.5, -1), Kernel("late", 9.0, 11.5, -1),
+    ]  # fmt: skip
+
+
+def test_replays_are_told_apart_by_their_launch(decode_trace):
+    kernels = read_kernels(decode_trace.events)
+    first, second = split_replays(kernels)
+    assert {kernel.launch for kernel in first}.isdisjoint(kernel.launch for kernel in second)
+    alone = len(kernels) - len(first) - len(second)
+    assert alone == sum(kernel.name.startswith("Memcpy DtoD") for kernel in kernels) > 0
+    assert split_replays([Kernel("a", 0.0, 1.0, -1), Kernel("b", 1.0, 2.0, -1)]) == []
+
+
+def test_kernels_of_a_real_replay(decode_trace):
+    for replay in split_replays(read_kernels(decode_trace.events)):
+        found = assign_kernels(replay, decode_trace.nodes)
+        expected = {n.node: n.kernels for n in decode_trace.nodes if n.kernels}
+        assert {node: tuple(k.name for k in mine) for node, mine in found.items()} == expected
+        # Here every name is on one stream, so its k-th kernel is that of the k-th node.
+        for name in KERNELS:
+            in_order = [k for n in decode_trace.nodes for k in found.get(n.node, ())]
+            assert [k for k in in_order if k.name == name] == [k for k in replay if k.name == name]
+
+
+def run(nodes, seed):
+    """Return the kernels of a step on two streams at random speeds, and whose they are."""
+    speed = random.Random(seed)
+    clock, work = [0.0, 0.0], []
+    for node in nodes:
+        if node.stream == COPY:
+            clock[COPY] = max(clock)  # behind all compute issued so far
+        elif node.node.startswith("append"):
+            clock[COMPUTE] = max(clock)  # a wait
+        for name in node.kernels:
+            start = clock[node.stream] + 0.5
+            clock[node.stream] = start + speed.uniform(1.0, 30.0)
+            work.append((Kernel(name, start, clock[node.stream], 1), node.node))
+        if node.stream == COMPUTE:
+            start = clock[COMPUTE] + 0.5
+            clock[COMPUTE] = start + speed.uniform(1.0, 60.0)
+            work.append((Kernel("gemm", start, clock[COMPUTE], 1), None))
+    return sorted(work, key=lambda each: each[0].start_us)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_name_on_both_streams_is_told_apart(seed):
+    nodes = parse(EXACT)
+    work = run(nodes, seed)
+    found = assign_kernels([kernel for kernel, _ in work], nodes)
+    expected = collections.defaultdict(list)
+    for kernel, node in work:
+        if node:
+            expected[node].append(kernel)
+    assert found == expected
+
+
+def test_copy_stream_starts_behind_the_compute_before_it():
+    nodes = parse("plan 0 _select_pages\nhint 1 _select_pages")
+    first, second = Kernel("_select_pages", 0.0, 5.0, 1), Kernel("_select_pages", 6.0, 9.0, 1)
+    assert assign_kernels([first, second], nodes) == {"plan": [first], "hint": [second]}
+    assert assign_kernels([first, second], nodes[::-1]) == {"hint": [first], "plan": [second]}
+
+
+def test_copy_stays_behind_compute_where_clocks_are_not_exact():
+    nodes = parse("plan 0 _select_pages\nhint 1 _select_pages")
+    first, second = Kernel("_select_pages", 1.0, 5.0, 1), Kernel("_select_pages", 6.0, 9.0, 1)
+    step = [Kernel("gemm", 0.0, 1.2, 1), first, second]
+    assert assign_kernels(step, nodes) == {"plan": [first], "hint": [second]}
+
+
+def test_stream_that_is_busy_is_not_taken():
+    nodes = parse("fetch 1 _gather\nhint 1 _select_pages\nplan 0 _select_pages")
+    gather = Kernel("_gather", 1.0, 20.0, 1)
+    first, second = Kernel("_select_pages", 3.0, 6.0, 1), Kernel("_select_pages", 21.0, 25.0, 1)
+    found = assign_kernels([gather, first, second], nodes)
+    assert found == {"fetch": [gather], "plan": [first], "hint": [second]}
+
+
+def test_wrong_number_of_kernels_is_refused(decode_trace):
+    replay, _ = split_replays(read_kernels(decode_trace.events))
+    lost = next(i for i, kernel in enumerate(replay) if kernel.name == "_gather")
+    with pytest.raises(UnsupportedInputError, match="3 of _gather, not 4"):
+        assign_kernels(replay[:lost] + replay[lost + 1 :], decode_trace.nodes)
+
+
+def test_wrong_order_of_kernels_is_refused():
+    nodes = parse("append 0 _append_kv\nattend 0 _partials _merge")
+    names = ("_append_kv", "_merge", "_partials")
+    kernels = [Kernel(name, float(i), i + 0.5, 1) for i, name in enumerate(names)]
+    with pytest.raises(UnsupportedInputError, match=r"kernel 2 .*, _merge, .* next are _partials"):
+        assign_kernels(kernels, nodes)
