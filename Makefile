@@ -36,7 +36,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install -qq -c $(VENV)/constraints.txt -e '.[gpu,dev]'
 	touch $@
 
-test: lint types tests ## Run lint, types and tests; what the continuous integration runs.
+test: $(STAMP) ## Run lint, types and tests; what the continuous integration runs.
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types
+	@$(MAKE) --no-print-directory tests
 
 lint: $(STAMP) ## Check style, format, the import contracts and spelling.
 	@$(BIN)/ruff check -q --output-format concise .
@@ -48,7 +50,7 @@ types: $(STAMP) ## Check types.
 	@$(BIN)/mypy
 
 tests: $(STAMP) ## Run the tests alone.
-	@$(TEST_ENV) $(BIN)/pytest -q -n $(WORKERS) --dist loadscope
+	@$(TEST_ENV) $(BIN)/pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU, one after another.
 	@$(TEST_ENV) $(BIN)/pytest -q -m gpu

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from sparda_compile import SpardaConfig, __version__
+from sparda_compile.bench.shapes import ModelShape, build_model
 from sparda_compile.training.teacher import aligned_teacher, fine_keys
 from sparda_compile.training.trainer import ForecastTrainer
 
@@ -46,29 +47,11 @@ def parse():
 
 def build(args, device, dtype):
     """Make the model on the device; no weight passes through CPU memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=args.ffn,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.groups,
-        head_dim=args.head_dim,
-        max_position_embeddings=max(args.tokens, 65536),
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
+    shape = ModelShape(
+        args.layers, args.hidden, args.ffn, args.heads, args.groups, args.head_dim, args.vocabulary
+    )
+    return build_model(shape, device, dtype)
 
 
 def check_teacher(args, device, dtype):

@@ -27,6 +27,7 @@ from sparda_compile.program import (
     make_plan,
     planned_capacity,
 )
+from sparda_compile.traced import captures_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,7 @@ def optimize(
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
-    captures = _captures(model)
+    captures = captures_of(model)
     device = next(captures.model.parameters()).device
     if device.type not in ("cpu", "cuda"):
         raise UnsupportedInputError(
@@ -123,7 +124,7 @@ def explain(
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
     max_tokens = max_tokens or planned_capacity(config)
     try:
-        captures = _captures(model)
+        captures = captures_of(model)
         plans = [
             make_plan(
                 captures.get(phase, last_logits_only=True),
@@ -139,25 +140,6 @@ def explain(
         return refused_report(model, config, batch_size, max_tokens, str(error))
     is_optimized = hasattr(model, "sparda_config")
     return build_report(captures.model if is_optimized else model, plans[0], plans[1])
-
-
-def _captures(model: nn.Module) -> Captures:
-    from sparda_compile.module import OptimizedModule
-    from sparda_compile.plain import as_causal_lm, sliding_windows
-
-    if isinstance(model, OptimizedModule):
-        return model.captures
-    if not isinstance(model, nn.Module):
-        raise UnsupportedInputError(
-            f"model is a {type(model).__name__}; pass a torch.nn.Module, such as what "
-            "AutoModelForCausalLM.from_pretrained returns."
-        )
-    if model.training:
-        raise UnsupportedInputError(
-            f"{type(model).__name__} is in training mode; call model.eval() first."
-        )
-    causal_lm = as_causal_lm(model)
-    return Captures(causal_lm, sliding_windows(causal_lm))
 
 
 def _forecast_weights(

@@ -39,8 +39,29 @@ hypothesis.settings.register_profile("sparda", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sparda")
 
 
+# The modules that take longest, longest first: begun last, one would keep one worker busy alone.
+SLOWEST = (
+    "e2e/test_models.py",
+    "e2e/test_random_models.py",
+    "test_lower.py",
+    "passes/test_verify_transfers.py",
+    "e2e/test_reference.py",
+    "e2e/test_unsupported.py",
+    "e2e/test_bit_equal.py",
+    "test_cli.py",
+    "test_capture.py",
+)
+
+
+def turn(item: pytest.Item) -> int:
+    """Return when a test's module is to begin."""
+    path = item.path.as_posix()
+    return next((i for i, name in enumerate(SLOWEST) if path.endswith(name)), len(SLOWEST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Begin with the slowest modules; skip what needs a GPU where there is none."""
+    items.sort(key=turn)
     if HAS_CUDA:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")

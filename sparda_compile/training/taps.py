@@ -37,15 +37,15 @@ from sparda_compile.passes.find_attention import FindAttention, sites_of
 from sparda_compile.passes.fx import call_name, fake_value, tensor_shape
 from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.replace_attention import StateInputs
-from sparda_compile.program import Captures
 from sparda_compile.training.attention import causal_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.program import Captures
 
-__all__ = ["Listener", "TappedForward", "captures_of", "tap_forward"]
+__all__ = ["Listener", "TappedForward", "tap_forward"]
 
 Listener = Callable[[AttentionSite, Tensor, Tensor, Tensor], None]
 """Takes a site, its Forecast [B, G, T, D], its query [B, H, T, D] and its keys [B, G, T, D]."""
@@ -116,32 +116,6 @@ class TappedForward:
         finally:
             for tap in self.taps:
                 tap.listener = None
-
-
-def captures_of(model: nn.Module) -> Captures:
-    """Return the traced forwards of a model, or of what `optimize` returned.
-
-    Raises:
-        UnsupportedInputError: If it is no module, in training mode, or no causal LM.
-        AttentionNotFoundError: If it has layers that are not implemented.
-    """
-    from sparda_compile.module import OptimizedModule
-    from sparda_compile.plain import as_causal_lm, sliding_windows
-
-    if isinstance(model, OptimizedModule):
-        return model.captures
-    if not isinstance(model, nn.Module):
-        raise UnsupportedInputError(
-            f"model is a {type(model).__name__}; pass a torch.nn.Module, such as what "
-            "AutoModelForCausalLM.from_pretrained returns."
-        )
-    if model.training:
-        raise UnsupportedInputError(
-            f"{type(model).__name__} is in training mode; call model.eval() first: the model "
-            "stays as it is, only the Forecast is trained."
-        )
-    causal_lm = as_causal_lm(model)
-    return Captures(causal_lm, sliding_windows(causal_lm))
 
 
 def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> TappedForward:

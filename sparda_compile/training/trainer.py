@@ -28,6 +28,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights
 from sparda_compile.program import initial_forecast
+from sparda_compile.traced import captures_of
 from sparda_compile.training import parallel
 from sparda_compile.training.checkpoint import (
     Checkpoint,
@@ -38,7 +39,7 @@ from sparda_compile.training.checkpoint import (
 from sparda_compile.training.data import check_batch, endless
 from sparda_compile.training.loss import backward_loss
 from sparda_compile.training.recall import block_recall
-from sparda_compile.training.taps import TappedForward, captures_of, tap_forward
+from sparda_compile.training.taps import TappedForward, tap_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -5,7 +5,7 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.testing import build
-from sparda_compile.training.taps import captures_of
+from sparda_compile.traced import captures_of
 
 SMALL = {
     "block_size": 16,

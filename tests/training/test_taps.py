@@ -5,12 +5,12 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.module import OptimizedModule
 from sparda_compile.passes.attention_proof import evaluate
 from sparda_compile.passes.fx import call_name, find_ops
 from sparda_compile.program import forecast_shapes, make_plan
 from sparda_compile.testing import build
-from sparda_compile.training.taps import captures_of, tap_forward
+from sparda_compile.traced import captures_of
+from sparda_compile.training.taps import tap_forward
 
 CONFIG = SpardaConfig(
     block_size=16, pool_size=8, pool_stride=4, local_blocks=1, top_k=3, lowering="eager"
@@ -146,15 +146,3 @@ def test_model_with_windows_alone_is_refused(gym):
     captures.windows = dict.fromkeys(captures.windows, 600)
     with pytest.raises(UnsupportedInputError, match=r"sliding window in every attention.*dense"):
         tap_forward(captures, gym.config, 1)
-
-
-def test_captures_are_those_of_an_optimized_module(gym):
-    fast = OptimizedModule(gym.captures, CONFIG.replace(mode="query"), {})
-    assert captures_of(fast) is gym.captures
-
-
-def test_models_in_training_and_other_things_are_refused(gym):
-    with pytest.raises(UnsupportedInputError, match=r"training mode; call model.eval\(\)"):
-        captures_of(build("plain").train())
-    with pytest.raises(UnsupportedInputError, match="model is a str"):
-        captures_of("llama")
