@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from sparda_compile import errors, ops, optimize
-from sparda_compile.api import _captures
 from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape
 from sparda_compile.config import SpardaConfig
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
@@ -25,6 +24,7 @@ from sparda_compile.passes.fx import is_sparda
 from sparda_compile.passes.manager import graph_text
 from sparda_compile.program import make_plan
 from sparda_compile.testing import tiny_llama
+from sparda_compile.traced import captures_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -49,7 +49,7 @@ def code(values):
 
 @cache
 def plan():
-    captures = _captures(tiny_llama())
+    captures = captures_of(tiny_llama())
     return make_plan(
         captures.get("decode", last_logits_only=True), CONFIG, model_name="LlamaForCausalLM",
         windows=captures.windows, batch_size=1, max_tokens=8192,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sparda_compile.api import _captures
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernel_trace import (
@@ -25,6 +24,7 @@ from sparda_compile.kernel_trace import (
 from sparda_compile.program import make_plan
 from sparda_compile.schedule import COMPUTE, COPY
 from sparda_compile.testing import tiny_llama
+from sparda_compile.traced import captures_of
 
 GPU = Path(__file__).resolve().parents[1] / "sparda_compile" / "kernels" / "gpu"
 # A prefill's; it is not replayed.
@@ -58,7 +58,7 @@ def parse(text):
 
 @functools.cache
 def plan(trace_steps=0, **settings):
-    captures = _captures(shared_model())
+    captures = captures_of(shared_model())
     return make_plan(
         captures.get("decode", last_logits_only=True),
         SpardaConfig(block_size=16, top_k=4, local_blocks=2, machine="h200", **settings),
