@@ -150,7 +150,9 @@ def tracked_text():
     try:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("git lists the files to check, and this is no git checkout")
+        pytest.skip(
+            "checks the files that git tracks, and an unpacked archive has no git to list them"
+        )
     for name in listing.decode().split("\0"):
         path = ROOT / name
         if not name or path.is_symlink() or not path.is_file():

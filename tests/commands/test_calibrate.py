@@ -59,8 +59,8 @@ def test_folder_that_cannot_be_written(gpu, monkeypatch, tmp_path):
     assert "use --print-only" in " ".join(result.stderr.split())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-def test_no_gpu():
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run("--json")
     assert result.exit_code == 2
     assert "`sparda calibrate` measures a CUDA GPU" in " ".join(result.stderr.split())

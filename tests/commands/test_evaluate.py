@@ -7,9 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from sparda_compile import cli
+from sparda_compile import cli, small_model
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
-from sparda_compile.small_model import has_small_model
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +76,8 @@ def test_no_such_folder(tmp_path):
     assert "no folder with a config.json" in " ".join(result.stderr.split())
 
 
-@pytest.mark.skipif(has_small_model(), reason="the small model's weights are in this checkout")
-def test_small_model_without_weights():
+def test_small_model_without_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(small_model, "small_model_folder", lambda: tmp_path)
     result = run()
     assert result.exit_code == 1
     assert "weights are missing" in " ".join(result.stderr.split())

@@ -58,7 +58,9 @@ def elements_of():
 @pytest.fixture(scope="session")
 def browse(tmp_path_factory):
     if CHROMIUM is None:
-        pytest.skip("needs chromium on the PATH; Debian's package has the same name")
+        pytest.skip(
+            "opens the page in a real browser, and there is no chromium on the PATH (Debian: chromium)"
+        )
 
     def load(path, fragment="", width=1280):
         profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"

@@ -7,7 +7,10 @@ from sparda_compile.errors import ConfigError
 from sparda_compile.training.teacher import aligned_teacher, fine_keys
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="runs the kernel in Triton's interpreter, which is off where there is a GPU",
+)
 
 
 @pytest.mark.parametrize(
