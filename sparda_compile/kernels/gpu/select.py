@@ -1,6 +1,6 @@
 """From scores to a miss list in one launch: pick blocks, look them up, give the absent ones pages.
 
-    threshold   the K-th largest key, found by halving over 32 bits; no sort
+    threshold   the K-th largest key, between two bounds that close in; no sort
     ids         blocks above it and, by ascending id, as many at it as fit
     victims     the pages not selected for longest, up to 254 steps; protected ones never
     tables      block -> page, page -> block, stamps; updated in place
@@ -13,7 +13,7 @@ both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Planned", "Tables", "plan", "select", "select_and_plan"]
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
+_MOST = tl.constexpr(0x7FFFFFFF)
+_LEAST = tl.constexpr(-(1 << 31))
 _IN_USE = tl.constexpr(0x7FFFFFFF)
-_SIGN = tl.constexpr(-(1 << 31))
+# Thresholds that are tried at once.
+_TRIALS: Final = 4
 
 
 class Choice(NamedTuple):
@@ -62,41 +65,38 @@ class Planned(NamedTuple):
 
 @triton.jit
 def _pick(
-    scores, block_ids, pair, current, num_blocks, sink, local,
-    SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+    scores, pair, current, num_blocks, sink, local,
+    SELECTED: tl.constexpr, BLOCKS: tl.constexpr, TRIALS: tl.constexpr,
 ):  # fmt: skip
-    """Write the ids of the SELECTED best blocks, ascending, then -1."""
+    """Mark the SELECTED best blocks; ties go to the lower id."""
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
     score = tl.load(scores + pair * num_blocks + block, mask=exists, other=float("-inf"))
     score = tl.where(score == 0.0, 0.0, tl.maximum(score, _LOWEST))
-    score = tl.where((block < sink) | (block >= current - local), float("inf"), score)
-    # Order-preserving integers: the sign bit of an unsigned key says positive.
+    forced = (block < sink) | (block >= current - local)
+    score = tl.where(forced, float("inf"), score)
+    # Integers in the order of the scores.
     bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _SIGN)
-    # Two bits of the threshold at a time: the largest digit that leaves enough blocks above it.
-    # Done as soon as exactly enough are.
-    threshold = 0
-    found = 0
-    shift = 30
-    digit = tl.arange(0, 4)
-    while (shift >= 0) & (found != SELECTED):
-        trial = threshold | (digit << shift)
-        count = tl.sum((key[:, None] >= (trial ^ _SIGN)[None, :]).to(tl.int32), 0)
+    key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
+    # low: at least SELECTED keys are as large, if there are so many. high: fewer are; the forced
+    # ones are the largest, and seldom more than wanted.
+    low = tl.min(tl.where(exists, key, _MOST), 0).to(tl.int64)
+    high = tl.max(tl.where(forced, _LEAST, key), 0).to(tl.int64) + 1
+    if sink + local + 1 >= SELECTED:
+        low = tl.max(tl.where(exists, key, _LEAST), 0).to(tl.int64)
+    found = current + 1
+    step = tl.arange(0, TRIALS) + 1
+    while (found > SELECTED) & (high - low > 1):
+        trial = low + tl.maximum((high - low) * step // (TRIALS + 1), 1)
+        count = tl.sum((key[:, None] >= trial.to(tl.int32)[None, :]).to(tl.int32), 0)
         enough = count >= SELECTED
-        threshold |= tl.max(tl.where(enough, digit, 0), 0) << shift
-        found = tl.min(tl.where(enough, count, 0x7FFFFFFF), 0)
-        shift -= 2
-    cut = threshold ^ _SIGN
-    above = exists & (key > cut)
-    tie = exists & (key == cut)
+        found = tl.minimum(found, tl.min(tl.where(enough, count, _MOST), 0))
+        low = tl.maximum(low, tl.max(tl.where(enough, trial, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough, high, trial), 0))
+    above = exists & (key > low)
+    tie = exists & (key == low)
     free = SELECTED - tl.sum(above.to(tl.int32), 0)
-    picked = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
-    place = tl.cumsum(picked.to(tl.int32), 0) - 1
-    tl.store(block_ids + pair * SELECTED + place, block, mask=picked)
-    column = tl.arange(0, COLUMNS)
-    missing = (column >= tl.sum(picked.to(tl.int32), 0)) & (column < SELECTED)
-    tl.store(block_ids + pair * SELECTED + column, -1, mask=missing)
+    return above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
 
 
 @triton.jit
@@ -119,42 +119,48 @@ def _leaving(key, candidate, wanted, DIGITS: tl.constexpr):
 
 @triton.jit
 def _assign(
-    block_id, page, wanted, length, current, pair, block_table, page_block, page_stamp,
-    miss_blocks, miss_pages, num_blocks, num_pages,
+    block_id, page, wanted, place, length, current, pair, block_table, page_block, page_stamp,
+    page_ids, miss_blocks, miss_pages, num_blocks, num_pages,
     SELECTED: tl.constexpr, PAGES: tl.constexpr, TOUCH: tl.constexpr,
 ):  # fmt: skip
-    """Give the absent blocks the pages that leave; the i-th absent takes the i-th victim."""
-    hit = wanted & (page >= 0)
-    absent = wanted & (page < 0)
-    num_absent = tl.sum(absent.to(tl.int32), 0)
-    rank = tl.cumsum(absent.to(tl.int32), 0) - 1
-    tl.store(miss_blocks + pair * SELECTED + rank, block_id, mask=absent)
-    # A stamp that no step has says to the other side that the page is in use now.
-    stamp_of_hit = tl.load(page_stamp + pair * num_pages + page, mask=hit, other=0)
-    tl.debug_barrier()
-    tl.store(page_stamp + pair * num_pages + page, _IN_USE, mask=hit)
+    """Give the absent blocks the pages that leave; the i-th absent takes the i-th victim.
+
+    Returns the page of the current block, -1 if it was resident before.
+    """
     number = tl.arange(0, PAGES)
     is_page = number < num_pages
     owned = pair * num_pages + number
     block = tl.load(page_block + owned, mask=is_page, other=-1)
+    hit = wanted & (page >= 0)
+    absent = wanted & (page < 0)
+    num_absent = tl.sum(absent.to(tl.int32), 0)
+    rank = pair * SELECTED + tl.cumsum(absent.to(tl.int32), 0) - 1
+    # What the other side has to know: which blocks need a page, where their page is written down,
+    # and, by a stamp that no step has, which pages are in use now.
+    tl.store(miss_blocks + rank, block_id, mask=absent)
+    tl.store(miss_pages + rank, place, mask=absent)
+    stamped = page_stamp + pair * num_pages + page
+    stamp_of_hit = tl.load(stamped, mask=hit, other=0)
+    tl.debug_barrier()
+    tl.store(stamped, _IN_USE, mask=hit)
     tl.debug_barrier()
     stamp = tl.load(page_stamp + owned, mask=is_page, other=_IN_USE)
     candidate = is_page & (stamp != _IN_USE) & ((block != current) | (block < 0))
     key = tl.where(stamp < 0, 0, 255 - tl.minimum(tl.maximum(length - stamp, 0), 254))
     victim = _leaving(key, candidate, num_absent, 16)
-    turn = tl.cumsum(victim.to(tl.int32), 0) - 1
-    new = tl.load(miss_blocks + pair * SELECTED + turn, mask=victim, other=0)
+    turn = pair * SELECTED + tl.cumsum(victim.to(tl.int32), 0) - 1
+    new = tl.load(miss_blocks + turn, mask=victim, other=-1)
+    listed = tl.load(miss_pages + turn, mask=victim, other=0)
     tl.store(block_table + pair * num_blocks + block, -1, mask=victim & (block >= 0))
+    tl.debug_barrier()
     tl.store(block_table + pair * num_blocks + new, number, mask=victim)
     tl.store(page_block + owned, new, mask=victim)
     tl.store(page_stamp + owned, length, mask=victim)
-    tl.store(miss_pages + pair * SELECTED + turn, number, mask=victim)
+    tl.store(page_ids + pair * SELECTED + listed, number, mask=victim)
+    tl.store(miss_pages + turn, number, mask=victim)
+    tl.store(stamped, length if TOUCH else stamp_of_hit, mask=hit)
     tl.debug_barrier()
-    taken = tl.load(miss_pages + pair * SELECTED + rank, mask=absent, other=-1)
-    renewed = length if TOUCH else stamp_of_hit
-    tl.store(page_stamp + pair * num_pages + page, renewed, mask=hit)
-    tl.debug_barrier()
-    return tl.where(absent, taken, page)
+    return tl.max(tl.where(victim & (new == current), number, -1), 0)
 
 
 @triton.jit
@@ -164,53 +170,68 @@ def _select_pages(
     groups, num_blocks, num_pages, sink, local,
     SIZE: tl.constexpr, SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
     PAGES: tl.constexpr, SELECT: tl.constexpr, PLAN: tl.constexpr, RESIDENT: tl.constexpr,
-    TOUCH: tl.constexpr, HINT: tl.constexpr,
+    TOUCH: tl.constexpr, HINT: tl.constexpr, TRIALS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     length = tl.load(lengths + pair // groups)
     current = length // SIZE
+    column = tl.arange(0, COLUMNS)
+    inside = column < SELECTED
+    listed = pair * SELECTED + column
+    table = block_table + pair * num_blocks
+    # The blocks in question, the page of each, and its place among the ids: all blocks of the
+    # sequence where they are still to be picked, those of the list where they are given.
     if SELECT:
-        _pick(scores, block_ids, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
-    if PLAN:
-        if SELECT:
-            tl.debug_barrier()
-        column = tl.arange(0, COLUMNS)
-        inside = column < SELECTED
-        listed = pair * SELECTED + column
+        block_id = tl.arange(0, BLOCKS)
+        if PLAN:
+            page = tl.load(table + block_id, mask=block_id < num_blocks, other=-1)
+        wanted = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, TRIALS)
+        place = tl.cumsum(wanted.to(tl.int32), 0) - 1
+        num_wanted = tl.sum(wanted.to(tl.int32), 0)
+        tl.store(block_ids + pair * SELECTED + place, block_id, mask=wanted)
+        tl.store(block_ids + listed, -1, mask=inside & (column >= num_wanted))
+    else:
+        place = column
         block_id = tl.load(block_ids + listed, mask=inside, other=-1)
         wanted = block_id >= 0
-        page = tl.load(block_table + pair * num_blocks + block_id, mask=wanted, other=-1)
+        page = tl.load(table + block_id, mask=wanted, other=-1)
+        num_wanted = tl.sum(wanted.to(tl.int32), 0)
+    if PLAN:
         absent = wanted & (page < 0)
+        fetch = absent & (block_id < current)
+        num_fetched = tl.sum(fetch.to(tl.int32), 0)
+        here = pair * SELECTED + place
+        tl.store(is_miss + here, fetch.to(tl.int8), mask=wanted)
+        tl.store(is_miss + listed, 0, mask=inside & (column >= num_wanted))
+        tl.store(page_ids + listed, -1, mask=inside & (column >= num_wanted))
         if RESIDENT:
             # Nothing ever leaves, so blocks and pages are handed out in step: they are the same.
             page = tl.where(absent, block_id, page)
             tl.debug_barrier()
-            tl.store(block_table + pair * num_blocks + block_id, page, mask=absent)
+            tl.store(table + block_id, page, mask=absent)
             tl.store(page_block + pair * num_pages + page, block_id, mask=absent)
             tl.store(page_stamp + pair * num_pages + page, length, mask=wanted & (absent | TOUCH))
+            rank = pair * SELECTED + tl.cumsum(fetch.to(tl.int32), 0) - 1
+            tl.store(miss_blocks + rank, block_id, mask=fetch)
+            tl.store(miss_pages + rank, page, mask=fetch)
+            tl.store(page_ids + here, page, mask=wanted)
+            tail = -1
         else:
-            page = _assign(
-                block_id, page, wanted, length, current, pair, block_table, page_block, page_stamp,
-                miss_blocks, miss_pages, num_blocks, num_pages, SELECTED, PAGES, TOUCH,
+            tl.store(page_ids + here, page, mask=wanted & (page >= 0))
+            tail = _assign(
+                block_id, page, wanted, place, length, current, pair, block_table, page_block,
+                page_stamp, page_ids, miss_blocks, miss_pages, num_blocks, num_pages, SELECTED,
+                PAGES, TOUCH,
             )  # fmt: skip
-        fetch = absent & (block_id < current)
-        num_fetched = tl.sum(fetch.to(tl.int32), 0)
-        if RESIDENT:
-            place = tl.cumsum(fetch.to(tl.int32), 0) - 1
-            tl.store(miss_blocks + pair * SELECTED + place, block_id, mask=fetch)
-            tl.store(miss_pages + pair * SELECTED + place, page, mask=fetch)
         unused = inside & (column >= num_fetched)
         tl.store(miss_blocks + listed, -1, mask=unused)
         tl.store(miss_pages + listed, -1, mask=unused)
-        tl.store(page_ids + listed, page, mask=inside)
-        tl.store(is_miss + listed, fetch.to(tl.int8), mask=inside)
-        tail = tl.max(tl.where(wanted & (block_id == current), page, -1), 0)
-        tl.store(tail_page + pair, tail)
+        resident = tl.max(tl.where(wanted & (block_id == current), page, -1), 0)
+        tl.store(tail_page + pair, tl.maximum(resident, tail))
         if HINT:
             tl.atomic_add(counters + 2, num_fetched.to(tl.int64))
         else:
-            num_hits = tl.sum((wanted & ~fetch).to(tl.int32), 0)
-            tl.atomic_add(counters, num_hits.to(tl.int64))
+            tl.atomic_add(counters, (num_wanted - num_fetched).to(tl.int64))
             tl.atomic_add(counters + 1, num_fetched.to(tl.int64))
             tl.atomic_add(counters + 3, num_fetched.to(tl.int64))
 
@@ -238,7 +259,7 @@ def _launch(
         choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
         power_of_two(num_blocks), power_of_two(choice.num_selected),
         1 if resident else power_of_two(num_pages),
-        do_select, do_plan, resident, eviction == "lru", is_hint, num_warps=warps,
+        do_select, do_plan, resident, eviction == "lru", is_hint, _TRIALS, num_warps=warps,
     )  # fmt: skip
 
 
