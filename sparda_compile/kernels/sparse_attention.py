@@ -22,24 +22,22 @@ from torch import Tensor
 
 __all__ = ["attend_missing", "attend_resident", "blocks_per_split", "sparse_attention"]
 
-# Measured on one H200: the fastest of 1 to 16 blocks a split, at batch 1, 4 and 16 with 2 and 8 KV
-# heads. One block a split makes the merge too long, few splits leave multiprocessors idle.
-_WANTED_SPLITS: Final = 384
+# Two programs fit a multiprocessor of an H200, so 264 run at once: a few more would take as long as
+# twice as many. One block a split makes the merge too long.
+_WANTED_SPLITS: Final = 264
 _LEAST_BLOCKS: Final = 2
 _MOST_BLOCKS: Final = 16
 
 
 def blocks_per_split(num_pairs: int, num_selected: int) -> int:
-    """Return how many blocks one partial result covers, a power of two.
+    """Return how many blocks one partial result covers.
 
     Args:
         num_pairs: Sequences times KV heads.
         num_selected: K.
     """
-    blocks = _LEAST_BLOCKS
-    while blocks < _MOST_BLOCKS and num_pairs * num_selected > blocks * _WANTED_SPLITS:
-        blocks *= 2
-    return blocks
+    wanted = -(-num_pairs * num_selected // _WANTED_SPLITS)
+    return min(max(wanted, _LEAST_BLOCKS), _MOST_BLOCKS)
 
 
 def _split_size(block_ids_BGK: Tensor) -> int:

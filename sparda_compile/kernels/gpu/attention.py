@@ -36,7 +36,8 @@ def _partials(
     q_row, q_head, groups, num_pages, splits,
     SELECTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, SIZES: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PICK: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -48,8 +49,9 @@ def _partials(
     first = split * BLOCKS
     runs = True
     if PICK:
-        each = first + tl.arange(0, BLOCKS)
-        flags = tl.load(is_miss + pair * SELECTED + each, mask=each < SELECTED, other=0)
+        number = tl.arange(0, EACH)
+        mine = (number < BLOCKS) & (first + number < SELECTED)
+        flags = tl.load(is_miss + pair * SELECTED + first + number, mask=mine, other=0)
         has_miss = tl.max(flags.to(tl.int32), 0)
         runs = has_miss > 0 if PICK == 2 else has_miss == 0
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -145,7 +147,8 @@ def partials(
     _partials[(batch * groups, splits)](
         query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, scale, softcap,
         q_row, q_head, groups, num_pages, splits, selected, heads, power_of_two(heads, 16), size,
-        power_of_two(size), dim, dims, num_blocks, pick, softcap != 0.0, interpreting(), _STAGES,
+        power_of_two(size), dim, dims, num_blocks, power_of_two(num_blocks), pick,
+        softcap != 0.0, interpreting(), _STAGES,
         num_warps=8 if size * dims > 16384 else 4,
     )  # fmt: skip
     return out, lse
