@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 
 @cache
 def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     run = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty"],
         capture_output=True, text=True, check=False,

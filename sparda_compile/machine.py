@@ -3,7 +3,7 @@
 H200 values: medians measured on one H200 with PCIe Gen5 (device copy 4.3 TB/s, gathers of 32 KiB
 blocks from pinned memory 45 GB/s, 8192^3 bf16 matmul 790 TFLOP/s). CPU values: two cores of a
 server, best of 15 runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul and a
-small elementwise op; there nothing runs beside anything else.
+small elementwise op; there nothing runs beside anything else. `LATENCY_US` has its own source.
 """
 
 from __future__ import annotations
@@ -14,16 +14,47 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from sparda_compile.errors import ConfigError
 
-__all__ = ["MACHINES", "Machine", "calibration_file", "machine_for"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LATENCY_US", "MACHINES", "Machine", "calibration_file", "machine_for"]
 
 
 _log = logging.getLogger(__name__)
+
+# What a sparda op takes however few its bytes are, microseconds: phases that wait for each other,
+# such as barriers, scans, chains of loads, a second launch. The time of its bytes comes on top. An
+# op that is not named takes one launch.
+#
+# h200: kernels alone in replayed CUDA graphs on one H200, November 2026 (batch 1, 128K tokens, 2 KV
+# heads of 128, 96 blocks, bf16), less their bytes at 4300 GB/s. Measured: score_blocks of a
+# Forecast 5.0, select_blocks 6.9, plan_pages 4.9, select_pages 11.9, partial attention 5.5 to 6.6,
+# merging the partials 2.0 to 6.6; of the last two the middle is taken.
+# cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
+# 16, fp32. Attention is not named: there it is arithmetic.
+LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
+    "cpu": {
+        "score_blocks": 90.0,
+        "select_blocks": 70.0,
+        "plan_pages": 330.0,
+        "select_pages": 420.0,
+    },
+    "h200": {
+        "score_blocks": 4.0,
+        "select_blocks": 6.9,
+        "plan_pages": 4.9,
+        "select_pages": 11.9,
+        "attend_resident": 4.6,
+        "attend_missing": 9.0,
+        "sparse_attention": 9.0,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +68,8 @@ class Machine:
         tflops: Matrix multiplication rate, 10^12 per second.
         launch_us: Least time of one kernel, microseconds.
         overlaps: Whether the copy stream runs beside the compute stream.
+        latency_us: Sparda op -> what it takes beside its bytes, microseconds. Constants that were
+            written before it was measured have that of an H200.
     """
 
     name: str
@@ -45,10 +78,17 @@ class Machine:
     tflops: float
     launch_us: float
     overlaps: bool
+    latency_us: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: dict(LATENCY_US["h200"]), hash=False
+    )
+
+    def latency_of(self, op: str) -> float:
+        """Return what a sparda op, such as `select_pages`, takes beside its bytes."""
+        return self.latency_us.get(op, self.launch_us)
 
 
 MACHINES: Final = {
-    "cpu": Machine("cpu", 13.1, 5.6, 0.15, 2.5, overlaps=False),
+    "cpu": Machine("cpu", 13.1, 5.6, 0.15, 2.5, overlaps=False, latency_us=LATENCY_US["cpu"]),
     "h200": Machine("h200", 4300.0, 45.0, 790.0, 2.0, overlaps=True),
 }
 

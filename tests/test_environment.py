@@ -5,8 +5,8 @@ from importlib.metadata import version
 
 import torch
 
-from sparda_compile.bench import environment
-from sparda_compile.bench.environment import describe, write_result
+from sparda_compile import environment
+from sparda_compile.environment import describe, write_result
 
 
 def test_describes_versions_and_commit():

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.machine import MACHINES, calibration_file, machine_for
+from sparda_compile.machine import LATENCY_US, MACHINES, calibration_file, machine_for
+from sparda_compile.ops import INSTRUCTIONS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 MEASURED = {
     "name": "h200", "memory_gbps": 4000.5, "link_gbps": 41.0, "tflops": 700.0, "launch_us": 2.5,
-    "overlaps": True,
+    "overlaps": True, "latency_us": {"select_pages": 9.5},
 }  # fmt: skip
 
 
@@ -41,6 +42,29 @@ def test_only_a_gpu_overlaps():
 def test_constants_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MACHINES["cpu"].link_gbps = 1.0
+
+
+def test_every_machine_has_latencies_of_ops():
+    assert set(LATENCY_US) == set(MACHINES)
+    for name, latencies in LATENCY_US.items():
+        assert MACHINES[name].latency_us == latencies
+        assert set(latencies) <= set(INSTRUCTIONS)
+        # A phase more than an empty kernel's.
+        assert min(latencies.values()) > MACHINES[name].launch_us
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_selecting_and_planning_in_one_is_about_the_sum(name):
+    machine = MACHINES[name]
+    both = machine.latency_of("select_blocks") + machine.latency_of("plan_pages")
+    assert machine.latency_of("select_pages") == pytest.approx(both, rel=0.1)
+
+
+def test_op_without_a_latency_takes_a_launch():
+    machine = dataclasses.replace(MACHINES["h200"], launch_us=7.0)
+    assert machine.latency_of("append_kv") == 7.0
+    assert machine.latency_of("plan_pages") == 4.9
+    hash(machine)
 
 
 @pytest.fixture
@@ -98,6 +122,12 @@ def test_gpu_that_was_measured_is_planned_for_as_it_is(calibration, caplog):
     assert dataclasses.asdict(machine) == MEASURED
     assert not caplog.text
     assert machine_for(None, torch.device("cuda:1")) is MACHINES["h200"]
+
+
+def test_constants_without_latencies_have_those_of_an_h200(calibration):
+    older = {key: value for key, value in MEASURED.items() if key != "latency_us"}
+    calibration.write_text(json.dumps({"machine": older}))
+    assert machine_for(None, GPU).latency_us == LATENCY_US["h200"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ memory_gbps   a copy of 4 GiB on the device, bytes read and written
 link_gbps     a gather of 32 KiB blocks from pinned memory, with the number of programs in use
 tflops        an 8192^3 matrix multiplication in bf16
 launch_us     one of many tiny kernels in a CUDA graph
+latency_us    ops of a decode step at batch 1 in a CUDA graph, less the time of their bytes
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from sparda_compile.bench.environment import write_result
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
+from sparda_compile.environment import write_result
 from sparda_compile.machine import Machine, calibration_file
 
 if TYPE_CHECKING:
@@ -30,7 +31,12 @@ _TINY_KERNELS: Final = 256
 
 def measure_machine(say: Callable[[str], None]) -> Machine:
     """Return the constants of the current CUDA device; `say` is told what is being measured."""
-    from sparda_compile.bench.kernels import GATHER_PROGRAMS, bench_copy, bench_gather
+    from sparda_compile.bench.kernels import (
+        GATHER_PROGRAMS,
+        bench_copy,
+        bench_gather,
+        bench_latencies,
+    )
 
     device = torch.device("cuda")
     say("device copy")
@@ -41,6 +47,8 @@ def measure_machine(say: Callable[[str], None]) -> Machine:
     tflops = _tflops(device)
     say("tiny kernels")
     launch_us = _launch_us(device)
+    say("ops of a decode step")
+    latency_us = bench_latencies(device, float(memory["gbps"]))
     return Machine(
         name=torch.cuda.get_device_name(),
         memory_gbps=float(memory["gbps"]),
@@ -48,6 +56,7 @@ def measure_machine(say: Callable[[str], None]) -> Machine:
         tflops=tflops,
         launch_us=launch_us,
         overlaps=True,
+        latency_us=latency_us,
     )
 
 

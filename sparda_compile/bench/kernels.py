@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["GATHER_PROGRAMS", "bench_copy", "bench_gather", "bench_kernels"]
+    # Query, pages, page ids, block ids, lengths.
+    AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+__all__ = ["GATHER_PROGRAMS", "bench_copy", "bench_gather", "bench_kernels", "bench_latencies"]
 
 _SIZE, _DIM, _SELECTED, _TOKENS = 64, 128, 96, 131072
 _BLOCKS = _TOKENS // _SIZE
+_SCALE = _DIM**-0.5
 _BLOCK_BYTES = 2 * _SIZE * _DIM * 2
 _L2_BYTES = 160 << 20
 _MIB = 1 << 20
@@ -113,13 +117,42 @@ def _copies(num_bytes: int) -> int:
     return max(2, min(64, math.ceil(_L2_BYTES / num_bytes)))
 
 
-def _miss_list(device: torch.device, batch: int, rate: float) -> dict[str, Any]:
+def bench_latencies(device: torch.device, rate: float) -> dict[str, float]:
+    """Measure what ops of a decode step take beside their bytes, at batch 1.
+
+    Args:
+        device: A CUDA device.
+        rate: Its memory's bandwidth, 10^9 bytes per second.
+
+    Returns:
+        Microseconds by op, for `Machine.latency_us`.
+    """
+    calls, pooled_bytes = _selection(device, 1)
+    data, kv_bytes = _attention_data(device, 1, 32, 2)
+    blocks = blocks_per_split(2, _SELECTED)
+    calls["attend_resident"] = [partial(_partials, *operands, blocks) for operands in data]
+    calls["sparse_attention"] = [partial(_sparse, *operands, blocks) for operands in data]
+    num_bytes = {
+        "score_blocks": pooled_bytes, "attend_resident": kv_bytes, "sparse_attention": kv_bytes
+    }  # fmt: skip
+    latencies = {}
+    for op, each in calls.items():
+        us = graph_us(each).median - num_bytes.get(op, 0) / (rate * 1e3)
+        latencies[op] = round(max(us, 0.0), 2)
+    # The same two kernels.
+    return {**latencies, "attend_missing": latencies["sparse_attention"]}
+
+
+def _selection(
+    device: torch.device, batch: int
+) -> tuple[dict[str, list[Callable[[], object]]], int]:
+    """Return calls of each op from a Forecast to a miss list, in order, and the bytes scored."""
     geometry = Geometry(_BLOCKS, _SIZE, 32, 16)
     groups, pages = 2, 144
     num_bytes = batch * groups * geometry.num_windows * _DIM * 2
     lengths = torch.full((batch,), _TOKENS - 100, dtype=torch.int32, device=device)
     choice = select.Choice(_SELECTED, _SIZE, 1, 32)
-    both, scoring, planning = [], [], []
+    calls: dict[str, list[Callable[[], object]]] = {}
     for _ in range(_copies(num_bytes)):
         pooled = torch.randn(
             batch, groups, geometry.num_windows, _DIM, dtype=torch.bfloat16, device=device
@@ -135,26 +168,31 @@ def _miss_list(device: torch.device, batch: int, rate: float) -> dict[str, Any]:
             ids.clone(), torch.empty_like(ids, dtype=torch.bool), ids.clone(), ids.clone(),
             ids[:, :, 0].clone(),
         )  # fmt: skip
+        picked, found = (scores, lengths, ids), (tables, out)
+        new = {
+            "score_blocks": partial(
+                score.SCORE_KERNELS["forecast"], query, [pooled], lengths, 1.0, geometry, scores
+            ),
+            "select_blocks": partial(select.select, *picked, choice),
+            "plan_pages": partial(select.plan, ids, lengths, *found, _SIZE, "lru", is_hint=False),
+            "select_pages": partial(
+                select.select_and_plan, *picked, *found, choice, "lru", is_hint=False
+            ),
+        }
+        for op, call in new.items():
+            calls.setdefault(op, []).append(call)
+    return calls, num_bytes
 
-        def scored(q: Tensor = query, p: Tensor = pooled, s: Tensor = scores) -> None:
-            score.SCORE_KERNELS["forecast"](q, [p], lengths, 1.0, geometry, s)
 
-        def planned(
-            s: Tensor = scores,
-            i: Tensor = ids,
-            t: select.Tables = tables,
-            o: select.Planned = out,
-        ) -> None:
-            select.select_and_plan(s, lengths, i, t, o, choice, "lru", is_hint=False)
+def _miss_list(device: torch.device, batch: int, rate: float) -> dict[str, Any]:
+    calls, num_bytes = _selection(device, batch)
+    scoring, planning = calls["score_blocks"], calls["select_pages"]
 
-        def chain(first: Callable[[], None] = scored, then: Callable[[], None] = planned) -> None:
-            first()
-            then()
+    def chain(first: Callable[[], object], then: Callable[[], object]) -> None:
+        first()
+        then()
 
-        both.append(chain)
-        scoring.append(scored)
-        planning.append(planned)
-    us = graph_us(both)
+    us = graph_us([partial(chain, *pair) for pair in zip(scoring, planning, strict=True)])
     return {
         "chain": us.to_dict(),
         "score": graph_us(scoring).to_dict(),
@@ -164,14 +202,13 @@ def _miss_list(device: torch.device, batch: int, rate: float) -> dict[str, Any]:
     }
 
 
-def _attention(
-    device: torch.device, batch: int, heads: int, groups: int, rate: float
-) -> dict[str, Any]:
+def _attention_data(
+    device: torch.device, batch: int, heads: int, groups: int
+) -> tuple[list[AttentionInputs], int]:
+    """Return sets of inputs, and the bytes of keys and values that one of them reads."""
     kv_bytes = batch * groups * _SELECTED * _BLOCK_BYTES
-    pairs = batch * groups
     num_pages = _SELECTED * 3 // 2
     lengths = torch.full((batch,), _TOKENS - 1, dtype=torch.int32, device=device)
-    scale = _DIM**-0.5
     data = []
     for _ in range(_copies(kv_bytes)):
         pages = torch.randn(
@@ -180,23 +217,39 @@ def _attention(
         query = torch.randn(batch, heads, 1, _DIM, dtype=torch.bfloat16, device=device)
         ids = torch.arange(_BLOCKS - _SELECTED, _BLOCKS, dtype=torch.int32, device=device)
         places = torch.rand(batch, groups, num_pages, device=device).argsort(-1)[..., :_SELECTED]
-        data.append((query, pages, places.int(), ids.expand(batch, groups, -1).contiguous()))
+        ids = ids.expand(batch, groups, -1).contiguous()
+        data.append((query, pages, places.int(), ids, lengths))
+    return data, kv_bytes
 
-    def sparse(query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, blocks: int) -> Tensor:
-        parts = attention.partials(query, pages, places, ids, None, lengths, scale, 0.0, blocks)
-        return attention.merge(*parts, None, query.dtype)
 
-    chosen = blocks_per_split(pairs, _SELECTED)
-    gathered = [_gathered(pages, places) for _, pages, places, _ in data]
-    ours = sparse(*data[0], chosen)
+def _partials(
+    query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor, blocks: int
+) -> tuple[Tensor, Tensor]:
+    return attention.partials(query, pages, places, ids, None, lengths, _SCALE, 0.0, blocks)
+
+
+def _sparse(
+    query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor, blocks: int
+) -> Tensor:
+    parts = _partials(query, pages, places, ids, lengths, blocks)
+    return attention.merge(*parts, None, query.dtype)
+
+
+def _attention(
+    device: torch.device, batch: int, heads: int, groups: int, rate: float
+) -> dict[str, Any]:
+    data, kv_bytes = _attention_data(device, batch, heads, groups)
+    chosen = blocks_per_split(batch * groups, _SELECTED)
+    gathered = [_gathered(pages, places) for _, pages, places, *_ in data]
+    ours = _sparse(*data[0], chosen)
     keys, values = (tensor.double() for tensor in gathered[0])
-    exact = _sdpa(data[0][0].double(), keys, values, scale)
+    exact = _sdpa(data[0][0].double(), keys, values, _SCALE)
     error = float((ours - exact).norm() / exact.norm())
     if not error < 5e-3:
         raise AssertionError(f"sparse attention is off by {error}")
     by_blocks = {}
-    for blocks in (1, 2, 4, 8, 16):
-        calls = [partial(sparse, *operands, blocks) for operands in data]
+    for blocks in sorted({1, 2, 3, 4, 6, 8, 12, 16, chosen}):
+        calls = [partial(_sparse, *operands, blocks) for operands in data]
         by_blocks[blocks] = graph_us(calls).to_dict()
     us = by_blocks[chosen]["median"]
     result = {
@@ -208,9 +261,9 @@ def _attention(
     }
     pairs_of = [(d[0], *kv) for d, kv in zip(data, gathered, strict=True)]
     result["sdpa_gathered"] = graph_us(
-        [partial(_sdpa, *operands, scale) for operands in pairs_of]
+        [partial(_sdpa, *operands, _SCALE) for operands in pairs_of]
     ).to_dict()
-    flex = _flex(scale)
+    flex = _flex(_SCALE)
     if float((flex(data[0][0], *gathered[0]) - exact).norm() / exact.norm()) < 5e-3:
         result["flex_gathered"] = graph_us(
             [partial(flex, *operands) for operands in pairs_of]

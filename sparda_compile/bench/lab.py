@@ -16,10 +16,10 @@ import torch
 
 from sparda_compile.bench.budget import bench_budget, plan_budget
 from sparda_compile.bench.decode import DecodeBench, DecodeSetting
-from sparda_compile.bench.environment import describe, write_result
 from sparda_compile.bench.memory import GIB, FreeMemory, free_everything, layout_of, misfits
 from sparda_compile.bench.programs import KNOBS
 from sparda_compile.bench.shapes import SHAPES, build_model
+from sparda_compile.environment import describe, write_result
 from sparda_compile.program import Captures
 
 if TYPE_CHECKING:

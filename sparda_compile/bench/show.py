@@ -116,6 +116,8 @@ def print_machine(machine: Machine, console: Console) -> None:
     table.add_row("link, GB/s", f"{machine.link_gbps:.2f}")
     table.add_row("matrix multiplication, TFLOP/s", f"{machine.tflops:.1f}")
     table.add_row("least time of a kernel, us", f"{machine.launch_us:.2f}")
+    for op, us in sorted(machine.latency_us.items()):
+        table.add_row(f"{op} beside its bytes, us", f"{us:.2f}")
     console.print(table)
 
 

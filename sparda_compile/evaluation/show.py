@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparda_compile.environment import write_result
 from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.evaluation.metrics import ORACLE
 
@@ -49,8 +49,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def write_json(evaluation: Evaluation, path: Path) -> Path:
-    """Write everything that was found as JSON; what is not a number becomes null."""
-    path.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    """Write everything that was found as JSON, with versions and commit; NaN becomes null."""
+    write_result(path, evaluation.to_dict())
     return path
 
 

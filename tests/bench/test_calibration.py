@@ -7,9 +7,10 @@ import torch
 
 from sparda_compile.bench import calibration
 from sparda_compile.bench.calibration import measure_machine, write_machine
-from sparda_compile.machine import Machine, calibration_file, machine_for
+from sparda_compile.machine import LATENCY_US, Machine, calibration_file, machine_for
 
-MACHINE = Machine("Fake GPU 9000", 1000.5, 20.25, 100.0, 1.5, overlaps=True)
+LATENCIES = {"select_pages": 11.25, "score_blocks": 3.5}
+MACHINE = Machine("Fake GPU 9000", 1000.5, 20.25, 100.0, 1.5, overlaps=True, latency_us=LATENCIES)
 
 
 @pytest.fixture
@@ -35,12 +36,18 @@ def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
     rows = {programs: {"gbps": float(programs)} for programs in (1, 8, 32)}
     monkeypatch.setattr(kernels, "bench_copy", lambda device: {"gbps": 4000.0})
     monkeypatch.setattr(kernels, "bench_gather", lambda device: {"by_programs": rows})
+    monkeypatch.setattr(
+        kernels, "bench_latencies", lambda device, rate: {**LATENCIES, "plan_pages": rate}
+    )
     monkeypatch.setattr(calibration, "_tflops", lambda device: 700.0)
     monkeypatch.setattr(calibration, "_launch_us", lambda device: 1.25)
     told = []
     machine = measure_machine(told.append)
-    assert machine == Machine("Fake GPU 9000", 4000.0, 8.0, 700.0, 1.25, overlaps=True)
-    assert len(told) == 4
+    latencies = {**LATENCIES, "plan_pages": 4000.0}
+    assert machine == Machine(
+        "Fake GPU 9000", 4000.0, 8.0, 700.0, 1.25, overlaps=True, latency_us=latencies
+    )
+    assert len(told) == 5
 
 
 def test_rate_of_a_matrix_multiplication(monkeypatch):
@@ -55,3 +62,5 @@ def test_real_machine():
     assert machine.memory_gbps > machine.link_gbps > 1
     assert machine.tflops > 10
     assert 0.2 < machine.launch_us < 20
+    assert all(0.2 < us < 100 for us in machine.latency_us.values())
+    assert set(machine.latency_us) == set(LATENCY_US["h200"])

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from sparda_compile.bench import baselines, environment, memory
+from sparda_compile import environment
+from sparda_compile.bench import baselines, memory
 from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.memory import FreeMemory
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparda_compile import cli
-from sparda_compile.bench import environment, memory, suite
+from sparda_compile import cli, environment
+from sparda_compile.bench import memory, suite
 from sparda_compile.bench.memory import GIB
 from sparda_compile.bench.suite import DECODE_PARTS
 from sparda_compile.commands import bench

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from sparda_compile.errors import BackendUnavailableError
@@ -58,6 +59,7 @@ def test_no_recall_table_without_recalls():
 def test_json(tmp_path):
     path = write_json(EVALUATION, tmp_path / "found.json")
     plain = json.loads(path.read_text())
+    assert plain["environment"]["torch"] == torch.__version__
     assert plain["rows"][1]["accuracy"] == 0.95
     assert plain["rows"][1]["recalls"][2]["mass"] is None
 

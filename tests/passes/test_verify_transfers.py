@@ -275,7 +275,7 @@ class TestGraph:
             self.races(gm)
 
     def test_stream_changed(self, graph_of):
-        for name in ("hint_scores_1", "hint_select_pages_1"):
+        for name in ("hint_scores_0", "hint_select_pages_1"):
             gm = graph_of()
             node = next(n for n in gm.graph.nodes if n.name == name)
             assert argument(node, "stream") == COPY
