@@ -93,8 +93,7 @@ class CacheLayout:
     @property
     def geometry(self) -> Geometry:
         """Sizes that selectors depend on."""
-        c = self.config
-        return Geometry(self.max_tokens // c.block_size, c.block_size, c.pool_size, c.pool_stride)
+        return Geometry.of(self.config, self.num_blocks)
 
     @property
     def num_blocks(self) -> int:
@@ -127,8 +126,8 @@ class CacheLayout:
     def summaries(self) -> tuple[str, ...]:
         """Names of the summaries that this configuration scores with."""
         c = self.config
-        scorers = {"dense": [], "query": [c.selector], "forecast": ["forecast"]}.get(
-            c.mode, [c.selector, *(["forecast"] if c.hint == "forecast" else [])]
+        scorers = {"dense": [], "query": [c.selector], "forecast": [c.forecast_selector]}.get(
+            c.mode, [c.selector, *([c.forecast_selector] if c.hint == "forecast" else [])]
         )
         return tuple(sorted({SELECTORS[name].summary.name for name in scorers}))
 

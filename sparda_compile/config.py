@@ -19,7 +19,7 @@ Lowering = Literal["inductor", "eager"]
 Offload = Literal["auto", "always", "never"]
 
 _MODES: Final = get_args(Mode)
-SELECTOR_NAMES: Final = ("infllm2", "quest")
+SELECTOR_NAMES: Final = ("infllm2", "quest", "nosa")
 HINT_NAMES: Final = ("forecast", "previous_step", "previous_layer", "next_query")
 MACHINE_NAMES: Final = ("cpu", "h200")
 MIB: Final = 1 << 20
@@ -34,11 +34,17 @@ class SpardaConfig:
             `query`: the layer's own query. `forecast`: the previous layer's Forecast (SparDA).
             `exact`: the layer's own query, with a hint that prefetches and a repair of what
             the hint missed; equals `query` bit for bit.
-        selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head) or
-            `quest` (bounds from each block's smallest and largest key).
+        selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head),
+            `quest` (bounds from each block's smallest and largest key) or `nosa` (`short_list`
+            blocks as `infllm2`, or the Forecast, ranks them, the rest by retention scores). A
+            model for `nosa` carries its retention score in the last channel of each key and 1 in
+            that of each query (docs/models.md); `optimize` refuses others by their queries.
         hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer` or
             `next_query` (the layer's query projection on the input of the layer before).
-        top_k: Blocks to pick beyond the sink and local ones; None picks every block.
+        top_k: Blocks to pick beyond the sink and local ones; None picks every block. NOSA's
+            published constants are top_k=78 with local_blocks=16.
+        short_list: Of the top_k blocks, those that the query or the Forecast picks; read by
+            selector `nosa` alone.
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
         block_size: Tokens of one KV block: a multiple of 16 from 16 to 128.
@@ -70,6 +76,7 @@ class SpardaConfig:
     selector: str = "infllm2"
     hint: str = "forecast"
     top_k: int | None = 62
+    short_list: int = 23
     sink_blocks: int = 1
     local_blocks: int = 32
     block_size: int = 64
@@ -98,12 +105,22 @@ class SpardaConfig:
         _one_of("cuda_graph", self.cuda_graph, (True, False))
         if self.machine is not None:
             _one_of("machine", self.machine, MACHINE_NAMES)
-        for name, low in (("sink_blocks", 0), ("local_blocks", 0), ("pool_stride", 1)):
-            _at_least(name, getattr(self, name), low)
+        for name in ("sink_blocks", "local_blocks", "short_list"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("pool_stride", self.pool_stride, 1)
         if self.top_k is not None:
             _at_least("top_k", self.top_k, 0)
+        self._check_short_list()
         self._check_geometry()
         self._check_limits()
+
+    def _check_short_list(self) -> None:
+        if self.selector == "nosa" and self.top_k is not None and self.short_list > self.top_k:
+            raise ConfigError(
+                f"short_list={self.short_list} is more than the top_k={self.top_k} blocks that "
+                f"selector='nosa' may pick; use short_list of 0 to {self.top_k}, or raise top_k "
+                "(published: short_list=23, top_k=78)."
+            )
 
     def _check_geometry(self) -> None:
         if self.block_size % 16 or not 16 <= self.block_size <= 128:
@@ -159,6 +176,11 @@ class SpardaConfig:
         """Whether this configuration uses Forecast weights."""
         return self.mode == "forecast" or (self.mode == "exact" and self.hint == "forecast")
 
+    @property
+    def forecast_selector(self) -> str:
+        """Name of the selector that scores a Forecast."""
+        return "nosa_forecast" if self.selector == "nosa" else "forecast"
+
     @classmethod
     def from_model(cls, model_config: Any, **changes: Any) -> SpardaConfig:
         """Return a configuration with the block sizes that a model was trained with.
@@ -167,7 +189,8 @@ class SpardaConfig:
             model_config: A model's `config` with a `sparse_config` as MiniCPM4.1 has it:
                 `kernel_size`, `kernel_stride`, `init_blocks`, `block_size`, `window_size` in
                 tokens, and `topk`, local blocks not included. Missing ones keep their defaults.
-            **changes: Further fields; they win.
+                The short list of NOSA has no name there.
+            **changes: Further fields; they win. A NOSA model needs `selector="nosa"`.
 
         Raises:
             ConfigError: If there is no `sparse_config`, or a value in it is not allowed.

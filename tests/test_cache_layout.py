@@ -62,6 +62,8 @@ def test_auto_offloads_what_does_not_fit():
         ({"mode": "exact", "selector": "quest"}, ("key_bounds", "pooled_keys")),
         ({"mode": "exact", "selector": "quest", "hint": "previous_step"}, ("key_bounds",)),
         ({"mode": "exact", "selector": "infllm2"}, ("pooled_keys",)),
+        ({"mode": "query", "selector": "nosa"}, ("pooled_keys",)),
+        ({"mode": "forecast", "selector": "nosa"}, ("pooled_keys",)),
     ],
 )
 def test_summaries_are_those_that_are_scored(config, summaries):

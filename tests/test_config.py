@@ -16,7 +16,7 @@ from sparda_compile.selectors import SELECTORS
 
 REFUSED = {
     "mode": ("forcast", ["mode='forcast'", "Did you mean 'forecast'?"]),
-    "selector": ("quests", ["selector='quests'", "infllm2, quest", "Did you mean 'quest'?"]),
+    "selector": ("quests", ["selector='quests'", "infllm2, quest, nosa", "Did you mean 'quest'?"]),
     "hint": ("ema", ["hint='ema'", "forecast, previous_step, previous_layer"]),
     "offload": (True, ["offload=True", "always, never"]),
     "eviction": ("random", ["eviction='random'", "lru, fifo"]),
@@ -24,6 +24,7 @@ REFUSED = {
     "cuda_graph": ("yes", ["cuda_graph='yes'", "True, False"]),
     "machine": ("h100", ["machine='h100'", "cpu, h200", "Did you mean 'h200'?"]),
     "top_k": (-1, ["top_k=-1", "use 0 or more"]),
+    "short_list": (-1, ["short_list=-1", "use 0 or more"]),
     "sink_blocks": (-1, ["sink_blocks=-1", "use 0 or more"]),
     "local_blocks": (-2, ["local_blocks=-2", "use 0 or more"]),
     "block_size": (24, ["block_size=24", "multiple of 16", "Use 64"]),
@@ -87,6 +88,19 @@ def test_budget_beyond_the_blocks_is_refused():
         SpardaConfig(max_tokens=1024, top_k=17)
 
 
+def test_short_list_within_the_budget_is_allowed():
+    nosa = SpardaConfig(selector="nosa", top_k=78, local_blocks=16)
+    assert (nosa.short_list, nosa.num_selected(10_000)) == (23, 96)
+    assert nosa.replace(top_k=23).top_k == 23
+    assert nosa.replace(top_k=None, short_list=100).short_list == 100
+    assert SpardaConfig(selector="quest", top_k=4).short_list == 23
+
+
+def test_short_list_beyond_the_budget_is_refused():
+    with pytest.raises(ConfigError, match=r"short_list=23 .* top_k=5 .* short_list of 0 to 5"):
+        SpardaConfig(selector="nosa", top_k=5)
+
+
 def test_defaults_are_the_published_constants():
     config = SpardaConfig()
     assert (config.block_size, config.pool_size, config.pool_stride) == (64, 32, 16)
@@ -146,7 +160,9 @@ def test_replace_checks_again():
 def test_names_are_those_that_exist():
     assert set(HINT_NAMES) == set(HINTS)
     assert set(MACHINE_NAMES) == set(MACHINES)
-    assert {*SELECTOR_NAMES, "forecast"} == set(SELECTORS)
+    scorers = {SpardaConfig(selector=name).forecast_selector for name in SELECTOR_NAMES}
+    assert scorers == {"forecast", "nosa_forecast"}
+    assert {*SELECTOR_NAMES, *scorers} == set(SELECTORS)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128)])
@@ -181,6 +197,9 @@ def test_block_sizes_are_read_from_the_model():
     assert (config.local_blocks, config.block_size, config.sink_blocks) == (16, 32, 2)
     assert (config.pool_size, config.top_k) == (16, 5)
     assert SpardaConfig.from_model(CheckpointConfig(topk=9)) == SpardaConfig(top_k=9)
+    retained = CheckpointConfig(**(MINICPM | {"window_size": 1024, "topk": 80}))
+    config = SpardaConfig.from_model(retained, selector="nosa")
+    assert (config.top_k, config.local_blocks, config.short_list) == (80, 16, 23)
 
 
 @pytest.mark.parametrize(

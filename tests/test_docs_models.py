@@ -77,6 +77,23 @@ read selected blocks; *window* ones are dense over their sliding window. Sites a
 tiny model.
 """
 
+RETENTION = """
+## Retention scores
+
+Selector `nosa` reads a score of each token in each KV head, the same for every query, from the
+last channel of the keys. A model takes part by widening its heads, in plain attention with an
+explicit `scale`:
+
+- a rotated key gets the channel c / scale behind zeros that fill its width, best to a multiple of
+  16; c is the score, and its token weighs exp(c) times as much;
+- a rotated query gets the same zeros and then the constant 1, so q . k * scale has c added;
+- a value gets zeros, and the attention output drops that many channels.
+
+`optimize` looks for the constant 1 and refuses `nosa` without it. The other selectors also run on
+such a model; they score with c as part of the key. `tiny_nosa` of `sparda_compile.testing` is one
+(`tests/e2e/test_nosa.py`); the class to look at is `sparda_compile.testing.nosa.NosaAttention`.
+"""
+
 REFUSED = """
 ## Refused
 
@@ -120,7 +137,7 @@ def document() -> str:
     refused = table(
         ("Model", "What it has", "Reason given"), [refused_row(name) for name in UNSUPPORTED_MODELS]
     )
-    return "\n".join([INTRODUCTION, *covered, REFUSED, *refused, ""])
+    return "\n".join([INTRODUCTION, *covered, RETENTION.rstrip(), REFUSED, *refused, ""])
 
 
 @pytest.fixture(scope="module")

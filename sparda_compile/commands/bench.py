@@ -187,8 +187,8 @@ def bench_all(
     with errors_as_sentences():
         require_gpu("sparda bench all")
         with progress() as say:
-            from sparda_compile.bench.environment import write_result
             from sparda_compile.bench.suite import run_parts
+            from sparda_compile.environment import write_result
 
             parts = _parts(out, commit, say, max_host_gib)
             found = run_parts(

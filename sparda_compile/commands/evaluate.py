@@ -19,7 +19,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -46,6 +46,10 @@ def evaluate_model(
         list[str] | None,
         typer.Option(help="Selector of a query, may be given again. [default: infllm2]"),
     ] = None,
+    short_list: Annotated[
+        int,
+        typer.Option(min=0, help="Blocks that selector nosa picks by the query or the Forecast."),
+    ] = SpardaConfig.short_list,
     budget: Annotated[
         list[float] | None,
         typer.Option(help="Share of blocks to read, may be given again. [default: 0.1]"),
@@ -77,9 +81,16 @@ def evaluate_model(
     with errors_as_sentences():
         modes, selectors = mode or _MODES, selector or ("infllm2",)
         bases = [
-            SpardaConfig(mode=name, selector=rule, local_blocks=local_blocks)  # type: ignore[arg-type]
+            SpardaConfig(
+                mode=name,  # type: ignore[arg-type]
+                selector=rule,
+                short_list=short_list,
+                local_blocks=local_blocks,
+                # The budget sets it, once the length is known.
+                top_k=None,
+            )
             for name in modes
-            for rule in (selectors if name in ("query", "exact") else ("infllm2",))
+            for rule in _selectors(name, selectors)
         ]
         with progress() as say:
             say("importing torch and transformers")
@@ -114,6 +125,14 @@ def evaluate_model(
         return
     print_evaluation(evaluation, make_console())
     print_paths(written)
+
+
+def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
+    """Return the selectors that make a difference to a mode."""
+    if mode in ("query", "exact"):
+        return list(selectors)
+    rules = ["nosa" if mode == "forecast" and rule == "nosa" else "infllm2" for rule in selectors]
+    return list(dict.fromkeys(rules))
 
 
 def _configs(

@@ -135,7 +135,7 @@ def _measure(
 
 
 def _write_json(result: dict[str, Any], path: Path) -> Path:
-    from sparda_compile.bench.environment import write_result
+    from sparda_compile.environment import write_result
 
     write_result(path, {"name": "profile", **result})
     return path

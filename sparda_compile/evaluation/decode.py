@@ -3,8 +3,9 @@
 The haystack is read densely, by the model itself. Each later token is a decode step: every layer
 picks its blocks by the configuration's mode and selector and attends to those alone. What other
 predictors would have picked, and where the layer's attention really goes, is recorded beside it.
-For models built like Llama, on any device. Nothing is captured or compiled: this says what is
-computed, not how fast.
+For models built like Llama, on any device; their keys may carry a retention score, as selector
+`nosa` needs: then they are wider than a head, and `self_attn.retention(values)` gives the score.
+Nothing is captured or compiled: this says what is computed, not how fast.
 
 Legend: B sequences, S steps, H query heads, G groups, D head dim, N blocks, T tokens.
 """
@@ -47,6 +48,11 @@ class Reading:
         """T, tokens that were read."""
         return self.keys[0].shape[2]
 
+    @classmethod
+    def of(cls, past: Any) -> Reading:
+        """Return what a DynamicCache of transformers holds; nothing is copied."""
+        return cls(tuple(x.keys for x in past.layers), tuple(x.values for x in past.layers))
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
@@ -88,8 +94,7 @@ def read(model: Any, ids_BT: Tensor) -> Reading:
         UnsupportedInputError: If the model is not built like Llama.
     """
     _check_model(model)
-    layers = model.model(ids_BT, use_cache=True).past_key_values.layers
-    return Reading(tuple(x.keys for x in layers), tuple(x.values for x in layers))
+    return Reading.of(model.model(ids_BT, use_cache=True).past_key_values)
 
 
 @torch.no_grad()
@@ -113,6 +118,7 @@ def decode(
 
     Raises:
         ConfigError: If there is no step, or the Forecast is needed and missing.
+        UnsupportedInputError: If selector `nosa` is given a model without retention scores.
     """
     if ids_BS.shape[1] < 1:
         raise ConfigError("there is no token to decode; pass one for each step.")
@@ -120,6 +126,7 @@ def decode(
         raise ConfigError(
             "mode='forecast' needs Forecast weights; pass forecast, or use mode='query'."
         )
+    _check_retention(model, reading, config)
     decoder = _Decoder(model, reading, ids_BS.shape[1], config, forecast or {})
     logits, records = [], []
     for ids_B1 in ids_BS.split(1, dim=1):
@@ -141,6 +148,22 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _check_retention(model: Any, reading: Reading, config: SpardaConfig) -> None:
+    attention = model.model.layers[0].self_attn
+    is_wider = reading.keys[0].shape[-1] > attention.head_dim
+    if is_wider != hasattr(attention, "retention"):
+        raise UnsupportedInputError(
+            f"{type(model).__name__} cannot be evaluated offline: keys wider than a head and "
+            "self_attn.retention, which gives their last channel, go together. Run it through "
+            "optimize() instead."
+        )
+    if config.selector == "nosa" and not is_wider:
+        raise UnsupportedInputError(
+            f"selector='nosa' needs keys that carry a retention score, and those of "
+            f"{type(model).__name__} do not; use selector='infllm2' or 'quest'."
+        )
+
+
 class _Decoder:
     """A model, the keys and values that it has seen, and the choices of the step before."""
 
@@ -154,9 +177,8 @@ class _Decoder:
     ) -> None:
         self.model, self.config, self.forecast = model, config, forecast
         capacity = round_up(reading.length + num_steps, config.block_size)
-        self.geometry = Geometry(
-            capacity // config.block_size, config.block_size, config.pool_size, config.pool_stride
-        )
+        self.geometry = Geometry.of(config, capacity // config.block_size)
+        self.width = reading.keys[0].shape[-1]
         self.budget = config.replace(mode="query").num_selected(self.geometry.num_blocks)
         self.length = reading.length
         room = (0, 0, 0, capacity - reading.length)
@@ -175,11 +197,15 @@ class _Decoder:
         for number, layer in enumerate(body.layers):
             hidden_B1C = layer.input_layernorm(x_B1C)
             attention = layer.self_attn
-            q_BH1D = _rotated(attention, "q", hidden_B1C, rotation)
+            q_BH1D = self._wide(_rotated(attention, "q", hidden_B1C, rotation), 1.0)
             chosen = self._choices(number, q_BH1D, hidden_B1C, rotation, before)
             # Scores know the keys of earlier tokens only; attention also reads the token's own.
+            v_BG1D = _heads(attention, attention.v_proj(hidden_B1C))
             k_BG1D = _rotated(attention, "k", hidden_B1C, rotation)
-            self._append(number, k_BG1D, _heads(attention, attention.v_proj(hidden_B1C)))
+            if self.width > k_BG1D.shape[-1]:
+                retention_BG11 = attention.retention(v_BG1D)[..., None]
+                k_BG1D = self._wide(k_BG1D, retention_BG11 / attention.scaling)
+            self._append(number, k_BG1D, self._wide(v_BG1D, 0.0))
             exists_N, forced_N = self._existing()
             shape = chosen["query"].shape
             read_BGN = exists_N.expand(shape)
@@ -187,6 +213,7 @@ class _Decoder:
                 read_BGN = chosen["forecast" if self.config.mode == "forecast" else "query"]
             out_BH1D, mass_BGN = self._attend(number, q_BH1D, read_BGN, attention.scaling)
             records.append(LayerRecord(mass_BGN, forced_N.expand(shape), read_BGN, chosen))
+            out_BH1D = out_BH1D[..., : attention.head_dim]
             x_B1C = x_B1C + attention.o_proj(out_BH1D.transpose(1, 2).flatten(2))
             x_B1C = x_B1C + layer.mlp(layer.post_attention_layernorm(x_B1C))
             before = hidden_B1C, chosen["query"]
@@ -210,9 +237,10 @@ class _Decoder:
         if number in self.forecast:
             weight = self.forecast[number].to(source_B1C)
             f_BG1D = _rotate(_heads(attention, F.linear(source_B1C, weight)), rotation)
-            chosen["forecast"] = self._select(number, "forecast", f_BG1D, scale)
+            rule = self.config.forecast_selector
+            chosen["forecast"] = self._select(number, rule, self._wide(f_BG1D, 1.0), scale)
         if before is not None:
-            next_BH1D = _rotated(attention, "q", source_B1C, rotation)
+            next_BH1D = self._wide(_rotated(attention, "q", source_B1C, rotation), 1.0)
             chosen["next_query"] = self._select(number, self.config.selector, next_BH1D, scale)
             if before[1].shape == chosen["query"].shape:
                 chosen["previous_layer"] = before[1]
@@ -285,8 +313,17 @@ class _Decoder:
         return summaries
 
     def _rules(self) -> dict[str, Any]:
-        names = (self.config.selector, "forecast")
+        names = (self.config.selector, self.config.forecast_selector)
         return {SELECTORS[name].summary.name: SELECTORS[name].summary for name in names}
+
+    def _wide(self, heads_BH1D: Tensor, last: Tensor | float) -> Tensor:
+        """Return heads in the width of the model's keys, with `last` in the last channel."""
+        missing = self.width - heads_BH1D.shape[-1]
+        if not missing:
+            return heads_BH1D
+        wide = F.pad(heads_BH1D, (0, missing))
+        wide[..., -1:] = last
+        return wide
 
     def _lengths(self, like: Tensor) -> Tensor:
         return torch.full((like.shape[0],), self.length, dtype=torch.int32, device=like.device)

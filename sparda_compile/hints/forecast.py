@@ -27,13 +27,23 @@ if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.hints.base import HintPoint
+    from sparda_compile.passes.base import AttentionSite
 
-__all__ = ["ForecastHint", "emit_forecast", "forecast_name"]
+__all__ = ["ForecastHint", "emit_forecast", "forecast_dim", "forecast_name"]
 
 
 def forecast_name(target_layer: int) -> str:
     """Return the graph input of the projection that predicts a layer's query."""
     return f"sparda_forecast_{target_layer}"
+
+
+def forecast_dim(target: AttentionSite) -> int:
+    """Return the width of one head of the projection that predicts a site's query.
+
+    It is that of the query before its rotation, behind which a model may append channels.
+    """
+    shape = tensor_shape(target.rotation_input)
+    return int(shape[3]) if target.rotation and len(shape) == 4 else target.head_dim
 
 
 def emit_forecast(point: HintPoint) -> fx.Node:
@@ -45,7 +55,7 @@ def emit_forecast(point: HintPoint) -> fx.Node:
     source, target = point.source, point.target
     emit = point.after(source.hidden)
     batch, num_tokens, width = tensor_shape(source.hidden)
-    groups, dim = target.num_groups, target.head_dim
+    groups, dim = target.num_groups, forecast_dim(target)
     dtype = fake_value(source.hidden).dtype
     weight = point.state.add(forecast_name(target.layer), (groups * dim, width), dtype)
     name = f"forecast_{target.layer}"
@@ -64,7 +74,7 @@ def emit_forecast(point: HintPoint) -> fx.Node:
     except Exception as error:
         raise PassError(_no_rotation(target.layer, str(error))) from error
     rotated = copies[target.query]
-    if tensor_shape(rotated) != (batch, groups, num_tokens, dim):
+    if tensor_shape(rotated) != (batch, groups, num_tokens, target.head_dim):
         raise PassError(_no_rotation(target.layer, f"it gives {tensor_shape(rotated)}"))
     return rotated
 
@@ -84,7 +94,8 @@ class ForecastHint:
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add forecast, scores and ids behind the input of the layer before."""
         forecast = emit_forecast(point)
+        selector = point.layout.config.forecast_selector
         return select_by_score(
-            point.after(forecast), forecast, "forecast", 1.0, point.shape, point.state,
+            point.after(forecast), forecast, selector, 1.0, point.shape, point.state,
             point.layout, prefix="hint_",
         )  # fmt: skip

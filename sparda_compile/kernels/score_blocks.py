@@ -54,6 +54,9 @@ def score_blocks(
     stream: int = 0,
     after: Tensor | None = None,
     trace: Tensor | None = None,
+    short_list: int = 0,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
 ) -> Tensor:
     """Score the blocks of one layer.
 
@@ -70,12 +73,17 @@ def score_blocks(
         stream: 0 compute, 1 copy.
         after: Result of the fork that starts the copy stream's work, if this op is first on it.
         trace: [B, G, S, N] bool, for benchmarks: blocks that step length % S shall find best.
+        short_list: Blocks that the query picks; for selectors that rank the rest otherwise.
+        sink_blocks: First blocks, which are not on the short list.
+        local_blocks: Blocks before the current one, which are not on the short list either.
 
     Returns:
         [B, G, N] float32, -inf for a block without a summary.
     """
     del after
-    geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
+    geometry = Geometry(
+        num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
+    )
     batch, groups = summary[0].shape[:2]
     scores = torch.empty(batch, groups, num_blocks, dtype=torch.float32, device=query.device)
 
@@ -106,6 +114,9 @@ def _(
     stream: int = 0,
     after: Tensor | None = None,
     trace: Tensor | None = None,
+    short_list: int = 0,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
 ) -> Tensor:
     batch, groups = summary[0].shape[:2]
     return query.new_empty(batch, groups, num_blocks, dtype=torch.float32)

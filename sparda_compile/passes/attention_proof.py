@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparda_compile.passes.fx import fake_value
+from sparda_compile.passes.fx import fake_value, nodes_between
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["causal_attention", "evaluate", "find_difference", "measure_scale"]
+__all__ = ["causal_attention", "ends_in_one", "evaluate", "find_difference", "measure_scale"]
 
 _PROOF_TOKENS = 24
 _WINDOW_MARGIN = 9
@@ -213,3 +213,31 @@ def find_difference(
         f"{what} (relative difference {difference:.2g}): another mask, a bias, sinks or another "
         "grouping of heads"
     )
+
+
+def ends_in_one(query: fx.Node, projection: fx.Node, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the last channel of a query is 1 whatever its projection gives.
+
+    Args:
+        query: Node of the query [B, H, T, D] of a decode step.
+        projection: The linear that makes it.
+        weights: Values of placeholders; parameters count as unknown.
+    """
+    generator = torch.Generator().manual_seed(0)
+    region = nodes_between(projection, query)
+    known: dict[fx.Node, Any] = {}
+    for node in {i for n in region for i in n.all_input_nodes} - region:
+        fake = fake_value(node)
+        is_number = isinstance(fake, Tensor) and fake.is_floating_point()
+        if is_number and not _has_value(node, weights):
+            shape = concrete(fake.shape, 1)
+            known[node] = torch.randn(shape, generator=generator).to(fake.dtype)
+    try:
+        return bool(evaluate(query, known, weights, 1)[..., -1].eq(1).all())
+    except Exception:  # noqa: BLE001 - what cannot be run alone is not known to be 1
+        return False
+
+
+def _has_value(node: fx.Node, weights: Mapping[str, Tensor]) -> bool:
+    weight = weights.get(node.name)
+    return weight is not None and not isinstance(weight, nn.Parameter) and not weight.is_meta

@@ -61,8 +61,7 @@ class Dataflow:
         linears = _linears(nodes_between(hidden, q))
         if not linears:
             raise RefusedAttentionError("its query is not made by a linear projection")
-        to_key = _linears(nodes_between(hidden, k))
-        if len(linears) > 1 or len(to_key) > 1:
+        if len(linears) > 1 or len(_key_projections(hidden, k, v)) > 1:
             raise RefusedAttentionError(
                 "keys or queries pass through a low-rank bottleneck, as in multi-head latent "
                 "attention (MLA)"
@@ -109,6 +108,19 @@ class Dataflow:
 
 def _linears(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if call_name(n) in LINEAR]
+
+
+def _key_projections(hidden: fx.Node, k: fx.Node, v: fx.Node) -> list[fx.Node]:
+    """Return the linears that make the key, but those that it takes from the token's value.
+
+    Keys may carry a channel made of the value, as NOSA's retention score; that is no bottleneck.
+    """
+    to_key = _linears(nodes_between(hidden, k))
+    to_value = _linears(nodes_between(hidden, v))
+    if len(to_value) != 1:
+        return to_key
+    of_value = {to_value[0], *nodes_between(to_value[0], k)}
+    return [n for n in to_key if n not in of_value]
 
 
 def _is_float(node: fx.Node) -> bool:

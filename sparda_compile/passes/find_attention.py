@@ -28,8 +28,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from torch import Tensor, fx
 
-from sparda_compile.errors import AttentionNotFoundError
-from sparda_compile.passes.attention_proof import evaluate, find_difference, measure_scale
+from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
+from sparda_compile.passes.attention_proof import (
+    ends_in_one,
+    evaluate,
+    find_difference,
+    measure_scale,
+)
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext, PassResult
 from sparda_compile.passes.dataflow import LINEAR, MATMUL, Dataflow, RefusedAttentionError
 from sparda_compile.passes.fx import (
@@ -76,7 +81,7 @@ class FindAttention:
     preserves_numerics: ClassVar[bool] = True
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        """Tag sites, or raise AttentionNotFoundError."""
+        """Tag sites; raise AttentionNotFoundError, or UnsupportedInputError for the selector."""
         flow = Dataflow(gm.graph)
         markers = find_ops(gm.graph, "kv_update")
         anchors = [a for a in (_match_anchor(n, flow) for n in gm.graph.nodes) if a]
@@ -96,6 +101,7 @@ class FindAttention:
                 if marker in claimed:
                     raise self._refusal(ctx, anchor.node, layer, "two attentions read one layer")
                 claimed.add(marker)
+            self._check_retention(site, ctx)
             anchor.node.meta["sparda"] = site
             sites.append(site)
         for marker in markers:
@@ -122,6 +128,19 @@ class FindAttention:
             f"does not implement: {reason}. The model was left as it was; see docs/models.md for "
             "what is covered."
         )
+
+    def _check_retention(self, site: AttentionSite, ctx: PassContext) -> None:
+        """Refuse selector `nosa` for queries that do not end in the constant 1."""
+        config = ctx.config
+        if config.selector != "nosa" or config.mode == "dense" or site.window or not ctx.is_decode:
+            return
+        if not ends_in_one(site.query, site.projection, self.weights):
+            raise UnsupportedInputError(
+                f"{ctx.model}: selector='nosa' reads a retention score from the last channel of "
+                f"each key, and layer {site.layer} ({site.module}) has none: the last channel of "
+                "its queries is not always 1. Use selector='infllm2' or 'quest', or a model that "
+                "carries the score; see docs/models.md."
+            )
 
     def _site(
         self,

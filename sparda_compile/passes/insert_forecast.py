@@ -60,7 +60,7 @@ class InsertForecast:
                 scores = point.block_ids[point.target.layer].args[0]
                 forecast = emit_forecast(point)
                 set_argument(scores, "query", forecast)  # type: ignore[arg-type]
-                set_argument(scores, "selector", "forecast")  # type: ignore[arg-type]
+                set_argument(scores, "selector", ctx.config.forecast_selector)  # type: ignore[arg-type]
                 set_argument(scores, "scale", 1.0)  # type: ignore[arg-type]
                 counts["bootstraps" if is_first else "forecasts"] += 1
                 continue

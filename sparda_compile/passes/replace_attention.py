@@ -191,7 +191,8 @@ class _Rewrite:
                 name=f"block_ids_{site.layer}",
             )  # fmt: skip
         # InsertForecast puts a Forecast in the query's place; both score pooled keys.
-        selector = "infllm2" if config.mode == "forecast" else config.selector
+        is_quest = config.selector == "quest"
+        selector = "infllm2" if config.mode == "forecast" and is_quest else config.selector
         return select_by_score(
             self.emitter, site.query, selector, site.scale, self.shape, self.state, self._layout
         )
@@ -261,6 +262,9 @@ def select_by_score(
         "score_blocks", query, tensors, state.lengths, selector, scale, *_geometry(layout),
         name=f"{prefix}scores_{shape.layer}",
     )  # fmt: skip
+    if layout.geometry.short_list:
+        for name in ("short_list", "sink_blocks", "local_blocks"):
+            set_argument(scores, name, getattr(layout.geometry, name))
     if layout.trace_steps:
         set_argument(scores, "trace", state.get("trace", shape.layer))
     return emit.call(

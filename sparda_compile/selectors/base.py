@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sparda_compile.config import SpardaConfig
+
 __all__ = ["Geometry", "Selector", "Summary", "valid_tokens"]
 
 
@@ -28,12 +30,27 @@ class Geometry:
         block_size: Tokens of one block.
         pool_size: Tokens averaged into one pooled key.
         pool_stride: Tokens between the starts of neighbouring pooled keys.
+        short_list: Blocks that the query picks before something else ranks the rest; only
+            selector `nosa` reads it and the two below.
+        sink_blocks: First blocks, which are not on the short list.
+        local_blocks: Blocks before the current one, which are not on the short list either.
     """
 
     num_blocks: int
     block_size: int
     pool_size: int
     pool_stride: int
+    short_list: int = 0
+    sink_blocks: int = 0
+    local_blocks: int = 0
+
+    @classmethod
+    def of(cls, config: SpardaConfig, num_blocks: int) -> Geometry:
+        """Return the sizes of a configuration for a cache of N blocks."""
+        sizes = (num_blocks, config.block_size, config.pool_size, config.pool_stride)
+        if config.selector != "nosa":
+            return cls(*sizes)
+        return cls(*sizes, config.short_list, config.sink_blocks, config.local_blocks)
 
     @property
     def num_windows(self) -> int:

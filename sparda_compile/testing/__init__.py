@@ -1,7 +1,7 @@
 """Models and mathematics to test with: tiny random models, refused models, a slow reference.
 
 Nothing here imports the rest of the library, and transformers is imported only when one of its
-models is built. `MiniCPMConfig` and `MiniCPMForCausalLM` are in `sparda_compile.testing.minicpm`.
+models is built. Their classes are in `sparda_compile.testing.minicpm` and `.nosa`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from sparda_compile.testing.plain import PlainCausalLM
 from sparda_compile.testing.reference import BlockIds, random_forecast, reference_decode
 from sparda_compile.testing.unsupported import UNSUPPORTED_MODELS
-from sparda_compile.testing.zoo import TINY_MODELS, ModelBuilder, build, tiny_llama
+from sparda_compile.testing.zoo import TINY_MODELS, ModelBuilder, build, tiny_llama, tiny_nosa
 
 __all__ = [
     "TINY_MODELS",
@@ -21,4 +21,5 @@ __all__ = [
     "random_forecast",
     "reference_decode",
     "tiny_llama",
+    "tiny_nosa",
 ]

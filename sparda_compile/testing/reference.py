@@ -2,7 +2,8 @@
 
 For the Llama architecture (`q_proj` .. `o_proj`, RMSNorm, SwiGLU, half-split RoPE; optional biases,
 tied embeddings and query/key norms). Keys and values are Python lists, summaries are recomputed
-at every step, and nothing of the library is used, so agreement with it means something.
+at every step, and nothing of the library is used, so agreement with it means something. For NOSA
+each token also has a retention score per group, which weighs it in attention as exp(score).
 
 Legend: H query heads, G KV heads (groups), R = H / G, D head size, C hidden size, V vocabulary.
 """
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["BlockIds", "ReferenceMode", "random_forecast", "reference_decode"]
 
 ReferenceMode = Literal["dense", "query", "exact", "forecast"]
-ReferenceSelector = Literal["infllm2", "quest"]
+ReferenceSelector = Literal["infllm2", "quest", "nosa"]
 BlockIds = list[list[list[int]]]
 """Ascending block ids of one decode step, by layer and group."""
 
-_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "nosa")
 _NEVER: Final = float("-inf")
 
 
@@ -42,14 +43,16 @@ class _Rules:
     block_size: int
     pool_size: int
     pool_stride: int
+    short_list: int = 23
 
 
 @dataclasses.dataclass
 class _Memory:
-    """Keys and values of one layer: for each group a list with one [D] tensor per token."""
+    """Of one layer, for each group: keys and values, [D] per token, and retention scores, []."""
 
     keys: list[list[Tensor]]
     values: list[list[Tensor]]
+    worths: list[list[Tensor]]
 
 
 @torch.no_grad()
@@ -66,6 +69,7 @@ def reference_decode(
     block_size: int = 64,
     pool_size: int = 32,
     pool_stride: int = 16,
+    short_list: int = 23,
     forecast: Mapping[int | str, Tensor] | None = None,
     trace: list[BlockIds] | None = None,
 ) -> tuple[list[int], list[Tensor]]:
@@ -78,19 +82,22 @@ def reference_decode(
     attention also reads the key of the token itself.
 
     Args:
-        model: A `LlamaForCausalLM`, `MistralForCausalLM` without a window, `Qwen2ForCausalLM`
-            or `Qwen3ForCausalLM`, in fp32.
+        model: A `LlamaForCausalLM`, `MistralForCausalLM` without a window, `Qwen2ForCausalLM`,
+            `Qwen3ForCausalLM` or `NosaForCausalLM`, in fp32.
         prompt_ids: Tokens of the prompt, one sequence: a list, or a tensor [T] or [1, T].
         num_steps: Tokens to make; the first needs no decode step.
         mode: Who scores: `query` (also under the name `exact`) the layer's own query,
             `forecast` the layer before, `dense` nobody, so every block is read.
-        selector: How a query scores: `infllm2` by pooled keys or `quest` by bounds.
+        selector: How a query scores: `infllm2` by pooled keys, `quest` by bounds; `nosa`, for
+            a `NosaForCausalLM` alone: as `infllm2` or the forecast for `short_list` blocks, and
+            the others by retention.
         top_k: Blocks beyond the forced ones; None reads every block.
         sink_blocks: First blocks that are always read.
         local_blocks: Blocks before the current one that are always read.
         block_size: Tokens of a block.
         pool_size: Tokens of a pooled key.
         pool_stride: Tokens between the starts of neighbouring pooled keys.
+        short_list: For `nosa`: of the `top_k` blocks, those that the query or forecast picks.
         forecast: For `forecast`: under the key l the projection [G * D, C] of layer l's
             attention input that selects for layer l + 1; under `bootstrap` the projection of
             layer 0's attention input that selects for layer 0.
@@ -102,7 +109,7 @@ def reference_decode(
     Raises:
         ValueError: If the model is of another architecture or the forecast is missing.
     """
-    _check(model, mode, forecast)
+    _check(model, mode, selector, forecast)
     rules = _Rules(
         mode=mode,
         selector=selector,
@@ -112,6 +119,7 @@ def reference_decode(
         block_size=block_size,
         pool_size=pool_size,
         pool_stride=pool_stride,
+        short_list=short_list,
     )
     decoder = _Decoder(model, rules, forecast or {})
     for token in torch.as_tensor(prompt_ids).reshape(-1).tolist():
@@ -147,13 +155,17 @@ def random_forecast(model: Any, *, seed: int = 0) -> dict[int | str, Tensor]:
     }
 
 
-def _check(model: Any, mode: str, forecast: Mapping[int | str, Tensor] | None) -> None:
+def _check(
+    model: Any, mode: str, selector: str, forecast: Mapping[int | str, Tensor] | None
+) -> None:
     config = model.config
     if config.model_type not in _MODEL_TYPES or getattr(config, "sliding_window", None):
         raise ValueError(
             f"the reference knows {', '.join(_MODEL_TYPES)} without sliding windows, "
             f"not {type(model).__name__}."
         )
+    if mode != "dense" and (config.model_type == "nosa") != (selector == "nosa"):
+        raise ValueError(f"selector={selector!r} does not go with {type(model).__name__}.")
     if mode == "forecast" and forecast is None:
         raise ValueError("mode='forecast' needs the projections; pass forecast={...}.")
 
@@ -168,7 +180,7 @@ class _Decoder:
         self.position = 0
         groups = range(model.config.num_key_value_heads)
         self.memories = [
-            _Memory(keys=[[] for _ in groups], values=[[] for _ in groups])
+            _Memory([[] for _ in groups], [[] for _ in groups], [[] for _ in groups])
             for _ in model.model.layers
         ]
 
@@ -184,21 +196,24 @@ class _Decoder:
             input_C = _rms_norm(x_C, layer.input_layernorm)
             forecast_GD = self._forecast(layer_id, input_C, previous_input_C)
             q_GRD, k_GD, v_GD = self._project(layer.self_attn, input_C)
+            worth_G = _retention(layer.self_attn, v_GD)
             outputs, ids_by_group = [], []
             for group, q_RD in enumerate(q_GRD):
                 keys = self.memories[layer_id].keys[group]
                 values = self.memories[layer_id].values[group]
+                worths = self.memories[layer_id].worths[group]
                 readable = list(range(self.position + 1))
                 if not is_prefill:
                     f_D = None if forecast_GD is None else forecast_GD[group]
                     scale = layer.self_attn.scaling
-                    ids = _select(q_RD, f_D, scale, keys, self.position, self.rules)
+                    ids = _select(q_RD, f_D, scale, keys, self.position, self.rules, worths)
                     readable = [t for t in readable if t // self.rules.block_size in ids]
                     ids_by_group.append(ids)
                 keys.append(k_GD[group])
                 values.append(v_GD[group])
-                read_keys, read_values = [keys[t] for t in readable], [values[t] for t in readable]
-                outputs.append(_attend(q_RD, read_keys, read_values, layer.self_attn.scaling))
+                worths.append(worth_G[group])
+                read = [[tensors[t] for t in readable] for tensors in (keys, values, worths)]
+                outputs.append(_attend(q_RD, layer.self_attn.scaling, *read))
             block_ids.append(ids_by_group)
             x_C = x_C + _linear(torch.cat(outputs).flatten(), layer.self_attn.o_proj)
             x_C = x_C + _mlp(_rms_norm(x_C, layer.post_attention_layernorm), layer.mlp)
@@ -247,10 +262,11 @@ def _select(
     keys: list[Tensor],
     position: int,
     rules: _Rules,
+    worths: Sequence[Tensor] = (),
 ) -> list[int]:
     """Return the ascending ids of the blocks that one group reads at `position`.
 
-    `keys` holds the tokens before `position` only.
+    `keys` and `worths` hold the tokens before `position` only.
     """
     current = position // rules.block_size
     num_blocks = current + 1
@@ -260,7 +276,7 @@ def _select(
         windows = _pooled_keys(keys, rules)
         window_scores = [float(forecast_D @ pooled_D) for pooled_D in windows]
         scores = _window_to_block_scores(window_scores, num_blocks, rules)
-    elif rules.selector == "infllm2":
+    elif rules.selector in ("infllm2", "nosa"):
         window_scores = _infllm2_window_scores(q_RD, _pooled_keys(keys, rules), scale)
         scores = _window_to_block_scores(window_scores, num_blocks, rules)
     else:
@@ -269,8 +285,17 @@ def _select(
     forced = [m for m in range(num_blocks) if m < rules.sink_blocks or m >= first_local]
     others = [m for m in range(num_blocks) if m not in forced]
     others.sort(key=lambda m: (-scores[m], m))
+    if rules.selector == "nosa":
+        others = others[: rules.short_list] + _by_worth(others[rules.short_list :], worths, rules)
     budget = rules.sink_blocks + rules.local_blocks + 1 + rules.top_k
     return sorted(forced + others[: budget - len(forced)])
+
+
+def _by_worth(blocks: list[int], worths: Sequence[Tensor], rules: _Rules) -> list[int]:
+    """Return blocks in falling order of their best window's mean retention score."""
+    means = [float(mean) for mean in _pooled_keys(list(worths), rules)]
+    scores = _window_to_block_scores(means, max(blocks, default=0) + 1, rules)
+    return sorted(blocks, key=lambda m: (-scores[m], m))
 
 
 def _pooled_keys(keys: list[Tensor], rules: _Rules) -> list[Tensor]:
@@ -320,9 +345,24 @@ def _quest_block_scores(
     return scores
 
 
-def _attend(q_RD: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def _retention(attention: Any, v_GD: Tensor) -> Tensor:
+    """Return the retention score [G] of a token: 0, or NOSA's A * softplus(Delta v)."""
+    if not hasattr(attention, "delta"):
+        return torch.zeros(len(v_GD))
+    raised_G = (1 + _linear(v_GD.flatten(), attention.delta).exp()).log()
+    scores_G: Tensor = attention.amplitude * raised_G
+    return scores_G
+
+
+def _attend(
+    q_RD: Tensor, scale: float, keys: list[Tensor], values: list[Tensor], worths: list[Tensor]
+) -> Tensor:
     """Return exact attention [R, D] of the group's query heads over the given tokens."""
-    return (q_RD @ torch.stack(keys).T * scale).softmax(-1) @ torch.stack(values)
+    weights_RT = (q_RD @ torch.stack(keys).T * scale).softmax(-1)
+    if any(worths):
+        weights_RT = weights_RT * torch.stack(worths).exp()
+        weights_RT = weights_RT / weights_RT.sum(-1, keepdim=True)
+    return weights_RT @ torch.stack(values)
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:

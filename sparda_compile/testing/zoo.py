@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import LlamaForCausalLM
 
-__all__ = ["TINY_MODELS", "ModelBuilder", "build", "tiny_llama"]
+    from sparda_compile.testing.nosa import NosaForCausalLM
+
+__all__ = ["TINY_MODELS", "ModelBuilder", "build", "tiny_llama", "tiny_nosa"]
 
 _MAX_POSITIONS: Final = 4096
 _HEAD_COUNTS: Final = ((4, 2), (3, 1), (6, 3), (5, 5), (7, 1), (8, 2))
@@ -311,5 +313,27 @@ def tiny_llama(
         seed=seed,
         attn_implementation=attn_implementation,
         std=overrides.get("initializer_range"),
+    )
+    return model
+
+
+def tiny_nosa(
+    *, seed: int = 0, attn_implementation: AttnImplementation = "sdpa", **overrides: Any
+) -> NosaForCausalLM:
+    """Build a NOSA-style model in the shape of `tiny_llama`; each key carries a retention score.
+
+    Args:
+        seed: Seed of the weights; the shape does not depend on it.
+        attn_implementation: `sdpa` or `eager`.
+        **overrides: Fields of `LlamaConfig` to set otherwise.
+
+    Returns:
+        The model in eval mode, in fp32, on the CPU. The global random state is as before.
+    """
+    from sparda_compile.testing.nosa import NosaConfig, NosaForCausalLM
+
+    config = NosaConfig(**{**_Shape().fields(), **overrides})
+    model: NosaForCausalLM = build_from_config(
+        NosaForCausalLM, config, seed=seed, attn_implementation=attn_implementation
     )
     return model

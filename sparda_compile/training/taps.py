@@ -30,7 +30,7 @@ from sparda_compile.capture import specialize
 from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.hints import HintPoint
-from sparda_compile.hints.forecast import emit_forecast, forecast_name
+from sparda_compile.hints.forecast import emit_forecast, forecast_dim, forecast_name
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
@@ -189,7 +189,7 @@ def _points(graph: fx.Graph, config: SpardaConfig, batch_size: int) -> list[Hint
 
 def _projection_shape(point: HintPoint) -> tuple[int, int]:
     target = point.target
-    return target.num_groups * target.head_dim, int(tensor_shape(point.source.hidden)[2])
+    return target.num_groups * forecast_dim(target), int(tensor_shape(point.source.hidden)[2])
 
 
 def _insert_tap(graph: fx.Graph, site: AttentionSite, forecast: fx.Node) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights
+from sparda_compile.hints.forecast import forecast_dim
 from sparda_compile.program import initial_forecast
 from sparda_compile.traced import captures_of
 from sparda_compile.training import parallel
@@ -229,7 +230,7 @@ class ForecastTrainer:
             model=self.captures.model_name,
             layers=tuple(site.layer for site in sites),
             groups=tuple(site.num_groups for site in sites),
-            head_dim=tuple(site.head_dim for site in sites),
+            head_dim=tuple(map(forecast_dim, sites)),
             hidden=tuple(self.weights[site.layer].shape[1] for site in sites),
             block_size=config.block_size,
             pool_size=config.pool_size,

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from sparda_compile import cli, small_model
+from sparda_compile.commands import evaluate
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
 
 
@@ -62,12 +63,26 @@ def test_json_alone_and_several_of_each(folder):
         (["--budget", "2"], "is not a share"),
         (["--task", "poetry"], "use some of single_needle"),
         (["--tokens", "8"], "local_blocks"),
+        (["--selector", "nosa"], "short_list=23 is more than the top_k=2"),
     ],
 )
 def test_wrong_usage(folder, arguments, words):
     result = run(folder, *arguments)
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.stderr.split())
+
+
+def test_model_without_retention(folder):
+    result = run(folder, *SMALL, "--mode", "query", "--selector", "nosa", "--short-list", 1)
+    assert result.exit_code == 1, result.output
+    assert "keys that carry a retention score" in " ".join(result.stderr.split())
+
+
+def test_modes_take_the_selectors_that_they_read():
+    selectors = ["infllm2", "quest", "nosa"]
+    assert evaluate._selectors("exact", selectors) == selectors
+    assert evaluate._selectors("forecast", selectors) == ["infllm2", "nosa"]
+    assert evaluate._selectors("dense", selectors) == ["infllm2"]
 
 
 def test_no_such_folder(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.evaluation.decode import decode, read
-from sparda_compile.testing import build, random_forecast, tiny_llama
+from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama, tiny_nosa
 
 START, STEPS = 300, 12
 CONFIG = SpardaConfig(
@@ -152,3 +152,36 @@ def test_nothing_to_decode(model, ids, reading):
 def test_other_architectures_are_refused():
     with pytest.raises(UnsupportedInputError, match="optimize"):
         read(build("gpt2"), torch.zeros(1, 4, dtype=torch.long))
+
+
+SIZES = {"block_size": 16, "pool_size": 16, "pool_stride": 8, "local_blocks": 1}
+
+
+@pytest.mark.parametrize("mode", ["dense", "query", "forecast"])
+def test_retention_is_that_of_the_reference(ids, mode):
+    other, budget = tiny_nosa(), {"top_k": 4, "short_list": 2, **SIZES}
+    named = random_forecast(other, seed=1)
+    tokens, logits = reference_decode(
+        other, ids[0, :200], 8, mode=mode, selector="nosa", forecast=named, **budget
+    )
+    config = SpardaConfig(mode=mode, selector="nosa", **budget)
+    reading = read(other, ids[:1, :200])
+    forecast = {0: named["bootstrap"], 1: named[0]}
+    decoded = decode(other, reading, torch.tensor([tokens[:-1]]), config, forecast=forecast)
+    torch.testing.assert_close(decoded.logits_BSV[0], torch.stack(logits[1:]), rtol=0, atol=1e-3)
+    predictors = {"query", "forecast", "next_query", "previous_layer", "previous_step"}
+    assert set(decoded.records[1][1].chosen) == predictors
+
+
+def test_model_without_retention_is_refused(model, ids, reading):
+    config = CONFIG.replace(selector="nosa", short_list=1)
+    with pytest.raises(UnsupportedInputError, match="keys that carry a retention score"):
+        decode(model, reading, ids[:, START:], config)
+
+
+def test_wider_keys_without_their_rule_are_refused(ids, monkeypatch):
+    other = tiny_nosa()
+    reading = read(other, ids[:1, :40])
+    monkeypatch.delattr(type(other.model.layers[0].self_attn), "retention")
+    with pytest.raises(UnsupportedInputError, match="go together"):
+        decode(other, reading, ids[:1, :1], CONFIG)

@@ -17,7 +17,7 @@ def sample(selector, num_blocks, dtype, dim=60):
         torch.randn(2, 3, *shape, generator=generator).to(dtype)
         for shape in summary.shapes(geometry, dim).values()
     ]
-    repeat = 1 if selector == "forecast" else 7
+    repeat = 1 if selector.endswith("forecast") else 7
     query = torch.randn(2, 3 * repeat, 1, dim, generator=generator).to(dtype)
     lengths = torch.tensor([num_blocks * 16 - 1, num_blocks * 8], dtype=torch.int32)
     return query, tensors, lengths, geometry
@@ -102,6 +102,30 @@ def test_blocks_that_a_trace_names_are_selected():
             named = trace[row, group, length % 4].nonzero().flatten().tolist()
             forced = {0, length // 16 - 1, length // 16}
             assert set(ids[row, group].tolist()) == forced | set(named)
+
+
+@pytest.mark.parametrize("selector", ["nosa", "nosa_forecast"])
+def test_short_list_is_above_the_rest_and_below_a_trace(selector):
+    query, tensors, lengths, geometry = sample(selector, 37, torch.float32)
+    sizes = (geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride)
+    chosen = {"short_list": 5, "sink_blocks": 2, "local_blocks": 3}
+    trace = torch.zeros(2, 3, 1, 37, dtype=torch.bool)
+    trace[..., 1] = True
+    got, kept, traced = (
+        score_blocks(query, tensors, lengths, selector, 0.2, *sizes, **more)
+        for more in (chosen, {}, chosen | {"trace": trace})
+    )
+    listed = got != kept
+    assert listed.sum(-1).eq(5).all()
+    for row, length in enumerate(lengths.tolist()):
+        assert not listed[row, :, :2].any()
+        assert not listed[row, :, length // 16 - 3 :].any()
+    assert got[listed].isfinite().all()
+    assert got[listed].min() > kept[kept.isfinite()].max()
+    assert traced[..., 1].min() > got.max()
+    ids = select_blocks(got, lengths, 2 + 3 + 1 + 5, 16, 2, 3)
+    assert all(listed[b, g, m] or m < 2 or m >= int(lengths[b]) // 16 - 3
+               for b in range(2) for g in range(3) for m in ids[b, g].tolist())  # fmt: skip
 
 
 def test_trace_on_the_copy_stream_is_followed_behind_its_scores():

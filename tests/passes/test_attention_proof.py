@@ -15,6 +15,7 @@ from sparda_compile.machine import MACHINES
 from sparda_compile.passes.attention_proof import (
     NotProvableError,
     causal_attention,
+    ends_in_one,
     evaluate,
     find_difference,
     measure_scale,
@@ -183,3 +184,30 @@ def test_nodes_that_cannot_be_run_are_a_difference() -> None:
         graph.erase_node(broken)
     assert "cannot be run alone (RuntimeError" in message
     assert call_name(site.anchor) == "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_meta", "expected"),
+    [(1.0, False, True), (0.5, False, False), (1.0, True, False)],
+)
+def test_constant_behind_a_query_is_seen(value: float, is_meta: bool, expected: bool) -> None:
+    """As a number in the graph, or as a buffer whose value is known."""
+    site, weights = first_site("decode")
+    graph = site.anchor.graph
+    assert not ends_in_one(site.query, site.projection, weights)
+    with graph.inserting_before(site.anchor):
+        padded = graph.call_function(functional.pad, (site.query, (0, 1)), {"value": value})
+    with graph.inserting_after(next(n for n in graph.nodes if n.op == "placeholder")):
+        buffer = graph.placeholder("table")
+    with graph.inserting_before(site.anchor):
+        joined = graph.call_function(torch.cat, ((site.query, buffer), -1))
+    buffer.meta["val"] = torch.empty(2, 6, 1, 1)
+    known = torch.full((2, 6, 1, 1), value, device="meta" if is_meta else "cpu")
+    assert ends_in_one(padded, site.projection, weights) == (value == 1)
+    try:
+        assert ends_in_one(joined, site.projection, weights | {"table": known}) == expected
+        parameter = torch.nn.Parameter(known)
+        assert not ends_in_one(joined, site.projection, weights | {"table": parameter})
+    finally:
+        for node in (joined, padded, buffer):
+            graph.erase_node(node)

@@ -150,6 +150,29 @@ class BottleneckAttention(PlainAttention):
         )
 
 
+class ValueKeyAttention(PlainAttention):
+    """Keys take a channel from the token's value, as retention scores are."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.delta = nn.Linear(self.head_dim, 1, bias=False)
+
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+        score = self.delta(v_BGTD)
+        return super().attend(q_BHTD, torch.cat([k_BGTD[..., 1:], score], -1), v_BGTD)
+
+
+class KeyBottleneckAttention(PlainAttention):
+    """Keys pass through eight numbers."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *args: Any) -> None:
+        super().__init__(hidden_size, num_heads, *args)
+        wide = self.num_groups * self.head_dim
+        self.key = nn.Sequential(  # type: ignore[assignment]
+            nn.Linear(hidden_size, 8, bias=False), nn.Linear(8, wide, bias=False)
+        )
+
+
 class UnprojectedAttention(PlainAttention):
     """Queries are the hidden states themselves."""
 
@@ -170,6 +193,7 @@ class ConstantKeyAttention(PlainAttention):
     ("attention", "reason"),
     [
         (BottleneckAttention, "low-rank bottleneck"),
+        (KeyBottleneckAttention, "low-rank bottleneck"),
         (UnprojectedAttention, "not made by a linear projection"),
         (ConstantKeyAttention, "its key does not depend on the input tokens"),
     ],
@@ -181,3 +205,11 @@ def test_projections_that_are_not_one_linear_are_refused(
     graph = plain_graph(model)
     with pytest.raises(RefusedAttentionError, match=reason):
         Dataflow(graph).hidden(*operands(graph))
+
+
+def test_keys_may_take_channels_from_the_value() -> None:
+    model = type("HandMade", (PlainCausalLM,), {"attention_class": ValueKeyAttention})()
+    graph = plain_graph(model)
+    hidden, projection = Dataflow(graph).hidden(*operands(graph))
+    assert module_path(projection).endswith("query")
+    assert projection in hidden.users

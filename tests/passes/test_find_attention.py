@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from sparda_compile.capture import CapturedGraph, capture, specialize
 from sparda_compile.config import SpardaConfig
-from sparda_compile.errors import AttentionNotFoundError, PassError
+from sparda_compile.errors import AttentionNotFoundError, PassError, UnsupportedInputError
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
@@ -213,3 +213,11 @@ def test_attention_that_leaves_a_layer_out_is_refused(captures_of: Any) -> None:
     gm.graph.erase_node(anchor)
     with pytest.raises(AttentionNotFoundError, match=r"layer 0 .*its keys do not lead to"):
         run_passes(gm, [FindAttention(captured.weights)], context("decode"))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_retention_is_looked_for_where_it_is_needed(plan_of: Any, model: str) -> None:
+    """Rotated or not, fused or not: an ordinary query does not end in 1."""
+    with pytest.raises(UnsupportedInputError, match=r"layer 0 \(.*attn\).*not always 1.*models.md"):
+        plan_of(model, mode="query", selector="nosa")
+    plan_of(model, mode="dense", selector="nosa")

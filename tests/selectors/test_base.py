@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.config import SELECTOR_NAMES
+from sparda_compile.config import SELECTOR_NAMES, SpardaConfig
 from sparda_compile.selectors import SELECTORS, SUMMARIES, Geometry
 from sparda_compile.selectors.base import valid_tokens
 
@@ -31,7 +31,13 @@ def test_valid_tokens_are_the_masked_in_order():
 
 
 def test_every_selector_is_registered_under_its_name_with_its_summary():
-    assert set(SELECTOR_NAMES) == set(SELECTORS) - {"forecast"}
+    assert set(SELECTOR_NAMES) == set(SELECTORS) - {"forecast", "nosa_forecast"}
     for name, selector in SELECTORS.items():
         assert selector.name == name
         assert SUMMARIES[selector.summary.name].name == selector.summary.name
+
+
+def test_geometry_of_a_configuration_has_a_short_list_for_nosa_alone():
+    config = SpardaConfig(sink_blocks=2, local_blocks=3, short_list=4)
+    assert Geometry.of(config, 10) == Geometry(10, 64, 32, 16)
+    assert Geometry.of(config.replace(selector="nosa"), 10) == Geometry(10, 64, 32, 16, 4, 2, 3)

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from sparda_compile.testing import build, random_forecast, reference, reference_decode, tiny_llama
+from sparda_compile.testing import (
+    build,
+    random_forecast,
+    reference,
+    reference_decode,
+    tiny_llama,
+    tiny_nosa,
+)
 
 SMALL = {"block_size": 16, "pool_size": 16, "pool_stride": 16, "sink_blocks": 1, "local_blocks": 1}
 SELECTIONS = [("query", "infllm2"), ("query", "quest"), ("forecast", "infllm2")]
@@ -37,6 +44,20 @@ def test_dense_equals_generate(name, seed, prompt):
     tokens, logits = reference_decode(model, prompt, 100, mode="dense", block_size=16)
     assert tokens == out.sequences[0, prompt.shape[1] :].tolist()
     torch.testing.assert_close(torch.stack(logits), torch.cat(out.logits), rtol=0, atol=2e-4)
+
+
+def test_retention_and_its_selector_go_together(llama):
+    prompt, nosa = list(range(60)), tiny_nosa()
+    out = nosa.generate(
+        torch.tensor([prompt]), max_new_tokens=5, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    tokens, logits = reference_decode(nosa, prompt, 5, mode="dense", block_size=16)
+    assert tokens == out.sequences[0, 60:].tolist()
+    torch.testing.assert_close(torch.stack(logits), torch.cat(out.logits), rtol=0, atol=2e-4)
+    for model, selector in ((llama, "nosa"), (nosa, "infllm2")):
+        with pytest.raises(ValueError, match=f"selector='{selector}' does not go with"):
+            reference_decode(model, prompt, 1, mode="query", selector=selector)
 
 
 @pytest.mark.parametrize(("mode", "selector"), SELECTIONS)
@@ -262,3 +283,13 @@ def test_first_selection_equals_a_vectorized_one(llama, mode, selector, block_si
             best = sorted(range(len(scores)), key=lambda i: -scores[i])[:2]
             want = sorted({0, current - 1, current} | {i + 1 for i in best})
             assert trace[0][layer_id][group] == want
+
+
+def test_short_list_goes_first_and_worth_fills_the_rest():
+    """Keys rise along the sequence and worths fall, so each part picks at its own end."""
+    keys = [torch.full((4,), t / 100) for t in range(300)]
+    worths = [torch.tensor(-t / 100) for t in range(300)]
+    q_RD = torch.ones(2, 4)
+    for short_list, want in ((0, [0, 1, 2, 4]), (1, [0, 1, 3, 4]), (3, [1, 2, 3, 4])):
+        nosa = rules(selector="nosa", top_k=3, short_list=short_list)
+        assert reference._select(q_RD, None, 0.5, keys, 300, nosa, worths) == want
