@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq torch==$(TORCH)
 	echo 'torch==$(TORCH)' >$(VENV)/constraints.txt
-	$(BIN)/pip install -qq -c $(VENV)/constraints.txt -e '.[gpu,dev]'
+	$(BIN)/pip install -qq -c $(VENV)/constraints.txt -e '.[gpu,plot,dev]'
 	touch $@
 
 test: $(STAMP) ## Run lint, types and tests; what the continuous integration runs.

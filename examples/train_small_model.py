@@ -9,9 +9,11 @@ with the same --out goes on where the first one stopped:
 
     python examples/train_small_model.py --out runs/small --max-minutes 8          one GPU
     python examples/train_small_model.py --out runs/toy --preset toy               one CPU core
+    python examples/train_small_model.py --out runs/f --model DIR --forecast-steps 600
 
 Afterwards `--out` holds model/config.json, model/model.safetensors (fp16), summary.json, log.jsonl
-and checkpoint.pt. `--forecast-steps N` also trains the Forecast: forecast.safetensors.
+and checkpoint.pt. `--forecast-steps N` also trains the Forecast, forecast.safetensors; with --model
+it does so for a model that was trained before.
 """
 
 from __future__ import annotations
@@ -249,9 +251,17 @@ def export(run, scores):
 
 def fresh_model(run):
     """Return the trained model in eval mode, without compiled layers."""
+    if run.args.model:
+        return load_model(run.args.model, torch.float32).to(run.device).eval()
     model = build_model(run.preset, run.args.arch, run.args.seed).to(run.device)
     model.load_state_dict(run.model.state_dict())
     return model.eval()
+
+
+def load_model(folder, dtype):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def train_forecast(run, model):
@@ -336,6 +346,7 @@ def parse(arguments=None):
     parser.add_argument("--attention-loss", type=float, default=0.5)
     parser.add_argument("--pooled-loss", type=float, default=0.1)
     parser.add_argument("--forecast-steps", type=int, default=0)
+    parser.add_argument("--model", help="folder of a trained model, instead of training one")
     args = parser.parse_args(arguments)
     if args.compile is None:
         args.compile = args.device.startswith("cuda")
@@ -348,11 +359,12 @@ def main():
     if args.device == "cpu":
         torch.set_num_threads(1)
     run = Run(args)
-    train(run)
-    scores = evaluate(run, run.preset.eval_lengths, run.preset.eval_samples)
-    scores |= evaluate(run, run.preset.eval_lengths[-2:-1], 64, ("multi_query", *OTHERS))
-    log(run, {"scores": scores})
-    export(run, scores)
+    if not args.model:
+        train(run)
+        scores = evaluate(run, run.preset.eval_lengths, run.preset.eval_samples)
+        scores |= evaluate(run, run.preset.eval_lengths[-2:-1], 64, ("multi_query", *OTHERS))
+        log(run, {"scores": scores})
+        export(run, scores)
     model = fresh_model(run)
     forecast = train_forecast(run, model) if args.forecast_steps else None
     # Only half precision has a fast attention kernel on a GPU.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from transformers.cache_utils import Cache
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.runtime.kv_cache import KVCache
 
-__all__ = ["NO_BEAMS", "NO_CROP", "SpardaCache"]
+__all__ = ["NO_BEAMS", "NO_CROP", "SpardaCache", "keys_and_values"]
 
 NO_BEAMS: Final = (
     "beam search is not supported (num_beams must be 1): beams would copy KV blocks between "
@@ -73,3 +74,40 @@ class SpardaCache(Cache):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.kv.layout.layers) if self.kv else 0
+
+
+def keys_and_values(
+    past: Any, attention_mask: Tensor | None
+) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
+    """Return what a cache of transformers holds.
+
+    Args:
+        past: A DynamicCache that a model filled.
+        attention_mask: [B, T] of its tokens, 0 for padding; None means no padding.
+
+    Returns:
+        Keys and values [B, G, T, D] by layer, and a mask [B, T] bool of the real tokens.
+
+    Raises:
+        KVCacheError: If it is another kind of cache, or empty, or the mask is of another size.
+    """
+    layers = getattr(past, "layers", [])
+    if not isinstance(past, DynamicCache) or not all(isinstance(x, DynamicLayer) for x in layers):
+        kinds = ", ".join(sorted({type(x).__name__ for x in layers})) or "no layers"
+        raise KVCacheError(
+            f"past is a {type(past).__name__} with {kinds}; pass a DynamicCache of plain or "
+            "sliding-window layers, which is what model(input_ids, use_cache=True) returns."
+        )
+    num_tokens = past.get_seq_length()
+    if not num_tokens:
+        raise KVCacheError("past holds no token; leave it out to begin with an empty cache.")
+    first: Any = layers[0]
+    mask = torch.ones(first.keys.shape[0], num_tokens, dtype=torch.bool, device=first.keys.device)
+    if attention_mask is not None:
+        if attention_mask.shape != mask.shape:
+            raise KVCacheError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} but past holds "
+                f"{tuple(mask.shape)} tokens; pass one entry for each, 0 for padding."
+            )
+        mask = attention_mask.bool()
+    return {number: (x.keys, x.values) for number, x in enumerate(layers)}, mask

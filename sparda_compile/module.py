@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sparda_compile.cache import NO_BEAMS, NO_CROP, SpardaCache
+from sparda_compile.cache import SpardaCache, keys_and_values
 from sparda_compile.config import round_up
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.generation import check_generation
 from sparda_compile.inspection import Sparda
 from sparda_compile.program import Captures, Plan, Program, make_plan, planned_capacity
 from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.runtime.take_over import take_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from transformers import DynamicCache
 
     from sparda_compile.config import SpardaConfig
 
@@ -148,7 +152,7 @@ class OptimizedModule(nn.Module):
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
         config = kwargs.get("generation_config") or self._driver.generation_config
-        _check_generation(config, kwargs)
+        check_generation(config, kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         num_tokens = 1 if ids is None else ids.shape[1]
         new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
@@ -166,15 +170,32 @@ class OptimizedModule(nn.Module):
             kwargs["inputs"] = inputs
         return self._driver.generate(past_key_values=cache, disable_compile=True, **kwargs)
 
-    def new_cache(self, max_tokens: int | None = None) -> SpardaCache:
-        """Return an empty cache to pass as `past_key_values`, kept across turns.
+    def new_cache(
+        self,
+        max_tokens: int | None = None,
+        *,
+        past: DynamicCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> SpardaCache:
+        """Return a cache to pass as `past_key_values`, kept across turns.
 
         Args:
             max_tokens: Tokens per sequence to reserve; None is `SpardaConfig.max_tokens`.
+            past: A cache that the model itself filled, so that tokens which it has read are not
+                read again; its keys and values are copied. None begins an empty one.
+            attention_mask: [B, T] for the T tokens of `past`, 0 for padding; None means none.
+
+        Raises:
+            KVCacheError: If `past` is of another model, another kind or empty, or does not fit.
         """
-        reserve = max_tokens or planned_capacity(self.sparda_config)
-        self._check_reserved(reserve)
-        return SpardaCache(self, self.capacity(reserve))
+        tokens = past.get_seq_length() + 1 if past is not None else 1
+        reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
+        self._check_reserved(max(reserve, tokens))
+        cache = SpardaCache(self, self.capacity(max(reserve, tokens)))
+        if past is not None:
+            keys_values, mask = keys_and_values(past, attention_mask)
+            take_over(self._ready(cache, mask), keys_values, mask)
+        return cache
 
     def capacity(self, num_tokens: int) -> int:
         """Return the capacity reserved for so many tokens: few sizes, so few compilations."""
@@ -279,7 +300,8 @@ class OptimizedModule(nn.Module):
         if not isinstance(cache, SpardaCache):
             raise KVCacheError(
                 f"past_key_values is a {type(cache).__name__}; pass None, or a cache that this "
-                "module returned (new_cache(), or past_key_values of an earlier output)."
+                "module returned: past_key_values of an earlier output, new_cache(), or "
+                "new_cache(past=...) with one that the model filled."
             )
         if cache.owner() is not self:
             raise KVCacheError(
@@ -373,20 +395,3 @@ def _give_back(module: weakref.ref[OptimizedModule], held: list[KVCache]) -> Non
     owner = module()
     if owner is not None and not owner._idle:
         owner._idle.append(held[0])
-
-
-def _check_generation(config: Any, kwargs: dict[str, Any]) -> None:
-    def setting(name: str) -> Any:
-        return kwargs.get(name, getattr(config, name, None))
-
-    if (setting("num_beams") or 1) > 1:
-        raise UnsupportedInputError(NO_BEAMS)
-    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-        raise UnsupportedInputError(NO_CROP)
-    if kwargs.get("inputs_embeds") is not None:
-        raise UnsupportedInputError("inputs_embeds is not supported; pass input_ids to generate.")
-    if setting("cache_implementation"):
-        raise UnsupportedInputError(
-            f"cache_implementation={setting('cache_implementation')!r} is not supported: an "
-            "optimized module brings its own cache. Leave it unset."
-        )

@@ -58,8 +58,15 @@ def load_small_model() -> LlamaForCausalLM:
         )
     import torch
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     loaded: LlamaForCausalLM = model.eval()
     return loaded
 

@@ -36,7 +36,8 @@ runtime on one CPU thread with lowering="eager", where nothing overlaps."""
 _NEEDLE_NOTES = """\
 blocks: of all blocks, those that a step reads for each KV head. recall: of the attention that the \
 questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
-copied to the device by all steps; mode dense keeps everything there. Times are of the reference \
+copied to the device by all steps; mode dense keeps everything there. on device: device memory of \
+the KV cache, tables and summaries included. Times are of the reference \
 runtime on the CPU with lowering="eager", where nothing overlaps."""
 _MEASURED_NOTES = """\
 model: all that is not ours, which the compiler fuses as it likes. wait_blocks: the time that the \
@@ -131,12 +132,15 @@ def _times(title: str, what: str, entries: Sequence[Times]) -> Table:
 
 
 def _print_needles(demo: NeedleDemo, console: Console) -> None:
-    console.print(f"{demo.num_tokens} tokens read; 4 of the 32 needles in them are asked for:")
+    console.print(
+        f"{demo.num_tokens} tokens read once by the original model, in "
+        f"{demo.reading_ms / 1e3:.1f} s; 4 of the 32 needles in them are asked for:"
+    )
     for key, value, place in zip(demo.questions, demo.right_answers, demo.places, strict=True):
         console.print(f"  {key}: {value}, at token {place}", markup=False, highlight=False)
     table = _table(
         "",
-        ("mode", "answers", "blocks", "recall", "over the link", "per step", "prefill",
+        ("mode", "answers", "blocks", "recall", "over the link", "per step", "on device",
          "per token"),
         left=2,
     )  # fmt: skip
@@ -155,7 +159,7 @@ def _needle_cells(row: NeedleRow) -> list[str]:
         "" if row.recall is None else f"{100 * row.recall:.0f}%",
         format_bytes(row.h2d_bytes),
         format_bytes(row.step_bytes),
-        f"{row.prefill_ms / 1e3:.1f} s",
+        format_bytes(row.device_bytes),
         f"{row.token_ms:.0f} ms",
     ]
 

@@ -9,10 +9,6 @@ from sparda_compile.evaluation.decode import decode, read
 from sparda_compile.evaluation.tasks import make_batch
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
 
-needs_weights = pytest.mark.skipif(
-    not small_model.has_small_model(), reason="the small model's weights are not in this checkout"
-)
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -49,7 +45,6 @@ def test_loads_what_is_there(folder):
         assert torch.equal(loaded.get_parameter(name), weight.float())
 
 
-@needs_weights
 def test_shipped_model_is_small_and_has_the_vocabulary():
     path = small_model.small_model_folder() / "model.safetensors"
     assert path.stat().st_size <= 16_000_000
@@ -58,7 +53,6 @@ def test_shipped_model_is_small_and_has_the_vocabulary():
     assert config.num_key_value_heads >= 2
 
 
-@needs_weights
 def test_shipped_model_finds_needles():
     model = small_model.load_small_model()
     forecast = small_model.load_small_forecast()
