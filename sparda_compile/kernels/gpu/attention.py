@@ -27,6 +27,9 @@ __all__ = ["merge", "partials"]
 # Measured on one H200 (head_dim 128, blocks of 64, bf16): of 1 to 4 stages, 4 and 8 warps, and of
 # merging 2048 to 16384 elements at a time.
 _STAGES: Final = 3
+# Two tiles of keys and two of values have to fit the shared memory of a multiprocessor. A block
+# with more bytes is read in parts.
+_TILE_BYTES: Final = 64 * 1024
 _MERGE_TILE: Final = 8192
 
 
@@ -35,7 +38,7 @@ def _partials(
     query, pages, page_ids, block_ids, is_miss, lengths, out, lse, scale, softcap,
     q_row, q_head, groups, num_pages, splits,
     SELECTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    SIZE: tl.constexpr, SIZES: tl.constexpr,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
@@ -65,11 +68,12 @@ def _partials(
         )
         if UPCAST:
             q = q.to(tl.float32)
-        token = tl.arange(0, SIZES)
-        for i in tl.range(BLOCKS, num_stages=STAGES):
-            inside = first + i < SELECTED
-            block = tl.load(block_ids + pair * SELECTED + first + i, mask=inside, other=-1)
-            page = tl.load(page_ids + pair * SELECTED + first + i, mask=inside, other=0)
+        for i in tl.range(BLOCKS * PARTS, num_stages=STAGES):
+            token = i % PARTS * TOKENS + tl.arange(0, TOKENS)
+            entry = first + i // PARTS
+            inside = entry < SELECTED
+            block = tl.load(block_ids + pair * SELECTED + entry, mask=inside, other=-1)
+            page = tl.load(page_ids + pair * SELECTED + entry, mask=inside, other=0)
             seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
             base = (pair.to(tl.int64) * num_pages + tl.maximum(page, 0)) * (2 * SIZE * DIM)
             place = pages + base + token[:, None] * DIM + dims[None, :]
@@ -144,12 +148,15 @@ def partials(
     pick = 0 if is_miss_BGK is None else 2 if missing else 1
     flags = block_ids_BGK if is_miss_BGK is None else is_miss_BGK.view(torch.int8)
     dims = power_of_two(dim, 16)
+    tokens = power_of_two(size)
+    while tokens * dims * pages.element_size() > _TILE_BYTES:
+        tokens //= 2
     _partials[(batch * groups, splits)](
         query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, scale, softcap,
         q_row, q_head, groups, num_pages, splits, selected, heads, power_of_two(heads, 16), size,
-        power_of_two(size), dim, dims, num_blocks, power_of_two(num_blocks), pick,
+        tokens, power_of_two(size) // tokens, dim, dims, num_blocks, power_of_two(num_blocks), pick,
         softcap != 0.0, interpreting(), _STAGES,
-        num_warps=8 if size * dims > 16384 else 4,
+        num_warps=8 if tokens * dims > 16384 else 4,
     )  # fmt: skip
     return out, lse
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import triton
 import triton.language as tl
 
+from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernels.gpu.launch import power_of_two
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Planned", "Tables", "plan", "select", "select_and_plan"]
 
+# Counts of blocks are added up in 16 bits.
+_MOST_BLOCKS: Final = 1 << 15
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _MOST = tl.constexpr(0x7FFFFFFF)
 _LEAST = tl.constexpr(-(1 << 31))
 _IN_USE = tl.constexpr(0x7FFFFFFF)
-# Thresholds that are tried at once.
-_TRIALS: Final = 4
 
 
 class Choice(NamedTuple):
@@ -64,11 +65,58 @@ class Planned(NamedTuple):
 
 
 @triton.jit
+def _largest(key, low, span, found, wanted):
+    """Mark the `wanted` largest keys; ties go to the lower position.
+
+    Of the keys, `found` are at least `low`, which are enough, and too few reach `low` + `span`.
+    Four thresholds at a time narrow that down, their counts in the four quarters of one integer,
+    until just as many as wanted are above one or two neighbours are left.
+    """
+    low = low.to(tl.int64)
+    high = low + span
+    while (found > wanted) & (high - low > 1):
+        step = tl.maximum((high - low) // 5, 1)
+        last = high - 1
+        t1 = tl.minimum(low + step, last)
+        t2 = tl.minimum(low + 2 * step, last)
+        t3 = tl.minimum(low + 3 * step, last)
+        t4 = tl.minimum(low + 4 * step, last)
+        left = (key >= t1.to(tl.int32)).to(tl.int32) + ((key >= t2.to(tl.int32)).to(tl.int32) << 16)
+        right = (key >= t3.to(tl.int32)).to(tl.int32) + (
+            (key >= t4.to(tl.int32)).to(tl.int32) << 16
+        )
+        counts = tl.sum(left.to(tl.int64) + (right.to(tl.int64) << 32), 0)
+        n1 = (counts & 0xFFFF).to(tl.int32)
+        n2 = ((counts >> 16) & 0xFFFF).to(tl.int32)
+        n3 = ((counts >> 32) & 0xFFFF).to(tl.int32)
+        n4 = ((counts >> 48) & 0xFFFF).to(tl.int32)
+        high = tl.where(n4 < wanted, t4, high)
+        high = tl.where(n3 < wanted, t3, high)
+        high = tl.where(n2 < wanted, t2, high)
+        high = tl.where(n1 < wanted, t1, high)
+        low = tl.where(n1 >= wanted, t1, low)
+        low = tl.where(n2 >= wanted, t2, low)
+        low = tl.where(n3 >= wanted, t3, low)
+        low = tl.where(n4 >= wanted, t4, low)
+        found = tl.where(n1 >= wanted, n1, found)
+        found = tl.where(n2 >= wanted, n2, found)
+        found = tl.where(n3 >= wanted, n3, found)
+        found = tl.where(n4 >= wanted, n4, found)
+    cut = low.to(tl.int32)
+    marked = key >= cut
+    if found > wanted:
+        above = key > cut
+        tie = key == cut
+        free = wanted - tl.sum(above.to(tl.int32), 0)
+        marked = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
+    return marked
+
+
+@triton.jit
 def _pick(
-    scores, pair, current, num_blocks, sink, local,
-    SELECTED: tl.constexpr, BLOCKS: tl.constexpr, TRIALS: tl.constexpr,
-):  # fmt: skip
-    """Mark the SELECTED best blocks; ties go to the lower id."""
+    scores, pair, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """Mark the SELECTED best blocks."""
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
     score = tl.load(scores + pair * num_blocks + block, mask=exists, other=float("-inf"))
@@ -78,43 +126,13 @@ def _pick(
     # Integers in the order of the scores.
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
-    # low: at least SELECTED keys are as large, if there are so many. high: fewer are; the forced
-    # ones are the largest, and seldom more than wanted.
-    low = tl.min(tl.where(exists, key, _MOST), 0).to(tl.int64)
-    high = tl.max(tl.where(forced, _LEAST, key), 0).to(tl.int64) + 1
+    low = tl.min(tl.where(exists, key, _MOST), 0)
+    span = tl.max(tl.where(forced, _LEAST, key), 0).to(tl.int64) - low + 1
     if sink + local + 1 >= SELECTED:
-        low = tl.max(tl.where(exists, key, _LEAST), 0).to(tl.int64)
-    found = current + 1
-    step = tl.arange(0, TRIALS) + 1
-    while (found > SELECTED) & (high - low > 1):
-        trial = low + tl.maximum((high - low) * step // (TRIALS + 1), 1)
-        count = tl.sum((key[:, None] >= trial.to(tl.int32)[None, :]).to(tl.int32), 0)
-        enough = count >= SELECTED
-        found = tl.minimum(found, tl.min(tl.where(enough, count, _MOST), 0))
-        low = tl.maximum(low, tl.max(tl.where(enough, trial, low), 0))
-        high = tl.minimum(high, tl.min(tl.where(enough, high, trial), 0))
-    above = exists & (key > low)
-    tie = exists & (key == low)
-    free = SELECTED - tl.sum(above.to(tl.int32), 0)
-    return above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
-
-
-@triton.jit
-def _leaving(key, candidate, wanted, DIGITS: tl.constexpr):
-    """Mark the `wanted` candidates with the lowest 8-bit keys; ties by position."""
-    digit = tl.arange(0, DIGITS)
-    high, low = key >> 4, key & 15
-    upto = candidate[:, None] & (high[:, None] <= digit[None, :])
-    first = tl.sum((tl.sum(upto.to(tl.int32), 0) < wanted).to(tl.int32), 0)
-    below = candidate & (high < first)
-    rest = wanted - tl.sum(below.to(tl.int32), 0)
-    same = candidate & (high == first)
-    upto = same[:, None] & (low[:, None] <= digit[None, :])
-    second = tl.sum((tl.sum(upto.to(tl.int32), 0) < rest).to(tl.int32), 0)
-    below = below | (same & (low < second))
-    tie = same & (low == second)
-    rest = wanted - tl.sum(below.to(tl.int32), 0)
-    return below | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= rest))
+        # No more than the forced ones are wanted, which are the largest.
+        low = tl.max(key, 0)
+        span = low.to(tl.int64) * 0 + 1
+    return _largest(key, low, span, current + 1, SELECTED)
 
 
 @triton.jit
@@ -146,8 +164,12 @@ def _assign(
     tl.debug_barrier()
     stamp = tl.load(page_stamp + owned, mask=is_page, other=_IN_USE)
     candidate = is_page & (stamp != _IN_USE) & ((block != current) | (block < 0))
-    key = tl.where(stamp < 0, 0, 255 - tl.minimum(tl.maximum(length - stamp, 0), 254))
-    victim = _leaving(key, candidate, num_absent, 16)
+    age = tl.where(stamp < 0, 255, tl.minimum(tl.maximum(length - stamp, 0), 254))
+    num_candidates = tl.sum(candidate.to(tl.int32), 0)
+    key = tl.where(candidate, age, -1)
+    # With none absent, no key is as large as the threshold.
+    low = tl.where(num_absent > 0, 0, 256)
+    victim = _largest(key, low, 256, tl.where(num_absent > 0, num_candidates, 0), num_absent)
     turn = pair * SELECTED + tl.cumsum(victim.to(tl.int32), 0) - 1
     new = tl.load(miss_blocks + turn, mask=victim, other=-1)
     listed = tl.load(miss_pages + turn, mask=victim, other=0)
@@ -170,7 +192,7 @@ def _select_pages(
     groups, num_blocks, num_pages, sink, local,
     SIZE: tl.constexpr, SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
     PAGES: tl.constexpr, SELECT: tl.constexpr, PLAN: tl.constexpr, RESIDENT: tl.constexpr,
-    TOUCH: tl.constexpr, HINT: tl.constexpr, TRIALS: tl.constexpr,
+    TOUCH: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     length = tl.load(lengths + pair // groups)
@@ -185,9 +207,9 @@ def _select_pages(
         block_id = tl.arange(0, BLOCKS)
         if PLAN:
             page = tl.load(table + block_id, mask=block_id < num_blocks, other=-1)
-        wanted = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, TRIALS)
+        wanted = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS)
         place = tl.cumsum(wanted.to(tl.int32), 0) - 1
-        num_wanted = tl.sum(wanted.to(tl.int32), 0)
+        num_wanted = tl.minimum(current + 1, SELECTED)
         tl.store(block_ids + pair * SELECTED + place, block_id, mask=wanted)
         tl.store(block_ids + listed, -1, mask=inside & (column >= num_wanted))
     else:
@@ -252,6 +274,11 @@ def _launch(
     batch, groups = ids.shape[:2]
     num_blocks = tables[0].shape[-1] if do_plan else scores.shape[-1]
     num_pages = tables[1].shape[-1] if do_plan else 1
+    if num_blocks > _MOST_BLOCKS:
+        raise UnsupportedInputError(
+            f"a sequence of up to {num_blocks} KV blocks is too long for selection on a GPU, which "
+            f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
+        )
     resident = num_pages == num_blocks
     warps = 8 if do_select and num_blocks > 1024 else 4
     _select_pages[(batch * groups,)](
@@ -259,7 +286,7 @@ def _launch(
         choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
         power_of_two(num_blocks), power_of_two(choice.num_selected),
         1 if resident else power_of_two(num_pages),
-        do_select, do_plan, resident, eviction == "lru", is_hint, _TRIALS, num_warps=warps,
+        do_select, do_plan, resident, eviction == "lru", is_hint, num_warps=warps,
     )  # fmt: skip
 
 

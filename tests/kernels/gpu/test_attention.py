@@ -84,7 +84,7 @@ def test_groups_of_every_size(device, assert_close, repeat):
     assert_close(case.attend(), case.want(), "attention", torch.float32)
 
 
-@pytest.mark.parametrize(("size", "dim"), [(16, 8), (32, 60), (64, 96), (16, 128)])
+@pytest.mark.parametrize(("size", "dim"), [(16, 8), (32, 60), (64, 96), (128, 256)])
 def test_head_dims_and_block_sizes(device, assert_close, size, dim):
     case = Case(device, [size * 3 + 1, size - 1], 3, (1, 3, size, dim))
     assert_close(case.attend(per_split=2), case.want(), "attention", torch.float32)

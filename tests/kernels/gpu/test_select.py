@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernels.gpu.select import Choice, Planned, Tables, plan, select, select_and_plan
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.runtime.block_table import plan_pages
@@ -254,3 +255,11 @@ def test_large_resident_cache(device):
     choice = Choice(96, 1, 1, 32)
     counters = run_steps(device, [0, 0], 4, (300, 300), choice, "lru", 300)
     assert counters[1:] == [0, 0, 0, 0]
+
+
+def test_more_blocks_than_can_be_counted(device):
+    scores = torch.zeros(1, 1, (1 << 15) + 1, device=device)
+    lengths = torch.zeros(1, dtype=torch.int32, device=device)
+    ids = torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
+    with pytest.raises(UnsupportedInputError, match="32769 KV blocks is too long"):
+        select(scores, lengths, ids, Choice(4, SIZE, 1, 1))

@@ -1,0 +1,110 @@
+"""Compile every kernel for an H200 as its Python wrapper would launch it, without a GPU.
+
+Writes one line of JSON: by kernel, the number of variants and the most shared memory. Run as a
+program of its own, since the tests' process has Triton's interpreter on.
+"""
+
+import collections
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class OnPaper:
+    """A driver of a GPU that is not there."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+triton.runtime.driver.set_active(OnPaper())
+shared = collections.defaultdict(dict)
+
+
+def compile_only(kernel, grid):
+    def launch(*args, **options):
+        built = kernel.warmup(*args, grid=grid, **options)
+        shared[kernel.__name__][built.hash] = built.metadata.shared
+
+    return launch
+
+
+JITFunction.__getitem__ = compile_only
+
+from sparda_compile.kernels.gpu import append, attention, copy, score, select  # noqa: E402
+from sparda_compile.selectors import SUMMARIES, Geometry  # noqa: E402
+from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
+
+BLOCKS, SELECTED, PAGES = 300, 20, 31
+BATCH, GROUPS, HEADS = 2, 2, 8
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def run_all(dtype, dim, size):
+    geometry = Geometry(BLOCKS, size, 32, 16)
+    lengths, host = ints(BATCH), torch.zeros(BATCH, GROUPS, dtype=torch.int64)
+    query = torch.zeros(BATCH, HEADS, 1, dim, dtype=dtype)
+    k = torch.zeros(BATCH, GROUPS, 1, dim, dtype=dtype)
+    pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
+    ids, tail = ints(BATCH, GROUPS, SELECTED), ints(BATCH, GROUPS)
+    is_miss = torch.zeros(ids.shape, dtype=torch.bool)
+    counters = torch.zeros(5, dtype=torch.int64)
+    scores = torch.zeros(BATCH, GROUPS, BLOCKS)
+
+    append.append_kv(k, k, tail, lengths, pages)
+    summaries = {}
+    for name, kernel in append.SUMMARY_KERNELS.items():
+        shapes = SUMMARIES[name].shapes(geometry, dim).values()
+        summaries[name] = [torch.zeros(BATCH, GROUPS, *s, dtype=dtype) for s in shapes]
+        kernel(k, lengths, summaries[name], geometry)
+    for name, kernel in score.SCORE_KERNELS.items():
+        asked = k if name == "forecast" else query
+        tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
+        kernel(asked, tensors, lengths, 1.0, geometry, scores)
+    trace = torch.zeros(BATCH, GROUPS, 3, BLOCKS, dtype=torch.bool)
+    score.raise_scores(trace, lengths, scores, 1e30)
+
+    choice = select.Choice(SELECTED, size, 1, 4)
+    select.select(scores, lengths, ids, choice)
+    for num_pages in (PAGES, BLOCKS):
+        owned = ints(BATCH, GROUPS, num_pages)
+        tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
+        out = select.Planned(ids, is_miss.view(torch.int8), ids, ids, tail)
+        select.plan(ids, lengths, tables, out, size, "fifo", is_hint=True)
+        select.select_and_plan(scores, lengths, ids, tables, out, choice, "lru", is_hint=False)
+
+    copy.gather(ids, ids, host, pages)
+    copy.store_tail(tail, lengths, pages, host, counters)
+    copy.copy_runs(host.flatten(), host.flatten(), pages[0, 0, 0].nbytes)
+
+    for softcap, flags, late in ((0.0, None, False), (30.0, is_miss, True)):
+        parts = attention.partials(
+            query, pages, ids, ids, flags, lengths, 1.0, softcap, 3, missing=late
+        )
+        attention.merge(*parts, parts if late else None, dtype)
+    launch_aligned_teacher(
+        torch.zeros(1, HEADS, 64, dim, dtype=dtype), torch.zeros(1, GROUPS, 40, dim, dtype=dtype),
+        range(64), (32, 16), 1.0, 0.0,
+    )  # fmt: skip
+
+
+for shape in sys.argv[1:]:
+    name, dim, size = shape.split(",")
+    run_all(getattr(torch, name), int(dim), int(size))
+json.dump({name: [len(found), max(found.values())] for name, found in shared.items()}, sys.stdout)

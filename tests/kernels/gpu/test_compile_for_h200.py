@@ -1,0 +1,30 @@
+"""Every kernel compiles for an H200 and fits it, which the interpreter cannot say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("compile_for_h200.py")
+# Shared memory that one program may have on an H200.
+MOST_SHARED = 227 * 1024
+
+
+def test_kernels_compile_and_fit(tmp_path):
+    shapes = ["bfloat16,128,64", "float32,256,128"]  # the usual one, and the largest supported
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), *shapes],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == 16
+    assert {name: shared for name, (_, shared) in found.items() if shared > MOST_SHARED} == {}
