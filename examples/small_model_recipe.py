@@ -177,8 +177,9 @@ def attention_losses(layer, x, rotation, asked_BA, wanted_BA, num_groups=None):
     """Return how far attention, and block scores, at `asked` are from the token `wanted`, in nats.
 
     The first is -log of the attention that each head of the first groups pays to that token. The
-    second is the same for mean-pooled keys, with logits multiplied by 16: the score of a window is
-    the mean of 32 keys, of which only one matters.
+    second is -log of the share of the windows that hold it, by the scores that selector `infllm2`
+    gives to mean-pooled keys, raised to the 16th power: a score is the mean of 32 keys, of which
+    only one matters.
     """
     attention = layer.self_attn
     hidden = layer.input_layernorm(x)
@@ -195,11 +196,13 @@ def attention_losses(layer, x, rotation, asked_BA, wanted_BA, num_groups=None):
     if num_groups is not None or x.shape[1] < 8 * POOL:
         return loss, torch.zeros_like(loss)
     pooled = k.unfold(1, POOL, POOL // 2).mean(-1)
-    logits = torch.einsum("bagrd,bwgd->bgraw", q, pooled).float() * attention.scaling * POOL / 2
+    logits = torch.einsum("bagrd,bwgd->bgraw", q, pooled).float() * attention.scaling
     starts = torch.arange(pooled.shape[1], device=x.device) * (POOL // 2)
     age = wanted_BA[..., None] - starts
-    is_near = ((age >= 0) & (age < POOL))[:, None, None]
-    logits = logits.masked_fill(starts + POOL > last, float("-inf"))
+    is_near = ((age >= 0) & (age < POOL))[:, None]
+    unseen = starts + POOL > last
+    scores = logits.masked_fill(unseen, LOWEST).log_softmax(-1).logsumexp(2)
+    logits = (scores * (POOL / 2)).masked_fill(unseen[:, :, 0], 2 * LOWEST)
     near = logits.masked_fill(~is_near, LOWEST).logsumexp(-1)
     # A token so late that no whole window holds it is always attended to anyway.
     counts = near > LOWEST / 2

@@ -19,6 +19,8 @@ from torch.utils._device import _device_constructors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import nn
+
 PACKAGE_DIR = str(Path(__file__).resolve().parents[1] / "sparda_compile") + os.sep
 HAS_CUDA = torch.cuda.is_available()
 
@@ -79,6 +81,22 @@ def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
         yield
+
+
+@pytest.fixture(scope="session")
+def shared_llama() -> nn.Module:
+    """Return the tiny Llama, for tests that leave it as it is."""
+    from sparda_compile.testing import tiny_llama
+
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def traced_llama(shared_llama: nn.Module) -> Any:
+    """Return the tiny Llama, traced: optimize it again for the configuration that a test needs."""
+    from sparda_compile import SpardaConfig, optimize
+
+    return optimize(shared_llama, SpardaConfig(mode="dense", lowering="eager"))
 
 
 @pytest.fixture(scope="session")

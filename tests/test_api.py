@@ -38,13 +38,13 @@ def prompt(num_tokens, batch_size=1):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
+def model(shared_llama):
+    return shared_llama
 
 
 @pytest.fixture(scope="module")
-def fast(model):
-    return optimize(model, CONFIG)
+def fast(traced_llama):
+    return optimize(traced_llama, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from transformers.cache_utils import Cache
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.cache import SpardaCache
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
-from sparda_compile.testing import tiny_llama
 
 CONFIG = SpardaConfig(mode="query", top_k=None, block_size=16, lowering="eager")
 
@@ -19,13 +18,13 @@ def tokens(length, batch_size=1):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
+def model(shared_llama):
+    return shared_llama
 
 
 @pytest.fixture(scope="module")
-def fast(model):
-    return optimize(model, CONFIG)
+def fast(traced_llama):
+    return optimize(traced_llama, CONFIG)
 
 
 def test_new_cache_is_empty_and_has_its_capacity(fast):

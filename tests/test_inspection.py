@@ -11,14 +11,13 @@ from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, KVCacheError, UnsupportedInputError
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.fx import find_ops
-from sparda_compile.testing import tiny_llama
 
 CONFIG = SpardaConfig(mode="query", top_k=1, block_size=16, max_tokens=256, lowering="eager")
 
 
 @pytest.fixture(scope="module")
-def fast():
-    return optimize(tiny_llama(), CONFIG)
+def fast(traced_llama):
+    return optimize(traced_llama, CONFIG)
 
 
 def run(module, length=20):

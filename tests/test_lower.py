@@ -13,7 +13,6 @@ from sparda_compile import SpardaConfig
 from sparda_compile.lower import lower
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, is_sparda
-from sparda_compile.testing import tiny_llama
 
 SMALL = {
     "top_k": 2,
@@ -30,10 +29,10 @@ _EVENT_OPS = ("prefetch_blocks", "offload_blocks", "wait_blocks")
 
 
 @pytest.fixture(scope="module")
-def traced():
+def traced(traced_llama):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sparda_compile.optimize(tiny_llama(), SpardaConfig(lowering="eager", **SMALL))
+        return sparda_compile.optimize(traced_llama, SpardaConfig(lowering="eager", **SMALL))
 
 
 def _fast(traced, **changes):

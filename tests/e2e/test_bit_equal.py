@@ -11,7 +11,7 @@ from sparda_compile import SpardaConfig, optimize
 from sparda_compile.module import OptimizedModule
 from sparda_compile.program import Program
 from sparda_compile.streams import DeferredEngine, use_engine
-from sparda_compile.testing import random_forecast, tiny_llama
+from sparda_compile.testing import random_forecast
 
 PROMPT_LENGTHS = (150, 37, 93)
 NEW_TOKENS = 17
@@ -46,11 +46,10 @@ CHANGES = {
 class Lab:
     """One traced model, and what it says under each configuration."""
 
-    def __init__(self):
-        model = tiny_llama()
+    def __init__(self, model, traced):
         projections = random_forecast(model, seed=1)
         self.forecast = {0: projections["bootstrap"], 1: projections[0]}
-        first = optimize(model, SpardaConfig(mode="forecast", **SMALL), forecast=self.forecast)
+        first = optimize(traced, SpardaConfig(mode="forecast", **SMALL), forecast=self.forecast)
         self.captures = first.captures
         generator = torch.Generator().manual_seed(3)
         rows = len(PROMPT_LENGTHS)
@@ -97,8 +96,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return Lab()
+def lab(shared_llama, traced_llama):
+    return Lab(shared_llama, traced_llama)
 
 
 @pytest.mark.parametrize("hint", HINTS)

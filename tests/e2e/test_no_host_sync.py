@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparda_compile
 from sparda_compile import SpardaConfig
-from sparda_compile.testing import tiny_llama
 
 SMALL = {"top_k": 2, "sink_blocks": 1, "local_blocks": 1, "block_size": 16, "lowering": "eager"}
 
@@ -29,8 +28,8 @@ class CountSyncs(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def traced():
-    return sparda_compile.optimize(tiny_llama(), SpardaConfig(mode="query", **SMALL))
+def traced(traced_llama):
+    return sparda_compile.optimize(traced_llama, SpardaConfig(mode="query", **SMALL))
 
 
 @pytest.mark.parametrize("offload", ["always", "never"])

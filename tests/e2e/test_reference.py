@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama
+from sparda_compile.testing import build, random_forecast, reference_decode
 
 SELECTIONS = [("forecast", "infllm2"), ("query", "infllm2"), ("query", "quest")]
 SMALL = {"block_size": 16, "pool_size": 8, "pool_stride": 4, "sink_blocks": 1, "local_blocks": 2}
@@ -27,10 +27,10 @@ def by_target(projections):
 class Subject:
     """A model, its projections and what was traced of it."""
 
-    def __init__(self, model):
+    def __init__(self, model, traced=None):
         self.model = model
         self.projections = random_forecast(model, seed=1)
-        self._fast = model
+        self._fast = traced or model
 
     def generate(self, prompts, num_tokens, **config):
         """Return the new tokens and their logits, by sequence; shorter prompts are padded left."""
@@ -65,8 +65,8 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def llama():
-    return Subject(tiny_llama())
+def llama(shared_llama, traced_llama):
+    return Subject(shared_llama, traced_llama)
 
 
 @pytest.fixture(scope="module")

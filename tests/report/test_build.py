@@ -7,20 +7,20 @@ import pytest
 from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.passes import PIPELINE
 from sparda_compile.report.build import refused_report
-from sparda_compile.testing import build, tiny_llama
+from sparda_compile.testing import build
 
 CONFIG = SpardaConfig(mode="query", top_k=4, sink_blocks=1, local_blocks=2, block_size=16)
 NAMES = [graph_pass.name for graph_pass in PIPELINE]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
+def model(shared_llama):
+    return shared_llama
 
 
 @pytest.fixture(scope="module")
-def fast(model):
-    return optimize(model, CONFIG)
+def fast(traced_llama):
+    return optimize(traced_llama, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,13 @@ PADDING = (50, 3, 0)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
+def model(shared_llama):
+    return shared_llama
 
 
 @pytest.fixture(scope="module")
-def fast(model):
-    return optimize(model, BASE)
+def fast(traced_llama):
+    return optimize(traced_llama, BASE)
 
 
 @pytest.fixture(scope="module")

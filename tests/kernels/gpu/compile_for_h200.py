@@ -57,6 +57,7 @@ def ints(*shape):
 
 
 def run_all(dtype, dim, size):
+    """Launch each kernel once, and those with tiles of keys in both of their forms."""
     geometry = Geometry(BLOCKS, size, 32, 16)
     lengths, host = ints(BATCH), torch.zeros(BATCH, GROUPS, dtype=torch.int64)
     query = torch.zeros(BATCH, HEADS, 1, dim, dtype=dtype)
@@ -104,7 +105,18 @@ def run_all(dtype, dim, size):
     )  # fmt: skip
 
 
-for shape in sys.argv[1:]:
-    name, dim, size = shape.split(",")
-    run_all(getattr(torch, name), int(dim), int(size))
+def run_largest(dtype, dim, size):
+    """Launch those whose tiles of keys fill shared memory."""
+    geometry = Geometry(BLOCKS, size, 32, 16)
+    query = torch.zeros(BATCH, HEADS, 1, dim, dtype=dtype)
+    pooled = torch.zeros(BATCH, GROUPS, geometry.num_windows, dim, dtype=dtype)
+    scores = torch.zeros(BATCH, GROUPS, BLOCKS)
+    score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
+    pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
+    ids = ints(BATCH, GROUPS, SELECTED)
+    attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
+
+
+run_all(torch.bfloat16, 128, 64)
+run_largest(torch.float32, 256, 128)
 json.dump({name: [len(found), max(found.values())] for name, found in shared.items()}, sys.stdout)

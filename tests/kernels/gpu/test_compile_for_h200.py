@@ -18,10 +18,9 @@ MOST_SHARED = 227 * 1024
 
 
 def test_kernels_compile_and_fit(tmp_path):
-    shapes = ["bfloat16,128,64", "float32,256,128"]  # the usual one, and the largest supported
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *shapes],
+        [sys.executable, "-W", "ignore", str(SCRIPT)],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
