@@ -27,7 +27,7 @@ help: ## List the targets.
 venv: $(STAMP) ## Build .venv, or bring it up to date with pyproject.toml.
 
 # torch goes first and alone: the constraint then keeps pip from replacing it by a build that
-# brings gigabytes of CUDA packages. Python compiles what is imported, all of it would take half a minute.
+# brings gigabytes of CUDA packages. Python compiles what it imports; pip would compile all of it.
 $(STAMP): pyproject.toml
 	$(if $(PYTHON),,$(error needs Python 3.10 or newer; set PYTHON to one))
 	$(PYTHON) -m venv $(VENV)

@@ -239,6 +239,20 @@ def test_two_caches_of_one_module_have_graphs_of_their_own(lab):
     assert torch.equal(torch.stack(logits[0])[1:], wanted[1:31])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("offload", ["always", "never"])
+def test_a_cache_that_the_model_filled_is_taken_over(lab, offload):
+    module = lab.module("query", top_k=None, offload=offload)
+    positions = (lab.mask.cumsum(1) - 1).clamp(min=0)
+    past = lab.model(lab.ids, attention_mask=lab.mask, position_ids=positions).past_key_values
+    taken = module.new_cache(past=past, attention_mask=lab.mask)
+    read = module(lab.ids, attention_mask=lab.mask).past_key_values
+    assert taken.kv.lengths() == read.kv.lengths() == list(PROMPT_LENGTHS)
+    for token in lab.ids[:, -40:].split(1, dim=1):
+        logits = module(token, past_key_values=taken).logits
+        torch.testing.assert_close(logits, module(token, past_key_values=read).logits)
+
+
 def test_no_recompilation_and_one_graph_over_many_lengths(lab):
     module = lab.module("forecast", lowering="inductor")
     for steps in (5, 70, 33):
