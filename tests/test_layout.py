@@ -131,6 +131,36 @@ def test_module_declares_its_names_and_defers_annotations(module):
     )
 
 
+# In a process that has only torch and transformers, a child for each name imports it first.
+IMPORT_EACH = """
+import importlib, os, sys, traceback
+import torch, transformers
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(name)
+"""
+
+
+def test_every_part_can_be_imported_first():
+    """Parts that import each other must not depend on which of them comes first."""
+    modules = {"training.trainer", "hints.forecast", *(path.stem for path in PACKAGE.glob("*.py"))}
+    modules |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    parts = [f"sparda_compile.{name}" for name in sorted(modules) if not name.startswith("_")]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT_EACH, *parts],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 def test_import_is_lean():
     code = (
         "import json, sys, sparda_compile, torch\n"
