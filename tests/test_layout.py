@@ -181,7 +181,8 @@ def tracked_text():
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip(
-            "checks the files that git tracks, and an unpacked archive has no git to list them"
+            "reads what would be committed; outside a git checkout nothing tells these files from "
+            "those that were made here, such as reports, whose paths may be those of this machine"
         )
     for name in listing.decode().split("\0"):
         path = ROOT / name

@@ -29,8 +29,8 @@ def work(gym, batches, rank, port, out):
 
 @pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="forks this process to spare two more traces, and CUDA does not survive a fork; where "
-    "there is no GPU, as in CI, it runs",
+    reason="the two processes are forks of this one, and a process that has used CUDA cannot be "
+    "forked; what is tested is the exchange of gradients on CPUs, which CI runs",
 )
 def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
     batches = gym.batches(4, length=100)
