@@ -34,7 +34,6 @@ from sparda_compile.commands.evaluate import evaluate_model
 from sparda_compile.commands.train import train_model
 from sparda_compile.config import HINT_NAMES, MACHINE_NAMES, SELECTOR_NAMES, SpardaConfig, round_up
 from sparda_compile.errors import ConfigError
-from sparda_compile.small_model import has_small_model
 
 if TYPE_CHECKING:
     from sparda_compile.demo import Demo
@@ -152,12 +151,12 @@ def demo(
         typer.Option(help="Mode to run, may be given again. [default: all of them]"),
     ] = None,
     model: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="small: the shipped model finds needles in a haystack; random: a tiny random "
-            "Llama is compared with the original. [default: small, if its weights are there]"
+            "Llama is compared with the original."
         ),
-    ] = None,
+    ] = "small",
     tokens: Annotated[
         int | None, typer.Option(min=64, help="Tokens to read. [default: 16448; random: 8192]")
     ] = None,
@@ -174,13 +173,12 @@ def demo(
 ) -> None:
     """Run a small model in every mode on the CPU: what is right, what is equal, what moves."""
     with errors_as_sentences():
-        chosen = model or ("small" if has_small_model() else "random")
-        if chosen not in ("small", "random"):
-            raise ConfigError(f"--model {chosen} is not known; use small or random.")
+        if model not in ("small", "random"):
+            raise ConfigError(f"--model {model} is not known; use small or random.")
         result: Demo | NeedleDemo
         with progress() as say:
             say("importing torch and transformers")
-            if chosen == "small":
+            if model == "small":
                 from sparda_compile.needle_demo import run_shipped_model
 
                 result = run_shipped_model(modes=mode, num_tokens=tokens, seed=seed, progress=say)

@@ -188,7 +188,7 @@ def run_shipped_model(
     """Run the demo with the model that the package ships.
 
     Args:
-        modes: Modes to run; None is all, without `forecast` if the model has none.
+        modes: Modes to run; None is all.
         num_tokens: Tokens of haystack, questions and answers; None is 16448.
         seed: Seed of the haystack.
         progress: Called with what is being done, before each mode.
@@ -197,12 +197,10 @@ def run_shipped_model(
         BackendUnavailableError: If the model's weights are not there.
         ConfigError: As for `run_needle_demo`.
     """
-    model, forecast = load_small_model(), load_small_forecast()
-    default = [mode for mode in NEEDLE_MODES if mode != "forecast" or forecast]
     return run_needle_demo(
-        model,
-        forecast,
-        modes=modes or default,
+        load_small_model(),
+        load_small_forecast(),
+        modes=modes or NEEDLE_MODES,
         num_tokens=num_tokens or _NUM_TOKENS,
         seed=seed,
         progress=progress,

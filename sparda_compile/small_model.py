@@ -39,7 +39,7 @@ def small_model_folder() -> Path:
 
 
 def has_small_model() -> bool:
-    """Whether the weights are there: a source checkout may lack them."""
+    """Whether the weights are where the package has them."""
     return (small_model_folder() / _WEIGHTS).is_file()
 
 

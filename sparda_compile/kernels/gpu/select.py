@@ -69,8 +69,8 @@ def _largest(key, low, span, found, wanted):
     """Mark the `wanted` largest keys; ties go to the lower position.
 
     Of the keys, `found` are at least `low`, which are enough, and too few reach `low` + `span`.
-    Four thresholds at a time narrow that down, their counts in the four quarters of one integer,
-    until just as many as wanted are above one or two neighbours are left.
+    Four thresholds at a time narrow that down, their counts in the four quarters of one integer:
+    until as many as wanted are left, or only ties.
     """
     low = low.to(tl.int64)
     high = low + span
