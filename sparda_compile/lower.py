@@ -65,6 +65,9 @@ def _compile(gm: fx.GraphModule) -> Callable[..., Any]:
         # Else Inductor times its reductions and picks one: two programs of one model would round
         # their sums differently, and so would one program compiled twice.
         "deterministic": True,
+        # Else what Inductor fuses decides where it rounds, and which products it adds without
+        # rounding: a schedule would change the logits. So every op rounds as it does in eager.
+        "emulate_precision_casts": True,
     }
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         compiled = compile_fx(_copy(gm), inputs, config_patches=patches)

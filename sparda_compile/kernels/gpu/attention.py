@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from sparda_compile.kernels.gpu.launch import interpreting, power_of_two, rows_of
+from sparda_compile.kernels.gpu.launch import interpreting, launch_early, power_of_two, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["merge", "partials"]
 
 # Measured on one H200 (head_dim 128, blocks of 64, bf16): of 1 to 4 stages, 4 and 8 warps, and of
-# merging 2048 to 16384 elements at a time.
+# merging 2048 to 16384 elements at a time by 1 to 8 warps.
 _STAGES: Final = 3
 # Two tiles of keys and two of values have to fit the shared memory of a multiprocessor. A block
 # with more bytes is read in parts.
@@ -41,7 +42,7 @@ def _partials(
     SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
-    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0), tl.program_id(1)
     row, group = pair // groups, pair % groups
@@ -66,7 +67,7 @@ def _partials(
             mask=(head[:, None] < HEADS) & is_dim[None, :],
             other=0.0,
         )
-        if UPCAST:
+        if INTERPRETED:
             q = q.to(tl.float32)
         for i in tl.range(BLOCKS * PARTS, num_stages=STAGES):
             token = i % PARTS * TOKENS + tl.arange(0, TOKENS)
@@ -80,7 +81,7 @@ def _partials(
             mask = seen[:, None] & is_dim[None, :]
             keys = tl.load(place, mask=mask, other=0.0)
             values = tl.load(place + SIZE * DIM, mask=mask, other=0.0)
-            if UPCAST:
+            if INTERPRETED:
                 keys, values = keys.to(tl.float32), values.to(tl.float32)
             dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
             if SOFTCAP:
@@ -96,6 +97,8 @@ def _partials(
                 weight.to(values.dtype), values, input_precision="ieee"
             )
             peak = new_peak
+    if not INTERPRETED:
+        cuda.gdc_launch_dependents()
     place = (pair.to(tl.int64) * splits + split) * HEADS + head
     nothing = total == 0.0
     result = acc / tl.where(nothing, 1.0, total)[:, None]
@@ -165,9 +168,11 @@ def partials(
 def _merge(
     out, lse, late_out, late_lse, merged, splits,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
-    TILE: tl.constexpr, LATE: tl.constexpr,
+    TILE: tl.constexpr, LATE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, head = tl.program_id(0), tl.program_id(1)
+    if not INTERPRETED:
+        cuda.gdc_wait()
     dims = tl.arange(0, DIMS)
     is_dim = dims < DIM
     rows = pair.to(tl.int64) * splits
@@ -223,6 +228,7 @@ def merge(
     dims = power_of_two(dim)
     _merge[(batch * groups, heads)](
         out_BGSRD, lse_BGSR, late_out, late_lse, merged, splits, heads, padded, dim, dims,
-        min(padded, max(_MERGE_TILE // dims, 1)), late is not None, num_warps=4,
+        min(padded, max(_MERGE_TILE // dims, 1)), late is not None, interpreting(), num_warps=1,
+        **launch_early(),
     )  # fmt: skip
     return merged

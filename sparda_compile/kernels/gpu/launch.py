@@ -1,4 +1,10 @@
-"""What every Triton kernel of this folder shares: sizes of tiles, and the interpreter's needs."""
+"""What every Triton kernel of this folder shares: sizes of tiles, launches, the interpreter.
+
+A kernel that reads only what the kernel just before it wrote may begin while that one ends: its
+launch is then paid for in advance. The first says `gdc_launch_dependents`, the second `gdc_wait`
+before it reads anything, and is launched with `launch_early()` (CUDA's programmatic dependent
+launch). Both are launched by one function, so that nothing comes between them in the stream.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +15,17 @@ import triton
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["interpreting", "power_of_two", "rows_of"]
+__all__ = ["interpreting", "launch_early", "power_of_two", "rows_of"]
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def launch_early() -> dict[str, bool]:
+    """Return the launch options of a kernel that begins with `gdc_wait`."""
+    return {} if interpreting() else {"launch_pdl": True}
 
 
 def power_of_two(size: int, least: int = 1) -> int:

@@ -137,7 +137,7 @@ def _pick(
 
 @triton.jit
 def _assign(
-    block_id, page, wanted, place, length, current, pair, block_table, page_block, page_stamp,
+    block_id, page, wanted, column, length, current, pair, block_table, page_block, page_stamp,
     page_ids, miss_blocks, miss_pages, num_blocks, num_pages,
     SELECTED: tl.constexpr, PAGES: tl.constexpr, TOUCH: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def _assign(
     # What the other side has to know: which blocks need a page, where their page is written down,
     # and, by a stamp that no step has, which pages are in use now.
     tl.store(miss_blocks + rank, block_id, mask=absent)
-    tl.store(miss_pages + rank, place, mask=absent)
+    tl.store(miss_pages + rank, column, mask=absent)
     stamped = page_stamp + pair * num_pages + page
     stamp_of_hit = tl.load(stamped, mask=hit, other=0)
     tl.debug_barrier()
@@ -200,35 +200,29 @@ def _select_pages(
     column = tl.arange(0, COLUMNS)
     inside = column < SELECTED
     listed = pair * SELECTED + column
-    table = block_table + pair * num_blocks
-    # The blocks in question, the page of each, and its place among the ids: all blocks of the
-    # sequence where they are still to be picked, those of the list where they are given.
     if SELECT:
-        block_id = tl.arange(0, BLOCKS)
-        if PLAN:
-            page = tl.load(table + block_id, mask=block_id < num_blocks, other=-1)
-        wanted = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS)
-        place = tl.cumsum(wanted.to(tl.int32), 0) - 1
-        num_wanted = tl.minimum(current + 1, SELECTED)
-        tl.store(block_ids + pair * SELECTED + place, block_id, mask=wanted)
-        tl.store(block_ids + listed, -1, mask=inside & (column >= num_wanted))
-    else:
-        place = column
+        block = tl.arange(0, BLOCKS)
+        picked = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS)
+        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
+        tl.store(block_ids + pair * SELECTED + rank, block, mask=picked)
+        num_picked = tl.minimum(current + 1, SELECTED)
+        tl.store(block_ids + listed, -1, mask=inside & (column >= num_picked))
+        tl.debug_barrier()
+    if PLAN:
+        table = block_table + pair * num_blocks
         block_id = tl.load(block_ids + listed, mask=inside, other=-1)
         wanted = block_id >= 0
         page = tl.load(table + block_id, mask=wanted, other=-1)
         num_wanted = tl.sum(wanted.to(tl.int32), 0)
-    if PLAN:
         absent = wanted & (page < 0)
         fetch = absent & (block_id < current)
         num_fetched = tl.sum(fetch.to(tl.int32), 0)
-        here = pair * SELECTED + place
-        tl.store(is_miss + here, fetch.to(tl.int8), mask=wanted)
-        tl.store(is_miss + listed, 0, mask=inside & (column >= num_wanted))
-        tl.store(page_ids + listed, -1, mask=inside & (column >= num_wanted))
+        tl.store(is_miss + listed, fetch.to(tl.int8), mask=inside)
         if RESIDENT:
             # Nothing ever leaves, so blocks and pages are handed out in step: they are the same.
-            page = tl.where(absent, block_id, page)
+            page = block_id
+        tl.store(page_ids + listed, page, mask=inside)
+        if RESIDENT:
             tl.debug_barrier()
             tl.store(table + block_id, page, mask=absent)
             tl.store(page_block + pair * num_pages + page, block_id, mask=absent)
@@ -236,12 +230,10 @@ def _select_pages(
             rank = pair * SELECTED + tl.cumsum(fetch.to(tl.int32), 0) - 1
             tl.store(miss_blocks + rank, block_id, mask=fetch)
             tl.store(miss_pages + rank, page, mask=fetch)
-            tl.store(page_ids + here, page, mask=wanted)
             tail = -1
         else:
-            tl.store(page_ids + here, page, mask=wanted & (page >= 0))
             tail = _assign(
-                block_id, page, wanted, place, length, current, pair, block_table, page_block,
+                block_id, page, wanted, column, length, current, pair, block_table, page_block,
                 page_stamp, page_ids, miss_blocks, miss_pages, num_blocks, num_pages, SELECTED,
                 PAGES, TOUCH,
             )  # fmt: skip
@@ -280,7 +272,8 @@ def _launch(
             f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
         )
     resident = num_pages == num_blocks
-    warps = 8 if do_select and num_blocks > 1024 else 4
+    # Measured on one H200: what the warps have to tell each other takes longer than what they do.
+    warps = max(2, min(16, power_of_two(num_blocks) // 1024)) if do_select else 4
     _select_pages[(batch * groups,)](
         scores, lengths, ids, *tables, *out, groups, num_blocks, num_pages,
         choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
