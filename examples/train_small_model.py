@@ -9,11 +9,13 @@ with the same --out goes on where the first one stopped:
 
     python examples/train_small_model.py --out runs/small --max-minutes 8          one GPU
     python examples/train_small_model.py --out runs/toy --preset toy               one CPU core
+    python examples/train_small_model.py --out runs/more --start DIR --pooled-loss 1
     python examples/train_small_model.py --out runs/f --model DIR --forecast-steps 600
 
 Afterwards `--out` holds model/config.json, model/model.safetensors (fp16), summary.json, log.jsonl
-and checkpoint.pt. `--forecast-steps N` also trains the Forecast, forecast.safetensors; with --model
-it does so for a model that was trained before.
+and checkpoint.pt. `--start DIR` begins with the weights of a model that was trained before, at the
+long stages, each to its end. `--forecast-steps N` also trains the Forecast, forecast.safetensors;
+with --model it does so for a model that was trained before.
 """
 
 from __future__ import annotations
@@ -71,6 +73,9 @@ class Run:
         self.stage_id, self.step, self.elapsed = 0, 0, 0.0
         if (self.out / "checkpoint.pt").exists():
             self.resume()
+        elif args.start:
+            self.model.load_state_dict(load_model(args.start, torch.float32).state_dict())
+            self.stage_id = max(len(self.preset.stages) - 2, 0)
         # A fresh generator for each start: a resumed run does not see the first batches again.
         self.generator = torch.Generator(self.device).manual_seed(1000 * self.step + args.seed)
         self.rng = random.Random(1000 * self.step + args.seed)
@@ -106,7 +111,7 @@ class Run:
     def learning_rate(self, progress):
         warmup = min(1.0, (self.step + 1) / 100)
         decay = min(1.0, max((1.0 - progress) / 0.3, 0.02))
-        return self.preset.learning_rate * warmup * decay
+        return self.args.learning_rate * warmup * decay
 
     def pick_stage(self):
         """Return the stage of this step: the present one, or one before it lest it be lost."""
@@ -115,7 +120,10 @@ class Run:
         return self.preset.stages[self.stage_id]
 
     def train_step(self, stage, progress):
-        """Return the loss, and the share of right answers if the step was one of lookups."""
+        """Return the losses of answers and blocks, and the share of right answers.
+
+        None if the step was not one of lookups.
+        """
         maker = Maker(stage.batch_size, stage.length, self.generator)
         is_lookup = self.rng.random() >= stage.other_tasks
         batch = lookups(stage, maker, self.rng) if is_lookup else other_task(maker, self.rng)
@@ -140,17 +148,18 @@ class Run:
             else:
                 return
             weights = (self.args.attention_loss, self.args.pooled_loss)
-            extra.extend(weight * part for weight, part in zip(weights, pairs, strict=True))
+            extra.extend(zip(weights, pairs, strict=True))
 
         with self.autocast():
             logits = answer_logits(self.model, batch, positions, watch)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.answers_BA.flatten())
-        (loss + sum(extra)).backward()
+        (loss + sum(weight * part for weight, part in extra)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         right = (logits.detach().argmax(-1) == batch.answers_BA).float().mean()
-        return loss.detach(), right if is_lookup else None
+        # The last pair is that of the last lookup layer.
+        return (loss.detach(), extra[-1][1].detach(), right) if is_lookup else None
 
 
 def train(run):
@@ -162,24 +171,25 @@ def train(run):
     while run.elapsed < limit:
         present = preset.stages[run.stage_id]
         stage = run.pick_stage()
-        loss, right = run.train_step(stage, run.elapsed / limit)
-        if stage is present and right is not None:
-            recent.append(torch.stack([loss, right]))
+        found = run.train_step(stage, run.elapsed / limit)
+        if stage is present and found is not None:
+            recent.append(torch.stack(found))
         run.step += 1
         if run.step % 20 or not recent:
             continue
-        mean_loss, accuracy = torch.stack(list(recent)).mean(0).tolist()
+        mean_loss, blocks_loss, accuracy = torch.stack(list(recent)).mean(0).tolist()
         now = time.perf_counter()
         run.elapsed = before + now - start
         status = (
             f"{run.elapsed:6.0f} s  step {run.step:6d}  length {present.length:6d}  "
-            f"loss {mean_loss:.4f}  answers {100 * accuracy:5.1f}%"
+            f"loss {mean_loss:.4f}  blocks {blocks_loss:.3f}  answers {100 * accuracy:5.1f}%"
         )
         if now - last_print > args.print_seconds:
             last_print = now
             say(status)
         is_last = run.stage_id == len(preset.stages) - 1
         is_mastered = accuracy > preset.mastered and len(recent) == recent.maxlen
+        is_mastered &= not args.start
         if not is_last and (is_mastered or run.elapsed > present.end * limit):
             say(status + "  stage done")
             run.stage_id += 1
@@ -346,8 +356,11 @@ def parse(arguments=None):
     parser.add_argument("--attention-loss", type=float, default=0.5)
     parser.add_argument("--pooled-loss", type=float, default=0.1)
     parser.add_argument("--forecast-steps", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, help="[default: the preset's]")
+    parser.add_argument("--start", help="folder of a model to go on with")
     parser.add_argument("--model", help="folder of a trained model, instead of training one")
     args = parser.parse_args(arguments)
+    args.learning_rate = args.learning_rate or PRESETS[args.preset].learning_rate
     if args.compile is None:
         args.compile = args.device.startswith("cuda")
     return args

@@ -16,6 +16,7 @@ from sparda_compile.errors import (
     ConfigError,
     UnsupportedInputError,
 )
+from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.forecast_weights import fit_forecast, load_forecast
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
@@ -23,7 +24,6 @@ from sparda_compile.program import (
     Captures,
     Plan,
     forecast_shapes,
-    initial_forecast,
     make_plan,
     planned_capacity,
 )
@@ -56,7 +56,7 @@ def optimize(
         config: What to build; None is `SpardaConfig()`.
         forecast: Forecast weights by target layer, [G*D, hidden] each, as `train_forecast`
             returns them, or a file of them: what it wrote, or a released `.pt` checkpoint. None
-            initialises them afresh, with a warning.
+            takes those that training starts from, with a warning.
 
     Returns:
         A module with the model's `forward` and `generate`, and `.sparda`.
@@ -157,11 +157,13 @@ def _forecast_weights(
     weight = next(captures.model.parameters())
     if given is None:
         warnings.warn(
-            "Forecast weights are freshly initialised, so the blocks that they pick are close to "
-            "random; train them, or use mode='query' or mode='exact' until then.",
+            "Forecast weights are not trained: they start from the mean of each group's query "
+            "heads. Train them with `sparda train` or train_forecast, and pass them as forecast.",
             stacklevel=3,
         )
-        return initial_forecast(shapes, weight.dtype, weight.device)
+        return initial_forecast(
+            plan.stages[0].graph, plan.sites, shapes, plan.captured, weight.dtype
+        )
     loaded = load_forecast(given) if isinstance(given, (str, Path)) else given
     fitting = fit_forecast(loaded, shapes, captures.model_name, config)
     return {layer: tensor.detach().to(weight) for layer, tensor in fitting.items()}

@@ -237,7 +237,7 @@ def _configs(modes: Sequence[str], num_tokens: int) -> Iterator[SpardaConfig]:
 def _optimize(model: Any, config: SpardaConfig) -> OptimizedModule:
     with warnings.catch_warnings():
         # The demo says so itself, once.
-        warnings.filterwarnings("ignore", message="Forecast weights are freshly initialised")
+        warnings.filterwarnings("ignore", message="Forecast weights are not trained")
         return optimize(model, config)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-import warnings
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
@@ -129,8 +128,8 @@ def run_needle_demo(
 
     Args:
         model: A causal LM with the vocabulary of the tasks, in eval mode, on the CPU.
-        forecast: Its Forecast by target layer; without one, mode `forecast` picks blocks close to
-            random, and `exact` goes by the step before.
+        forecast: Its Forecast by target layer; without one, mode `forecast` runs untrained, with
+            a warning, and `exact` goes by the step before.
         modes: Modes to run.
         num_tokens: Tokens of haystack, questions and answers.
         seed: Seed of the haystack.
@@ -151,7 +150,7 @@ def run_needle_demo(
     for config in configs:
         progress(f"mode {config.mode}")
         weights = forecast if config.needs_forecast else None
-        fast = _optimize(fast or model, config, weights)
+        fast = optimize(fast or model, config, forecast=weights)
         answers, token_ms = _answer(fast, past, batch)
         recall = None
         if config.mode != "dense" and (forecast or config.mode != "forecast"):
@@ -216,15 +215,6 @@ def _config(mode: str, num_tokens: int, *, has_forecast: bool) -> SpardaConfig:
     )
     capacity = round_up(num_tokens, base.block_size)
     return budget_config(base.replace(max_tokens=capacity, top_k=None), num_tokens, _SHARE)
-
-
-def _optimize(
-    model: Any, config: SpardaConfig, forecast: Mapping[int, Tensor] | None
-) -> OptimizedModule:
-    with warnings.catch_warnings():
-        # Without a Forecast the demo fails in words of its own.
-        warnings.filterwarnings("ignore", message="Forecast weights are freshly initialised")
-        return optimize(model, config, forecast=forecast)
 
 
 def _answer(fast: OptimizedModule, past: Any, batch: TaskBatch) -> tuple[list[int], float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 import weakref
 from functools import cached_property
@@ -48,7 +47,6 @@ __all__ = [
     "Plan",
     "Program",
     "forecast_shapes",
-    "initial_forecast",
     "make_plan",
     "planned_capacity",
 ]
@@ -354,16 +352,3 @@ def forecast_shapes(plan: Plan) -> dict[int, tuple[int, ...]]:
         if target:
             shapes[int(target[1])] = tuple(int(s) for s in fake_value(node).shape)
     return shapes
-
-
-def initial_forecast(
-    shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, device: torch.device
-) -> dict[int, Tensor]:
-    """Return fresh projections, U(-1/sqrt(hidden), 1/sqrt(hidden)), seeded (SparDA's init)."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer, shape in sorted(shapes.items()):
-        bound = 1.0 / math.sqrt(shape[1])
-        weight = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        weights[layer] = weight.to(device=device, dtype=dtype)
-    return weights

@@ -51,8 +51,7 @@ _TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
     ("overlap", "%", lambda totals: 100 * totals.overlap),
 )
 _FRESH_FORECAST = """\
-The Forecast weights are freshly initialised, so the blocks that they pick are close to random; \
-they have to be trained."""
+The Forecast weights are not trained: they start from the mean of each group's query heads."""
 
 
 def print_report(report: Report, console: Console) -> None:

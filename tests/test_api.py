@@ -184,9 +184,15 @@ class TestForecast:
             int(name[1:]): value for name, value in changes.items()
         }
 
-    def test_fresh_weights_warn(self, fast, works):
-        with pytest.warns(UserWarning, match="freshly initialised"):
+    def test_untrained_weights_are_the_mean_query_and_warn(self, fast, model, works):
+        words = r"not trained.*mean of each group's query heads.*`sparda train` or train_forecast"
+        with pytest.warns(UserWarning, match=words) as warned:
             module = optimize(fast, FORECAST)
+        assert [w.filename for w in warned] == [__file__]
+        for number, layer in enumerate(model.model.layers):
+            heads = layer.self_attn.q_proj.weight.detach().view(2, 2, 16, HIDDEN)
+            weight = module.state_dict()[f"sparda_forecast.{number}"]
+            torch.testing.assert_close(weight, heads.mean(1).flatten(0, 1), rtol=0, atol=1e-7)
         works(module)
 
     def test_given_weights_do_not_warn_and_are_used(self, fast, works, recwarn):

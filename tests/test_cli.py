@@ -137,8 +137,8 @@ def test_demo_prints_a_table(sparda, tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     assert "original" in result.stdout
-    assert result.stdout.count("freshly initialised") == 1
-    assert "freshly" not in result.stderr
+    assert result.stdout.count("Forecast weights are not trained") == 1
+    assert "not trained" not in result.stderr
     assert "Wrote sparda-demo.html" in result.stdout
     assert (tmp_path / "sparda-demo.html").exists()
 

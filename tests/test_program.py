@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.passes import PIPELINE, fuse_projections
 from sparda_compile.passes.fuse_projections import JOINED_KEY
 from sparda_compile.plain import as_causal_lm, sliding_windows
@@ -17,7 +17,6 @@ from sparda_compile.program import (
     Plan,
     Program,
     forecast_shapes,
-    initial_forecast,
     make_plan,
 )
 from sparda_compile.runtime.kv_cache import KVCache
@@ -50,6 +49,11 @@ def plan_of(
         max_tokens=64,
         trace_steps=trace_steps,
     )
+
+
+def forecast_of(plan: Plan) -> dict[int, torch.Tensor]:
+    graph, shapes = plan.stages[0].graph, forecast_shapes(plan)
+    return initial_forecast(graph, plan.sites, shapes, plan.captured, torch.float32)
 
 
 def placeholders(plan: Plan) -> list[str]:
@@ -138,34 +142,10 @@ def test_forecast_shapes_are_those_of_the_mode(
     assert all(shape == (2 * 16, 48) for shape in shapes.values())
 
 
-def test_initial_forecast_is_uniform_and_bounded() -> None:
-    weight = initial_forecast({0: (256, 400)}, torch.float32, torch.device("cpu"))[0]
-    bound = 1 / math.sqrt(400)
-    assert 0.999 * bound < weight.max().item() <= bound
-    assert -bound <= weight.min().item() < -0.999 * bound
-    assert weight.mean().abs().item() < 0.01 * bound
-    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
-
-
-def test_initial_forecast_depends_on_nothing_but_the_shapes() -> None:
-    cpu = torch.device("cpu")
-    first = initial_forecast({0: (32, 48), 1: (32, 48)}, torch.float32, cpu)
-    torch.manual_seed(9)
-    state = torch.get_rng_state()
-    second = initial_forecast({1: (32, 48), 0: (32, 48)}, torch.float32, cpu)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(first[layer], second[layer]) for layer in (0, 1))
-    assert not torch.equal(first[0], first[1])
-    half = initial_forecast({0: (32, 48)}, torch.bfloat16, cpu)[0]
-    assert half.dtype == torch.bfloat16
-    assert torch.equal(half, first[0].bfloat16())
-
-
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_program_takes_what_its_graph_asks_for(captures: Captures, phase: str) -> None:
     plan = plan_of(captures, phase, batch_size=2)
-    forecast = initial_forecast(forecast_shapes(plan), torch.float32, torch.device("cpu"))
-    program = Program(plan, forecast)
+    program = Program(plan, forecast_of(plan))
     kv = KVCache(plan.layout, torch.device("cpu"))
     num_tokens = 1 if phase == "decode" else 5
     ids = torch.arange(2 * num_tokens).reshape(2, num_tokens)
@@ -272,10 +252,7 @@ def test_programs_of_one_model_share_their_joined_weights(
 ) -> None:
     monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
     plans = [plan_of(captures, batch_size=size, machine="h200") for size in (1, 2)]
-    forecast, other = (
-        initial_forecast(forecast_shapes(plans[0]), torch.float32, torch.device("cpu"))
-        for _ in range(2)
-    )
+    forecast, other = (forecast_of(plans[0]) for _ in range(2))
     joined = [
         [weight.tensor.data_ptr() for weight in program._joined]
         for program in (Program(plans[0], forecast), Program(plans[1], forecast))

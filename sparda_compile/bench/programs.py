@@ -18,6 +18,7 @@ import torch
 from sparda_compile.cache_layout import CacheLayout
 from sparda_compile.capture import specialize
 from sparda_compile.config import Lowering, SpardaConfig
+from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.machine import machine_for
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
@@ -30,7 +31,6 @@ from sparda_compile.program import (
     Plan,
     Program,
     forecast_shapes,
-    initial_forecast,
     make_plan,
 )
 
@@ -53,7 +53,7 @@ def build_program(
     trace_steps: int,
     **settings: object,
 ) -> Program:
-    """Return the decode program of a variant; its Forecast weights are random.
+    """Return the decode program of a variant; its Forecast starts as `optimize` has it.
 
     Args:
         captures: The model's traced forwards.
@@ -73,8 +73,11 @@ def build_program(
         max_tokens=max_tokens,
         trace_steps=0 if config.mode == "dense" else trace_steps,
     )
-    weight = next(captures.model.parameters())
-    return Program(plan, initial_forecast(forecast_shapes(plan), weight.dtype, weight.device))
+    dtype = next(captures.model.parameters()).dtype
+    forecast = initial_forecast(
+        plan.stages[0].graph, plan.sites, forecast_shapes(plan), plan.captured, dtype
+    )
+    return Program(plan, forecast)
 
 
 def build_body(captures: Captures, batch_size: int, lowering: Lowering = "inductor") -> Program:

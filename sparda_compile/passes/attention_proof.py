@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from sparda_compile.passes.fx import fake_value, nodes_between
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["causal_attention", "ends_in_one", "evaluate", "find_difference", "measure_scale"]
 
@@ -29,19 +29,25 @@ class NotProvableError(Exception):
     """The nodes read something that a proof cannot give a value."""
 
 
+def _on_cpu(argument: Any) -> Any:
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
 def evaluate(
     target: fx.Node,
     known: Mapping[fx.Node, Any],
     weights: Mapping[str, Tensor],
     num_tokens: int,
+    convert: Callable[[Any], Any] = _on_cpu,
 ) -> Any:
-    """Compute a node's real value on the CPU from values of some of its ancestors.
+    """Compute a node's real value from values of some of its ancestors.
 
     Args:
         target: Node to compute.
         known: Values of nodes; nothing above them is computed.
-        weights: Values of placeholders.
+        weights: Values of placeholders, which are taken to the CPU.
         num_tokens: Value of the prompt length.
+        convert: Gives what stands for an argument that is no node; the CPU for any device.
 
     Raises:
         NotProvableError: If a weight, or a buffer without a value, is needed.
@@ -54,12 +60,9 @@ def evaluate(
             needed.add(node)
             stack += node.all_input_nodes
     values: dict[fx.Node, Any] = dict(known)
-    cpu = torch.device("cpu")
 
     def value(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return values[arg]
-        return cpu if isinstance(arg, torch.device) else arg
+        return values[arg] if isinstance(arg, fx.Node) else convert(arg)
 
     for node in target.graph.nodes:
         if node not in needed:

@@ -7,8 +7,9 @@ Constants are those of SparDA (arXiv 2606.04511), Forecast training: AdamW, beta
 eps 1e-6, weight decay 0.01, gradient norm clipped at 0.5, constant rate 5e-4, 2000 steps of 32
 sequences of 64K tokens, every layer's loss with weight one.
 
-Differs from the released recipe: master weights and moments are float32, and the model attends
-densely (there it reads the blocks that the teacher chose).
+Differs from the released recipe: projections start from the model's own queries
+(`forecast_start.py`), master weights and moments are float32, and the model attends densely (there
+it reads the blocks that the teacher chose).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights
 from sparda_compile.hints.forecast import forecast_dim
-from sparda_compile.program import initial_forecast
 from sparda_compile.traced import captures_of
 from sparda_compile.training import parallel
 from sparda_compile.training.checkpoint import (
@@ -133,8 +134,12 @@ class ForecastTrainer:
         self._recall_queries = recall_queries
         self._backend: Backend = backend
         self._forwards: dict[int, TappedForward] = {}
-        fresh = initial_forecast(self._forward(1).shapes, torch.float32, self.device)
-        self.weights = {layer: nn.Parameter(weight) for layer, weight in fresh.items()}
+        forward = self._forward(1)
+        start = initial_forecast(
+            forward.graph_module.graph, forward.sites, forward.shapes,
+            self.captures.get("prefill", last_logits_only=True), torch.float32,
+        )  # fmt: skip
+        self.weights = {layer: nn.Parameter(weight) for layer, weight in start.items()}
         self.optimizer = torch.optim.AdamW(
             list(self.weights.values()), lr, betas=_BETAS, eps=_EPS, weight_decay=_WEIGHT_DECAY
         )
@@ -299,6 +304,9 @@ def train_forecast(
     progress: bool = True,
 ) -> ForecastWeights:
     """Train the Forecast projections of a model; the model itself is left as it is.
+
+    They start from the mean of the query heads of each group; a warning names layers for which
+    there is none, which start from random weights.
 
     Under `torchrun` every process takes its own batches out of the same iterable and gradients
     are averaged, so a step sees `accumulate` batches of each.

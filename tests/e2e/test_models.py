@@ -14,7 +14,7 @@ from sparda_compile.testing import TINY_MODELS, tiny_llama
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are freshly:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are not trained:UserWarning")
 
 MODES = ("dense", "query", "forecast", "exact")
 PROMPTS = (1, 63, 64, 65, 700)
@@ -144,6 +144,26 @@ def test_full_budget_generates_the_same_tokens(
     got = answer_of(subject.fast(mode), lengths, 64)
     assert_same_tokens(got, subject.answer(lengths, 64))
     assert subject.dense.sparda.num_captures == 2
+
+
+# Those without a norm on their queries; phi3 and gpt2 have one projection for all three.
+LINEAR_QUERIES = ("llama", "qwen2", "phi3", "glm4", "gpt2", "minicpm4", "plain")
+QUERY_WEIGHTS = ("q_proj.weight", "qkv_proj.weight", "attn.c_attn.weight", "query.weight")
+
+
+@pytest.mark.parametrize("subject", subjects(LINEAR_QUERIES, "sdpa"), indirect=True)
+def test_untrained_forecast_is_the_mean_of_the_query_rows(subject: Subject) -> None:
+    fast = subject.fast("forecast")
+    for site in fast.latest_plan("decode").sites:
+        (rows,) = (
+            weight.T if "c_attn" in name else weight
+            for name, weight in subject.model.named_parameters()
+            if f".{site.layer}." in name and name.endswith(QUERY_WEIGHTS)
+        )
+        heads = rows.detach()[: site.num_heads * site.head_dim].unflatten(0, (-1, site.head_dim))
+        want = heads.unflatten(0, (site.num_groups, -1)).mean(1).flatten(0, 1)
+        got = fast.state_dict()[f"sparda_forecast.{site.layer}"]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", WITH_EAGER)

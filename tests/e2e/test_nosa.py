@@ -11,7 +11,7 @@ from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import find_ops, tensor_shape
 from sparda_compile.testing import random_forecast, reference_decode, tiny_nosa
 
-pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are freshly:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are not trained:UserWarning")
 
 SIZES = {"block_size": 16, "pool_size": 8, "pool_stride": 4, "sink_blocks": 1, "local_blocks": 2}
 BUDGET = {"top_k": 4, "short_list": 2}

@@ -56,7 +56,7 @@ def test_scores_take_rotated_heads_one_per_group(lab, mode):
 
 def test_learned_positions_need_no_rotation():
     config = SpardaConfig(mode="forecast", lowering="eager")
-    with pytest.warns(UserWarning, match="freshly initialised"):
+    with pytest.warns(UserWarning, match="not trained"):
         fast = optimize(build("plain", seed=2), config)
     graph = fast.sparda.graph("decode", after="insert_forecast").graph
     for layer, weight in projections(graph).items():

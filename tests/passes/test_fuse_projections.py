@@ -9,13 +9,14 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import PassError
+from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes import fuse_projections
 from sparda_compile.passes.base import Fact, PassContext
 from sparda_compile.passes.fuse_projections import JOINED_KEY, FuseProjections
 from sparda_compile.passes.fx import call_name, fake_value, module_path, program_order
 from sparda_compile.passes.manager import FACTS_KEY, graph_text, run_passes, snapshot
-from sparda_compile.program import Program, forecast_shapes, initial_forecast, make_plan
+from sparda_compile.program import Program, forecast_shapes, make_plan
 from sparda_compile.runtime.kv_cache import KVCache
 
 SMALL = {
@@ -219,7 +220,8 @@ def test_joined_weight_has_the_rows_of_its_parts_in_order(planned):
 
 
 def _forecast(plan):
-    return initial_forecast(forecast_shapes(plan), torch.float32, CPU)
+    graph, shapes = plan.stages[0].graph, forecast_shapes(plan)
+    return initial_forecast(graph, plan.sites, shapes, plan.captured, torch.float32)
 
 
 def logits_of(plan, steps=40):

@@ -22,8 +22,36 @@ def train(gym, batches, steps, **options):
     return train_forecast(gym.model, batches, steps=steps, **options)
 
 
-def test_loss_falls_and_recall_rises_and_a_decode_takes_the_weights(gym):
+def random_start(graph, sites, shapes, captured, dtype):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        layer: torch.empty(shape).uniform_(-1 / 8, 1 / 8, generator=generator)
+        for layer, shape in shapes.items()
+    }
+
+
+def test_it_goes_on_from_the_mean_query_of_each_group(gym):
+    held_out = gym.batches(2, length=320, seed=9)
+    trainer = ForecastTrainer(gym.model, gym.config, 1e-9)
+    for number, layer in enumerate(gym.model.model.layers):
+        heads = layer.self_attn.q_proj.weight.detach().view(2, 2, 16, 64)
+        assert trainer.weights[number].dtype == torch.float32
+        torch.testing.assert_close(
+            trainer.weights[number].detach(), heads.mean(1).flatten(0, 1), rtol=0, atol=1e-7
+        )
+    start = trainer.step(held_out)
+    weights = train(gym, gym.batches(12, length=320), 40)
+    with torch.no_grad():
+        for layer, weight in trainer.weights.items():
+            weight.copy_(weights[layer])
+    assert trainer.step(held_out).loss < 0.95 * start.loss
+
+
+def test_from_random_weights_loss_falls_and_recall_rises_and_a_decode_takes_the_weights(
+    gym, monkeypatch
+):
     """Layer 0 forecasts from what its own query is made of, so much can be predicted."""
+    monkeypatch.setattr(trainer_module, "initial_forecast", random_start)
     held_out = gym.batches(2, length=320, seed=9)
     reports = []
     weights = train(gym, gym.batches(12, length=320), 150, lr=1e-2, on_step=reports.append)
