@@ -168,6 +168,7 @@ class Emitter:
 
 def propagate(node: fx.Node) -> Any:
     """Compute a node's fake value from those of its inputs."""
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensor
 
     fakes = [fake_value(n) for n in node.all_input_nodes]
@@ -177,12 +178,19 @@ def propagate(node: fx.Node) -> Any:
         return fx.node.map_arg(arg, fake_value)
 
     args, kwargs = value(node.args), value(node.kwargs)
-    # What is computed from sizes alone has no mode, and needs none.
-    with modes[0] if modes else contextlib.nullcontext(), torch.no_grad():
+    # What is computed from sizes alone has no mode, and needs none. Where a size is a symbol,
+    # composite ops have to run in Python: in torch 2.11 matmul's C++ asks for a number.
+    is_symbolic = any(isinstance(f, Tensor) and _is_symbolic(f) for f in _leaves(fakes))
+    dispatcher = enable_python_dispatcher() if is_symbolic else contextlib.nullcontext()
+    with modes[0] if modes else contextlib.nullcontext(), torch.no_grad(), dispatcher:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+
+def _is_symbolic(value: Tensor) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in value.shape)
 
 
 def _leaves(values: Iterable[Any]) -> list[Any]:
