@@ -3,6 +3,7 @@
     gather      8 MiB of 32 KiB blocks from pinned memory, beside one memcpy of 8 MiB
     miss_list   from a Forecast to the list of misses: two launches
     attention   over 96 selected blocks, beside SDPA and FlexAttention over gathered KV
+    beside      matrix products with a copy beside them: `interference.py`
 
 Each is timed in a CUDA graph over enough data sets that the L2 cache serves none of them. Results
 are compared before anything is timed.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from sparda_compile.bench.interference import bench_interference
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 from sparda_compile.kernels.gpu import attention, copy, score, select
 from sparda_compile.kernels.sparse_attention import blocks_per_split
@@ -58,6 +60,8 @@ def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
         for heads, groups in ((32, 2), (32, 8)):
             name = f"attention_b{batch}_g{groups}"
             result[name] = _attention(device, batch, heads, groups, rate)
+    say("copies beside compute")
+    result["beside"] = bench_interference(device)
     return result
 
 

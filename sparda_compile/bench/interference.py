@@ -1,0 +1,112 @@
+"""What a copy costs the compute that runs beside it.
+
+    main stream   matrix products of a few decoder layers, each with weights of its own
+    side stream   blocks from pinned memory, by the gather kernel or by one memcpy
+    hidden        (compute alone + copy alone - both at once) / copy alone         1 if all of it is
+
+A schedule can hide a copy no better than that. Whoever copies takes something from the compute:
+multiprocessors, if a kernel does it, and bandwidth of the memory system in any case.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from sparda_compile.bench.timing import graph_us
+from sparda_compile.kernels.gpu import copy
+from sparda_compile.runtime.pinned import PinnedMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+__all__ = ["bench_interference"]
+
+# Inputs and outputs of the products of one layer of the 8b shape.
+_PRODUCTS: Final = ((4096, 4608), (4096, 4096), (4096, 32768), (16384, 4096))
+_LAYERS: Final = 6
+_BLOCKS: Final = 768
+_WORDS: Final = 8192
+_PROGRAMS: Final = (1, 2, 4, 8, 16)
+
+
+def bench_interference(
+    device: torch.device,
+    products: Sequence[tuple[int, int]] = _PRODUCTS,
+    num_blocks: int = _BLOCKS,
+) -> dict[str, Any]:
+    """Measure compute and copies, alone and at once.
+
+    Args:
+        device: A CUDA device.
+        products: Inputs and outputs of the matrix products of a layer.
+        num_blocks: Blocks of 32 KiB to copy; their copy should end before the compute does.
+
+    Returns:
+        By batch size and by who copies: microseconds, and the share that is hidden.
+    """
+    region = PinnedMemory(num_blocks * _WORDS * 4)
+    host = region.tensor.view(torch.int32).view(num_blocks, _WORDS)
+    weights = [
+        torch.randn(size, dtype=torch.bfloat16, device=device) for size in [*products] * _LAYERS
+    ]
+    result = {}
+    for batch in (1, 16):
+        inputs = {
+            width: torch.randn(batch, width, dtype=torch.bfloat16, device=device)
+            for width, _ in products
+        }
+        compute = partial(_multiply, weights, inputs)
+        alone = graph_us([compute]).median
+        rows = {}
+        for name, start in _copies(host, device).items():
+            copying, both = graph_us([start]).median, graph_us([_beside(compute, start)]).median
+            rows[name] = {
+                "copy_us": round(copying, 1),
+                "both_us": round(both, 1),
+                "hidden": round((alone + copying - both) / copying, 3),
+            }
+        result[f"b{batch}"] = {"compute_us": round(alone, 1), "by_copy": rows}
+    region.close()
+    return result
+
+
+def _multiply(weights: Sequence[Tensor], inputs: dict[int, Tensor]) -> None:
+    for weight in weights:
+        torch.mm(inputs[weight.shape[0]], weight)
+
+
+def _copies(host: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return who can copy all blocks of `host` [N, words], by name."""
+    num_blocks = len(host)
+    pages = torch.zeros(1, 1, num_blocks, 2, 64, 64, dtype=torch.int32, device=device)
+    addresses = torch.tensor([[host.data_ptr()]], device=device)
+    order = torch.arange(num_blocks, dtype=torch.int32, device=device).view(1, 1, -1)
+    shuffled = order[..., torch.randperm(num_blocks, device=device)].contiguous()
+    calls: dict[str, Callable[[], object]] = {
+        f"gather {count}": partial(copy.gather, shuffled, order, addresses, pages, count)
+        for count in _PROGRAMS
+    }
+    target = pages.view(num_blocks, -1)
+    return {**calls, "memcpy": partial(target.copy_, host, non_blocking=True)}
+
+
+def _beside(compute: Callable[[], object], start: Callable[[], object]) -> Callable[[], None]:
+    """Return a call that runs both, the copy on a stream of its own."""
+    if not torch.cuda.is_available():  # in turn, for tests alone
+        return lambda: (start(), compute(), None)[-1]
+    side = torch.cuda.Stream()
+
+    def call() -> None:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            start()
+        compute()
+        main.wait_stream(side)
+
+    return call

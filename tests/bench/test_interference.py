@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.bench.timing import Spread
+
+interference = pytest.importorskip("sparda_compile.bench.interference")
+
+CPU = torch.device("cpu")
+PRODUCTS = ((16, 32), (32, 16))
+
+
+class PlainMemory:
+    """Memory that is not pinned."""
+
+    def __init__(self, num_bytes):
+        self.tensor = torch.zeros(num_bytes, dtype=torch.uint8)
+        self.is_open = True
+
+    def close(self):
+        self.is_open = False
+
+
+def test_every_copy_brings_every_block():
+    host = torch.arange(3 * interference._WORDS, dtype=torch.int32).view(3, -1)
+    calls = interference._copies(host, CPU)
+    assert set(calls) == {"gather 1", "gather 2", "gather 4", "gather 8", "gather 16", "memcpy"}
+    for name in ("gather 2", "memcpy"):
+        calls[name]()
+        blocks, _, _, pages, _ = calls["gather 2"].args
+        want = host if name == "memcpy" else host[blocks.flatten().long()]
+        assert torch.equal(pages.view(3, -1), want)
+        pages.zero_()
+
+
+def test_hidden_is_what_the_copy_adds_no_time_for(monkeypatch):
+    made = []
+    times = iter([100.0, 40.0, 110.0] * 2)  # compute, copy, both
+
+    def memory(num_bytes):
+        made.append(PlainMemory(num_bytes))
+        return made[0]
+
+    def fake(calls):
+        for call in calls:
+            call()
+        return Spread(next(times), 0.0, 0.0, 1)
+
+    monkeypatch.setattr(interference, "PinnedMemory", memory)
+    monkeypatch.setattr(interference, "graph_us", fake)
+    monkeypatch.setattr(interference, "_copies", lambda host, device: {"memcpy": lambda: None})
+    found = interference.bench_interference(CPU, PRODUCTS, num_blocks=2)
+    row = {"copy_us": 40.0, "both_us": 110.0, "hidden": 0.75}
+    assert found == {
+        f"b{batch}": {"compute_us": 100.0, "by_copy": {"memcpy": row}} for batch in (1, 16)
+    }
+    assert not made[0].is_open
