@@ -31,12 +31,7 @@ _TINY_KERNELS: Final = 256
 
 def measure_machine(say: Callable[[str], None]) -> Machine:
     """Return the constants of the current CUDA device; `say` is told what is being measured."""
-    from sparda_compile.bench.kernels import (
-        GATHER_PROGRAMS,
-        bench_copy,
-        bench_gather,
-        bench_latencies,
-    )
+    from sparda_compile.bench.kernels import bench_copy, bench_gather, bench_latencies
 
     device = torch.device("cuda")
     say("device copy")
@@ -52,7 +47,7 @@ def measure_machine(say: Callable[[str], None]) -> Machine:
     return Machine(
         name=torch.cuda.get_device_name(),
         memory_gbps=float(memory["gbps"]),
-        link_gbps=float(link["by_programs"][GATHER_PROGRAMS]["gbps"]),
+        link_gbps=float(link["by_programs"][link["programs"]]["gbps"]),
         tflops=tflops,
         launch_us=launch_us,
         overlaps=True,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     # Query, pages, page ids, block ids, lengths.
     AttentionInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-__all__ = ["GATHER_PROGRAMS", "bench_copy", "bench_gather", "bench_kernels", "bench_latencies"]
+__all__ = ["bench_copy", "bench_gather", "bench_kernels", "bench_latencies"]
 
 _SIZE, _DIM, _SELECTED, _TOKENS = 64, 128, 96, 131072
 _BLOCKS = _TOKENS // _SIZE
@@ -41,8 +41,6 @@ _SCALE = _DIM**-0.5
 _BLOCK_BYTES = 2 * _SIZE * _DIM * 2
 _L2_BYTES = 160 << 20
 _MIB = 1 << 20
-# Programs of a gather in a decode step.
-GATHER_PROGRAMS = 8
 
 
 def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,7 +72,10 @@ def bench_copy(device: torch.device) -> dict[str, Any]:
 
 
 def bench_gather(device: torch.device) -> dict[str, Any]:
-    """Compare and measure gathers of 8 MiB from pinned memory, and one memcpy of the same."""
+    """Compare and measure gathers of 8 MiB from pinned memory, and one memcpy of the same.
+
+    `programs` are those of a decode step.
+    """
     count = 8 * _MIB // _BLOCK_BYTES
     region = PinnedMemory(1 << 31)
     host = region.tensor.view(torch.bfloat16)
@@ -107,6 +108,7 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
         }
     region.close()
     return {
+        "programs": copy.gather_programs(_BLOCK_BYTES),
         "memcpy": {**memcpy.to_dict(), "gbps": round(8 * _MIB / memcpy.median / 1e3, 2)},
         "by_programs": rows,
     }

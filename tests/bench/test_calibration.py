@@ -35,7 +35,8 @@ def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
     kernels = pytest.importorskip("sparda_compile.bench.kernels")
     rows = {programs: {"gbps": float(programs)} for programs in (1, 8, 32)}
     monkeypatch.setattr(kernels, "bench_copy", lambda device: {"gbps": 4000.0})
-    monkeypatch.setattr(kernels, "bench_gather", lambda device: {"by_programs": rows})
+    found = {"programs": 8, "by_programs": rows}
+    monkeypatch.setattr(kernels, "bench_gather", lambda device: found)
     monkeypatch.setattr(
         kernels, "bench_latencies", lambda device, rate: {**LATENCIES, "plan_pages": rate}
     )

@@ -11,12 +11,6 @@ kernels = pytest.importorskip("sparda_compile.bench.kernels")
 CPU = torch.device("cpu")
 
 
-def test_calibration_uses_the_programs_of_a_step():
-    from sparda_compile.kernels.gpu import copy
-
-    assert kernels.GATHER_PROGRAMS == copy._PROGRAMS
-
-
 @pytest.mark.parametrize(("num_bytes", "copies"), [(1, 64), (16 << 20, 10), (1 << 30, 2)])
 def test_data_sets_are_larger_than_the_cache(num_bytes, copies):
     assert kernels._copies(num_bytes) == copies

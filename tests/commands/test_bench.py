@@ -125,6 +125,7 @@ def kernels(monkeypatch):
     found = {
         "copy": {"gbps": 4000.0},
         "gather": {"memcpy": {**spread(1.0), "gbps": 50.0}, "by_programs": {}},
+        "beside": {},
     }
     module = pytest.importorskip("sparda_compile.bench.kernels")
     monkeypatch.setattr(module, "bench_kernels", lambda say: found)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparda_compile.kernels.gpu.copy import copy_runs, gather, store_tail
+from sparda_compile.kernels.gpu.copy import copy_runs, gather, gather_programs, store_tail
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SENTINEL = 0x5A
@@ -85,9 +85,16 @@ def test_gather_fetches_the_listed_blocks_and_nothing_else(device, misses, num_p
     Fetch(device, misses, 5, (4, 6), torch.float16).check(num_programs)
 
 
-@pytest.mark.parametrize("num_programs", range(1, 9))
+@pytest.mark.parametrize("num_programs", [*range(1, 9), None])
 def test_gather_with_any_number_of_programs(device, num_programs):
     Fetch(device, [[5, 0, 2], [1, 3, 0]], 5, (16, 8), torch.float32).check(num_programs)
+
+
+@pytest.mark.parametrize(
+    ("kib", "programs"), [(1, 32), (4, 32), (8, 16), (16, 8), (24, 6), (32, 4), (128, 4)]
+)
+def test_as_much_is_in_flight_whatever_the_block(kib, programs):
+    assert gather_programs(1024 * kib) == programs
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
