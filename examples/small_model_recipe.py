@@ -73,6 +73,7 @@ FULL = Preset(
         Stage(64, 1024, 9, 9, 0.2, jumps=0.0),
         Stage(512, 128, 80, 64, 0.4, other_tasks=0.1),
         Stage(4096, 16, 900, 64, 0.6, other_tasks=0.2),
+        Stage(8192, 8, NUM_KEYS, 64, 0.8, other_tasks=0.1),
         Stage(17408, 4, NUM_KEYS, 64, 1.0, other_tasks=0.2, jumps=0.3),
     ),
     eval_lengths=(1024, 4096, 8192, 16384),

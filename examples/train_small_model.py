@@ -75,7 +75,8 @@ class Run:
             self.resume()
         elif args.start:
             self.model.load_state_dict(load_model(args.start, torch.float32).state_dict())
-            self.stage_id = max(len(self.preset.stages) - 2, 0)
+            lengths = [stage.length for stage in self.preset.stages]
+            self.stage_id = next(i for i, n in enumerate(lengths) if n >= lengths[-1] / 5)
         # A fresh generator for each start: a resumed run does not see the first batches again.
         self.generator = torch.Generator(self.device).manual_seed(1000 * self.step + args.seed)
         self.rng = random.Random(1000 * self.step + args.seed)
