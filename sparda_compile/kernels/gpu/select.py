@@ -137,21 +137,17 @@ def _pick(
 
 @triton.jit
 def _assign(
-    block_id, page, wanted, column, length, current, pair, block_table, page_block, page_stamp,
-    page_ids, miss_blocks, miss_pages, num_blocks, num_pages,
+    block_id, page, wanted, column, num_absent, length, current, pair, block_table, page_block,
+    page_stamp, page_ids, miss_blocks, miss_pages, tail_page, num_blocks, num_pages,
     SELECTED: tl.constexpr, PAGES: tl.constexpr, TOUCH: tl.constexpr,
 ):  # fmt: skip
-    """Give the absent blocks the pages that leave; the i-th absent takes the i-th victim.
-
-    Returns the page of the current block, -1 if it was resident before.
-    """
+    """Give the absent blocks the pages that leave; the i-th absent takes the i-th victim."""
     number = tl.arange(0, PAGES)
     is_page = number < num_pages
     owned = pair * num_pages + number
     block = tl.load(page_block + owned, mask=is_page, other=-1)
     hit = wanted & (page >= 0)
     absent = wanted & (page < 0)
-    num_absent = tl.sum(absent.to(tl.int32), 0)
     rank = pair * SELECTED + tl.cumsum(absent.to(tl.int32), 0) - 1
     # What the other side has to know: which blocks need a page, where their page is written down,
     # and, by a stamp that no step has, which pages are in use now.
@@ -181,8 +177,8 @@ def _assign(
     tl.store(page_ids + pair * SELECTED + listed, number, mask=victim)
     tl.store(miss_pages + turn, number, mask=victim)
     tl.store(stamped, length if TOUCH else stamp_of_hit, mask=hit)
+    tl.store(tail_page + pair + number * 0, number, mask=victim & (new == current))
     tl.debug_barrier()
-    return tl.max(tl.where(victim & (new == current), number, -1), 0)
 
 
 @triton.jit
@@ -213,10 +209,15 @@ def _select_pages(
         block_id = tl.load(block_ids + listed, mask=inside, other=-1)
         wanted = block_id >= 0
         page = tl.load(table + block_id, mask=wanted, other=-1)
-        num_wanted = tl.sum(wanted.to(tl.int32), 0)
         absent = wanted & (page < 0)
         fetch = absent & (block_id < current)
-        num_fetched = tl.sum(fetch.to(tl.int32), 0)
+        # Three counts in one sum: every sum is a round of messages between warps.
+        both = absent.to(tl.int64) + (fetch.to(tl.int64) << 16) + (wanted.to(tl.int64) << 32)
+        counts = tl.sum(both, 0)
+        num_absent = (counts & 0xFFFF).to(tl.int32)
+        num_fetched = ((counts >> 16) & 0xFFFF).to(tl.int32)
+        num_wanted = (counts >> 32).to(tl.int32)
+        tl.store(tail_page + pair, -1)
         tl.store(is_miss + listed, fetch.to(tl.int8), mask=inside)
         if RESIDENT:
             # Nothing ever leaves, so blocks and pages are handed out in step: they are the same.
@@ -230,18 +231,17 @@ def _select_pages(
             rank = pair * SELECTED + tl.cumsum(fetch.to(tl.int32), 0) - 1
             tl.store(miss_blocks + rank, block_id, mask=fetch)
             tl.store(miss_pages + rank, page, mask=fetch)
-            tail = -1
         else:
-            tail = _assign(
-                block_id, page, wanted, column, length, current, pair, block_table, page_block,
-                page_stamp, page_ids, miss_blocks, miss_pages, num_blocks, num_pages, SELECTED,
-                PAGES, TOUCH,
+            _assign(
+                block_id, page, wanted, column, num_absent, length, current, pair, block_table,
+                page_block, page_stamp, page_ids, miss_blocks, miss_pages, tail_page, num_blocks,
+                num_pages, SELECTED, PAGES, TOUCH,
             )  # fmt: skip
+        is_tail = wanted & (block_id == current) & (page >= 0)
+        tl.store(tail_page + pair + column * 0, page, mask=is_tail)
         unused = inside & (column >= num_fetched)
         tl.store(miss_blocks + listed, -1, mask=unused)
         tl.store(miss_pages + listed, -1, mask=unused)
-        resident = tl.max(tl.where(wanted & (block_id == current), page, -1), 0)
-        tl.store(tail_page + pair, tl.maximum(resident, tail))
         if HINT:
             tl.atomic_add(counters + 2, num_fetched.to(tl.int64))
         else:
@@ -272,8 +272,8 @@ def _launch(
             f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
         )
     resident = num_pages == num_blocks
-    # Measured on one H200 at 2048 blocks: 2 and 16 warps take longer than 4 and 8.
-    warps = max(4, min(16, power_of_two(num_blocks) // 512)) if do_select else 4
+    # Measured on one H200 at 2048 blocks: of 2, 4, 8 and 16 warps.
+    warps = 4 if not do_select or num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16
     _select_pages[(batch * groups,)](
         scores, lengths, ids, *tables, *out, groups, num_blocks, num_pages,
         choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
