@@ -169,8 +169,9 @@ GENERATED = {
 
 @pytest.mark.skipif(
     OTHER_TORCH,
-    reason="the pages print traced graphs, whose nodes torch names, each version in its own way; "
-    "they are written with torch 2.13, which CI and `make test` install",
+    reason=f"compares pages with graphs traced here, by torch {torch.__version__}; the pages were "
+    "written with torch 2.13, and other versions name the nodes otherwise. CI and `make test` "
+    "install 2.13",
 )
 @pytest.mark.parametrize("page", GENERATED)
 def test_generated_parts_are_up_to_date(page):

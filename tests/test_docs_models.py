@@ -150,8 +150,9 @@ def text() -> str:
 
 @pytest.mark.skipif(
     OTHER_TORCH,
-    reason="the page quotes refusals that list traced ops, such as baddbmm, and each torch traces "
-    "in its own way; it is written with torch 2.13, which CI and `make test` install",
+    reason=f"compares a page with refusals made here, by torch {torch.__version__}; they list the "
+    "ops of a traced graph, which other versions than the page's 2.13 choose otherwise. CI and "
+    "`make test` install 2.13",
 )
 def test_document_is_what_the_models_give(text: str) -> None:
     if UPDATE:

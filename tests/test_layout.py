@@ -181,8 +181,8 @@ def tracked_text():
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip(
-            "reads what would be committed; outside a git checkout nothing tells these files from "
-            "those that were made here, such as reports, whose paths may be those of this machine"
+            "needs git and a checkout: it reads the files that git lists, and without git cannot "
+            "tell them from those that programs wrote here"
         )
     for name in listing.decode().split("\0"):
         path = ROOT / name

@@ -59,8 +59,8 @@ def elements_of():
 def browse(tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip(
-            "runs the page's script in a real browser, and there is no chromium on the PATH; CI "
-            "installs one, elsewhere: apt-get install chromium"
+            "needs a browser: it runs the script of the HTML report in chromium, which is not on "
+            "the PATH. CI installs it; elsewhere, apt-get install chromium"
         )
 
     def load(path, fragment="", width=1280):

@@ -29,8 +29,9 @@ def work(gym, batches, rank, port, out):
 
 @pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="the two processes are forks of this one, and a process that has used CUDA cannot be "
-    "forked; what is tested is the exchange of gradients on CPUs, which CI runs",
+    reason="forks this process, which CUDA does not allow once it is in use. It tests how two "
+    "CPU processes exchange gradients, for which no GPU is needed: CI and any other machine "
+    "without one run it",
 )
 def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
     batches = gym.batches(4, length=100)

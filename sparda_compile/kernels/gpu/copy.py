@@ -6,8 +6,7 @@
 
 CPU memory is reached by address: `host` is [B, G] int64, where each sequence's and head's blocks
 begin. A block is one contiguous run, so a handful of programs with a whole block in flight each
-reach the link's rate and leave the other multiprocessors to the compute stream. More in flight than
-that only queues, in front of what the compute stream reads.
+reach the link's rate and leave the other multiprocessors to the compute stream.
 """
 
 from __future__ import annotations
