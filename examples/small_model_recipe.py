@@ -214,11 +214,12 @@ def other_task(maker, rng):
     return TASKS[rng.choice(OTHERS)](maker)
 
 
-def lookups(stage, maker, rng):
+def lookups(stage, maker, rng, full_share=0.25):
+    """Draw sequences of questions, the given share of them as full of records as they may be."""
     # Each record takes three tokens, and so does each question.
     fitting = (stage.length - 2) // 3
     most = min(stage.max_records, fitting - min(stage.queries, fitting // 2))
-    records = most if rng.random() < 0.25 else round(math.exp(rng.uniform(0, math.log(most))))
+    records = most if rng.random() < full_share else round(math.exp(rng.uniform(0, math.log(most))))
     return lookup(maker, num_records=records, num_queries=stage.queries)
 
 

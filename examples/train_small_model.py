@@ -76,7 +76,7 @@ class Run:
         elif args.start:
             self.model.load_state_dict(load_model(args.start, torch.float32).state_dict())
             lengths = [stage.length for stage in self.preset.stages]
-            self.stage_id = next(i for i, n in enumerate(lengths) if n >= lengths[-1] / 5)
+            self.stage_id = next(i for i, n in enumerate(lengths) if n >= lengths[-1] / 3)
         # A fresh generator for each start: a resumed run does not see the first batches again.
         self.generator = torch.Generator(self.device).manual_seed(1000 * self.step + args.seed)
         self.rng = random.Random(1000 * self.step + args.seed)
@@ -127,7 +127,10 @@ class Run:
         """
         maker = Maker(stage.batch_size, stage.length, self.generator)
         is_lookup = self.rng.random() >= stage.other_tasks
-        batch = lookups(stage, maker, self.rng) if is_lookup else other_task(maker, self.rng)
+        if is_lookup:
+            batch = lookups(stage, maker, self.rng, self.args.full_share)
+        else:
+            batch = other_task(maker, self.rng)
         jump = self.rng.random() < stage.jumps
         positions = training_positions(batch.ids_BT, self.preset.max_position, jump, self.generator)
         for group in self.optimizer.param_groups:
@@ -356,6 +359,7 @@ def parse(arguments=None):
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--attention-loss", type=float, default=0.5)
     parser.add_argument("--pooled-loss", type=float, default=0.1)
+    parser.add_argument("--full-share", type=float, default=0.25, help="of the fullest sequences")
     parser.add_argument("--forecast-steps", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, help="[default: the preset's]")
     parser.add_argument("--start", help="folder of a model to go on with")
