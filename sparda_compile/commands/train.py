@@ -44,6 +44,10 @@ def train_model(
     length: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 65536,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of one batch.")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step and process.")] = 32,
+    last_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens at a sequence's end to learn from. [default: all]"),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 2000,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
@@ -71,8 +75,8 @@ def train_model(
 
         weights = train_forecast(
             load_target(target).to(local_device()), batches, config=config, steps=steps, lr=lr,
-            accumulate=accumulate, out=out, resume=resume, save_every=save_every,
-            on_step=reports.append, progress=not as_json,
+            accumulate=accumulate, last_tokens=last_tokens, out=out, resume=resume,
+            save_every=save_every, on_step=reports.append, progress=not as_json,
         )  # fmt: skip
     if rank_of_environment():
         return

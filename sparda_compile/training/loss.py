@@ -22,12 +22,12 @@ K selected cells, D head dim.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch.nn.functional as F
 
 from sparda_compile.selectors import Geometry
-from sparda_compile.selectors.pooled_keys import windows_to_blocks
 from sparda_compile.training.teacher import Backend, aligned_teacher, fine_keys, num_windows
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def backward_loss(
     *,
     softcap: float = 0.0,
     weight: float = 1.0,
+    last_tokens: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute the loss of one layer and send its gradient into the Forecast at once.
@@ -91,6 +92,8 @@ def backward_loss(
         scale: Factor on q . k of the model.
         softcap: Soft cap on the scores, 0.0 for none.
         weight: Factor on the gradient, not on what is returned.
+        last_tokens: Queries to learn from, at the end of each sequence; None is all. The loss is
+            the mean over them.
         backend: Of the teacher.
 
     Returns:
@@ -106,7 +109,8 @@ def backward_loss(
     step = min(step, 8192)
     total = torch.zeros((), dtype=torch.float32, device=k_BGTD.device)
     gradient = torch.zeros_like(forecast_BGTD, dtype=torch.float32) if needs_gradient else None
-    for start in range(first_supervised(config), num_tokens, step):
+    counted = min(last_tokens or num_tokens, num_tokens)
+    for start in range(max(first_supervised(config), num_tokens - counted), num_tokens, step):
         queries = range(start, min(start + step, num_tokens))
         with torch.no_grad():
             target = aligned_teacher(
@@ -117,7 +121,7 @@ def backward_loss(
         with torch.set_grad_enabled(needs_gradient):
             leaf.requires_grad_(needs_gradient)
             pooled = pooled_BGWD[:, :, : target.shape[-1]]
-            loss = tile_loss(leaf, pooled, target, queries, config) / num_tokens
+            loss = tile_loss(leaf, pooled, target, queries, config) / counted
             if gradient is not None:
                 (part,) = torch.autograd.grad(loss, leaf)
                 gradient[:, :, queries.start : queries.stop] = part
@@ -145,16 +149,16 @@ def tile_loss(
     """
     position_Q = torch.arange(queries.start, queries.stop, device=forecast_BGQD.device)
     with torch.no_grad():
-        target_BGQW = cells_BGQW / (cells_BGQW.sum(-1, keepdim=True) + _SMALLEST)
-        cell_BGQK, is_cell = _supervised_cells(target_BGQW, position_Q, config, queries.stop)
-        target_BGQK = target_BGQW.gather(-1, cell_BGQK).where(is_cell, 0.0)
-        target_rest = target_BGQW.sum(-1, keepdim=True) - target_BGQK.sum(-1, keepdim=True)
+        # The order of the cells is that of their shares: only what is picked is normalised.
+        sums = cells_BGQW.sum(-1, keepdim=True)
+        cell_BGQK, is_cell = _supervised_cells(cells_BGQW, position_Q, config, queries.stop)
+        target_BGQK = cells_BGQW.gather(-1, cell_BGQK).where(is_cell, 0.0) / (sums + _SMALLEST)
+        target_rest = sums / (sums + _SMALLEST) - target_BGQK.sum(-1, keepdim=True)
         target = _normalised(torch.cat([target_BGQK, target_rest.clamp(min=0.0)], dim=-1), is_cell)
-    logits_BGQW = forecast_BGQD @ pooled_BGWD.transpose(-1, -2) / math.sqrt(forecast_BGQD.shape[-1])
-    starts_W = torch.arange(pooled_BGWD.shape[2], device=position_Q.device) * config.pool_stride
-    logits_BGQW = logits_BGQW.masked_fill(starts_W > position_Q[:, None], float("-inf"))
-    log_total = logits_BGQW.logsumexp(-1, keepdim=True)
-    student_BGQK = (logits_BGQW.gather(-1, cell_BGQK) - log_total).exp().where(is_cell, 0.0)
+    logits_BGQK, log_total = _CellLogits.apply(  # type: ignore[no-untyped-call]
+        forecast_BGQD, pooled_BGWD, cell_BGQK, queries, config.pool_stride
+    )
+    student_BGQK = (logits_BGQK - log_total).exp().where(is_cell, 0.0)
     student_rest = (1.0 - student_BGQK.sum(-1, keepdim=True)).clamp(min=0.0)
     student = _normalised(torch.cat([student_BGQK, student_rest], dim=-1), is_cell)
     divergence = (target * (target.clamp(min=1e-30).log() - student.clamp(min=1e-30).log())).sum()
@@ -162,15 +166,55 @@ def tile_loss(
     return divergence / (batch * groups)
 
 
+class _CellLogits(torch.autograd.Function):
+    """The student's logits of some cells, and the logarithm of its sum over all of them.
+
+    Autograd would go over all [B, G, Q, W] logits a dozen times: here four passes do it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forecast_BGQD: Tensor,
+        pooled_BGWD: Tensor,
+        cell_BGQK: Tensor,
+        queries: range,
+        stride: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return [B, G, Q, K] and [B, G, Q, 1]; cells that begin behind their query are out."""
+        scaled = forecast_BGQD / math.sqrt(forecast_BGQD.shape[-1])
+        logits_BGQW = scaled @ pooled_BGWD.transpose(-1, -2)
+        first = min(queries.start // stride + 1, logits_BGQW.shape[-1])
+        position_Q1 = torch.arange(queries.start, queries.stop, device=logits_BGQW.device)[:, None]
+        starts_W = torch.arange(first, logits_BGQW.shape[-1], device=logits_BGQW.device) * stride
+        logits_BGQW[..., first:].masked_fill_(starts_W > position_Q1, float("-inf"))
+        log_total = logits_BGQW.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(pooled_BGWD, cell_BGQK, log_total)
+        # Overwritten by the backward, so it is kept where autograd does not look after it.
+        ctx.logits_BGQW = logits_BGQW
+        return logits_BGQW.gather(-1, cell_BGQK), log_total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the Forecast; the graph cannot be gone through twice."""
+        pooled_BGWD, cell_BGQK, log_total = ctx.saved_tensors
+        of_cells, of_total = gradients
+        gradient_BGQW = ctx.logits_BGQW.sub_(log_total).exp_().mul_(of_total)
+        del ctx.logits_BGQW
+        gradient_BGQW.scatter_add_(-1, cell_BGQK, of_cells)
+        dim = pooled_BGWD.shape[-1]
+        return gradient_BGQW @ pooled_BGWD / math.sqrt(dim), None, None, None, None
+
+
 def _supervised_cells(
-    target_BGQW: Tensor, position_Q: Tensor, config: SpardaConfig, num_tokens: int
+    cells_BGQW: Tensor, position_Q: Tensor, config: SpardaConfig, num_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Return the cells of the blocks that the teacher selects, and which of them there are.
 
     Both [B, G, Q, K], K = top_k * block_size / pool_stride at most.
     """
     geometry = geometry_of(config, num_tokens)
-    blocks_BGQN = windows_to_blocks(target_BGQW, geometry)
+    blocks_BGQN = _block_peaks(cells_BGQW, geometry)
     free_QN = free_blocks(position_Q, config, geometry.num_blocks)
     assert config.top_k is not None
     count = min(config.top_k, geometry.num_blocks)
@@ -179,9 +223,28 @@ def _supervised_cells(
     ratio = config.block_size // config.pool_stride
     offsets = torch.arange(ratio, device=best.device)
     cell = (best[..., None] * ratio + offsets).flatten(-2)
-    width = target_BGQW.shape[-1]
+    width = cells_BGQW.shape[-1]
     is_cell = picked[..., None].expand(*picked.shape, ratio).flatten(-2) & (cell < width)
     return cell.clamp(max=width - 1), is_cell
+
+
+def _block_peaks(cells_BGQW: Tensor, geometry: Geometry) -> Tensor:
+    """Do what `windows_to_blocks` does, for values that are not negative, in one pass over them."""
+    ratio = geometry.block_size // geometry.pool_stride
+    whole = cells_BGQW.shape[-1] // ratio
+    parts = [cells_BGQW[..., : whole * ratio].unflatten(-1, (whole, ratio)).amax(-1)]
+    if cells_BGQW.shape[-1] % ratio:
+        parts.append(cells_BGQW[..., whole * ratio :].amax(-1, keepdim=True))
+    peaks_BGQN = torch.cat(parts, dim=-1)
+    missing = geometry.num_blocks - peaks_BGQN.shape[-1]
+    peaks_BGQN = F.pad(peaks_BGQN, (0, missing)) if missing else peaks_BGQN
+    for back in range(1, geometry.pool_size // geometry.pool_stride):
+        # The windows that begin `back` strides before a block also reach into it.
+        before = cells_BGQW[..., (-back) % ratio :: ratio]
+        later = peaks_BGQN[..., -(-back // ratio) :]
+        count = min(before.shape[-1], later.shape[-1])
+        later[..., :count] = torch.maximum(later[..., :count], before[..., :count])
+    return peaks_BGQN
 
 
 def free_blocks(position_Q: Tensor, config: SpardaConfig, num_blocks: int) -> Tensor:

@@ -48,6 +48,8 @@ def block_recall(
     config: SpardaConfig,
     scale: float,
     num_queries: int,
+    *,
+    last_tokens: int | None = None,
 ) -> Tensor:
     """Return the mean recall over some queries, a float32 scalar from 0 to 1.
 
@@ -58,12 +60,13 @@ def block_recall(
         config: Sizes of blocks and windows; `top_k` is a number.
         scale: Factor on q . k of the model.
         num_queries: Positions to look at, evenly spread.
+        last_tokens: At the end of each sequence, among which they are; None is all.
 
     Returns:
         NaN if no position has a choice, or `top_k` is 0.
     """
     num_tokens, groups = k_BGTD.shape[2], k_BGTD.shape[1]
-    first = first_choice(config)
+    first = max(first_choice(config), num_tokens - (last_tokens or num_tokens))
     if first >= num_tokens or not config.top_k or num_queries < 1:
         return torch.full((), float("nan"), device=k_BGTD.device)
     count = min(num_queries, num_tokens - first)

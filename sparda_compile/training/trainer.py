@@ -101,6 +101,7 @@ class ForecastTrainer:
         config: As for `train_forecast`; `top_k` must be a number.
         lr: Learning rate.
         recall_queries: Positions per sequence that recall is measured at; 0 for none.
+        last_tokens: As for `train_forecast`.
         backend: Of the teacher.
 
     Raises:
@@ -115,6 +116,7 @@ class ForecastTrainer:
         lr: float,
         *,
         recall_queries: int = _RECALL_QUERIES,
+        last_tokens: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         if not config.top_k:
@@ -128,10 +130,10 @@ class ForecastTrainer:
         self.captures = captures_of(model)
         self.device = next(self.captures.model.parameters()).device
         self.dtype = next(self.captures.model.parameters()).dtype
-        self.steps_done = 0
-        self.longest = 0
+        self.steps_done = self.longest = 0
         self._lr = lr
         self._recall_queries = recall_queries
+        self._last_tokens = last_tokens
         self._backend: Backend = backend
         self._forwards: dict[int, TappedForward] = {}
         forward = self._forward(1)
@@ -167,8 +169,7 @@ class ForecastTrainer:
         parallel.average_([*gradients, *losses.values(), *recalls.values()])
         norm = nn.utils.clip_grad_norm_(list(self.weights.values()), _LARGEST_NORM)
         numbers = torch.stack([*losses.values(), *recalls.values(), norm]).tolist()
-        finite = map(math.isfinite, numbers)
-        bad = [layer for layer, is_finite in zip(losses, finite, strict=False) if not is_finite]
+        bad = [i for i, loss in zip(losses, numbers, strict=False) if not math.isfinite(loss)]
         if bad or not math.isfinite(numbers[-1]):
             raise UnsupportedInputError(
                 f"the loss or its gradient is not finite at step {self.steps_done + 1} (layers "
@@ -177,14 +178,13 @@ class ForecastTrainer:
             )
         self.optimizer.step()
         self.steps_done += 1
-        num_tokens = sum(ids.numel() for ids in batches) * parallel.world_size()
         count = len(losses)
         return StepReport(
             self.steps_done,
             dict(zip(losses, numbers[:count], strict=True)),
             dict(zip(losses, numbers[count : 2 * count], strict=True)),
             numbers[-1],
-            num_tokens,
+            sum(ids.numel() for ids in batches) * parallel.world_size(),
             time.perf_counter() - start,
         )
 
@@ -202,13 +202,15 @@ class ForecastTrainer:
         def listen(site: AttentionSite, forecast: Tensor, query: Tensor, k: Tensor) -> None:
             loss = backward_loss(
                 forecast, query, k, self.config, site.scale,
-                softcap=site.softcap, weight=share, backend=self._backend,
+                softcap=site.softcap, weight=share, last_tokens=self._last_tokens,
+                backend=self._backend,
             )  # fmt: skip
             losses[site.layer] = losses[site.layer] + loss * share
             if recalls is not None:
                 recalls[site.layer] = block_recall(
-                    forecast.detach(), query, k, self.config, site.scale, self._recall_queries
-                )
+                    forecast.detach(), query, k, self.config, site.scale, self._recall_queries,
+                    last_tokens=self._last_tokens,
+                )  # fmt: skip
 
         self.run(ids, listen)
 
@@ -228,8 +230,7 @@ class ForecastTrainer:
 
     def info(self) -> ForecastInfo:
         """Return what the projections are for."""
-        sites = self._forward(1).sites
-        config = self.config
+        sites, config = self._forward(1).sites, self.config
         assert config.top_k is not None
         return ForecastInfo(
             model=self.captures.model_name,
@@ -249,10 +250,10 @@ class ForecastTrainer:
     def checkpoint(self, num_batches: int) -> Checkpoint:
         """Return the state of the run."""
         weights = {layer: weight.detach() for layer, weight in self.weights.items()}
-        rng = random_states(self.device)
         return Checkpoint(
-            self.steps_done, num_batches, weights, self.optimizer.state_dict(), rng, self.info()
-        )
+            self.steps_done, num_batches, weights, self.optimizer.state_dict(),
+            random_states(self.device), self.info(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -297,6 +298,7 @@ def train_forecast(
     steps: int = 2000,
     lr: float = 5e-4,
     accumulate: int = 1,
+    last_tokens: int | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     save_every: int = 50,
@@ -320,6 +322,8 @@ def train_forecast(
         steps: Optimizer steps in all, those before a resumption included.
         lr: Learning rate, constant.
         accumulate: Batches per step and process.
+        last_tokens: Tokens at the end of each sequence to learn from, None for all: those like
+            the ones that will be decoded, where a Forecast is used. Fewer make a cheaper step.
         out: Safetensors file to write; a checkpoint is kept beside it.
         resume: Checkpoint to go on from.
         save_every: Steps between checkpoints.
@@ -335,10 +339,11 @@ def train_forecast(
         CaptureError: If the model's forward cannot be traced as one graph.
         AttentionNotFoundError: If it has no attention, or one that is not implemented.
     """
-    for name, value in (("steps", steps), ("accumulate", accumulate), ("save_every", save_every)):
-        if value < 1:
+    counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every}
+    for name, value in (counts | {"last_tokens": last_tokens}).items():
+        if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is too small; use 1 or more.")
-    trainer = ForecastTrainer(model, config or SpardaConfig(), lr)
+    trainer = ForecastTrainer(model, config or SpardaConfig(), lr, last_tokens=last_tokens)
     num_used = 0
     if resume is not None:
         checkpoint = Checkpoint.load(resume)

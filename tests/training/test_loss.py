@@ -9,7 +9,7 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.selectors import Geometry
-from sparda_compile.selectors.pooled_keys import PooledKeys
+from sparda_compile.selectors.pooled_keys import PooledKeys, windows_to_blocks
 from sparda_compile.training import loss as subject
 from sparda_compile.training.loss import (
     backward_loss,
@@ -176,6 +176,22 @@ def test_weight_scales_the_gradient_and_not_the_loss():
     torch.testing.assert_close(leaves[1].grad, 0.25 * leaves[0].grad)
 
 
+@pytest.mark.parametrize("last_tokens", [20, 1000])
+def test_only_the_last_tokens_teach(last_tokens):
+    forecast, query, key = draw(tokens=150)
+    leaves = [forecast.clone().requires_grad_() for _ in range(2)]
+    every = backward_loss(leaves[0], query, key, CONFIG, 0.3)
+    few = backward_loss(leaves[1], query, key, CONFIG, 0.3, last_tokens=last_tokens)
+    if last_tokens > 150:
+        assert few == every
+        return
+    first = 150 - last_tokens
+    assert not leaves[1].grad[:, :, :first].any()
+    torch.testing.assert_close(
+        leaves[1].grad[:, :, first:], leaves[0].grad[:, :, first:] * 150 / last_tokens
+    )
+
+
 def test_gradient_reaches_the_forecast_alone():
     forecast, query, key = (t.requires_grad_() for t in draw())
     backward_loss(forecast, query, key, CONFIG, 0.3)
@@ -231,3 +247,16 @@ def test_ties_go_to_the_lower_block():
     free = torch.tensor([[False, True, True, True, True, True, True]])
     for count, wanted in ((1, {2}), (2, {2, 4}), (4, {1, 2, 4, 6}), (6, {1, 2, 3, 4, 5, 6})):
         assert set(best_blocks(scores, free, count).flatten().tolist()) == wanted
+
+
+@pytest.mark.parametrize(
+    "sizes", [(64, 32, 16), (64, 16, 16), (64, 48, 16), (16, 32, 4), (16, 8, 8)]
+)
+@pytest.mark.parametrize("width", [1, 3, 17, 40])
+def test_block_peaks_are_those_of_the_selectors(sizes, width):
+    block, pool, stride = sizes
+    cells = torch.rand(1, 2, 3, width, generator=torch.Generator().manual_seed(width))
+    num_blocks = -(-((width - 1) * stride + pool) // block)
+    geometry = Geometry(num_blocks, block, pool, stride)
+    wanted = windows_to_blocks(cells, geometry).clamp(min=0.0)
+    assert torch.equal(subject._block_peaks(cells, geometry), wanted)

@@ -55,6 +55,14 @@ def test_fewer_queries_are_a_sample():
     assert abs(few - every) < 0.2
 
 
+def test_recall_of_the_last_tokens_alone():
+    _, query, key = draw(tokens=300)
+    spoiled = torch.cat([-query[:, ::2, :250], query[:, ::2, 250:]], dim=2)
+    query = query[:, ::2]
+    assert block_recall(spoiled, query, key, CONFIG, 0.3, 40) < 1.0
+    assert block_recall(spoiled, query, key, CONFIG, 0.3, 40, last_tokens=50) == 1.0
+
+
 def test_no_choice_is_no_number():
     forecast, query, key = draw(tokens=first_choice(CONFIG))
     assert block_recall(forecast, query, key, CONFIG, 0.3, 8).isnan()

@@ -146,6 +146,13 @@ def test_master_weights_are_float32_and_the_model_sees_its_own_dtype(gym):
         assert trainer.optimizer.state[weight]["exp_avg"].dtype == torch.float32
 
 
+def test_what_is_before_the_last_tokens_does_not_teach(gym):
+    ids = gym.batches(1)[0]
+    trainers = [ForecastTrainer(gym.model, gym.config, 1e-3, last_tokens=n) for n in (None, 30)]
+    losses = [trainer.step([ids]).losses for trainer in trainers]
+    assert all(losses[0][layer] != losses[1][layer] for layer in losses[0])
+
+
 def test_recall_of_a_sequence_without_a_choice_is_nan(gym):
     report = ForecastTrainer(gym.model, gym.config, 1e-3).step(gym.batches(1, length=60))
     assert math.isnan(report.recall)
@@ -157,6 +164,7 @@ def test_recall_of_a_sequence_without_a_choice_is_nan(gym):
     [
         ({"steps": 0}, "steps=0 is too small"),
         ({"accumulate": 0}, "accumulate=0 is too small"),
+        ({"last_tokens": 0}, "last_tokens=0 is too small"),
         ({"lr": 0.0}, "lr=0.0 is not allowed"),
         ({"resume": "nowhere.checkpoint"}, "nowhere.checkpoint.*no file"),
     ],
