@@ -1,5 +1,10 @@
 """How the small model is learned: its sizes, its stages, its training sequences and its losses.
 
+A model that never attended to few blocks while it learned loses answers when it has to: layers
+that look nothing up change what they say, and the next layer's queries with them. So it can also
+be trained as it is deployed: the haystack is read densely, and the questions behind it attend only
+to the blocks that selector `infllm2` picks, in every layer.
+
 Three losses. Answers: the cross-entropy of the answer tokens alone. Attention: the first layer's
 first group is told to look from a value at its key, and the lookup layers to look from a question
 at the value; without it a small model copies any value of the haystack for thousands of steps
@@ -13,10 +18,16 @@ import dataclasses
 import math
 
 import torch
+from torch.nn import functional as F
 
+from sparda_compile import SpardaConfig
 from sparda_compile.evaluation.lookup import lookup
+from sparda_compile.evaluation.run import budget_config
 from sparda_compile.evaluation.tasks import TASKS
 from sparda_compile.evaluation.vocabulary import ASK, LINK, NUM_KEYS, NUM_TOKENS, RECORD, TRACK
+from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.selectors import SELECTORS
+from sparda_compile.training.loss import geometry_of, pool_keys
 
 GOALS = ("single_needle", "multi_key", "key_value")
 POOL = 32
@@ -54,8 +65,9 @@ class Preset:
     eval_samples: int
     learning_rate: float
     lookup_layers: tuple[int, ...]
-    forecast_length: int
-    top_k: int
+    forecast_lengths: tuple[int, ...]
+    forecast_batch: int
+    forecast_queries: int
     local_blocks: int
     mastered: float = 0.99
 
@@ -80,8 +92,9 @@ FULL = Preset(
     eval_samples=256,
     learning_rate=1.5e-3,
     lookup_layers=(2, 4),
-    forecast_length=8192,
-    top_k=22,
+    forecast_lengths=(8192, 16384),
+    forecast_batch=4,
+    forecast_queries=256,
     local_blocks=2,
 )
 TOY = Preset(
@@ -102,8 +115,9 @@ TOY = Preset(
     eval_samples=64,
     learning_rate=4e-3,
     lookup_layers=(1,),
-    forecast_length=1024,
-    top_k=4,
+    forecast_lengths=(4096,),
+    forecast_batch=2,
+    forecast_queries=32,
     local_blocks=1,
 )
 PRESETS = {"full": FULL, "toy": TOY}
@@ -142,21 +156,81 @@ def build_model(preset, arch, seed):
     return model
 
 
-def answer_logits(model, batch, positions, watch=None):
+def answer_logits(model, batch, positions, watch=None, config=None):
     """Return logits [B, A, vocabulary] of the answers.
 
-    No mask tensor is made, so that attention stays the causal flash kernel. `watch` is called
-    with the number, the input and the rotation of each layer.
+    No mask tensor is made for the haystack, so that attention stays the causal flash kernel.
+    `watch` is called with the number, the input and the rotation of each layer. With `config` the
+    questions attend to the blocks that it picks; without it, to everything.
     """
     body = model.model
     x = body.embed_tokens(batch.ids_BT)
     rotation = body.rotary_emb(x, positions)
+    start = x.shape[1] if config is None else batch.question_start
     for number, layer in enumerate(body.layers):
         if watch is not None:
             watch(number, x, rotation)
-        x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotation)
-        x = x[0] if isinstance(x, tuple) else x
+        read = layer(
+            x[:, :start], attention_mask=None, position_ids=positions[:, :start],
+            position_embeddings=tuple(part[:, :start] for part in rotation),
+        )  # fmt: skip
+        read = read[0] if isinstance(read, tuple) else read
+        x = read if config is None else sparse_tail(layer, x, read, rotation, config)
     return model.lm_head(body.norm(x)[:, batch.answer_positions_A - 1]).float()
+
+
+def sparse_tail(layer, x, read, rotation, config):
+    """Return the output of a layer, [B, T, C]: `read` for the first tokens, then sparse tokens.
+
+    Each of those attends to the blocks that selector `infllm2` picks for it, as in a decode step.
+    """
+    start, attention = read.shape[1], layer.self_attn
+    hidden = layer.input_layernorm(x)
+    asking = [part[:, start:] for part in rotation]
+    q = rotated(attention, "q", hidden[:, start:], asking).transpose(1, 2)
+    k = rotated(attention, "k", hidden, rotation).transpose(1, 2)
+    v = attention.v_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    mask_BGQT = attended(q.detach(), k.detach(), start, attention.scaling, config)
+    repeats = q.shape[1] // k.shape[1]
+    # Grouped heads with a mask have no fused kernel on a GPU; repeated ones have.
+    k, v, mask = (part.repeat_interleave(repeats, dim=1) for part in (k, v, mask_BGQT))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scaling)
+    tail = x[:, start:] + attention.o_proj(out.transpose(1, 2).flatten(2))
+    tail = tail + layer.mlp(layer.post_attention_layernorm(tail))
+    return torch.cat([read, tail.to(read.dtype)], dim=1)
+
+
+@torch.no_grad()
+def attended(q_BHQD, k_BGTD, start, scale, config):
+    """Return which keys each of the last tokens, from `start` on, attends to: [B, G, Q, T] bool."""
+    batch, num_tokens = len(k_BGTD), k_BGTD.shape[2]
+    geometry = geometry_of(config, num_tokens)
+    places_Q = torch.arange(start, num_tokens, device=q_BHQD.device)
+    # Each token is a sequence of its own, which ends before it.
+    lengths = places_Q.int().repeat(batch)
+    queries = q_BHQD.transpose(1, 2).flatten(0, 1)[:, :, None]
+    pooled = pool_keys(k_BGTD, config).repeat_interleave(len(places_Q), dim=0)
+    scores = SELECTORS["infllm2"].score(queries, [pooled], lengths, scale, geometry)
+    ids = select_blocks_reference(
+        scores, lengths, config.num_selected(geometry.num_blocks), config.block_size,
+        config.sink_blocks, config.local_blocks,
+    ).long()  # fmt: skip
+    # An id of -1, for a block that does not exist, goes to the column behind the last one.
+    chosen = scores.new_zeros(*scores.shape[:2], geometry.num_blocks + 1, dtype=torch.bool)
+    chosen = chosen.scatter(2, ids.where(ids >= 0, geometry.num_blocks), True)[..., :-1]
+    chosen_BGQN = chosen.unflatten(0, (batch, -1)).transpose(1, 2)
+    seen_BGQT = chosen_BGQN.repeat_interleave(config.block_size, dim=-1)[..., :num_tokens]
+    return seen_BGQT & (torch.arange(num_tokens, device=q_BHQD.device) <= places_Q[:, None])
+
+
+def deployed(preset, length, budget):
+    """Return the configuration with a share of a sequence's blocks; None if it is too short."""
+    config = SpardaConfig(mode="query", local_blocks=preset.local_blocks)
+    fewest = config.sink_blocks + preset.local_blocks + 2
+    if not budget or length * budget < fewest * config.block_size:
+        return None
+    return budget_config(config, length, budget)
 
 
 def rotated(attention, part, hidden, rotation):

@@ -9,12 +9,14 @@ with the same --out goes on where the first one stopped:
 
     python examples/train_small_model.py --out runs/small --max-minutes 8          one GPU
     python examples/train_small_model.py --out runs/toy --preset toy               one CPU core
-    python examples/train_small_model.py --out runs/more --start DIR --pooled-loss 1
+    python examples/train_small_model.py --out runs/more --start DIR --pooled-loss 1 --budget 0.1
     python examples/train_small_model.py --out runs/f --model DIR --forecast-steps 600
+    sparda eval runs/more/model --mode query --mode forecast --forecast runs/f/forecast.safetensors
 
 Afterwards `--out` holds model/config.json, model/model.safetensors (fp16), summary.json, log.jsonl
 and checkpoint.pt. `--start DIR` begins with the weights of a model that was trained before, at the
-long stages, each to its end. `--forecast-steps N` also trains the Forecast, forecast.safetensors;
+long stages, each to its end. With `--budget` the questions of most long sequences attend to no more
+than that share of the blocks. `--forecast-steps N` also trains the Forecast, forecast.safetensors;
 with --model it does so for a model that was trained before.
 """
 
@@ -42,6 +44,7 @@ from small_model_recipe import (
     answer_logits,
     attention_losses,
     build_model,
+    deployed,
     lookups,
     other_task,
     training_positions,
@@ -75,15 +78,13 @@ class Run:
             self.resume()
         elif args.start:
             self.model.load_state_dict(load_model(args.start, torch.float32).state_dict())
-            lengths = [stage.length for stage in self.preset.stages]
-            self.stage_id = next(i for i, n in enumerate(lengths) if n >= lengths[-1] / 3)
+            self.stage_id = next(i for i, s in enumerate(self.preset.stages) if self.is_long(s))
         # A fresh generator for each start: a resumed run does not see the first batches again.
         self.generator = torch.Generator(self.device).manual_seed(1000 * self.step + args.seed)
         self.rng = random.Random(1000 * self.step + args.seed)
-        if args.compile:
-            torch._dynamo.config.cache_size_limit = 64
-            for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
+
+    def is_long(self, stage):
+        return stage.length >= self.preset.stages[-1].length / 3
 
     def resume(self):
         state = torch.load(self.out / "checkpoint.pt", map_location=self.device)
@@ -154,8 +155,10 @@ class Run:
             weights = (self.args.attention_loss, self.args.pooled_loss)
             extra.extend(zip(weights, pairs, strict=True))
 
+        is_sparse = self.is_long(stage) and self.rng.random() < self.args.sparse_share
+        config = deployed(self.preset, stage.length, self.args.budget if is_sparse else None)
         with self.autocast():
-            logits = answer_logits(self.model, batch, positions, watch)
+            logits = answer_logits(self.model, batch, positions, watch, config)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.answers_BA.flatten())
         (loss + sum(weight * part for weight, part in extra)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -199,7 +202,9 @@ def train(run):
             run.stage_id += 1
             recent.clear()
         if now - last_save > args.save_seconds:
-            log(run, {"scores": evaluate(run, preset.eval_lengths, preset.eval_samples // 4)})
+            samples = preset.eval_samples // 4
+            scores = evaluate(run, preset.eval_lengths, samples)
+            log(run, {"scores": scores | evaluate_sparse(run, samples)})
             run.save()
             last_save = time.perf_counter()
             before -= last_save - now  # Testing and saving are not training time.
@@ -207,13 +212,14 @@ def train(run):
 
 
 @torch.no_grad()
-def evaluate(run, lengths, samples, tasks=GOALS):
-    """Return the share of sequences with every answer right, by task and length."""
+def evaluate(run, lengths, samples, tasks=GOALS, budget=None):
+    """Return the share of sequences with every answer right, by task, length and budget."""
     run.model.eval()
     scores = {}
     for task in tasks:
         for length in lengths:
             size = max(1, min(samples, 2**18 // length if run.is_cuda else 16))
+            config = deployed(run.preset, length, budget)
             right = []
             for seed in range(-(-samples // size)):
                 batch = make_batch(task, batch_size=size, length=length, seed=10_000 + seed)
@@ -223,14 +229,21 @@ def evaluate(run, lengths, samples, tasks=GOALS):
                     answer_positions_A=batch.answer_positions_A.to(run.device),
                 )
                 positions = torch.arange(length, device=run.device).expand_as(batch.ids_BT)
-                # A compiled layer would be compiled once more for every shape.
-                with run.autocast(), torch.compiler.set_stance("force_eager"):
-                    logits = answer_logits(run.model, batch, positions)
+                with run.autocast():
+                    logits = answer_logits(run.model, batch, positions, config=config)
                 right += (logits.argmax(-1) == batch.answers_BA).all(1).tolist()
-            scores[f"{task}@{length}"] = sum(right) / len(right)
+            name = f"{task}@{length}" + (f" {100 * budget:g}%" if config else "")
+            scores[name] = sum(right) / len(right)
     run.model.train()
     say("        " + "  ".join(f"{name} {100 * score:.1f}" for name, score in scores.items()))
     return scores
+
+
+def evaluate_sparse(run, samples):
+    """Return what `evaluate` does, with the budget, for the lengths that it is large enough for."""
+    budget = run.args.budget
+    lengths = [n for n in run.preset.eval_lengths if deployed(run.preset, n, budget)]
+    return evaluate(run, lengths, samples, budget=budget) if lengths else {}
 
 
 def export(run, scores):
@@ -263,81 +276,55 @@ def export(run, scores):
     say(f"wrote {folder}: {summary['parameters']} parameters, {size / 1e6:.1f} MB")
 
 
-def fresh_model(run):
-    """Return the trained model in eval mode, without compiled layers."""
-    if run.args.model:
-        return load_model(run.args.model, torch.float32).to(run.device).eval()
-    model = build_model(run.preset, run.args.arch, run.args.seed).to(run.device)
-    model.load_state_dict(run.model.state_dict())
-    return model.eval()
-
-
 def load_model(folder, dtype):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def train_forecast(run, model):
-    """Train the Forecast on sequences in which every record is asked for."""
-    from sparda_compile import SpardaConfig
+def train_forecast(run, folder):
+    """Train the Forecast on the questions of sequences as long and as full as those measured."""
     from sparda_compile import train_forecast as train_projections
 
     preset = run.preset
-    stage = Stage(preset.forecast_length, 2, NUM_KEYS, NUM_KEYS, 1.0)
+    # Only half precision has a fast attention kernel on a GPU, and bfloat16 keeps small gradients.
+    model = load_model(folder, torch.bfloat16 if run.is_cuda else torch.float32)
+    length = preset.forecast_lengths[0]
 
     def token_batches():
         while True:
-            maker = Maker(stage.batch_size, stage.length, run.generator)
-            yield lookups(stage, maker, run.rng).ids_BT
+            tokens = run.rng.choice(preset.forecast_lengths)
+            maker = Maker(preset.forecast_batch, tokens, run.generator)
+            stage = Stage(tokens, preset.forecast_batch, NUM_KEYS, preset.forecast_queries, 1.0)
+            yield lookups(stage, maker, run.rng, run.args.full_share).ids_BT
 
-    weights = train_projections(
-        model,
+    def on_step(report):
+        if report.step % 50 == 0 or report.step == 1:
+            parts = "  ".join(
+                f"{layer}: {report.losses[layer]:.3f} {100 * report.recalls[layer]:.0f}%"
+                for layer in report.losses
+            )
+            say(f"{report.seconds:.3f} s  step {report.step:6d}  loss and recall by layer  {parts}")
+            log(run, dataclasses.asdict(report))
+
+    out = run.out / "forecast.safetensors"
+    train_projections(
+        model.to(run.device).eval(),
         token_batches(),
-        config=SpardaConfig(top_k=preset.top_k, local_blocks=preset.local_blocks),
+        config=deployed(preset, length, run.args.budget or 0.1),
         steps=run.args.forecast_steps,
-        lr=2e-3,
-        out=run.out / "forecast.safetensors",
+        lr=run.args.forecast_rate,
+        last_tokens=3 * preset.forecast_queries,
+        out=out,
+        save_every=run.args.forecast_steps,
+        on_step=on_step,
         progress=False,
     )
-    say(f"wrote {run.out / 'forecast.safetensors'}")
-    return weights
-
-
-def evaluate_sparse(run, model, forecast):
-    """Return what a tenth of the blocks costs at the longest length: accuracies and recalls."""
-    from sparda_compile import SpardaConfig
-    from sparda_compile.evaluation.run import budget_config
-    from sparda_compile.evaluation.run import evaluate as measure
-
-    length = run.preset.eval_lengths[-1]
-    base = SpardaConfig(mode="query", local_blocks=run.preset.local_blocks)
-    base = budget_config(base, length, 0.1)
-    configs = {
-        "dense": base.replace(mode="dense"),
-        "query": base,
-        "quest": base.replace(selector="quest"),
-        "query@0.2": budget_config(base, length, 0.2),
-    }
-    if forecast is not None:
-        configs["forecast"] = base.replace(mode="forecast")
-    found = measure(
-        model,
-        configs,
-        tasks=GOALS,
-        length=length,
-        num_samples=min(run.preset.eval_samples, 64),
-        batch_size=8 if run.is_cuda else 2,
-        forecast=forecast,
-    )
-    for row in found.rows:
-        recalls = {part.name: round(part.mass, 3) for part in row.recalls if part.layer is None}
-        say(f"{row.task}@{length} {row.name}: {100 * row.accuracy:.1f}%  mass {recalls}")
-    return found.to_dict()
+    say(f"wrote {out}")
 
 
 def log(run, entry):
-    entry = {"step": run.step, "seconds": round(run.elapsed, 1), **entry}
+    entry = {"step": run.step, "seconds": round(run.elapsed, 1)} | entry
     with (run.out / "log.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -356,18 +343,18 @@ def parse(arguments=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-seconds", type=float, default=60.0)
     parser.add_argument("--print-seconds", type=float, default=10.0)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--attention-loss", type=float, default=0.5)
     parser.add_argument("--pooled-loss", type=float, default=0.1)
     parser.add_argument("--full-share", type=float, default=0.25, help="of the fullest sequences")
+    parser.add_argument("--budget", type=float, help="share of the blocks that questions attend to")
+    parser.add_argument("--sparse-share", type=float, default=0.75, help="of the long sequences")
     parser.add_argument("--forecast-steps", type=int, default=0)
+    parser.add_argument("--forecast-rate", type=float, default=2e-3, help="its learning rate")
     parser.add_argument("--learning-rate", type=float, help="[default: the preset's]")
     parser.add_argument("--start", help="folder of a model to go on with")
     parser.add_argument("--model", help="folder of a trained model, instead of training one")
     args = parser.parse_args(arguments)
     args.learning_rate = args.learning_rate or PRESETS[args.preset].learning_rate
-    if args.compile is None:
-        args.compile = args.device.startswith("cuda")
     return args
 
 
@@ -381,13 +368,11 @@ def main():
         train(run)
         scores = evaluate(run, run.preset.eval_lengths, run.preset.eval_samples)
         scores |= evaluate(run, run.preset.eval_lengths[-2:-1], 64, ("multi_query", *OTHERS))
+        scores |= evaluate_sparse(run, run.preset.eval_samples)
         log(run, {"scores": scores})
         export(run, scores)
-    model = fresh_model(run)
-    forecast = train_forecast(run, model) if args.forecast_steps else None
-    # Only half precision has a fast attention kernel on a GPU.
-    sparse = evaluate_sparse(run, model.half() if run.is_cuda else model, forecast)
-    (run.out / "sparse.json").write_text(json.dumps(sparse) + "\n")
+    if args.forecast_steps:
+        train_forecast(run, args.model or run.out / "model")
 
 
 if __name__ == "__main__":

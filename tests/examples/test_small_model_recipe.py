@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.evaluation.haystack import Maker
+from sparda_compile.evaluation.lookup import lookup
+
+PATH = Path(__file__).parents[2] / "examples" / "small_model_recipe.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The recipe, which is beside the script that uses it and not in a package."""
+    spec = importlib.util.spec_from_file_location("small_model_recipe", PATH)
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look up their annotations there.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def a_model(recipe, arch):
+    """Return a model whose queries and keys are so large that attention is not even."""
+    model = recipe.build_model(recipe.TOY, arch, seed=0).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(3.0)
+        if arch == "qwen3":
+            layer.self_attn.q_norm.weight.data.mul_(4.0)
+    return model
+
+
+def some_questions(length=400, queries=10):
+    maker = Maker(2, length, torch.Generator().manual_seed(1))
+    return lookup(maker, num_records=60, num_queries=queries)
+
+
+def positions_of(batch):
+    return torch.arange(batch.ids_BT.shape[1]).expand_as(batch.ids_BT)
+
+
+CONFIG = SpardaConfig(
+    mode="query", top_k=2, local_blocks=1, block_size=16, pool_size=8, pool_stride=4,
+    lowering="eager",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_all_blocks_equal_dense(recipe, arch):
+    model, batch = a_model(recipe, arch), some_questions()
+    dense = recipe.answer_logits(model, batch, positions_of(batch))
+    every = recipe.answer_logits(
+        model, batch, positions_of(batch), None, CONFIG.replace(top_k=None)
+    )
+    torch.testing.assert_close(every, dense, rtol=1e-4, atol=1e-4)
+    few = recipe.answer_logits(model, batch, positions_of(batch), None, CONFIG)
+    assert (few - dense).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_questions_attend_as_the_optimized_model_does(recipe, arch):
+    model, batch = a_model(recipe, arch), some_questions()
+    trained = recipe.answer_logits(model, batch, positions_of(batch), None, CONFIG)
+    fast = optimize(model, CONFIG)
+    with torch.no_grad():
+        past = fast(batch.ids_BT[:, : batch.question_start], use_cache=True).past_key_values
+        rows = []
+        for ids in batch.ids_BT[:, batch.question_start :].split(1, dim=1):
+            out = fast(ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            rows.append(out.logits[:, -1])
+    decoded = torch.stack(rows, dim=1)[:, batch.answer_positions_A - 1 - batch.question_start]
+    torch.testing.assert_close(trained, decoded, rtol=1e-3, atol=1e-3)
+
+
+def test_selection_has_no_gradient_and_attention_has(recipe):
+    model, batch = a_model(recipe, "llama"), some_questions()
+    recipe.answer_logits(model, batch, positions_of(batch), None, CONFIG).square().mean().backward()
+    for layer in model.model.layers:
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert getattr(layer.self_attn, part).weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("length", "top_k"), [(8192, 9), (16384, 22), (17408, 23)])
+def test_deployed_blocks(recipe, length, top_k):
+    config = recipe.deployed(recipe.FULL, length, 0.1)
+    assert (config.top_k, config.local_blocks, config.sink_blocks) == (top_k, 2, 1)
+
+
+def test_short_sequences_stay_dense(recipe):
+    assert recipe.deployed(recipe.FULL, 512, 0.1) is None
+    assert recipe.deployed(recipe.FULL, 8192, None) is None
