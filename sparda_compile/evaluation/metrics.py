@@ -11,6 +11,7 @@ The oracle of the mass recall chooses by the attention itself; nothing with the 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -84,12 +85,19 @@ def bootstrap_interval(found: Tensor, total: Tensor, *, seed: int = 0) -> tuple[
     """
     if not len(total) or float(total.sum()) <= 0:
         return math.nan, math.nan
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(total), (_NUM_RESAMPLES, len(total)), generator=generator)
-    sums = total.double().cpu()[rows].sum(1)
-    ratios = found.double().cpu()[rows].sum(1) / sums.clamp(min=1e-12)
+    counts = _resamples(len(total), seed)
+    ratios = counts @ found.double().cpu() / (counts @ total.double().cpu()).clamp(min=1e-12)
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(num_samples: int, seed: int) -> Tensor:
+    """Return how often each draw takes each sample, [draws, n] float64, for hundreds of shares."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(num_samples, (_NUM_RESAMPLES, num_samples), generator=generator)
+    counts = torch.zeros(_NUM_RESAMPLES, num_samples, dtype=torch.float64)
+    return counts.scatter_add_(1, rows, torch.ones_like(counts))
 
 
 class RecallSums:
