@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -41,6 +42,7 @@ def parse():
     parser.add_argument("--backend", choices=("auto", "plain", "triton"), default="auto")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--commit", help="of the code that runs [default: what git says]")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -96,6 +98,8 @@ def matmul_rate(device, dtype, size):
 
 
 def commit():
+    if shutil.which("git") is None:
+        return None
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
@@ -144,7 +148,7 @@ def main():
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor(),
         "torch": torch.__version__,
         "sparda_compile": __version__,
-        "commit": commit(),
+        "commit": args.commit or commit(),
     }
     text = json.dumps(result, indent=2)
     if args.out:

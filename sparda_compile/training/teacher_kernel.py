@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from sparda_compile.errors import BackendUnavailableError, ConfigError
 from sparda_compile.training.teacher import visible_windows
@@ -171,7 +170,8 @@ def launch_aligned_teacher(
     num_queries, device = len(queries), query_BHTD.device
     width = visible_windows(num_fine + 1, queries, pool)
     num_fine = min(num_fine, queries.stop)
-    num_cells = -(-num_fine // stride)
+    # Each cell's last window also counts for the next one, so there may be one cell more.
+    num_cells = max(-(-num_fine // stride), width)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=device)
     peak = torch.empty(batch, groups, num_queries, num_cells, dtype=torch.float32, device=device)
     last = torch.empty_like(peak)
@@ -198,6 +198,5 @@ def launch_aligned_teacher(
             query_BHTD, fine_BGJD, lse, peak, last, *strides, queries.start, num_queries, num_fine,
             groups, num_cells, scale, softcap, STRIDE=stride, **shared,
         )  # fmt: skip
-    cells = F.pad(peak, (0, max(width - num_cells, 0)))[..., :width]
-    before = F.pad(last, (1, max(width - num_cells - 1, 0)))[..., :width]
-    return torch.maximum(cells, before)
+    torch.maximum(peak[..., 1:], last[..., :-1], out=peak[..., 1:])
+    return peak[..., :width]
