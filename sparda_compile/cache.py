@@ -36,12 +36,18 @@ class SpardaCache(Cache):
     """
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, owner: nn.Module, max_tokens: int) -> None:
         super().__init__(layers=[])
         self.owner = weakref.ref(owner)
         self.max_tokens = max_tokens
         self.kv: KVCache | None = None
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is recurrent: `generate` passes on only the tokens that are not in the cache."""
+        return [False]
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Return the tokens per sequence that were passed in, padding included."""

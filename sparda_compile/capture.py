@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import CaptureError
 from sparda_compile.passes.manager import snapshot
 
@@ -125,7 +126,7 @@ def capture(model: nn.Module, phase: str, *, last_logits_only: bool) -> Captured
     def step(input_ids: Tensor, position_ids: Tensor) -> Tensor:
         out = model(
             input_ids=input_ids,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
             return_dict=True,
             **({"position_ids": position_ids} if takes_positions else {}),

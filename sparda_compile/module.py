@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparda_compile.cache import SpardaCache, keys_and_values
+from sparda_compile.cache_name import CACHE_NAME, OLD_CACHE_NAME, output_with_cache, take_cache
 from sparda_compile.config import round_up
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
-from sparda_compile.generation import check_generation
+from sparda_compile.generation import check_call, check_generation
 from sparda_compile.inspection import Sparda
 from sparda_compile.program import Captures, Plan, Program, make_plan, planned_capacity
 from sparda_compile.runtime.kv_cache import KVCache
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import DynamicCache
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from sparda_compile.config import SpardaConfig
 
@@ -88,6 +89,7 @@ class OptimizedModule(nn.Module):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: SpardaCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run one step; the contract of the model's own forward.
@@ -97,6 +99,7 @@ class OptimizedModule(nn.Module):
             attention_mask: [B, past + T], 0 for padding; None means no padding.
             position_ids: [B, T] int64; None counts the real tokens of each sequence.
             past_key_values: A cache of this module; None starts a new one.
+            cache: The same, by the name that transformers gives it from 5.24 on.
             use_cache: Accepted for compatibility; a cache is always kept.
             return_dict: Accepted for compatibility; a dataclass is always returned.
             logits_to_keep: 0 for all logits, n for those of the last n tokens.
@@ -110,8 +113,9 @@ class OptimizedModule(nn.Module):
             KVCacheError: If the cache is another module's, of another batch size, or full.
         """
         del use_cache, return_dict
-        ids = self._check_call(input_ids, kwargs)
-        cache = self._cache_for(past_key_values, ids)
+        ids = check_call(input_ids, kwargs)
+        given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
+        cache = self._cache_for(given, ids)
         kv = self._ready(cache, ids)
         batch_size, num_tokens = ids.shape
         mask = self._token_mask(attention_mask, kv, ids)
@@ -134,15 +138,15 @@ class OptimizedModule(nn.Module):
         self.last_cache = kv
         if logits_to_keep > 1:
             logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return output_with_cache(logits, cache)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`.
 
         Args:
             inputs: [B, T] int64 prompt; or pass `input_ids`.
-            **kwargs: As for transformers' `generate`. `past_key_values` may be a cache of this
-                module, from an earlier call, whose tokens `input_ids` begins with.
+            **kwargs: As for transformers' `generate`. `past_key_values`, or `cache`, may be a cache
+                of this module, from an earlier call, whose tokens `input_ids` begins with.
 
         Returns:
             As transformers' `generate`.
@@ -159,7 +163,7 @@ class OptimizedModule(nn.Module):
         total = kwargs.get("max_length", config.max_length) or 20
         if new_tokens is not None:
             total = num_tokens + int(new_tokens)
-        cache = kwargs.pop("past_key_values", None)
+        cache = take_cache(kwargs)
         if cache is None:
             self._check_reserved(total)
             cache = SpardaCache(self, self.capacity(total))
@@ -168,7 +172,8 @@ class OptimizedModule(nn.Module):
             self._check_second_turn(cache, ids, total)
         if inputs is not None:
             kwargs["inputs"] = inputs
-        return self._driver.generate(past_key_values=cache, disable_compile=True, **kwargs)
+        kwargs |= {CACHE_NAME: cache, "disable_compile": True}
+        return self._driver.generate(**kwargs)
 
     def new_cache(
         self,
@@ -177,7 +182,7 @@ class OptimizedModule(nn.Module):
         past: DynamicCache | None = None,
         attention_mask: Tensor | None = None,
     ) -> SpardaCache:
-        """Return a cache to pass as `past_key_values`, kept across turns.
+        """Return a cache to pass as `past_key_values` or `cache`, kept across turns.
 
         Args:
             max_tokens: Tokens per sequence to reserve; None is `SpardaConfig.max_tokens`.
@@ -282,30 +287,16 @@ class OptimizedModule(nn.Module):
                 raise
             return getattr(self.captures.model, name)
 
-    def _check_call(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        for name, value in kwargs.items():
-            if value is not None and value is not False:
-                raise UnsupportedInputError(
-                    f"{name} is not supported by an optimized module; it takes input_ids, "
-                    "attention_mask, position_ids, past_key_values and logits_to_keep."
-                )
-        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] < 1:
-            shape = None if input_ids is None else tuple(input_ids.shape)
-            raise UnsupportedInputError(
-                f"input_ids has shape {shape}; pass [batch, tokens] with at least one token."
-            )
-        return input_ids
-
     def _check_owner(self, cache: Any) -> None:
         if not isinstance(cache, SpardaCache):
             raise KVCacheError(
-                f"past_key_values is a {type(cache).__name__}; pass None, or a cache that this "
-                "module returned: past_key_values of an earlier output, new_cache(), or "
+                f"the cache given is a {type(cache).__name__}; pass None, or a cache that this "
+                f"module returned: {CACHE_NAME} of an earlier output, new_cache(), or "
                 "new_cache(past=...) with one that the model filled."
             )
         if cache.owner() is not self:
             raise KVCacheError(
-                "past_key_values is the cache of another model; a cache holds the keys of the "
+                "the cache given is that of another model; a cache holds the keys of the "
                 "module that made it. Pass None to start a new one."
             )
 

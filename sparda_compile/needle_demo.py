@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 import torch
 
 from sparda_compile.api import optimize
+from sparda_compile.cache_name import cache_of
 from sparda_compile.config import Mode, SpardaConfig, round_up
 from sparda_compile.evaluation.decode import Reading, decode
 from sparda_compile.evaluation.metrics import RecallSums
@@ -142,7 +143,7 @@ def run_needle_demo(
     batch = make_batch(_TASK, batch_size=1, length=num_tokens, seed=seed)
     progress(f"reading {batch.question_start} tokens with the original model")
     begin = time.perf_counter()
-    past = model(batch.ids_BT[:, : batch.question_start], logits_to_keep=1).past_key_values
+    past = cache_of(model(batch.ids_BT[:, : batch.question_start], logits_to_keep=1))
     reading_ms = 1e3 * (time.perf_counter() - begin)
     reading = Reading.of(past)
     fast: OptimizedModule | None = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from sparda_compile.cache_name import output_with_cache, take_cache
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["PlainCausalLM", "as_causal_lm", "sliding_windows"]
 
@@ -35,14 +38,13 @@ class PlainCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the module's logits."""
         given = {"position_ids": position_ids} if self.takes_positions else {}
         out = self.module(input_ids, **given)
         logits = out if isinstance(out, Tensor) else out.logits
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return output_with_cache(logits, take_cache(kwargs))
 
 
 def as_causal_lm(model: nn.Module) -> PreTrainedModel:

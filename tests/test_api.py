@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from sparda_compile import SpardaConfig, SpardaError, explain, optimize
+from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import (
     AttentionNotFoundError,
     CaptureError,
@@ -300,7 +301,7 @@ CALLS = {
         KVCacheError, ("4 tokens", "holds 9", "whole conversation"),
     ),
     "its cache in the original model": (
-        lambda fast, model: model(prompt(3), past_key_values=fast.new_cache()),
+        lambda fast, model: model(prompt(3), **{CACHE_NAME: fast.new_cache()}),
         KVCacheError, ("not optimized", "module that made it"),
     ),
     "beam search": (

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.cache import SpardaCache
+from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 
 CONFIG = SpardaConfig(mode="query", top_k=None, block_size=16, lowering="eager")
@@ -81,7 +82,7 @@ def test_what_it_refuses(fast, model):
     with pytest.raises(KVCacheError, match="pass it to the module that made it"):
         cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
     with pytest.raises(KVCacheError, match="not optimized"):
-        model(tokens(3), past_key_values=cache)
+        model(tokens(3), **{CACHE_NAME: cache})
     assert cache.get_seq_length() == 0
 
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from sparda_compile import SpardaConfig, optimize
+from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import KVCacheError
 from sparda_compile.testing import random_forecast, tiny_llama
 
@@ -209,7 +210,7 @@ class TestSecondTurn:
         ids = prompt(511)
         for _ in range(3):
             ours = fast(ids, past_key_values=cache).logits[:, -1]
-            expected = model(ids, past_key_values=theirs).logits[:, -1]
+            expected = model(ids, **{CACHE_NAME: theirs}).logits[:, -1]
             assert_close(ours, expected, rtol=1e-4, atol=1e-4)
             ids = expected.argmax(-1, keepdim=True)
         assert cache.get_seq_length() == 513
@@ -287,7 +288,7 @@ class TestTwoModels:
         for _ in range(4):
             for ours, original in ((fast, model), (other, other_model)):
                 logits = ours(ids, past_key_values=caches[ours]).logits
-                expected = original(ids, past_key_values=theirs[original]).logits
+                expected = original(ids, **{CACHE_NAME: theirs[original]}).logits
                 assert_close(logits, expected, rtol=1e-4, atol=1e-4)
             ids = expected[:, -1].argmax(-1, keepdim=True)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparda_compile.cache_name import CACHE_NAME, cache_of
 from sparda_compile.capture import share_weights
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 from sparda_compile.plain import PlainCausalLM, as_causal_lm, sliding_windows
@@ -29,10 +30,10 @@ def test_plain_module_is_wrapped_and_answers_the_same() -> None:
     assert not model.training
     assert model.can_generate()
     positions = torch.arange(6).expand(2, 6) + 40
-    out = model(input_ids=IDS, position_ids=positions, past_key_values="cache", use_cache=True)
+    out = model(input_ids=IDS, position_ids=positions, **{CACHE_NAME: "cache"}, use_cache=True)
     assert torch.equal(out.logits, module(IDS, positions))
     assert not torch.equal(out.logits, module(IDS))
-    assert out.past_key_values == "cache"
+    assert cache_of(out) == "cache"
 
 
 def test_wrapper_goes_by_the_name_of_the_module() -> None:

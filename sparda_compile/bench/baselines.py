@@ -22,6 +22,7 @@ from transformers import StaticCache
 
 from sparda_compile.bench.memory import dense_kv_bytes, free_everything, too_big
 from sparda_compile.bench.timing import Spread, time_calls
+from sparda_compile.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,7 @@ class StaticDecode:
     def __call__(self) -> Tensor:
         """Take one step; returns logits, [B, 1, vocabulary]."""
         with torch.no_grad():
-            out = self.forward(input_ids=self.input_ids, past_key_values=self.cache)
+            out = self.forward(input_ids=self.input_ids, **{CACHE_NAME: self.cache})
         logits: Tensor = out.logits
         return logits
 

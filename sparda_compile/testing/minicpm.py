@@ -8,15 +8,19 @@ works with `generate`. Importing this module imports transformers.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sparda_compile.cache_name import CACHE_NAME, output_with_cache, take_cache
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["MiniCPMConfig", "MiniCPMForCausalLM"]
 
@@ -34,7 +38,7 @@ class MiniCPMConfig(PretrainedConfig):
     """
 
     model_type = "minicpm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = (CACHE_NAME,)
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class MiniCPMAttention(nn.Module):
         x_BTC: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
         """Attend the new tokens [B, T, C] to all tokens of the cache and return [B, T, C]."""
@@ -150,8 +154,8 @@ class MiniCPMAttention(nn.Module):
         query = _rotate(self.q_proj(x_BTC).view(heads).transpose(1, 2), *rotary)
         key = _rotate(self.k_proj(x_BTC).view(heads).transpose(1, 2), *rotary)
         value = self.v_proj(x_BTC).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, _eager_attention
         )
@@ -202,7 +206,7 @@ class MiniCPMPreTrainedModel(PreTrainedModel):
     config_class = MiniCPMConfig
     base_model_prefix = "model"
     _no_split_modules = ["MiniCPMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -226,7 +230,7 @@ class MiniCPMModel(MiniCPMPreTrainedModel):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         inputs_embeds: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
@@ -235,19 +239,19 @@ class MiniCPMModel(MiniCPMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         x_BTC = inputs_embeds * self.config.scale_emb
         if position_ids is None:
-            num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            num_seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(x_BTC.shape[1], device=x_BTC.device).unsqueeze(0)
             position_ids = position_ids + num_seen
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTC,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             position_ids=position_ids,
         )
         rotary = self.rotary_emb(position_ids)
         for layer in self.layers:
-            x_BTC = layer(x_BTC, rotary, mask, past_key_values, **kwargs)
+            x_BTC = layer(x_BTC, rotary, mask, cache, **kwargs)
         out: Tensor = self.norm(x_BTC)
         return out
 
@@ -268,7 +272,6 @@ class MiniCPMForCausalLM(MiniCPMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -277,17 +280,15 @@ class MiniCPMForCausalLM(MiniCPMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Score the next token; the arguments are those of every causal LM of transformers."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        x_BTC = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
-        )
+        cache = take_cache(kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        x_BTC = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(x_BTC[:, kept] / self.head_divisor)
-        output = CausalLMOutputWithPast(
-            logits=logits_BTV, past_key_values=past_key_values if use_cache else None
-        )
-        return output.to_tuple() if return_dict is False else output
+        output = output_with_cache(logits_BTV, cache if use_cache else None)
+        result: tuple[Any, ...] = output.to_tuple()
+        return result if return_dict is False else output
 
 
 def _rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:

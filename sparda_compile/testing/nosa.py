@@ -12,7 +12,7 @@ cache holds c, and selector `nosa` finds it in the last channel. Source: NOSA as
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-if TYPE_CHECKING:
-    from transformers import Cache
+from sparda_compile.cache_name import take_cache
 
 __all__ = ["NosaAttention", "NosaConfig", "NosaForCausalLM"]
 
@@ -60,7 +59,6 @@ class NosaAttention(LlamaAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Attend the new tokens [B, T, C] to all tokens of the cache and return [B, T, C]."""
@@ -72,8 +70,9 @@ class NosaAttention(LlamaAttention):
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         query, key, value = self._carry(query, key, value)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = take_cache(kwargs)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

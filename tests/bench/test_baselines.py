@@ -10,6 +10,7 @@ from sparda_compile.bench import baselines
 from sparda_compile.bench.baselines import StaticDecode, bench_baselines, fill_static, summary
 from sparda_compile.bench.decode import DecodeBench, DecodeSetting
 from sparda_compile.bench.memory import FreeMemory
+from sparda_compile.cache_name import CACHE_NAME
 
 SMALL = {"lowering": "eager", "top_k": 4, "local_blocks": 2}
 ROOMY = FreeMemory(1 << 40, 1 << 40)
@@ -37,7 +38,7 @@ def test_static_decode_attends_to_what_was_filled_and_no_more(lab):
         dynamic.update(layer.keys[:, :, :100].clone(), layer.values[:, :, :100].clone(), index)
     with torch.no_grad():
         wanted = [
-            lab.model(input_ids=run.input_ids, past_key_values=dynamic).logits for _ in logits
+            lab.model(input_ids=run.input_ids, **{CACHE_NAME: dynamic}).logits for _ in logits
         ]
     torch.testing.assert_close(logits, torch.stack(wanted).float(), atol=0.02, rtol=0.02)
 
