@@ -1,7 +1,7 @@
 """One CUDA graph of a whole decode step, copy branch included, over the compiled program.
 
     first token      the program runs as it is: kernels are compiled, nothing is recorded
-    second token     the program is captured: every launch on both streams, every event, no work
+    second token     the program is captured: every launch on every stream, every event, no work
     from then on     inputs are copied into the captured buffers, and the graph is replayed
 
 A graph holds addresses, so there is one for each cache that a program runs on. What the program

@@ -7,8 +7,9 @@
 A replayed CUDA graph does not say which stream a kernel was recorded on: the profiler gives each
 branch of the graph a number of its own. But recording keeps the order of each stream as
 dependences, so the kernels of our nodes on one stream start in program order, one after the other.
-What the trace shows is an interleaving of two known sequences, and is taken apart as one. Where a
-kernel's name would fit both, the way in which kernels of one stream overlap least is taken.
+What the trace shows is an interleaving of known sequences, one for each stream, and is taken apart
+as one. Where a kernel's name would fit several, the way in which kernels of one stream overlap
+least is taken.
 
 Everything else is the model: matmuls, kernels that Inductor fused, ops of PyTorch.
 """
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.passes.effects import argument, stream_of
 from sparda_compile.passes.fx import call_name, is_sparda
-from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,6 +65,8 @@ _TABLES: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
     _SCORES, _SUMMARIES, _OTHERS, {"": _TRACE},
 )  # fmt: skip
 _TIE_US: Final = 1e-3
+# Whose work a stream's work must be behind, as far as it was issued before.
+_BEHIND: Final = {COMPUTE: (), SELECT: (COMPUTE,), COPY: (COMPUTE, SELECT)}
 KERNELS: Final = frozenset(n for table in _TABLES for names in table.values() for n in names)
 
 
@@ -92,7 +95,7 @@ class PlannedNode:
         node: Name of the FX node.
         op: What it calls, `sparda.select_pages`.
         layer: Layer that it belongs to, -1 if none.
-        stream: 0 compute, 1 copy.
+        stream: 0 compute, 1 copy, 2 select.
         kernels: Names of its kernels, in order; empty where it has none of its own.
         event: Event that it records or waits for, -1 for none.
     """
@@ -168,7 +171,7 @@ def assign_kernels(
     Raises:
         UnsupportedInputError: If the kernels are not those of the plan.
     """
-    lanes = [_lane(nodes, stream) for stream in (COMPUTE, COPY)]
+    lanes = [_lane(nodes, stream) for stream in range(len(STREAM_NAMES))]
     ours = [kernel for kernel in kernels if kernel.name in KERNELS]
     _check_counts(ours, lanes)
     model = [kernel for kernel in kernels if kernel.name not in KERNELS]
@@ -180,20 +183,20 @@ def assign_kernels(
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A kernel that a stream is to launch, behind `after` kernels of the other stream."""
+    """A kernel that a stream is to launch, and how many of each stream were issued before it."""
 
     name: str
     node: str
-    after: int
+    after: tuple[int, ...]
 
 
 def _lane(nodes: Sequence[PlannedNode], stream: int) -> list[_Entry]:
-    lane, others = [], 0
+    lane: list[_Entry] = []
+    issued = [0] * len(STREAM_NAMES)
     for node in nodes:
         if node.stream == stream:
-            lane += [_Entry(name, node.node, others) for name in node.kernels]
-        else:
-            others += len(node.kernels)
+            lane += [_Entry(name, node.node, tuple(issued)) for name in node.kernels]
+        issued[node.stream] += len(node.kernels)
     return lane
 
 
@@ -241,50 +244,57 @@ class _State:
     """
 
     cost_us: float
-    ends: tuple[float, float]
+    ends: tuple[float, ...]
     path: tuple[Any, ...]
 
     def then(
-        self, kernel: Kernel, entry: _Entry, stream: int, covered_us: float, *, is_early: bool
+        self, kernel: Kernel, entry: _Entry, counts: Sequence[int], stream: int, covered_us: float
     ) -> _State:
         """Return the state after a kernel that is an entry of a stream.
 
-        A stream does one thing at a time. Copies start behind all compute that was issued before
-        them; compute need not be behind copies, so there the program's order decides ties alone.
+        A stream does one thing at a time. Side streams start behind work that was issued before
+        theirs; what need not be behind other work follows the program's order in ties alone.
+
+        Args:
+            kernel: What ran.
+            entry: What it is taken for.
+            counts: Kernels of each stream before it.
+            stream: Of the entry.
+            covered_us: How long it ran beside the model's kernels.
         """
+        early = [each for each, count in enumerate(counts) if count < entry.after[each]]
         cost = self.cost_us + max(self.ends[stream] - kernel.start_us, 0.0)
-        if stream == COMPUTE:
-            ends = (kernel.end_us, self.ends[COPY])
-            cost += covered_us + (_TIE_US if is_early else 0.0)
-        else:
-            ends = (self.ends[COMPUTE], kernel.end_us)
-            cost += kernel.end_us - kernel.start_us if is_early else 0.0
+        cost += covered_us if stream == COMPUTE else 0.0
+        if any(each in _BEHIND[stream] for each in early):
+            cost += kernel.end_us - kernel.start_us
+        elif early:
+            cost += _TIE_US
+        ends = (*self.ends[:stream], kernel.end_us, *self.ends[stream + 1 :])
         return _State(cost, ends, (self.path, entry))
 
 
 def _take_apart(
     ours: Sequence[Kernel], lanes: Sequence[Sequence[_Entry]], covered: Sequence[float]
 ) -> list[_Entry]:
-    """Return the entry of each kernel: the interleaving of both lanes that overlaps least."""
-    states = {0: _State(0.0, (0.0, 0.0), ())}  # by compute kernels so far; the others were copies
+    """Return the entry of each kernel: the interleaving of the lanes that overlaps least."""
+    none = (0,) * len(lanes)
+    states = {none: _State(0.0, (0.0,) * len(lanes), ())}  # by kernels of each lane so far
     for place, kernel in enumerate(ours):
-        following: dict[int, _State] = {}
-        for issued, state in states.items():
-            counts = (issued, place - issued)
+        following: dict[tuple[int, ...], _State] = {}
+        for counts, state in states.items():
             for stream, lane in enumerate(lanes):
-                if counts[stream] == len(lane) or lane[counts[stream]].name != kernel.name:
+                count = counts[stream]
+                if count == len(lane) or lane[count].name != kernel.name:
                     continue
-                entry = lane[counts[stream]]
-                is_early = counts[1 - stream] < entry.after
-                new = state.then(kernel, entry, stream, covered[place], is_early=is_early)
-                key = issued + (stream == COMPUTE)
+                new = state.then(kernel, lane[count], counts, stream, covered[place])
+                key = (*counts[:stream], count + 1, *counts[stream + 1 :])
                 if key not in following or new.cost_us < following[key].cost_us:
                     following[key] = new
         if not following:
             raise UnsupportedInputError(
-                f"kernel {place + 1} of the replay, {kernel.name}, is not next on either stream; "
-                f"next are {_next_names(states, place, lanes)}. The program's ops run in another "
-                "order than the plan's: profile the program that was made from this plan."
+                f"kernel {place + 1} of the replay, {kernel.name}, is not next on any stream; "
+                f"next are {_next_names(states, lanes)}. The program's ops run in another order "
+                "than the plan's: profile the program that was made from this plan."
             )
         states = following
     best = min(states.values(), key=lambda state: state.cost_us)
@@ -295,11 +305,11 @@ def _take_apart(
     return entries[::-1]
 
 
-def _next_names(states: Mapping[int, _State], place: int, lanes: Sequence[Sequence[_Entry]]) -> str:
+def _next_names(states: Iterable[tuple[int, ...]], lanes: Sequence[Sequence[_Entry]]) -> str:
     names = {
-        lane[i].name
-        for issued in states
-        for lane, i in zip(lanes, (issued, place - issued), strict=True)
-        if i < len(lane)
+        lane[count].name
+        for counts in states
+        for lane, count in zip(lanes, counts, strict=True)
+        if count < len(lane)
     }
     return ", ".join(sorted(names))

@@ -67,7 +67,7 @@ class Machine:
         link_gbps: CPU-to-device bandwidth for whole blocks.
         tflops: Matrix multiplication rate, 10^12 per second.
         launch_us: Least time of one kernel, microseconds.
-        overlaps: Whether the copy stream runs beside the compute stream.
+        overlaps: Whether the side streams run beside the compute stream.
         latency_us: Sparda op -> what it takes beside its bytes, microseconds. Constants that were
             written before it was measured have that of an H200.
     """

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sparda_compile.errors import BackendUnavailableError, UnsupportedInputError
 from sparda_compile.kernel_trace import planned_nodes, read_kernels, split_replays
 from sparda_compile.replay import MODEL, OWN_OPS, WAIT, Replay, Totals, totals_of
-from sparda_compile.schedule import COMPUTE, COPY, ScheduleRow
+from sparda_compile.schedule import COMPUTE, STREAM_NAMES, ScheduleRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ class NodeTimes:
         node: Name of the FX node, or `model_before_<node>`, or `model_end`.
         op: What it calls, or `model`.
         layer: Layer that it belongs to, -1 if none.
-        stream: 0 compute, 1 copy.
+        stream: 0 compute, 1 copy, 2 select.
         predicted_us: As the schedule says.
         measured_us: As the trace says.
     """
@@ -278,8 +278,8 @@ def _length(row: ScheduleRow) -> float:
 
 
 def _predicted_totals(schedule: Schedule) -> Totals:
-    spans: tuple[list[tuple[float, float]], ...] = ([], [])
+    spans: list[list[tuple[float, float]]] = [[] for _ in STREAM_NAMES]
     for row in schedule.rows:
         if row.op != WAIT:
             spans[row.stream].append((row.start_us, row.end_us))
-    return totals_of(spans[COMPUTE], spans[COPY], schedule.exposed_us)
+    return totals_of(spans, schedule.exposed_us)

@@ -1,12 +1,12 @@
 """The instruction set `sparda::*`: what passes may emit, and what kernels and runtime implement.
 
     layer l-1   forecast_l = rope(linear(hidden, W))
+                fork       = fork_stream(forecast_l, ...)                 select stream goes on
                 scores     = score_blocks(forecast_l, summary_l)          [B, G, N]
                 block_ids  = select_blocks(scores)                        [B, G, K]
                 plan       = plan_pages(block_ids, tables_l)              hits, misses, pages
                 (or both   = select_pages(scores, tables_l))
-                fork       = fork_stream(plan)                            copy stream goes on
-                ticket     = prefetch_blocks(misses, pages_l)             returns at once
+                ticket     = prefetch_blocks(misses, pages_l)             copy stream goes on
     layer l     wait_blocks(ticket, [pages_l], keepalive, q)          compute stream joins
                 append_kv(k, v, pages_l)                                  the new token
                 update_summary(k, summary_l)

@@ -13,7 +13,7 @@ import itertools
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.kernel_trace import assign_kernels
-from sparda_compile.schedule import COMPUTE, COPY, ScheduleRow
+from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES, ScheduleRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,6 +45,7 @@ class Totals:
         step_us: From its first start to its last end.
         compute_us: The compute stream worked.
         copy_us: The copy stream worked.
+        select_us: The select stream worked.
         exposed_us: The compute stream waited for copies.
         overlap: Share of `copy_us` in which the compute stream worked too, 1.0 without copies.
     """
@@ -52,6 +53,7 @@ class Totals:
     step_us: float
     compute_us: float
     copy_us: float
+    select_us: float
     exposed_us: float
     overlap: float
 
@@ -70,8 +72,11 @@ class Replay:
             for name, mine in found.items()
         }
         work = [(k.start_us - origin, k.end_us - origin, owner.get(id(k))) for k in kernels]
-        self.copy = [(a, b) for a, b, node in work if node and node.stream == COPY]
         self.compute = [each for each in work if not each[2] or each[2].stream == COMPUTE]
+        self._by_stream = tuple(
+            [(a, b) for a, b, node in work if (node.stream if node else COMPUTE) == stream]
+            for stream in range(len(STREAM_NAMES))
+        )
 
     def rows(self) -> list[ScheduleRow]:
         """Return the timeline: the model between the nodes, the nodes, the waits."""
@@ -132,8 +137,7 @@ class Replay:
 
     def totals(self, rows: Sequence[ScheduleRow]) -> Totals:
         """Return the sums of the replay."""
-        compute = [(start, end) for start, end, _ in self.compute]
-        return totals_of(compute, self.copy, sum(row.exposed_us for row in rows))
+        return totals_of(self._by_stream, sum(row.exposed_us for row in rows))
 
 
 def _row(
@@ -142,19 +146,19 @@ def _row(
     return ScheduleRow(node, op, layer, stream, *span, 0, 0, exposed)
 
 
-def totals_of(
-    compute: Iterable[tuple[float, float]], copy: Iterable[tuple[float, float]], exposed_us: float
-) -> Totals:
+def totals_of(spans: Sequence[Iterable[tuple[float, float]]], exposed_us: float) -> Totals:
     """Return the sums of one step.
 
     Args:
-        compute: Start and end of each piece of work on the compute stream, without waits.
-        copy: The same of the copy stream.
+        spans: By stream, start and end of each piece of work, without waits.
         exposed_us: Sum of the waits.
     """
-    compute, copy = _merged(compute), _merged(copy)
-    ends = [end for _, end in (*compute, *copy)]
-    copy_us = sum(end - start for start, end in copy)
+    merged = [_merged(each) for each in spans]
+    compute, copy = merged[COMPUTE], merged[COPY]
+    ends = [end for each in merged for _, end in each]
+    compute_us, copy_us, select_us = (
+        sum(end - start for start, end in merged[stream]) for stream in (COMPUTE, COPY, SELECT)
+    )
     under = sum(
         max(min(end, until) - max(start, since), 0.0)
         for start, end in copy
@@ -162,8 +166,9 @@ def totals_of(
     )
     return Totals(
         step_us=max(ends, default=0.0),
-        compute_us=sum(end - start for start, end in compute),
+        compute_us=compute_us,
         copy_us=copy_us,
+        select_us=select_us,
         exposed_us=exposed_us,
         overlap=under / copy_us if copy_us else 1.0,
     )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["COMPUTE", "COPY", "STREAM_NAMES", "Schedule", "ScheduleRow"]
+__all__ = ["COMPUTE", "COPY", "SELECT", "STREAM_NAMES", "Schedule", "ScheduleRow"]
 
 COMPUTE: Final = 0
 COPY: Final = 1
-STREAM_NAMES: Final = ("compute", "copy")
+SELECT: Final = 2
+STREAM_NAMES: Final = ("compute", "copy", "select")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ScheduleRow:
         node: Name of the FX node.
         op: What it calls, `sparda.prefetch_blocks` or `linear`.
         layer: Layer that it belongs to, -1 if none.
-        stream: 0 compute, 1 copy.
+        stream: 0 compute, 1 copy, 2 select.
         start_us: Predicted start, microseconds from the start of the step.
         end_us: Predicted end.
         hbm_bytes: Bytes that it reads and writes in device memory.

@@ -47,6 +47,7 @@ _TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
     ("step", " us", lambda totals: totals.step_us),
     ("compute stream busy", " us", lambda totals: totals.compute_us),
     ("copy stream busy", " us", lambda totals: totals.copy_us),
+    ("select stream busy", " us", lambda totals: totals.select_us),
     ("compute waits for copies", " us", lambda totals: totals.exposed_us),
     ("overlap", "%", lambda totals: 100 * totals.overlap),
 )

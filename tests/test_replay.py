@@ -115,13 +115,15 @@ def test_totals():
 
 
 def test_totals_of_overlapping_spans_count_time_once():
-    totals = totals_of([(0.0, 4.0), (2.0, 6.0), (9.0, 9.0)], [(5.0, 8.0), (5.0, 7.0)], 1.5)
+    spans = ([(0.0, 4.0), (2.0, 6.0), (9.0, 9.0)], [(5.0, 8.0), (5.0, 7.0)], [(1.0, 2.5)])
+    totals = totals_of(spans, 1.5)
+    assert totals.select_us == 1.5
     assert (totals.step_us, totals.compute_us, totals.copy_us) == (8.0, 6.0, 3.0)
     assert (totals.overlap, totals.exposed_us) == (pytest.approx(1 / 3), 1.5)
 
 
 def test_totals_without_copies():
-    totals = totals_of([], [], 0.0)
+    totals = totals_of(([], [], []), 0.0)
     assert (totals.step_us, totals.overlap) == (0.0, 1.0)
 
 

@@ -70,8 +70,8 @@ def score_blocks(
         block_size: Tokens of one block.
         pool_size: Tokens of one pooled key.
         pool_stride: Tokens between pooled keys.
-        stream: 0 compute, 1 copy.
-        after: Result of the fork that starts the copy stream's work, if this op is first on it.
+        stream: 0 compute, 2 select.
+        after: Result of the fork that starts the select stream's work, if this op is first on it.
         trace: [B, G, S, N] bool, for benchmarks: blocks that step length % S shall find best.
         short_list: Blocks that the query picks; for selectors that rank the rest otherwise.
         sink_blocks: First blocks, which are not on the short list.

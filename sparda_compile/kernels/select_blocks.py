@@ -62,8 +62,8 @@ def select_blocks(
         block_size: P, tokens of one block.
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept blocks before the current one.
-        stream: 0 compute, 1 copy.
-        after: Result of the fork that starts the copy stream's work, if this op is first on it.
+        stream: 0 compute, 2 select.
+        after: Result of the fork that starts the select stream's work, if this op is first on it.
 
     Returns:
         [B, G, K] int32 block ids, ascending, -1 where fewer than K exist.

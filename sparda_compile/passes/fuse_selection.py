@@ -9,7 +9,7 @@ Before, and after:
 
 The fused op stands where the plan stood. A selection that something reads before its plan is left
 alone, such as ids that a wait is anchored to; so is one with two plans, such as ids that another
-layer takes as its hint: one of the plans may go to the copy stream, and the other may not.
+layer takes as its hint: one of the plans may go to the select stream, and the other may not.
 """
 
 from __future__ import annotations

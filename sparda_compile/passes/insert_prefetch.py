@@ -35,7 +35,7 @@ from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import Emitter, call_name, find_ops
 from sparda_compile.passes.insert_forecast import HINT_KEY
-from sparda_compile.passes.liveness import copy_stream_inputs, set_keepalives
+from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.passes.replace_attention import Plan, StateInputs, plan_pages
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class _Insertion:
         layer = store.meta["sparda_layer"]
         emit = Emitter(self._graph, store, store, layer)
         event = next(self._events)
-        inputs = copy_stream_inputs([store])
+        inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self._events)
         ticket = emit.call("offload_blocks", *store.args, event, fork)

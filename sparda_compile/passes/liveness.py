@@ -1,9 +1,9 @@
 """Which temporaries a wait has to keep alive.
 
 A compiler frees a tensor behind its last use in the program, and may give its memory to the next
-node at once. If the copy stream still reads or writes it then, that is a race that no event
-orders. So the wait that joins the copy stream takes such tensors as arguments: their last use is
-then behind the copy.
+node at once. If a side stream still reads or writes it then, that is a race that no event orders.
+So the wait that joins the side streams takes such tensors as arguments: their last use is then
+behind the copy.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING
 
 from sparda_compile.passes.effects import argument, is_state, set_argument, stream_of
 from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_order, tensor_shape
-from sparda_compile.schedule import COPY
+from sparda_compile.schedule import COMPUTE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
 
-__all__ = ["copy_stream_inputs", "copy_stream_uses", "set_keepalives"]
+__all__ = ["set_keepalives", "side_stream_inputs", "side_stream_uses"]
 
 
-def copy_stream_uses(node: fx.Node) -> list[fx.Node]:
-    """Return the temporaries that a node of the copy stream reads or writes."""
+def side_stream_uses(node: fx.Node) -> list[fx.Node]:
+    """Return the temporaries that a node of a side stream reads or writes."""
     touched = [n for n in node.all_input_nodes if n.op != "placeholder" and not is_state(n)]
     results = [u for u in node.users if call_name(u) == "getitem"] or [node]
     # Tickets are empty: nothing is stored in them.
     return [n for n in [*touched, *results] if tensor_shape(n) != (0,)]
 
 
-def copy_stream_inputs(work: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return what a fork must take for the work that follows it on the copy stream.
+def side_stream_inputs(work: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return what a fork must take for the work that follows it on side streams.
 
     Temporaries and state alike: a compiler that moves nodes by their data alone then still issues
     the fork behind everything that the work conflicts with.
@@ -51,9 +51,9 @@ def _is_used(node: fx.Node) -> bool:
 def set_keepalives(graph: fx.Graph) -> int:
     """Give every wait exactly the temporaries that it must keep alive; returns how many.
 
-    Each goes to the wait for the copy that its use leads to. The wait for a later copy joins that
-    one too, for the copy stream is a queue, but no data ties the two copies together: a compiler
-    may issue them the other way round.
+    Each goes to the wait for the copy that its use leads to: a selection to that of the blocks it
+    chose. The wait for a later copy joins that one too, for the copy stream is a queue, but no data
+    ties the two copies together: a compiler may issue them the other way round.
     """
     waits = find_ops(graph, "wait_blocks")
     for wait in waits:
@@ -63,12 +63,12 @@ def set_keepalives(graph: fx.Graph) -> int:
     joins: dict[fx.Node, fx.Node] = {}
     join: fx.Node | None = None
     for node in reversed(graph.nodes):
-        if not is_sparda(node) or stream_of(node) != COPY:
+        if not is_sparda(node) or stream_of(node) == COMPUTE:
             continue
         if call_name(node).endswith(("prefetch_blocks", "offload_blocks")):
             join = waits_by_event[argument(node, "event")]
-        assert join is not None, f"{node.name} is on the copy stream and no wait joins it"
-        for temporary in copy_stream_uses(node):
+        assert join is not None, f"{node.name} is on a side stream and no wait joins it"
+        for temporary in side_stream_uses(node):
             joins[temporary] = max(join, joins.get(temporary, join), key=lambda w: order[w])
     kept: dict[fx.Node, list[fx.Node]] = {}
     for temporary, join in joins.items():

@@ -1,13 +1,15 @@
 """ScheduleTransfers: decide where each copy starts, where it is awaited, and what runs beside.
 
 A chain is what leads to one prefetch: forecast, scores, ids, plan, fork, prefetch. Before, and
-after (layer l's part of the program; `|` marks what may run on the copy stream):
+after (layer l's part of the program; `|` marks what runs on the copy stream, `:` what may run on
+the select stream):
 
     layer l-1   ...                              layer l-1   %forecast_l
-                                                             %scores_l
-                                                             %block_ids_l
-                                                             %plan_l
-                                                           | fork  prefetch_l
+                                                             fork
+                                                           : %scores_l
+                                                           : %block_ids_l
+                                                           : %plan_l
+                                                           | prefetch_l
                                                              q, k, v, attention, ffn
     layer l     %scores_l %block_ids_l %plan_l   layer l     q, k, v
                 fork prefetch_l wait_l                       wait_l
@@ -15,7 +17,7 @@ after (layer l's part of the program; `|` marks what may run on the copy stream)
 
 The dependences are a networkx graph: data edges, and an edge between every two ops that use the
 same state when one of them writes it. Within them the pass moves each chain up, tries each place
-and each cut (which ops of the chain go to the copy stream) against the cost model, and keeps the
+and each cut (which ops of the chain go to the select stream) against the cost model, and keeps the
 fastest; waits sink to their consumer. It moves nodes, sets `stream` and `after`, and renews the
 keepalive lists; it creates and deletes nothing.
 
@@ -42,8 +44,8 @@ from sparda_compile.passes.effects import (
 )
 from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_order
-from sparda_compile.passes.liveness import copy_stream_inputs, set_keepalives
-from sparda_compile.schedule import COMPUTE, COPY, Schedule, ScheduleRow
+from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs
+from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES, Schedule, ScheduleRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -54,12 +56,15 @@ __all__ = ["ORDER_KEY", "ScheduleTransfers", "dependence_graph", "mark_order", "
 
 # Place of a stateful op in the program as it was written; what every schedule has to respect.
 ORDER_KEY: Final = "sparda_order"
+# What each stream's work starts behind, as it stands where the work is issued.
+_BEHIND: Final = {COMPUTE: (COMPUTE,), SELECT: (COMPUTE,), COPY: (COMPUTE, SELECT)}
+_MOST_STAGES: Final = 3
 _STAGES: Final = ("score_blocks", "select_blocks", "plan_pages", "select_pages")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleTransfers:
-    """Place transfers. Counts: chains, moved, on_copy_stream, keepalives."""
+    """Place transfers. Counts: chains, moved, on_copy_stream, on_select_stream, keepalives."""
 
     name: ClassVar[str] = "schedule_transfers"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRANSFERS_ASYNC})
@@ -76,11 +81,12 @@ class ScheduleTransfers:
         schedule = Schedule(
             ctx.phase, ctx.machine.name, tuple(rows), tuple(choices), planner.baseline_us
         )
-        on_copy = sum(is_sparda(n) and stream_of(n) == COPY for n in gm.graph.nodes)
+        streams = [stream_of(n) for n in gm.graph.nodes if is_sparda(n)]
         counts = {
             "chains": planner.num_chains,
             "moved": planner.num_moved,
-            "on_copy_stream": on_copy,
+            "on_copy_stream": streams.count(COPY),
+            "on_select_stream": streams.count(SELECT),
             "keepalives": keepalives,
         }
         return PassResult(gm, modified=bool(planner.num_moved), counts=counts, schedule=schedule)
@@ -114,7 +120,7 @@ class _Chain:
     """The nodes that lead to one prefetch, in order, and where they could go.
 
     `stages` are those of scores, ids and plan that belong to it; a cut of n puts the last n of
-    them on the copy stream.
+    them on the select stream, all of them if there are fewer.
     """
 
     nodes: list[fx.Node]
@@ -122,6 +128,10 @@ class _Chain:
     fork: fx.Node
     stages: list[fx.Node]
     places: list[tuple[str, fx.Node]]
+
+    def side(self, cut: int) -> list[fx.Node]:
+        """Return the stages that a cut puts on the select stream."""
+        return self.stages[max(len(self.stages) - cut, 0) :]
 
 
 class _Planner:
@@ -151,7 +161,9 @@ class _Planner:
         self._sink_waits()
         if not chains:
             return []
-        options = [(place, cut) for cut in range(4) for place in range(2)]
+        # Where the prediction is the same, the compute stream does less.
+        cuts = sorted(range(_MOST_STAGES + 1), reverse=self._ctx.machine.overlaps)
+        options = [(place, cut) for cut in cuts for place in range(2)]
         best = min(options, key=lambda option: self._try(chains, [option] * len(chains)))
         decisions = [best] * len(chains)
         best_us = self._try(chains, decisions)
@@ -262,9 +274,9 @@ class _Planner:
         nodes = _ordered(self._graph, chains, decisions)
         streams = {node: stream_of(node) for node in nodes}
         for chain, (_, cut) in zip(chains, decisions, strict=True):
-            for i, stage in enumerate(chain.stages):
-                streams[stage] = COPY if i >= len(chain.stages) - cut else COMPUTE
-        return _end(simulate(nodes, self.costs, self._ctx, streams))
+            streams |= dict.fromkeys(chain.stages, COMPUTE)
+            streams |= dict.fromkeys(chain.side(cut), SELECT)
+        return round(_end(simulate(nodes, self.costs, self._ctx, streams)), 6)
 
     def _apply(self, chains: Sequence[_Chain], decisions: Sequence[tuple[int, int]]) -> None:
         for node in _ordered(self._graph, chains, decisions):
@@ -272,8 +284,7 @@ class _Planner:
             if node.op not in ("placeholder", "output"):
                 last.prepend(node) if last.op == "output" else last.append(node)
         for chain, (_, cut) in zip(chains, decisions, strict=True):
-            side = chain.stages[len(chain.stages) - cut :] if cut else []
-            _set_streams(chain, side)
+            _set_streams(chain, chain.side(cut))
         order = program_order(self._graph)
         forks = {chain.fork for chain in chains}  # they moved, with inputs of their own
         for first, second in self._dag.edges:
@@ -285,9 +296,9 @@ class _Planner:
     def _describe(self, chain: _Chain, decision: tuple[int, int]) -> str:
         place, cut = decision
         where = chain.places[min(place, len(chain.places) - 1)][0]
-        side = [n.name for n in chain.stages[len(chain.stages) - cut :]] if cut else []
-        beside = f"{', '.join(side)} and the copy" if side else "the copy"
-        return f"{chain.prefetch.name}: {where}; {beside} on the copy stream"
+        side = [n.name for n in chain.side(cut)]
+        beside = f"; {', '.join(side)} on the select stream" if side else ""
+        return f"{chain.prefetch.name}: {where}{beside}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,15 +313,18 @@ class _SitePoints:
 
 
 def _set_streams(chain: _Chain, side: Sequence[fx.Node]) -> None:
-    """Put stages on the copy stream behind the fork, which comes before the first of them."""
+    """Put stages on the select stream behind the fork, which comes before the first of them.
+
+    The copy then follows the selection: it takes the list of misses.
+    """
     for stage in chain.stages:
-        set_argument(stage, "stream", COPY if stage in side else COMPUTE)
+        set_argument(stage, "stream", SELECT if stage in side else COMPUTE)
         set_argument(stage, "after", None)
     if not side:
         return
     first = side[0]
     set_argument(chain.prefetch, "after", None)
-    set_argument(chain.fork, "inputs", copy_stream_inputs([*side, chain.prefetch]))
+    set_argument(chain.fork, "inputs", side_stream_inputs([*side, chain.prefetch]))
     first.prepend(chain.fork)
     set_argument(first, "after", chain.fork)
 
@@ -347,11 +361,11 @@ def simulate(
 ) -> list[ScheduleRow]:
     """Predict the times of a program.
 
-    Each stream runs its nodes in program order. A fork holds the copy stream back to the point
-    that the compute stream has reached, a wait holds the compute stream back to the end of its
-    copy. On a machine without overlap both streams are one.
+    Each stream runs its nodes in program order. A selection starts behind all compute before it,
+    a copy behind all compute and selection, as `streams.Engine` has it; a wait holds the compute
+    stream back to the end of its copy. On a machine without overlap all streams are one.
     """
-    clock = [0.0, 0.0]
+    clock = [0.0] * len(STREAM_NAMES)
     event_end: dict[int, float] = {}
     rows = []
     for node in nodes:
@@ -360,15 +374,13 @@ def simulate(
         name, cost, stream = call_name(node), costs[node], streams[node]
         lane = stream if ctx.machine.overlaps else COMPUTE
         exposed = 0.0
-        if name == "sparda.fork_stream":
-            clock[COPY] = max(clock[COPY], clock[COMPUTE])
         if name == "sparda.wait_blocks":
             done = event_end.get(int(argument(node, "event")), 0.0)
             exposed = max(done - clock[COMPUTE], 0.0) if ctx.machine.overlaps else 0.0
             start, end = clock[COMPUTE], clock[COMPUTE] + exposed
             clock[COMPUTE] = end
         else:
-            start = clock[lane]
+            start = max(clock[lane], *(clock[each] for each in _BEHIND[lane]))
             end = start + cost.us
             clock[lane] = end
         if name in ("sparda.prefetch_blocks", "sparda.offload_blocks"):

@@ -1,16 +1,17 @@
 """VerifyTransfers: prove that no copy races with a producer, a consumer, a reuse or the next step.
 
-The graph becomes a straight program of instructions on two streams. Vector clocks give
-happens-before: a stream's own order, plus fork (compute -> copy) and wait (copy -> compute). Then
+The graph becomes a straight program of instructions on three streams. Vector clocks give
+happens-before: a stream's own order, plus fork (compute -> select or copy), a list of misses that a
+copy takes (select -> copy) and wait (copy -> compute). Then
 
     state        of two accesses of one state tensor, one of them a write, the one that was written
                  first in the semantic program happens before the other
     data         a result happens before its use
-    keepalive    what the copy stream reads or writes is still used, on the compute stream, at or
+    keepalive    what a side stream reads or writes is still used, on the compute stream, at or
                  behind the wait for the copy that it leads to
-    allocation   all compute work issued before a copy-stream op that allocates happens before it,
+    allocation   all compute work issued before a side-stream op that allocates happens before it,
                  for its memory may be what that work has just freed
-    join         every started copy has its wait, and the copy stream is done when the step ends
+    join         every started copy has its wait, and the side streams are done when the step ends
 
 State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
 the same plan touch different pages (hits, misses), so they need no order.
@@ -28,9 +29,9 @@ from sparda_compile.errors import TransferRaceError
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.effects import accesses, argument, is_disjoint, stream_of
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda, tensor_shape
-from sparda_compile.passes.liveness import copy_stream_uses
+from sparda_compile.passes.liveness import side_stream_uses
 from sparda_compile.passes.schedule_transfers import ORDER_KEY, mark_order
-from sparda_compile.schedule import COMPUTE, COPY, STREAM_NAMES
+from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,9 +51,11 @@ class Instruction:
         order: Place in the semantic program.
         inputs: Temporaries that it takes, as the numbers of the instructions that make them.
         keepalive: Those of `inputs` that it only keeps alive.
-        touches: Temporaries that it uses on the copy stream.
-        forks: Whether it lets the copy stream go on from here.
-        forked_by: Number of the fork that it waits for on the copy stream.
+        touches: Temporaries that it uses on a side stream.
+        forks: Whether it lets a side stream go on from here.
+        forked_by: Number of the fork that it waits for on its side stream.
+        selected_by: Selections whose results a copy without a fork takes; it starts behind them.
+        chosen_from: Number of the instruction that it takes one result of; it is no work itself.
         records: Event that it records when it ends.
         waits: Event that the compute stream waits for.
         allocates: Whether it makes a non-empty tensor.
@@ -67,6 +70,8 @@ class Instruction:
     touches: tuple[int, ...]
     forks: bool
     forked_by: int | None
+    selected_by: tuple[int, ...]
+    chosen_from: int | None
     records: int | None
     waits: int | None
     allocates: bool
@@ -109,19 +114,21 @@ def extract_program(graph: fx.Graph) -> list[Instruction]:
         sparda, name, stream = is_sparda(node), call_name(node), stream_of(node)
         waits = argument(node, "event") if name == "sparda.wait_blocks" else None
         starts = name in ("sparda.prefetch_blocks", "sparda.offload_blocks")
-        takes_fork = stream == COPY and argument(node, "after") is not None
+        takes_fork = stream != COMPUTE and argument(node, "after") is not None
         fork = argument(node, "after") if takes_fork else None
-        uses = copy_stream_uses(node) if stream == COPY else []
+        uses = side_stream_uses(node) if stream != COMPUTE else []
         program.append(
             Instruction(
                 name=node.name,
-                stream=_stream(node, stream),
+                stream=stream_of(_made_by(node)),
                 order=node.meta.get(ORDER_KEY, -1),
                 inputs=numbers(node.all_input_nodes),
                 keepalive=numbers(argument(node, "keepalive")) if waits is not None else (),
                 touches=numbers(uses) + ((number[node],) if _drops_a_result(node, uses) else ()),
                 forks=name == "sparda.fork_stream",
                 forked_by=number[fork] if fork is not None else None,
+                selected_by=numbers(_selections(node)) if stream == COPY and not fork else (),
+                chosen_from=number[made] if (made := _made_by(node)) is not node else None,
                 records=argument(node, "event") if starts else None,
                 waits=waits,
                 allocates=sparda and not starts and tensor_shape(node) != (0,),
@@ -131,18 +138,23 @@ def extract_program(graph: fx.Graph) -> list[Instruction]:
     return program
 
 
+def _selections(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs of a copy that the select stream makes."""
+    return [n for n in node.all_input_nodes if stream_of(_made_by(n)) == SELECT]
+
+
 def _drops_a_result(node: fx.Node, uses: Sequence[fx.Node]) -> bool:
-    """Whether a copy-stream op has a result that nobody takes, and so nobody keeps alive."""
+    """Whether a side-stream op has a result that nobody takes, and so nobody keeps alive."""
     value = fake_value(node)
     taken = {u.args[1] for u in uses if call_name(u) == "getitem" and u.args[0] is node}
     return bool(uses) and isinstance(value, (tuple, list)) and len(taken) < len(value)
 
 
-def _stream(node: fx.Node, stream: int) -> int:
-    """A choice of one result belongs to the stream that makes the results."""
-    if call_name(node) == "getitem" and is_sparda(node.all_input_nodes[0]):
-        return stream_of(node.all_input_nodes[0])
-    return stream
+def _made_by(node: fx.Node) -> fx.Node:
+    """Return the sparda op that a node chooses one result of, else the node itself."""
+    sources = node.all_input_nodes
+    is_choice = call_name(node) == "getitem" and sources and is_sparda(sources[0])
+    return sources[0] if is_choice else node
 
 
 def check_program(program: Sequence[Instruction]) -> int:
@@ -154,46 +166,54 @@ def check_program(program: Sequence[Instruction]) -> int:
     clocks = _vector_clocks(program, steps=2)
     _check_join(program, clocks)
     _check_data(program, clocks)
-    _check_keepalive(program)
+    _check_keepalive(program, clocks)
     _check_allocation(program, clocks)
     return _check_state(program, clocks)
 
 
-Clock = tuple[int, int]
+Clock = tuple[int, ...]
 
 
 def _vector_clocks(program: Sequence[Instruction], steps: int) -> list[Clock]:
     """Return each instruction's clock, for `steps` consecutive runs of the program."""
-    now = [[0, 0], [0, 0]]
+    streams = range(len(STREAM_NAMES))
+    now = [[0 for _ in streams] for _ in streams]
     clocks: list[Clock] = []
     for step in range(steps):
+        begin = step * len(program)
         forks: dict[int, list[int]] = {}
         events: dict[int, list[int]] = {}
         for i, instruction in enumerate(program):
             mine = now[instruction.stream]
+            if instruction.chosen_from is not None and instruction.chosen_from < i:
+                clocks.append(clocks[begin + instruction.chosen_from])
+                continue
             if instruction.forked_by is not None and instruction.forked_by in forks:
                 _join(mine, forks[instruction.forked_by])
+            for source in instruction.selected_by:
+                if source < i:
+                    _join(mine, clocks[begin + source])
             if instruction.waits is not None and instruction.waits in events:
                 _join(mine, events[instruction.waits])
             mine[instruction.stream] += 1
-            clocks.append((mine[0], mine[1]))
+            clocks.append(tuple(mine))
             if instruction.forks:
                 forks[i] = list(mine)
             if instruction.records is not None:
                 events[instruction.records] = list(mine)
-        del step
     return clocks
 
 
 def _join(mine: list[int], other: Sequence[int]) -> None:
-    for stream in (COMPUTE, COPY):
-        mine[stream] = max(mine[stream], other[stream])
+    for stream, count in enumerate(other):
+        mine[stream] = max(mine[stream], count)
 
 
 def _happens_before(
     program: Sequence[Instruction], clocks: Sequence[Clock], first: int, second: int
 ) -> bool:
-    stream = program[first % len(program)].stream
+    it = program[first % len(program)]
+    stream = it.stream if it.chosen_from is None else program[it.chosen_from].stream
     return first != second and clocks[first][stream] <= clocks[second][stream]
 
 
@@ -207,7 +227,8 @@ def _race(kind: str, first: Instruction, second: Instruction, detail: str) -> Tr
 def _check_join(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
     recorded = {i.records for i in program if i.records is not None}
     awaited = {i.waits for i in program if i.waits is not None}
-    end = max((clocks[i] for i, x in enumerate(program) if x.stream == COMPUTE), default=(0, 0))
+    none = (0,) * len(STREAM_NAMES)
+    end = max((clocks[i] for i, x in enumerate(program) if x.stream == COMPUTE), default=none)
     for i, instruction in enumerate(program):
         if instruction.waits is not None and instruction.waits not in recorded:
             raise TransferRaceError(
@@ -219,10 +240,10 @@ def _check_join(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None
                 f"join: {instruction.name} starts a copy (event {instruction.records}) that no "
                 "wait joins before the step ends."
             )
-        if instruction.stream == COPY and clocks[i][COPY] > end[COPY]:
+        if clocks[i][instruction.stream] > end[instruction.stream]:
             raise TransferRaceError(
-                f"join: {instruction.name} runs on the copy stream and has not ended when the "
-                "step ends; every wait comes before it."
+                f"join: {instruction.name} runs on the {STREAM_NAMES[instruction.stream]} stream "
+                "and has not ended when the step ends; every wait comes before it."
             )
 
 
@@ -242,22 +263,26 @@ def _check_data(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None
                 )
 
 
-def _check_keepalive(program: Sequence[Instruction]) -> None:
+def _check_keepalive(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
     last_use: dict[int, int] = {}
     for i, instruction in enumerate(program):
         last_use |= dict.fromkeys(instruction.inputs, i)
     waits = {x.waits: i for i, x in enumerate(program) if x.waits is not None}
-    wait = len(program)
-    for instruction in reversed(program):
-        if instruction.records is not None:
-            wait = waits[instruction.records]
+    copies = [i for i, x in enumerate(program) if x.records is not None]
+    for i, instruction in enumerate(program):
+        if not instruction.touches:
+            continue
+        leads_to = (c for c in copies if c == i or _happens_before(program, clocks, i, c))
+        events = (program[c].records for c in leads_to)
+        wait = next((waits[event] for event in events if event is not None), len(program))
         for temporary in instruction.touches:
             last = last_use.get(temporary, temporary)
             if program[last].stream != COMPUTE or last < wait:
                 raise TransferRaceError(
                     f"keepalive: {program[temporary].name} is used by {instruction.name} on the "
-                    f"copy stream, but its memory is free after {program[last].name}, which comes "
-                    "before the wait for that copy; the wait must keep it alive."
+                    f"{STREAM_NAMES[instruction.stream]} stream, but its memory is free after "
+                    f"{program[last].name}, which comes before the wait for that copy; the wait "
+                    "must keep it alive."
                 )
 
 

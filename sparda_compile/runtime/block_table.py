@@ -114,8 +114,8 @@ def plan_pages(
         block_size: P.
         eviction: `lru` or `fifo`.
         is_hint: Whether the ids are a guess; guesses do not count as hits or misses.
-        stream: 0 compute, 1 copy.
-        after: Result of the fork that starts the copy stream's work, if this op is first on it.
+        stream: 0 compute, 2 select.
+        after: Result of the fork that starts the select stream's work, if this op is first on it.
 
     Returns:
         page_ids [B, G, K] int32, page of each id; is_miss [B, G, K] bool, ids to fetch;
@@ -230,8 +230,8 @@ def select_pages(
         local_blocks: Always-kept blocks before the current one.
         eviction: `lru` or `fifo`.
         is_hint: Whether the ids are a guess.
-        stream: 0 compute, 1 copy.
-        after: Result of the fork that starts the copy stream's work, if this op is first on it.
+        stream: 0 compute, 2 select.
+        after: Result of the fork that starts the select stream's work, if this op is first on it.
 
     Returns:
         block_ids [B, G, K] int32, then the results of `plan_pages`.

@@ -1,6 +1,6 @@
 """Bytes between CPU and device: every copy, its start and its wait.
 
-    fork_stream       the copy stream may go on from here
+    fork_stream       a side stream may go on from here
     prefetch_blocks   H2D of the missed blocks, on the copy stream; returns at once
     fetch_blocks      the same in line, on the compute stream
     offload_blocks    D2H of blocks that just became full, on the copy stream
@@ -8,7 +8,7 @@
     wait_blocks       the compute stream goes on when a copy has ended
 
 An async op names an event; its wait names the same one. The wait takes, as `keepalive`, every
-temporary that the copy stream still reads or writes and nobody uses later, or a compiler would
+temporary that a side stream still reads or writes and nobody uses later, or a compiler would
 hand its memory to somebody else while the copy runs.
 
 Host layout: one (sequence, KV head, block) is one contiguous run, K then V. On the CPU `host` is
@@ -134,14 +134,14 @@ def _ticket(like: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparda::fork_stream", mutates_args=())
 def fork_stream(inputs: Sequence[Tensor], event: int) -> Tensor:
-    """Let the copy stream go on from here, with everything that was computed so far.
+    """Let a side stream go on from here, with everything that was computed so far.
 
     Args:
-        inputs: What the copy stream will read; keeps the fork behind its producers.
+        inputs: What the side stream will use; keeps the fork behind its producers.
         event: Number of the event, unique in the graph.
 
     Returns:
-        An empty tensor for the first op of the copy stream's work.
+        An empty tensor for the first op of the side stream's work.
     """
     return _ticket(inputs[0])
 
@@ -186,7 +186,8 @@ def prefetch_blocks(
         host: [B, G, N, 2, P, D], or empty without offload.
         pages: [B, G, C, 2, P, D], updated when the wait for `event` has passed.
         event: Number of the event, unique in the graph.
-        after: Result of the fork, if this op is first on the copy stream.
+        after: Result of the fork, if the misses were chosen on the compute stream. Otherwise the
+            copy starts behind the selection.
 
     Returns:
         A ticket for `wait_blocks`, an empty tensor.
@@ -223,7 +224,7 @@ def wait_blocks(
     Args:
         ticket: From the op that started the copy.
         buffers: What the copy stream writes: valid from here on.
-        keepalive: Temporaries that the copy stream uses until here.
+        keepalive: Temporaries that side streams use until here.
         anchors: Tensors computed late in the waiting layer; keep compilers from moving the
             wait up.
         event: The event of the copy.

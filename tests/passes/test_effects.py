@@ -19,7 +19,7 @@ from sparda_compile.passes.effects import (
 )
 from sparda_compile.passes.fx import find_ops, is_sparda
 from sparda_compile.passes.manager import snapshot
-from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.schedule import COMPUTE, COPY, SELECT
 
 WRITES = {
     "append_kv": {"pages"},
@@ -116,7 +116,7 @@ def test_argument_set_by_name(graph):
 
 def test_streams(graph):
     expected = {"prefetch_1": COPY, "plan_1": COMPUTE, "fork_1": COMPUTE}
-    expected["hint_select_pages_1"] = COPY
+    expected["hint_select_pages_1"] = SELECT
     assert {name: stream_of(named(graph, name)) for name in expected} == expected
     assert {stream_of(n) for n in find_ops(graph, "offload_blocks")} == {COPY}
     assert {stream_of(n) for n in find_ops(graph, "wait_blocks", "append_kv")} == {COMPUTE}

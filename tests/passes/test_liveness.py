@@ -6,9 +6,9 @@ import pytest
 
 from sparda_compile.passes.effects import argument, set_argument, stream_of
 from sparda_compile.passes.fx import find_ops, is_sparda, program_order, tensor_shape
-from sparda_compile.passes.liveness import copy_stream_inputs, copy_stream_uses, set_keepalives
+from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs, side_stream_uses
 from sparda_compile.passes.manager import snapshot
-from sparda_compile.schedule import COPY
+from sparda_compile.schedule import COMPUTE, SELECT
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
-def test_each_temporary_of_the_copy_stream_is_used_until_its_own_wait(graph_of, settings):
+def test_each_temporary_of_a_side_stream_is_used_until_its_own_wait(graph_of, settings):
     graph = graph_of(**settings)
     order = program_order(graph)
     waits = {argument(w, "event"): order[w] for w in find_ops(graph, "wait_blocks")}
@@ -52,9 +52,9 @@ def test_each_temporary_of_the_copy_stream_is_used_until_its_own_wait(graph_of, 
     }
     used = 0
     for node in graph.nodes:
-        if is_sparda(node) and stream_of(node) == COPY:
+        if is_sparda(node) and stream_of(node) != COMPUTE:
             own = starts[min(start for start in starts if start >= order[node])]
-            for temporary in copy_stream_uses(node):
+            for temporary in side_stream_uses(node):
                 assert max(order[u] for u in temporary.users) >= own, temporary.name
                 used += 1
     assert used
@@ -127,24 +127,24 @@ def test_ids_that_another_layer_goes_by_live_until_its_copy_is_awaited(graph_of)
 def test_copy_that_nobody_awaits_is_a_bug_of_ours(graph_of):
     graph = graph_of(machine="cpu")
     plan = named(graph, "select_pages_1")
-    set_argument(plan, "stream", COPY)
+    set_argument(plan, "stream", SELECT)
     last = find_ops(graph, "offload_blocks")[-1]
     last.append(plan)
-    with pytest.raises(AssertionError, match="select_pages_1 is on the copy stream"):
+    with pytest.raises(AssertionError, match="select_pages_1 is on a side stream"):
         set_keepalives(graph)
 
 
 def test_tickets_are_no_temporaries(graph_of):
     for node in find_ops(graph_of(), "prefetch_blocks", "offload_blocks"):
-        assert all(tensor_shape(n) != (0,) for n in copy_stream_uses(node))
+        assert all(tensor_shape(n) != (0,) for n in side_stream_uses(node))
 
 
 def test_fork_takes_what_the_work_behind_it_uses(graph_of):
     graph = graph_of()
     chain = [named(graph, n) for n in ("scores_1", "select_pages_1", "prefetch_1")]
-    names = [n.name for n in copy_stream_inputs(chain)]
+    names = [n.name for n in side_stream_inputs(chain)]
     assert names[0] == chain[0].args[0].name
     state = {"sparda_lengths", "sparda_block_table_1", "sparda_pages_1", "sparda_host_1"}
     assert state <= set(names)
     assert not {"scores_1", "select_pages_1", "miss_blocks_1", "fork_1"} & set(names)
-    assert argument(named(graph, "fork_1"), "inputs") == copy_stream_inputs(chain)
+    assert argument(named(graph, "fork_1"), "inputs") == side_stream_inputs(chain)

@@ -13,7 +13,7 @@ from sparda_compile.passes.effects import accesses
 from sparda_compile.passes.fx import Emitter
 from sparda_compile.passes.schedule_transfers import ORDER_KEY
 from sparda_compile.passes.verify_transfers import check_program, extract_program
-from sparda_compile.schedule import COPY
+from sparda_compile.schedule import COPY, SELECT
 
 assert ops.INSTRUCTIONS  # registers the ops that the programs call
 
@@ -85,9 +85,9 @@ class TestTwoSteps:
         planted.append()
         assert planted.check() == 3
 
-    def test_memory_that_a_step_frees_is_not_given_to_a_copy_stream_op_of_the_next(self):
+    def test_memory_that_a_step_frees_is_not_given_to_a_side_stream_op_of_the_next(self):
         planted = Planted()
-        ids = _select_on_copy_stream(planted, None)
+        ids = _select(planted, None)
         planted.wait(planted.prefetch(0), 0, [ids])
         with pytest.raises(TransferRaceError, match=r"allocation: wait0 .* picked"):
             planted.check()
@@ -101,11 +101,47 @@ class TestTwoSteps:
             planted.check()
 
 
-def _select_on_copy_stream(planted, fork):
+def _select(planted, fork, stream=COPY):
     with planted.graph.inserting_before(planted.ids):
         scores = planted._input("scores", (1, 2, 8), torch.float32)
-    args = (scores, planted.state["lengths"], 3, 16, 1, 1, COPY, fork)
+    args = (scores, planted.state["lengths"], 3, 16, 1, 1, stream, fork)
     return planted.emit.call("select_blocks", *args, name="picked")
+
+
+class TestSelectStream:
+    """A copy follows the selection whose list it takes, and no other."""
+
+    def test_copy_follows_the_selection_of_its_list(self):
+        planted = Planted()
+        planted.ids = picked = _select(planted, planted.fork(1), SELECT)
+        planted.wait(planted.prefetch(0), 0, [picked])
+        planted.append()
+        assert planted.check() == 3
+
+    def test_copy_of_another_list_does_not_wait_for_a_selection(self):
+        planted = Planted()
+        picked = _select(planted, planted.fork(1), SELECT)
+        planted.wait(planted.prefetch(0, planted.fork(2)), 0, [picked])
+        with pytest.raises(TransferRaceError, match=r"join: picked runs on the select stream"):
+            planted.check()
+
+    def test_list_of_a_selection_is_kept_until_its_copy_has_ended(self):
+        planted = Planted()
+        planted.ids = _select(planted, planted.fork(1), SELECT)
+        planted.wait(planted.prefetch(0), 0)
+        with pytest.raises(TransferRaceError, match=r"keepalive: \w+ is used by picked on the sel"):
+            planted.check()
+
+    def test_selection_does_not_wait_for_copies(self):
+        planted = Planted()
+        fork = planted.fork(1)
+        ticket = planted.prefetch(0, fork)
+        last = planted.state["last_block_ids_0"]
+        picked = _select(planted, fork, SELECT)
+        planted.emit.call("remember_ids", picked, last, name="late")
+        planted.wait(ticket, 0, [picked])
+        with pytest.raises(TransferRaceError, match=r"picked \(select|picked runs on the select"):
+            planted.check()
 
 
 class TestMessages:
@@ -141,7 +177,7 @@ class TestMessages:
     def test_use_before_the_wait(self):
         planted = Planted()
         fork, last = planted.fork(1), planted.state["last_block_ids_0"]
-        ids = _select_on_copy_stream(planted, fork)
+        ids = _select(planted, fork)
         ticket = planted.prefetch(0)
         planted.emit.call("remember_ids", ids, last, name="early")
         planted.wait(ticket, 0, [ids])

@@ -20,7 +20,7 @@ from sparda_compile.passes.schedule_transfers import (
     mark_order,
     simulate,
 )
-from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.schedule import COMPUTE, SELECT, STREAM_NAMES
 
 CASES = {
     "forecast-h200": {"mode": "forecast", "machine": "h200"},
@@ -172,28 +172,32 @@ class TestStreams:
 
     def test_small_batch_leaves_the_critical_path_whole(self, scheduled):
         _, after, record = scheduled(mode="forecast", machine="h200", expected_overlap=0.9)
-        assert self.streams(after) == (COPY, COPY)
+        assert self.streams(after) == (SELECT, SELECT)
         assert argument(named(after, "scores_1"), "after") is named(after, "fork_1")
         assert argument(named(after, "prefetch_1"), "after") is None
-        assert "scores_1, select_pages_1 and the copy" in record.schedule.choices[1]
+        assert "scores_1, select_pages_1 on the select stream" in record.schedule.choices[1]
 
-    def test_large_batch_keeps_a_busy_copy_stream_to_copies(self, scheduled):
-        settings = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.9}
-        _, after, record = scheduled(batch_size=64, **settings)
-        assert self.streams(after) == (COMPUTE, COMPUTE)
-        assert argument(named(after, "prefetch_1"), "after") is named(after, "fork_1")
-        assert "; the copy on the copy stream" in record.schedule.choices[1]
-
-    def test_no_overlap_with_the_last_step_makes_the_copy_stream_busy_too(self, scheduled):
+    @pytest.mark.parametrize("batch_size", [1, 16, 64])
+    @pytest.mark.parametrize("overlap", [0.0, 0.9, 1.0])
+    def test_no_copy_waits_for_the_selection_behind_it(self, scheduled, overlap, batch_size):
+        """However busy the link is: the next selection runs while it copies."""
         settings = {"mode": "forecast", "machine": "h200", "max_tokens": 8192}
-        _, after, _ = scheduled(expected_overlap=0.0, **settings)
-        assert self.streams(after) == (COMPUTE, COMPUTE)
-        _, after, _ = scheduled(expected_overlap=1.0, **settings)
-        assert self.streams(after) == (COPY, COPY)
+        _, after, record = scheduled(expected_overlap=overlap, batch_size=batch_size, **settings)
+        assert self.streams(after) == (SELECT, SELECT)
+        rows = {row.node: row for row in record.schedule.rows}
+        before = max(rows["fork_1"].end_us, rows["select_pages_0"].end_us)
+        assert rows["scores_1"].start_us == pytest.approx(before)
 
-    def test_machine_without_overlap_gains_nothing_from_a_second_stream(self, scheduled):
+    def test_chain_of_three_stages_leaves_as_a_whole(self, plan_of):
+        settings = {"mode": "forecast", "machine": "h200", "disable_passes": ("fuse_selection",)}
+        graph = plan_of("llama", **settings).graph_module.graph
+        names = ("scores_1", "block_ids_1", "plan_1")
+        assert [stream_of(named(graph, name)) for name in names] == [SELECT] * 3
+
+    def test_machine_without_overlap_gains_nothing_from_other_streams(self, scheduled):
         _, after, record = scheduled(**CASES["forecast-cpu"])
         assert self.streams(after) == (COMPUTE, COMPUTE)
+        assert record.counts["on_select_stream"] == 0
         assert record.counts["on_copy_stream"] == len(
             find_ops(after, "prefetch_blocks", "offload_blocks")
         )
@@ -224,7 +228,7 @@ class TestPrediction:
         return scheduled(**CASES[case])[2].schedule
 
     def test_rows_on_one_stream_never_overlap(self, schedule):
-        for stream in (COMPUTE, COPY):
+        for stream in range(len(STREAM_NAMES)):
             rows = [r for r in schedule.rows if r.stream == stream]
             ends = [0.0, *(r.end_us for r in rows)]
             assert all(r.end_us >= r.start_us for r in rows)
@@ -249,11 +253,11 @@ class TestPrediction:
         assert exposed <= {w.name for w in waits}
         assert schedule.exposed_us == pytest.approx(sum(rows[n].exposed_us for n in exposed))
 
-    def test_copy_stream_starts_behind_its_fork(self, schedule, scheduled, case):
+    def test_side_streams_start_behind_their_forks(self, schedule, scheduled, case):
         _, graph, _ = scheduled(**CASES[case])
         rows = {r.node: r for r in schedule.rows}
         for node in graph.nodes:
-            if is_sparda(node) and stream_of(node) == COPY and argument(node, "after"):
+            if is_sparda(node) and stream_of(node) != COMPUTE and argument(node, "after"):
                 fork = rows[argument(node, "after").name]
                 assert rows[node.name].start_us >= fork.start_us - EPSILON
 

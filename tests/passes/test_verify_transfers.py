@@ -18,7 +18,7 @@ from sparda_compile.passes.verify_transfers import (
     check_program,
     extract_program,
 )
-from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.schedule import COMPUTE, COPY, SELECT
 from sparda_compile.testing import TINY_MODELS
 
 MODES = {
@@ -45,7 +45,8 @@ def arranged(program, order):
         return tuple(new[i] for i in numbers if i in new)
 
     def rewritten(it):
-        if moved.isdisjoint((*it.inputs, *it.keepalive, *it.touches, it.forked_by)):
+        lists = (*it.inputs, *it.keepalive, *it.touches, *it.selected_by)
+        if moved.isdisjoint((*lists, it.forked_by, it.chosen_from)):
             return it
         return dataclasses.replace(
             it,
@@ -53,6 +54,8 @@ def arranged(program, order):
             keepalive=renumbered(it.keepalive),
             touches=renumbered(it.touches),
             forked_by=new.get(it.forked_by),
+            selected_by=renumbered(it.selected_by),
+            chosen_from=new.get(it.chosen_from),
         )
 
     return [rewritten(program[old]) for old in order]
@@ -85,6 +88,8 @@ def omissions(program):
             yield f"{it.name} removed", without(program, i)
         if it.forked_by is not None:
             yield f"{it.name} does not wait for its fork", changed(program, i, forked_by=None)
+        if it.selected_by:
+            yield f"{it.name} does not follow its selection", changed(program, i, selected_by=())
         if it.records is not None:
             yield f"{it.name} records nothing", changed(program, i, records=None)
         for kept in it.keepalive:
@@ -113,11 +118,12 @@ def swaps(program):
 
 
 def detours(program):
-    """Yield every program in which one op of the compute stream runs on the copy stream."""
+    """Yield every program in which one op of the compute stream runs on a side stream."""
     for i, it in enumerate(program):
         works = is_sparda(it.node) and not it.forks and it.waits is None
         if works and it.stream == COMPUTE:
             yield f"{it.name} on the copy stream", changed(program, i, stream=COPY)
+            yield f"{it.name} on the select stream", changed(program, i, stream=SELECT)
 
 
 def _nodes(program, numbers):
@@ -191,7 +197,8 @@ def test_no_mutation_survives_wherever_the_chain_is_cut(plan_of, disable_passes,
     fork = argument(by_name["scores_1"], "after")
     assert fork is not None
     for name in stages:
-        set_argument(by_name[name], "stream", int(stages.index(name) >= stages.index(cut)))
+        is_beside = stages.index(name) >= stages.index(cut)
+        set_argument(by_name[name], "stream", SELECT if is_beside else COMPUTE)
         set_argument(by_name[name], "after", None)
     by_name[cut].prepend(fork)
     set_argument(fork, "inputs", [by_name[cut].args[0]])
@@ -278,11 +285,11 @@ class TestGraph:
         for name in ("hint_scores_0", "hint_select_pages_1"):
             gm = graph_of()
             node = next(n for n in gm.graph.nodes if n.name == name)
-            assert argument(node, "stream") == COPY
+            assert argument(node, "stream") == SELECT
             set_argument(node, "stream", COMPUTE)
             self.races(gm)
 
-    def test_result_of_a_copy_stream_op_that_nobody_takes(self, graph_of):
+    def test_result_of_a_selection_that_nobody_takes(self, graph_of):
         gm = graph_of()
         item = next(n for n in gm.graph.nodes if n.name == "hint_is_miss_1")
         for wait in list(item.users):

@@ -9,6 +9,7 @@ import pytest
 
 from sparda_compile.measured import measure
 from sparda_compile.report.html import write_html
+from sparda_compile.schedule import STREAM_NAMES
 
 ACTIONS = """<script>
     const view = document.querySelector("[data-testid=timeline-decode]");
@@ -54,15 +55,16 @@ def test_page_without_a_run_has_none(decode_trace, tmp_path):
 
 
 @pytest.mark.browser
-def test_browser_draws_four_lanes(measured, decode_trace, browse, page):
+def test_browser_draws_a_lane_for_each_stream(measured, decode_trace, browse, page):
     shown = browse(page)
     everything = (*decode_trace.schedule.rows, *measured.rows)
     bars = shown.having("bar")
     assert len(bars) == sum(row.end_us > row.start_us for row in everything)
     assert len({bar["y"] for bar in bars}) == 4
     assert sum("model" in bar["class"].split() for bar in bars) == 5
-    for caption in ("compute, predicted", "copy, predicted", "compute, measured", "copy, measured"):
-        assert caption in shown.texts["main"][0]
+    for what in ("predicted", "measured"):
+        for stream in STREAM_NAMES:
+            assert f"{stream}, {what}" in shown.texts["main"][0]
     text = shown.texts["stats"][0]
     assert "Measured step" in text
     assert "850.6" in text
