@@ -285,11 +285,11 @@ def load_model(folder, dtype):
 def train_forecast(run, folder):
     """Train the Forecast on the questions of sequences as long and as full as those measured."""
     from sparda_compile import train_forecast as train_projections
+    from sparda_compile.training.checkpoint import checkpoint_path
 
     preset = run.preset
     # Only half precision has a fast attention kernel on a GPU, and bfloat16 keeps small gradients.
     model = load_model(folder, torch.bfloat16 if run.is_cuda else torch.float32)
-    length = preset.forecast_lengths[0]
 
     def token_batches():
         while True:
@@ -308,18 +308,22 @@ def train_forecast(run, folder):
             log(run, dataclasses.asdict(report))
 
     out = run.out / "forecast.safetensors"
-    train_projections(
-        model.to(run.device).eval(),
-        token_batches(),
-        config=deployed(preset, length, run.args.budget or 0.1),
-        steps=run.args.forecast_steps,
-        lr=run.args.forecast_rate,
-        last_tokens=3 * preset.forecast_queries,
-        out=out,
-        save_every=run.args.forecast_steps,
-        on_step=on_step,
-        progress=False,
-    )
+    steps, rate = run.args.forecast_steps, run.args.forecast_rate
+    # The last third is slow, so that what it ends with is no longer shaken.
+    for last, lr in ((max(1, 2 * steps // 3), rate), (steps, rate / 5)):
+        train_projections(
+            model.to(run.device).eval(),
+            token_batches(),
+            config=deployed(preset, preset.forecast_lengths[0], run.args.budget or 0.1),
+            steps=last,
+            lr=lr,
+            last_tokens=3 * preset.forecast_queries,
+            out=out,
+            resume=checkpoint_path(out) if last == steps > 1 else None,
+            save_every=steps,
+            on_step=on_step,
+            progress=False,
+        )
     say(f"wrote {out}")
 
 
