@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional as F
 
+from sparda_compile.cache_name import cache_of
 from sparda_compile.config import round_up
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.kernels.select_blocks import select_blocks_reference
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["PREDICTORS", "Decoded", "LayerRecord", "Reading", "decode", "read"]
+__all__ = ["PREDICTORS", "Decoded", "LayerRecord", "Reading", "decode", "read", "read_ahead"]
 
 PREDICTORS: Final = ("forecast", "previous_layer", "previous_step", "next_query")
 _PARTS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -94,7 +95,29 @@ def read(model: Any, ids_BT: Tensor) -> Reading:
         UnsupportedInputError: If the model is not built like Llama.
     """
     _check_model(model)
-    return Reading.of(model.model(ids_BT, use_cache=True).past_key_values)
+    return Reading.of(cache_of(model.model(ids_BT, use_cache=True)))
+
+
+@torch.no_grad()
+def read_ahead(model: Any, ids_BT: Tensor, length: int) -> tuple[Reading, Tensor]:
+    """Read all tokens densely, and keep what `read` keeps of the first ones.
+
+    Args:
+        model: As for `read`.
+        ids_BT: [B, T] int64 tokens without padding.
+        length: Tokens to keep, fewer than T.
+
+    Returns:
+        The reading, and the logits [B, T - length, vocabulary] of the others, float32.
+
+    Raises:
+        UnsupportedInputError: If the model is not built like Llama.
+    """
+    _check_model(model)
+    output = model(ids_BT, use_cache=True, logits_to_keep=ids_BT.shape[1] - length)
+    reading = Reading.of(cache_of(output))
+    parts = ([part[:, :, :length] for part in parts] for parts in (reading.keys, reading.values))
+    return Reading(*map(tuple, parts)), output.logits.float()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.evaluation.decode import decode, read
+from sparda_compile.evaluation.decode import decode, read_ahead
 from sparda_compile.evaluation.metrics import (
     RecallSums,
     bootstrap_interval,
@@ -213,9 +213,8 @@ def _measure(
     # Step s predicts the token behind the one it feeds; the last answer is fed to nobody.
     last = int(batch.answer_positions_A[-1])
     steps_A = (batch.answer_positions_A - 1 - batch.question_start).tolist()
-    reading = read(model, ids_BT[:, : batch.question_start])
+    reading, truth_BSV = read_ahead(model, ids_BT[:, :last], batch.question_start)
     tail_BS = ids_BT[:, batch.question_start : last]
-    truth_BSV = model(ids_BT[:, :last], logits_to_keep=tail_BS.shape[1]).logits.float()
     answers_BA = ids_BT[:, batch.answer_positions_A.to(device)]
     for name, config in configs.items():
         decoded = decode(model, reading, tail_BS, config, forecast=forecast)

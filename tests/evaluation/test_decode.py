@@ -5,7 +5,7 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.evaluation.decode import decode, read
+from sparda_compile.evaluation.decode import decode, read, read_ahead
 from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama, tiny_nosa
 
 START, STEPS = 300, 12
@@ -40,6 +40,17 @@ def optimized(model):
 @pytest.fixture(scope="module")
 def reading(model, ids):
     return read(model, ids[:, :START])
+
+
+def test_read_ahead_is_a_reading_and_the_dense_model(model, ids, reading):
+    ahead, logits = read_ahead(model, ids, START)
+    assert ahead.length == START
+    for mine, other in zip(
+        (*ahead.keys, *ahead.values), (*reading.keys, *reading.values), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits[:, START:])
 
 
 def program_logits(optimized, ids, config, forecast=None):
