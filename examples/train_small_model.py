@@ -370,6 +370,8 @@ def main():
     run = Run(args)
     if not args.model:
         train(run)
+        # Once before it is tested, so that a run that is cut off leaves what it learned.
+        export(run, {})
         scores = evaluate(run, run.preset.eval_lengths, run.preset.eval_samples)
         scores |= evaluate(run, run.preset.eval_lengths[-2:-1], 64, ("multi_query", *OTHERS))
         scores |= evaluate_sparse(run, run.preset.eval_samples)
