@@ -6,7 +6,8 @@
 
 A replayed CUDA graph does not say which stream a kernel was recorded on: the profiler gives each
 branch of the graph a number of its own. But recording keeps the order of each stream as
-dependences, so the kernels of our nodes on one stream start in program order, one after the other.
+dependences, so the kernels of our nodes on one stream start in program order, one after the other;
+but a compiler may have changed places of ops of one layer that do not depend on each other.
 What the trace shows is an interleaving of known sequences, one for each stream, and is taken apart
 as one. Where a kernel's name would fit several, the way in which kernels of one stream overlap
 least is taken.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import UnsupportedInputError
@@ -187,6 +189,7 @@ class _Entry:
 
     name: str
     node: str
+    layer: int
     after: tuple[int, ...]
 
 
@@ -195,7 +198,7 @@ def _lane(nodes: Sequence[PlannedNode], stream: int) -> list[_Entry]:
     issued = [0] * len(STREAM_NAMES)
     for node in nodes:
         if node.stream == stream:
-            lane += [_Entry(name, node.node, tuple(issued)) for name in node.kernels]
+            lane += [_Entry(name, node.node, node.layer, tuple(issued)) for name in node.kernels]
         issued[node.stream] += len(node.kernels)
     return lane
 
@@ -273,21 +276,54 @@ class _State:
         return _State(cost, ends, (self.path, entry))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """What was taken of a lane: the first `begin` entries, and some of the layer behind them."""
+
+    begin: int = 0
+    ahead: frozenset[int] = frozenset()
+
+    @property
+    def count(self) -> int:
+        return self.begin + len(self.ahead)
+
+    def open_entries(self, lane: Sequence[_Entry]) -> list[int]:
+        """Return what may come next: of each node left of the layer under way, its first kernel."""
+        numbers = range(self.begin, len(lane))
+        same = itertools.takewhile(lambda i: lane[i].layer == lane[self.begin].layer, numbers)
+        first: dict[str, int] = {}
+        for i in same:
+            if i not in self.ahead:
+                first.setdefault(lane[i].node, i)
+        return list(first.values())
+
+    def next_of(self, lane: Sequence[_Entry], name: str) -> int | None:
+        """Return the first such entry of a name, None if there is none."""
+        return next((i for i in self.open_entries(lane) if lane[i].name == name), None)
+
+    def with_(self, number: int) -> _Taken:
+        begin, ahead = self.begin, self.ahead | {number}
+        while begin in ahead:
+            begin += 1
+        return _Taken(begin, frozenset(i for i in ahead if i >= begin))
+
+
 def _take_apart(
     ours: Sequence[Kernel], lanes: Sequence[Sequence[_Entry]], covered: Sequence[float]
 ) -> list[_Entry]:
     """Return the entry of each kernel: the interleaving of the lanes that overlaps least."""
-    none = (0,) * len(lanes)
-    states = {none: _State(0.0, (0.0,) * len(lanes), ())}  # by kernels of each lane so far
+    none = (_Taken(),) * len(lanes)
+    states = {none: _State(0.0, (0.0,) * len(lanes), ())}  # by what was taken of each lane so far
     for place, kernel in enumerate(ours):
-        following: dict[tuple[int, ...], _State] = {}
-        for counts, state in states.items():
+        following: dict[tuple[_Taken, ...], _State] = {}
+        for taken, state in states.items():
+            counts = [each.count for each in taken]
             for stream, lane in enumerate(lanes):
-                count = counts[stream]
-                if count == len(lane) or lane[count].name != kernel.name:
+                number = taken[stream].next_of(lane, kernel.name)
+                if number is None:
                     continue
-                new = state.then(kernel, lane[count], counts, stream, covered[place])
-                key = (*counts[:stream], count + 1, *counts[stream + 1 :])
+                new = state.then(kernel, lane[number], counts, stream, covered[place])
+                key = (*taken[:stream], taken[stream].with_(number), *taken[stream + 1 :])
                 if key not in following or new.cost_us < following[key].cost_us:
                     following[key] = new
         if not following:
@@ -305,11 +341,11 @@ def _take_apart(
     return entries[::-1]
 
 
-def _next_names(states: Iterable[tuple[int, ...]], lanes: Sequence[Sequence[_Entry]]) -> str:
+def _next_names(states: Iterable[tuple[_Taken, ...]], lanes: Sequence[Sequence[_Entry]]) -> str:
     names = {
-        lane[count].name
-        for counts in states
-        for lane, count in zip(lanes, counts, strict=True)
-        if count < len(lane)
+        lane[i].name
+        for taken in states
+        for lane, each in zip(lanes, taken, strict=True)
+        for i in each.open_entries(lane)
     }
     return ", ".join(sorted(names))

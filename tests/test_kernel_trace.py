@@ -22,17 +22,17 @@ from sparda_compile.kernel_trace import (
     split_replays,
 )
 from sparda_compile.program import make_plan
-from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.schedule import COMPUTE, COPY, SELECT
 from sparda_compile.testing import tiny_llama
 from sparda_compile.traced import captures_of
 
 GPU = Path(__file__).resolve().parents[1] / "sparda_compile" / "kernels" / "gpu"
 # A prefill's; it is not replayed.
 OTHER_KERNELS = {"_copy_runs"}
-# Two layers of mode exact: name, stream, kernels. Both streams select.
+# Two layers of mode exact: name, stream, kernels. Two streams select.
 EXACT = """
-hint_score_1     1 _score_forecast
-hint_select_1    1 _select_pages
+hint_score_1     2 _score_forecast
+hint_select_1    2 _select_pages
 hint_fetch_1     1 _gather
 score_0          0 _infllm2_logits _infllm2_blocks
 select_0         0 _select_pages
@@ -40,8 +40,8 @@ plan_0           0 _select_pages
 append_0         0 _append_kv
 attend_0         0 _partials
 fetch_0          1 _gather
-hint_score_2     1 _score_forecast
-hint_select_2    1 _select_pages
+hint_score_2     2 _score_forecast
+hint_select_2    2 _select_pages
 hint_fetch_2     1 _gather
 score_1          0 _infllm2_logits _infllm2_blocks
 select_1         0 _select_pages
@@ -52,8 +52,12 @@ attend_1         0 _partials
 
 
 def parse(text):
+    """Return the nodes; the layer is the number that a name ends in."""
     lines = [line.split() for line in text.strip().split("\n")]
-    return [PlannedNode(n, f"sparda.{n}", 0, int(s), tuple(names)) for n, s, *names in lines]
+    return [
+        PlannedNode(n, f"sparda.{n}", int(n[-1]) if n[-1].isdigit() else 0, int(s), tuple(names))
+        for n, s, *names in lines
+    ]
 
 
 @functools.cache
@@ -161,12 +165,14 @@ def test_kernels_of_a_real_replay(decode_trace):
 
 
 def run(nodes, seed):
-    """Return the kernels of a step on two streams at random speeds, and whose they are."""
+    """Return the kernels of a step on its streams at random speeds, and whose they are."""
     speed = random.Random(seed)
-    clock, work = [0.0, 0.0], []
+    clock, work = [0.0, 0.0, 0.0], []
     for node in nodes:
         if node.stream == COPY:
-            clock[COPY] = max(clock)  # behind all compute issued so far
+            clock[COPY] = max(clock)  # behind all compute and selection issued so far
+        elif node.stream == SELECT:
+            clock[SELECT] = max(clock[SELECT], clock[COMPUTE])
         elif node.node.startswith("append"):
             clock[COMPUTE] = max(clock)  # a wait
         for name in node.kernels:
@@ -219,6 +225,24 @@ def test_wrong_number_of_kernels_is_refused(decode_trace):
     lost = next(i for i, kernel in enumerate(replay) if kernel.name == "_gather")
     with pytest.raises(UnsupportedInputError, match="3 of _gather, not 4"):
         assign_kernels(replay[:lost] + replay[lost + 1 :], decode_trace.nodes)
+
+
+def test_ops_of_one_layer_may_have_changed_places():
+    nodes = parse("append_1 0 _append_kv\nupdate_1 0 _append_pooled_keys\nappend_2 0 _append_kv")
+    names = ("_append_pooled_keys", "_append_kv", "_append_kv")
+    kernels = [Kernel(name, float(i), i + 0.5, 1) for i, name in enumerate(names)]
+    found = assign_kernels(kernels, nodes)
+    assert {node: mine[0].start_us for node, mine in found.items()} == {
+        "update_1": 0.0, "append_1": 1.0, "append_2": 2.0,
+    }  # fmt: skip
+
+
+def test_ops_of_two_layers_keep_their_places():
+    nodes = parse("append_1 0 _append_kv\nupdate_2 0 _append_pooled_keys")
+    names = ("_append_pooled_keys", "_append_kv")
+    kernels = [Kernel(name, float(i), i + 0.5, 1) for i, name in enumerate(names)]
+    with pytest.raises(UnsupportedInputError, match="next are _append_kv"):
+        assign_kernels(kernels, nodes)
 
 
 def test_wrong_order_of_kernels_is_refused():

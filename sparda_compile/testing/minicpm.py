@@ -7,22 +7,24 @@ works with `generate`. Importing this module imports transformers.
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparda_compile.cache_name import CACHE_NAME, output_with_cache, take_cache
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
 __all__ = ["MiniCPMConfig", "MiniCPMForCausalLM"]
+
+# transformers renamed it in 5.24.
+_CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
 
 
 class MiniCPMConfig(PretrainedConfig):
@@ -38,7 +40,7 @@ class MiniCPMConfig(PretrainedConfig):
     """
 
     model_type = "minicpm"
-    keys_to_ignore_at_inference = (CACHE_NAME,)
+    keys_to_ignore_at_inference = (_CACHE,)
 
     def __init__(
         self,
@@ -206,7 +208,7 @@ class MiniCPMPreTrainedModel(PreTrainedModel):
     config_class = MiniCPMConfig
     base_model_prefix = "model"
     _no_split_modules = ["MiniCPMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012
+    _skip_keys_device_placement = [_CACHE]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -246,7 +248,7 @@ class MiniCPMModel(MiniCPMPreTrainedModel):
             config=self.config,
             inputs_embeds=x_BTC,
             attention_mask=attention_mask,
-            **{CACHE_NAME: cache},
+            **{_CACHE: cache},
             position_ids=position_ids,
         )
         rotary = self.rotary_emb(position_ids)
@@ -280,13 +282,13 @@ class MiniCPMForCausalLM(MiniCPMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Score the next token; the arguments are those of every causal LM of transformers."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = take_cache(kwargs)
+        cache = kwargs.pop(_CACHE, None)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         x_BTC = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(x_BTC[:, kept] / self.head_divisor)
-        output = output_with_cache(logits_BTV, cache if use_cache else None)
+        output = CausalLMOutputWithPast(logits=logits_BTV, **{_CACHE: cache if use_cache else None})
         result: tuple[Any, ...] = output.to_tuple()
         return result if return_dict is False else output
 

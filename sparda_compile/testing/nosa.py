@@ -25,8 +25,6 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from sparda_compile.cache_name import take_cache
-
 __all__ = ["NosaAttention", "NosaConfig", "NosaForCausalLM"]
 
 _MULTIPLE: Final = 16
@@ -70,7 +68,8 @@ class NosaAttention(LlamaAttention):
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         query, key, value = self._carry(query, key, value)
-        cache = take_cache(kwargs)
+        # transformers renamed it in 5.24.
+        cache = kwargs.pop("cache", kwargs.pop("past_key_values", None))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -4,7 +4,9 @@
     o_s, lse_s = softmax(q K^T * scale) V over the split            one program, online softmax
     merge      : lse = logsumexp_s lse_s ;  o = sum_s exp(lse_s - lse) o_s
 
-Query heads of a group are the rows of one tile, so every key and value is read once.
+Query heads of a group are the rows of one tile, so every key and value is read once. Attending in
+two parts, to hits and then to what was missed, gives the bits of attending at once: each split and
+the merge compute the same in every form of the kernels.
 Floor: K*2*P*D elements per sequence and group at the device's bandwidth.
 """
 
@@ -17,7 +19,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from sparda_compile.kernels.gpu.launch import interpreting, launch_early, power_of_two, rows_of
+from sparda_compile.kernels.gpu.launch import (
+    as_written,
+    interpreting,
+    launch_early,
+    power_of_two,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +167,7 @@ def partials(
         q_row, q_head, groups, num_pages, splits, selected, heads, power_of_two(heads, 16), size,
         tokens, power_of_two(size) // tokens, dim, dims, num_blocks, power_of_two(num_blocks), pick,
         softcap != 0.0, interpreting(), _STAGES,
-        num_warps=8 if tokens * dims > 16384 else 4,
+        num_warps=8 if tokens * dims > 16384 else 4, **as_written(),
     )  # fmt: skip
     return out, lse
 
@@ -229,6 +237,6 @@ def merge(
     _merge[(batch * groups, heads)](
         out_BGSRD, lse_BGSR, late_out, late_lse, merged, splits, heads, padded, dim, dims,
         min(padded, max(_MERGE_TILE // dims, 1)), late is not None, interpreting(), num_warps=1,
-        **launch_early(),
+        **launch_early(), **as_written(),
     )  # fmt: skip
     return merged

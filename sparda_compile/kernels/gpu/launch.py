@@ -4,6 +4,9 @@ A kernel that reads only what the kernel just before it wrote may begin while th
 launch is then paid for in advance. The first says `gdc_launch_dependents`, the second `gdc_wait`
 before it reads anything, and is launched with `launch_early()` (CUDA's programmatic dependent
 launch). Both are launched by one function, so that nothing comes between them in the stream.
+
+A kernel that is compiled in several forms whose results must be equal bit for bit is launched with
+`as_written()`: else the compiler joins a product with one sum or another as each form suggests.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import triton
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["interpreting", "launch_early", "power_of_two", "rows_of"]
+__all__ = ["as_written", "interpreting", "launch_early", "power_of_two", "rows_of"]
 
 
 def interpreting() -> bool:
@@ -26,6 +29,11 @@ def interpreting() -> bool:
 def launch_early() -> dict[str, bool]:
     """Return the launch options of a kernel that begins with `gdc_wait`."""
     return {} if interpreting() else {"launch_pdl": True}
+
+
+def as_written() -> dict[str, bool]:
+    """Return the launch options of a kernel in which each product and sum rounds by itself."""
+    return {} if interpreting() else {"enable_fp_fusion": False}
 
 
 def power_of_two(size: int, least: int = 1) -> int:
