@@ -1,11 +1,14 @@
-"""What a copy costs the compute that runs beside it.
+"""What a copy and the compute that runs beside it cost each other.
 
     main stream   matrix products of a few decoder layers, each with weights of its own
     side stream   blocks from pinned memory, by the gather kernel or by one memcpy
-    hidden        (compute alone + copy alone - both at once) / copy alone         1 if all of it is
+    hidden        (compute alone + copy alone - both at once) / copy alone     compute lasts longer
+    held_up       (both at once - copy alone) / compute alone                  the copy lasts longer
 
-A schedule can hide a copy no better than that. Whoever copies takes something from the compute:
-multiprocessors, if a kernel does it, and bandwidth of the memory system in any case.
+A schedule can hide a copy no better than the first says: 1 if nothing is taken from the compute.
+Where the link is the limit, a step is longer by the second than its copies: 0 if nothing is taken
+from the copy. Whoever copies takes multiprocessors, if a kernel does it, and both share the memory
+system. Blocks are drawn from a region as large as a KV cache, where reads take their longest.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from sparda_compile.bench.memory import pinned_region_bytes
 from sparda_compile.bench.timing import graph_us
 from sparda_compile.kernels.gpu import copy
 from sparda_compile.runtime.pinned import PinnedMemory
@@ -28,8 +32,9 @@ __all__ = ["bench_interference"]
 
 # Inputs and outputs of the products of one layer of the 8b shape.
 _PRODUCTS: Final = ((4096, 4608), (4096, 4096), (4096, 32768), (16384, 4096))
-# Enough that the slowest copy ends first, that by one program.
+# Enough that the slowest copy ends first, that by one program, and too few for the fastest.
 _LAYERS: Final = 14
+_FEW_LAYERS: Final = 2
 _BLOCKS: Final = 768
 _WORDS: Final = 8192
 _PROGRAMS: Final = (1, 2, 4, 8, 16)
@@ -45,13 +50,15 @@ def bench_interference(
     Args:
         device: A CUDA device.
         products: Inputs and outputs of the matrix products of a layer.
-        num_blocks: Blocks of 32 KiB to copy; their copy should end before the compute does.
+        num_blocks: Blocks of 32 KiB to copy; their copy should end before the compute of 14 layers
+            does, and after that of 2.
 
     Returns:
-        By batch size and by who copies: microseconds, and the share that is hidden.
+        By batch size and by who copies: microseconds, `hidden` and `held_up`.
     """
-    region = PinnedMemory(num_blocks * _WORDS * 4)
-    host = region.tensor.view(torch.int32).view(num_blocks, _WORDS)
+    block_bytes = _WORDS * 4
+    region = PinnedMemory(max(pinned_region_bytes() // block_bytes, num_blocks) * block_bytes)
+    host = region.tensor.view(torch.int32).view(-1, _WORDS)
     weights = [
         torch.randn(size, dtype=torch.bfloat16, device=device) for size in [*products] * _LAYERS
     ]
@@ -62,14 +69,17 @@ def bench_interference(
             for width, _ in products
         }
         compute = partial(_multiply, weights, inputs)
-        alone = graph_us([compute]).median
+        few = partial(_multiply, weights[: _FEW_LAYERS * len(products)], inputs)
+        alone, few_alone = graph_us([compute]).median, graph_us([few]).median
         rows = {}
-        for name, start in _copies(host, device).items():
+        for name, start in _copies(host, num_blocks, device).items():
             copying, both = graph_us([start]).median, graph_us([_beside(compute, start)]).median
+            with_few = graph_us([_beside(few, start)]).median
             rows[name] = {
                 "copy_us": round(copying, 1),
                 "both_us": round(both, 1),
                 "hidden": round((alone + copying - both) / copying, 3),
+                "held_up": round((with_few - copying) / few_alone, 3),
             }
         result[f"b{batch}"] = {"compute_us": round(alone, 1), "by_copy": rows}
     region.close()
@@ -81,19 +91,18 @@ def _multiply(weights: Sequence[Tensor], inputs: dict[int, Tensor]) -> None:
         torch.mm(inputs[weight.shape[0]], weight)
 
 
-def _copies(host: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Return who can copy all blocks of `host` [N, words], by name."""
-    num_blocks = len(host)
+def _copies(host: Tensor, num_blocks: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return who can copy blocks of `host` [N, words], by name: random ones, or the first."""
     pages = torch.zeros(1, 1, num_blocks, 2, 64, 64, dtype=torch.int32, device=device)
     addresses = torch.tensor([[host.data_ptr()]], device=device)
     order = torch.arange(num_blocks, dtype=torch.int32, device=device).view(1, 1, -1)
-    shuffled = order[..., torch.randperm(num_blocks, device=device)].contiguous()
+    drawn = torch.randperm(len(host), device=device)[:num_blocks].int().view(1, 1, -1)
     calls: dict[str, Callable[[], object]] = {
-        f"gather {count}": partial(copy.gather, shuffled, order, addresses, pages, count)
+        f"gather {count}": partial(copy.gather, drawn, order, addresses, pages, count)
         for count in _PROGRAMS
     }
     target = pages.view(num_blocks, -1)
-    return {**calls, "memcpy": partial(target.copy_, host, non_blocking=True)}
+    return {**calls, "memcpy": partial(target.copy_, host[:num_blocks], non_blocking=True)}
 
 
 def _beside(compute: Callable[[], object], start: Callable[[], object]) -> Callable[[], None]:

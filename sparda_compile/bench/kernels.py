@@ -1,6 +1,6 @@
 """Kernels alone: time, floor and what else could do the same, at 128K tokens.
 
-    gather      8 MiB of 32 KiB blocks from pinned memory, beside one memcpy of 8 MiB
+    gather      8 MiB of 32 KiB blocks, drawn from up to 16 GiB, beside one memcpy of 8 MiB
     miss_list   from a Forecast to the list of misses: two launches
     attention   over 96 selected blocks, beside SDPA and FlexAttention over gathered KV
     beside      matrix products with a copy beside them: `interference.py`
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from sparda_compile.bench.interference import bench_interference
+from sparda_compile.bench.memory import pinned_region_bytes
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 from sparda_compile.kernels.gpu import attention, copy, score, select
 from sparda_compile.kernels.sparse_attention import blocks_per_split
@@ -77,13 +78,16 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
     `programs` are those of a decode step.
     """
     count = 8 * _MIB // _BLOCK_BYTES
-    region = PinnedMemory(1 << 31)
+    region = PinnedMemory(pinned_region_bytes() // (2 * _BLOCK_BYTES) * 2 * _BLOCK_BYTES)
     host = region.tensor.view(torch.bfloat16)
-    host.view(torch.int16).random_(-9999, 9999)
     blocks = host.view(2, -1, 2, _SIZE, _DIM)
     addresses = torch.tensor([[blocks[g].data_ptr() for g in range(2)]], device=device)
     pages = torch.zeros(1, 2, count, 2, _SIZE, _DIM, dtype=torch.bfloat16, device=device)
     lists = [_random_misses(blocks.shape[1], count // 2, device) for _ in range(8)]
+    for g in range(2):
+        blocks[g].view(torch.int16)[lists[0][0, g].cpu().long()] = torch.randint(
+            -9999, 9999, (count // 2, 2, _SIZE, _DIM), dtype=torch.int16
+        )
     order = torch.arange(count // 2, dtype=torch.int32, device=device).expand(1, 2, -1).contiguous()
     copy.gather(lists[0], order, addresses, pages, 8)
     for g in range(2):

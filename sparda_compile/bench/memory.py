@@ -33,6 +33,7 @@ __all__ = [
     "largest_batch",
     "layout_of",
     "misfits",
+    "pinned_region_bytes",
     "too_big",
 ]
 
@@ -42,6 +43,8 @@ HOMES: Final = {"inline": "scheduled", "dense": "resident"}
 # Joined weights, activations, CUDA graphs, and what `fill` takes while it makes random blocks.
 _DEVICE_RESERVE: Final = 4 * GIB
 _HOST_RESERVE: Final = 10 * GIB
+_REGION: Final = 16 * GIB
+_LEAST_REGION: Final = GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,11 @@ class FreeMemory:
         if max_host_bytes is not None:
             host = min(host, max_host_bytes)
         return cls(max(device - _DEVICE_RESERVE, 0), max(host, 0))
+
+
+def pinned_region_bytes() -> int:
+    """Return the size of a region to draw blocks from: a KV cache's, if the machine has that."""
+    return min(_REGION, max(FreeMemory.now().host // 4, _LEAST_REGION))
 
 
 def _container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:

@@ -108,11 +108,12 @@ def print_kernels(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(name, f"{us:.1f}", f"{floor:.2f}", _ratio(us / floor), *others)
     console.print(table)
     for batch, found in result["beside"].items():
-        heads = ("copied by", "alone us", "beside products us", "hidden")
+        heads = ("copied by", "alone us", "beside products us", "hidden", "held up")
         table = _table(f"Beside matrix products, batch {batch[1:]}", heads, 1)
-        table.add_row("nobody", "-", f"{found['compute_us']:g}", "-")
+        table.add_row("nobody", "-", f"{found['compute_us']:g}", "-", "-")
         for name, row in found["by_copy"].items():
-            table.add_row(name, *(f"{row[key]:g}" for key in ("copy_us", "both_us", "hidden")))
+            keys = ("copy_us", "both_us", "hidden", "held_up")
+            table.add_row(name, *(f"{row[key]:g}" for key in keys))
         console.print(table)
 
 

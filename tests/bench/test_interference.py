@@ -24,7 +24,7 @@ class PlainMemory:
 
 def test_every_copy_brings_every_block():
     host = torch.arange(3 * interference._WORDS, dtype=torch.int32).view(3, -1)
-    calls = interference._copies(host, CPU)
+    calls = interference._copies(host, 3, CPU)
     assert set(calls) == {"gather 1", "gather 2", "gather 4", "gather 8", "gather 16", "memcpy"}
     for name in ("gather 2", "memcpy"):
         calls[name]()
@@ -34,9 +34,20 @@ def test_every_copy_brings_every_block():
         pages.zero_()
 
 
+def test_blocks_are_drawn_from_the_whole_region():
+    host = torch.arange(40 * interference._WORDS, dtype=torch.int32).view(40, -1)
+    calls = interference._copies(host, 6, CPU)
+    blocks, _, _, pages, _ = calls["gather 2"].args
+    assert blocks.numel() == blocks.unique().numel() == 6
+    assert blocks.max() > 6
+    calls["gather 2"]()
+    assert torch.equal(pages.view(6, -1), host[blocks.flatten().long()])
+
+
 def test_hidden_is_what_the_copy_adds_no_time_for(monkeypatch):
     made = []
-    times = iter([100.0, 40.0, 110.0] * 2)  # compute, copy, both
+    # Compute of all layers and of a few, copy, both, copy with the few.
+    times = iter([100.0, 20.0, 40.0, 110.0, 45.0] * 2)
 
     def memory(num_bytes):
         made.append(PlainMemory(num_bytes))
@@ -49,9 +60,10 @@ def test_hidden_is_what_the_copy_adds_no_time_for(monkeypatch):
 
     monkeypatch.setattr(interference, "PinnedMemory", memory)
     monkeypatch.setattr(interference, "graph_us", fake)
-    monkeypatch.setattr(interference, "_copies", lambda host, device: {"memcpy": lambda: None})
+    monkeypatch.setattr(interference, "pinned_region_bytes", lambda: 0)
+    monkeypatch.setattr(interference, "_copies", lambda *_: {"memcpy": lambda: None})
     found = interference.bench_interference(CPU, PRODUCTS, num_blocks=2)
-    row = {"copy_us": 40.0, "both_us": 110.0, "hidden": 0.75}
+    row = {"copy_us": 40.0, "both_us": 110.0, "hidden": 0.75, "held_up": 0.25}
     assert found == {
         f"b{batch}": {"compute_us": 100.0, "by_copy": {"memcpy": row}} for batch in (1, 16)
     }

@@ -13,6 +13,7 @@ from sparda_compile.bench.memory import (
     largest_batch,
     layout_of,
     misfits,
+    pinned_region_bytes,
     too_big,
 )
 from sparda_compile.bench.programs import KNOBS, build_program
@@ -42,6 +43,13 @@ def test_too_big():
     assert too_big("it", 5, "CPU", 5) is None
     reason = too_big("it", 3 * GIB, "CPU", GIB)
     assert reason == "it needs 3.0 GiB of CPU memory, and 1.0 GiB are to be had"
+
+
+@pytest.mark.parametrize(("free", "region"), [(500, 16), (20, 5), (2, 1), (0, 1)])
+def test_region_to_draw_blocks_from(monkeypatch, free, region):
+    now = classmethod(lambda cls: FreeMemory(0, free * GIB))
+    monkeypatch.setattr(memory.FreeMemory, "now", now)
+    assert pinned_region_bytes() == region * GIB
 
 
 def test_everything_fits():

@@ -84,7 +84,9 @@ def test_kernels(console):
         "beside": {
             "b1": {
                 "compute_us": 730.5,
-                "by_copy": {"gather 8": {"copy_us": 500.0, "both_us": 830.5, "hidden": 0.8}},
+                "by_copy": {
+                    "gather 8": {"copy_us": 500.0, "both_us": 830.5, "hidden": 0.8, "held_up": 0.25}
+                },
             }
         },
     }
@@ -96,8 +98,8 @@ def test_kernels(console):
     assert "miss_list_b1 12.0 1.00 12.000 - -" in printed
     assert "attention_b1_g2 9.0 1.50 6.000 20.0 -" in printed
     assert "Beside matrix products, batch 1" in printed
-    assert "nobody - 730.5 -" in printed
-    assert "gather 8 500 830.5 0.8" in printed
+    assert "nobody - 730.5 - -" in printed
+    assert "gather 8 500 830.5 0.8 0.25" in printed
 
 
 def test_machine(console):
