@@ -237,8 +237,13 @@ class Program:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the program has run."""
+        """Whether the program has run, or was compiled ahead."""
         return "_function" in self.__dict__
+
+    def compile(self) -> None:
+        """Compile now, not at the first step."""
+        compiled = self._function  # kept by the property
+        del compiled
 
     @property
     def num_graphs(self) -> int:

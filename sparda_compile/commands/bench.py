@@ -118,6 +118,45 @@ def bench_decode(
     print_paths([file.path, written])
 
 
+@bench_app.command("compile")
+def bench_compile(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Model, may be given again. [default: 8b]")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences, may be given again. [default: 1]")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Program, may be given again. [default: all of them]")
+    ] = None,
+    tokens: Tokens = _TOKENS,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
+) -> None:
+    """Compile the programs of decode ahead, several at a time; a benchmark then finds them."""
+    with errors_as_sentences():
+        for each in shape or ("8b",):
+            _check_shape(each)
+        with progress() as say:
+            say("importing torch and transformers")
+            from itertools import product
+
+            from sparda_compile.bench.decode import VARIANTS
+            from sparda_compile.bench.precompile import Target, compile_apart, compile_here
+
+            sizes = product(shape or ("8b",), batch or (1,), variant or VARIANTS)
+            targets = [Target(*each, tokens) for each in sizes]
+            require_gpu("sparda bench compile")
+            failed = []
+            if jobs == 1 or len(targets) == 1:
+                compile_here(targets, "cuda", say)
+            else:
+                failed = [found for found in compile_apart(targets, jobs, say) if found[2]]
+    if failed:
+        target, _, output = failed[0]
+        names = ", ".join(str(each[0]) for each in failed)
+        fail(f"{names} failed; {target} ended with:\n{output}", CANNOT)
+
+
 @bench_app.command("budget")
 def bench_budget(
     shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
