@@ -21,7 +21,7 @@ Offload = Literal["auto", "always", "never"]
 _MODES: Final = get_args(Mode)
 SELECTOR_NAMES: Final = ("infllm2", "quest", "nosa")
 HINT_NAMES: Final = ("forecast", "previous_step", "previous_layer", "next_query")
-MACHINE_NAMES: Final = ("cpu", "h200")
+MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
 
 
@@ -61,8 +61,8 @@ class SpardaConfig:
         lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
         cuda_graph: On a GPU, capture each decode step once and replay it for every token. False
             launches every kernel from Python, which is slower and easier to look into.
-        machine: Whose constants the scheduler plans with: `cpu`, `h200`, or None for the
-            machine that the model is on.
+        machine: Whose constants the scheduler plans with: `cpu`, `h100`, `h200`, or None for
+            the machine that the model is on.
         expected_overlap: Share of a step's blocks that the step before selected too; the
             scheduler's estimate of how many bytes a step moves.
         disable_passes: Names of passes to leave out.

@@ -3,7 +3,8 @@
 H200 values: medians measured on one H200 with PCIe Gen5 (device copy 4.3 TB/s, gathers of 32 KiB
 blocks from pinned memory 45 GB/s, 8192^3 bf16 matmul 790 TFLOP/s). CPU values: two cores of a
 server, best of 15 runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul and a
-small elementwise op; there nothing runs beside anything else. `LATENCY_US` has its own source.
+small elementwise op; there nothing runs beside anything else. H100 values: `sparda calibrate` on
+one H100, November 2026. `LATENCY_US` has its own source.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 # heads of 128, 96 blocks, bf16), less their bytes at 4300 GB/s. Measured: score_blocks of a
 # Forecast 5.0, select_blocks 6.9, plan_pages 4.9, select_pages 11.9, partial attention 5.5 to 6.6,
 # merging the partials 2.0 to 6.6; of the last two the middle is taken.
+# h100: `sparda calibrate` on one H100, the same kernels some days later.
 # cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
 # 16, fp32. Attention is not named: there it is arithmetic.
 LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
@@ -44,6 +46,15 @@ LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
         "select_blocks": 70.0,
         "plan_pages": 330.0,
         "select_pages": 420.0,
+    },
+    "h100": {
+        "score_blocks": 2.56,
+        "select_blocks": 8.03,
+        "plan_pages": 4.37,
+        "select_pages": 11.1,
+        "attend_resident": 5.77,
+        "attend_missing": 7.51,
+        "sparse_attention": 7.51,
     },
     "h200": {
         "score_blocks": 4.0,
@@ -89,6 +100,7 @@ class Machine:
 
 MACHINES: Final = {
     "cpu": Machine("cpu", 13.1, 5.6, 0.15, 2.5, overlaps=False, latency_us=LATENCY_US["cpu"]),
+    "h100": Machine("h100", 3027.0, 47.9, 792.0, 1.2, overlaps=True, latency_us=LATENCY_US["h100"]),
     "h200": Machine("h200", 4300.0, 45.0, 790.0, 2.0, overlaps=True),
 }
 
@@ -105,7 +117,8 @@ def machine_for(name: str | None, device: torch.device) -> Machine:
 
     Args:
         name: `SpardaConfig.machine`; None takes what was measured on the device, and where
-            nothing was, `h200` for a GPU and `cpu` for the CPU.
+            nothing was, those of the GPU that the device's name speaks of, `h200` for any other
+            GPU, and `cpu` for the CPU.
         device: Where the program runs.
 
     Raises:
@@ -115,10 +128,13 @@ def machine_for(name: str | None, device: torch.device) -> Machine:
         return MACHINES[name]
     if device.type != "cuda":
         return MACHINES["cpu"]
-    path = calibration_file(torch.cuda.get_device_name(device))
+    device_name = torch.cuda.get_device_name(device)
+    path = calibration_file(device_name)
     if not path.is_file():
-        _log.info("no calibration of %s; planning with h200. Run `sparda calibrate`.", device)
-        return MACHINES["h200"]
+        known = [name for name in MACHINES if name in device_name.lower()]
+        chosen = known[0] if known else "h200"
+        _log.info("no calibration of %s; planning with %s. Run `sparda calibrate`.", device, chosen)
+        return MACHINES[chosen]
     try:
         return Machine(**json.loads(path.read_text(encoding="utf-8"))["machine"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -35,6 +35,7 @@ def test_constants_are_named_positive_and_in_proportion(name):
 def test_only_a_gpu_overlaps():
     assert {name: machine.overlaps for name, machine in MACHINES.items()} == {
         "cpu": False,
+        "h100": True,
         "h200": True,
     }
 
@@ -57,7 +58,7 @@ def test_every_machine_has_latencies_of_ops():
 def test_selecting_and_planning_in_one_is_about_the_sum(name):
     machine = MACHINES[name]
     both = machine.latency_of("select_blocks") + machine.latency_of("plan_pages")
-    assert machine.latency_of("select_pages") == pytest.approx(both, rel=0.1)
+    assert machine.latency_of("select_pages") == pytest.approx(both, rel=0.15)
 
 
 def test_op_without_a_latency_takes_a_launch():
@@ -108,11 +109,18 @@ def test_cpu_is_never_asked_for_its_gpu(monkeypatch):
     assert machine_for(None, CPU) is MACHINES["cpu"]
 
 
-@pytest.mark.usefixtures("calibration")
-def test_gpu_that_was_not_measured_is_planned_for_as_an_h200(caplog):
+@pytest.mark.parametrize(
+    ("device_name", "chosen"),
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("ACME 9000", "h200")],
+)
+def test_gpu_that_was_not_measured_is_planned_for_by_its_name(
+    monkeypatch, tmp_path, caplog, device_name, chosen
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device_name)
     with caplog.at_level(logging.INFO, logger="sparda_compile.machine"):
-        assert machine_for(None, GPU) is MACHINES["h200"]
-    assert "Run `sparda calibrate`" in caplog.text
+        assert machine_for(None, GPU) is MACHINES[chosen]
+    assert f"planning with {chosen}. Run `sparda calibrate`" in caplog.text
 
 
 def test_gpu_that_was_measured_is_planned_for_as_it_is(calibration, caplog):
