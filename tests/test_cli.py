@@ -107,7 +107,7 @@ def test_inspect_refused_model(sparda, tmp_path):
         (["inspect", "t5"], "no model that can be inspected"),
         (["inspect", "./nowhere"], "has no config.json"),
         (["inspect", "tiny-llama", "--mode", "exacd"], "Did you mean 'exact'"),
-        (["inspect", "tiny-llama", "--machine", "h100"], "use one of cpu, h100, h200"),
+        (["inspect", "tiny-llama", "--machine", "a100"], "use one of cpu, h100, h200"),
         (["inspect", "tiny-llama", "--top-k", "many"], "or 'all' for every block"),
         (["inspect", "tiny-llama", "--batch", "0"], "greater than or equal to 1"),
         (["inspect", "tiny-llama", "--html", "/dev/null/page.html"], "cannot be written"),
