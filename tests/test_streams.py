@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from sparda_compile.schedule import COMPUTE, COPY
+from sparda_compile.schedule import COMPUTE, COPY, SELECT
 from sparda_compile.streams import (
     CudaEngine,
     DeferredEngine,
@@ -82,6 +82,38 @@ def test_event_that_is_used_again_means_its_newest_mark(log):
         engine.record(0)
     engine.wait(0)
     assert log == [0, 1]
+
+
+def test_deferred_engine_selects_when_a_copy_behind_it_is_waited_for(log):
+    engine = DeferredEngine()
+    engine.submit(COPY, log.work("first copy"))
+    engine.record(0)
+    engine.submit(SELECT, log.work("selection"))
+    engine.submit(COPY, log.work("second copy"))
+    engine.record(1)
+    assert engine.num_pending == 3
+    engine.wait(0)
+    assert log == ["first copy"]
+    engine.wait(1)
+    assert log == ["first copy", "selection", "second copy"]
+    assert engine.num_pending == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_seeded_engine_selects_before_the_copies_behind_it(seed):
+    engine, log = DeferredEngine(seed), Log()
+    for i in range(20):
+        engine.submit(SELECT, log.work(("select", i)))
+        engine.submit(COPY, log.work(("copy", i)))
+        engine.record(i)
+        engine.submit(COMPUTE, log.work(("compute", i)))
+    engine.wait(19)
+    for stream in ("select", "copy", "compute"):
+        assert [i for name, i in log if name == stream] == list(range(20))
+    place = {entry: n for n, entry in enumerate(log)}
+    assert all(place["select", i] < place["copy", i] for i in range(20))
+    # Selections do not wait for the copies before them.
+    assert any(place["select", i + 1] < place["copy", i] for i in range(19))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -171,9 +203,11 @@ def cuda(monkeypatch, log):
         yield
         current.pop()
 
+    sides = iter(("copy", "select"))  # an engine makes them in this order
+
     def make(device, priority):
         assert device == torch.device("cuda:1")
-        return FakeStream(log, "copy", priority)
+        return FakeStream(log, next(sides, "copy"), priority)
 
     def current_stream(device):
         assert device == torch.device("cuda:1")
@@ -191,11 +225,25 @@ def cuda(monkeypatch, log):
 
 def test_cuda_engine_starts_copies_behind_the_compute_work_before_them(log, cuda):
     engine = CudaEngine(torch.device("cuda:1"))
-    assert engine._copy.priority == -1
+    assert engine._copy.priority == engine._select.priority == -1
     engine.submit(COMPUTE, cuda("a"))
     engine.submit(COPY, cuda("b"))
     engine.submit(COMPUTE, cuda("c"))
     assert log == ["a on compute", "copy waits for compute", "b on copy", "c on compute"]
+
+
+def test_cuda_engine_starts_a_copy_behind_the_selection_before_it_and_no_other(log, cuda):
+    engine = CudaEngine(torch.device("cuda:1"))
+    engine.submit(SELECT, cuda("ids"))
+    engine.submit(SELECT, cuda("pages"))
+    engine.submit(COPY, cuda("first"))
+    engine.submit(COPY, cuda("second"))
+    assert log == [
+        "select waits for compute", "ids on select",
+        "select waits for compute", "pages on select",
+        "copy waits for compute", "copy waits for select", "first on copy",
+        "copy waits for compute", "second on copy",
+    ]  # fmt: skip
 
 
 def test_cuda_engine_marks_the_copy_stream_and_holds_the_compute_stream(log, cuda):
@@ -282,3 +330,20 @@ def test_copies_run_beside_the_compute_stream():
     engine.wait(0)
     engine.submit(COMPUTE, lambda: seen.copy_(flag))
     assert seen.item() == 1
+
+
+@pytest.mark.gpu
+def test_selections_run_beside_copies():
+    device = torch.device("cuda", torch.cuda.current_device())
+    engine = CudaEngine(device)
+    flag = torch.zeros(1, device=device)
+    torch.cuda._sleep(1)  # so that nothing has to be loaded below
+    flag.fill_(0).item()
+    done = torch.cuda.Event()
+    engine.submit(
+        COPY, lambda: (torch.cuda._sleep(400_000_000), done.record(torch.cuda.current_stream()))
+    )
+    engine.submit(SELECT, lambda: flag.fill_(1))
+    engine._select.synchronize()
+    assert flag.item() == 1
+    assert not done.query()
