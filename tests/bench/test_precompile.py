@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 
 import pytest
 import torch
 
 from sparda_compile.bench import precompile
+from sparda_compile.bench.decode import DecodeSetting
 from sparda_compile.bench.precompile import (
     Target,
     build_hollow_model,
@@ -41,19 +43,46 @@ def test_hollow_model_has_the_shapes_and_next_to_no_weights():
     assert hollow(ids).logits.isfinite().all()
 
 
-def test_real_program_is_found_in_the_cache(tmp_path, monkeypatch):
-    from torch._dynamo.utils import counters
+def test_real_program_has_the_same_place_in_the_cache(monkeypatch):
+    """Inductor is stopped where it knows the place; the rest is a C++ compiler's work."""
+    from torch._inductor import codecache
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    places = []
+    find = codecache.compiled_fx_graph_hash
+
+    def stop(*args, **kwargs):
+        places.append(find(*args, **kwargs)[0])
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(codecache, "compiled_fx_graph_hash", stop)
+    monkeypatch.setitem(SHAPES, "tiny", dataclasses.replace(SHAPES["tiny"], num_layers=1))
     said = []
-    compile_here([TINY], "cpu", said.append)
+    with pytest.raises(Exception, match="far enough"):
+        compile_here([TINY], "cpu", said.append)
     assert said == ["building and tracing tiny", "compiling tiny batch 2 scheduled"]
     captures = Captures(build_model(SHAPES["tiny"], CPU, torch.bfloat16), {})
-    program = build_program(captures, "scheduled", 2, TINY.max_tokens, 96)
-    counters.clear()
-    program.compile()
-    assert counters["inductor"]["fxgraph_cache_hit"] == 1
-    assert program.is_compiled
+    for batch_size in (2, 3):
+        program = build_program(captures, "scheduled", batch_size, TINY.max_tokens, 96)
+        with pytest.raises(Exception, match="far enough"):
+            program.compile()
+    assert places[0] == places[1] != places[2]
+
+
+def test_programs_are_those_of_a_benchmark(monkeypatch):
+    made = []
+
+    class Made:
+        def compile(self):
+            made.append("compiled")
+
+    def build(captures, *given):
+        made.append(given)
+        return Made()
+
+    monkeypatch.setattr(precompile, "build_program", build)
+    compile_here([TINY], "cpu", lambda text: None)
+    setting = DecodeSetting(2, TINY.max_tokens)
+    assert made == [("scheduled", 2, TINY.max_tokens, setting.trace_steps), "compiled"]
 
 
 def test_each_is_compiled_by_a_process_of_its_own(monkeypatch):
