@@ -1,9 +1,9 @@
 """How the small model is learned: its sizes, its stages, its training sequences and its losses.
 
-A model that never attended to few blocks while it learned loses answers when it has to: layers
-that look nothing up change what they say, and the next layer's queries with them. So it can also
-be trained as it is deployed: the haystack is read densely, and the questions behind it attend only
-to the blocks that selector `infllm2` picks, in every layer.
+A model that never attended to few blocks while it learned loses answers when it has to: a layer
+whose lookup misses the block says something else, and the queries of later layers change with it.
+So it can also be trained as it is deployed: the haystack is read densely, and the questions behind
+it attend only to the blocks that selector `infllm2` picks, in every layer.
 
 Three losses. Answers: the cross-entropy of the answer tokens alone. Attention: the first layer's
 first group is told to look from a value at its key, and the lookup layers to look from a question

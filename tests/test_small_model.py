@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sparda_compile import small_model
 from sparda_compile.errors import BackendUnavailableError
@@ -45,9 +46,21 @@ def test_loads_what_is_there(folder):
         assert torch.equal(loaded.get_parameter(name), weight.float())
 
 
+def test_shipped_files_say_how_the_model_was_made():
+    with safe_open(small_model.small_model_folder() / "model.safetensors", "pt") as file:
+        commands = file.metadata()["command"].split(" && ")
+    made = "build/small/model"
+    for number, command in enumerate(commands):
+        python, *words = command.split()
+        assert (python, words[0]) == ("python", "examples/train_small_model.py")
+        assert not any(word.startswith(("/", ".", "~")) for word in words)
+        assert number == 0 or words[words.index("--start") + 1] == made
+        made = words[words.index("--out") + 1] + "/model"
+
+
 def test_shipped_model_is_small_and_has_the_vocabulary():
-    path = small_model.small_model_folder() / "model.safetensors"
-    assert path.stat().st_size <= 16_000_000
+    folder = small_model.small_model_folder()
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16_000_000
     config = small_model.load_small_model().config
     assert config.vocab_size == NUM_TOKENS
     assert config.num_key_value_heads >= 2

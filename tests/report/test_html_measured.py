@@ -15,9 +15,9 @@ ACTIONS = """<script>
     const view = document.querySelector("[data-testid=timeline-decode]");
     const box = view.getBoundingClientRect();
     const at = (y) => ({ clientX: box.left + 200, clientY: box.top + y, pointerType: "mouse" });
-    view.dispatchEvent(new PointerEvent("pointermove", at(210)));
-    view.dispatchEvent(new PointerEvent("pointerdown", at(160)));
-    view.dispatchEvent(new PointerEvent("pointerup", at(160)));
+    view.dispatchEvent(new PointerEvent("pointermove", at(270)));
+    view.dispatchEvent(new PointerEvent("pointerdown", at(220)));
+    view.dispatchEvent(new PointerEvent("pointerup", at(220)));
     document.getElementById("found").title = view.scrollWidth > 2 * box.width;
 </script></body>"""
 
