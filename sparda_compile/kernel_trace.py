@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.passes.effects import argument, stream_of
 from sparda_compile.passes.fx import call_name, is_sparda
-from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES
+from sparda_compile.schedule import BEHIND, COMPUTE, STREAM_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -67,8 +67,6 @@ _TABLES: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
     _SCORES, _SUMMARIES, _OTHERS, {"": _TRACE},
 )  # fmt: skip
 _TIE_US: Final = 1e-3
-# Whose work a stream's work must be behind, as far as it was issued before.
-_BEHIND: Final = {COMPUTE: (), SELECT: (COMPUTE,), COPY: (COMPUTE, SELECT)}
 KERNELS: Final = frozenset(n for table in _TABLES for names in table.values() for n in names)
 
 
@@ -268,7 +266,7 @@ class _State:
         early = [each for each, count in enumerate(counts) if count < entry.after[each]]
         cost = self.cost_us + max(self.ends[stream] - kernel.start_us, 0.0)
         cost += covered_us if stream == COMPUTE else 0.0
-        if any(each in _BEHIND[stream] for each in early):
+        if any(each in BEHIND[stream] for each in early):
             cost += kernel.end_us - kernel.start_us
         elif early:
             cost += _TIE_US

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["COMPUTE", "COPY", "SELECT", "STREAM_NAMES", "Schedule", "ScheduleRow"]
+__all__ = ["BEHIND", "COMPUTE", "COPY", "SELECT", "STREAM_NAMES", "Schedule", "ScheduleRow"]
 
 COMPUTE: Final = 0
 COPY: Final = 1
 SELECT: Final = 2
 STREAM_NAMES: Final = ("compute", "copy", "select")
+# Whose work a stream's work starts behind, as far as it was issued before; see `streams.Engine`.
+BEHIND: Final = {COMPUTE: (), SELECT: (COMPUTE,), COPY: (COMPUTE, SELECT)}
 
 
 @dataclasses.dataclass(frozen=True)

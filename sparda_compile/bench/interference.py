@@ -8,7 +8,7 @@
 A schedule can hide a copy no better than the first says: 1 if nothing is taken from the compute.
 Where the link is the limit, a step is longer by the second than its copies: 0 if nothing is taken
 from the copy. Whoever copies takes multiprocessors, if a kernel does it, and both share the memory
-system. Blocks are drawn from a region as large as a KV cache, where reads take their longest.
+system. Blocks are drawn from a region as large as a KV cache.
 """
 
 from __future__ import annotations

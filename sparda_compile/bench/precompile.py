@@ -3,8 +3,8 @@
 Compiling takes most of the time that a benchmark has, on one core, while the GPU waits. Here each
 program is compiled by a process of its own:
 
-    model     every weight a view of one buffer: a compiler looks at shapes alone, and one process
-              then takes 3 GiB of device memory at the 8b shape instead of 17
+    model     every weight a view of one buffer: a compiler looks at shapes alone, and so many
+              processes fit one GPU
     program   as `sparda bench decode` builds it; not run, so that no KV cache is made
 
 A benchmark that builds the same program later finds it in the cache, on the same GPU, with the same

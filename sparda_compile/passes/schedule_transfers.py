@@ -45,7 +45,15 @@ from sparda_compile.passes.effects import (
 from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_order
 from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs
-from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES, Schedule, ScheduleRow
+from sparda_compile.schedule import (
+    BEHIND,
+    COMPUTE,
+    COPY,
+    SELECT,
+    STREAM_NAMES,
+    Schedule,
+    ScheduleRow,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -56,9 +64,6 @@ __all__ = ["ORDER_KEY", "ScheduleTransfers", "dependence_graph", "mark_order", "
 
 # Place of a stateful op in the program as it was written; what every schedule has to respect.
 ORDER_KEY: Final = "sparda_order"
-# What each stream's work starts behind, as it stands where the work is issued.
-_BEHIND: Final = {COMPUTE: (COMPUTE,), SELECT: (COMPUTE,), COPY: (COMPUTE, SELECT)}
-_MOST_STAGES: Final = 3
 _STAGES: Final = ("score_blocks", "select_blocks", "plan_pages", "select_pages")
 
 
@@ -162,7 +167,8 @@ class _Planner:
         if not chains:
             return []
         # Where the prediction is the same, the compute stream does less.
-        cuts = sorted(range(_MOST_STAGES + 1), reverse=self._ctx.machine.overlaps)
+        most = max(len(chain.stages) for chain in chains)
+        cuts = sorted(range(most + 1), reverse=self._ctx.machine.overlaps)
         options = [(place, cut) for cut in cuts for place in range(2)]
         best = min(options, key=lambda option: self._try(chains, [option] * len(chains)))
         decisions = [best] * len(chains)
@@ -380,7 +386,7 @@ def simulate(
             start, end = clock[COMPUTE], clock[COMPUTE] + exposed
             clock[COMPUTE] = end
         else:
-            start = max(clock[lane], *(clock[each] for each in _BEHIND[lane]))
+            start = max(clock[each] for each in (lane, *BEHIND[lane]))
             end = start + cost.us
             clock[lane] = end
         if name in ("sparda.prefetch_blocks", "sparda.offload_blocks"):

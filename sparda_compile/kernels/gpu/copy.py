@@ -6,9 +6,8 @@
 
 CPU memory is reached by address: `host` is [B, G] int64, where each sequence's and head's blocks
 begin. A block is one contiguous run, so a handful of programs with a whole block in flight each
-reach the link's rate and leave the other multiprocessors to the compute stream. A read takes longer
-while the compute stream loads weights, and where blocks lie apart in many GiB; what is in flight
-has to cover that, which is more than a gather needs by itself.
+reach the link's rate and leave the other multiprocessors to the compute stream. More is in flight
+than a gather needs by itself, in case reads take longer beside compute.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ __all__ = ["copy_runs", "gather", "gather_programs", "store_tail"]
 
 _CHUNK_WORDS: Final = 8192
 # By itself a gather needs half of this: with 4, 16 and 32 KiB for each program, more brought
-# nothing on one H200. With that half a decode step's gathers lost 0.44 to 0.47 us for each us of
-# compute beside them, on one H100.
+# nothing on one H200. The decode steps in the README were measured with all of it.
 _IN_FLIGHT: Final = 256 * 1024
 _MOST_PROGRAMS: Final = 64
 _COUNT_TILE: Final = 8192
