@@ -6,11 +6,11 @@
 
 A replayed CUDA graph does not say which stream a kernel was recorded on: the profiler gives each
 branch of the graph a number of its own. But recording keeps the order of each stream as
-dependences, so the kernels of our nodes on one stream start in program order, one after the other;
-but a compiler may have changed places of ops of one layer that do not depend on each other.
-What the trace shows is an interleaving of known sequences, one for each stream, and is taken apart
-as one. Where a kernel's name would fit several, the way in which kernels of one stream overlap
-least is taken.
+dependences, so the kernels of our nodes on one stream start one after the other: those of one name
+in program order, and each behind what its node depends on. A compiler may have changed the places
+of others. What the trace shows is an interleaving of known sequences, one for each stream, and is
+taken apart as one. Where a kernel's name would fit several streams, the way in which kernels of one
+stream overlap least is taken.
 
 Everything else is the model: matmuls, kernels that Inductor fused, ops of PyTorch.
 """
@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.passes.effects import argument, stream_of
 from sparda_compile.passes.fx import call_name, is_sparda
+from sparda_compile.passes.schedule_transfers import dependence_graph
 from sparda_compile.schedule import BEHIND, COMPUTE, STREAM_NAMES
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class PlannedNode:
         stream: 0 compute, 1 copy, 2 select.
         kernels: Names of its kernels, in order; empty where it has none of its own.
         event: Event that it records or waits for, -1 for none.
+        behind: Nodes with kernels that it depends on, directly or through nodes without.
     """
 
     node: str
@@ -106,6 +107,7 @@ class PlannedNode:
     stream: int
     kernels: tuple[str, ...]
     event: int = -1
+    behind: frozenset[str] = frozenset()
 
 
 def read_kernels(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
@@ -133,14 +135,25 @@ def split_replays(kernels: Iterable[Kernel]) -> list[list[Kernel]]:
 
 def planned_nodes(graph: fx.Graph) -> tuple[PlannedNode, ...]:
     """Return the sparda nodes of a decode plan's graph, in program order."""
-    return tuple(
-        PlannedNode(
-            node.name, call_name(node), int(node.meta.get("sparda_layer", -1)), stream_of(node),
-            _kernels(node), _event(node),
-        )
-        for node in graph.nodes
-        if is_sparda(node)
-    )  # fmt: skip
+    dag = dependence_graph(graph)
+    planned = []
+    behind: dict[fx.Node, frozenset[str]] = {}
+    for node in graph.nodes:
+        nearest = [behind[source] for source in dag.pred.get(node, ())]
+        behind[node] = frozenset().union(*nearest)
+        if not is_sparda(node):
+            continue
+        kernels = _kernels(node)
+        layer = int(node.meta.get("sparda_layer", -1))
+        planned.append(
+            PlannedNode(
+                node.name, call_name(node), layer, stream_of(node), kernels, _event(node),
+                behind[node],
+            )
+        )  # fmt: skip
+        if kernels:
+            behind[node] = frozenset((node.name,))
+    return tuple(planned)
 
 
 def _kernels(node: fx.Node) -> tuple[str, ...]:
@@ -171,7 +184,7 @@ def assign_kernels(
     Raises:
         UnsupportedInputError: If the kernels are not those of the plan.
     """
-    lanes = [_lane(nodes, stream) for stream in range(len(STREAM_NAMES))]
+    lanes = _lanes(nodes)
     ours = [kernel for kernel in kernels if kernel.name in KERNELS]
     _check_counts(ours, lanes)
     model = [kernel for kernel in kernels if kernel.name not in KERNELS]
@@ -183,22 +196,34 @@ def assign_kernels(
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A kernel that a stream is to launch, and how many of each stream were issued before it."""
+    """A kernel that a stream is to launch.
+
+    Attributes:
+        name: Of the kernel.
+        node: Whose it is.
+        issued: How many kernels of each stream were issued before it.
+        needs: Entries that it depends on, by stream and place there.
+    """
 
     name: str
     node: str
-    layer: int
-    after: tuple[int, ...]
+    issued: tuple[int, ...]
+    needs: tuple[tuple[int, int], ...]
 
 
-def _lane(nodes: Sequence[PlannedNode], stream: int) -> list[_Entry]:
-    lane: list[_Entry] = []
-    issued = [0] * len(STREAM_NAMES)
+def _lanes(nodes: Sequence[PlannedNode]) -> list[list[_Entry]]:
+    """Return what each stream is to launch, in program order."""
+    lanes: list[list[_Entry]] = [[] for _ in STREAM_NAMES]
+    last: dict[str, tuple[int, int]] = {}  # by node, its last entry
     for node in nodes:
-        if node.stream == stream:
-            lane += [_Entry(name, node.node, node.layer, tuple(issued)) for name in node.kernels]
-        issued[node.stream] += len(node.kernels)
-    return lane
+        issued = tuple(map(len, lanes))
+        lane = lanes[node.stream]
+        needs = tuple(last[each] for each in sorted(node.behind))
+        for name in node.kernels:
+            lane.append(_Entry(name, node.node, issued, needs))
+            last[node.node] = (node.stream, len(lane) - 1)
+            needs = (last[node.node],)
+    return lanes
 
 
 def _check_counts(ours: Sequence[Kernel], lanes: Sequence[Sequence[_Entry]]) -> None:
@@ -263,7 +288,7 @@ class _State:
             stream: Of the entry.
             covered_us: How long it ran beside the model's kernels.
         """
-        early = [each for each, count in enumerate(counts) if count < entry.after[each]]
+        early = [each for each, count in enumerate(counts) if count < entry.issued[each]]
         cost = self.cost_us + max(self.ends[stream] - kernel.start_us, 0.0)
         cost += covered_us if stream == COMPUTE else 0.0
         if any(each in BEHIND[stream] for each in early):
@@ -276,7 +301,7 @@ class _State:
 
 @dataclasses.dataclass(frozen=True)
 class _Taken:
-    """What was taken of a lane: the first `begin` entries, and some of the layer behind them."""
+    """What was taken of a lane: the first `begin` entries, and some behind them."""
 
     begin: int = 0
     ahead: frozenset[int] = frozenset()
@@ -285,25 +310,24 @@ class _Taken:
     def count(self) -> int:
         return self.begin + len(self.ahead)
 
-    def open_entries(self, lane: Sequence[_Entry]) -> list[int]:
-        """Return what may come next: of each node left of the layer under way, its first kernel."""
-        numbers = range(self.begin, len(lane))
-        same = itertools.takewhile(lambda i: lane[i].layer == lane[self.begin].layer, numbers)
-        first: dict[str, int] = {}
-        for i in same:
-            if i not in self.ahead:
-                first.setdefault(lane[i].node, i)
-        return list(first.values())
+    def has(self, number: int) -> bool:
+        return number < self.begin or number in self.ahead
 
     def next_of(self, lane: Sequence[_Entry], name: str) -> int | None:
-        """Return the first such entry of a name, None if there is none."""
-        return next((i for i in self.open_entries(lane) if lane[i].name == name), None)
+        """Return the first entry left of a name, None if there is none."""
+        left = (i for i in range(self.begin, len(lane)) if i not in self.ahead)
+        return next((i for i in left if lane[i].name == name), None)
 
     def with_(self, number: int) -> _Taken:
         begin, ahead = self.begin, self.ahead | {number}
         while begin in ahead:
             begin += 1
         return _Taken(begin, frozenset(i for i in ahead if i >= begin))
+
+
+def _may_run(entry: _Entry, taken: Sequence[_Taken]) -> bool:
+    """Return whether all that an entry depends on has run."""
+    return all(taken[stream].has(number) for stream, number in entry.needs)
 
 
 def _take_apart(
@@ -318,7 +342,7 @@ def _take_apart(
             counts = [each.count for each in taken]
             for stream, lane in enumerate(lanes):
                 number = taken[stream].next_of(lane, kernel.name)
-                if number is None:
+                if number is None or not _may_run(lane[number], taken):
                     continue
                 new = state.then(kernel, lane[number], counts, stream, covered[place])
                 key = (*taken[:stream], taken[stream].with_(number), *taken[stream + 1 :])
@@ -327,8 +351,8 @@ def _take_apart(
         if not following:
             raise UnsupportedInputError(
                 f"kernel {place + 1} of the replay, {kernel.name}, is not next on any stream; "
-                f"next are {_next_names(states, lanes)}. The program's ops run in another order "
-                "than the plan's: profile the program that was made from this plan."
+                f"next are {_next_names(states, lanes)}. The program's ops run in an order that "
+                "the plan forbids: profile the program that was made from this plan."
             )
         states = following
     best = min(states.values(), key=lambda state: state.cost_us)
@@ -341,9 +365,10 @@ def _take_apart(
 
 def _next_names(states: Iterable[tuple[_Taken, ...]], lanes: Sequence[Sequence[_Entry]]) -> str:
     names = {
-        lane[i].name
+        entry.name
         for taken in states
         for lane, each in zip(lanes, taken, strict=True)
-        for i in each.open_entries(lane)
+        for i, entry in enumerate(lane)
+        if not each.has(i) and _may_run(entry, taken)
     }
     return ", ".join(sorted(names))

@@ -51,13 +51,24 @@ attend_1         0 _partials
 """
 
 
-def parse(text):
-    """Return the nodes; the layer is the number that a name ends in."""
-    lines = [line.split() for line in text.strip().split("\n")]
-    return [
-        PlannedNode(n, f"sparda.{n}", int(n[-1]) if n[-1].isdigit() else 0, int(s), tuple(names))
-        for n, s, *names in lines
-    ]
+def parse(text, behind=None):
+    """Return the nodes; the layer is the number that a name ends in.
+
+    `behind` tells what each depends on; left out, that is the one before it on its stream.
+    """
+    nodes, last = [], {}
+    for line in text.strip().split("\n"):
+        name, stream, *kernels = line.split()
+        before = frozenset(last.get(stream, ())) if behind is None else behind.get(name, ())
+        layer = int(name[-1]) if name[-1].isdigit() else 0
+        op = f"sparda.{name}"
+        nodes.append(
+            PlannedNode(
+                name, op, layer, int(stream), tuple(kernels), behind=frozenset(before)
+            )
+        )  # fmt: skip
+        last[stream] = (name,)
+    return nodes
 
 
 @functools.cache
@@ -227,22 +238,56 @@ def test_wrong_number_of_kernels_is_refused(decode_trace):
         assign_kernels(replay[:lost] + replay[lost + 1 :], decode_trace.nodes)
 
 
-def test_ops_of_one_layer_may_have_changed_places():
-    nodes = parse("append_1 0 _append_kv\nupdate_1 0 _append_pooled_keys\nappend_2 0 _append_kv")
-    names = ("_append_pooled_keys", "_append_kv", "_append_kv")
-    kernels = [Kernel(name, float(i), i + 0.5, 1) for i, name in enumerate(names)]
+MOVED = """
+append_1 0 _append_kv
+update_1 0 _append_pooled_keys
+append_2 0 _append_kv
+fetch_2  1 _gather
+store_1  1 _store_tail
+"""
+
+
+@pytest.mark.parametrize("order", ["update_1 append_1 append_2", "append_1 append_2 update_1"])
+@pytest.mark.parametrize("copies", ["fetch_2 store_1", "store_1 fetch_2"])
+def test_ops_that_do_not_depend_on_each_other_may_have_changed_places(order, copies):
+    nodes = parse(MOVED, {"append_2": ["append_1"], "store_1": ["append_1"]})
+    kernel_of = {node.node: node.kernels[0] for node in nodes}
+    ran = [*order.split(), *copies.split()]
+    kernels = [Kernel(kernel_of[node], float(i), i + 0.5, 1) for i, node in enumerate(ran)]
     found = assign_kernels(kernels, nodes)
     assert {node: mine[0].start_us for node, mine in found.items()} == {
-        "update_1": 0.0, "append_1": 1.0, "append_2": 2.0,
-    }  # fmt: skip
+        node: float(i) for i, node in enumerate(ran)
+    }
 
 
-def test_ops_of_two_layers_keep_their_places():
-    nodes = parse("append_1 0 _append_kv\nupdate_2 0 _append_pooled_keys")
-    names = ("_append_pooled_keys", "_append_kv")
+def test_op_that_runs_before_what_it_depends_on_is_refused():
+    nodes = parse(MOVED, {"append_2": ["append_1"], "store_1": ["append_1"]})
+    names = ("_store_tail", "_append_kv", "_append_kv", "_append_pooled_keys", "_gather")
     kernels = [Kernel(name, float(i), i + 0.5, 1) for i, name in enumerate(names)]
-    with pytest.raises(UnsupportedInputError, match="next are _append_kv"):
+    with pytest.raises(UnsupportedInputError, match=r"next are _append_kv, .*_pooled_keys, _gath"):
         assign_kernels(kernels, nodes)
+
+
+def test_nodes_know_what_they_depend_on():
+    nodes = planned_nodes(plan(4, mode="forecast", offload="always").graph_module.graph)
+    by_op = {(n.op.removeprefix("sparda."), n.layer): n for n in nodes}
+
+    def is_behind(later, earlier):
+        """Whether there is a way of dependences from one to the other."""
+        seen, stack = set(), [by_op[later].node]
+        names = {n.node: n for n in nodes}
+        while stack:
+            for each in names[stack.pop()].behind - seen:
+                seen.add(each)
+                stack.append(each)
+        return by_op[earlier].node in seen
+
+    assert is_behind(("sparse_attention", 1), ("prefetch_blocks", 1))  # through a wait
+    assert is_behind(("prefetch_blocks", 1), ("select_pages", 1))
+    assert is_behind(("offload_blocks", 1), ("append_kv", 1))
+    assert not is_behind(("offload_blocks", 0), ("prefetch_blocks", 1))
+    assert not is_behind(("prefetch_blocks", 1), ("offload_blocks", 0))
+    assert not is_behind(("update_summary", 1), ("append_kv", 1))
 
 
 def test_wrong_order_of_kernels_is_refused():

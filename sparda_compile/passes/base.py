@@ -23,7 +23,9 @@ class Fact(enum.Enum):
     SITES_TAGGED = "every attention carries an AttentionSite"
     ATTENTION_REPLACED = "attention reads selected blocks of the KV cache"
     FORECAST_INSERTED = "blocks are scored by a Forecast where the mode says so"
-    PROJECTIONS_FUSED = "small projections of one input are one matrix multiplication on a GPU"
+    PROJECTIONS_FUSED = (
+        "projections of one input, one small, are one matrix multiplication on a GPU"
+    )
     TRANSFERS_ASYNC = "copies have a start and a wait"
     SELECTION_FUSED = "a selection and its plan are one op where they can be"
     TRANSFERS_SCHEDULED = "every transfer has its place and its stream"

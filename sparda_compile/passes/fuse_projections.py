@@ -1,15 +1,17 @@
-"""FuseProjections: small projections of one input become one matrix multiplication.
+"""FuseProjections: projections of one input become one matrix multiplication.
 
 Before, and after:
 
     %forecast_1 = linear(%hidden, %W_f)        %joined = linear(%hidden, %joined_weight_0)
-    %k = linear(%hidden, %W_k)                 %parts = split(%joined, [256, 256, 256], -1)
-    %v = linear(%hidden, %W_v)                 %forecast_1 = getitem(%parts, 0)
-                                               %k = getitem(%parts, 1)   %v = getitem(%parts, 2)
+    %q = linear(%hidden, %W_q)                 %parts = split(%joined, [256, 4096, 256, 256], -1)
+    %k = linear(%hidden, %W_k)                 %forecast_1 = getitem(%parts, 0)
+    %v = linear(%hidden, %W_v)                 %q = getitem(%parts, 1)   ...
 
-A projection is small when a launch costs more than reading its weight. Only on a GPU, where a
-launch costs: decode of one token is otherwise a row of kernels that wait for each other. The joined
-weight is a copy; `Program` makes it and keeps it in step with the model's own.
+A projection is small when a launch costs more than reading its weight. Where there is a small one,
+it and what shares its input are joined, but for weights above 64 MiB. Only on a GPU, where a launch
+costs: decode of one token is otherwise a row of kernels that wait for each other. The joined
+weight is a copy, of 1.3 GB for a model of 8B; `Program` makes it and keeps it in step with the
+model's own.
 
 In mode `exact` what the hint projects stays apart: how a multiplication is split depends on its
 width, and keys and values must be, bit for bit, those of mode `query`.
@@ -33,11 +35,13 @@ __all__ = ["JOINED_KEY", "FuseProjections"]
 
 # In the graph module's meta: joined placeholder -> the placeholders that it joins, by rows.
 JOINED_KEY: Final = "sparda_joined"
+# Larger weights are read at full bandwidth by themselves, and a copy of them is not free.
+_MOST_BYTES: Final = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseProjections:
-    """Join small linears of one input. Counts: joined, into."""
+    """Join linears of one input, one of them small. Counts: joined, into."""
 
     name: ClassVar[str] = "fuse_projections"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FORECAST_INSERTED})
@@ -49,10 +53,14 @@ class FuseProjections:
         groups: dict[tuple[Any, ...], list[fx.Node]] = {}
         if ctx.is_decode and _on_gpu(gm.graph):
             for node in gm.graph.nodes:
-                if _is_small(node, ctx):
+                if _weight_bytes(node) <= _MOST_BYTES:
                     apart = ctx.config.mode == "exact" and "sparda_layer" in node.meta
                     groups.setdefault((node.args[0], _bias(node) is None, apart), []).append(node)
-        found = [nodes for nodes in groups.values() if len(nodes) > 1]
+        small = ctx.machine.memory_gbps * 1e3 * ctx.machine.launch_us
+        found = [
+            nodes for nodes in groups.values()
+            if len(nodes) > 1 and min(map(_weight_bytes, nodes)) < small
+        ]  # fmt: skip
         joined: dict[str, tuple[str, ...]] = gm.meta.setdefault(JOINED_KEY, {})
         for nodes in found:
             _join(gm.graph, nodes, joined)
@@ -69,15 +77,15 @@ def _bias(node: fx.Node) -> Any:
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
-def _is_small(node: fx.Node, ctx: PassContext) -> bool:
+def _weight_bytes(node: fx.Node) -> float:
+    """Return the bytes of a projection's weight, infinity for what is no projection."""
     if node.op != "call_function" or call_name(node) != "linear" or len(node.args) < 2:
-        return False
+        return math.inf
     operands = [node.args[1], *([_bias(node)] if _bias(node) is not None else [])]
     if any(getattr(operand, "op", None) != "placeholder" for operand in operands):
-        return False
+        return math.inf
     weight = fake_value(node.args[1])  # type: ignore[arg-type]
-    num_bytes: int = math.prod(int(s) for s in weight.shape) * weight.dtype.itemsize
-    return num_bytes / (ctx.machine.memory_gbps * 1e3) < ctx.machine.launch_us
+    return math.prod(int(s) for s in weight.shape) * float(weight.dtype.itemsize)
 
 
 def _join(graph: fx.Graph, nodes: list[fx.Node], joined: dict[str, tuple[str, ...]]) -> None:

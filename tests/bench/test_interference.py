@@ -25,7 +25,15 @@ class PlainMemory:
 def test_every_copy_brings_every_block():
     host = torch.arange(3 * interference._WORDS, dtype=torch.int32).view(3, -1)
     calls = interference._copies(host, 3, CPU)
-    assert set(calls) == {"gather 1", "gather 2", "gather 4", "gather 8", "gather 16", "memcpy"}
+    assert set(calls) == {
+        "gather 1",
+        "gather 2",
+        "gather 4",
+        "gather 8",
+        "gather 16",
+        "gather 32",
+        "memcpy",
+    }
     for name in ("gather 2", "memcpy"):
         calls[name]()
         blocks, _, _, pages, _ = calls["gather 2"].args

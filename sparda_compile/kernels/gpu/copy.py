@@ -5,9 +5,9 @@
     copy_runs    *target[i] = *source[i]                                      runs of equal length
 
 CPU memory is reached by address: `host` is [B, G] int64, where each sequence's and head's blocks
-begin. A block is one contiguous run, so a handful of programs with a whole block in flight each
-reach the link's rate and leave the other multiprocessors to the compute stream. More is in flight
-than a gather needs by itself, in case reads take longer beside compute.
+begin. A block is one contiguous run, so four programs with a block of 32 KiB in flight each reach
+the link's rate by themselves. Beside compute, which takes the memory system, a read lasts longer:
+there it takes several times as many.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["copy_runs", "gather", "gather_programs", "store_tail"]
 
 _CHUNK_WORDS: Final = 8192
-# By itself a gather needs half of this: with 4, 16 and 32 KiB for each program, more brought
-# nothing on one H200. The decode steps in the README were measured with all of it.
-_IN_FLIGHT: Final = 256 * 1024
+# By itself a gather needs an eighth of this; beside compute more is better. Where the link was the
+# limit, a layer of a decode step took 496, 378, 366 and 361 us with 128, 256, 512 and 1024 KiB;
+# where it was not, no longer with most than with least (8b shape, batch 8, one H200).
+_IN_FLIGHT: Final = 1024 * 1024
 _MOST_PROGRAMS: Final = 64
 _COUNT_TILE: Final = 8192
 

@@ -65,43 +65,67 @@ class Planned(NamedTuple):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _lowest_and_highest(a, b, c, d):
+    return tl.minimum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _reaching(key, threshold, place: tl.constexpr):
+    """Mark the keys that reach a threshold by one bit, in a quarter of an integer."""
+    return (key >= threshold.to(tl.int32)).to(tl.int64) << (16 * place)
+
+
+@triton.jit
+def _narrow(low, high, found, wanted, threshold, counts, place: tl.constexpr):
+    """Move one of the bounds to a threshold that a quarter of `counts` keys reach."""
+    count = ((counts >> (16 * place)) & 0xFFFF).to(tl.int32)
+    enough = count >= wanted
+    return (
+        tl.where(enough, threshold, low),
+        tl.where(enough, high, tl.minimum(high, threshold)),
+        tl.where(enough, count, found),
+    )
+
+
+@triton.jit
 def _largest(key, low, span, found, wanted):
     """Mark the `wanted` largest keys; ties go to the lower position.
 
     Of the keys, `found` are at least `low`, which are enough, and too few reach `low` + `span`.
-    Four thresholds at a time narrow that down, their counts in the four quarters of one integer:
-    until as many as wanted are left, or only ties.
+    Eight thresholds at a time narrow that down, counted in the quarters of two integers that are
+    summed at once: until as many as wanted are left, or only ties.
     """
     low = low.to(tl.int64)
     high = low + span
     while (found > wanted) & (high - low > 1):
-        step = tl.maximum((high - low) // 5, 1)
+        step = tl.maximum((high - low) // 9, 1)
         last = high - 1
         t1 = tl.minimum(low + step, last)
         t2 = tl.minimum(low + 2 * step, last)
         t3 = tl.minimum(low + 3 * step, last)
         t4 = tl.minimum(low + 4 * step, last)
-        left = (key >= t1.to(tl.int32)).to(tl.int32) + ((key >= t2.to(tl.int32)).to(tl.int32) << 16)
-        right = (key >= t3.to(tl.int32)).to(tl.int32) + (
-            (key >= t4.to(tl.int32)).to(tl.int32) << 16
-        )
-        counts = tl.sum(left.to(tl.int64) + (right.to(tl.int64) << 32), 0)
-        n1 = (counts & 0xFFFF).to(tl.int32)
-        n2 = ((counts >> 16) & 0xFFFF).to(tl.int32)
-        n3 = ((counts >> 32) & 0xFFFF).to(tl.int32)
-        n4 = ((counts >> 48) & 0xFFFF).to(tl.int32)
-        high = tl.where(n4 < wanted, t4, high)
-        high = tl.where(n3 < wanted, t3, high)
-        high = tl.where(n2 < wanted, t2, high)
-        high = tl.where(n1 < wanted, t1, high)
-        low = tl.where(n1 >= wanted, t1, low)
-        low = tl.where(n2 >= wanted, t2, low)
-        low = tl.where(n3 >= wanted, t3, low)
-        low = tl.where(n4 >= wanted, t4, low)
-        found = tl.where(n1 >= wanted, n1, found)
-        found = tl.where(n2 >= wanted, n2, found)
-        found = tl.where(n3 >= wanted, n3, found)
-        found = tl.where(n4 >= wanted, n4, found)
+        t5 = tl.minimum(low + 5 * step, last)
+        t6 = tl.minimum(low + 6 * step, last)
+        t7 = tl.minimum(low + 7 * step, last)
+        t8 = tl.minimum(low + 8 * step, last)
+        below = _reaching(key, t1, 0) + _reaching(key, t2, 1)
+        below += _reaching(key, t3, 2) + _reaching(key, t4, 3)
+        above = _reaching(key, t5, 0) + _reaching(key, t6, 1)
+        above += _reaching(key, t7, 2) + _reaching(key, t8, 3)
+        below, above = tl.reduce((below, above), 0, _add_both)
+        low, high, found = _narrow(low, high, found, wanted, t1, below, 0)
+        low, high, found = _narrow(low, high, found, wanted, t2, below, 1)
+        low, high, found = _narrow(low, high, found, wanted, t3, below, 2)
+        low, high, found = _narrow(low, high, found, wanted, t4, below, 3)
+        low, high, found = _narrow(low, high, found, wanted, t5, above, 0)
+        low, high, found = _narrow(low, high, found, wanted, t6, above, 1)
+        low, high, found = _narrow(low, high, found, wanted, t7, above, 2)
+        low, high, found = _narrow(low, high, found, wanted, t8, above, 3)
     cut = low.to(tl.int32)
     marked = key >= cut
     if found > wanted:
@@ -126,8 +150,9 @@ def _pick(
     # Integers in the order of the scores.
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
-    low = tl.min(tl.where(exists, key, _MOST), 0)
-    span = tl.max(tl.where(forced, _LEAST, key), 0).to(tl.int64) - low + 1
+    least = tl.where(exists, key, _MOST)
+    low, high = tl.reduce((least, tl.where(forced, _LEAST, key)), 0, _lowest_and_highest)
+    span = high.to(tl.int64) - low + 1
     if sink + local + 1 >= SELECTED:
         # No more than the forced ones are wanted, which are the largest.
         low = tl.max(key, 0)

@@ -91,7 +91,7 @@ def test_gather_with_any_number_of_programs(device, num_programs):
 
 
 @pytest.mark.parametrize(
-    ("kib", "programs"), [(1, 64), (4, 64), (8, 32), (16, 16), (24, 11), (32, 8), (128, 8)]
+    ("kib", "programs"), [(1, 64), (8, 64), (16, 64), (24, 43), (32, 32), (128, 32)]
 )
 def test_as_much_is_in_flight_whatever_the_block(kib, programs):
     assert gather_programs(1024 * kib) == programs
