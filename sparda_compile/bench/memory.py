@@ -41,7 +41,7 @@ GIB: Final = 1 << 30
 # Programs that differ in knobs alone run on one cache; dense needs a part of resident's.
 HOMES: Final = {"inline": "scheduled", "dense": "resident"}
 # Joined weights, activations, CUDA graphs, and what `fill` takes while it makes random blocks.
-_DEVICE_RESERVE: Final = 4 * GIB
+_DEVICE_RESERVE: Final = 8 * GIB
 _HOST_RESERVE: Final = 10 * GIB
 _REGION: Final = 16 * GIB
 _LEAST_REGION: Final = GIB
