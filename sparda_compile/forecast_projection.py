@@ -94,10 +94,6 @@ class ProjectionShape:
         """Return the names of the matrices that predict a layer's query."""
         return tuple(f"{layer}{suffix}" for suffix in _SUFFIXES[len(self.factors)])
 
-    def __str__(self) -> str:
-        """Return the shapes as text."""
-        return " x ".join(map(str, self.factors))
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
@@ -130,7 +126,7 @@ class Projection:
         """
         if rank is None:
             return cls((weight,))
-        # Of W W^T, far smaller than W, L has the eigenvectors and S^2 the eigenvalues, ascending.
+        # L and S^2 are the eigenvectors and eigenvalues of W W^T, which come in ascending order.
         wide = weight.double()
         squares, left = torch.linalg.eigh(wide @ wide.T)
         left = left[:, -rank:].flip(1)

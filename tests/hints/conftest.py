@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.forecast_projection import Projection
+from sparda_compile.forecast_weights import projections_of
 from sparda_compile.module import OptimizedModule
 from sparda_compile.passes.fx import find_ops
 from sparda_compile.testing import build, random_forecast
@@ -35,8 +35,7 @@ class Lab:
     def module(self, forecast=None, **config):
         config = SpardaConfig(**SMALL, **config)
         given = (forecast or self.forecast) if config.needs_forecast else {}
-        weights = {layer: Projection((weight,)) for layer, weight in given.items()}
-        return OptimizedModule(self.captures, config, weights)
+        return OptimizedModule(self.captures, config, projections_of(given))
 
     def decode_graph(self, after, **config):
         module = self.module(**config)
