@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from sparda_compile.config import SpardaConfig
@@ -17,7 +18,7 @@ from sparda_compile.errors import (
     UnsupportedInputError,
 )
 from sparda_compile.forecast_start import initial_forecast
-from sparda_compile.forecast_weights import fit_forecast, load_forecast
+from sparda_compile.forecast_weights import fit_forecast, load_forecast, rank_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
 from sparda_compile.program import (
@@ -32,6 +33,7 @@ from sparda_compile.traced import captures_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sparda_compile.forecast_projection import Projection
     from sparda_compile.module import OptimizedModule
     from sparda_compile.report import Report
 
@@ -54,9 +56,10 @@ def optimize(
             returned before, which is then rebuilt for `config` without tracing again. It is left
             as it is; its weights are shared.
         config: What to build; None is `SpardaConfig()`.
-        forecast: Forecast weights by target layer, [G*D, hidden] each, as `train_forecast`
-            returns them, or a file of them: what it wrote, or a released `.pt` checkpoint. None
-            takes those that training starts from, with a warning.
+        forecast: Forecast weights by target layer: what `train_forecast` returned, full
+            projections [G*D, hidden], or a file: what it wrote, or a released `.pt` checkpoint.
+            They decide the rank where `config.forecast_rank` is None. None takes those that
+            training starts from, with a warning.
 
     Returns:
         A module with the model's `forward` and `generate`, and `.sparda`.
@@ -72,6 +75,9 @@ def optimize(
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+    given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
+    if given is not None and config.forecast_rank is None:
+        config = config.replace(forecast_rank=rank_of(given))
     captures = captures_of(model)
     device = next(captures.model.parameters()).device
     if device.type not in ("cpu", "cuda"):
@@ -86,7 +92,7 @@ def optimize(
         batch_size=1,
         max_tokens=planned_capacity(config),
     )
-    weights = _forecast_weights(captures, decode, forecast)
+    weights = _forecast_weights(captures, decode, given)
     fast = OptimizedModule(captures, config, weights, decode)
     plans = [fast.latest_plan(phase) for phase in ("prefill", "decode")]
     _log.info(
@@ -143,8 +149,8 @@ def explain(
 
 
 def _forecast_weights(
-    captures: Captures, plan: Plan, given: Mapping[int, Tensor] | str | Path | None
-) -> dict[int, Tensor]:
+    captures: Captures, plan: Plan, given: Mapping[int, Tensor] | None
+) -> dict[int, Projection]:
     config = plan.layout.config
     if not config.needs_forecast:
         if given is not None:
@@ -164,6 +170,5 @@ def _forecast_weights(
         return initial_forecast(
             plan.stages[0].graph, plan.sites, shapes, plan.captured, weight.dtype
         )
-    loaded = load_forecast(given) if isinstance(given, (str, Path)) else given
-    fitting = fit_forecast(loaded, shapes, captures.model_name, config)
-    return {layer: tensor.detach().to(weight) for layer, tensor in fitting.items()}
+    fitting = fit_forecast(given, shapes, captures.model_name, config)
+    return {layer: found.map(torch.detach).to(weight) for layer, found in fitting.items()}

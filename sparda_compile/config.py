@@ -41,6 +41,10 @@ class SpardaConfig:
             that of each query (docs/models.md); `optimize` refuses others by their queries.
         hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer` or
             `next_query` (the layer's query projection on the input of the layer before).
+        forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
+            [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
+            gives the full one. None leaves it to the file of weights, and without one to a rule:
+            no more numbers than 256 rows of the hidden width, SparDA's own size.
         top_k: Blocks to pick beyond the sink and local ones; None picks every block. NOSA's
             published constants are top_k=78 with local_blocks=16.
         short_list: Of the top_k blocks, those that the query or the Forecast picks; read by
@@ -75,6 +79,7 @@ class SpardaConfig:
     mode: Mode = "forecast"
     selector: str = "infllm2"
     hint: str = "forecast"
+    forecast_rank: int | None = None
     top_k: int | None = 62
     short_list: int = 23
     sink_blocks: int = 1
@@ -110,6 +115,8 @@ class SpardaConfig:
         _at_least("pool_stride", self.pool_stride, 1)
         if self.top_k is not None:
             _at_least("top_k", self.top_k, 0)
+        if self.forecast_rank is not None:
+            _at_least("forecast_rank", self.forecast_rank, 1)
         self._check_short_list()
         self._check_geometry()
         self._check_limits()

@@ -16,7 +16,8 @@ residual stream changes little. Untrained it is the hint `next_query` with one h
 
 Source: the rehearsal of InfiniGen (arXiv 2406.19707), as in `hints/next_query.py`, on the mean
 query of a group (PRR, arXiv 2606.30389, appendix A.1). Differs from SparDA (arXiv 2606.04511),
-which starts from random weights; those are left for a layer whose F has no derivative.
+which starts from random weights; those are left for a layer whose F has no derivative. A projection
+of low rank starts from the closest one of that rank.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from sparda_compile.forecast_projection import Projection
 from sparda_compile.hints.forecast import forecast_dim
 from sparda_compile.passes.attention_proof import evaluate
 from sparda_compile.passes.fx import fake_value, tensor_shape
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.capture import CapturedGraph
+    from sparda_compile.forecast_projection import ProjectionShape
     from sparda_compile.passes.base import AttentionSite
 
 __all__ = ["initial_forecast"]
@@ -57,10 +60,10 @@ class _NoStartError(Exception):
 def initial_forecast(
     graph: fx.Graph,
     sites: Sequence[AttentionSite],
-    shapes: Mapping[int, tuple[int, ...]],
+    shapes: Mapping[int, ProjectionShape],
     captured: CapturedGraph,
     dtype: torch.dtype,
-) -> dict[int, Tensor]:
+) -> dict[int, Projection]:
     """Return the projections that nobody has trained, always the same ones.
 
     A warning names the layers whose queries give no start, and why; they start from random weights,
@@ -70,7 +73,7 @@ def initial_forecast(
         graph: A graph that has the nodes of the sites' queries, by name: as captured, or any that
             still computes them.
         sites: Attentions of the model, those of `shapes` among them.
-        shapes: Shape [G*D, hidden] of each projection, by target layer.
+        shapes: Sizes of each projection, by target layer.
         captured: The forward that the graph comes from, with the values of its weights.
         dtype: Of the projections; they are computed in float32.
 
@@ -78,7 +81,8 @@ def initial_forecast(
         Projections by target layer, on the model's device.
     """
     nodes = {node.name: node for node in graph.nodes}
-    weights, reasons = {}, {}
+    weights: dict[int, Projection] = {}
+    reasons = {}
     for site in sites:
         if site.layer not in shapes:
             continue
@@ -88,7 +92,7 @@ def initial_forecast(
         except _NoStartError as error:
             reasons[site.layer] = str(error)
             weight = _random(site.layer, shape).to(captured.device)
-        weights[site.layer] = weight.to(dtype)
+        weights[site.layer] = Projection.truncated(weight, shape.rank).to(dtype)
     if reasons:
         first = next(iter(reasons.values()))
         warnings.warn(
@@ -100,16 +104,17 @@ def initial_forecast(
     return weights
 
 
-def _random(layer: int, shape: tuple[int, ...]) -> Tensor:
-    bound = 1.0 / math.sqrt(shape[1])
+def _random(layer: int, shape: ProjectionShape) -> Tensor:
+    bound = 1.0 / math.sqrt(shape.hidden)
     generator = torch.Generator().manual_seed(layer)
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    weight = torch.empty(shape.rows, shape.hidden, device="cpu")
+    return weight.uniform_(-bound, bound, generator=generator)
 
 
 def _mean_query(
     site: AttentionSite,
     nodes: Mapping[str, fx.Node],
-    shape: tuple[int, ...],
+    shape: ProjectionShape,
     captured: CapturedGraph,
 ) -> Tensor:
     """Return W of a site, float32.
@@ -119,8 +124,10 @@ def _mean_query(
     """
     hidden, query = nodes[site.hidden.name], nodes[site.rotation_input.name]
     batch, _, width = map(_size, tensor_shape(hidden))
-    if width != shape[1]:
-        raise _NoStartError(f"they are made of {width} channels, the layer before has {shape[1]}")
+    if width != shape.hidden:
+        raise _NoStartError(
+            f"they are made of {width} channels, the layer before has {shape.hidden}"
+        )
     dim = forecast_dim(site)
     try:
         # Weights may have been loaded in inference mode; autograd keeps none of those.

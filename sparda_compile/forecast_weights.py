@@ -1,9 +1,10 @@
 """Forecast weights: one projection per layer, in a file that says what they were trained for.
 
 A file is a safetensors file whose tensors are named by target layer (`0` is the bootstrap
-projection of layer 0, `l` the projection that reads layer l - 1 and predicts layer l's query) and
-whose metadata has `sparda_forecast`, a JSON object with the fields of `ForecastInfo`. A file of
-bare tensors is read too, and so are checkpoints of SparDA's own training:
+projection of layer 0, `l` the projection that reads layer l - 1 and predicts layer l's query; one
+of low rank is two tensors, `l_u` and `l_v`) and whose metadata has `sparda_forecast`, a JSON object
+with the fields of `ForecastInfo`. A file of bare tensors is read too, and so are checkpoints of
+SparDA's own training, whose projections are full:
 
     model.layers.0.self_attn.q_curr_proj.weight       target 0
     model.layers.{i}.self_attn.q_future_proj.weight   target i + 1; the last one is never used
@@ -25,13 +26,26 @@ import torch
 from torch import Tensor
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.forecast_projection import (
+    Projection,
+    ProjectionShape,
+    from_tensors,
+    to_tensors,
+)
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["ForecastInfo", "ForecastWeights", "fit_forecast", "load_forecast"]
+__all__ = [
+    "ForecastInfo",
+    "ForecastWeights",
+    "fit_forecast",
+    "load_forecast",
+    "projections_of",
+    "rank_of",
+]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _METADATA_KEY: Final = "sparda_forecast"
 _RELEASED: Final = re.compile(
     r"(?:^|\.)layers\.(\d+)\.self_attn\.(q_future_proj|q_curr_proj)\.weight$"
@@ -51,6 +65,7 @@ class ForecastInfo:
         groups: KV heads of each of them.
         head_dim: Width of one head of each.
         hidden: Width of the hidden state that each projection reads.
+        ranks: Rank of each projection, None for a full one.
         block_size: Tokens of one KV block.
         pool_size: Tokens of one pooled key.
         pool_stride: Tokens between the starts of neighbouring pooled keys.
@@ -66,6 +81,7 @@ class ForecastInfo:
     groups: tuple[int, ...]
     head_dim: tuple[int, ...]
     hidden: tuple[int, ...]
+    ranks: tuple[int | None, ...]
     block_size: int
     pool_size: int
     pool_stride: int
@@ -87,6 +103,9 @@ class ForecastInfo:
             ValueError: If it is something else, or of a later format.
         """
         fields = json.loads(text)
+        if isinstance(fields, dict) and fields.get("format_version") == 1:
+            # Then every projection was full.
+            fields |= {"ranks": [None] * len(fields["layers"]), "format_version": FORMAT_VERSION}
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             found = fields.get("format_version") if isinstance(fields, dict) else None
             raise ValueError(f"format_version is {found}, this version reads {FORMAT_VERSION}")
@@ -99,29 +118,29 @@ class ForecastInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ForecastWeights(Mapping[int, Tensor]):
-    """Forecast projections by target layer, [G * D, hidden] each; a mapping.
+    """Forecast projections by target layer; a mapping to their products, [G * D, hidden] each.
 
     Attributes:
-        tensors: The projections.
+        projections: The projections.
         info: What they were trained for; None if the file does not say.
         is_release: Whether they come from a checkpoint of SparDA's own training.
     """
 
-    tensors: dict[int, Tensor]
+    projections: dict[int, Projection]
     info: ForecastInfo | None = None
     is_release: bool = False
 
     def __getitem__(self, layer: int) -> Tensor:
-        """Return the projection that predicts a layer's query."""
-        return self.tensors[layer]
+        """Return the projection that predicts a layer's query, multiplied out."""
+        return self.projections[layer].product()
 
     def __iter__(self) -> Iterator[int]:
         """Go through the target layers."""
-        return iter(self.tensors)
+        return iter(self.projections)
 
     def __len__(self) -> int:
         """Return the number of projections."""
-        return len(self.tensors)
+        return len(self.projections)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file; folders are made, an old file is replaced at once.
@@ -137,8 +156,8 @@ class ForecastWeights(Mapping[int, Tensor]):
         if self.info is not None:
             metadata[_METADATA_KEY] = self.info.to_json()
         named = {
-            str(layer): tensor.detach().cpu().contiguous()
-            for layer, tensor in sorted(self.tensors.items())
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in to_tensors(self.projections).items()
         }
         partial = path.with_name(path.name + ".partial")
         save_file(named, partial, metadata=metadata)
@@ -167,14 +186,15 @@ def load_forecast(path: str | Path) -> ForecastWeights:
         names = [name for name in tensors if _RELEASED.search(name)]
         if names:
             released = _released({name: tensors[name] for name in names})
-            return ForecastWeights(released, is_release=True)
+            return ForecastWeights(projections_of(released), is_release=True)
         text = metadata.get(_METADATA_KEY)
         info = None if text is None else ForecastInfo.from_json(text)
-        return ForecastWeights({int(name): value for name, value in tensors.items()}, info)
+        return ForecastWeights(from_tensors(tensors), info)
     except Exception as error:
         raise ConfigError(
             f"forecast={str(path)!r} cannot be read as Forecast weights ({error}); it must be a "
-            "safetensors file whose names are layer numbers, or a checkpoint with "
+            "safetensors file whose names are layer numbers, with _u and _v behind them for "
+            "projections of low rank, or a checkpoint with "
             "model.layers.{i}.self_attn.q_future_proj.weight."
         ) from error
 
@@ -218,37 +238,54 @@ def _released(named: Mapping[str, Tensor]) -> dict[int, Tensor]:
     return tensors
 
 
+def projections_of(given: Mapping[int, Tensor]) -> dict[int, Projection]:
+    """Return the projections of Forecast weights; bare tensors are full ones.
+
+    Raises:
+        ConfigError: If a tensor is no matrix.
+    """
+    if isinstance(given, ForecastWeights):
+        return given.projections
+    return {layer: Projection((tensor,)) for layer, tensor in given.items()}
+
+
+def rank_of(given: Mapping[int, Tensor]) -> int | None:
+    """Return the `SpardaConfig.forecast_rank` that makes a program for Forecast weights."""
+    shapes = [projection.shape for projection in projections_of(given).values()]
+    if all(shape == ProjectionShape.of(shape.rows, shape.hidden, None) for shape in shapes):
+        return None
+    ranks = [shape.rank for shape in shapes if shape.rank is not None]
+    # That of all rows is never less than full.
+    return min(ranks) if ranks else max(shape.rows for shape in shapes)
+
+
 def fit_forecast(
     given: Mapping[int, Tensor],
-    shapes: Mapping[int, tuple[int, ...]],
+    shapes: Mapping[int, ProjectionShape],
     model_name: str,
     config: SpardaConfig,
-) -> dict[int, Tensor]:
+) -> dict[int, Projection]:
     """Return the projections that a model needs, checked.
 
     A warning says if they were trained for other blocks or pooled keys than `config` has.
 
     Args:
-        given: Projections by target layer.
-        shapes: Shape that the model needs for each layer.
+        given: Forecast weights by target layer.
+        shapes: Sizes that the model's program has for each layer.
         model_name: Class name of the model.
         config: What they are to be used with.
 
     Raises:
         ConfigError: If they are another model's: a layer is missing or not in it, a shape differs,
-            or the file names another model.
+            or the file names another model; or if their rank is not `config.forecast_rank`.
     """
     info = given.info if isinstance(given, ForecastWeights) else None
-    tensors = dict(given)
+    projections = dict(projections_of(given))
     if isinstance(given, ForecastWeights) and given.is_release:
-        tensors.pop(max(shapes, default=0) + 1, None)
-    _check_layers(tensors, shapes, model_name)
+        projections.pop(max(shapes, default=0) + 1, None)
+    _check_layers(projections, shapes, model_name)
     for layer, shape in shapes.items():
-        if tuple(tensors[layer].shape) != shape:
-            raise ConfigError(
-                f"forecast weights of layer {layer} have shape {tuple(tensors[layer].shape)}, but "
-                f"{model_name} needs {shape} (KV heads x head_dim, hidden). {_TRAIN_AGAIN}"
-            )
+        _check_shape(layer, projections[layer].shape, shape, model_name)
     if info is not None and info.model != model_name:
         raise ConfigError(
             f"forecast weights were trained for {info.model}, but the model is a {model_name}. "
@@ -256,14 +293,30 @@ def fit_forecast(
         )
     if info is not None:
         _warn_of_sizes(info, config)
-    return {layer: tensors[layer] for layer in shapes}
+    return {layer: projections[layer] for layer in shapes}
+
+
+def _check_shape(layer: int, found: ProjectionShape, needed: ProjectionShape, model: str) -> None:
+    if (found.rows, found.hidden) != (needed.rows, needed.hidden):
+        raise ConfigError(
+            f"forecast weights of layer {layer} have shape {(found.rows, found.hidden)}, but "
+            f"{model} needs {(needed.rows, needed.hidden)} (KV heads x head_dim, hidden). "
+            f"{_TRAIN_AGAIN}"
+        )
+    if found.rank != needed.rank:
+        ranks = ["are full" if s.rank is None else f"have rank {s.rank}" for s in (found, needed)]
+        raise ConfigError(
+            f"forecast weights of layer {layer} {ranks[0]}, but those of this configuration "
+            f"{ranks[1]}. Leave forecast_rank at None, so that the weights decide, or train them "
+            "again with this configuration."
+        )
 
 
 def _check_layers(
-    tensors: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], model_name: str
+    projections: Mapping[int, Projection], shapes: Mapping[int, ProjectionShape], model_name: str
 ) -> None:
-    missing = sorted(set(shapes) - set(tensors))
-    unknown = sorted(set(tensors) - set(shapes), key=str)
+    missing = sorted(set(shapes) - set(projections))
+    unknown = sorted(set(projections) - set(shapes), key=str)
     if missing or unknown:
         raise ConfigError(
             f"forecast weights do not fit {model_name}: layers {missing} are missing and layers "

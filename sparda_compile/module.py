@@ -18,6 +18,7 @@ from sparda_compile.cache import SpardaCache, keys_and_values
 from sparda_compile.cache_name import CACHE_NAME, OLD_CACHE_NAME, output_with_cache, take_cache
 from sparda_compile.config import round_up
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.forecast_projection import from_tensors, to_tensors
 from sparda_compile.generation import check_call, check_generation
 from sparda_compile.inspection import Sparda
 from sparda_compile.program import Captures, Plan, Program, make_plan, planned_capacity
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.forecast_projection import Projection
 
 __all__ = ["OptimizedModule"]
 
@@ -46,7 +48,7 @@ class OptimizedModule(nn.Module):
     Args:
         captures: Traced forwards of the model.
         config: What to build.
-        forecast: Forecast weights by target layer.
+        forecast: Forecast projections by target layer.
         decode: A plan for the decode of one sequence, if there is one already.
     """
 
@@ -54,7 +56,7 @@ class OptimizedModule(nn.Module):
         self,
         captures: Captures,
         config: SpardaConfig,
-        forecast: Mapping[int, Tensor],
+        forecast: Mapping[int, Projection],
         decode: Plan | None = None,
     ) -> None:
         super().__init__()
@@ -69,9 +71,9 @@ class OptimizedModule(nn.Module):
         self._modules.update(captures.model._modules)
         self._parameters.update(captures.model._parameters)
         self.sparda_forecast = nn.ParameterDict(
-            {str(layer): nn.Parameter(w, requires_grad=False) for layer, w in forecast.items()}
+            {n: nn.Parameter(w, requires_grad=False) for n, w in to_tensors(forecast).items()}
         )
-        self._forecast = {layer: self.sparda_forecast[str(layer)] for layer in forecast}
+        self._forecast = from_tensors(dict(self.sparda_forecast))
         if decode is not None:
             key = ("decode", 1, decode.layout.max_tokens, True)
             self._programs[key] = Program(decode, self._forecast)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.capture import CapturedGraph, capture, share_weights, specialize
 from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_projection import from_inputs, to_inputs
 from sparda_compile.lower import lower
 from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.forecast_projection import Projection, ProjectionShape
     from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.schedule import Schedule
     from sparda_compile.streams import Engine
@@ -54,7 +55,6 @@ __all__ = [
 assert ops.INSTRUCTIONS  # registers every op before a pass emits one
 
 _PLANNED_TOKENS = 4096
-_FORECAST = re.compile(r"sparda_forecast_(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,14 +214,15 @@ class Program:
 
     Args:
         plan: What to run.
-        forecast: Forecast weights, by target layer.
+        forecast: Forecast projections, by target layer.
         engine: Where its streams are; None makes one for the device.
     """
 
     def __init__(
-        self, plan: Plan, forecast: Mapping[int, Tensor], engine: Engine | None = None
+        self, plan: Plan, forecast: Mapping[int, Projection], engine: Engine | None = None
     ) -> None:
         self.plan = plan
+        self._weights = plan.captured.weights | to_inputs(forecast)
         device = plan.captured.device
         self._engine = engine
         if engine is None and device.type == "cuda":
@@ -231,9 +232,8 @@ class Program:
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._joined: list[JoinedWeight] = []
         self._arguments = [
-            self._argument(n, forecast) for n in plan.graph_module.graph.nodes
-            if n.op == "placeholder"
-        ]  # fmt: skip
+            self._argument(n) for n in plan.graph_module.graph.nodes if n.op == "placeholder"
+        ]
 
     @property
     def is_compiled(self) -> bool:
@@ -267,26 +267,22 @@ class Program:
 
         return on_engine
 
-    def _argument(self, node: fx.Node, forecast: Mapping[int, Tensor]) -> Tensor | str:
+    def _argument(self, node: fx.Node) -> Tensor | str:
         """Return a weight, or the name of what a call passes in."""
         captured = self.plan.captured
         joined = self.plan.graph_module.meta.get(JOINED_KEY, {})
         if node.name in joined:
-            sources = [self._weight(name, forecast) for name in joined[node.name]]
+            sources = [self._weights[name] for name in joined[node.name]]
             key = tuple(source.data_ptr() for source in sources)
             # Programs of other sizes join the same weights: one copy serves them all.
             weight: JoinedWeight = captured.joined.setdefault(key, JoinedWeight(sources))
             self._joined.append(weight)
             return weight.tensor
-        if _FORECAST.fullmatch(node.name) or node.name in captured.weights:
-            return self._weight(node.name, forecast)
+        if node.name in self._weights:
+            return self._weights[node.name]
         if not isinstance(fake_value(node), Tensor):
             return "num_tokens"
         return captured.inputs.get(node.name, node.name)
-
-    def _weight(self, name: str, forecast: Mapping[int, Tensor]) -> Tensor:
-        target = _FORECAST.fullmatch(name)
-        return forecast[int(target[1])] if target else self.plan.captured.weights[name]
 
     def __call__(
         self,
@@ -349,11 +345,8 @@ def _launch_errors(layout: CacheLayout) -> Iterator[None]:
         ) from error
 
 
-def forecast_shapes(plan: Plan) -> dict[int, tuple[int, ...]]:
-    """Return the shape of each Forecast projection that a decode plan takes, by target layer."""
-    shapes = {}
-    for node in plan.graph_module.graph.nodes:
-        target = _FORECAST.fullmatch(node.name) if node.op == "placeholder" else None
-        if target:
-            shapes[int(target[1])] = tuple(int(s) for s in fake_value(node).shape)
-    return shapes
+def forecast_shapes(plan: Plan) -> dict[int, ProjectionShape]:
+    """Return the sizes of each Forecast projection that a decode plan takes, by target layer."""
+    nodes = [n for n in plan.graph_module.graph.nodes if n.op == "placeholder"]
+    projections = from_inputs({node.name: fake_value(node) for node in nodes})
+    return {layer: projection.shape for layer, projection in projections.items()}

@@ -12,6 +12,7 @@ from sparda_compile.capture import specialize
 from sparda_compile.evaluation.decode import decode, read
 from sparda_compile.evaluation.metrics import RecallSums
 from sparda_compile.evaluation.tasks import make_batch
+from sparda_compile.forecast_projection import ProjectionShape
 from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.hints.forecast import forecast_dim
 from sparda_compile.machine import MACHINES
@@ -30,7 +31,7 @@ BOUND = 1 / math.sqrt(HIDDEN)
 class Start:
     """The decode graph of a model with its attentions found; tests change copies of it."""
 
-    def __init__(self, model, captured=None, batch_size=1):
+    def __init__(self, model, captured=None, batch_size=1, rank=None):
         self.model = model
         captures = captures_of(model)
         self.captured = captured or captures.get("decode", last_logits_only=True)
@@ -41,26 +42,32 @@ class Start:
         run_passes(gm, [FindAttention(self.captured.weights)], ctx)
         self.graph, self.sites = gm.graph, sites_of(gm.graph)
         self.shapes = {
-            site.layer: (site.num_groups * forecast_dim(site), tensor_shape(site.hidden)[2])
+            site.layer: ProjectionShape(
+                site.num_groups * forecast_dim(site), tensor_shape(site.hidden)[2], rank
+            )
             for site in self.sites
         }
 
     def weights(self, dtype=torch.float32, **changes):
-        """Return the projections; a warning is an error."""
+        """Return the projections multiplied out; a warning is an error."""
         parts = {name: changes.get(name, getattr(self, name)) for name in PARTS}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return initial_forecast(*parts.values(), dtype)
+            return products(initial_forecast(*parts.values(), dtype))
 
     def warned(self, words, **changes):
         parts = {name: changes.get(name, getattr(self, name)) for name in PARTS}
         with pytest.warns(UserWarning, match=words):
-            return initial_forecast(*parts.values(), torch.float32)
+            return products(initial_forecast(*parts.values(), torch.float32))
 
     def with_weights(self, change):
         """Return the captured forward with other values of its weights."""
         weights = {name: change(tensor) for name, tensor in self.captured.weights.items()}
         return dataclasses.replace(self.captured, weights=weights)
+
+
+def products(projections):
+    return {layer: projection.product() for layer, projection in projections.items()}
 
 
 PARTS = ("graph", "sites", "shapes", "captured")
@@ -129,7 +136,7 @@ def test_it_depends_on_the_model_alone(llama):
 
 
 def test_layers_without_a_forecast_are_left_out(llama):
-    assert list(llama.weights(shapes={1: (ROWS, HIDDEN)})) == [1]
+    assert list(llama.weights(shapes={1: ProjectionShape(ROWS, HIDDEN)})) == [1]
 
 
 def test_scores_have_the_scale_that_training_expects(llama):
@@ -186,8 +193,26 @@ def test_queries_without_a_start_leave_random_weights_and_a_warning(broken, inse
 
 
 def test_another_width_in_the_layer_before(llama):
-    weights = llama.warned("48 channels, the layer before has 40", shapes={1: (ROWS, 40)})
+    weights = llama.warned(
+        "48 channels, the layer before has 40", shapes={1: ProjectionShape(ROWS, 40)}
+    )
     assert weights[1].shape == (ROWS, 40)
+
+
+def test_of_low_rank_it_is_the_closest_to_the_full_start(llama):
+    low = Start(llama.model, llama.captured, rank=6).weights()
+    for layer, weight in llama.weights().items():
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        closest = left[:, :6] * values[:6] @ right[:6]
+        torch.testing.assert_close(low[layer], closest, rtol=0, atol=1e-5)
+
+
+def test_random_weights_of_low_rank(llama):
+    captured = llama.with_weights(lambda w: w * math.nan if w.is_floating_point() else w)
+    shapes = {1: ProjectionShape(ROWS, HIDDEN, 6)}
+    (weight,) = llama.warned("layers 1 starts", captured=captured, shapes=shapes).values()
+    assert torch.linalg.matrix_rank(weight) == 6
+    assert weight.abs().max() > 0.3 * BOUND
 
 
 def test_random_weights_are_another_for_each_layer_and_always_the_same(llama):

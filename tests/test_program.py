@@ -7,6 +7,7 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_projection import Projection, ProjectionShape
 from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.passes import PIPELINE, fuse_projections
 from sparda_compile.passes.fuse_projections import JOINED_KEY
@@ -51,7 +52,7 @@ def plan_of(
     )
 
 
-def forecast_of(plan: Plan) -> dict[int, torch.Tensor]:
+def forecast_of(plan: Plan) -> dict[int, Projection]:
     graph, shapes = plan.stages[0].graph, forecast_shapes(plan)
     return initial_forecast(graph, plan.sites, shapes, plan.captured, torch.float32)
 
@@ -139,7 +140,7 @@ def test_forecast_shapes_are_those_of_the_mode(
     assert set(shapes) <= set(layers)
     assert bool(shapes) == bool(layers)
     assert 1 in shapes or not layers
-    assert all(shape == (2 * 16, 48) for shape in shapes.values())
+    assert all(shape == ProjectionShape(2 * 16, 48) for shape in shapes.values())
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -53,6 +53,12 @@ def train_model(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Blocks that the Forecast is to pick.")] = 62,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Rank of a projection. [default: at most the size of 256 full rows]"
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of one block.")] = 64,
     local_blocks: Annotated[int, typer.Option(help="Recent blocks that are always read.")] = 32,
     pool_size: Annotated[int, typer.Option(help="Tokens of one pooled key.")] = 32,
@@ -64,7 +70,7 @@ def train_model(
     with errors_as_sentences():
         config = SpardaConfig(
             top_k=top_k, block_size=block_size, local_blocks=local_blocks, pool_size=pool_size,
-            pool_stride=pool_stride,
+            pool_stride=pool_stride, forecast_rank=rank,
         )  # fmt: skip
         source = tokenizer or ("bytes" if target.startswith("tiny-") else target)
         _check_writable(out)

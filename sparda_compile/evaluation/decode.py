@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sparda_compile.cache_name import cache_of
 from sparda_compile.config import round_up
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_weights import projections_of
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS, Geometry
 
@@ -136,7 +137,7 @@ def decode(
         reading: What `read` returned; it is left as it is.
         ids_BS: [B, S] int64 tokens, one for each step.
         config: Mode, selector, budget and sizes; `exact` decides what `query` decides.
-        forecast: By target layer [G*D, hidden]. Mode `forecast` needs it; given in other modes
+        forecast: By target layer, as for `optimize`. Mode `forecast` needs it; given in other modes
             it is recorded as a predictor.
 
     Raises:
@@ -198,7 +199,8 @@ class _Decoder:
         config: SpardaConfig,
         forecast: Mapping[int, Tensor],
     ) -> None:
-        self.model, self.config, self.forecast = model, config, forecast
+        self.model, self.config = model, config
+        self.forecast = projections_of(forecast)
         capacity = round_up(reading.length + num_steps, config.block_size)
         self.geometry = Geometry.of(config, capacity // config.block_size)
         self.width = reading.keys[0].shape[-1]
@@ -258,8 +260,8 @@ class _Decoder:
         chosen = {"query": self._select(number, self.config.selector, q_BH1D, scale)}
         source_B1C = hidden_B1C if before is None else before[0]
         if number in self.forecast:
-            weight = self.forecast[number].to(source_B1C)
-            f_BG1D = _rotate(_heads(attention, F.linear(source_B1C, weight)), rotation)
+            projection = self.forecast[number].to(source_B1C)
+            f_BG1D = _rotate(_heads(attention, projection(source_B1C)), rotation)
             rule = self.config.forecast_selector
             chosen["forecast"] = self._select(number, rule, self._wide(f_BG1D, 1.0), scale)
         if before is not None:

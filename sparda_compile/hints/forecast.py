@@ -2,6 +2,7 @@
 
     f = rope(W h)        h feeds the query projection of the layer before, W [G*D, hidden]
 
+W is one matrix or the product of two (`forecast_projection.py`), which are multiplied one by one.
 The rotation is this layer's own, copied from its query's path, at the token's own position; no
 q/k norm, no bias. The first layer has no layer before: a projection of its own input stands in.
 Source: SparDA (arXiv 2606.04511), Forecast projection.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from sparda_compile.errors import PassError
+from sparda_compile.forecast_projection import ProjectionShape, graph_input
 from sparda_compile.hints.base import late_inputs
 from sparda_compile.passes.fx import (
     clone_region,
@@ -29,12 +31,7 @@ if TYPE_CHECKING:
     from sparda_compile.hints.base import HintPoint
     from sparda_compile.passes.base import AttentionSite
 
-__all__ = ["ForecastHint", "emit_forecast", "forecast_dim", "forecast_name"]
-
-
-def forecast_name(target_layer: int) -> str:
-    """Return the graph input of the projection that predicts a layer's query."""
-    return f"sparda_forecast_{target_layer}"
+__all__ = ["ForecastHint", "emit_forecast", "forecast_dim"]
 
 
 def forecast_dim(target: AttentionSite) -> int:
@@ -57,9 +54,13 @@ def emit_forecast(point: HintPoint) -> fx.Node:
     batch, num_tokens, width = tensor_shape(source.hidden)
     groups, dim = target.num_groups, forecast_dim(target)
     dtype = fake_value(source.hidden).dtype
-    weight = point.state.add(forecast_name(target.layer), (groups * dim, width), dtype)
-    name = f"forecast_{target.layer}"
-    projected = emit.function(torch.nn.functional.linear, (source.hidden, weight), {}, name)
+    shape = ProjectionShape.of(groups * dim, int(width), point.layout.config.forecast_rank)
+    projected = source.hidden
+    for name, factor in reversed([*zip(shape.names(target.layer), shape.factors, strict=True)]):
+        weight = point.state.add(graph_input(name), factor, dtype)
+        projected = emit.function(
+            torch.nn.functional.linear, (projected, weight), {}, f"forecast_{name}"
+        )
     # A prompt's length is a symbol, which no argument may be.
     length = num_tokens if isinstance(num_tokens, int) else -1
     heads = emit.method("view", projected, batch, length, groups, dim)

@@ -8,6 +8,9 @@ Mode `forecast`: the guess is the selection. Before, and after:
     ...                                               ...
     %scores_1 = score_blocks(%q_1, .., "infllm2")     %scores_1 = score_blocks(%f_1, .., "forecast")
 
+A projection of low rank is two matrices: `%forecast_1_v = linear(%hidden_0, %V_1)` and
+`%forecast_1_u = linear(%forecast_1_v, %U_1)`.
+
 Mode `exact`: the layer's own query still selects; the hint's ids are computed beside it, for
 InsertPrefetch to fetch early:
 

@@ -36,7 +36,7 @@ def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
         layers=tuple(_layer(layout, shape) for shape in layout.layers),
         passes=tuple(s for plan in (prefill, decode) for s in _passes(plan)),
         schedules=tuple(schedules),
-        forecast_parameters=sum(rows * columns for rows, columns in shapes.values()),
+        forecast_parameters=sum(shape.num_weights for shape in shapes.values()),
         model_parameters=sum(p.numel() for p in model.parameters()),
     )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "checkpoint_path", "random_states", "restore_random_states"]
 
-_KIND: Final = "sparda_compile training checkpoint"
+_KIND: Final = "sparda_compile training checkpoint, by name"
 
 
 def checkpoint_path(out: str | Path) -> Path:
@@ -32,7 +32,7 @@ class Checkpoint:
     Attributes:
         step: Optimizer steps done.
         num_batches: Batches used so far, by all processes together.
-        weights: Float32 master weights by target layer.
+        weights: Float32 master weights, by the names of `forecast_projection.py`.
         optimizer: State of AdamW.
         rng: Random states of torch, on the CPU and, if there is one, on the GPU.
         info: What the weights are for.
@@ -40,7 +40,7 @@ class Checkpoint:
 
     step: int
     num_batches: int
-    weights: dict[int, Tensor]
+    weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: dict[str, Tensor]
     info: ForecastInfo

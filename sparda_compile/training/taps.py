@@ -29,12 +29,13 @@ from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.capture import specialize
 from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.forecast_projection import Projection, ProjectionShape, from_inputs, to_inputs
 from sparda_compile.hints import HintPoint
-from sparda_compile.hints.forecast import emit_forecast, forecast_dim, forecast_name
+from sparda_compile.hints.forecast import emit_forecast
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
-from sparda_compile.passes.fx import call_name, fake_value, tensor_shape
+from sparda_compile.passes.fx import call_name, fake_value
 from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.replace_attention import StateInputs
 from sparda_compile.training.attention import causal_attention
@@ -76,14 +77,14 @@ class TappedForward:
     Attributes:
         graph_module: The rewritten graph.
         sites: The layers that have a Forecast, in order.
-        shapes: Shape [G * D, hidden] of each projection, by target layer.
+        shapes: Sizes of each projection, by target layer.
         taps: The module that listens at each layer.
         arguments: For each placeholder its value, or the name of what a call passes in.
     """
 
     graph_module: fx.GraphModule
     sites: tuple[AttentionSite, ...]
-    shapes: dict[int, tuple[int, int]]
+    shapes: dict[int, ProjectionShape]
     taps: tuple[_Tap, ...]
     arguments: tuple[Tensor | str, ...]
 
@@ -91,7 +92,7 @@ class TappedForward:
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        forecast: Mapping[int, Tensor],
+        forecast: Mapping[int, Projection],
         listener: Listener | None,
     ) -> None:
         """Run the model.
@@ -107,7 +108,7 @@ class TappedForward:
             "input_ids": input_ids,
             "position_ids": position_ids,
             "num_tokens": input_ids.shape[1],
-            **{forecast_name(layer): weight for layer, weight in forecast.items()},
+            **to_inputs(forecast),
         }
         for tap in self.taps:
             tap.listener = listener
@@ -154,16 +155,14 @@ def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> Ta
     _prune(gm.graph)
     gm.graph.lint()
     gm.recompile()
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    projections = from_inputs({n.name: fake_value(n) for n in placeholders})
     return TappedForward(
         gm,
         tuple(point.target for point in points),
-        {p.target.layer: _projection_shape(p) for p in points},
+        {layer: projection.shape for layer, projection in projections.items()},
         tuple(taps),
-        tuple(
-            _argument(n, captured.inputs, captured.weights)
-            for n in gm.graph.nodes
-            if n.op == "placeholder"
-        ),
+        tuple(_argument(n, captured.inputs, captured.weights) for n in placeholders),
     )
 
 
@@ -185,11 +184,6 @@ def _points(graph: fx.Graph, config: SpardaConfig, batch_size: int) -> list[Hint
         for source, target in zip([sites[0], *sites[:-1]], sites, strict=True)
         if not target.window
     ]
-
-
-def _projection_shape(point: HintPoint) -> tuple[int, int]:
-    target = point.target
-    return target.num_groups * forecast_dim(target), int(tensor_shape(point.source.hidden)[2])
 
 
 def _insert_tap(graph: fx.Graph, site: AttentionSite, forecast: fx.Node) -> None:

@@ -19,14 +19,15 @@ import dataclasses
 import logging
 import math
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from sparda_compile import __version__
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_projection import to_tensors
 from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights
 from sparda_compile.hints.forecast import forecast_dim
@@ -141,9 +142,10 @@ class ForecastTrainer:
             forward.graph_module.graph, forward.sites, forward.shapes,
             self.captures.get("prefill", last_logits_only=True), torch.float32,
         )  # fmt: skip
-        self.weights = {layer: nn.Parameter(weight) for layer, weight in start.items()}
+        self.weights = {layer: weight.map(nn.Parameter) for layer, weight in start.items()}
+        self.parameters = to_tensors(self.weights)
         self.optimizer = torch.optim.AdamW(
-            list(self.weights.values()), lr, betas=_BETAS, eps=_EPS, weight_decay=_WEIGHT_DECAY
+            list(self.parameters.values()), lr, betas=_BETAS, eps=_EPS, weight_decay=_WEIGHT_DECAY
         )
 
     def step(self, batches: Sequence[Tensor]) -> StepReport:
@@ -165,9 +167,9 @@ class ForecastTrainer:
         for number, ids in enumerate(batches):
             is_last = number == len(batches) - 1
             self._accumulate(ids, 1.0 / len(batches), losses, recalls if is_last else None)
-        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        gradients = [w.grad for w in self.parameters.values() if w.grad is not None]
         parallel.average_([*gradients, *losses.values(), *recalls.values()])
-        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), _LARGEST_NORM)
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), _LARGEST_NORM)
         numbers = torch.stack([*losses.values(), *recalls.values(), norm]).tolist()
         bad = [i for i, loss in zip(losses, numbers, strict=False) if not math.isfinite(loss)]
         if bad or not math.isfinite(numbers[-1]):
@@ -225,31 +227,34 @@ class ForecastTrainer:
 
     def forecast(self) -> ForecastWeights:
         """Return a copy of the projections, float32."""
-        tensors = {layer: weight.detach().clone() for layer, weight in self.weights.items()}
-        return ForecastWeights(tensors, self.info())
+        detached = {layer: weight.map(torch.detach) for layer, weight in self.weights.items()}
+        copies = {layer: weight.map(torch.clone) for layer, weight in detached.items()}
+        return ForecastWeights(copies, self.info())
 
     def info(self) -> ForecastInfo:
         """Return what the projections are for."""
         sites, config = self._forward(1).sites, self.config
+        shapes = [self.weights[site.layer].shape for site in sites]
         assert config.top_k is not None
         return ForecastInfo(
             model=self.captures.model_name,
             layers=tuple(site.layer for site in sites),
             groups=tuple(site.num_groups for site in sites),
             head_dim=tuple(map(forecast_dim, sites)),
-            hidden=tuple(self.weights[site.layer].shape[1] for site in sites),
+            hidden=tuple(shape.hidden for shape in shapes),
+            ranks=tuple(shape.rank for shape in shapes),
             block_size=config.block_size,
             pool_size=config.pool_size,
             pool_stride=config.pool_stride,
             top_k=config.top_k,
             steps=self.steps_done,
             num_tokens=self.longest,
-            versions={name: _version(name) for name in ("sparda-compile", "torch")},
+            versions={"sparda-compile": __version__, "torch": str(torch.__version__)},
         )
 
     def checkpoint(self, num_batches: int) -> Checkpoint:
         """Return the state of the run."""
-        weights = {layer: weight.detach() for layer, weight in self.weights.items()}
+        weights = {name: weight.detach() for name, weight in self.parameters.items()}
         return Checkpoint(
             self.steps_done, num_batches, weights, self.optimizer.state_dict(),
             random_states(self.device), self.info(),
@@ -262,7 +267,7 @@ class ForecastTrainer:
         Raises:
             ConfigError: If it is the state of another model or of other sizes.
         """
-        names = ("model", "layers", "groups", "head_dim", "hidden")
+        names = ("model", "layers", "groups", "head_dim", "hidden", "ranks")
         sizes = ("block_size", "pool_size", "pool_stride", "top_k")
         here, there = self.info(), checkpoint.info
         for name in (*names, *sizes):
@@ -271,8 +276,8 @@ class ForecastTrainer:
                     f"the checkpoint was trained with {name}={getattr(there, name)}, this run has "
                     f"{name}={getattr(here, name)}; resume with the same model and configuration."
                 )
-        for layer, weight in self.weights.items():
-            weight.copy_(checkpoint.weights[layer])
+        for name, weight in self.parameters.items():
+            weight.copy_(checkpoint.weights[name])
         self.optimizer.load_state_dict(checkpoint.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
@@ -391,10 +396,3 @@ def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[StepReport], None]]:
         yield lambda report: bar.update(
             task, completed=report.step, loss=report.loss, recall=report.recall
         )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -50,12 +50,13 @@ def run(*arguments):
 
 def test_it_writes_weights_and_says_what_was_reached(text, tmp_path):
     out = tmp_path / "deep" / "forecast.safetensors"
-    result = run("--text", text, "--out", out, "--steps", 3, *SIZES)
+    result = run("--text", text, "--out", out, "--steps", 3, "--rank", 6, *SIZES)
     assert result.exit_code == 0, result.output
     assert "loss 0." in result.stdout
     assert f"Wrote {out}" in result.stdout
     weights = load_forecast(out)
     assert (weights.info.steps, weights.info.num_tokens, weights.info.block_size) == (3, 100, 16)
+    assert set(weights.info.ranks) == {6}
     assert checkpoint_path(out).is_file()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
+from sparda_compile.forecast_weights import projections_of
 from sparda_compile.module import OptimizedModule
 from sparda_compile.program import Program
 from sparda_compile.streams import DeferredEngine, use_engine
@@ -62,7 +63,7 @@ class Lab:
 
     def module(self, **config):
         config = SpardaConfig(**{**SMALL, **config})
-        forecast = self.forecast if config.needs_forecast else {}
+        forecast = projections_of(self.forecast) if config.needs_forecast else {}
         return OptimizedModule(self.captures, config, forecast)
 
     def baseline(self, **config):

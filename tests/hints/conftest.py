@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sparda_compile import SpardaConfig, optimize
+from sparda_compile.forecast_weights import projections_of
 from sparda_compile.module import OptimizedModule
 from sparda_compile.passes.fx import find_ops
 from sparda_compile.testing import build, random_forecast
@@ -33,8 +34,8 @@ class Lab:
 
     def module(self, forecast=None, **config):
         config = SpardaConfig(**SMALL, **config)
-        weights = (forecast or self.forecast) if config.needs_forecast else {}
-        return OptimizedModule(self.captures, config, weights)
+        given = (forecast or self.forecast) if config.needs_forecast else {}
+        return OptimizedModule(self.captures, config, projections_of(given))
 
     def decode_graph(self, after, **config):
         module = self.module(**config)

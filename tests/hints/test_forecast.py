@@ -4,6 +4,7 @@ import pytest
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import PassError
+from sparda_compile.forecast_projection import graph_input
 from sparda_compile.hints import forecast
 from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import call_name, fake_value, tensor_shape
@@ -13,9 +14,9 @@ from sparda_compile.testing import build
 def projections(graph):
     nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     return {
-        layer: nodes[forecast.forecast_name(layer)]
+        layer: nodes[graph_input(str(layer))]
         for layer in range(9)
-        if forecast.forecast_name(layer) in nodes
+        if graph_input(str(layer)) in nodes
     }
 
 

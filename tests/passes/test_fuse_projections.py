@@ -9,6 +9,7 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import PassError
+from sparda_compile.forecast_projection import to_inputs
 from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes import fuse_projections
@@ -104,6 +105,17 @@ def test_all_projections_of_one_input_are_joined_where_one_is_small(planned):
         ["k_proj", "q_proj", "v_proj"],
     ]
     assert joined_names(plan) == {"joined_weight_0": 5, "joined_weight_1": 3}
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_of_low_rank_the_matrix_that_reads_the_input_is_joined(planned):
+    plan = planned(mode="forecast", forecast_rank=8)
+    assert [sorted(names) for names in parts_of(plan).values()] == [
+        ["forecast_0_v", "forecast_1_v", "k_proj", "v_proj"],
+        ["k_proj", "v_proj"],
+    ]
+    left = {n.name for n in plan.graph_module.graph.nodes if call_name(n) == "linear"}
+    assert {"forecast_0_u", "forecast_1_u"} < left
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -215,8 +227,7 @@ def test_joined_weight_has_the_rows_of_its_parts_in_order(planned):
     program = Program(plan, forecast)
     placeholders = [n.name for n in plan.graph_module.graph.nodes if n.op == "placeholder"]
     arguments = dict(zip(placeholders, program._arguments, strict=True))
-    known = {f"sparda_forecast_{layer}": weight for layer, weight in forecast.items()}
-    known |= plan.captured.weights
+    known = to_inputs(forecast) | plan.captured.weights
     for name, sources in plan.graph_module.meta[JOINED_KEY].items():
         assert torch.equal(arguments[name], torch.cat([known[source] for source in sources]))
 
@@ -238,12 +249,20 @@ def logits_of(plan, steps=40):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen2"])
-@pytest.mark.parametrize("mode", ["forecast", "exact"])
-def test_logits_are_close_to_those_of_the_projections_apart(planned, request, model, mode):
-    want = logits_of(planned(model, mode=mode))
+@pytest.mark.parametrize(
+    ("model", "mode", "rank"),
+    [
+        ("llama", "forecast", None),
+        ("llama", "forecast", 8),
+        ("llama", "exact", None),
+        ("qwen2", "forecast", None),
+        ("qwen2", "exact", None),
+    ],
+)
+def test_logits_are_close_to_those_of_the_projections_apart(planned, request, model, mode, rank):
+    want = logits_of(planned(model, mode=mode, forecast_rank=rank))
     request.getfixturevalue("on_gpu")
-    plan = planned(model, mode=mode)
+    plan = planned(model, mode=mode, forecast_rank=rank)
     assert record_of(plan).counts["joined"] >= 4
     torch.testing.assert_close(logits_of(plan), want, rtol=1e-5, atol=1e-5)
 

@@ -13,8 +13,9 @@ from sparda_compile.training.checkpoint import (
 )
 
 INFO = ForecastInfo(
-    model="M", layers=(0,), groups=(2,), head_dim=(8,), hidden=(4,), block_size=16, pool_size=8,
-    pool_stride=4, top_k=2, steps=3, num_tokens=64, versions={"torch": "2"},
+    model="M", layers=(0,), groups=(2,), head_dim=(8,), hidden=(4,), ranks=(None,),
+    block_size=16, pool_size=8, pool_stride=4, top_k=2, steps=3, num_tokens=64,
+    versions={"torch": "2"},
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def make():
     weight.sum().backward()
     optimizer.step()
     rng = random_states(torch.device("cpu"))
-    return Checkpoint(3, 12, {0: weight.detach()}, optimizer.state_dict(), rng, INFO)
+    return Checkpoint(3, 12, {"0": weight.detach()}, optimizer.state_dict(), rng, INFO)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -33,7 +34,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     checkpoint.save(path)
     loaded = Checkpoint.load(path)
     assert (loaded.step, loaded.num_batches, loaded.info) == (3, 12, INFO)
-    assert torch.equal(loaded.weights[0], checkpoint.weights[0])
+    assert torch.equal(loaded.weights["0"], checkpoint.weights["0"])
     moments = [c.optimizer["state"][0]["exp_avg"] for c in (loaded, checkpoint)]
     assert torch.equal(*moments)
     assert [p.name for p in path.parent.iterdir()] == ["run.checkpoint"]

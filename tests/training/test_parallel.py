@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparda_compile import train_forecast
+from sparda_compile.forecast_projection import to_tensors
 from sparda_compile.training import parallel
 from sparda_compile.training.trainer import ForecastTrainer
 
@@ -22,7 +23,7 @@ def work(gym, batches, rank, port, out):
     )
     assert parallel.world_size() == 1, "the group must be left"
     told = {"losses": [r.losses for r in reports], "tokens": [r.num_tokens for r in reports]}
-    torch.save({"weights": dict(weights), **told}, out)
+    torch.save({"weights": to_tensors(weights.projections), **told}, out)
     # Not by returning: the process is a copy of pytest's.
     os._exit(0)
 
@@ -53,9 +54,9 @@ def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     first, second = (torch.load(path) for path in paths)
     reports = [alone.step(batches[:2]), alone.step(batches[2:])]
-    for layer, weight in alone.weights.items():
-        assert torch.equal(first["weights"][layer], second["weights"][layer])
-        torch.testing.assert_close(first["weights"][layer], weight.detach(), rtol=1e-4, atol=1e-6)
+    for name, weight in alone.parameters.items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], weight.detach(), rtol=1e-4, atol=1e-6)
     assert first["tokens"] == [r.num_tokens for r in reports] == [200, 200]
     for mine, report in zip(first["losses"], reports, strict=True):
         torch.testing.assert_close(mine, report.losses, rtol=1e-4, atol=1e-6)

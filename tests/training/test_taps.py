@@ -5,6 +5,7 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.forecast_projection import Projection, to_inputs
 from sparda_compile.passes.attention_proof import evaluate
 from sparda_compile.passes.fx import call_name, find_ops
 from sparda_compile.program import forecast_shapes, make_plan
@@ -16,7 +17,7 @@ CONFIG = SpardaConfig(
     block_size=16, pool_size=8, pool_stride=4, local_blocks=1, top_k=3, lowering="eager"
 )
 # Plain; query norms and windows; learned positions, one fused projection and eager scores.
-FAMILIES = ["llama", "gemma3", "gpt2"]
+FAMILIES = [("llama", None), ("llama", 8), ("gemma3", None), ("gpt2", None)]
 
 
 def heard(forward, ids, weights, positions=None):
@@ -31,14 +32,19 @@ def heard(forward, ids, weights, positions=None):
 def draw(shapes):
     generator = torch.Generator().manual_seed(4)
     return {
-        layer: (torch.randn(shape, generator=generator) * 0.1).requires_grad_()
+        layer: Projection(
+            tuple(
+                (torch.randn(factor, generator=generator) * 0.1).requires_grad_()
+                for factor in shape.factors
+            )
+        )
         for layer, shape in shapes.items()
     }
 
 
-def decode_plan(captures):
+def decode_plan(captures, config):
     return make_plan(
-        captures.get("decode", last_logits_only=True), CONFIG, model_name="m",
+        captures.get("decode", last_logits_only=True), config, model_name="m",
         windows=captures.windows, batch_size=1, max_tokens=256,
     )  # fmt: skip
 
@@ -46,7 +52,7 @@ def decode_plan(captures):
 def deployed_forecasts(plan, token, position, weights, layers):
     """Compute the Forecasts of a decode step from its graph; those that need no cache."""
     graph = plan.stage("insert_forecast").graph
-    known = {}
+    known, projections = {}, to_inputs(weights)
     for node in graph.nodes:
         if node.op != "placeholder":
             continue
@@ -55,22 +61,24 @@ def deployed_forecasts(plan, token, position, weights, layers):
             known[node] = torch.tensor([[token if role == "input_ids" else position]])
         elif node.name in plan.captured.weights:
             known[node] = plan.captured.weights[node.name].detach()
-        elif node.name.startswith("sparda_forecast_"):
-            known[node] = weights[int(node.name.rpartition("_")[2])].detach()
+        elif node.name in projections:
+            known[node] = projections[node.name].detach()
     scores = {n.meta["sparda_layer"]: n.args[0] for n in find_ops(graph, "score_blocks")}
     with torch.no_grad():
         return {layer: evaluate(scores[layer], known, {}, 1) for layer in layers}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_forecast_is_bit_for_bit_the_deployed_one(gym, family):
+@pytest.mark.parametrize(("family", "rank"), FAMILIES)
+def test_a_forecast_is_bit_for_bit_the_deployed_one(gym, family, rank):
+    config = CONFIG.replace(forecast_rank=rank)
     attention = "eager" if family == "gpt2" else "sdpa"
     is_shared = family == "llama"
     model = gym.model if is_shared else build(family, attn_implementation=attention)
     captures = gym.captures if is_shared else captures_of(model)
-    plan = decode_plan(captures)
-    forward = tap_forward(captures, CONFIG, 1)
-    assert {layer: tuple(shape) for layer, shape in forward.shapes.items()} == forecast_shapes(plan)
+    plan = decode_plan(captures, config)
+    forward = tap_forward(captures, config, 1)
+    assert {shape.rank for shape in forward.shapes.values()} == {rank}
+    assert forward.shapes == forecast_shapes(plan)
     weights = draw(forward.shapes)
     # What layers 0 and 1 forecast by depends on the token alone; one token, so that the matrix
     # products have the same shapes.
@@ -116,7 +124,7 @@ def test_only_projections_get_a_gradient(gym, forward):
         assert not query.requires_grad
         assert not keys.requires_grad
         forecast.sum().backward()
-    assert all(weight.grad.any() for weight in weights.values())
+    assert all(weight.grad.any() for weight in to_inputs(weights).values())
     assert all(p.grad is None for p in gym.model.parameters())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 import sparda_compile
 from sparda_compile import optimize, train_forecast
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast_projection import Projection, to_tensors
 from sparda_compile.forecast_weights import load_forecast
 from sparda_compile.training import trainer as trainer_module
 from sparda_compile.training.checkpoint import checkpoint_path
@@ -25,7 +26,9 @@ def train(gym, batches, steps, **options):
 def random_start(graph, sites, shapes, captured, dtype):
     generator = torch.Generator().manual_seed(0)
     return {
-        layer: torch.empty(shape).uniform_(-1 / 8, 1 / 8, generator=generator)
+        layer: Projection(
+            (torch.empty(*shape.factors[0]).uniform_(-1 / 8, 1 / 8, generator=generator),)
+        )
         for layer, shape in shapes.items()
     }
 
@@ -35,15 +38,14 @@ def test_it_goes_on_from_the_mean_query_of_each_group(gym):
     trainer = ForecastTrainer(gym.model, gym.config, 1e-9)
     for number, layer in enumerate(gym.model.model.layers):
         heads = layer.self_attn.q_proj.weight.detach().view(2, 2, 16, 64)
-        assert trainer.weights[number].dtype == torch.float32
-        torch.testing.assert_close(
-            trainer.weights[number].detach(), heads.mean(1).flatten(0, 1), rtol=0, atol=1e-7
-        )
+        weight = trainer.weights[number].product().detach()
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, heads.mean(1).flatten(0, 1), rtol=0, atol=1e-7)
     start = trainer.step(held_out)
     weights = train(gym, gym.batches(12, length=320), 40)
     with torch.no_grad():
-        for layer, weight in trainer.weights.items():
-            weight.copy_(weights[layer])
+        for name, weight in trainer.parameters.items():
+            weight.copy_(to_tensors(weights.projections)[name])
     assert trainer.step(held_out).loss < 0.95 * start.loss
 
 
@@ -60,8 +62,8 @@ def test_from_random_weights_loss_falls_and_recall_rises_and_a_decode_takes_the_
     trainer = ForecastTrainer(gym.model, gym.config, 1e-9)
     fresh = trainer.step(held_out)
     with torch.no_grad():
-        for layer, weight in trainer.weights.items():
-            weight.copy_(weights[layer])
+        for name, weight in trainer.parameters.items():
+            weight.copy_(to_tensors(weights.projections)[name])
     trained = trainer.step(held_out)
     assert trained.losses[0] < 0.85 * fresh.losses[0]
     assert trained.loss < 0.9 * fresh.loss
@@ -80,20 +82,47 @@ def test_the_model_is_left_as_it_is(gym):
     assert all(p.requires_grad and p.grad is None for p in gym.model.parameters())
 
 
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(gym, tmp_path):
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(gym, tmp_path, rank):
+    options = {"accumulate": 2, "config": gym.config.replace(forecast_rank=rank)}
     batches = gym.batches(5)
-    whole = train(gym, batches, 7, accumulate=2, out=tmp_path / "whole" / "forecast.safetensors")
+    whole = train(gym, batches, 7, out=tmp_path / "whole" / "forecast.safetensors", **options)
     out = tmp_path / "forecast.safetensors"
-    train(gym, batches, 3, accumulate=2, out=out)
+    train(gym, batches, 3, out=out, **options)
     first = load_forecast(out)
-    resumed = train(gym, batches, 7, accumulate=2, out=out, resume=checkpoint_path(out))
+    resumed = train(gym, batches, 7, out=out, resume=checkpoint_path(out), **options)
     assert (first.info.steps, resumed.info.steps) == (3, 7)
-    for layer, weight in whole.items():
-        assert torch.equal(weight, resumed[layer])
-        assert not torch.equal(weight, first[layer])
+    assert resumed.info.ranks == (rank, rank)
     on_disk = load_forecast(out)
     assert on_disk.info == resumed.info
-    assert all(torch.equal(on_disk[layer], weight) for layer, weight in resumed.items())
+    factors = [to_tensors(w.projections) for w in (whole, resumed, first, on_disk)]
+    assert list(factors[0]) == (["0", "1"] if rank is None else ["0_u", "0_v", "1_u", "1_v"])
+    for name, weight in factors[0].items():
+        assert torch.equal(weight, factors[1][name])
+        assert not torch.equal(weight, factors[2][name])
+        assert torch.equal(weight, factors[3][name])
+
+
+def test_both_matrices_of_low_rank_get_the_gradient_of_their_product(gym):
+    """The gradient of a full W is checked against the formula of the loss in test_loss.py."""
+    (ids,) = gym.batches(1, length=120)
+    low = ForecastTrainer(gym.model, gym.config.replace(forecast_rank=8), 1e-3)
+    full = ForecastTrainer(gym.model, gym.config, 1e-3)
+    losses = []
+    with torch.no_grad():
+        for layer, weight in low.weights.items():
+            full.parameters[str(layer)].copy_(weight.product())
+    for trainer in (low, full):
+        losses.append(dict.fromkeys(trainer.weights, torch.zeros(())))
+        trainer._accumulate(ids, 1.0, losses[-1], None)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for layer, weight in low.weights.items():
+        u, v = weight.factors
+        gradient = full.parameters[str(layer)].grad
+        assert u.dtype == v.dtype == u.grad.dtype == torch.float32
+        for got, want in ((u.grad, gradient @ v.detach().T), (v.grad, u.detach().T @ gradient)):
+            assert want.any()
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 def test_resumption_goes_on_with_the_next_batch_whatever_a_step_takes(gym, tmp_path, monkeypatch):
@@ -117,8 +146,8 @@ def test_accumulated_batches_are_one_large_batch(gym):
     trainers = [ForecastTrainer(gym.model, gym.config, 1e-3) for _ in range(2)]
     reports = [trainers[0].step(parts), trainers[1].step([torch.cat(parts)])]
     assert math.isclose(reports[0].loss, reports[1].loss, rel_tol=1e-5)
-    for layer, weight in trainers[0].weights.items():
-        torch.testing.assert_close(weight.grad, trainers[1].weights[layer].grad)
+    for name, weight in trainers[0].parameters.items():
+        torch.testing.assert_close(weight.grad, trainers[1].parameters[name].grad)
 
 
 def test_gradient_is_clipped_and_the_optimizer_is_that_of_the_paper(gym, monkeypatch):
@@ -128,7 +157,7 @@ def test_gradient_is_clipped_and_the_optimizer_is_that_of_the_paper(gym, monkeyp
     (group,) = trainer.optimizer.param_groups
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-6, 0.01)
     report = trainer.step(gym.batches(1))
-    gradients = torch.cat([w.grad.flatten() for w in trainer.weights.values()])
+    gradients = torch.cat([w.grad.flatten() for w in trainer.parameters.values()])
     assert report.gradient_norm > 0.02
     assert math.isclose(float(gradients.norm()), 0.01, rel_tol=1e-3)
 
@@ -141,7 +170,7 @@ def test_master_weights_are_float32_and_the_model_sees_its_own_dtype(gym):
     assert set(heard) == {torch.bfloat16}
     report = trainer.step(gym.batches(1))
     assert math.isfinite(report.loss)
-    for weight in trainer.weights.values():
+    for weight in trainer.parameters.values():
         assert weight.dtype == weight.grad.dtype == torch.float32
         assert trainer.optimizer.state[weight]["exp_avg"].dtype == torch.float32
 
@@ -186,18 +215,21 @@ def test_checkpoint_of_other_sizes_or_too_far_is_refused(gym, tmp_path):
     resume = checkpoint_path(out)
     with pytest.raises(ConfigError, match=r"top_k=3, this run has top_k=4.*same model"):
         train(gym, gym.batches(1), 2, resume=resume, config=gym.config.replace(top_k=4))
+    low = gym.config.replace(forecast_rank=8)
+    with pytest.raises(ConfigError, match=r"ranks=\(None, None\), this run has ranks=\(8, 8\)"):
+        train(gym, gym.batches(1), 2, resume=resume, config=low)
     with pytest.raises(ConfigError, match=r"has done 1 steps.*raise steps"):
         train(gym, gym.batches(1), 1, resume=resume)
 
 
 def test_loss_that_is_not_finite_stops(gym, monkeypatch):
     trainer = ForecastTrainer(gym.model, gym.config, 1e-3)
-    before = trainer.weights[1].detach().clone()
+    before = trainer.parameters["1"].detach().clone()
     with torch.no_grad():
-        trainer.weights[1][0, 0] = math.nan
+        trainer.parameters["1"][0, 0] = math.nan
     with pytest.raises(UnsupportedInputError, match=r"not finite at step 1 \(layers \[1\]\)"):
         trainer.step(gym.batches(1))
-    assert torch.equal(trainer.weights[1].detach()[1:], before[1:])
+    assert torch.equal(trainer.parameters["1"].detach()[1:], before[1:])
     assert trainer.steps_done == 0
 
 
