@@ -216,13 +216,17 @@ class Program:
         plan: What to run.
         forecast: Forecast projections, by target layer.
         engine: Where its streams are; None makes one for the device.
+
+    Raises:
+        KeyError: If a projection is missing.
     """
 
     def __init__(
         self, plan: Plan, forecast: Mapping[int, Projection], engine: Engine | None = None
     ) -> None:
         self.plan = plan
-        self._weights = plan.captured.weights | to_inputs(forecast)
+        needed = {layer: forecast[layer] for layer in forecast_shapes(plan)}
+        self._weights = plan.captured.weights | to_inputs(needed)
         device = plan.captured.device
         self._engine = engine
         if engine is None and device.type == "cuda":

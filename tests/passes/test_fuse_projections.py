@@ -111,8 +111,8 @@ def test_all_projections_of_one_input_are_joined_where_one_is_small(planned):
 def test_of_low_rank_the_matrix_that_reads_the_input_is_joined(planned):
     plan = planned(mode="forecast", forecast_rank=8)
     assert [sorted(names) for names in parts_of(plan).values()] == [
-        ["forecast_0_v", "forecast_1_v", "k_proj", "v_proj"],
-        ["k_proj", "v_proj"],
+        ["forecast_0_v", "forecast_1_v", "k_proj", "q_proj", "v_proj"],
+        ["k_proj", "q_proj", "v_proj"],
     ]
     left = {n.name for n in plan.graph_module.graph.nodes if call_name(n) == "linear"}
     assert {"forecast_0_u", "forecast_1_u"} < left
