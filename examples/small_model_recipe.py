@@ -30,7 +30,6 @@ from sparda_compile.selectors import SELECTORS
 from sparda_compile.training.loss import geometry_of, pool_keys
 
 GOALS = ("single_needle", "multi_key", "key_value")
-POOL = 32
 LOWEST = -1e9
 OTHERS = ("variable_tracking", "multi_value", "common_words", "frequent_words")
 
@@ -69,6 +68,7 @@ class Preset:
     forecast_batch: int
     forecast_queries: int
     local_blocks: int
+    pool_size: int = 32
     mastered: float = 0.99
 
 
@@ -156,12 +156,13 @@ def build_model(preset, arch, seed):
     return model
 
 
-def answer_logits(model, batch, positions, watch=None, config=None):
+def answer_logits(model, batch, positions, watch=None, config=None, hidden=None):
     """Return logits [B, A, vocabulary] of the answers.
 
     No mask tensor is made for the haystack, so that attention stays the causal flash kernel.
     `watch` is called with the number, the input and the rotation of each layer. With `config` the
-    questions attend to the blocks that it picks; without it, to everything.
+    questions attend to the blocks that it picks; without it, to everything. `hidden` is by layer
+    number, [B, Q] for the Q tokens of questions: a place whose block they may not pick, or -1.
     """
     body = model.model
     x = body.embed_tokens(batch.ids_BT)
@@ -175,23 +176,25 @@ def answer_logits(model, batch, positions, watch=None, config=None):
             position_embeddings=tuple(part[:, :start] for part in rotation),
         )  # fmt: skip
         read = read[0] if isinstance(read, tuple) else read
-        x = read if config is None else sparse_tail(layer, x, read, rotation, config)
+        if config is not None:
+            read = sparse_tail(layer, x, read, rotation, config, (hidden or {}).get(number))
+        x = read
     return model.lm_head(body.norm(x)[:, batch.answer_positions_A - 1]).float()
 
 
-def sparse_tail(layer, x, read, rotation, config):
+def sparse_tail(layer, x, read, rotation, config, hidden_BQ=None):
     """Return the output of a layer, [B, T, C]: `read` for the first tokens, then sparse tokens.
 
     Each of those attends to the blocks that selector `infllm2` picks for it, as in a decode step.
     """
     start, attention = read.shape[1], layer.self_attn
-    hidden = layer.input_layernorm(x)
+    normed = layer.input_layernorm(x)
     asking = [part[:, start:] for part in rotation]
-    q = rotated(attention, "q", hidden[:, start:], asking).transpose(1, 2)
-    k = rotated(attention, "k", hidden, rotation).transpose(1, 2)
-    v = attention.v_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    q = rotated(attention, "q", normed[:, start:], asking).transpose(1, 2)
+    k = rotated(attention, "k", normed, rotation).transpose(1, 2)
+    v = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    mask_BGQT = attended(q.detach(), k.detach(), start, attention.scaling, config)
+    mask_BGQT = attended(q.detach(), k.detach(), start, attention.scaling, config, hidden_BQ)
     repeats = q.shape[1] // k.shape[1]
     # Grouped heads with a mask have no fused kernel on a GPU; repeated ones have.
     k, v, mask = (part.repeat_interleave(repeats, dim=1) for part in (k, v, mask_BGQT))
@@ -202,8 +205,11 @@ def sparse_tail(layer, x, read, rotation, config):
 
 
 @torch.no_grad()
-def attended(q_BHQD, k_BGTD, start, scale, config):
-    """Return which keys each of the last tokens, from `start` on, attends to: [B, G, Q, T] bool."""
+def attended(q_BHQD, k_BGTD, start, scale, config, hidden_BQ=None):
+    """Return which keys each of the last tokens, from `start` on, attends to: [B, G, Q, T] bool.
+
+    The block of a hidden place comes after all others, so that it is read only if it is always.
+    """
     batch, num_tokens = len(k_BGTD), k_BGTD.shape[2]
     geometry = geometry_of(config, num_tokens)
     places_Q = torch.arange(start, num_tokens, device=q_BHQD.device)
@@ -212,6 +218,11 @@ def attended(q_BHQD, k_BGTD, start, scale, config):
     queries = q_BHQD.transpose(1, 2).flatten(0, 1)[:, :, None]
     pooled = pool_keys(k_BGTD, config).repeat_interleave(len(places_Q), dim=0)
     scores = SELECTORS["infllm2"].score(queries, [pooled], lengths, scale, geometry)
+    if hidden_BQ is not None:
+        block_N = torch.arange(geometry.num_blocks, device=scores.device)
+        # -1, for no place, is in block -1.
+        is_hidden = hidden_BQ.flatten()[:, None] // config.block_size == block_N
+        scores = scores.masked_fill(is_hidden[:, None], float("-inf"))
     ids = select_blocks_reference(
         scores, lengths, config.num_selected(geometry.num_blocks), config.block_size,
         config.sink_blocks, config.local_blocks,
@@ -224,9 +235,24 @@ def attended(q_BHQD, k_BGTD, start, scale, config):
     return seen_BGQT & (torch.arange(num_tokens, device=q_BHQD.device) <= places_Q[:, None])
 
 
+def hidden_evidence(batch, share, generator):
+    """Return the evidence of a share of the questions, and -1 elsewhere: [B, Q] of their tokens.
+
+    It stands where the question's last token does, the one that looks it up.
+    """
+    evidence = batch.evidence_BA
+    drawn = torch.rand(evidence.shape, device=evidence.device, generator=generator) < share
+    places = evidence.new_full((len(evidence), batch.ids_BT.shape[1] - batch.question_start), -1)
+    places[:, batch.answer_positions_A - 1 - batch.question_start] = evidence.where(drawn, -1)
+    return places
+
+
 def deployed(preset, length, budget):
     """Return the configuration with a share of a sequence's blocks; None if it is too short."""
-    config = SpardaConfig(mode="query", local_blocks=preset.local_blocks)
+    config = SpardaConfig(
+        mode="query", local_blocks=preset.local_blocks, pool_size=preset.pool_size,
+        pool_stride=preset.pool_size // 2,
+    )  # fmt: skip
     fewest = config.sink_blocks + preset.local_blocks + 2
     if not budget or length * budget < fewest * config.block_size:
         return None
@@ -248,13 +274,13 @@ def at(x, places_BA):
     return x[torch.arange(len(x), device=x.device)[:, None], places_BA]
 
 
-def attention_losses(layer, x, rotation, asked_BA, wanted_BA, num_groups=None):
+def attention_losses(layer, x, rotation, asked_BA, wanted_BA, pool_size, num_groups=None):
     """Return how far attention, and block scores, at `asked` are from the token `wanted`, in nats.
 
     The first is -log of the attention that each head of the first groups pays to that token. The
     second is -log of the share of the windows that hold it, by the scores that selector `infllm2`
-    gives to mean-pooled keys, raised to the 16th power: a score is the mean of 32 keys, of which
-    only one matters.
+    gives to mean-pooled keys, raised to the power of half the keys of a window: a score is their
+    mean, and only one of them matters.
     """
     attention = layer.self_attn
     hidden = layer.input_layernorm(x)
@@ -268,16 +294,16 @@ def attention_losses(layer, x, rotation, asked_BA, wanted_BA, num_groups=None):
     logits = logits.masked_fill(places > last, float("-inf"))
     target = wanted_BA[:, None, None, :, None].expand(*logits.shape[:4], 1)
     loss = (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]).mean()
-    if num_groups is not None or x.shape[1] < 8 * POOL:
+    if num_groups is not None or x.shape[1] < 8 * pool_size:
         return loss, torch.zeros_like(loss)
-    pooled = k.unfold(1, POOL, POOL // 2).mean(-1)
+    pooled = k.unfold(1, pool_size, pool_size // 2).mean(-1)
     logits = torch.einsum("bagrd,bwgd->bgraw", q, pooled).float() * attention.scaling
-    starts = torch.arange(pooled.shape[1], device=x.device) * (POOL // 2)
+    starts = torch.arange(pooled.shape[1], device=x.device) * (pool_size // 2)
     age = wanted_BA[..., None] - starts
-    is_near = ((age >= 0) & (age < POOL))[:, None]
-    unseen = starts + POOL > last
+    is_near = ((age >= 0) & (age < pool_size))[:, None]
+    unseen = starts + pool_size > last
     scores = logits.masked_fill(unseen, LOWEST).log_softmax(-1).logsumexp(2)
-    logits = (scores * (POOL / 2)).masked_fill(unseen[:, :, 0], 2 * LOWEST)
+    logits = (scores * (pool_size / 2)).masked_fill(unseen[:, :, 0], 2 * LOWEST)
     near = logits.masked_fill(~is_near, LOWEST).logsumexp(-1)
     # A token so late that no whole window holds it is always attended to anyway.
     counts = near > LOWEST / 2

@@ -16,8 +16,9 @@ with the same --out goes on where the first one stopped:
 Afterwards `--out` holds model/config.json, model/model.safetensors (fp16), summary.json, log.jsonl
 and checkpoint.pt. `--start DIR` begins with the weights of a model that was trained before, at the
 long stages, each to its end. With `--budget` the questions of most long sequences attend to no more
-than that share of the blocks. `--forecast-steps N` also trains the Forecast, forecast.safetensors;
-with --model it does so for a model that was trained before.
+than that share of the blocks; with `--drop-evidence` a share of these misses the answer's block in
+all layers that look it up but the last. `--forecast-steps N` also trains the Forecast,
+forecast.safetensors; with --model it does so for a model that was trained before.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from small_model_recipe import (
     attention_losses,
     build_model,
     deployed,
+    hidden_evidence,
     lookups,
     other_task,
     training_positions,
@@ -61,7 +63,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.preset = PRESETS[args.preset]
+        self.preset = dataclasses.replace(PRESETS[args.preset], pool_size=args.pool_size)
         self.device = torch.device(args.device)
         self.is_cuda = self.device.type == "cuda"
         self.out = Path(args.out)
@@ -140,6 +142,7 @@ class Run:
         layers = self.model.model.layers
 
         asked = (batch.answer_positions_A - 1).expand_as(batch.evidence_BA)
+        pool_size = self.preset.pool_size
 
         def watch(number, x, rotation):
             """Tie names to values in the first layer, and find them in the lookup layers."""
@@ -147,9 +150,9 @@ class Run:
                 return
             found = batch.evidence_BA
             if number == 0:
-                pairs = attention_losses(layers[0], x, rotation, found, found - 1, num_groups=1)
+                pairs = attention_losses(layers[0], x, rotation, found, found - 1, pool_size, 1)
             elif number in self.preset.lookup_layers:
-                pairs = attention_losses(layers[number], x, rotation, asked, found)
+                pairs = attention_losses(layers[number], x, rotation, asked, found, pool_size)
             else:
                 return
             weights = (self.args.attention_loss, self.args.pooled_loss)
@@ -157,8 +160,12 @@ class Run:
 
         is_sparse = self.is_long(stage) and self.rng.random() < self.args.sparse_share
         config = deployed(self.preset, stage.length, self.args.budget if is_sparse else None)
+        hidden = {}
+        if self.args.drop_evidence and is_lookup and config is not None:
+            places = hidden_evidence(batch, self.args.drop_evidence, self.generator)
+            hidden = dict.fromkeys(self.preset.lookup_layers[:-1], places)
         with self.autocast():
-            logits = answer_logits(self.model, batch, positions, watch, config)
+            logits = answer_logits(self.model, batch, positions, watch, config, hidden)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.answers_BA.flatten())
         (loss + sum(weight * part for weight, part in extra)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -352,12 +359,19 @@ def parse(arguments=None):
     parser.add_argument("--full-share", type=float, default=0.25, help="of the fullest sequences")
     parser.add_argument("--budget", type=float, help="share of the blocks that questions attend to")
     parser.add_argument("--sparse-share", type=float, default=0.75, help="of the long sequences")
+    parser.add_argument(
+        "--drop-evidence", type=float, default=0.0,
+        help="share of the sparse lookups whose answer only the last lookup layer may pick",
+    )  # fmt: skip
+    parser.add_argument("--pool-size", type=int, default=32, help="keys that a pooled key is of")
     parser.add_argument("--forecast-steps", type=int, default=0)
     parser.add_argument("--forecast-rate", type=float, default=2e-3, help="its learning rate")
     parser.add_argument("--learning-rate", type=float, help="[default: the preset's]")
     parser.add_argument("--start", help="folder of a model to go on with")
     parser.add_argument("--model", help="folder of a trained model, instead of training one")
     args = parser.parse_args(arguments)
+    if args.drop_evidence and len(PRESETS[args.preset].lookup_layers) < 2:
+        parser.error(f"preset {args.preset} has one lookup layer, so none may miss the evidence")
     args.learning_rate = args.learning_rate or PRESETS[args.preset].learning_rate
     return args
 

@@ -65,6 +65,8 @@ def evaluate_model(
     samples: Annotated[int, typer.Option(min=1, help="Sequences of each task and length.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences to run at once.")] = 4,
     local_blocks: Annotated[int, typer.Option(min=0, help="Most recent blocks, always read.")] = 2,
+    pool_size: Annotated[int, typer.Option(help="Tokens of one pooled key.")] = 32,
+    pool_stride: Annotated[int, typer.Option(help="Tokens between pooled keys.")] = 16,
     forecast: Annotated[
         Path | None, typer.Option(help="Safetensors file of Forecast weights.")
     ] = None,
@@ -86,6 +88,8 @@ def evaluate_model(
                 selector=rule,
                 short_list=short_list,
                 local_blocks=local_blocks,
+                pool_size=pool_size,
+                pool_stride=pool_stride,
                 # The budget sets it, once the length is known.
                 top_k=None,
             )

@@ -56,9 +56,20 @@ def test_json_alone_and_several_of_each(folder):
     ]
 
 
+def test_finer_pooled_keys_choose_otherwise(folder):
+    def mass(*more):
+        result = run(folder, *SMALL, "--task", "key_value", "--mode", "query", *more, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["rows"][0]["recalls"][0]["mass"]
+
+    assert mass() == mass("--pool-size", 32, "--pool-stride", 16)
+    assert mass() != mass("--pool-size", 16, "--pool-stride", 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--pool-stride", "24"], "pool_stride=24 must divide"),
         (["--mode", "fast"], "use one of dense"),
         (["--budget", "2"], "is not a share"),
         (["--task", "poetry"], "use some of single_needle"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -95,3 +96,71 @@ def test_deployed_blocks(recipe, length, top_k):
 def test_short_sequences_stay_dense(recipe):
     assert recipe.deployed(recipe.FULL, 512, 0.1) is None
     assert recipe.deployed(recipe.FULL, 8192, None) is None
+
+
+def chosen_blocks(recipe, layer, batch, config, hidden):
+    """Return which keys a layer's questions attend to, [B, G, Q, T], on random input."""
+    x = torch.randn(*batch.ids_BT.shape, 64, generator=torch.Generator().manual_seed(3))
+    rotation = [torch.ones(1, x.shape[1], 64), torch.zeros(1, x.shape[1], 64)]
+    attention, start = layer.self_attn, batch.question_start
+    q = recipe.rotated(attention, "q", x, rotation)[:, start:].transpose(1, 2)
+    k = recipe.rotated(attention, "k", x, rotation).transpose(1, 2)
+    return recipe.attended(q, k, start, attention.scaling, config, hidden)
+
+
+def test_hidden_evidence_is_not_picked_and_nothing_else_changes(recipe):
+    model, batch = a_model(recipe, "llama"), some_questions()
+    half = recipe.hidden_evidence(batch, 0.5, torch.Generator().manual_seed(0))
+    assert half.shape == (2, 30)
+    asking = (half >= 0).nonzero()
+    assert 5 <= len(asking) <= 15
+    # The last token of a question, before its answer.
+    assert set((asking[:, 1] % 3).tolist()) == {1}
+
+    config = CONFIG.replace(top_k=8)
+    layer = model.model.layers[0]
+    before = chosen_blocks(recipe, layer, batch, config, None)
+    after = chosen_blocks(recipe, layer, batch, config, half)
+    hidden = half >= 0
+    torch.testing.assert_close(
+        after.transpose(1, 2)[~hidden], before.transpose(1, 2)[~hidden], rtol=0, atol=0
+    )
+    num_found = 0
+    for row, question in asking.tolist():
+        place = int(half[row, question])
+        block = slice(place // 16 * 16, place // 16 * 16 + 16)
+        was, now = before[row, :, question], after[row, :, question]
+        is_forced = place < 16 or place // 16 >= (batch.question_start + question) // 16 - 1
+        assert now[:, block].any() == is_forced
+        num_found += int(was[:, block].any() and not is_forced)
+        # Whatever else was read still is, and one block more where one went.
+        kept = was.clone()
+        kept[:, block] = is_forced
+        assert (now >= kept).all()
+        assert (now.sum(-1) == was.sum(-1)).all()
+    assert num_found > 0
+
+
+def test_hiding_in_a_layer_changes_what_comes_after_it(recipe):
+    model, batch = a_model(recipe, "llama"), some_questions()
+    # Of 25 blocks at most four are forced, so that only what is hidden is not read.
+    config = CONFIG.replace(top_k=20)
+
+    def logits(hidden):
+        return recipe.answer_logits(model, batch, positions_of(batch), None, config, hidden)
+
+    plain = logits(None)
+    nothing = torch.full((2, 30), -1)
+    assert torch.equal(logits({}), plain)
+    assert torch.equal(logits({0: nothing, 1: nothing}), plain)
+    every = recipe.hidden_evidence(batch, 1.0, torch.Generator().manual_seed(0))
+    assert not torch.equal(logits({0: every}), plain)
+    assert not torch.equal(logits({1: every}), plain)
+
+
+def test_pool_size_of_a_preset_is_deployed(recipe):
+    preset = dataclasses.replace(recipe.FULL, pool_size=16)
+    config = recipe.deployed(preset, 8192, 0.1)
+    assert (config.pool_size, config.pool_stride, config.top_k) == (16, 8, 9)
+    config = recipe.deployed(recipe.FULL, 8192, 0.1)
+    assert (config.pool_size, config.pool_stride) == (32, 16)
