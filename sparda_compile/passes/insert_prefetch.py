@@ -4,7 +4,8 @@ Before, and after (mode `forecast`):
 
     fetch_blocks(%miss_blocks, ..., %pages)     %fork = fork_stream([%miss_blocks, ..., %pages], 0)
                                                 %ticket = prefetch_blocks(..., event=1, after=%fork)
-                                                wait_blocks(%ticket, [%pages], [keepalive], [%q], 1)
+                                                wait_blocks(%ticket, [%pages, %block_table, ..,
+                                                    %pooled_k, ..], [keepalive], [%q], 1)
     append_kv; sparse_attention                 append_kv; sparse_attention
     store_blocks(..., %host)                    %fork = fork_stream([%tail_page, %pages, ..], 2)
     ...                                         %ticket = offload_blocks(..., event=3, after=%fork)
@@ -21,6 +22,10 @@ it missed behind the attention to what is there:
     wait_blocks(repair)
     %out = attend_missing(%q, ..., %partial)
 
+A wait takes, as if it wrote them, the pages that the copy writes and the state that choosing the
+blocks has used, for that may be the select stream's work: no compiler then moves what uses it
+later, such as `update_summary`, in front of the wait.
+
 Mode `query` keeps its fetches in line: that is what it is, the baseline without a hint.
 ScheduleTransfers moves these nodes; this pass only makes them.
 """
@@ -32,7 +37,7 @@ import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.effects import argument
+from sparda_compile.passes.effects import accesses, argument
 from sparda_compile.passes.fx import Emitter, call_name, find_ops
 from sparda_compile.passes.insert_forecast import HINT_KEY
 from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs
@@ -92,9 +97,8 @@ class _Insertion:
         emit = Emitter(self._graph, ids.next, ids, layer)
         guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
         ticket, event = self._prefetch(emit, guess, "hint_")
-        buffers = ("pages", "block_table", "page_block", "page_stamp", "counters")
-        new = _new_kv(_plan_items(plan))
-        self._wait(plan, ticket, event, *buffers, anchors=[argument(plan, "block_ids"), *new])
+        anchors = [argument(plan, "block_ids"), *_new_kv(_plan_items(plan))]
+        self._wait(plan, ticket, event, self._used(guess), anchors)
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
@@ -114,7 +118,7 @@ class _Insertion:
         else:
             emit = Emitter(self._graph, fetch, fetch, layer)
             ticket, event = self._prefetch(emit, plan, "")
-            self._wait(fetch, ticket, event, "pages", anchors=new)
+            self._wait(fetch, ticket, event, self._used(plan), new)
         self._graph.erase_node(fetch)
         return 1
 
@@ -130,7 +134,7 @@ class _Insertion:
         end = find_ops(self._graph, "advance_lengths")[0]
         output = next(n for n in self._graph.nodes if n.op == "output")
         logits = [] if not self._ctx.is_decode else list(output.args[0])
-        self._wait(end, ticket, event, "host", anchors=logits)
+        self._wait(end, ticket, event, [self._state.get("host", layer)], logits)
         self._graph.erase_node(store)
         return 1
 
@@ -149,18 +153,30 @@ class _Insertion:
         )
         return ticket, event
 
+    def _used(self, plan: Plan) -> list[fx.Node]:
+        """Return the state that choosing a plan's blocks and fetching them uses."""
+        assert self._ctx.layout is not None
+        layout, layer = self._ctx.layout, plan.node.meta["sparda_layer"]
+        shape = next(shape for shape in layout.layers if shape.layer == layer)
+        summaries = [
+            self._state.get(name, layer)
+            for summary in layout.summaries()
+            for name in layout.summary_tensors(summary, shape)
+        ]
+        written = {access.state for access in accesses(plan.node) if access.is_write}
+        tables = [n for n in plan.node.all_input_nodes if n.name in written]
+        return [self._state.get("pages", layer), *tables, *summaries]
+
     def _wait(
         self,
         before: fx.Node,
         ticket: fx.Node,
         event: int,
-        *buffers: str,
+        buffers: list[fx.Node],
         anchors: list[fx.Node],
     ) -> None:
-        layer = ticket.meta["sparda_layer"]
-        emit = Emitter(self._graph, before, ticket, layer)
-        state = [self._state.get(name, layer) for name in buffers]
-        emit.call("wait_blocks", ticket, state, [], anchors, event)
+        emit = Emitter(self._graph, before, ticket, ticket.meta["sparda_layer"])
+        emit.call("wait_blocks", ticket, buffers, [], anchors, event)
 
     def _split_attention(
         self, emit: Emitter, attention: fx.Node, plan: Plan, ticket: fx.Node, event: int
@@ -169,7 +185,7 @@ class _Insertion:
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
         partial = emit.call("attend_resident", *selection, scale, softcap)
         parts = [emit.item(partial, i) for i in range(2)]
-        self._wait(attention, ticket, event, "pages", anchors=[parts[1]])
+        self._wait(attention, ticket, event, [self._state.get("pages", emit.layer)], [parts[1]])
         out = emit.call("attend_missing", *selection, *parts, scale, softcap)
         out.meta["sparda"] = attention.meta["sparda"]
         attention.replace_all_uses_with(out)

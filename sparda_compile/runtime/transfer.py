@@ -223,7 +223,7 @@ def wait_blocks(
 
     Args:
         ticket: From the op that started the copy.
-        buffers: What the copy stream writes: valid from here on.
+        buffers: What side streams have written or read: free to use from here on.
         keepalive: Temporaries that side streams use until here.
         anchors: Tensors computed late in the waiting layer; keep compilers from moving the
             wait up.
