@@ -33,6 +33,7 @@ __all__ = [
     "from_inputs",
     "from_tensors",
     "graph_input",
+    "is_input",
     "to_inputs",
     "to_tensors",
 ]
@@ -204,7 +205,7 @@ def from_inputs(inputs: Mapping[str, Tensor]) -> dict[int, Projection]:
         {
             name.removeprefix(_GRAPH_PREFIX): tensor
             for name, tensor in inputs.items()
-            if name.startswith(_GRAPH_PREFIX)
+            if is_input(name)
         }
     )
 
@@ -212,3 +213,8 @@ def from_inputs(inputs: Mapping[str, Tensor]) -> dict[int, Projection]:
 def graph_input(name: str) -> str:
     """Return the name of the graph input that a matrix of this name is."""
     return f"{_GRAPH_PREFIX}{name}"
+
+
+def is_input(name: str) -> bool:
+    """Return whether a graph input of this name is a matrix of a projection."""
+    return name.startswith(_GRAPH_PREFIX)

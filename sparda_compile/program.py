@@ -22,7 +22,7 @@ from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.capture import CapturedGraph, capture, share_weights, specialize
 from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.forecast_projection import from_inputs, to_inputs
+from sparda_compile.forecast_projection import from_inputs, is_input, to_inputs
 from sparda_compile.lower import lower
 from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
@@ -282,7 +282,7 @@ class Program:
             weight: JoinedWeight = captured.joined.setdefault(key, JoinedWeight(sources))
             self._joined.append(weight)
             return weight.tensor
-        if node.name in self._weights:
+        if is_input(node.name) or node.name in self._weights:
             return self._weights[node.name]
         if not isinstance(fake_value(node), Tensor):
             return "num_tokens"

@@ -204,9 +204,7 @@ class TestForecast:
         works(module)
 
     def test_of_another_model(self, fast):
-        given = self.weights(_2=torch.zeros(ROWS, HIDDEN)) | {
-            "bootstrap": torch.zeros(ROWS, HIDDEN)
-        }
+        given = self.weights(_2=torch.zeros(ROWS, HIDDEN)) | {"bootstrap": torch.zeros(1, 1)}
         words = ("LlamaForCausalLM", "layers [2, 'bootstrap'] are not in it", "trained for this")
         refuses(ConfigError, lambda: optimize(fast, FORECAST, forecast=given), *words)
 
