@@ -225,8 +225,7 @@ class Program:
         self, plan: Plan, forecast: Mapping[int, Projection], engine: Engine | None = None
     ) -> None:
         self.plan = plan
-        needed = {layer: forecast[layer] for layer in forecast_shapes(plan)}
-        self._weights = plan.captured.weights | to_inputs(needed)
+        self._weights = plan.captured.weights | to_inputs(forecast)
         device = plan.captured.device
         self._engine = engine
         if engine is None and device.type == "cuda":

@@ -74,7 +74,7 @@ def samples():
         "update_summary": (prompt[0], lengths, mask, pooled, "pooled_keys", *GEOMETRY),
         "remember_ids": (ids, torch.full_like(ids, -1)),
         "recall_ids": (ids,),
-        "advance_lengths": (mask, lengths),
+        "advance_lengths": (mask, lengths, []),
         "sparse_attention": (*selection, lengths, scale, softcap),
         "attend_resident": (*selection, is_miss, lengths, scale, softcap),
         "attend_missing": (*selection, is_miss, lengths, *partial, scale, softcap),
@@ -168,7 +168,7 @@ def step(query, k, v, summary, lengths, table, page_block, page_stamp, counters,
         [], tail, None, lengths, None, pages, host, counters, 3, op.fork_stream([tail], 2)
     )
     op.wait_blocks(ticket, [host], [tail], [], 3)
-    op.advance_lengths(None, lengths)
+    op.advance_lengths(None, lengths, [])
     return out, ids
 
 

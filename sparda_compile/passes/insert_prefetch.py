@@ -9,8 +9,8 @@ Before, and after (mode `forecast`):
     append_kv; sparse_attention                 append_kv; sparse_attention
     store_blocks(..., %host)                    %fork = fork_stream([%tail_page, %pages, ..], 2)
     ...                                         %ticket = offload_blocks(..., event=3, after=%fork)
-    advance_lengths                             wait_blocks(%ticket, [%host], [...], [%logits], 3)
-                                                advance_lengths
+    advance_lengths(%lengths)                   wait_blocks(%ticket, [%host], [...], [%logits], 3)
+                                                advance_lengths(%lengths, [%host])
 
 Mode `exact` also fetches what the hint names, in the layer before, and hides the repair of what
 it missed behind the attention to what is there:
@@ -37,7 +37,7 @@ import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.effects import accesses, argument
+from sparda_compile.passes.effects import accesses, argument, set_argument
 from sparda_compile.passes.fx import Emitter, call_name, find_ops
 from sparda_compile.passes.insert_forecast import HINT_KEY
 from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs
@@ -134,7 +134,9 @@ class _Insertion:
         end = find_ops(self._graph, "advance_lengths")[0]
         output = next(n for n in self._graph.nodes if n.op == "output")
         logits = [] if not self._ctx.is_decode else list(output.args[0])
-        self._wait(end, ticket, event, [self._state.get("host", layer)], logits)
+        host = self._state.get("host", layer)
+        self._wait(end, ticket, event, [host], logits)
+        set_argument(end, "stored", [*argument(end, "stored"), host])
         self._graph.erase_node(store)
         return 1
 

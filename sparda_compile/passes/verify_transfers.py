@@ -12,6 +12,8 @@ copy takes (select -> copy) and wait (copy -> compute). Then
     allocation   all compute work issued before a side-stream op that allocates happens before it,
                  for its memory may be what that work has just freed
     join         every started copy has its wait, and the side streams are done when the step ends
+    compiler     where compute comes behind a side stream by a wait, data ties it to that wait: a
+                 compiler that orders nodes by their data alone does not move it in front
 
 State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
 the same plan touch different pages (hits, misses), so they need no order.
@@ -24,6 +26,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from typing import TYPE_CHECKING, ClassVar
+
+import networkx as nx
 
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.passes.base import Fact, PassContext, PassResult
@@ -168,7 +172,9 @@ def check_program(program: Sequence[Instruction]) -> int:
     _check_data(program, clocks)
     _check_keepalive(program, clocks)
     _check_allocation(program, clocks)
-    return _check_state(program, clocks)
+    found = _check_state(program, clocks)
+    _check_compiler(program, clocks)
+    return found
 
 
 Clock = tuple[int, ...]
@@ -302,14 +308,19 @@ def _check_allocation(program: Sequence[Instruction], clocks: Sequence[Clock]) -
             )  # fmt: skip
 
 
-def _check_state(program: Sequence[Instruction], clocks: Sequence[Clock]) -> int:
+def _users(program: Sequence[Instruction]) -> dict[str, dict[int, bool]]:
+    """Return, for each state tensor, who uses it and whether they write it."""
     users: dict[str, dict[int, bool]] = {}
     for i, instruction in enumerate(program):
         for access in accesses(instruction.node):
             mine = users.setdefault(access.state, {})
             mine[i] = mine.get(i, False) or access.is_write
+    return users
+
+
+def _check_state(program: Sequence[Instruction], clocks: Sequence[Clock]) -> int:
     size, found = len(program), 0
-    for state, writes in users.items():
+    for state, writes in _users(program).items():
         for first, second in itertools.combinations_with_replacement(writes, 2):
             if not (writes[first] or writes[second]):
                 continue
@@ -326,3 +337,31 @@ def _check_state(program: Sequence[Instruction], clocks: Sequence[Clock]) -> int
                         f"both use {state}, the second in the next step",
                     )  # fmt: skip
     return found
+
+
+def _check_compiler(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
+    ties = nx.DiGraph()
+    ties.add_nodes_from(range(len(program)))
+    for i, instruction in enumerate(program):
+        ties.add_edges_from((source, i) for source in instruction.inputs)
+    crossing = []
+    for state, writes in _users(program).items():
+        for early, late in itertools.combinations(sorted(writes), 2):
+            if not (writes[early] or writes[late]):
+                continue
+            ties.add_edge(early, late)
+            a, b = program[early], program[late]
+            joined = a.stream != COMPUTE and b.stream == COMPUTE
+            if joined and not is_disjoint(a.node, b.node):
+                crossing.append((early, late, state))
+    behind = {
+        i: nx.descendants(ties, i) | {i}
+        for i, instruction in enumerate(program) if instruction.waits is not None
+    }  # fmt: skip
+    for early, late, state in crossing:
+        joins = (w for w in behind if _happens_before(program, clocks, early, w))
+        if not any(late in behind[wait] for wait in joins):
+            raise _race(
+                "compiler", program[early], program[late],
+                f"both use {state}, and no data ties the second to the wait between them",
+            )  # fmt: skip

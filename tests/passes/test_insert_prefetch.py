@@ -22,6 +22,8 @@ def inserted(plan_of):
     return insert
 
 
+# What choosing and fetching a layer's blocks uses.
+USED = {"block_table", "page_block", "page_stamp", "counters", "pages", "pooled_k", "recent_k"}
 COUNTS = {
     "forecast": ({"mode": "forecast"}, (0, 2, 2, 4)),
     "query": ({"mode": "query"}, (0, 0, 2, 2)),
@@ -78,8 +80,8 @@ def test_wait_of_a_prefetch_stands_before_everything_that_uses_the_pages(inserte
         users = find_ops(graph, "append_kv", "sparse_attention", "offload_blocks")
         mine = [n for n in users if n.meta["sparda_layer"] == layer]
         assert order[wait] < min(order[n] for n in mine)
-        written = [a.state for a in accesses(wait) if a.is_write]
-        assert written == [f"sparda_pages_{layer}"]
+        written = {a.state for a in accesses(wait) if a.is_write}
+        assert written == {f"sparda_{name}_{layer}" for name in USED}
         attention = find_ops(graph, "sparse_attention")[layer]
         assert argument(attention, "query") in argument(wait, "anchors")
 
@@ -130,9 +132,8 @@ def test_hint_is_fetched_before_the_layers_own_plan(inserted):
         prefetch = by_name[f"hint_prefetch_{layer}"]
         (wait,) = prefetch.users
         assert order[guess] < order[prefetch] < order[wait] < order[plan]
-        tables = {"block_table", "page_block", "page_stamp", "counters", "pages"}
         written = {a.state for a in accesses(wait)}
-        assert written == {f"sparda_{name}_{layer}" for name in tables}
+        assert written == {f"sparda_{name}_{layer}" for name in USED}
 
 
 def test_nothing_to_do_without_offload(plan_of):
@@ -151,9 +152,15 @@ def test_everything_else_is_as_it_was(plan_of):
 
     def others(graph):
         mine = {f"sparda.{name}" for name in copies}
-        return [(n.name, str(n.args)) for n in graph.nodes if call_name(n) not in mine]
+        return [(n.name, str(n.args)) for n in graph.nodes if call_name(n) not in mine][:-2]
 
     assert others(before) == others(after)
+    # But for the end of the step, which comes behind what the copies have written.
+    old, new = (find_ops(graph, "advance_lengths")[0] for graph in (before, after))
+    hosts = [f"sparda_host_{layer}" for layer in (0, 1)]
+    assert old.args[2] == []
+    assert str(new.args[:2]) == str(old.args[:2])
+    assert [n.name for n in new.args[2]] == hosts
 
 
 def test_prefill_offloads_the_new_keys_and_values(inserted):
