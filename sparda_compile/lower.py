@@ -4,7 +4,7 @@
 is slower and easier to look into. Both take the same flat arguments, in placeholder order.
 
 Inductor moves nodes by their data alone. What must not move for correctness is data: forks take
-the state that side streams will touch, waits mutate what was copied and take what must stay
+the state that side streams will touch, waits mutate what was used and take what must stay
 alive. What should not move for speed is pinned: every matrix multiplication gets a control
 dependence on the prefetch before it in the schedule, so the copy is issued before that work.
 """
