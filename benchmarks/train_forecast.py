@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shutil
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 
-from sparda_compile import SpardaConfig, __version__
+from sparda_compile import SpardaConfig
 from sparda_compile.bench.shapes import ModelShape, build_model
+from sparda_compile.environment import describe, write_result
 from sparda_compile.training.teacher import aligned_teacher, fine_keys
 from sparda_compile.training.trainer import ForecastTrainer
 
@@ -97,14 +95,6 @@ def matmul_rate(device, dtype, size):
     return 2 * size**3 / seconds
 
 
-def commit():
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
 def main():
     args = parse()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -145,16 +135,10 @@ def main():
         "peak_bytes": torch.cuda.max_memory_allocated(device) if is_cuda else None,
         "loss": reports[-1].loss,
         "teacher_difference": difference,
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor(),
-        "torch": torch.__version__,
-        "sparda_compile": __version__,
-        "commit": args.commit or commit(),
     }
-    text = json.dumps(result, indent=2)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_result(args.out, result, args.commit)
+    print(json.dumps({"environment": describe(args.commit), **result}, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ copy takes (select -> copy) and wait (copy -> compute). Then
     allocation   all compute work issued before a side-stream op that allocates happens before it,
                  for its memory may be what that work has just freed
     join         every started copy has its wait, and the side streams are done when the step ends
-    compiler     where compute comes behind a side stream by a wait, data ties it to that wait: a
-                 compiler that orders nodes by their data alone does not move it in front
+    compiler     what compute does with state that a side stream used before is tied by data to the
+                 wait for that use: no compiler that goes by data alone moves it in front
 
 State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
 the same plan touch different pages (hits, misses), so they need no order.
@@ -269,18 +269,32 @@ def _check_data(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None
                 )
 
 
+def _own_waits(program: Sequence[Instruction], clocks: Sequence[Clock]) -> dict[int, int]:
+    """Return, for each instruction of a side stream, the wait for the copy that it leads to.
+
+    A wait for a later copy joins it too, but a compiler may issue the two copies the other way
+    round: no data ties one to the other.
+    """
+    waits = {x.waits: i for i, x in enumerate(program) if x.waits is not None}
+    copies = [(i, waits[x.records]) for i, x in enumerate(program) if x.records is not None]
+    found = {}
+    for i, instruction in enumerate(program):
+        if instruction.stream != COMPUTE:
+            leads_to = (w for c, w in copies if c == i or _happens_before(program, clocks, i, c))
+            if (wait := next(leads_to, None)) is not None:
+                found[i] = wait
+    return found
+
+
 def _check_keepalive(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
     last_use: dict[int, int] = {}
     for i, instruction in enumerate(program):
         last_use |= dict.fromkeys(instruction.inputs, i)
-    waits = {x.waits: i for i, x in enumerate(program) if x.waits is not None}
-    copies = [i for i, x in enumerate(program) if x.records is not None]
+    wait_for = _own_waits(program, clocks)
     for i, instruction in enumerate(program):
         if not instruction.touches:
             continue
-        leads_to = (c for c in copies if c == i or _happens_before(program, clocks, i, c))
-        events = (program[c].records for c in leads_to)
-        wait = next((waits[event] for event in events if event is not None), len(program))
+        wait = wait_for.get(i, len(program))
         for temporary in instruction.touches:
             last = last_use.get(temporary, temporary)
             if program[last].stream != COMPUTE or last < wait:
@@ -354,14 +368,11 @@ def _check_compiler(program: Sequence[Instruction], clocks: Sequence[Clock]) -> 
             joined = a.stream != COMPUTE and b.stream == COMPUTE
             if joined and not is_disjoint(a.node, b.node):
                 crossing.append((early, late, state))
-    behind = {
-        i: nx.descendants(ties, i) | {i}
-        for i, instruction in enumerate(program) if instruction.waits is not None
-    }  # fmt: skip
+    wait_for = _own_waits(program, clocks)
+    behind = {wait: nx.descendants(ties, wait) | {wait} for wait in set(wait_for.values())}
     for early, late, state in crossing:
-        joins = (w for w in behind if _happens_before(program, clocks, early, w))
-        if not any(late in behind[wait] for wait in joins):
+        if early not in wait_for or late not in behind[wait_for[early]]:
             raise _race(
                 "compiler", program[early], program[late],
-                f"both use {state}, and no data ties the second to the wait between them",
+                f"both use {state}, and no data ties the second to the wait for the first",
             )  # fmt: skip

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["copy_runs", "gather", "gather_programs", "store_tail"]
 
 _CHUNK_WORDS: Final = 8192
-# By itself a gather needs an eighth of this; beside compute more is better. Where the link was the
-# limit, a layer of a decode step took 496, 378, 366 and 361 us with 128, 256, 512 and 1024 KiB;
-# where it was not, no longer with most than with least (8b shape, batch 8, one H200).
+# By itself a gather needs an eighth of this; beside compute more is better (`held_up` in
+# benchmarks/results/2026-11-25-h200-kernels.json). From 512 KiB to this, a decode step of 8 layers
+# that the link held up still became 1% faster on that H200, and one that it did not no slower.
 _IN_FLIGHT: Final = 1024 * 1024
 _MOST_PROGRAMS: Final = 64
 _COUNT_TILE: Final = 8192
