@@ -121,7 +121,7 @@ def main():
     is_cuda = device.type == "cuda"
     floor_s = forward_s + teacher_flops / rate
     result = {
-        "shape": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "shape": {name: v for name, v in vars(args).items() if name not in ("out", "commit")},
         "step_s": step_s,
         "step_times_s": step_times,
         "forward_s": forward_s,
