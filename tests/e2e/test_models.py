@@ -167,6 +167,13 @@ def test_full_budget_generates_the_same_tokens(
     assert subject.dense.sparda.num_captures == 2
 
 
+@pytest.mark.parametrize("subject", subjects(tuple(TINY_MODELS), "sdpa"), indirect=True)
+def test_page_says_which_attentions_are_found(subject: Subject, models_page: Any) -> None:
+    sites = subject.fast("query").latest_plan("decode").sites
+    row = models_page.rows()[type(subject.model).__name__]
+    assert row[3] == models_page.sites(sites), "write docs/models.md: SPARDA_UPDATE_GOLDEN=1"
+
+
 # Those without a norm on their queries; phi3 and gpt2 have one projection for all three.
 LINEAR_QUERIES = ("llama", "qwen2", "phi3", "glm4", "gpt2", "minicpm4", "plain")
 QUERY_WEIGHTS = ("q_proj.weight", "qkv_proj.weight", "attn.c_attn.weight", "query.weight")
