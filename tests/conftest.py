@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
@@ -97,6 +98,40 @@ def traced_llama(shared_llama: nn.Module) -> Any:
     from sparda_compile import SpardaConfig, optimize
 
     return optimize(shared_llama, SpardaConfig(mode="dense", lowering="eager"))
+
+
+@pytest.fixture(scope="session")
+def models_page() -> ModelsPage:
+    """Return docs/models.md as rows, which the tests that trace the models compare."""
+    return ModelsPage(Path(__file__).resolve().parents[1] / "docs" / "models.md")
+
+
+class ModelsPage:
+    """The tables of docs/models.md: what was covered, and what was refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> dict[str, tuple[str, ...]]:
+        """Return the cells of each model's row, by the name of its class."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        cells = [tuple(line[2:-2].split(" | ")) for line in lines if line.startswith("| `")]
+        return {row[0].strip("`"): row for row in cells}
+
+    @staticmethod
+    def sites(sites: Iterable[Any]) -> str:
+        """Return what the page says of a model's attentions."""
+        kinds = [site.kind for site in sites]
+        found = f"{kinds.count('sparse')} sparse"
+        return found + (f", {kinds.count('window')} window" if "window" in kinds else "")
+
+    @staticmethod
+    def reason(model: Any, error: str) -> str:
+        """Return what a refusal says of the model, without names, numbers and advice."""
+        reason = error.partition("does not implement: ")[2] or error
+        reason = re.split(r"\. |; |, which ", reason)[0]
+        reason = re.sub(rf"^{type(model).__name__}:? ", "", reason)
+        return re.sub(r" \([^)]*\)", "", reason).removesuffix(".")
 
 
 @pytest.fixture(scope="session")

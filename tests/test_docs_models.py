@@ -1,15 +1,16 @@
-"""docs/models.md is generated from the models that are tested, so it says no more than they do."""
+"""docs/models.md is generated from the models that are tested, so it says no more than they do.
+
+What only a traced model tells, its sites or the reason of its refusal, is compared where the models
+are traced anyway: in tests/e2e/test_models.py and tests/e2e/test_unsupported.py.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
-import torch
 
 from sparda_compile import SpardaConfig, explain
 from sparda_compile.config import Mode
@@ -18,16 +19,7 @@ from sparda_compile.testing import TINY_MODELS, UNSUPPORTED_MODELS, build
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sparda_compile.report import Report
-
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 UPDATE = os.environ.get("SPARDA_UPDATE_GOLDEN") == "1"
-OTHER_TORCH = not torch.__version__.startswith("2.13")
-pytestmark = pytest.mark.skipif(
-    not UPDATE and "CI" not in os.environ,
-    reason="traces all models for a minute to compare one page of docs; .ci/run does it, and so "
-    "does SPARDA_UPDATE_GOLDEN=1",
-)
 
 # What a family brings that the plainest one does not.
 DIFFERENCES = {
@@ -107,59 +99,50 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def covered_row(name: str) -> tuple[str, ...]:
+def covered_row(page: Any, name: str) -> tuple[str, ...]:
     model = build(name)
-    report: Report = explain(model, SpardaConfig(mode="query", lowering="eager"))
-    assert report.error == ""
-    sites = f"{len(report.sparse_sites)} sparse"
-    if report.dense_sites:
-        sites += f", {len(report.dense_sites)} window"
+    if UPDATE:
+        report = explain(model, SpardaConfig(mode="query", lowering="eager"))
+        assert report.error == ""
+        sites = page.sites(report.sites)
+    else:
+        sites = page.rows()[type(model).__name__][3]
     forms = "sdpa" if name == "plain" else "sdpa, eager"
     return (f"`{type(model).__name__}`", forms, DIFFERENCES[name], sites, ", ".join(get_args(Mode)))
 
 
-def refused_row(name: str) -> tuple[str, ...]:
+def refused_row(page: Any, name: str) -> tuple[str, ...]:
     make, _ = UNSUPPORTED_MODELS[name]
     model = make()
-    return f"`{type(model).__name__}`", ODDITIES[name], short_reason(model, explain(model).error)
+    if UPDATE:
+        reason = page.reason(model, explain(model).error)
+    else:
+        reason = page.rows()[type(model).__name__][2]
+    return f"`{type(model).__name__}`", ODDITIES[name], reason
 
 
-def short_reason(model: Any, error: str) -> str:
-    """Return what a refusal says of the model, without names, numbers and advice."""
-    reason = error.partition("does not implement: ")[2] or error
-    reason = re.split(r"\. |; |, which ", reason)[0]
-    reason = re.sub(rf"^{type(model).__name__}:? ", "", reason)
-    return re.sub(r" \([^)]*\)", "", reason).removesuffix(".")
-
-
-def document() -> str:
+def document(page: Any) -> str:
     header = ("Model", "Attention forms", "What differs", "Sites", "Modes")
-    covered = table(header, [covered_row(name) for name in TINY_MODELS])
+    covered = table(header, [covered_row(page, name) for name in TINY_MODELS])
     refused = table(
-        ("Model", "What it has", "Reason given"), [refused_row(name) for name in UNSUPPORTED_MODELS]
+        ("Model", "What it has", "Reason given"),
+        [refused_row(page, name) for name in UNSUPPORTED_MODELS],
     )
     return "\n".join([INTRODUCTION, *covered, RETENTION.rstrip(), REFUSED, *refused, ""])
 
 
 @pytest.fixture(scope="module")
-def text() -> str:
+def text(models_page: Any) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return document()
+        return document(models_page)
 
 
-@pytest.mark.skipif(
-    OTHER_TORCH,
-    reason=f"compares a page with refusals made here, by torch {torch.__version__}; they list the "
-    "ops of a traced graph, which other versions than the page's 2.13 choose otherwise. CI and "
-    "`make test` install 2.13",
-)
-def test_document_is_what_the_models_give(text: str) -> None:
+def test_document_is_what_the_models_give(models_page: Any, text: str) -> None:
     if UPDATE:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(text, encoding="utf-8")
-    assert DOCUMENT.exists(), "write it: SPARDA_UPDATE_GOLDEN=1"
-    written = DOCUMENT.read_text(encoding="utf-8")
+        models_page.path.parent.mkdir(exist_ok=True)
+        models_page.path.write_text(text, encoding="utf-8")
+    written = models_page.path.read_text(encoding="utf-8")
     assert written == text, "docs/models.md is out of date: write it with SPARDA_UPDATE_GOLDEN=1"
 
 

@@ -131,10 +131,11 @@ def test_module_declares_its_names_and_defers_annotations(module):
     )
 
 
-# In a process that has only torch and transformers, a child for each name imports it first.
+# In a process that has only what others wrote, a child for each name imports it first.
 IMPORT_EACH = """
 import importlib, os, sys, traceback
-import torch, transformers
+import networkx, torch, transformers
+import transformers.cache_utils, transformers.generation.utils, transformers.modeling_utils
 for name in sys.argv[1:]:
     child = os.fork()
     if not child:

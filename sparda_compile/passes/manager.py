@@ -91,7 +91,6 @@ def run_passes(
         ms = (time.perf_counter() - start) * 1e3
         gm.meta[FACTS_KEY] = facts | graph_pass.ensures
         gm.graph.lint()
-        gm.recompile()
         check_spec(gm.graph, gm.meta[FACTS_KEY], graph_pass.name)
         _log.debug("%s %s: %s in %.1f ms", ctx.phase, graph_pass.name, result.counts, ms)
         records.append(
@@ -99,6 +98,8 @@ def run_passes(
         )
         if ctx.config.dump_dir is not None:
             _dump(gm, Path(ctx.config.dump_dir), f"{ctx.phase}_{graph_pass.name}")
+    # Once: passes look at the graph alone, and its Python takes as long to write as a pass to run.
+    gm.recompile()
     return records
 
 
