@@ -1,6 +1,7 @@
 """From scores to a miss list in one launch: pick blocks, look them up, give the absent ones pages.
 
     threshold   the K-th largest key, between two bounds that close in; no sort
+                (two thresholds a step: four and eight took longer on an H200)
     ids         blocks above it and, by ascending id, as many at it as fit
     victims     the pages not selected for longest, up to 254 steps; protected ones never
     tables      block -> page, page -> block, stamps; updated in place
@@ -65,67 +66,30 @@ class Planned(NamedTuple):
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _lowest_and_highest(a, b, c, d):
-    return tl.minimum(a, c), tl.maximum(b, d)
-
-
-@triton.jit
-def _reaching(key, threshold, place: tl.constexpr):
-    """Mark the keys that reach a threshold by one bit, in a quarter of an integer."""
-    return (key >= threshold.to(tl.int32)).to(tl.int64) << (16 * place)
-
-
-@triton.jit
-def _narrow(low, high, found, wanted, threshold, counts, place: tl.constexpr):
-    """Move one of the bounds to a threshold that a quarter of `counts` keys reach."""
-    count = ((counts >> (16 * place)) & 0xFFFF).to(tl.int32)
-    enough = count >= wanted
-    return (
-        tl.where(enough, threshold, low),
-        tl.where(enough, high, tl.minimum(high, threshold)),
-        tl.where(enough, count, found),
-    )
-
-
-@triton.jit
 def _largest(key, low, span, found, wanted):
     """Mark the `wanted` largest keys; ties go to the lower position.
 
-    Of the keys, `found` are at least `low`, which are enough, and too few reach `low` + `span`.
-    Eight thresholds at a time narrow that down, counted in the quarters of two integers that are
-    summed at once: until as many as wanted are left, or only ties.
+    As many keys as wanted, or more, are at least `low`, of `found` in all; fewer reach `low` +
+    `span`. If `found` are not more than wanted, `low` is below them all. Two thresholds at a time
+    narrow that down, counted in the halves of one integer, until only the wanted are left, or ties.
     """
     low = low.to(tl.int64)
     high = low + span
     while (found > wanted) & (high - low > 1):
-        step = tl.maximum((high - low) // 9, 1)
-        last = high - 1
-        t1 = tl.minimum(low + step, last)
-        t2 = tl.minimum(low + 2 * step, last)
-        t3 = tl.minimum(low + 3 * step, last)
-        t4 = tl.minimum(low + 4 * step, last)
-        t5 = tl.minimum(low + 5 * step, last)
-        t6 = tl.minimum(low + 6 * step, last)
-        t7 = tl.minimum(low + 7 * step, last)
-        t8 = tl.minimum(low + 8 * step, last)
-        below = _reaching(key, t1, 0) + _reaching(key, t2, 1)
-        below += _reaching(key, t3, 2) + _reaching(key, t4, 3)
-        above = _reaching(key, t5, 0) + _reaching(key, t6, 1)
-        above += _reaching(key, t7, 2) + _reaching(key, t8, 3)
-        below, above = tl.reduce((below, above), 0, _add_both)
-        low, high, found = _narrow(low, high, found, wanted, t1, below, 0)
-        low, high, found = _narrow(low, high, found, wanted, t2, below, 1)
-        low, high, found = _narrow(low, high, found, wanted, t3, below, 2)
-        low, high, found = _narrow(low, high, found, wanted, t4, below, 3)
-        low, high, found = _narrow(low, high, found, wanted, t5, above, 0)
-        low, high, found = _narrow(low, high, found, wanted, t6, above, 1)
-        low, high, found = _narrow(low, high, found, wanted, t7, above, 2)
-        low, high, found = _narrow(low, high, found, wanted, t8, above, 3)
+        step = tl.maximum((high - low) // 3, 1)
+        first = tl.minimum(low + step, high - 1)
+        second = tl.minimum(low + 2 * step, high - 1)
+        reach_first = (key >= first.to(tl.int32)).to(tl.int32)
+        reach_second = (key >= second.to(tl.int32)).to(tl.int32)
+        # One sum of 32 bits: warps add that up in one instruction, and 64 bits in ten.
+        counts = tl.sum(reach_first + (reach_second << 16), 0)
+        num_first, num_second = counts & 0xFFFF, (counts >> 16) & 0xFFFF
+        high = tl.where(num_second < wanted, second, high)
+        high = tl.where(num_first < wanted, first, high)
+        low = tl.where(num_first >= wanted, first, low)
+        low = tl.where(num_second >= wanted, second, low)
+        found = tl.where(num_first >= wanted, num_first, found)
+        found = tl.where(num_second >= wanted, num_second, found)
     cut = low.to(tl.int32)
     marked = key >= cut
     if found > wanted:
@@ -138,8 +102,9 @@ def _largest(key, low, span, found, wanted):
 
 @triton.jit
 def _pick(
-    scores, pair, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr
-):
+    scores, pair, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Mark the SELECTED best blocks."""
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
@@ -150,9 +115,15 @@ def _pick(
     # Integers in the order of the scores.
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
-    least = tl.where(exists, key, _MOST)
-    low, high = tl.reduce((least, tl.where(forced, _LEAST, key)), 0, _lowest_and_highest)
-    span = high.to(tl.int64) - low + 1
+    # Every run of blocks has a best one, so as many blocks as there are runs reach the lowest of
+    # these: a near bound, where there are runs enough.
+    RUN: tl.constexpr = BLOCKS // COLUMNS
+    best = tl.max(tl.reshape(key, [COLUMNS, RUN]), 1)
+    is_run = tl.arange(0, COLUMNS) * RUN <= current
+    low = tl.min(tl.where(is_run, best, _MOST), 0)
+    low = tl.where(current + 1 >= SELECTED * RUN, low, _LEAST + 1)
+    high = tl.max(tl.where(forced, _LEAST, key), 0)
+    span = tl.maximum(high.to(tl.int64) - low + 1, 1)
     if sink + local + 1 >= SELECTED:
         # No more than the forced ones are wanted, which are the largest.
         low = tl.max(key, 0)
@@ -223,7 +194,7 @@ def _select_pages(
     listed = pair * SELECTED + column
     if SELECT:
         block = tl.arange(0, BLOCKS)
-        picked = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS)
+        picked = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(block_ids + pair * SELECTED + rank, block, mask=picked)
         num_picked = tl.minimum(current + 1, SELECTED)

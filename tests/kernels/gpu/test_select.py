@@ -94,6 +94,25 @@ def test_random_scores(device, num_selected, sink, local):
     check_select(device, torch.randn(3, 2, 37), [36 * SIZE, 20 * SIZE + 7, 3], choice)
 
 
+LONG = {
+    "around zero": lambda s: s,
+    "ties": lambda s: (s * 2).round(),
+    "weights": lambda s: s.exp() * 1e-20,
+    "a third without": lambda s: s.index_fill(-1, torch.arange(0, s.shape[-1], 3), -INF),
+    "negative": lambda s: -s.abs() - 3,
+    "ascending": lambda s: s.sort(-1).values,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("local", [2, 30, 95])
+def test_many_blocks_for_each_one_wanted(device, kind, local):
+    # At 1536 = 96 * 16 blocks and more, every run of 16 has a best one.
+    last = [2047, 1535, 1534, 1000, 96, 95, 94, 0]
+    scores = LONG[kind](torch.randn(len(last), 2, 2048))
+    check_select(device, scores, [n * SIZE + 3 for n in last], Choice(96, SIZE, 1, local))
+
+
 class Twins:
     """The same tables twice, one planned by the reference and one by the kernel."""
 
