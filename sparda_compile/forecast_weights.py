@@ -91,6 +91,11 @@ class ForecastInfo:
     versions: dict[str, str]
     format_version: int = FORMAT_VERSION
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Fields of SpardaConfig that the blocks it picks depend on, as they were in training."""
+        return {name: getattr(self, name) for name in ("block_size", "pool_size", "pool_stride")}
+
     def to_json(self) -> str:
         """Return the fields as a JSON object."""
         return json.dumps(dataclasses.asdict(self))
@@ -326,9 +331,9 @@ def _check_layers(
 
 def _warn_of_sizes(info: ForecastInfo, config: SpardaConfig) -> None:
     differing = [
-        f"{name}={getattr(config, name)} (trained with {getattr(info, name)})"
-        for name in ("block_size", "pool_size", "pool_stride")
-        if getattr(config, name) != getattr(info, name)
+        f"{name}={getattr(config, name)} (trained with {size})"
+        for name, size in info.sizes.items()
+        if getattr(config, name) != size
     ]
     if differing:
         warnings.warn(

@@ -23,11 +23,7 @@ from sparda_compile.evaluation.run import budget_config
 from sparda_compile.evaluation.tasks import make_batch
 from sparda_compile.evaluation.vocabulary import spell
 from sparda_compile.report.build import build_report
-from sparda_compile.small_model import (
-    SMALL_LOCAL_BLOCKS,
-    load_small_forecast,
-    load_small_model,
-)
+from sparda_compile.small_model import SMALL_CONFIG, load_small_forecast, load_small_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +41,6 @@ NEEDLE_MODES: Final[tuple[str, ...]] = get_args(Mode)
 _TASK: Final = "multi_query"
 _SHARE: Final = 0.1
 _NUM_TOKENS: Final = 16448
-_LOCAL_BLOCKS: Final = SMALL_LOCAL_BLOCKS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,14 +203,14 @@ def run_shipped_model(
 
 
 def _config(mode: str, num_tokens: int, *, has_forecast: bool) -> SpardaConfig:
-    base = SpardaConfig(
-        mode=mode,  # type: ignore[arg-type]
+    base = SMALL_CONFIG.replace(
+        mode=mode,
         hint="forecast" if has_forecast else "previous_step",
-        local_blocks=_LOCAL_BLOCKS,
         lowering="eager",
+        max_tokens=round_up(num_tokens, SMALL_CONFIG.block_size),
+        top_k=None,
     )
-    capacity = round_up(num_tokens, base.block_size)
-    return budget_config(base.replace(max_tokens=capacity, top_k=None), num_tokens, _SHARE)
+    return budget_config(base, num_tokens, _SHARE)
 
 
 def _answer(fast: OptimizedModule, past: Any, batch: TaskBatch) -> tuple[list[int], float]:

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.forecast_weights import ForecastWeights, load_forecast
 
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 __all__ = [
-    "SMALL_LOCAL_BLOCKS",
+    "SMALL_CONFIG",
     "has_small_model",
     "load_small_forecast",
     "load_small_model",
     "small_model_folder",
 ]
 
-SMALL_LOCAL_BLOCKS: Final = 2
-"""Local blocks that its Forecast was trained with."""
+SMALL_CONFIG: Final = SpardaConfig(mode="query", local_blocks=2, pool_size=16, pool_stride=8)
+"""What the model and its Forecast were trained for: `top_k` and `max_tokens` go with the length."""
 
 _WEIGHTS: Final = "model.safetensors"
 _FORECAST: Final = "forecast.safetensors"

@@ -20,7 +20,7 @@ from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
 from sparda_compile.passes.fx import tensor_shape
 from sparda_compile.passes.manager import run_passes
-from sparda_compile.small_model import load_small_model
+from sparda_compile.small_model import SMALL_CONFIG, load_small_model
 from sparda_compile.testing import build, tiny_llama
 from sparda_compile.traced import captures_of
 
@@ -236,7 +236,7 @@ def test_untrained_it_finds_what_the_small_model_looks_for():
     batch = make_batch("multi_query", batch_size=2, length=2048, seed=3)
     first, last = batch.question_start, int(batch.answer_positions_A[-1])
     reading = read(model, batch.ids_BT[:, :first])
-    config = SpardaConfig(mode="dense", top_k=4, local_blocks=2)
+    config = SMALL_CONFIG.replace(mode="dense", top_k=4)
     found = {}
     for name, forecast in (("start", weights), ("random", random)):
         sums = RecallSums()

@@ -66,14 +66,17 @@ def test_shipped_model_is_small_and_has_the_vocabulary():
     assert config.num_key_value_heads >= 2
 
 
+def test_shipped_forecast_was_trained_for_the_configuration():
+    info = small_model.load_small_forecast().info
+    assert {name: getattr(small_model.SMALL_CONFIG, name) for name in info.sizes} == info.sizes
+
+
 def test_shipped_model_finds_needles():
     model = small_model.load_small_model()
     forecast = small_model.load_small_forecast()
     batch = make_batch("multi_query", batch_size=2, length=2048, seed=3)
     start, last = batch.question_start, int(batch.answer_positions_A[-1])
-    from sparda_compile import SpardaConfig
-
-    config = SpardaConfig(mode="query", top_k=4, local_blocks=2)
+    config = small_model.SMALL_CONFIG.replace(top_k=4)
     modes = ("dense", "query", *(["forecast"] if forecast else []))
     reading = read(model, batch.ids_BT[:, :start])
     for mode in modes:

@@ -240,6 +240,7 @@ def _offloaded(
     noise = checks["static"]["eager_noise"]
     run: StaticDecode | None = None
     repair = _REPAIRS[0]
+    differences: dict[str, float | None] = {}
     for repair in _REPAIRS:
         bench.say(f"batch {setting.batch_size}: transformers' offloaded cache, repair {repair}")
         del run  # its content may be damaged
@@ -249,10 +250,11 @@ def _offloaded(
             model, fill_static(empty, model, setting.batch_size), bench.ids, bench.start
         )
         del empty
-        difference = _difference(run.logits(), reference)
+        difference = differences[repair] = _difference(run.logits(), reference)
         agrees = difference is not None and difference <= 2 * (noise or 0.0)
         name = "offloaded" if repair == "none" else "offloaded_repaired"
         checks[name] = {"agrees": agrees, "relative_difference": difference, "repair": repair}
+        checks[name]["difference_by_repair"] = dict(differences)
         if agrees:
             break
     assert run is not None

@@ -23,11 +23,11 @@ from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.pinned import PinnedMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sparda_compile.program import Captures, Program
 
-__all__ = ["VARIANTS", "DecodeBench", "DecodeSetting", "bench_decode", "memcpy_gbps"]
+__all__ = ["VARIANTS", "DecodeBench", "DecodeSetting", "memcpy_gbps"]
 
 VARIANTS: Final = (*KNOBS, "body")
 _TRACE_STEPS: Final = 96
@@ -94,27 +94,6 @@ def memcpy_gbps() -> float:
     us = time_calls(lambda: room.copy_(region.tensor, non_blocking=True), 20)
     region.close()
     return 64 * _MIB / Spread.of(us).median / 1e3
-
-
-def bench_decode(
-    captures: Captures, setting: DecodeSetting, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure one batch size.
-
-    Args:
-        captures: A model on a CUDA device.
-        setting: What to measure.
-        say: Told what is going on.
-
-    Returns:
-        Plain data: times by overlap and program, bytes, memory, floors.
-
-    Raises:
-        AssertionError: If programs that must agree do not.
-    """
-    bench = DecodeBench(captures, setting, say)
-    bench.check()
-    return bench.measure()
 
 
 class DecodeBench:
@@ -216,33 +195,32 @@ class DecodeBench:
             if variant in logits and not torch.equal(logits[variant], logits["scheduled"]):
                 raise AssertionError(f"{variant} and scheduled decode give other logits")
 
-    def measure(self) -> dict[str, Any]:
-        """Time everything, in turns."""
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """Time everything, in turns; yields what is found after each overlap, earlier ones too."""
         rate = memcpy_gbps()
+        found = {**self._sizes(), "memcpy_gbps": round(rate, 2), "build_s": self.build_s}
         by_overlap = {}
         for overlap in self.setting.overlaps:
             self.say(f"batch {self.setting.batch_size}: overlap {overlap}")
             self.prepare(overlap)
             by_overlap[str(overlap)] = self._row(self._times(), rate)
+            yield {**found, "by_overlap": dict(by_overlap)}
+
+    def _sizes(self) -> dict[str, Any]:
+        batch = self.setting.batch_size
         layout = self.caches["scheduled"].layout
+        trace = self._trace_bytes(layout)
+
+        def mib(num_bytes: int) -> float:
+            return round(num_bytes / _MIB / batch, 1)
+
         return {
-            "batch_size": self.setting.batch_size,
+            "batch_size": batch,
             "max_tokens": self.setting.max_tokens,
-            "memcpy_gbps": round(rate, 2),
-            "device_mib_per_sequence": {
-                name: round(size / _MIB / self.setting.batch_size, 1)
-                for name, size in self.memory.items()
-            },
-            "planned_device_mib_per_sequence": round(
-                (layout.num_bytes(on_host=False) - self._trace_bytes(layout))
-                / _MIB / self.setting.batch_size, 1,
-            ),
-            "trace_mib_per_sequence": round(
-                self._trace_bytes(layout) / _MIB / self.setting.batch_size, 1
-            ),
-            "build_s": self.build_s,
-            "by_overlap": by_overlap,
-        }  # fmt: skip
+            "device_mib_per_sequence": {name: mib(size) for name, size in self.memory.items()},
+            "planned_device_mib_per_sequence": mib(layout.num_bytes(on_host=False) - trace),
+            "trace_mib_per_sequence": mib(trace),
+        }
 
     @staticmethod
     def _trace_bytes(layout: Any) -> int:

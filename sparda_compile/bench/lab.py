@@ -135,7 +135,7 @@ class Lab:
 
         Args:
             setting: What to measure; variants that do not fit are left out.
-            save: Given the result, and again once the baselines are in it.
+            save: Given what there is after each overlap, and the result.
             with_baselines: Whether to measure transformers' caches too.
 
         Returns:
@@ -151,19 +151,22 @@ class Lab:
         skipped = misfits(setting.variants, layouts, self.free())
         for variant, reason in skipped.items():
             self.say(f"batch {setting.batch_size}: {variant} is left out: {reason}")
-        head = {"batch_size": setting.batch_size, "max_tokens": setting.max_tokens}
+        result: dict[str, Any] = {
+            "batch_size": setting.batch_size, "max_tokens": setting.max_tokens, "by_overlap": {},
+            "skipped": skipped,
+        }  # fmt: skip
         if "scheduled" in skipped:
-            result = {**head, "skipped": skipped, "by_overlap": {}}
             save(result)
             return result
         kept = tuple(variant for variant in setting.variants if variant not in skipped)
         bench = DecodeBench(self.captures, dataclasses.replace(setting, variants=kept), self.say)
         bench.check()
-        result = {**head, **bench.measure(), "skipped": skipped}
+        for found in bench.measure():
+            result |= found
+            save({**result, "unfinished": "more is still to be measured"})
         if with_baselines:
             from sparda_compile.bench.baselines import bench_baselines
 
-            save({**result, "unfinished": "transformers' caches are still to be measured"})
             result["baselines"] = bench_baselines(bench, self.model, self.shape, self.free())
         save(result)
         del bench

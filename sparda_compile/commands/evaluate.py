@@ -19,11 +19,10 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from sparda_compile.evaluation.run import EvaluationRow
+    from sparda_compile.forecast_weights import ForecastWeights
 
 __all__ = ["evaluate_model"]
 
@@ -65,8 +64,14 @@ def evaluate_model(
     samples: Annotated[int, typer.Option(min=1, help="Sequences of each task and length.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences to run at once.")] = 4,
     local_blocks: Annotated[int, typer.Option(min=0, help="Most recent blocks, always read.")] = 2,
-    pool_size: Annotated[int, typer.Option(help="Tokens of one pooled key.")] = 32,
-    pool_stride: Annotated[int, typer.Option(help="Tokens between pooled keys.")] = 16,
+    pool_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens of one pooled key. [default: as the Forecast's, else 32]"),
+    ] = None,
+    pool_stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens between pooled keys. [default: as the Forecast's, else 16]"),
+    ] = None,
     forecast: Annotated[
         Path | None, typer.Option(help="Safetensors file of Forecast weights.")
     ] = None,
@@ -82,27 +87,31 @@ def evaluate_model(
     """Measure accuracy and recall of modes, selectors and budgets against the dense model."""
     with errors_as_sentences():
         modes, selectors = mode or _MODES, selector or ("infllm2",)
-        bases = [
-            SpardaConfig(
-                mode=name,  # type: ignore[arg-type]
-                selector=rule,
-                short_list=short_list,
-                local_blocks=local_blocks,
-                pool_size=pool_size,
-                pool_stride=pool_stride,
-                # The budget sets it, once the length is known.
-                top_k=None,
-            )
-            for name in modes
-            for rule in _selectors(name, selectors)
-        ]
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.run import Evaluation, evaluate
             from sparda_compile.evaluation.show import print_evaluation, write_json, write_plot
 
+            weights = _forecast(model, forecast)
+            given = {"pool_size": pool_size, "pool_stride": pool_stride}
+            info = weights.info if weights is not None else None
+            sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
+            sizes |= {field: size for field, size in given.items() if size is not None}
+            bases = [
+                SpardaConfig(
+                    mode=name,  # type: ignore[arg-type]
+                    selector=rule,
+                    short_list=short_list,
+                    local_blocks=local_blocks,
+                    **sizes,
+                    # The budget sets it, once the length is known.
+                    top_k=None,
+                )
+                for name in modes
+                for rule in _selectors(name, selectors)
+            ]
             say(f"loading {model}")
-            loaded, weights = _load(model, forecast, device)
+            loaded = _load(model, device)
             rows: list[EvaluationRow] = []
             for length in tokens or (4096,):
                 configs = _configs(bases, tuple(budget or _BUDGETS), length)
@@ -155,21 +164,27 @@ def _configs(
     return configs
 
 
-def _load(name: str, forecast: Path | None, device: str) -> tuple[Any, Mapping[int, Tensor] | None]:
-    """Return the model in eval mode on its device, and its Forecast if there is one."""
+def _forecast(name: str, path: Path | None) -> ForecastWeights | None:
+    """Return the weights of a file; without one, those of the shipped model."""
+    from sparda_compile.forecast_weights import load_forecast
+    from sparda_compile.small_model import load_small_forecast
+
+    if path is not None:
+        return load_forecast(path)
+    return load_small_forecast() if name == _SMALL else None
+
+
+def _load(name: str, device: str) -> Any:
+    """Return the model in eval mode on its device."""
     import torch
 
-    from sparda_compile.forecast_weights import load_forecast
-    from sparda_compile.small_model import load_small_forecast, load_small_model
+    from sparda_compile.small_model import load_small_model
 
     # Only half precision has a fast attention kernel on a GPU; a CPU computes in float32.
     is_cpu = torch.device(device).type == "cpu"
-    dtype = torch.float32 if is_cpu else "auto"
     model: Any
-    weights: Mapping[int, Tensor] | None = None
     if name == _SMALL:
         model = load_small_model() if is_cpu else load_small_model().half()
-        weights = load_small_forecast()
     else:
         from transformers import AutoModelForCausalLM
 
@@ -178,7 +193,6 @@ def _load(name: str, forecast: Path | None, device: str) -> tuple[Any, Mapping[i
                 f"{name!r} is no folder with a config.json; pass one with a model of "
                 f"transformers, or {_SMALL!r}."
             )
+        dtype = torch.float32 if is_cpu else "auto"
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-    if forecast is not None:
-        weights = load_forecast(forecast)
-    return model.to(torch.device(device)), weights
+    return model.to(torch.device(device))

@@ -113,6 +113,12 @@ def test_offloaded_cache_is_repaired_as_little_as_it_needs(
     assert found["offloaded_compared"] == compared
     assert found["offloaded"]["agrees"] is (needs == "none")
     assert found.get("offloaded_repaired", {}).get("repair") == repair
+    tried = baselines._REPAIRS[: baselines._REPAIRS.index(repair or "none") + 1]
+    differences = found["offloaded_repaired" if repair else "offloaded"]["difference_by_repair"]
+    assert tuple(differences) == tried
+    assert [name for name, value in differences.items() if value == 0.0] == (
+        [needs] if compared else []
+    )
     assert (found["offloaded_over_scheduled"] is None) == (compared is None)
     assert found["static"]["relative_difference"] == 0.0
     ours = found["scheduled"]["median"]

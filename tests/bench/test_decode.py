@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from sparda_compile.bench.decode import VARIANTS, DecodeBench, DecodeSetting, bench_decode
+from sparda_compile.bench.decode import VARIANTS, DecodeBench, DecodeSetting
 from sparda_compile.errors import ConfigError
 
 TIMES = ("median", "low", "high", "runs", "h2d_bytes")
@@ -13,8 +13,12 @@ TIMES = ("median", "low", "high", "runs", "h2d_bytes")
 
 def test_result_has_each_variant_at_each_overlap(lab, setting, roomy):
     told = []
-    result = bench_decode(lab.captures, setting, told.append)
+    bench = DecodeBench(lab.captures, setting, told.append)
+    bench.check()
+    first, result = bench.measure()
+    assert list(first["by_overlap"]) == ["0.0"]
     assert list(result["by_overlap"]) == ["0.0", "1.0"]
+    assert first["by_overlap"]["0.0"] == result["by_overlap"]["0.0"]
     for row in result["by_overlap"].values():
         assert all(tuple(row[variant]) == TIMES for variant in VARIANTS)
         assert row["scheduled"]["runs"] == setting.rounds * setting.steps

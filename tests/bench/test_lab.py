@@ -61,16 +61,19 @@ def test_file_that_holds_something_else(tmp_path, text):
     assert result_file(tmp_path).results == []
 
 
-def test_result_is_saved_before_the_baselines(lab, setting, roomy, monkeypatch):
+def test_result_is_saved_after_each_overlap_and_before_the_baselines(
+    lab, setting, roomy, monkeypatch
+):
     monkeypatch.setattr(
         baselines, "bench_baselines", lambda bench, model, shape, free: {"static": model}
     )
     setting = dataclasses.replace(setting, variants=("scheduled",), rounds=1)
     saved = []
     result = lab.decode(setting, saved.append, with_baselines=True)
-    assert [("baselines" in r, "unfinished" in r) for r in saved] == [(False, True), (True, False)]
-    assert saved[0]["by_overlap"] == saved[1]["by_overlap"]
-    assert result is saved[1]
+    found = [(list(r["by_overlap"]), "baselines" in r, "unfinished" in r) for r in saved]
+    both = ["0.0", "1.0"]
+    assert found == [(["0.0"], False, True), (both, False, True), (both, True, False)]
+    assert result is saved[2]
     assert result["baselines"] == {"static": lab.model}
     assert result["skipped"] == {}
 
@@ -92,7 +95,7 @@ def test_variants_without_room_are_left_out_with_a_reason(lab, setting, roomy, m
     assert "GiB of device memory" in result["skipped"]["dense"]
     assert "resident" not in result["by_overlap"]["0.5"]
     assert any(text.startswith("batch 2: dense is left out: its KV cache needs") for text in told)
-    assert saved == [result]
+    assert saved == [result | {"unfinished": saved[0]["unfinished"]}, result]
 
 
 def test_batch_that_cannot_be_scheduled_is_left_out(lab, setting, monkeypatch):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from sparda_compile import cli, small_model
 from sparda_compile.commands import evaluate
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
+from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights, projections_of
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,28 @@ def test_json_alone_and_several_of_each(folder):
     ]
 
 
-def test_finer_pooled_keys_choose_otherwise(folder):
+def trained(path, **sizes):
+    """Return a file of Forecast weights for the folder's model."""
+    info = ForecastInfo(
+        model="LlamaForCausalLM", layers=(0, 1), groups=(2, 2), head_dim=(8, 8), hidden=(32, 32),
+        ranks=(None, None), block_size=64, top_k=1, steps=1, num_tokens=640, versions={}, **sizes,
+    )  # fmt: skip
+    projections = projections_of({layer: torch.randn(16, 32) for layer in info.layers})
+    return ForecastWeights(projections, info).save(path)
+
+
+def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path):
     def mass(*more):
         result = run(folder, *SMALL, "--task", "key_value", "--mode", "query", *more, "--json")
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)["rows"][0]["recalls"][0]["mass"]
 
+    finer = ("--pool-size", 16, "--pool-stride", 8)
     assert mass() == mass("--pool-size", 32, "--pool-stride", 16)
-    assert mass() != mass("--pool-size", 16, "--pool-stride", 8)
+    assert mass() != mass(*finer)
+    forecast = trained(tmp_path / "forecast.safetensors", pool_size=16, pool_stride=8)
+    assert mass("--forecast", forecast) == mass(*finer)
+    assert mass("--forecast", forecast, "--pool-size", 32, "--pool-stride", 16) == mass()
 
 
 @pytest.mark.parametrize(
