@@ -33,11 +33,9 @@ _log = logging.getLogger(__name__)
 # such as barriers, scans, chains of loads, a second launch. The time of its bytes comes on top. An
 # op that is not named takes one launch.
 #
-# h200: kernels alone in replayed CUDA graphs on one H200, November 2026 (batch 1, 128K tokens, 2 KV
-# heads of 128, 96 blocks, bf16), less their bytes at 4300 GB/s. Measured: score_blocks of a
-# Forecast 5.0, select_blocks 6.9, plan_pages 4.9, select_pages 11.9, partial attention 5.5 to 6.6,
-# merging the partials 2.0 to 6.6; of the last two the middle is taken.
-# h100: `sparda calibrate` on one H100, the same kernels some days later.
+# h200: `sparda calibrate` on one H200, November 2026 (batch 1, 128K tokens, 2 KV heads of 128, 96
+# blocks, bf16), but for the ops that select, whose kernel is newer: alone in replayed CUDA graphs.
+# h100: `sparda calibrate` on one H100, with the selection before that.
 # cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
 # 16, fp32. Attention is not named: there it is arithmetic.
 LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
@@ -57,13 +55,13 @@ LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
         "sparse_attention": 7.51,
     },
     "h200": {
-        "score_blocks": 4.0,
-        "select_blocks": 6.9,
-        "plan_pages": 4.9,
-        "select_pages": 11.9,
-        "attend_resident": 4.6,
-        "attend_missing": 9.0,
-        "sparse_attention": 9.0,
+        "score_blocks": 2.76,
+        "select_blocks": 6.1,
+        "plan_pages": 4.05,
+        "select_pages": 8.8,
+        "attend_resident": 5.95,
+        "attend_missing": 7.63,
+        "sparse_attention": 7.63,
     },
 }
 

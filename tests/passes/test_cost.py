@@ -96,8 +96,9 @@ def test_selecting_in_one_op_costs_what_its_phases_do(plan_of):
     apart = plan_of("llama", batch_size=3, disable_passes=("fuse_selection",), **SETTINGS)
     two = [cost(apart, name) for name in ("block_ids_1", "plan_1")]
     one = cost(fused, "select_pages_1")
-    # The phases are the same, and in a graph a second launch hardly shows.
-    assert one.us == pytest.approx(sum(c.us for c in two), rel=0.05)
+    # The phases are the same, and one launch is saved.
+    saved = sum(c.us for c in two) - one.us
+    assert 0 < saved <= H200.launch_us
     # The ids are written once, and not read again.
     ids = HEADS * SELECTED * 4
     lengths = 3 * 4
