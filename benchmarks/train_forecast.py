@@ -3,9 +3,10 @@
     python benchmarks/train_forecast.py --tokens 32768 --out result.json
 
 The floor is one forward pass of the same backbone, as transformers runs it, plus the FLOPs of one
-pass of Q K^T over the visible pairs (the teacher) at the rate of a large matrix product on the same
-device. `ratio` is the step's time over the floor. Weights are random and are made on the device;
-before timing, the fused teacher is compared with the plain one on a short sequence.
+pass of Q K^T over the visible pairs (the teacher; over pooled keys for `--teacher query`) at the
+rate of a large matrix product on the same device. `ratio` is the step's time over the floor.
+Weights are random and are made on the device; before timing, the fused teacher is compared with the
+plain one on a short sequence.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def parse():
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=73448)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--teacher", choices=("attention", "query"), default="attention")
     parser.add_argument("--recall-queries", type=int, default=64)
     parser.add_argument("--backend", choices=("auto", "plain", "triton"), default="auto")
     parser.add_argument("--device", default="cuda")
@@ -109,10 +111,13 @@ def main():
     forward_s, forward_times = median_s(forward, device, args.repeats)
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     pairs = args.tokens * (args.tokens + 1) // 2
-    teacher_flops = 2 * args.layers * args.heads * args.head_dim * pairs
+    config = SpardaConfig()
+    keys = pairs // config.pool_stride if args.teacher == "query" else pairs
+    teacher_flops = 2 * args.layers * args.heads * args.head_dim * keys
     trainer = ForecastTrainer(
-        model, SpardaConfig(), 5e-4, recall_queries=args.recall_queries, backend=args.backend
-    )
+        model, config, 5e-4, recall_queries=args.recall_queries, teacher=args.teacher,
+        backend=args.backend,
+    )  # fmt: skip
     backbone_s, _ = median_s(lambda: trainer.run(ids, None), device, args.repeats)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

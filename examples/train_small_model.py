@@ -325,6 +325,7 @@ def train_forecast(run, folder):
             steps=last,
             lr=lr,
             last_tokens=3 * preset.forecast_queries,
+            teacher=run.args.teacher,
             out=out,
             resume=checkpoint_path(out) if last == steps > 1 else None,
             save_every=steps,
@@ -365,6 +366,7 @@ def parse(arguments=None):
     )  # fmt: skip
     parser.add_argument("--pool-size", type=int, default=32, help="keys that a pooled key is of")
     parser.add_argument("--forecast-steps", type=int, default=0)
+    parser.add_argument("--teacher", choices=("attention", "query"), default="attention")
     parser.add_argument("--forecast-rate", type=float, default=2e-3, help="its learning rate")
     parser.add_argument("--learning-rate", type=float, help="[default: the preset's]")
     parser.add_argument("--start", help="folder of a model to go on with")

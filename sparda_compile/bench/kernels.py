@@ -258,7 +258,7 @@ def _attention(
     if not error < 5e-3:
         raise AssertionError(f"sparse attention is off by {error}")
     by_blocks = {}
-    for blocks in sorted({1, 2, 3, 4, 6, 8, 12, 16, chosen}):
+    for blocks in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96, chosen}):
         calls = [partial(_sparse, *operands, blocks) for operands in data]
         by_blocks[blocks] = graph_us(calls).to_dict()
     us = by_blocks[chosen]["median"]

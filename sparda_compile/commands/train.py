@@ -48,6 +48,10 @@ def train_model(
         int | None,
         typer.Option(min=1, help="Tokens at a sequence's end to learn from. [default: all]"),
     ] = None,
+    teacher: Annotated[
+        str,
+        typer.Option(help="attention: where the attention goes. query: what the query chooses."),
+    ] = "attention",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 2000,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
@@ -81,8 +85,10 @@ def train_model(
 
         weights = train_forecast(
             load_target(target).to(local_device()), batches, config=config, steps=steps, lr=lr,
-            accumulate=accumulate, last_tokens=last_tokens, out=out, resume=resume,
-            save_every=save_every, on_step=reports.append, progress=not as_json,
+            accumulate=accumulate, last_tokens=last_tokens,
+            teacher=teacher,  # type: ignore[arg-type]
+            out=out, resume=resume, save_every=save_every, on_step=reports.append,
+            progress=not as_json,
         )  # fmt: skip
     if rank_of_environment():
         return

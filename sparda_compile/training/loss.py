@@ -1,6 +1,6 @@
 """One layer's loss: how far the Forecast's spread over windows is from the attention's own.
 
-    T[g, p, :] = cell / (sum(cell) + 1e-8)                    the teacher, see `teacher.py`
+    T[g, p, :] = cell / (sum(cell) + 1e-8)                    a teacher, see `teacher.py`
     S[g, p, :] = softmax_c(f_g[p] . pooled_k[g, c] / sqrt(D))      over c with stride * c <= p
     M[g, p]    = the top_k blocks by max-pooled T that are neither sink nor local nor current
     buckets    = the cells stride-aligned to the blocks of M, and one bucket for all the rest
@@ -22,13 +22,21 @@ K selected cells, D head dim.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 
 from sparda_compile.selectors import Geometry
-from sparda_compile.training.teacher import Backend, aligned_teacher, fine_keys, num_windows
+from sparda_compile.training.teacher import (
+    Backend,
+    Teacher,
+    aligned_teacher,
+    fine_keys,
+    num_windows,
+    query_teacher,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +85,7 @@ def backward_loss(
     softcap: float = 0.0,
     weight: float = 1.0,
     last_tokens: int | None = None,
+    teacher: Teacher = "attention",
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute the loss of one layer and send its gradient into the Forecast at once.
@@ -94,7 +103,8 @@ def backward_loss(
         weight: Factor on the gradient, not on what is returned.
         last_tokens: Queries to learn from, at the end of each sequence; None is all. The loss is
             the mean over them.
-        backend: Of the teacher.
+        teacher: What to learn: `attention` or `query`, see `teacher.py`.
+        backend: Of teacher `attention`.
 
     Returns:
         The loss, a float32 scalar in nats without a graph.
@@ -102,9 +112,17 @@ def backward_loss(
     batch, groups, num_tokens, _ = forecast_BGTD.shape
     query_BHTD, k_BGTD = query_BHTD.detach(), k_BGTD.detach()
     needs_gradient = forecast_BGTD.requires_grad
-    fine_BGJD = fine_keys(k_BGTD)
-    pooled_BGWD = pool_keys(k_BGTD, config).float()
-    width = num_windows(num_tokens, config.pool_size, config.pool_stride)
+    pool = (config.pool_size, config.pool_stride)
+    pooled_BGWD = pool_keys(k_BGTD, config)
+    if teacher == "query":
+        target_of = partial(query_teacher, query_BHTD, pooled_BGWD, pool=pool, scale=scale)
+    else:
+        target_of = partial(
+            aligned_teacher, query_BHTD, fine_keys(k_BGTD), pool=pool, scale=scale,
+            softcap=softcap, backend=backend,
+        )  # fmt: skip
+    pooled_BGWD = pooled_BGWD.float()
+    width = num_windows(num_tokens, *pool)
     step = max(1, _TILE_ELEMENTS // max(batch * groups * width, 1))
     step = min(step, 8192)
     # The fused teacher works in tiles of 128 queries.
@@ -115,10 +133,7 @@ def backward_loss(
     for start in range(max(first_supervised(config), num_tokens - counted), num_tokens, step):
         queries = range(start, min(start + step, num_tokens))
         with torch.no_grad():
-            target = aligned_teacher(
-                query_BHTD, fine_BGJD, queries, (config.pool_size, config.pool_stride), scale,
-                softcap, backend,
-            )  # fmt: skip
+            target = target_of(queries)
         leaf = forecast_BGTD[:, :, queries.start : queries.stop].detach().float()
         with torch.set_grad_enabled(needs_gradient):
             leaf.requires_grad_(needs_gradient)
@@ -145,7 +160,7 @@ def tile_loss(
     Args:
         forecast_BGQD: Float32 Forecasts of these queries.
         pooled_BGWD: Float32 pooled keys of the windows that `cells_BGQW` has.
-        cells_BGQW: The teacher's mass, as `aligned_teacher` returns it.
+        cells_BGQW: The teacher's mass, as `aligned_teacher` and `query_teacher` return it.
         queries: Positions.
         config: Sizes.
     """

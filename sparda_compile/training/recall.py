@@ -24,7 +24,7 @@ from sparda_compile.training.loss import (
     geometry_of,
     pool_keys,
 )
-from sparda_compile.training.teacher import scores
+from sparda_compile.training.teacher import query_weights, scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def block_recall(
     Returns:
         NaN if no position has a choice, or `top_k` is 0.
     """
-    num_tokens, groups = k_BGTD.shape[2], k_BGTD.shape[1]
+    num_tokens = k_BGTD.shape[2]
     first = max(first_choice(config), num_tokens - (last_tokens or num_tokens))
     if first >= num_tokens or not config.top_k or num_queries < 1:
         return torch.full((), float("nan"), device=k_BGTD.device)
@@ -73,11 +73,10 @@ def block_recall(
     steps = torch.arange(count, device=k_BGTD.device)
     position_Q = first + steps * (num_tokens - first) // count
     pooled_BGWD = pool_keys(k_BGTD, config)
+    pool = (config.pool_size, config.pool_stride)
     starts_W = torch.arange(pooled_BGWD.shape[2], device=position_Q.device) * config.pool_stride
     absent_QW = starts_W + config.pool_size > position_Q[:, None]
-    query_BGMD = query_BHTD[:, :, position_Q].unflatten(1, (groups, -1)).flatten(2, 3)
-    logits = (scores(query_BGMD, pooled_BGWD) * scale).unflatten(2, (-1, count))
-    truth_BGQW = logits.masked_fill(absent_QW, float("-inf")).softmax(-1).sum(2)
+    truth_BGQW = query_weights(query_BHTD[:, :, position_Q], pooled_BGWD, position_Q, pool, scale)
     guess_BGQW = scores(forecast_BGTD[:, :, position_Q].to(pooled_BGWD.dtype), pooled_BGWD)
     truth, guess = (
         _picked(scored.masked_fill(absent_QW, float("-inf")), position_Q, config, num_tokens)

@@ -1,17 +1,27 @@
-"""The teacher: how the model's own attention spreads over the deployed windows.
+"""The teachers: how the model's own attention spreads over the deployed windows.
+
+`attention`, of all keys:
 
     khat[j]    = (k[j] + k[j+1]) / 2                                            fine grid, j < T - 1
     t[g, p, j] = sum_{h in g} softmax_j(q_h[p] . khat[j] * scale)               over j <= p
     cell[c]    = max_{S*c - 1 <= j < S*c + S} t[g, p, j]                        S = pool_stride
 
+`query`, of the pooled keys, as selector `infllm2` scores them at that token, which are those of the
+windows that are complete before it:
+
+    cell[c]    = sum_{h in g} softmax_c(q_h[p] . pooled_k[c] * scale)         over S*c + size <= p
+
 A cell stands for the deployed pooled key of the same number: W of them, as many as there are
 complete windows. Queries come in ranges, and memory is linear in their number times T.
+
+The first teaches where the attention goes, the second what the query would choose, which is less:
+but that is what mode `exact` reads, where a block that is not named in advance has to be repaired.
 
 Differs from the paper: a soft cap of the model is applied to the scores, and `scale` is the
 model's own where that is not 1 / sqrt(D).
 
 Source: SparDA (arXiv 2606.04511), Forecast training; the released recipe's teacher with windows of
-2 keys at stride 1, aligned to the 32/16 grid by a max-pool of 17/16/1.
+2 keys at stride 1, aligned to the 32/16 grid by a max-pool of 17/16/1. `query` is our own.
 
 Dimensions: B batch, H heads, G groups, R = H / G, T tokens, Q queries of a range, J fine windows,
 W pooled windows, D head dim.
@@ -31,14 +41,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "Teacher",
     "aligned_teacher",
     "fine_keys",
     "num_windows",
     "plain_teacher",
+    "query_teacher",
+    "query_weights",
     "scores",
     "visible_windows",
 ]
 
+Teacher = Literal["attention", "query"]
 Backend = Literal["auto", "plain", "triton"]
 # Scores that are held at once, over all heads: 64 Mi of them are 256 MiB of float32.
 _TILE_SCORES: Final = 1 << 26
@@ -155,3 +169,55 @@ def _align(mass_BGQJ: Tensor, width: int, stride: int) -> Tensor:
     # The last fine window of a cell also counts for the next one, visible or not.
     best = torch.cat([best, cells[..., -1:, -1]], dim=-1)
     return F.pad(best, (0, max(width - best.shape[-1], 0)))[..., :width]
+
+
+def query_teacher(
+    query_BHTD: Tensor, pooled_BGWD: Tensor, queries: range, pool: tuple[int, int], scale: float
+) -> Tensor:
+    """Return the weights of pooled keys by the true queries, for a range of them.
+
+    Args:
+        query_BHTD: Queries after rotation.
+        pooled_BGWD: Pooled keys of the whole sequence, of the same dtype.
+        queries: Positions to compute, step 1.
+        pool: Tokens of a window, and between the starts of two.
+        scale: Factor on q . k.
+
+    Returns:
+        [B, G, Q, W] float32, for the first `visible_windows`, as `aligned_teacher` has them.
+    """
+    batch, heads, num_tokens = query_BHTD.shape[:3]
+    width = visible_windows(num_tokens, queries, pool)
+    step = max(1, _TILE_SCORES // max(batch * heads * width, 1))
+    tiles = []
+    for start in range(queries.start, queries.stop, step):
+        position_Q = torch.arange(start, min(start + step, queries.stop), device=query_BHTD.device)
+        query_BHQD = query_BHTD[:, :, start : start + len(position_Q)]
+        tiles.append(query_weights(query_BHQD, pooled_BGWD[:, :, :width], position_Q, pool, scale))
+    return torch.cat(tiles, dim=2)
+
+
+def query_weights(
+    query_BHQD: Tensor,
+    pooled_BGWD: Tensor,
+    position_Q: Tensor,
+    pool: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Return what selector `infllm2` gives the pooled keys at some positions, [B, G, Q, W] float32.
+
+    Args:
+        query_BHQD: The true queries there, after rotation.
+        pooled_BGWD: Pooled keys, of the same dtype.
+        position_Q: The positions; a window counts if it is complete before one.
+        pool: Tokens of a window, and between the starts of two.
+        scale: Factor on q . k.
+    """
+    groups, width = pooled_BGWD.shape[1:3]
+    last_W = torch.arange(width, device=position_Q.device) * pool[1] + pool[0]
+    absent_QW = last_W > position_Q[:, None]
+    query_BGMD = query_BHQD.unflatten(1, (groups, -1)).flatten(2, 3)
+    logits = (scores(query_BGMD, pooled_BGWD) * scale).unflatten(2, (-1, len(position_Q)))
+    weights: Tensor = logits.masked_fill(absent_QW, float("-inf")).softmax(-1).sum(2)
+    # Before the first complete window there is nothing to weigh, and the softmax has no number.
+    return weights.masked_fill(absent_QW, 0.0)

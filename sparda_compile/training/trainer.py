@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from sparda_compile.training.data import check_batch, endless
 from sparda_compile.training.loss import backward_loss
 from sparda_compile.training.recall import block_recall
 from sparda_compile.training.taps import TappedForward, tap_forward
+from sparda_compile.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,10 +104,11 @@ class ForecastTrainer:
         lr: Learning rate.
         recall_queries: Positions per sequence that recall is measured at; 0 for none.
         last_tokens: As for `train_forecast`.
-        backend: Of the teacher.
+        teacher: As for `train_forecast`.
+        backend: Of teacher `attention`.
 
     Raises:
-        ConfigError: If `top_k` is not a number of at least one.
+        ConfigError: If `top_k` is not a number of at least one, or the teacher not known.
         UnsupportedInputError: If the model is in training mode, or not one that `optimize` takes.
     """
 
@@ -118,8 +120,13 @@ class ForecastTrainer:
         *,
         recall_queries: int = _RECALL_QUERIES,
         last_tokens: int | None = None,
+        teacher: Teacher = "attention",
         backend: Backend = "auto",
     ) -> None:
+        if teacher not in get_args(Teacher):
+            raise ConfigError(
+                f"teacher={teacher!r} is not known; use one of {', '.join(get_args(Teacher))}."
+            )
         if not config.top_k:
             raise ConfigError(
                 f"top_k={config.top_k} leaves a Forecast nothing to choose; train with the number "
@@ -135,6 +142,7 @@ class ForecastTrainer:
         self._lr = lr
         self._recall_queries = recall_queries
         self._last_tokens = last_tokens
+        self._teacher: Teacher = teacher
         self._backend: Backend = backend
         self._forwards: dict[int, TappedForward] = {}
         forward = self._forward(1)
@@ -205,7 +213,7 @@ class ForecastTrainer:
             loss = backward_loss(
                 forecast, query, k, self.config, site.scale,
                 softcap=site.softcap, weight=share, last_tokens=self._last_tokens,
-                backend=self._backend,
+                teacher=self._teacher, backend=self._backend,
             )  # fmt: skip
             losses[site.layer] = losses[site.layer] + loss * share
             if recalls is not None:
@@ -304,6 +312,7 @@ def train_forecast(
     lr: float = 5e-4,
     accumulate: int = 1,
     last_tokens: int | None = None,
+    teacher: Teacher = "attention",
     out: str | Path | None = None,
     resume: str | Path | None = None,
     save_every: int = 50,
@@ -329,6 +338,8 @@ def train_forecast(
         accumulate: Batches per step and process.
         last_tokens: Tokens at the end of each sequence to learn from, None for all: those like
             the ones that will be decoded, where a Forecast is used. Fewer make a cheaper step.
+        teacher: What to learn: `attention`, where the layer's attention goes, as in SparDA, or
+            `query`, what its own query would choose, for a hint of mode `exact`.
         out: Safetensors file to write; a checkpoint is kept beside it.
         resume: Checkpoint to go on from.
         save_every: Steps between checkpoints.
@@ -348,7 +359,9 @@ def train_forecast(
     for name, value in (counts | {"last_tokens": last_tokens}).items():
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is too small; use 1 or more.")
-    trainer = ForecastTrainer(model, config or SpardaConfig(), lr, last_tokens=last_tokens)
+    trainer = ForecastTrainer(
+        model, config or SpardaConfig(), lr, last_tokens=last_tokens, teacher=teacher
+    )
     num_used = 0
     if resume is not None:
         checkpoint = Checkpoint.load(resume)

@@ -57,6 +57,19 @@ def slow_teacher(query_RTD, key_TD, p, config, scale, softcap):
     return cells
 
 
+def slow_query_teacher(query_RTD, key_TD, p, config, scale):
+    """Return the weight of each pooled key for one query, as a list."""
+    size, stride = config.pool_size, config.pool_stride
+    starts = range(0, len(key_TD) - size + 1, stride)
+    complete = [key_TD[s : s + size].mean(0) for s in starts if s + size <= p]
+    cells = [0.0] * len(starts)
+    for q_TD in query_RTD:
+        weights = [math.exp(float(q_TD[p] @ key) * scale) for key in complete]
+        for c, weight in enumerate(weights):
+            cells[c] += weight / sum(weights)
+    return cells
+
+
 def slow_blocks(cells, p, config):
     """Return the free blocks that the teacher selects."""
     ratio = config.block_size // config.pool_stride
@@ -69,7 +82,7 @@ def slow_blocks(cells, p, config):
     return sorted(best, key=lambda m: -best[m])[: config.top_k]
 
 
-def slow_loss(forecast, query, key, config, scale, softcap=0.0):
+def slow_loss(forecast, query, key, config, scale, softcap=0.0, teacher="attention"):
     """Return the loss in float64 with autograd's graph from the forecast."""
     batch, groups, num_tokens, dim = forecast.shape
     repeat = query.shape[1] // groups
@@ -85,10 +98,11 @@ def slow_loss(forecast, query, key, config, scale, softcap=0.0):
                 ]
             ).double()
             for p in range(num_tokens):
-                cells = slow_teacher(
-                    query[b, g * repeat : (g + 1) * repeat].double(), key[b, g].double(), p,
-                    config, scale, softcap,
-                )  # fmt: skip
+                heads = query[b, g * repeat : (g + 1) * repeat].double(), key[b, g].double()
+                if teacher == "query":
+                    cells = slow_query_teacher(*heads, p, config, scale)
+                else:
+                    cells = slow_teacher(*heads, p, config, scale, softcap)
                 target = [cell / (sum(cells) + 1e-8) for cell in cells]
                 seen = [c for c in range(len(cells)) if stride * c <= p]
                 logits = (pooled[seen] @ forecast[b, g, p].double()) / math.sqrt(dim)
@@ -109,6 +123,7 @@ def slow_loss(forecast, query, key, config, scale, softcap=0.0):
     return torch.stack(losses).sum() / (batch * groups * num_tokens)
 
 
+@pytest.mark.parametrize("teacher", ["attention", "query"])
 @pytest.mark.parametrize(
     ("changes", "sizes", "softcap"),
     [
@@ -118,17 +133,17 @@ def slow_loss(forecast, query, key, config, scale, softcap=0.0):
         ({"pool_size": 4, "top_k": 9}, {"heads": 2, "groups": 2, "tokens": 96}, 0.0),
     ],
 )
-def test_loss_and_gradient_are_those_of_the_formula(changes, sizes, softcap, monkeypatch):
+def test_loss_and_gradient_are_those_of_the_formula(changes, sizes, softcap, teacher, monkeypatch):
     config = CONFIG.replace(**changes)
     forecast, query, key = draw(**sizes)
     query, scale = 2.0 * query, 0.4
     slow = forecast.clone().requires_grad_()
-    want = slow_loss(slow, query, key, config, scale, softcap)
+    want = slow_loss(slow, query, key, config, scale, softcap, teacher)
     want.backward()
     # Small tiles, so that the seams between them are tested.
     monkeypatch.setattr(subject, "_TILE_ELEMENTS", 2 * 7 * 24)
     leaf = forecast.clone().requires_grad_()
-    got = backward_loss(leaf, query, key, config, scale, softcap=softcap)
+    got = backward_loss(leaf, query, key, config, scale, softcap=softcap, teacher=teacher)
     assert not got.requires_grad
     torch.testing.assert_close(got.double(), want.detach(), rtol=2e-6, atol=0.0)
     torch.testing.assert_close(leaf.grad, slow.grad, rtol=2e-4, atol=2e-9)

@@ -182,6 +182,18 @@ def test_what_is_before_the_last_tokens_does_not_teach(gym):
     assert all(losses[0][layer] != losses[1][layer] for layer in losses[0])
 
 
+def test_teacher_query_brings_the_choice_nearer_to_that_of_the_query(gym):
+    batches = gym.batches(4, batch_size=2, length=300)
+    recalls = {}
+    for teacher in ("attention", "query"):
+        trainer = ForecastTrainer(gym.model, gym.config, 1e-2, teacher=teacher)
+        reports = [trainer.step([batches[n % 4]]) for n in range(16)]
+        recalls[teacher] = sum(report.recall for report in reports[-4:]) / 4
+        assert reports[-1].loss < reports[3].loss
+        start = reports[0].recall
+    assert recalls["attention"] < start < recalls["query"]
+
+
 def test_recall_of_a_sequence_without_a_choice_is_nan(gym):
     report = ForecastTrainer(gym.model, gym.config, 1e-3).step(gym.batches(1, length=60))
     assert math.isnan(report.recall)
@@ -195,6 +207,7 @@ def test_recall_of_a_sequence_without_a_choice_is_nan(gym):
         ({"accumulate": 0}, "accumulate=0 is too small"),
         ({"last_tokens": 0}, "last_tokens=0 is too small"),
         ({"lr": 0.0}, "lr=0.0 is not allowed"),
+        ({"teacher": "dense"}, "teacher='dense' is not known; use one of attention, query"),
         ({"resume": "nowhere.checkpoint"}, "nowhere.checkpoint.*no file"),
     ],
 )
