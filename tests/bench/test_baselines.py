@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ class Racy(StaticCache):
     """Wrong until it is repaired as `needs` says."""
 
     needs = "none"
+    error = 1.0
 
     def __init__(self, model, max_tokens, repair):
         super().__init__(config=model.config, max_cache_len=max_tokens)
@@ -89,7 +91,7 @@ class Racy(StaticCache):
     def update(self, key_states, value_states, *args, **kwargs):
         order = ("none", "wait", "synchronize", "never")
         if order.index(self.repair) < order.index(self.needs):
-            value_states = value_states + 1
+            value_states = value_states + self.error
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -124,6 +126,22 @@ def test_offloaded_cache_is_repaired_as_little_as_it_needs(
     ours = found["scheduled"]["median"]
     assert found["static_over_scheduled"] == round(found["static"]["median"] / ours, 3)
     assert found["skipped"] == {}
+
+
+def test_what_differs_no_more_than_the_compiled_cache_does_agrees(lab, bench, monkeypatch):
+    def rounded(model):
+        return lambda **inputs: SimpleNamespace(logits=model(**inputs).logits * 1.01)
+
+    monkeypatch.setattr(Racy, "needs", "never")
+    monkeypatch.setattr(baselines, "OffloadedCache", Racy)
+    monkeypatch.setattr(baselines, "_compiled", rounded)
+    monkeypatch.setattr(baselines, "free_everything", lambda: None)
+    for error, agrees in ((0.01, True), (1.0, False)):
+        monkeypatch.setattr(Racy, "error", error)
+        found = bench_baselines(bench, lab.model, lab.shape, ROOMY)
+        assert found["static"]["relative_difference"] == pytest.approx(0.01, rel=0.1)
+        assert found["offloaded"]["agrees"] is agrees
+        assert found["offloaded"]["relative_difference"] > 0.0
 
 
 def test_caches_that_do_not_fit_are_left_out(lab, setting):
