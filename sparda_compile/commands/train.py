@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparda_compile.training.trainer import StepReport
+    from sparda_compile.training.report import StepReport
 
 __all__ = ["train_model"]
 

@@ -15,7 +15,6 @@ it reads the blocks that the teacher chose).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -42,6 +41,7 @@ from sparda_compile.training.checkpoint import (
 from sparda_compile.training.data import check_batch, endless
 from sparda_compile.training.loss import backward_loss
 from sparda_compile.training.recall import block_recall
+from sparda_compile.training.report import StepReport
 from sparda_compile.training.taps import TappedForward, tap_forward
 from sparda_compile.training.teacher import Teacher
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from sparda_compile.passes.base import AttentionSite
     from sparda_compile.training.teacher import Backend
 
-__all__ = ["ForecastTrainer", "StepReport", "train_forecast"]
+__all__ = ["ForecastTrainer", "train_forecast"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,38 +61,6 @@ _EPS: Final = 1e-6
 _WEIGHT_DECAY: Final = 0.01
 _LARGEST_NORM: Final = 0.5
 _RECALL_QUERIES: Final = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step saw, on the first process.
-
-    Attributes:
-        step: Steps done, this one included.
-        losses: Loss of each layer in nats, over all sequences of the step, before the update.
-        recalls: Share of the true query's blocks that each layer's Forecast picks at equal
-            budget, sink and local blocks left out; NaN where a sequence is too short for a choice.
-        gradient_norm: Norm of the gradient before clipping.
-        num_tokens: Tokens of the step, over all processes.
-        seconds: Time that the step took.
-    """
-
-    step: int
-    losses: dict[int, float]
-    recalls: dict[int, float]
-    gradient_norm: float
-    num_tokens: int
-    seconds: float
-
-    @property
-    def loss(self) -> float:
-        """Mean over the layers."""
-        return sum(self.losses.values()) / len(self.losses)
-
-    @property
-    def recall(self) -> float:
-        """Mean over the layers."""
-        return sum(self.recalls.values()) / len(self.recalls)
 
 
 class ForecastTrainer:

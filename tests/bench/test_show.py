@@ -107,7 +107,7 @@ def test_machine(console):
     printed = lines(console)
     assert "h200, measured" in printed
     assert "link, GB/s 45.00" in printed
-    assert "select_pages beside its bytes, us 11.90" in printed
+    assert "select_pages beside its bytes, us 8.80" in printed
 
 
 def test_parts(console):
