@@ -89,9 +89,9 @@ def test_llama_over_300_steps(llama, mode, selector):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "selector"), SELECTIONS)
-def test_qwen3_over_300_steps(qwen3, mode, selector):
+def test_qwen3_over_100_steps(qwen3, mode, selector):
     qwen3.check(
-        [prompt_of(n) for n in LENGTHS], 301, mode=mode, selector=selector, top_k=2, **SMALL
+        [prompt_of(n) for n in LENGTHS], 101, mode=mode, selector=selector, top_k=2, **SMALL
     )
 
 
