@@ -268,7 +268,7 @@ def _launch(
             f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
         )
     resident = num_pages == num_blocks
-    # 8 was the fastest of 2 to 16 warps on one H200 at 2048 blocks, when all blocks were planned.
+    # 8 was the fastest of 4 to 16 warps on one H200 at 2048 blocks.
     warps = 4 if not do_select or num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16
     _select_pages[(batch * groups,)](
         scores, lengths, ids, *tables, *out, groups, num_blocks, num_pages,
