@@ -360,7 +360,9 @@ def parse(arguments=None):
     parser.add_argument("--full-share", type=float, default=0.25, help="of the fullest sequences")
     parser.add_argument("--budget", type=float, help="share of the blocks that questions attend to")
     parser.add_argument("--sparse-share", type=float, default=0.75, help="of the long sequences")
-    parser.add_argument("--drop-evidence", type=float, default=0.0, help="share of sparse lookups")
+    parser.add_argument(
+        "--drop-evidence", type=float, default=0.0, help="share of sparse lookups that miss it"
+    )
     parser.add_argument("--pool-size", type=int, default=32, help="keys that a pooled key is of")
     parser.add_argument("--forecast-steps", type=int, default=0)
     parser.add_argument("--teacher", choices=("attention", "query"), default="attention")

@@ -183,7 +183,8 @@ def tracked_text():
     except (OSError, subprocess.CalledProcessError):
         pytest.skip(
             "needs git and a checkout: it reads the files that git lists, and without git cannot "
-            "tell them from those that programs wrote here"
+            "tell them from those that programs wrote here. CI and every clone have both; an "
+            "unpacked archive of the files does not"
         )
     for name in listing.decode().split("\0"):
         path = ROOT / name

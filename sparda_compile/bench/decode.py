@@ -215,8 +215,6 @@ class DecodeBench:
             return round(num_bytes / _MIB / batch, 1)
 
         return {
-            "batch_size": batch,
-            "max_tokens": self.setting.max_tokens,
             "device_mib_per_sequence": {name: mib(size) for name, size in self.memory.items()},
             "planned_device_mib_per_sequence": mib(layout.num_bytes(on_host=False) - trace),
             "trace_mib_per_sequence": mib(trace),
