@@ -36,8 +36,9 @@ _COUNT_TILE: Final = 8192
 @triton.jit
 def _copy_words(source, target, words, CHUNK: tl.constexpr):
     offsets = tl.arange(0, CHUNK)
-    source = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int32))
-    target = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int32))
+    # Of the pointer, not of the integer: a cast forgets it, and then every access is of 4 bytes.
+    source = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16)
+    target = tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16)
     data = tl.load(source + offsets, mask=offsets < words)
     tl.store(target + offsets, data, mask=offsets < words)
 

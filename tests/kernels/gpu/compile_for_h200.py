@@ -1,11 +1,13 @@
 """Compile every kernel for an H200 as its Python wrapper would launch it, without a GPU.
 
-Writes one line of JSON: by kernel, the number of variants and the most shared memory. Run as a
-program of its own, since the tests' process has Triton's interpreter on.
+Writes one line of JSON: by kernel, the most shared memory and the widest read and write of device
+memory of its variants, in bytes. Run as a program of its own, since the tests' process has Triton's
+interpreter on.
 """
 
 import collections
 import json
+import re
 import sys
 
 import torch
@@ -31,13 +33,24 @@ class OnPaper:
 
 
 triton.runtime.driver.set_active(OnPaper())
-shared = collections.defaultdict(dict)
+found = collections.defaultdict(list)
+
+
+def widest(ptx, access):
+    """Return the bytes of the widest access to global memory by one thread."""
+    pattern = rf"\b{access}\.global\S*?(?:\.v(\d))?\.b(\d+)\b"
+    widths = [int(bits) // 8 * int(vector or 1) for vector, bits in re.findall(pattern, ptx)]
+    if access == "ld":  # straight to shared memory
+        sizes = re.findall(r"\bcp\.async\.c[ag]\.shared\.global\b.*?\], (0x\w+|\d+)", ptx)
+        widths += [int(size, 0) for size in sizes]
+    return max(widths, default=0)
 
 
 def compile_only(kernel, grid):
     def launch(*args, **options):
         built = kernel.warmup(*args, grid=grid, **options)
-        shared[kernel.__name__][built.hash] = built.metadata.shared
+        ptx = built.asm["ptx"]
+        found[kernel.__name__].append((built.metadata.shared, widest(ptx, "ld"), widest(ptx, "st")))
 
     return launch
 
@@ -119,4 +132,5 @@ def run_largest(dtype, dim, size):
 
 run_all(torch.bfloat16, 128, 64)
 run_largest(torch.float32, 256, 128)
-json.dump({name: [len(found), max(found.values())] for name, found in shared.items()}, sys.stdout)
+most = {name: [max(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+json.dump(most, sys.stdout)

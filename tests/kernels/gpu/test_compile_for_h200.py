@@ -15,9 +15,12 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_for_h200.py")
 # Shared memory that one program may have on an H200.
 MOST_SHARED = 227 * 1024
+# Kernels that move many bytes, and whether they read and write them all.
+READ = {"_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks"}
+COPY = {"_gather", "_store_tail", "_copy_runs"}
 
 
-def test_kernels_compile_and_fit(tmp_path):
+def test_kernels_compile_and_fit_and_read_16_bytes_at_once(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT)],
@@ -26,4 +29,6 @@ def test_kernels_compile_and_fit(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert len(found) == 16
-    assert {name: shared for name, (_, shared) in found.items() if shared > MOST_SHARED} == {}
+    assert {name: shared for name, (shared, _, _) in found.items() if shared > MOST_SHARED} == {}
+    assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
+    assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)
