@@ -5,8 +5,9 @@ is slower and easier to look into. Both take the same flat arguments, in placeho
 
 Inductor moves nodes by their data alone. What must not move for correctness is data: forks take
 the state that side streams will touch, waits mutate what was used and take what must stay
-alive. What should not move for speed is pinned: every matrix multiplication gets a control
-dependence on the prefetch before it in the schedule, so the copy is issued before that work.
+alive. What should not move for speed is pinned: a wait takes the tickets of the prefetches before it
+in the schedule, and every matrix multiplication gets a control dependence on the prefetch before
+it, so the copy is issued before the compute stream stands still and before that work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from sparda_compile.errors import PassError
-from sparda_compile.passes.fx import fake_value
+from sparda_compile.passes.effects import argument, set_argument
+from sparda_compile.passes.fx import call_name, fake_value, find_ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,4 +129,21 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = {k: v for k, v in node.meta.items() if not k.startswith("sparda")}
+    _pin_waits(graph)
     return fx.GraphModule(gm, graph)
+
+
+def _pin_waits(graph: fx.Graph) -> None:
+    """Tie every wait to the prefetches that the schedule has issued since the wait before it.
+
+    Where projections are joined, no multiplication is left between such a prefetch and the wait,
+    and no other data ties the two.
+    """
+    tickets: list[fx.Node] = []
+    for node in find_ops(graph, "prefetch_blocks", "wait_blocks"):
+        if call_name(node) == "sparda.prefetch_blocks":
+            tickets.append(node)
+        elif tickets:
+            others = [ticket for ticket in tickets if ticket is not argument(node, "ticket")]
+            set_argument(node, "anchors", [*argument(node, "anchors"), *others])
+            tickets = []

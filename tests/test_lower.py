@@ -11,6 +11,7 @@ import torch
 import sparda_compile
 from sparda_compile import SpardaConfig
 from sparda_compile.lower import lower
+from sparda_compile.passes import fuse_projections
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, is_sparda
 
@@ -41,15 +42,20 @@ def _fast(traced, **changes):
         return sparda_compile.optimize(traced, SpardaConfig(**{**SMALL, **changes}))
 
 
-@pytest.fixture(scope="module", params=["forecast", "exact"])
+@pytest.fixture(scope="module", params=["forecast", "exact", "forecast, joined projections"])
 def compiled(request, traced):
     """An optimized module whose decode step Inductor has compiled, and the code that it made."""
     import torch._inductor.config
     from torch._inductor.utils import run_and_get_code
 
-    fast = _fast(traced, mode=request.param, lowering="inductor", machine="h200")
+    mode, *joined = request.param.split(", ")
     ids = torch.tensor([[7]])
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(fuse_projections, "_on_gpu", lambda graph: bool(joined))
+        fast = _fast(traced, mode=mode, lowering="inductor", machine="h200")
         _, codes = run_and_get_code(lambda: fast(ids, past_key_values=fast.new_cache()))
     return fast, codes[0]
 
