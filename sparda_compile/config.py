@@ -67,8 +67,8 @@ class SpardaConfig:
             launches every kernel from Python, which is slower and easier to look into.
         machine: Whose constants the scheduler plans with: `cpu`, `h100`, `h200`, or None for
             the machine that the model is on.
-        expected_overlap: Share of a step's blocks that the step before selected too; the
-            scheduler's estimate of how many bytes a step moves.
+        expected_overlap: Share of the blocks chosen by score that the step before chose too;
+            the scheduler's estimate of how many bytes a step moves.
         disable_passes: Names of passes to leave out.
         dump_dir: Folder to write the graph after each pass to.
 

@@ -47,6 +47,9 @@ def bench_profile(
     out: Annotated[
         Path, typer.Option(help="Folder for profile.json, profile.html and trace.json.")
     ] = Path("bench-results"),
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to note, where this is no git checkout.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Measure one decode step node by node, beside its schedule."""
@@ -63,7 +66,7 @@ def bench_profile(
         what = {"shape": shape, "batch_size": batch, "max_tokens": tokens, "overlap": overlap}
         result = {**what, "mode": mode, **measured.to_dict()}
         written = [
-            write_file(lambda path: _write_json(result, path), out / "profile.json"),
+            write_file(lambda path: _write_json(result, path, commit), out / "profile.json"),
             write_file(measured.to_html, out / "profile.html"),
             trace,
         ]
@@ -120,7 +123,7 @@ def _measure(
     say(f"building the {shape} model")
     captures = Captures(build_model(SHAPES[shape], device, torch.bfloat16), {})
     say("rewriting decode")
-    settings: dict[str, Any] = {"mode": mode}
+    settings: dict[str, Any] = {"mode": mode, "expected_overlap": overlap}
     program = build_program(captures, "scheduled", batch, tokens, _TRACE_STEPS, **settings)
     start = tokens - _ROOM
     say("filling the KV cache")
@@ -134,8 +137,8 @@ def _measure(
     return measure_step(lambda: program(ids, positions, None, cache), program.plan, trace=trace)
 
 
-def _write_json(result: dict[str, Any], path: Path) -> Path:
+def _write_json(result: dict[str, Any], path: Path, commit: str | None) -> Path:
     from sparda_compile.environment import write_result
 
-    write_result(path, {"name": "profile", **result})
+    write_result(path, {"name": "profile", **result}, commit)
     return path

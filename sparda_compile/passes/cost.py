@@ -109,15 +109,22 @@ def _sparda_bytes(node: fx.Node, ctx: PassContext) -> int:
     return total
 
 
-def _selected_bytes(pool: Tensor, ctx: PassContext) -> int:
+def _selected_bytes(pool: Tensor, ctx: PassContext, *, forced: bool = True) -> int:
+    """Return the bytes of the selected blocks of a pool, or of those alone that scores chose."""
     assert ctx.layout is not None
+    config = ctx.layout.config
     batch, groups = pool.shape[:2]
     blocks = min(ctx.layout.num_selected, pool.shape[2])
+    if not forced:
+        blocks = max(blocks - config.sink_blocks - config.local_blocks - 1, 0)
     return int(batch * groups * blocks * _numel(pool.shape[3:]) * pool.dtype.itemsize)
 
 
 def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
-    """Expected bytes of a copy, from the share of blocks that is new in each step."""
+    """Expected bytes of a copy, from the share of blocks that is new in each step.
+
+    Sinks and local blocks are read in every step, and were on the device when they were written.
+    """
     assert ctx.layout is not None
     pages = fake_value(argument(node, "pages"))
     if call_name(node).endswith(("store_blocks", "offload_blocks")):
@@ -128,7 +135,7 @@ def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
         block = int(_numel(pages.shape[:2]) * _numel(pages.shape[3:]) * pages.dtype.itemsize)
         return block // ctx.layout.config.block_size
     fresh = 1.0 - ctx.config.expected_overlap
-    return int(_selected_bytes(pages, ctx) * fresh)
+    return int(_selected_bytes(pages, ctx, forced=False) * fresh)
 
 
 def _flops(node: fx.Node) -> float:

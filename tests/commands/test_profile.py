@@ -64,7 +64,8 @@ def test_no_gpu_is_wrong_usage(run, tmp_path):
 
 
 def test_files_and_table(run, tmp_path):
-    result = run("--batch", "2", "--tokens", "65536", "--overlap", "0.7", "--mode", "exact")
+    options = ("--tokens", "65536", "--overlap", "0.7", "--mode", "exact", "--commit", "abc")
+    result = run("--batch", "2", *options)
     assert result.exit_code == 0, result.output
     assert result.asked == [("8b", 2, 65536, 0.7, "exact")]
     names = ("profile.json", "profile.html", "trace.json")
@@ -77,6 +78,7 @@ def test_files_and_table(run, tmp_path):
     assert (plain["mode"], plain["overlap"], plain["batch_size"]) == ("exact", 0.7, 2)
     assert plain["measured"]["step_us"] == pytest.approx(850.6, abs=0.1)
     assert "torch" in plain["environment"]
+    assert plain["environment"]["commit"] == "abc"
 
 
 def test_nodes_and_json(run):

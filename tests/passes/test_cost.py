@@ -20,6 +20,7 @@ SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
 BLOCK_BYTES = 2 * 64 * 16 * 4  # K and V, tokens, head dim, fp32
 HEADS = 3 * 2  # batch, KV heads
 SELECTED = 96
+SCORED = SELECTED - 1 - 32 - 1  # without sinks, local blocks and the one being written
 
 
 @pytest.fixture
@@ -44,14 +45,15 @@ def linear(plan, path):
 
 
 def test_prefetch_moves_the_blocks_that_are_new(decode):
-    expected = int(HEADS * SELECTED * BLOCK_BYTES * 0.25)
+    expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25)
     assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 45e3, 0, expected)
 
 
 def test_prefetch_of_nothing_is_a_launch(decode):
     assert cost(decode, "prefetch_1", expected_overlap=1.0) == Cost(2.0, 0, 0)
     everything = cost(decode, "prefetch_1", expected_overlap=0.0)
-    assert everything.link_bytes == HEADS * SELECTED * BLOCK_BYTES
+    assert everything.link_bytes == HEADS * SCORED * BLOCK_BYTES
+    assert cost(decode, "prefetch_1", top_k=0, expected_overlap=0.0) == Cost(2.0, 0, 0)
 
 
 def test_offload_of_a_decode_moves_one_block_in_so_many_steps(decode):
