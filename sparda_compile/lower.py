@@ -5,8 +5,8 @@ is slower and easier to look into. Both take the same flat arguments, in placeho
 
 Inductor moves nodes by their data alone. What must not move for correctness is data: forks take
 the state that side streams will touch, waits mutate what was used and take what must stay
-alive. What should not move for speed is pinned: a wait takes the tickets of the prefetches before it
-in the schedule, and every matrix multiplication gets a control dependence on the prefetch before
+alive. What should not move for speed is pinned: a wait takes the tickets of the prefetches before
+it in the schedule, and every matrix multiplication gets a control dependence on the prefetch before
 it, so the copy is issued before the compute stream stands still and before that work.
 """
 
