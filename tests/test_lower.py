@@ -14,6 +14,8 @@ from sparda_compile.lower import lower
 from sparda_compile.passes import fuse_projections
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, is_sparda
+from sparda_compile.streams import CudaEngine, ImmediateEngine, use_engine
+from sparda_compile.testing import tiny_llama
 
 SMALL = {
     "top_k": 2,
@@ -104,6 +106,51 @@ def test_the_schedule_survives_inductor(compiled):
         hidden_by_schedule = want[want.index(start) : want.index(wait)].count("mm")
         hidden = got[got.index(start) : got.index(wait)].count("mm")
         assert hidden >= hidden_by_schedule, (start, want, got)
+
+
+def _recording(device):
+    """Return an engine of a device that notes which copies begin and are awaited, in order."""
+
+    class Recording(ImmediateEngine if device == "cpu" else CudaEngine):
+        def record(self, event):
+            issued.append(("start", event))
+            super().record(event)
+
+        def wait(self, event):
+            issued.append(("wait", event))
+            super().wait(event)
+
+    issued = []
+    return Recording(*[torch.device(device)] * (device == "cuda")), issued
+
+
+@pytest.mark.parametrize(
+    ("device", "mode"),
+    [
+        ("cpu", "forecast"),
+        pytest.param("cuda", "query", marks=pytest.mark.gpu),
+        pytest.param("cuda", "forecast", marks=pytest.mark.gpu),
+        pytest.param("cuda", "exact", marks=pytest.mark.gpu),
+    ],
+)
+def test_streams_are_given_work_in_the_order_of_the_schedule(device, mode):
+    """On a GPU projections are joined, and Inductor has an order of its own."""
+    changes = {"mode": mode, "lowering": "inductor", "cuda_graph": False}
+    fast = _fast(tiny_llama(num_hidden_layers=3).to(device), machine="h200", **changes)
+    engine, issued = _recording(device)
+    if device == "cuda":  # a program has an engine of its own there
+        fast.program("decode", 1, 512, last_only=True)._engine = engine
+    ids = torch.randint(0, 256, (1, 70), device=device)
+    with use_engine(engine):
+        fast.generate(ids, max_new_tokens=2, do_sample=False)
+    nodes = [n for n in fast.sparda.graph("decode").graph.nodes if is_sparda(n)]
+    want = [
+        ("wait" if call_name(n).endswith("wait_blocks") else "start", argument(n, "event"))
+        for n in nodes
+        if call_name(n).removeprefix("sparda.") in _EVENT_OPS
+    ]
+    assert want
+    assert issued[-len(want) :] == want  # the prompt's copies come first
 
 
 def test_inductor_allocates_no_copy_of_a_pool(compiled):
