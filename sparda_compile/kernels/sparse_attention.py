@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["attend_missing", "attend_resident", "blocks_per_split", "sparse_attention"]
 
-# Measured on one H200: within 2% of the fastest of 1 to 96 blocks a split, at batch 1, 4, 16 with 2
+# Measured on one H200: within 3% of the fastest of 1 to 96 blocks a split, at batch 1, 4, 16 with 2
 # and 8 KV heads. One block a split makes the merge too long, few splits leave multiprocessors idle.
 _WANTED_SPLITS: Final = 384
 _LEAST_BLOCKS: Final = 2

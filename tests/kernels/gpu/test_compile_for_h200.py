@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_for_h200.py")
 # Shared memory that one program may have on an H200.
 MOST_SHARED = 227 * 1024
-# Kernels that move many bytes, and whether they read and write them all.
+# Kernels that read many bytes, and those that write as many.
 READ = {"_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks"}
 COPY = {"_gather", "_store_tail", "_copy_runs"}
 
