@@ -148,7 +148,7 @@ def test_missing_blocks_have_empty_partials():
 
 @pytest.mark.parametrize(
     ("pairs", "selected", "blocks"),
-    [(1, 1, 2), (2, 96, 2), (14, 96, 4), (32, 96, 8), (128, 96, 16), (2, 2048, 11)],
+    [(1, 1, 2), (2, 96, 2), (14, 96, 4), (32, 96, 8), (128, 96, 32), (256, 96, 32), (2, 2048, 11)],
 )
 def test_splits_are_few_enough_and_many_enough(pairs, selected, blocks):
     assert blocks_per_split(pairs, selected) == blocks
