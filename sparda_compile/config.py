@@ -172,11 +172,16 @@ class SpardaConfig:
             if value is not None:
                 _at_least(name, value, 1)
 
+    @property
+    def num_forced(self) -> int:
+        """Blocks that are read whatever their score: sink, local and current ones."""
+        return self.sink_blocks + self.local_blocks + 1
+
     def num_selected(self, num_blocks: int) -> int:
         """Blocks that attention reads out of `num_blocks`: sink + local + current + top-k."""
         if self.mode == "dense" or self.top_k is None:
             return num_blocks
-        return min(num_blocks, self.sink_blocks + self.local_blocks + 1 + self.top_k)
+        return min(num_blocks, self.num_forced + self.top_k)
 
     @property
     def needs_forecast(self) -> bool:

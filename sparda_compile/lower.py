@@ -123,7 +123,7 @@ def _pin_prefetches(graph: fx.Graph) -> None:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy for the compiler to consume; the caller's graph stays to be looked at."""
+    """Return a copy for the compiler, waits pinned; the caller's graph stays to be looked at."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:

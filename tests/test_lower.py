@@ -144,7 +144,7 @@ def test_streams_are_given_work_in_the_order_of_the_schedule(compiled):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
-def test_on_a_gpu_too(mode):
+def test_a_gpu_is_given_work_in_the_order_of_the_schedule(mode):
     """There projections are joined, kernels are Triton's, and a program has its own engine."""
     model = tiny_llama(num_hidden_layers=3).to("cuda")
     fast = _fast(model, mode=mode, lowering="inductor", machine="h200", cuda_graph=False)

@@ -99,7 +99,7 @@ def follow(kv: KVCache, num_tokens: int, overlap: float, seed: int = 0) -> None:
     """
     config, steps = kv.layout.config, kv.layout.trace_steps
     device = kv.state[LENGTHS].device
-    scored = kv.layout.num_selected - config.sink_blocks - config.local_blocks - 1
+    scored = kv.layout.num_selected - config.num_forced
     first = config.sink_blocks
     end = num_tokens // config.block_size - config.local_blocks
     kept = round(overlap * scored)

@@ -130,7 +130,7 @@ def budget_config(config: SpardaConfig, length: int, share: float) -> SpardaConf
     if share == 1.0:
         return config.replace(top_k=None)
     num_blocks = -(-length // config.block_size)
-    forced = config.sink_blocks + config.local_blocks + 1
+    forced = config.num_forced
     top_k = int(share * num_blocks + 0.5) - forced
     if top_k < 0:
         raise ConfigError(

@@ -112,11 +112,10 @@ def _sparda_bytes(node: fx.Node, ctx: PassContext) -> int:
 def _selected_bytes(pool: Tensor, ctx: PassContext, *, forced: bool = True) -> int:
     """Return the bytes of the selected blocks of a pool, or of those alone that scores chose."""
     assert ctx.layout is not None
-    config = ctx.layout.config
     batch, groups = pool.shape[:2]
     blocks = min(ctx.layout.num_selected, pool.shape[2])
     if not forced:
-        blocks = max(blocks - config.sink_blocks - config.local_blocks - 1, 0)
+        blocks = max(blocks - ctx.layout.config.num_forced, 0)
     return int(batch * groups * blocks * _numel(pool.shape[3:]) * pool.dtype.itemsize)
 
 

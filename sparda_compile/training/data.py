@@ -39,8 +39,7 @@ BYTES: Final = "bytes"
 
 def shortest_sequence(config: SpardaConfig) -> int:
     """Return the tokens that a sequence needs for one query to have a block to choose."""
-    forced = config.sink_blocks + config.local_blocks + 1
-    return max(forced * config.block_size + 1, config.pool_size)
+    return max(config.num_forced * config.block_size + 1, config.pool_size)
 
 
 def check_batch(ids: Tensor, config: SpardaConfig, vocab_size: int | None) -> None:

@@ -66,7 +66,7 @@ def geometry_of(config: SpardaConfig, num_tokens: int) -> Geometry:
 
 def first_supervised(config: SpardaConfig) -> int:
     """Return the first position that has a block which is neither sink nor local nor current."""
-    return (config.sink_blocks + config.local_blocks + 1) * config.block_size
+    return config.num_forced * config.block_size
 
 
 def pool_keys(k_BGTD: Tensor, config: SpardaConfig) -> Tensor:
