@@ -48,7 +48,7 @@ def samples():
     counters = torch.zeros(5, dtype=torch.int64)
     pooled = [randn(ROWS, GROUPS, 19, DIM), randn(ROWS, GROUPS, 8, DIM)]
     misses = (int32([1, -1, -1]).expand_as(ids).contiguous(), page_ids)
-    splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED))
+    splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED, SIZE))
     partial = (randn(ROWS, GROUPS, splits, 3, DIM), randn(ROWS, GROUPS, splits, 3))
     ticket = torch.empty(0)
     selection = (query, pages, page_ids, ids)

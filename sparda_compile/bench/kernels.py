@@ -139,7 +139,7 @@ def bench_latencies(device: torch.device, rate: float) -> dict[str, float]:
     """
     calls, pooled_bytes = _selection(device, 1)
     data, kv_bytes = _attention_data(device, 1, 32, 2)
-    blocks = blocks_per_split(2, _SELECTED)
+    blocks = blocks_per_split(2, _SELECTED, _SIZE)
     calls["attend_resident"] = [partial(_partials, *operands, blocks) for operands in data]
     calls["sparse_attention"] = [partial(_sparse, *operands, blocks) for operands in data]
     num_bytes = {
@@ -249,7 +249,7 @@ def _attention(
     device: torch.device, batch: int, heads: int, groups: int, rate: float
 ) -> dict[str, Any]:
     data, kv_bytes = _attention_data(device, batch, heads, groups)
-    chosen = blocks_per_split(batch * groups, _SELECTED)
+    chosen = blocks_per_split(batch * groups, _SELECTED, _SIZE)
     gathered = [_gathered(pages, places) for _, pages, places, *_ in data]
     ours = _sparse(*data[0], chosen)
     keys, values = (tensor.double() for tensor in gathered[0])

@@ -14,6 +14,7 @@ Reads K*2*P*D elements per sequence and group. On CUDA: `gpu/attention.py`.
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
@@ -22,32 +23,45 @@ from torch import Tensor
 
 __all__ = ["attend_missing", "attend_resident", "blocks_per_split", "sparse_attention"]
 
-# Measured on one H200: within 3% of the fastest of 1 to 96 blocks a split, at batch 1, 4, 16 with 2
-# and 8 KV heads. One block a split makes the merge too long, few splits leave multiprocessors idle.
-_WANTED_SPLITS: Final = 384
-_LEAST_BLOCKS: Final = 2
-_MOST_BLOCKS: Final = 32
+# Measured on one H200 with 2 to 256 pairs: shorter splits make the merge too long, and to begin a
+# program takes about as long as to read 64 tokens. Three share each of 132 multiprocessors.
+_LEAST_TOKENS: Final = 128
+_START_TOKENS: Final = 64
+_PROGRAMS_AT_ONCE: Final = 3 * 132
 
 
-def blocks_per_split(num_pairs: int, num_selected: int) -> int:
+@functools.cache
+def blocks_per_split(num_pairs: int, num_selected: int, block_size: int) -> int:
     """Return how many blocks one partial result covers.
+
+    Every split is one program. As many as run at once make a round, which lasts as long as its
+    longest split. The fewer programs in the last one, the more multiprocessors are idle.
 
     Args:
         num_pairs: Sequences times KV heads.
         num_selected: K.
+        block_size: P, tokens.
+
+    Returns:
+        What makes all rounds together shortest, in the fewest splits.
     """
-    wanted = -(-num_pairs * num_selected // _WANTED_SPLITS)
-    return min(max(wanted, _LEAST_BLOCKS), _MOST_BLOCKS)
+    least = max(_LEAST_TOKENS // block_size, 1)
+
+    def cost(blocks: int) -> tuple[int, int]:
+        programs = num_pairs * -(-num_selected // blocks)
+        rounds = -(-programs // _PROGRAMS_AT_ONCE)
+        return rounds * (blocks * block_size + _START_TOKENS), programs
+
+    return min(range(least, max(num_selected, least) + 1), key=cost)
 
 
-def _split_size(block_ids_BGK: Tensor) -> int:
+def _split_size(pages: Tensor, block_ids_BGK: Tensor) -> int:
     batch, groups, selected = block_ids_BGK.shape
-    return blocks_per_split(batch * groups, selected)
+    return blocks_per_split(int(batch * groups), int(selected), int(pages.shape[4]))
 
 
-def _in_splits(tensor_BGK: Tensor, fill: int) -> Tensor:
+def _in_splits(tensor_BGK: Tensor, blocks: int, fill: int) -> Tensor:
     """Return [B, G, S, n], padded with `fill`."""
-    blocks = _split_size(tensor_BGK)
     padded = F.pad(tensor_BGK, (0, -tensor_BGK.shape[-1] % blocks), value=fill)
     result: Tensor = padded.unflatten(-1, (-1, blocks))
     return result
@@ -65,8 +79,9 @@ def split_partials(
     """Attend to each split alone: [B, G, S, R, D] and [B, G, S, R], fp32."""
     batch, groups, _, _, size, _ = pages.shape
     query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
-    index = _in_splits(page_ids_BGK, 0).clamp(min=0).long()
-    block_BGSn = _in_splits(block_ids_BGK, -1)
+    blocks = _split_size(pages, block_ids_BGK)
+    index = _in_splits(page_ids_BGK, blocks, 0).clamp(min=0).long()
+    block_BGSn = _in_splits(block_ids_BGK, blocks, -1)
     rows = torch.arange(batch, device=pages.device)[:, None, None, None]
     heads = torch.arange(groups, device=pages.device)[:, None, None]
     kv_BGSn2PD = pages[rows, heads, index].float()
@@ -92,10 +107,10 @@ def merge_partials(out_BGSRD: Tensor, lse_BGSR: Tensor) -> Tensor:
     return (torch.exp(lse_BGSR - total)[..., None] * out_BGSRD).sum(2)
 
 
-def _in_late_split(is_miss_BGK: Tensor) -> Tensor:
+def _in_late_split(is_miss_BGK: Tensor, blocks: int) -> Tensor:
     """Return [B, G, K] bool: ids of splits that have a missing block."""
-    late_BGS = _in_splits(is_miss_BGK, 0).any(-1)
-    spread = late_BGS.repeat_interleave(_split_size(is_miss_BGK), dim=-1)
+    late_BGS = _in_splits(is_miss_BGK, blocks, 0).any(-1)
+    spread = late_BGS.repeat_interleave(blocks, dim=-1)
     return spread[..., : is_miss_BGK.shape[-1]]
 
 
@@ -152,7 +167,7 @@ def _(
 ) -> Tensor:
     from sparda_compile.kernels.gpu.attention import merge, partials
 
-    blocks = _split_size(block_ids)
+    blocks = _split_size(pages, block_ids)
     parts = partials(query, pages, page_ids, block_ids, None, lengths, scale, softcap, blocks)
     return merge(*parts, None, query.dtype)
 
@@ -184,7 +199,7 @@ def attend_resident(
         Partial outputs [B, G, S, R, D] fp32 and their log-sum-exps [B, G, S, R] fp32; empty
         (0, -inf) for splits with a missing block.
     """
-    late = _in_late_split(is_miss)
+    late = _in_late_split(is_miss, _split_size(pages, is_miss))
     resident = block_ids.masked_fill(late, -1)
     return split_partials(query, pages, page_ids, resident, lengths, scale, softcap)
 
@@ -201,7 +216,7 @@ def _(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, groups, selected = block_ids.shape
-    splits = -(-selected // _split_size(block_ids))
+    splits = -(-selected // _split_size(pages, block_ids))
     shape = (batch, groups, splits, query.shape[1] // groups)
     lse = query.new_empty(shape, dtype=torch.float32)
     return query.new_empty((*shape, query.shape[-1]), dtype=torch.float32), lse
@@ -220,7 +235,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     from sparda_compile.kernels.gpu.attention import partials
 
-    blocks = _split_size(block_ids)
+    blocks = _split_size(pages, block_ids)
     return partials(query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks)
 
 
@@ -254,8 +269,9 @@ def attend_missing(
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
-    is_late = _in_splits(is_miss, 0).any(-1)
-    missing = block_ids.masked_fill(~_in_late_split(is_miss), -1)
+    blocks = _split_size(pages, is_miss)
+    is_late = _in_splits(is_miss, blocks, 0).any(-1)
+    missing = block_ids.masked_fill(~_in_late_split(is_miss, blocks), -1)
     out, lse = split_partials(query, pages, page_ids, missing, lengths, scale, softcap)
     out = torch.where(is_late[..., None, None], out, partial_out)
     lse = torch.where(is_late[..., None], lse, partial_lse)
@@ -295,6 +311,6 @@ def _(
 
     late = partials(
         query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap,
-        _split_size(block_ids), missing=True,
+        _split_size(pages, block_ids), missing=True,
     )  # fmt: skip
     return merge(partial_out, partial_lse, late, query.dtype)

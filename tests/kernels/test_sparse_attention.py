@@ -130,15 +130,17 @@ def test_parts_equal_the_whole_in_half_precision(dtype):
 
 
 def test_missing_blocks_have_empty_partials():
-    case = Case(11, 6)
-    is_miss = (case.block_ids % 4 == 1) & (case.block_ids >= 0)
+    selected = 24
+    case = Case(40, selected)
+    is_miss = case.block_ids % 16 == 1
     out, lse = attend_resident(
         case.query, case.pages, case.page_ids, case.block_ids, is_miss, case.lengths, 1.0, 0.0
     )
     assert out.dtype == lse.dtype == torch.float32
     assert is_miss.any()
-    # Two blocks a split; one missing block makes the whole split wait.
-    is_late = is_miss.unflatten(-1, (-1, blocks_per_split(4, 6))).any(-1)
+    # One missing block makes the whole split wait.
+    blocks = blocks_per_split(4, selected, SIZE)
+    is_late = is_miss.unflatten(-1, (-1, blocks)).any(-1)
     assert is_late.any()
     assert not is_late.all()
     assert lse[is_late].eq(float("-inf")).all()
@@ -147,11 +149,28 @@ def test_missing_blocks_have_empty_partials():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "selected", "blocks"),
-    [(1, 1, 2), (2, 96, 2), (14, 96, 4), (32, 96, 8), (128, 96, 32), (256, 96, 32), (2, 2048, 11)],
+    ("pairs", "selected", "size", "blocks"),
+    [
+        # At least 128 tokens.
+        (1, 1, 64, 2), (2, 96, 64, 2), (2, 384, 16, 8), (2, 48, 128, 1),
+        # As many programs as run at once: 384 of 396.
+        (8, 96, 64, 2), (32, 96, 64, 8), (128, 96, 64, 32), (192, 96, 64, 48), (128, 384, 16, 128),
+        # Twice as many: 256 would leave a third of them idle.
+        (256, 96, 64, 32),
+        (2, 2048, 64, 11),
+    ],
+)  # fmt: skip
+def test_splits_fill_the_gpu(pairs, selected, size, blocks):
+    assert blocks_per_split(pairs, selected, size) == blocks
+
+
+@given(
+    pairs=st.integers(1, 700), selected=st.integers(1, 3000), size=st.sampled_from([16, 64, 128])
 )
-def test_splits_are_few_enough_and_many_enough(pairs, selected, blocks):
-    assert blocks_per_split(pairs, selected) == blocks
+def test_no_split_is_empty_or_needlessly_short(pairs, selected, size):
+    blocks = blocks_per_split(pairs, selected, size)
+    assert blocks * size >= 128
+    assert blocks == max(128 // size, 1) or blocks <= selected
 
 
 def test_partials_without_a_block_are_empty():

@@ -33,12 +33,17 @@ if TYPE_CHECKING:
 
 __all__ = ["merge", "partials"]
 
-# Measured on one H200 (head_dim 128, blocks of 64, bf16): of 1 to 4 stages, 4 and 8 warps, and of
-# merging 2048 to 16384 elements at a time by 1 to 8 warps.
+# Measured on one H200 (head_dim 128, blocks of 64, bf16): of 2 to 11 stages, 1 to 8 warps and tiles
+# of 16 to 128 tokens, and of merging 2048 to 16384 elements at a time by 1 to 8 warps. A short
+# split is read in one tile or two. The tiles of a long one follow each other, and three programs
+# have room for theirs on one multiprocessor.
 _STAGES: Final = 3
-# Two tiles of keys and two of values have to fit the shared memory of a multiprocessor. A block
-# with more bytes is read in parts.
-_TILE_BYTES: Final = 64 * 1024
+_WARPS: Final = 4
+_SHORT_SPLIT: Final = 256
+_SHORT_TILE: Final = 128
+_LONG_TILE: Final = 64
+# Of keys, and as many of values; vectors that are too long for it are read fewer at a time.
+_TILE_BYTES: Final = 32 * 1024
 _MERGE_TILE: Final = 8192
 
 
@@ -47,7 +52,7 @@ def _partials(
     query, pages, page_ids, block_ids, is_miss, lengths, out, lse, scale, softcap,
     q_row, q_head, groups, num_pages, splits,
     SELECTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
     SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
@@ -77,18 +82,19 @@ def _partials(
         )
         if INTERPRETED:
             q = q.to(tl.float32)
-        for i in tl.range(BLOCKS * PARTS, num_stages=STAGES):
-            token = i % PARTS * TOKENS + tl.arange(0, TOKENS)
-            entry = first + i // PARTS
-            inside = entry < SELECTED
+        for tile in tl.range(TILES, num_stages=STAGES):
+            place = tile * TOKENS + tl.arange(0, TOKENS)
+            nth, token = place // ROOM, place % ROOM
+            entry = first + nth
+            inside = (nth < BLOCKS) & (entry < SELECTED)
             block = tl.load(block_ids + pair * SELECTED + entry, mask=inside, other=-1)
             page = tl.load(page_ids + pair * SELECTED + entry, mask=inside, other=0)
             seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
             base = (pair.to(tl.int64) * num_pages + tl.maximum(page, 0)) * (2 * SIZE * DIM)
-            place = pages + base + token[:, None] * DIM + dims[None, :]
+            source = pages + (base + token * DIM)[:, None] + dims[None, :]
             mask = seen[:, None] & is_dim[None, :]
-            keys = tl.load(place, mask=mask, other=0.0)
-            values = tl.load(place + SIZE * DIM, mask=mask, other=0.0)
+            keys = tl.load(source, mask=mask, other=0.0)
+            values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
             if INTERPRETED:
                 keys, values = keys.to(tl.float32), values.to(tl.float32)
             dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
@@ -159,15 +165,18 @@ def partials(
     pick = 0 if is_miss_BGK is None else 2 if missing else 1
     flags = block_ids_BGK if is_miss_BGK is None else is_miss_BGK.view(torch.int8)
     dims = power_of_two(dim, 16)
-    tokens = power_of_two(size)
-    while tokens * dims * pages.element_size() > _TILE_BYTES:
-        tokens //= 2
+    room = power_of_two(size)
+    length = room * num_blocks
+    tokens = min(
+        _SHORT_TILE if length <= _SHORT_SPLIT else _LONG_TILE,
+        _TILE_BYTES // (dims * pages.element_size()),
+        power_of_two(length),
+    )
     _partials[(batch * groups, splits)](
         query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, scale, softcap,
         q_row, q_head, groups, num_pages, splits, selected, heads, power_of_two(heads, 16), size,
-        tokens, power_of_two(size) // tokens, dim, dims, num_blocks, power_of_two(num_blocks), pick,
-        softcap != 0.0, interpreting(), _STAGES,
-        num_warps=8 if tokens * dims > 16384 else 4, **as_written(),
+        room, tokens, triton.cdiv(length, tokens), dim, dims, num_blocks, power_of_two(num_blocks),
+        pick, softcap != 0.0, interpreting(), _STAGES, num_warps=_WARPS, **as_written(),
     )  # fmt: skip
     return out, lse
 
