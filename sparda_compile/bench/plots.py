@@ -59,10 +59,10 @@ def write_plot(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
 def _draw_times(panel: Any, result: Mapping[str, Any]) -> None:
     rows = list(result["by_overlap"].values())
     overlaps = _overlaps(result)
-    for name in _DRAWN:
+    for number, name in enumerate(_DRAWN):
         if all(name in row for row in rows):
             values = [row[name]["median"] / 1e3 for row in rows]
-            panel.plot(overlaps, values, marker="o", label=name)
+            panel.plot(overlaps, values, marker="o", color=f"C{number}", label=name)
     if all("floor_us" in row for row in rows):
         floor = [row["floor_us"] / 1e3 for row in rows]
         panel.plot(overlaps, floor, "--", color="black", label="floor")
