@@ -175,7 +175,7 @@ def test_small_ops_are_not_bound_by_bandwidth(predicted):
     fast = dataclasses.replace(H200, memory_gbps=1e9)
     small, large = (predicted("select_pages_0", batch, fast) for batch in (1, 16))
     assert small == pytest.approx(large) == pytest.approx(H200.latency_of("select_pages"))
-    assert predicted("sparse_attention_0", 1) < 1.2 * predicted("sparse_attention_0", 1, fast)
+    assert predicted("sparse_attention_0", 1) < 1.3 * predicted("sparse_attention_0", 1, fast)
     assert predicted("sparse_attention_0", 16) > 3 * predicted("sparse_attention_0", 16, fast)
 
 
