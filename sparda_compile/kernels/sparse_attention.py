@@ -56,6 +56,7 @@ def blocks_per_split(num_pairs: int, num_selected: int, block_size: int) -> int:
 
 
 def _split_size(pages: Tensor, block_ids_BGK: Tensor) -> int:
+    # Sizes that a trace left open are settled here: how ids are split hangs on the numbers.
     batch, groups, selected = block_ids_BGK.shape
     return blocks_per_split(int(batch * groups), int(selected), int(pages.shape[4]))
 

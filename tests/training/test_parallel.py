@@ -30,9 +30,9 @@ def work(gym, batches, rank, port, out):
 
 @pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="forks this process, which CUDA does not allow once it is in use; where there is a GPU, "
-    "other tests use it. It tests how two CPU processes exchange gradients, so it needs no GPU: CI "
-    "and any other machine without one run it",
+    reason="forks this process, which CUDA forbids once it is in use, and on a machine with a GPU "
+    "other tests use it in this process. What is tested is how two CPU processes exchange "
+    "gradients, for which a GPU changes nothing: CI and every machine without one run it",
 )
 def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
     batches = gym.batches(4, length=100)
