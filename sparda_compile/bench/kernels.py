@@ -241,7 +241,8 @@ def _partials(
 def _sparse(
     query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor, blocks: int
 ) -> Tensor:
-    return attention.attend(query, pages, places, ids, lengths, _SCALE, 0.0, blocks)
+    parts = _partials(query, pages, places, ids, lengths, blocks)
+    return attention.merge(*parts, None, query.dtype)
 
 
 def _attention(

@@ -23,11 +23,11 @@ from torch import Tensor
 
 __all__ = ["attend_missing", "attend_resident", "blocks_per_split", "sparse_attention"]
 
-# Measured on H200s with 2 to 256 pairs: shorter splits make the merge too long, and to begin a
-# program takes about as long as to read 64 tokens. Each takes one of 132 multiprocessors.
-_LEAST_TOKENS: Final = 256
+# Measured on one H200 with 2 to 256 pairs: shorter splits make the merge too long, and to begin a
+# program takes about as long as to read 64 tokens. Three share each of 132 multiprocessors.
+_LEAST_TOKENS: Final = 128
 _START_TOKENS: Final = 64
-_PROGRAMS_AT_ONCE: Final = 132
+_PROGRAMS_AT_ONCE: Final = 3 * 132
 
 
 @functools.cache
@@ -166,10 +166,11 @@ def _(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    from sparda_compile.kernels.gpu.attention import attend
+    from sparda_compile.kernels.gpu.attention import merge, partials
 
     blocks = _split_size(pages, block_ids)
-    return attend(query, pages, page_ids, block_ids, lengths, scale, softcap, blocks)
+    parts = partials(query, pages, page_ids, block_ids, None, lengths, scale, softcap, blocks)
+    return merge(*parts, None, query.dtype)
 
 
 @torch.library.custom_op("sparda::attend_resident", mutates_args=())

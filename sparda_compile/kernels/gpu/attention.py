@@ -12,7 +12,6 @@ Floor: K*2*P*D elements per sequence and group at the device's bandwidth.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -32,66 +31,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["attend", "merge", "partials"]
+__all__ = ["merge", "partials"]
 
-# Measured on H200s (head_dim 128, blocks of 64, bf16) with 2 to 256 pairs of sequence and KV head.
-# A program takes two tiles a turn, with one softmax, and has two turns in flight: it has a
-# multiprocessor to itself. Ids are read a turn ahead, since Triton would divide the stages among
-# loads that wait for each other. `benchmarks/results/2026-11-25-h200-attention-forms.json`
+# Measured on one H200 (head_dim 128, blocks of 64, bf16): of 2 to 11 stages, 1 to 8 warps and tiles
+# of 16 to 128 tokens, and of merging 2048 to 16384 elements at a time by 1 to 8 warps. A short
+# split is read in one tile or two, of several blocks. The tiles of a long one follow each other, so
+# that they may be of one block, which takes fewer addresses (100 us instead of 103 at batch 16 with
+# 8 KV heads), if that is large enough. Three programs have room on one multiprocessor.
 _STAGES: Final = 3
-_STAGES_OF_SMALL: Final = 2
 _WARPS: Final = 4
-_TILE: Final = 64
+_SHORT_SPLIT: Final = 256
+_TILE: Final = 128
+_TILE_OF_A_BLOCK: Final = 64
 # Of keys, and as many of values; vectors that are too long for it are read fewer at a time.
-_TILE_BYTES: Final = 16 * 1024
+_TILE_BYTES: Final = 32 * 1024
 _MERGE_TILE: Final = 8192
-
-
-@triton.jit
-def _ids_of(
-    block_ids, page_ids, place, number,
-    LIMIT: tl.constexpr, SELECTED: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr,
-    first,
-):  # fmt: skip
-    """Return block and page of tile `number` of a split, or of each of its tokens."""
-    if TOKENS > ROOM:
-        nth = (number * TOKENS + tl.arange(0, TOKENS)) // ROOM
-    else:
-        nth = number * TOKENS // ROOM
-    inside = (nth < LIMIT) & (first + nth < SELECTED)
-    block = tl.load(block_ids + place + nth, mask=inside, other=-1)
-    page = tl.load(page_ids + place + nth, mask=inside, other=0)
-    return block, page
-
-
-@triton.jit
-def _read(
-    pages, block, page, number, length, dims,
-    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Return keys and values of tile `number`, and which of its tokens there are."""
-    token = (number * TOKENS + tl.arange(0, TOKENS)) % ROOM
-    seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
-    start = pages + tl.maximum(page, 0).to(tl.int64) * (2 * SIZE * DIM)
-    if TOKENS > ROOM:
-        start = start[:, None]
-    source = start + token[:, None] * DIM + dims[None, :]
-    mask = seen[:, None] & (dims < DIM)[None, :]
-    keys = tl.load(source, mask=mask, other=0.0)
-    values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
-    if INTERPRETED:
-        keys, values = keys.to(tl.float32), values.to(tl.float32)
-    return keys, values, seen
-
-
-@triton.jit
-def _scores(q, keys, seen, scale, softcap, SOFTCAP: tl.constexpr):
-    dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends
-        dots = softcap * (1.0 - 2.0 / (tl.exp(2.0 * dots / softcap) + 1.0))
-    return tl.where(seen[None, :], dots, float("-inf"))
 
 
 @triton.jit
@@ -99,7 +53,7 @@ def _partials(
     query, pages, page_ids, block_ids, is_miss, lengths, out, lse, scale, softcap,
     q_row, q_head, groups, num_pages, splits,
     SELECTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr,
+    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
     SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
@@ -114,8 +68,8 @@ def _partials(
     runs = True
     if PICK:
         number = tl.arange(0, EACH)
-        there = (number < BLOCKS) & (first + number < SELECTED)
-        flags = tl.load(is_miss + pair * SELECTED + first + number, mask=there, other=0)
+        mine = (number < BLOCKS) & (first + number < SELECTED)
+        flags = tl.load(is_miss + pair * SELECTED + first + number, mask=mine, other=0)
         has_miss = tl.max(flags.to(tl.int32), 0)
         runs = has_miss > 0 if PICK == 2 else has_miss == 0
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -129,35 +83,40 @@ def _partials(
         )
         if INTERPRETED:
             q = q.to(tl.float32)
-        mine = pages + pair.to(tl.int64) * num_pages * (2 * SIZE * DIM)
-        ids = pair * SELECTED + first
-        block, page = _ids_of(block_ids, page_ids, ids, 0, BLOCKS, SELECTED, ROOM, TOKENS, first)
-        block2, page2 = _ids_of(block_ids, page_ids, ids, 1, BLOCKS, SELECTED, ROOM, TOKENS, first)
-        for turn in tl.range(TURNS, num_stages=STAGES):
-            keys, values, seen = _read(
-                mine, block, page, 2 * turn, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
-            )
-            keys2, values2, seen2 = _read(
-                mine, block2, page2, 2 * turn + 1, length, dims,
-                SIZE, ROOM, TOKENS, DIM, INTERPRETED,
-            )  # fmt: skip
-            block, page = _ids_of(
-                block_ids, page_ids, ids, 2 * turn + 2, BLOCKS, SELECTED, ROOM, TOKENS, first
-            )
-            block2, page2 = _ids_of(
-                block_ids, page_ids, ids, 2 * turn + 3, BLOCKS, SELECTED, ROOM, TOKENS, first
-            )
-            dots = _scores(q, keys, seen, scale, softcap, SOFTCAP)
-            dots2 = _scores(q, keys2, seen2, scale, softcap, SOFTCAP)
-            new_peak = tl.maximum(peak, tl.max(tl.maximum(dots, dots2), axis=1))
+        for tile in tl.range(TILES, num_stages=STAGES):
+            if TOKENS > ROOM:  # of many blocks
+                place = tile * TOKENS + tl.arange(0, TOKENS)
+                nth, token = place // ROOM, place % ROOM
+            else:
+                nth = tile * TOKENS // ROOM
+                token = tile * TOKENS % ROOM + tl.arange(0, TOKENS)
+            entry = first + nth
+            inside = (nth < BLOCKS) & (entry < SELECTED)
+            block = tl.load(block_ids + pair * SELECTED + entry, mask=inside, other=-1)
+            page = tl.load(page_ids + pair * SELECTED + entry, mask=inside, other=0)
+            seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
+            start = pages + (pair.to(tl.int64) * num_pages + tl.maximum(page, 0)) * (2 * SIZE * DIM)
+            if TOKENS > ROOM:
+                start = start[:, None]
+            source = start + token[:, None] * DIM + dims[None, :]
+            mask = seen[:, None] & is_dim[None, :]
+            keys = tl.load(source, mask=mask, other=0.0)
+            values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
+            if INTERPRETED:
+                keys, values = keys.to(tl.float32), values.to(tl.float32)
+            dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+            if SOFTCAP:
+                # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends
+                dots = softcap * (1.0 - 2.0 / (tl.exp(2.0 * dots / softcap) + 1.0))
+            dots = tl.where(seen[None, :], dots, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(dots, axis=1))
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             weight = tl.exp(dots - safe[:, None])
-            weight2 = tl.exp(dots2 - safe[:, None])
             fade = tl.exp(peak - safe)
-            total = total * fade + tl.sum(weight + weight2, axis=1)
-            acc = acc * fade[:, None]
-            acc += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-            acc += tl.dot(weight2.to(values2.dtype), values2, input_precision="ieee")
+            total = total * fade + tl.sum(weight, axis=1)
+            acc = acc * fade[:, None] + tl.dot(
+                weight.to(values.dtype), values, input_precision="ieee"
+            )
             peak = new_peak
     if not INTERPRETED:
         cuda.gdc_launch_dependents()
@@ -167,22 +126,10 @@ def _partials(
     log_sum = tl.where(nothing, float("-inf"), peak + tl.log(tl.where(nothing, 1.0, total)))
     tl.store(
         out + place[:, None] * DIM + dims[None, :],
-        result.to(out.dtype.element_ty),
+        result,
         mask=(head[:, None] < HEADS) & is_dim[None, :],
     )
     tl.store(lse + place, log_sum, mask=head < HEADS)
-
-
-@functools.cache
-def _stages(device: torch.device) -> int:
-    """Return how many stages fit; results do not depend on it."""
-    if device.type != "cuda":
-        return _STAGES
-    properties = torch.cuda.get_device_properties(device)
-    room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    # A stage less in flight than there are; scores and weights take 8 KiB at most.
-    needed = (_STAGES - 1) * 4 * _TILE_BYTES + 12 * 1024
-    return _STAGES if room >= needed else _STAGES_OF_SMALL
 
 
 def partials(
@@ -197,9 +144,8 @@ def partials(
     num_blocks: int,
     *,
     missing: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Attend split by split: [B, G, S, R, D] and [B, G, S, R] fp32.
+    """Attend split by split: [B, G, S, R, D] and [B, G, S, R], fp32.
 
     Args:
         query_BH1D: Queries.
@@ -212,7 +158,6 @@ def partials(
         softcap: Soft cap on the scores, 0.0 for none.
         num_blocks: Blocks of one split.
         missing: With `is_miss_BGK`: attend to the splits with a miss instead.
-        dtype: Of the outputs.
 
     Returns:
         Outputs and log-sum-exps; 0 and -inf for a split that was left out or is empty.
@@ -222,20 +167,24 @@ def partials(
     query, q_row, q_head = rows_of(query_BH1D)
     heads = query.shape[1] // groups
     splits = triton.cdiv(selected, num_blocks)
-    out = query.new_empty((batch, groups, splits, heads, dim), dtype=dtype)
+    out = query.new_empty((batch, groups, splits, heads, dim), dtype=torch.float32)
     lse = query.new_empty((batch, groups, splits, heads), dtype=torch.float32)
     pick = 0 if is_miss_BGK is None else 2 if missing else 1
     flags = block_ids_BGK if is_miss_BGK is None else is_miss_BGK.view(torch.int8)
     dims = power_of_two(dim, 16)
     room = power_of_two(size)
-    tokens = min(_TILE, _TILE_BYTES // (dims * pages.element_size()))
-    tokens = min(tokens, max(power_of_two(room * num_blocks) // 2, 16))
-    turns = triton.cdiv(room * num_blocks, 2 * tokens)
+    length = room * num_blocks
+    many = length <= _SHORT_SPLIT or room < _TILE_OF_A_BLOCK
+    tokens = min(
+        _TILE if many else _TILE_OF_A_BLOCK,
+        _TILE_BYTES // (dims * pages.element_size()),
+        power_of_two(length),
+    )
     _partials[(batch * groups, splits)](
         query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, scale, softcap,
         q_row, q_head, groups, num_pages, splits, selected, heads, power_of_two(heads, 16), size,
-        room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick, softcap != 0.0,
-        interpreting(), _stages(pages.device), num_warps=_WARPS, **as_written(),
+        room, tokens, triton.cdiv(length, tokens), dim, dims, num_blocks, power_of_two(num_blocks),
+        pick, softcap != 0.0, interpreting(), _STAGES, num_warps=_WARPS, **as_written(),
     )  # fmt: skip
     return out, lse
 
@@ -308,24 +257,3 @@ def merge(
         **launch_early(), **as_written(),
     )  # fmt: skip
     return merged
-
-
-def attend(
-    query_BH1D: Tensor,
-    pages: Tensor,
-    page_ids_BGK: Tensor,
-    block_ids_BGK: Tensor,
-    lengths_B: Tensor,
-    scale: float,
-    softcap: float,
-    num_blocks: int,
-) -> Tensor:
-    """Attend to all splits: [B, H, 1, D] in the query's dtype; operands as for `partials`.
-
-    One split has nothing to be merged with and is written as the result, the bits of a merge.
-    """
-    operands = (query_BH1D, pages, page_ids_BGK, block_ids_BGK, None, lengths_B, scale, softcap)
-    if block_ids_BGK.shape[-1] > num_blocks:
-        return merge(*partials(*operands, num_blocks), None, query_BH1D.dtype)
-    out, _ = partials(*operands, num_blocks, dtype=query_BH1D.dtype)
-    return out.view(query_BH1D.shape)
