@@ -167,13 +167,21 @@ GENERATED = {
 }
 
 
-@pytest.mark.skipif(
+SHOWS_TRACED_GRAPHS = pytest.mark.skipif(
     OTHER_TORCH,
-    reason=f"compares pages with graphs traced here, by torch {torch.__version__}; the pages were "
-    "written with torch 2.13, and other versions name the nodes otherwise. CI and `make test` "
-    "install 2.13",
+    reason="the page prints whole graphs as torch 2.13 traces them, which `make test` installs; "
+    f"torch {torch.__version__} traces the same model to other nodes (2.11: 186, not 187), so that "
+    "a difference would not mean that the page is out of date",
 )
-@pytest.mark.parametrize("page", GENERATED)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=SHOWS_TRACED_GRAPHS if page == "data_path.md" else ())
+        for page in GENERATED
+    ],
+)
 def test_generated_parts_are_up_to_date(page):
     path = DOCS / page
     text = path.read_text(encoding="ascii")

@@ -180,9 +180,9 @@ def tracked_text():
     """Yield the path and text of each file that git tracks, or would if it were added."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip(
-            "needs git and a checkout: it reads the files that git lists, and without git cannot "
-            "tell them from those that programs wrote here. CI and every clone have both; an "
-            "unpacked archive of the files does not"
+            "checks the files that git lists, and here is no git or no checkout, as in an unpacked "
+            "archive: what was written here by an environment or a cache, which may well name this "
+            "machine, cannot be told from the project's files. A clone runs it"
         )
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout

@@ -59,8 +59,9 @@ def elements_of():
 def browse(tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip(
-            "needs a browser: it runs the script of the HTML report in chromium, which is not on "
-            "the PATH. CI installs it; elsewhere, apt-get install chromium"
+            "runs the script of the HTML report in a browser, and chromium is not on the PATH. It "
+            "is no Python package, so `make test` cannot install it; .ci/run does where apt-get is "
+            "allowed, and says so where not. To run these tests: apt-get install chromium"
         )
 
     def load(path, fragment="", width=1280):

@@ -30,9 +30,10 @@ def work(gym, batches, rank, port, out):
 
 @pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="forks this process, which CUDA forbids once it is in use, and on a machine with a GPU "
-    "other tests use it in this process. What is tested is how two CPU processes exchange "
-    "gradients, for which a GPU changes nothing: CI and every machine without one run it",
+    reason="trains in forks of this process, and where there is a GPU PyTorch refuses it: autograd "
+    "has started a thread for each device, which a fork loses ('Unable to handle autograd's "
+    "threading in combination with fork-based multiprocessing'). It tests how two processes "
+    "exchange gradients on the CPU, by gloo; a machine without a GPU runs it",
 )
 def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
     batches = gym.batches(4, length=100)
