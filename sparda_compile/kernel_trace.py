@@ -22,8 +22,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.kernels.sparse_attention import num_splits
 from sparda_compile.passes.effects import argument, stream_of
-from sparda_compile.passes.fx import call_name, is_sparda
+from sparda_compile.passes.fx import call_name, fake_value, is_sparda
 from sparda_compile.passes.schedule_transfers import dependence_graph
 from sparda_compile.schedule import BEHIND, COMPUTE, STREAM_NAMES
 
@@ -59,7 +60,7 @@ _OTHERS: Final = {
     "sparda.plan_pages": ("_select_pages",),
     "sparda.select_pages": ("_select_pages",),
     "sparda.append_kv": ("_append_kv",),
-    "sparda.sparse_attention": ("_partials", "_merge"),
+    "sparda.sparse_attention": ("_partials", "_merge"),  # of several splits
     "sparda.attend_resident": ("_partials",),
     "sparda.attend_missing": ("_partials", "_merge"),
 }
@@ -163,6 +164,9 @@ def _kernels(node: fx.Node) -> tuple[str, ...]:
         return _SCORES.get(argument(node, "selector"), ()) + followed
     if name == "sparda.update_summary":
         return _SUMMARIES.get(argument(node, "summary"), ())
+    if name == "sparda.sparse_attention":
+        pages, ids = (fake_value(argument(node, each)) for each in ("pages", "block_ids"))
+        return _OTHERS[name][: 1 if num_splits(pages, ids) == 1 else 2]
     return _OTHERS.get(name, ())
 
 

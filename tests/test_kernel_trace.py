@@ -72,11 +72,11 @@ def parse(text, behind=None):
 
 
 @functools.cache
-def plan(trace_steps=0, **settings):
+def plan(trace_steps=0, top_k=4, **settings):
     captures = captures_of(shared_model())
     return make_plan(
         captures.get("decode", last_logits_only=True),
-        SpardaConfig(block_size=16, top_k=4, local_blocks=2, machine="h200", **settings),
+        SpardaConfig(block_size=16, top_k=top_k, local_blocks=2, machine="h200", **settings),
         model_name="LlamaForCausalLM", windows=captures.windows, batch_size=1, max_tokens=2048,
         trace_steps=trace_steps,
     )  # fmt: skip
@@ -111,9 +111,14 @@ def test_nodes_of_a_forecast_plan():
     assert found["offload_blocks"] == {("_store_tail",)}
     assert found["append_kv"] == {("_append_kv",)}
     assert found["update_summary"] == {("_append_pooled_keys",)}
-    assert found["sparse_attention"] == {("_partials", "_merge")}
+    assert found["sparse_attention"] == {("_partials",)}  # of 64 tokens, one split
     for op in ("fork_stream", "wait_blocks", "advance_lengths"):
         assert found[op] == {()}
+
+
+def test_what_is_attended_to_in_splits_is_merged():
+    found = kernels_by_op(top_k=32, mode="query", offload="always")
+    assert found["sparse_attention"] == {("_partials", "_merge")}
 
 
 def test_nodes_of_an_exact_plan():

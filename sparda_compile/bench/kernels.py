@@ -241,8 +241,7 @@ def _partials(
 def _sparse(
     query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor, blocks: int
 ) -> Tensor:
-    parts = _partials(query, pages, places, ids, lengths, blocks)
-    return attention.merge(*parts, None, query.dtype)
+    return attention.attend(query, pages, places, ids, lengths, _SCALE, 0.0, blocks)
 
 
 def _attention(

@@ -21,13 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend_missing", "attend_resident", "blocks_per_split", "sparse_attention"]
+__all__ = [
+    "attend_missing",
+    "attend_resident",
+    "blocks_per_split",
+    "num_splits",
+    "sparse_attention",
+]
 
-# Measured on one H200 with 2 to 256 pairs: shorter splits make the merge too long, and to begin a
-# program takes about as long as to read 64 tokens. Three share each of 132 multiprocessors.
-_LEAST_TOKENS: Final = 128
+# Measured on H200s with 2 to 256 pairs: shorter splits make the merge too long, and to begin a
+# program takes about as long as to read 64 tokens. Each takes one of 132 multiprocessors.
+_LEAST_TOKENS: Final = 256
 _START_TOKENS: Final = 64
-_PROGRAMS_AT_ONCE: Final = 3 * 132
+_PROGRAMS_AT_ONCE: Final = 132
 
 
 @functools.cache
@@ -59,6 +65,11 @@ def _split_size(pages: Tensor, block_ids_BGK: Tensor) -> int:
     # Sizes that a trace left open are settled here: how ids are split hangs on the numbers.
     batch, groups, selected = block_ids_BGK.shape
     return blocks_per_split(int(batch * groups), int(selected), int(pages.shape[4]))
+
+
+def num_splits(pages: Tensor, block_ids_BGK: Tensor) -> int:
+    """Return how many partial results there are, given [B, G, C, 2, P, D] and the ids."""
+    return -(-int(block_ids_BGK.shape[-1]) // _split_size(pages, block_ids_BGK))
 
 
 def _in_splits(tensor_BGK: Tensor, blocks: int, fill: int) -> Tensor:
@@ -166,11 +177,10 @@ def _(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    from sparda_compile.kernels.gpu.attention import merge, partials
+    from sparda_compile.kernels.gpu.attention import attend
 
     blocks = _split_size(pages, block_ids)
-    parts = partials(query, pages, page_ids, block_ids, None, lengths, scale, softcap, blocks)
-    return merge(*parts, None, query.dtype)
+    return attend(query, pages, page_ids, block_ids, lengths, scale, softcap, blocks)
 
 
 @torch.library.custom_op("sparda::attend_resident", mutates_args=())
@@ -216,9 +226,8 @@ def _(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, groups, selected = block_ids.shape
-    splits = -(-selected // _split_size(pages, block_ids))
-    shape = (batch, groups, splits, query.shape[1] // groups)
+    splits = num_splits(pages, block_ids)
+    shape = (*block_ids.shape[:2], splits, query.shape[1] // block_ids.shape[1])
     lse = query.new_empty(shape, dtype=torch.float32)
     return query.new_empty((*shape, query.shape[-1]), dtype=torch.float32), lse
 

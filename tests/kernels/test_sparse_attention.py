@@ -130,9 +130,9 @@ def test_parts_equal_the_whole_in_half_precision(dtype):
 
 
 def test_missing_blocks_have_empty_partials():
-    selected = 24
+    selected = 48
     case = Case(40, selected)
-    is_miss = case.block_ids % 16 == 1
+    is_miss = case.block_ids % 32 == 1
     out, lse = attend_resident(
         case.query, case.pages, case.page_ids, case.block_ids, is_miss, case.lengths, 1.0, 0.0
     )
@@ -151,13 +151,13 @@ def test_missing_blocks_have_empty_partials():
 @pytest.mark.parametrize(
     ("pairs", "selected", "size", "blocks"),
     [
-        # At least 128 tokens.
-        (1, 1, 64, 2), (2, 96, 64, 2), (2, 384, 16, 8), (2, 48, 128, 1),
-        # As many programs as run at once: 384 of 396.
-        (8, 96, 64, 2), (32, 96, 64, 8), (128, 96, 64, 32), (192, 96, 64, 48), (128, 384, 16, 128),
-        # Twice as many: 256 would leave a third of them idle.
-        (256, 96, 64, 32),
-        (2, 2048, 64, 11),
+        # At least 256 tokens.
+        (1, 1, 64, 4), (2, 96, 64, 4), (2, 384, 16, 16), (2, 48, 128, 2),
+        # As many programs as there are multiprocessors: 128 of 132.
+        (8, 96, 64, 6), (32, 96, 64, 24), (128, 96, 64, 96), (32, 384, 16, 96),
+        # Three times as many, and twice: 192 would leave half of the second round idle.
+        (192, 96, 64, 48), (256, 96, 64, 96),
+        (2, 2048, 64, 32),
     ],
 )  # fmt: skip
 def test_splits_fill_the_gpu(pairs, selected, size, blocks):
@@ -169,8 +169,8 @@ def test_splits_fill_the_gpu(pairs, selected, size, blocks):
 )
 def test_no_split_is_empty_or_needlessly_short(pairs, selected, size):
     blocks = blocks_per_split(pairs, selected, size)
-    assert blocks * size >= 128
-    assert blocks == max(128 // size, 1) or blocks <= selected
+    assert blocks * size >= 256
+    assert blocks == 256 // size or blocks <= selected
 
 
 def test_partials_without_a_block_are_empty():

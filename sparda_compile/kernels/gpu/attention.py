@@ -12,6 +12,8 @@ Floor: K*2*P*D elements per sequence and group at the device's bandwidth.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -31,29 +33,76 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["merge", "partials"]
+__all__ = ["attend", "merge", "partials"]
 
-# Measured on one H200 (head_dim 128, blocks of 64, bf16): of 2 to 11 stages, 1 to 8 warps and tiles
-# of 16 to 128 tokens, and of merging 2048 to 16384 elements at a time by 1 to 8 warps. A short
-# split is read in one tile or two, of several blocks. The tiles of a long one follow each other, so
-# that they may be of one block, which takes fewer addresses (100 us instead of 103 at batch 16 with
-# 8 KV heads), if that is large enough. Three programs have room on one multiprocessor.
+# Measured on H200s (head_dim 128, blocks of 64, bf16) with 2 to 256 pairs of sequence and KV head.
+# A program takes two tiles a turn, with one softmax, and has two turns in flight: it has a
+# multiprocessor to itself. Ids are read a turn ahead: Triton divides the stages among loads that
+# wait for each other. They are read before the tiles of their turn, behind which they would queue.
+# What a turn waits for itself, a sum across warps above all, is late for the memory, too.
+# `benchmarks/results/2026-11-26-h200-attention-turns.json`
 _STAGES: Final = 3
+_STAGES_OF_SMALL: Final = 2
 _WARPS: Final = 4
-_SHORT_SPLIT: Final = 256
-_TILE: Final = 128
-_TILE_OF_A_BLOCK: Final = 64
+_TILE: Final = 64
 # Of keys, and as many of values; vectors that are too long for it are read fewer at a time.
-_TILE_BYTES: Final = 32 * 1024
+_TILE_BYTES: Final = 16 * 1024
 _MERGE_TILE: Final = 8192
+_LOG2_E: Final = math.log2(math.e)
+_LN_2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def _ids_of(block_ids, page_ids, tile, end, ROOM: tl.constexpr, TOKENS: tl.constexpr):
+    """Return block and page of a tile, or of each of its tokens if it is of many blocks."""
+    if TOKENS > ROOM:
+        entry = tile * (TOKENS // ROOM) + tl.arange(0, TOKENS) // ROOM
+    else:
+        entry = tile // (ROOM // TOKENS)
+    block = tl.load(block_ids + entry, mask=entry < end, other=-1)
+    page = tl.load(page_ids + entry, mask=entry < end, other=0)
+    return block, page
+
+
+@triton.jit
+def _read(
+    pages, block, page, tile, length, dims,
+    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return keys and values of a tile, and which of its tokens there are."""
+    if TOKENS > ROOM:
+        token = tl.arange(0, TOKENS) % ROOM
+        start = pages + page[:, None].to(tl.int64) * (2 * SIZE * DIM)
+    else:
+        token = tile % (ROOM // TOKENS) * TOKENS + tl.arange(0, TOKENS)
+        start = pages + page.to(tl.int64) * (2 * SIZE * DIM)
+    seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
+    source = start + token[:, None] * DIM + dims[None, :]
+    mask = seen[:, None] & (dims < DIM)[None, :]
+    keys = tl.load(source, mask=mask, other=0.0)
+    values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
+    if INTERPRETED:
+        keys, values = keys.to(tl.float32), values.to(tl.float32)
+    return keys, values, seen
+
+
+@triton.jit
+def _scores(q, keys, seen, factor, cap, SOFTCAP: tl.constexpr):
+    """Return scores times log2(e): their exponential is then a power of two, which is one step."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    return tl.where(seen[None, :], scores, float("-inf"))
 
 
 @triton.jit
 def _partials(
-    query, pages, page_ids, block_ids, is_miss, lengths, out, lse, scale, softcap,
+    query, pages, page_ids, block_ids, is_miss, lengths, out, lse, factor, cap,
     q_row, q_head, groups, num_pages, splits,
     SELECTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
+    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
     SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
@@ -68,12 +117,12 @@ def _partials(
     runs = True
     if PICK:
         number = tl.arange(0, EACH)
-        mine = (number < BLOCKS) & (first + number < SELECTED)
-        flags = tl.load(is_miss + pair * SELECTED + first + number, mask=mine, other=0)
+        there = (number < BLOCKS) & (first + number < SELECTED)
+        flags = tl.load(is_miss + pair * SELECTED + first + number, mask=there, other=0)
         has_miss = tl.max(flags.to(tl.int32), 0)
         runs = has_miss > 0 if PICK == 2 else has_miss == 0
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
+    totals = tl.zeros([ROWS, TOKENS], dtype=tl.float32)  # by place in a tile
     acc = tl.zeros([ROWS, DIMS], dtype=tl.float32)
     if runs:
         q = tl.load(
@@ -83,53 +132,60 @@ def _partials(
         )
         if INTERPRETED:
             q = q.to(tl.float32)
-        for tile in tl.range(TILES, num_stages=STAGES):
-            if TOKENS > ROOM:  # of many blocks
-                place = tile * TOKENS + tl.arange(0, TOKENS)
-                nth, token = place // ROOM, place % ROOM
-            else:
-                nth = tile * TOKENS // ROOM
-                token = tile * TOKENS % ROOM + tl.arange(0, TOKENS)
-            entry = first + nth
-            inside = (nth < BLOCKS) & (entry < SELECTED)
-            block = tl.load(block_ids + pair * SELECTED + entry, mask=inside, other=-1)
-            page = tl.load(page_ids + pair * SELECTED + entry, mask=inside, other=0)
-            seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
-            start = pages + (pair.to(tl.int64) * num_pages + tl.maximum(page, 0)) * (2 * SIZE * DIM)
-            if TOKENS > ROOM:
-                start = start[:, None]
-            source = start + token[:, None] * DIM + dims[None, :]
-            mask = seen[:, None] & is_dim[None, :]
-            keys = tl.load(source, mask=mask, other=0.0)
-            values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
-            if INTERPRETED:
-                keys, values = keys.to(tl.float32), values.to(tl.float32)
-            dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-            if SOFTCAP:
-                # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends
-                dots = softcap * (1.0 - 2.0 / (tl.exp(2.0 * dots / softcap) + 1.0))
-            dots = tl.where(seen[None, :], dots, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(dots, axis=1))
-            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weight = tl.exp(dots - safe[:, None])
-            fade = tl.exp(peak - safe)
-            total = total * fade + tl.sum(weight, axis=1)
-            acc = acc * fade[:, None] + tl.dot(
-                weight.to(values.dtype), values, input_precision="ieee"
+        mine = pages + pair.to(tl.int64) * num_pages * (2 * SIZE * DIM)
+        blocks_at = block_ids + pair * SELECTED + first
+        pages_at = page_ids + pair * SELECTED + first
+        end = tl.minimum(BLOCKS, SELECTED - first)
+        block, page = _ids_of(blocks_at, pages_at, 0, end, ROOM, TOKENS)
+        block2, page2 = _ids_of(blocks_at, pages_at, 1, end, ROOM, TOKENS)
+        for turn in tl.range(TURNS, num_stages=STAGES):
+            tile = 2 * turn
+            next_block, next_page = _ids_of(blocks_at, pages_at, tile + 2, end, ROOM, TOKENS)
+            next_block2, next_page2 = _ids_of(blocks_at, pages_at, tile + 3, end, ROOM, TOKENS)
+            keys, values, seen = _read(
+                mine, block, page, tile, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
             )
+            keys2, values2, seen2 = _read(
+                mine, block2, page2, tile + 1, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
+            )
+            scores = _scores(q, keys, seen, factor, cap, SOFTCAP)
+            scores2 = _scores(q, keys2, seen2, factor, cap, SOFTCAP)
+            new_peak = tl.maximum(peak, tl.max(tl.maximum(scores, scores2), axis=1))
+            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weight = tl.exp2(scores - safe[:, None])
+            weight2 = tl.exp2(scores2 - safe[:, None])
+            fade = tl.exp2(peak - safe)
+            totals = totals * fade[:, None] + (weight + weight2)
+            acc = acc * fade[:, None]
+            acc += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+            acc += tl.dot(weight2.to(values2.dtype), values2, input_precision="ieee")
             peak = new_peak
+            block, page, block2, page2 = next_block, next_page, next_block2, next_page2
     if not INTERPRETED:
         cuda.gdc_launch_dependents()
     place = (pair.to(tl.int64) * splits + split) * HEADS + head
+    total = tl.sum(totals, axis=1)
     nothing = total == 0.0
     result = acc / tl.where(nothing, 1.0, total)[:, None]
-    log_sum = tl.where(nothing, float("-inf"), peak + tl.log(tl.where(nothing, 1.0, total)))
+    log_sum = tl.where(nothing, float("-inf"), peak * _LN_2 + tl.log(tl.where(nothing, 1.0, total)))
     tl.store(
         out + place[:, None] * DIM + dims[None, :],
-        result,
+        result.to(out.dtype.element_ty),
         mask=(head[:, None] < HEADS) & is_dim[None, :],
     )
     tl.store(lse + place, log_sum, mask=head < HEADS)
+
+
+@functools.cache
+def _stages(device: torch.device) -> int:
+    """Return how many stages fit; results do not depend on it."""
+    if device.type != "cuda":
+        return _STAGES
+    properties = torch.cuda.get_device_properties(device)
+    room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    # A stage less in flight than there are; scores and weights take 8 KiB at most.
+    needed = (_STAGES - 1) * 4 * _TILE_BYTES + 12 * 1024
+    return _STAGES if room >= needed else _STAGES_OF_SMALL
 
 
 def partials(
@@ -144,8 +200,9 @@ def partials(
     num_blocks: int,
     *,
     missing: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Attend split by split: [B, G, S, R, D] and [B, G, S, R], fp32.
+    """Attend split by split: [B, G, S, R, D] and [B, G, S, R] fp32.
 
     Args:
         query_BH1D: Queries.
@@ -158,6 +215,7 @@ def partials(
         softcap: Soft cap on the scores, 0.0 for none.
         num_blocks: Blocks of one split.
         missing: With `is_miss_BGK`: attend to the splits with a miss instead.
+        dtype: Of the outputs.
 
     Returns:
         Outputs and log-sum-exps; 0 and -inf for a split that was left out or is empty.
@@ -167,24 +225,22 @@ def partials(
     query, q_row, q_head = rows_of(query_BH1D)
     heads = query.shape[1] // groups
     splits = triton.cdiv(selected, num_blocks)
-    out = query.new_empty((batch, groups, splits, heads, dim), dtype=torch.float32)
+    out = query.new_empty((batch, groups, splits, heads, dim), dtype=dtype)
     lse = query.new_empty((batch, groups, splits, heads), dtype=torch.float32)
     pick = 0 if is_miss_BGK is None else 2 if missing else 1
     flags = block_ids_BGK if is_miss_BGK is None else is_miss_BGK.view(torch.int8)
     dims = power_of_two(dim, 16)
     room = power_of_two(size)
-    length = room * num_blocks
-    many = length <= _SHORT_SPLIT or room < _TILE_OF_A_BLOCK
-    tokens = min(
-        _TILE if many else _TILE_OF_A_BLOCK,
-        _TILE_BYTES // (dims * pages.element_size()),
-        power_of_two(length),
-    )
+    tokens = min(_TILE, _TILE_BYTES // (dims * pages.element_size()))
+    tokens = min(tokens, max(power_of_two(room * num_blocks) // 2, 16))
+    turns = triton.cdiv(room * num_blocks, 2 * tokens)
+    factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     _partials[(batch * groups, splits)](
-        query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, scale, softcap,
-        q_row, q_head, groups, num_pages, splits, selected, heads, power_of_two(heads, 16), size,
-        room, tokens, triton.cdiv(length, tokens), dim, dims, num_blocks, power_of_two(num_blocks),
-        pick, softcap != 0.0, interpreting(), _STAGES, num_warps=_WARPS, **as_written(),
+        query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, factor,
+        softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads,
+        power_of_two(heads, 16), size, room, tokens, turns, dim, dims, num_blocks,
+        power_of_two(num_blocks), pick, softcap != 0.0, interpreting(), _stages(pages.device),
+        num_warps=_WARPS, **as_written(),
     )  # fmt: skip
     return out, lse
 
@@ -257,3 +313,24 @@ def merge(
         **launch_early(), **as_written(),
     )  # fmt: skip
     return merged
+
+
+def attend(
+    query_BH1D: Tensor,
+    pages: Tensor,
+    page_ids_BGK: Tensor,
+    block_ids_BGK: Tensor,
+    lengths_B: Tensor,
+    scale: float,
+    softcap: float,
+    num_blocks: int,
+) -> Tensor:
+    """Attend to all splits: [B, H, 1, D] in the query's dtype; operands as for `partials`.
+
+    One split has nothing to be merged with and is written as the result, the bits of a merge.
+    """
+    operands = (query_BH1D, pages, page_ids_BGK, block_ids_BGK, None, lengths_B, scale, softcap)
+    if block_ids_BGK.shape[-1] > num_blocks:
+        return merge(*partials(*operands, num_blocks), None, query_BH1D.dtype)
+    out, _ = partials(*operands, num_blocks, dtype=query_BH1D.dtype)
+    return out.view(query_BH1D.shape)

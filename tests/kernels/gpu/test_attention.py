@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparda_compile.kernels.gpu.attention import merge, partials
+from sparda_compile.kernels.gpu.attention import attend, merge, partials
 from sparda_compile.kernels.sparse_attention import sparse_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,20 +38,18 @@ class Case:
                 kv[-1, :, length % size + 1 :] = NAN
                 self.pages[row, group, page] = kv.to(dtype)
 
-    def partials(self, scale, softcap, per_split, is_miss=None, *, missing=False, pages=None):
+    def operands(self, pages=None):
         pages = self.pages if pages is None else pages
-        query, pages, page_ids, block_ids, lengths = (
-            t.to(self.device)
-            for t in (self.query, pages, self.page_ids, self.block_ids, self.lengths)
-        )
+        tensors = (self.query, pages, self.page_ids, self.block_ids, self.lengths)
+        return [t.to(self.device) for t in tensors]
+
+    def partials(self, scale, softcap, per_split, is_miss=None, *, missing=False, pages=None):
+        *tensors, lengths = self.operands(pages)
         flags = None if is_miss is None else is_miss.to(self.device)
-        return partials(
-            query, pages, page_ids, block_ids, flags, lengths, scale, softcap, per_split,
-            missing=missing,
-        )  # fmt: skip
+        return partials(*tensors, flags, lengths, scale, softcap, per_split, missing=missing)
 
     def attend(self, scale=0.2, softcap=0.0, per_split=1):
-        return merge(*self.partials(scale, softcap, per_split), None, self.dtype)
+        return attend(*self.operands(), scale, softcap, per_split)
 
     def want(self, scale=0.2, softcap=0.0):
         """Return what the reference makes of the same values in fp32."""
