@@ -42,7 +42,6 @@ __all__ = ["attend", "merge", "partials"]
 # What a turn waits for itself, a sum across warps above all, is late for the memory, too.
 # `benchmarks/results/2026-11-26-h200-attention-turns.json`
 _STAGES: Final = 3
-_STAGES_OF_SMALL: Final = 2
 _WARPS: Final = 4
 _TILE: Final = 64
 # Of keys, and as many of values; vectors that are too long for it are read fewer at a time.
@@ -177,15 +176,20 @@ def _partials(
 
 
 @functools.cache
-def _stages(device: torch.device) -> int:
-    """Return how many stages fit; results do not depend on it."""
-    if device.type != "cuda":
-        return _STAGES
+def _shared_bytes(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
-    room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    # A stage less in flight than there are; scores and weights take 8 KiB at most.
-    needed = (_STAGES - 1) * 4 * _TILE_BYTES + 12 * 1024
-    return _STAGES if room >= needed else _STAGES_OF_SMALL
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _stages(pages: Tensor, rows: int, tokens: int, dims: int) -> int:
+    """Return how many stages fit; results do not depend on it."""
+    if pages.device.type != "cuda":
+        return _STAGES
+    width = pages.element_size()
+    # Queries and outputs, and of both tiles scores or weights, as far as they pass through it.
+    others = rows * (dims * (width + 4) + 2 * tokens * 4)
+    turn = 4 * tokens * dims * width
+    return 1 + min(_STAGES - 1, max(_shared_bytes(pages.device) - others, 0) // turn)
 
 
 def partials(
@@ -229,7 +233,7 @@ def partials(
     lse = query.new_empty((batch, groups, splits, heads), dtype=torch.float32)
     pick = 0 if is_miss_BGK is None else 2 if missing else 1
     flags = block_ids_BGK if is_miss_BGK is None else is_miss_BGK.view(torch.int8)
-    dims = power_of_two(dim, 16)
+    rows, dims = power_of_two(heads, 16), power_of_two(dim, 16)
     room = power_of_two(size)
     tokens = min(_TILE, _TILE_BYTES // (dims * pages.element_size()))
     tokens = min(tokens, max(power_of_two(room * num_blocks) // 2, 16))
@@ -237,10 +241,9 @@ def partials(
     factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     _partials[(batch * groups, splits)](
         query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, factor,
-        softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads,
-        power_of_two(heads, 16), size, room, tokens, turns, dim, dims, num_blocks,
-        power_of_two(num_blocks), pick, softcap != 0.0, interpreting(), _stages(pages.device),
-        num_warps=_WARPS, **as_written(),
+        softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads, rows, size,
+        room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick, softcap != 0.0,
+        interpreting(), _stages(pages, rows, tokens, dims), num_warps=_WARPS, **as_written(),
     )  # fmt: skip
     return out, lse
 
