@@ -29,19 +29,21 @@ __all__ = [
     "sparse_attention",
 ]
 
-# Measured on H200s with 2 to 256 pairs: shorter splits make the merge too long, and to begin a
-# program takes about as long as to read 64 tokens. Each takes one of 132 multiprocessors.
-_LEAST_TOKENS: Final = 256
-_START_TOKENS: Final = 64
+# Measured on H200s with 2 to 256 pairs, `benchmarks/results/2026-11-26-h200-attention-turns.json`.
+# One program has each of 132 multiprocessors. As many as 100 share the memory without waiting for
+# it, to begin one takes about as long as to read 256 tokens, and each reads 128 a turn.
 _PROGRAMS_AT_ONCE: Final = 132
+_PROGRAMS_FED: Final = 100
+_START_TOKENS: Final = 256
+_TURN_TOKENS: Final = 128
 
 
 @functools.cache
 def blocks_per_split(num_pairs: int, num_selected: int, block_size: int) -> int:
     """Return how many blocks one partial result covers.
 
-    Every split is one program. As many as run at once make a round, which lasts as long as its
-    longest split. The fewer programs in the last one, the more multiprocessors are idle.
+    Every split is one program. As many as run at once make a round, which lasts as long as one
+    split, or longer where they are more than the memory feeds.
 
     Args:
         num_pairs: Sequences times KV heads.
@@ -51,12 +53,15 @@ def blocks_per_split(num_pairs: int, num_selected: int, block_size: int) -> int:
     Returns:
         What makes all rounds together shortest, in the fewest splits.
     """
-    least = max(_LEAST_TOKENS // block_size, 1)
+    least = max(_TURN_TOKENS // block_size, 1)
 
     def cost(blocks: int) -> tuple[int, int]:
         programs = num_pairs * -(-num_selected // blocks)
-        rounds = -(-programs // _PROGRAMS_AT_ONCE)
-        return rounds * (blocks * block_size + _START_TOKENS), programs
+        tokens = -(-blocks * block_size // _TURN_TOKENS) * _TURN_TOKENS
+        rounds, rest = divmod(programs, _PROGRAMS_AT_ONCE)
+        shares = rounds * _PROGRAMS_AT_ONCE + (max(rest, _PROGRAMS_FED) if rest else 0)
+        starts = (rounds + (rest > 0)) * _START_TOKENS
+        return tokens * shares + starts * _PROGRAMS_FED, programs
 
     return min(range(least, max(num_selected, least) + 1), key=cost)
 
