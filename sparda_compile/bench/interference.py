@@ -37,7 +37,7 @@ _LAYERS: Final = 14
 _FEW_LAYERS: Final = 2
 _BLOCKS: Final = 768
 _WORDS: Final = 8192
-_PROGRAMS: Final = (1, 2, 4, 8, 16, 32)
+_PROGRAMS: Final = (1, 2, 4, 8, 16, 32, 64)
 
 
 def bench_interference(

@@ -99,7 +99,7 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
     room = torch.empty_like(flat, device=device)
     memcpy = graph_us([lambda: room.copy_(flat, non_blocking=True)] * 8)
     rows = {}
-    for programs in (1, 2, 4, 6, 8, 16, 32):
+    for programs in (1, 2, 4, 6, 8, 16, 32, 64):
 
         def call(misses: Tensor, programs: int = programs) -> Callable[[], None]:
             return lambda: copy.gather(misses, order, addresses, pages, programs)
@@ -112,7 +112,7 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
         }
     region.close()
     return {
-        "programs": copy.gather_programs(_BLOCK_BYTES),
+        "programs": copy.GATHER_PROGRAMS,
         "memcpy": {**memcpy.to_dict(), "gbps": round(8 * _MIB / memcpy.median / 1e3, 2)},
         "by_programs": rows,
     }

@@ -32,6 +32,7 @@ def test_every_copy_brings_every_block():
         "gather 8",
         "gather 16",
         "gather 32",
+        "gather 64",
         "memcpy",
     }
     for name in ("gather 2", "memcpy"):

@@ -1,13 +1,14 @@
 """Blocks between pinned CPU memory and device pages, read and written by the GPU itself.
 
-    gather       pages[b, g, miss_pages[i]] = host[b, g, miss_blocks[i]]      a few long programs
+    gather       pages[b, g, miss_pages[i]] = host[b, g, miss_blocks[i]]      long programs
     store_tail   host[b, g, length // P] = pages[b, g, tail_page]             of blocks just filled
     copy_runs    *target[i] = *source[i]                                      runs of equal length
 
 CPU memory is reached by address: `host` is [B, G] int64, where each sequence's and head's blocks
-begin. A block is one contiguous run, so four programs with a block of 32 KiB in flight each reach
-the link's rate by themselves. Beside compute, which takes the memory system, a read lasts longer:
-there it takes several times as many.
+begin. A block is one contiguous run. 128 KiB in flight reach the link's rate by themselves; beside
+compute, which takes the memory system, a read lasts longer and it takes twice that. More is at the
+cost of everything else: what waits for the link is in the way of what waits for device memory, most
+of all on the same multiprocessor, so that a gather is many programs with little in flight each.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from sparda_compile.kernels.gpu.launch import power_of_two
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["copy_runs", "gather", "gather_programs", "store_tail"]
+__all__ = ["GATHER_PROGRAMS", "chunk_words", "copy_runs", "gather", "store_tail"]
 
+# Measured in whole steps of 16 sequences, half to 97% of the blocks resident, and beside attention:
+# `benchmarks/results/2026-11-26-h200-gather-beside-compute.json`.
+GATHER_PROGRAMS: Final = 64
+_WORDS_IN_FLIGHT: Final = 64 * 1024
 _CHUNK_WORDS: Final = 8192
-# By itself a gather needs an eighth of this; beside compute more is better (`held_up` in
-# benchmarks/results/2026-11-25-h200-kernels.json). From 512 KiB to this, a decode step of 8 layers
-# that the link held up still became 1% faster on that H200, and one that it did not no slower.
-_IN_FLIGHT: Final = 1024 * 1024
-_MOST_PROGRAMS: Final = 64
+_WORDS_OF_A_WARP: Final = 256
 _COUNT_TILE: Final = 8192
 
 
@@ -73,10 +74,10 @@ def _gather(
         item += programs
 
 
-def gather_programs(block_bytes: int) -> int:
-    """Return how many programs bring blocks of this size at the link's rate."""
-    programs: int = triton.cdiv(_IN_FLIGHT, min(block_bytes, 4 * _CHUNK_WORDS))
-    return min(programs, _MOST_PROGRAMS)
+def chunk_words(block_words: int, num_programs: int) -> int:
+    """Return how many words a program of a gather has in flight: a block, or a part of it."""
+    share = _WORDS_IN_FLIGHT // power_of_two(num_programs)
+    return min(power_of_two(block_words), max(share, _WORDS_OF_A_WARP), _CHUNK_WORDS)
 
 
 def gather(
@@ -84,7 +85,7 @@ def gather(
     miss_pages_BGK: Tensor,
     host_BG: Tensor,
     pages: Tensor,
-    num_programs: int | None = None,
+    num_programs: int = GATHER_PROGRAMS,
 ) -> None:
     """Fetch the missed blocks to their pages.
 
@@ -93,18 +94,17 @@ def gather(
         miss_pages_BGK: int32.
         host_BG: int64 addresses.
         pages: [B, G, C, 2, P, D], updated.
-        num_programs: Programs; each keeps one block of up to 32 KiB in flight. None takes
-            `gather_programs`.
+        num_programs: Programs, which have 256 KiB in flight together and 32 KiB each at most.
     """
     batch, groups, selected = miss_blocks_BGK.shape
     words = pages[0, 0, 0].numel() * pages.element_size() // 4
-    num_programs = num_programs or gather_programs(4 * words)
-    chunk = min(power_of_two(words), _CHUNK_WORDS)
+    chunk = chunk_words(words, num_programs)
     rows = power_of_two(batch * groups)
     columns = min(power_of_two(selected), max(_COUNT_TILE // rows, 1))
     _gather[(num_programs,)](
         miss_blocks_BGK, miss_pages_BGK, host_BG, pages, batch * groups, pages.shape[2],
-        num_programs, selected, rows, columns, words, chunk, num_warps=16,
+        num_programs, selected, rows, columns, words, chunk,
+        num_warps=max(chunk // (2 * _WORDS_OF_A_WARP), 1),
     )  # fmt: skip
 
 

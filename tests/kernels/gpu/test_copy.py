@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparda_compile.kernels.gpu.copy import copy_runs, gather, gather_programs, store_tail
+from sparda_compile.kernels.gpu.copy import (
+    GATHER_PROGRAMS,
+    chunk_words,
+    copy_runs,
+    gather,
+    store_tail,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SENTINEL = 0x5A
@@ -85,16 +91,21 @@ def test_gather_fetches_the_listed_blocks_and_nothing_else(device, misses, num_p
     Fetch(device, misses, 5, (4, 6), torch.float16).check(num_programs)
 
 
-@pytest.mark.parametrize("num_programs", [*range(1, 9), None])
+@pytest.mark.parametrize("num_programs", [*range(1, 9), GATHER_PROGRAMS])
 def test_gather_with_any_number_of_programs(device, num_programs):
     Fetch(device, [[5, 0, 2], [1, 3, 0]], 5, (16, 8), torch.float32).check(num_programs)
 
 
 @pytest.mark.parametrize(
-    ("kib", "programs"), [(1, 64), (8, 64), (16, 64), (24, 43), (32, 32), (128, 32)]
-)
-def test_as_much_is_in_flight_whatever_the_block(kib, programs):
-    assert gather_programs(1024 * kib) == programs
+    ("block_kib", "programs", "kib"),
+    [
+        # 256 KiB of all programs together, at most 32 KiB and a block each, at least a warp's.
+        (32, 64, 4), (32, 32, 8), (32, 24, 8), (128, 8, 32), (128, 4, 32), (24, 8, 32),
+        (2, 64, 2), (1, 1, 1), (32, 1000, 1),
+    ],
+)  # fmt: skip
+def test_programs_share_what_is_in_flight(block_kib, programs, kib):
+    assert chunk_words(256 * block_kib, programs) == 256 * kib
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
