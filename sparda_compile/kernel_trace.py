@@ -166,7 +166,8 @@ def _kernels(node: fx.Node) -> tuple[str, ...]:
         return _SUMMARIES.get(argument(node, "summary"), ())
     if name == "sparda.sparse_attention":
         pages, ids = (fake_value(argument(node, each)) for each in ("pages", "block_ids"))
-        return _OTHERS[name][: 1 if num_splits(pages, ids) == 1 else 2]
+        if num_splits(pages, ids) == 1:
+            return ("_partials",)
     return _OTHERS.get(name, ())
 
 

@@ -29,9 +29,9 @@ __all__ = [
     "sparse_attention",
 ]
 
-# Measured on H200s with 2 to 256 pairs, `benchmarks/results/2026-11-26-h200-attention-turns.json`.
-# One program has each of 132 multiprocessors. As many as 100 share the memory without waiting for
-# it, to begin one takes about as long as to read 256 tokens, and each reads 128 a turn.
+# One program has each of 132 multiprocessors, and reads 128 tokens a turn. That up to 100 share the
+# memory without waiting for it, and that to begin takes as long as to read 256 tokens, is what fits
+# the times of 2 to 256 pairs: `benchmarks/results/2026-11-26-h200-attention-turns.json`.
 _PROGRAMS_AT_ONCE: Final = 132
 _PROGRAMS_FED: Final = 100
 _START_TOKENS: Final = 256

@@ -186,7 +186,7 @@ def _stages(pages: Tensor, rows: int, tokens: int, dims: int) -> int:
     if pages.device.type != "cuda":
         return _STAGES
     width = pages.element_size()
-    # Queries and outputs, and of both tiles scores or weights, as far as they pass through it.
+    # Queries and outputs, and scores or weights of both tiles, as far as shared memory holds them.
     others = rows * (dims * (width + 4) + 2 * tokens * 4)
     turn = 4 * tokens * dims * width
     return 1 + min(_STAGES - 1, max(_shared_bytes(pages.device) - others, 0) // turn)
