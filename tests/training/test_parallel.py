@@ -1,59 +1,30 @@
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from sparda_compile import train_forecast
-from sparda_compile.forecast_projection import to_tensors
 from sparda_compile.training import parallel
 from sparda_compile.training.trainer import ForecastTrainer
 
-
-def work(gym, batches, rank, port, out):
-    """Be one of two processes: train on half of the batches and write what came out."""
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_PORT": str(port)}
-    os.environ["MASTER_ADDR"] = "localhost"
-    reports = []
-    weights = train_forecast(
-        gym.model, batches, config=gym.config, steps=2, lr=3e-3, on_step=reports.append
-    )
-    assert parallel.world_size() == 1, "the group must be left"
-    told = {"losses": [r.losses for r in reports], "tokens": [r.num_tokens for r in reports]}
-    torch.save({"weights": to_tensors(weights.projections), **told}, out)
-    # Not by returning: the process is a copy of pytest's.
-    os._exit(0)
+# A program of its own: PyTorch does not train in a fork of a process that has trained.
+ONE_OF_TWO = Path(__file__).with_name("one_of_two.py")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="trains in forks of this process, and where there is a GPU PyTorch refuses it: autograd "
-    "has started a thread for each device, which a fork loses ('Unable to handle autograd's "
-    "threading in combination with fork-based multiprocessing'). It tests how two processes "
-    "exchange gradients on the CPU, by gloo; a machine without a GPU runs it",
-)
+@pytest.mark.slow
 def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
     batches = gym.batches(4, length=100)
     alone = ForecastTrainer(gym.model, gym.config, 3e-3)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # Forked, so that neither imports nor traces again.
-    context = multiprocessing.get_context("fork")
-    paths = [tmp_path / f"rank{rank}" for rank in range(2)]
-    workers = [
-        context.Process(target=work, args=(gym, batches, rank, port, path), daemon=True)
-        for rank, path in enumerate(paths)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    first, second = (torch.load(path) for path in paths)
+    torch.save({"config": gym.config, "batches": batches}, tmp_path / "task")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*torchrun, ONE_OF_TWO, tmp_path], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
     reports = [alone.step(batches[:2]), alone.step(batches[2:])]
     for name, weight in alone.parameters.items():
         assert torch.equal(first["weights"][name], second["weights"][name])
