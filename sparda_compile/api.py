@@ -85,10 +85,9 @@ def optimize(
             f"the model is on {device}; optimize runs on cpu and cuda. Call model.to('cuda') first."
         )
     decode = make_plan(
-        captures.get("decode", last_logits_only=True),
+        captures,
+        "decode",
         config,
-        model_name=captures.model_name,
-        windows=captures.windows,
         batch_size=1,
         max_tokens=planned_capacity(config),
     )
@@ -133,10 +132,9 @@ def explain(
         captures = captures_of(model)
         plans = [
             make_plan(
-                captures.get(phase, last_logits_only=True),
+                captures,
+                phase,
                 config,
-                model_name=captures.model_name,
-                windows=captures.windows,
                 batch_size=batch_size,
                 max_tokens=max_tokens,
             )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sparda_compile.selectors import SELECTORS, SUMMARIES, Geometry
+from sparda_compile.sizes import SAMPLES
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
@@ -104,6 +105,14 @@ class CacheLayout:
     def num_selected(self) -> int:
         """K, blocks that attention reads."""
         return self.config.num_selected(self.num_blocks)
+
+    def traced(self) -> CacheLayout:
+        """Return the layout of a graph: for several sequences a sample number stands for them."""
+        if self.batch_size == 1:
+            return self
+        offload = "always" if self.offload else "never"
+        config = self.config.replace(offload=offload)
+        return dataclasses.replace(self, config=config, batch_size=SAMPLES.batch)
 
     @property
     def offload(self) -> bool:

@@ -1,12 +1,12 @@
-"""Stage 1: a model's forward becomes two FX graphs, one for prefill and one for decode.
+"""Stage 1: a model's forward becomes FX graphs, for prefill and for decode.
 
-Dynamo traces the model's own forward with a cache whose `update` is one op, `sparda::kv_update`.
-So each attention site names its layer and its new keys and values, no KV memory is allocated,
-and an attention that no pass rewrites fails loudly when it runs. Nothing is computed: weights may
-be on the meta device.
+The model's own forward runs once on fake tensors (`tracing.py`) with a cache whose `update` is one
+op, `sparda::kv_update`. So each attention site names its layer and its new keys and values, no KV
+memory is allocated, and an attention that no pass rewrites fails loudly when it runs. Nothing is
+computed: weights may be on the meta device.
 
-Batch size and prompt length are symbols, so two captures serve every shape; `specialize` puts a
-batch size in and gives every node its fake value under `meta["val"]`.
+The prompt's length stays open, and so does the number of sequences unless it is one: a second
+run with other numbers shows what depends on them (`sizes.py`). So four graphs serve every shape.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
+import operator
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,19 +24,19 @@ from torch import Tensor, fx, nn
 
 from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import CaptureError
-from sparda_compile.passes.manager import snapshot
+from sparda_compile.passes.manager import as_module, snapshot
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, OTHER_SAMPLES, SAMPLES, common_size
+from sparda_compile.tracing import Trace, leaves_of, map_leaves, record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["CapturedGraph", "capture", "kv_update", "share_weights", "specialize"]
+    from sparda_compile.sizes import Samples, Size
+    from sparda_compile.tracing import Call
+
+__all__ = ["CapturedGraph", "capture", "kv_update", "share_weights"]
 
 INPUT_NAMES: Final = ("input_ids", "position_ids")
-# Example sizes of the trace. Unusual numbers, so that no size of a model equals one by accident;
-# more tokens than any window that is proved, since transformers drops the mask of a prompt that a
-# window holds, and the proof would then find none.
-_EXAMPLE_BATCH, _EXAMPLE_TOKENS = 2, 523
-
 
 @torch.library.custom_op("sparda::kv_update", mutates_args=())
 def kv_update(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -65,20 +67,18 @@ class CapturedGraph:
 
     Attributes:
         phase: `prefill` or `decode`.
-        graph_module: Dynamo's graph; every weight is a placeholder.
-        sizes: Placeholder of a size -> `batch` or `tokens`.
+        several: Whether it is for any number of sequences above one; else for one.
+        graph_module: The graph; every weight is a placeholder, every node has `meta["val"]`.
         inputs: Placeholder of a tensor input -> `input_ids` or `position_ids`.
         weights: Placeholder of anything else -> the tensor.
-        specialized: Graphs that `specialize` has made, by batch size.
         joined: Copies of several weights in one, by the addresses of the weights.
     """
 
     phase: str
+    several: bool
     graph_module: fx.GraphModule
-    sizes: dict[str, str]
     inputs: dict[str, str]
     weights: dict[str, Tensor]
-    specialized: dict[int, fx.GraphModule] = dataclasses.field(default_factory=dict)
     joined: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -86,9 +86,9 @@ class CapturedGraph:
         """Where the weights are."""
         return next(iter(self.weights.values())).device
 
-
-class _Stop(BaseException):
-    """Ends Dynamo's call once the graph is there; nothing is computed."""
+    def copy(self) -> fx.GraphModule:
+        """Return a copy of the graph that passes may change."""
+        return snapshot(self.graph_module)
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -100,33 +100,48 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def capture(model: nn.Module, phase: str, *, last_logits_only: bool) -> CapturedGraph:
+def capture(
+    model: nn.Module, phase: str, *, several: bool = False, last_logits_only: bool
+) -> CapturedGraph:
     """Trace a causal LM's forward.
 
     Args:
         model: A causal LM of transformers; its attention implementation is `sdpa` or `eager`.
         phase: `prefill`, many tokens, or `decode`, one token per sequence.
+        several: Whether for any number of sequences above one; else for one.
         last_logits_only: Whether the graph returns the logits of the last token alone.
 
     Returns:
         The graph with its inputs told apart.
 
     Raises:
-        CaptureError: If Dynamo cannot trace the forward as one graph.
+        CaptureError: If the forward depends on values of tensors, changes its module, or does
+            something else for other sizes.
     """
-    device = next(model.parameters()).device
+    ours, theirs = (
+        samples.of(several=several, many=phase == "prefill")
+        for samples in (SAMPLES, OTHER_SAMPLES)
+    )
+    step = _step(model, last_logits_only)
+    trace = record(step, model, _inputs(model, ours))
+    sizes: dict[tuple[int, int], Size] = {}
+    if ours != theirs:
+        sizes = _open_sizes(trace, record(step, model, _inputs(model, theirs)), ours, theirs, model)
+    return _Writer(model, trace, sizes, ours).captured(phase, several=several)
+
+
+def _step(model: nn.Module, last_logits_only: bool) -> Callable[..., Tensor]:
     accepted = inspect.signature(type(model).forward).parameters
     # A model that takes none is refused later, when it is known whether it has attention at all.
     takes_positions = "position_ids" in accepted
     extra: dict[str, Any] = {}
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = 1 if last_logits_only else 0
-    cache = _marker_cache(model)
 
     def step(input_ids: Tensor, position_ids: Tensor) -> Tensor:
         out = model(
             input_ids=input_ids,
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME: _marker_cache(model)},
             use_cache=True,
             return_dict=True,
             **({"position_ids": position_ids} if takes_positions else {}),
@@ -135,87 +150,201 @@ def capture(model: nn.Module, phase: str, *, last_logits_only: bool) -> Captured
         logits: Tensor = out.logits
         return logits[:, -1:] if last_logits_only else logits
 
-    num_tokens = 1 if phase == "decode" else _EXAMPLE_TOKENS
-    shape = (_EXAMPLE_BATCH, num_tokens)
-    example = [torch.zeros(shape, dtype=torch.long, device=device) for _ in INPUT_NAMES]
-    graph_module, args = _trace(step, example, dynamic_tokens=num_tokens > 1, model=model)
-    return _describe(phase, graph_module, args)
+    return step
 
 
-def _trace(
-    step: Callable[..., Tensor], example: list[Tensor], *, dynamic_tokens: bool, model: nn.Module
-) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    import torch._dynamo
-    from torch._C._dynamo.eval_frame import reset_code
+def _inputs(model: nn.Module, samples: Samples) -> Callable[[Any], list[Tensor]]:
+    device = next(model.parameters()).device
+    shape = (samples.batch, samples.tokens)
 
-    captured: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
+    def make(fake_mode: Any) -> list[Tensor]:
+        with fake_mode:
+            return [torch.empty(shape, dtype=torch.long, device=device) for _ in INPUT_NAMES]
 
-    def backend(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        def stop(*args: Any) -> Any:
-            captured.append((graph_module, args))
-            raise _Stop
-
-        return stop
-
-    # A fresh code object each time, so that Dynamo's cache of one capture never serves another.
-    fresh = step.__code__.replace(co_name=f"{step.__name__}_{id(step):x}")
-    step.__code__ = fresh
-    for tensor in example:
-        torch._dynamo.mark_dynamic(tensor, 0)
-        if dynamic_tokens:
-            torch._dynamo.mark_dynamic(tensor, 1)
-    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=None)
-    try:
-        with torch.no_grad():
-            compiled(*example)
-    except _Stop:
-        return captured[0]
-    except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        reason = _root_cause(error)
-        raise CaptureError(
-            f"{type(model).__name__}: torch.compile cannot trace forward as one graph: {first} "
-            f"{reason}Set TORCH_LOGS=graph_breaks to see where."
-        ) from error
-    finally:
-        reset_code(fresh)
-    raise CaptureError(f"{type(model).__name__}: forward returned without being traced.")
+    return make
 
 
-def _root_cause(error: BaseException) -> str:
-    for line in str(error).splitlines():
-        if "Developer debug context" in line:
-            return f"({line.strip()[:300]}) "
-    return ""
+def _open_sizes(
+    first: Trace, second: Trace, ours: Samples, theirs: Samples, model: nn.Module
+) -> dict[tuple[int, int], Size]:
+    """Return what the numbers are that differ between two runs, by call and place in it.
+
+    Raises:
+        CaptureError: If the runs differ in anything but such numbers.
+    """
+    found: dict[tuple[int, int], Size] = {}
+    for i, (one, other) in enumerate(zip(first.calls, second.calls, strict=False)):
+        leaves, others = (leaves_of((call.args, call.kwargs)) for call in (one, other))
+        if one.function is not other.function or len(leaves) != len(others):
+            raise _depends(model, one, "calls something else")
+        for place, (mine, its) in enumerate(zip(leaves, others, strict=True)):
+            if isinstance(mine, Tensor) or isinstance(its, Tensor):
+                continue
+            if type(mine) is int and type(its) is int:
+                size = common_size(mine, its, ours, theirs)
+                if size is None:
+                    raise _depends(model, one, f"passes {mine} and {its}")
+                if size.is_open:
+                    found[i, place] = size
+            elif mine != its:
+                raise _depends(model, one, f"passes {mine} and {its}")
+    if len(first.calls) != len(second.calls):
+        longer = max(first.calls, second.calls, key=len)
+        raise _depends(model, longer[-1], "calls something else")
+    return found
 
 
-def _describe(phase: str, graph_module: fx.GraphModule, args: tuple[Any, ...]) -> CapturedGraph:
-    sizes: dict[str, str] = {}
-    inputs: dict[str, str] = {}
-    weights: dict[str, Tensor] = {}
-    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    for node, value in zip(placeholders, args, strict=True):
-        source = _source_name(node)
-        size = re.fullmatch(r"L\['\w+'\]\.size\(\)\[(\d)\]", source)
-        name = re.fullmatch(r"L\['(\w+)'\]", source)
-        if size:
-            sizes[node.name] = ("batch", "tokens")[int(size[1])]
-        elif name and name[1] in INPUT_NAMES:
-            inputs[node.name] = name[1]
-        elif isinstance(value, Tensor):
-            weights[node.name] = value
-        else:
+def _depends(model: nn.Module, call: Call, what: str) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__}: forward cannot be traced as one graph: for another prompt length "
+        f"or number of sequences it {what} at {call.where}. Sizes may pass into torch functions "
+        "as products of the two, or one of them plus a constant."
+    )
+
+
+class _Writer:
+    """Writes a trace as a graph."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        sizes: Mapping[tuple[int, int], Size],
+        samples: Samples,
+    ) -> None:
+        self._model = model
+        self._trace = trace
+        self._sizes = sizes
+        self._samples = samples
+        self._graph = fx.Graph()
+        self._nodes: dict[int, fx.Node] = {}  # by the id of the fake tensor
+        self._open: dict[str, fx.Node] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._names = _tensor_names(model)
+
+    def captured(self, phase: str, *, several: bool) -> CapturedGraph:
+        """Return the whole graph."""
+        inputs = {}
+        for name, value in zip(INPUT_NAMES, self._trace.inputs, strict=True):
+            self._nodes[id(value)] = self._placeholder(name, value)
+            inputs[name] = name
+        for name, sample in ((BATCH_SIZE, several), (NUM_TOKENS, phase == "prefill")):
+            if sample:
+                number = self._samples.batch if name == BATCH_SIZE else self._samples.tokens
+                self._open[name] = self._placeholder(name, number)
+        self._weight_placeholders()
+        for i, call in enumerate(self._trace.calls):
+            self._write(i, call)
+        result = self._trace.result
+        if not isinstance(result, Tensor) or id(result) not in self._nodes:
             raise CaptureError(
-                f"graph input {node.name} ({source}) is a {type(value).__name__}, not a tensor; "
-                "the model's forward depends on a Python value that changes between calls."
+                f"{type(self._model).__name__}: forward's logits are not computed from its input "
+                "by torch functions."
             )
-    return CapturedGraph(phase, graph_module, sizes, inputs, weights)
+        output = self._graph.output((self._nodes[id(result)],))
+        output.meta["val"] = (result,)
+        module = as_module(self._graph)
+        return CapturedGraph(phase, several, module, inputs, self._weights)
+
+    def _placeholder(self, name: str, value: Any) -> fx.Node:
+        node = self._graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def _weight_placeholders(self) -> None:
+        """Make an input of every tensor that the run read, in the order of first use."""
+        read = {id(leaf) for call in self._trace.calls
+                for leaf in leaves_of((call.args, call.kwargs))
+                if isinstance(leaf, Tensor)}  # fmt: skip
+        for number, (fake, tensor) in self._trace.tensors.items():
+            if number in read:
+                path = self._names.get(id(tensor), f"constant_{len(self._weights)}")
+                name = re.sub(r"\W", "_", path)
+                while name in self._weights or name in INPUT_NAMES or name.startswith("sparda_"):
+                    name = f"w_{name}"
+                self._nodes[number] = self._placeholder(name, fake)
+                self._weights[name] = tensor
+
+    def _write(self, i: int, call: Call) -> None:
+        places = itertools.count()
+        args, kwargs = map_leaves(
+            (call.args, call.kwargs), lambda leaf: self._argument(i, next(places), leaf)
+        )
+        meta = {
+            "stack_trace": call.where,
+            "nn_module_stack": {call.path: (call.path, call.module)},
+        }
+        op, target, args = _target(call.function, args)
+        node = self._graph.create_node(op, target, args, kwargs)
+        node.meta = {**meta, "val": call.result}
+        if call.changes:
+            changed = call.args[0] if "out" not in call.kwargs else call.kwargs["out"]
+            if isinstance(changed, Tensor) and isinstance(call.result, Tensor):
+                self._nodes[id(changed)] = node
+        elif isinstance(call.result, Tensor):
+            self._nodes[id(call.result)] = node
+        else:
+            self._items(node, call.result, meta)
+
+    def _items(self, node: fx.Node, result: Any, meta: dict[str, Any]) -> None:
+        for index, part in enumerate(result):
+            if isinstance(part, Tensor):
+                item = self._graph.call_function(operator.getitem, (node, index))
+                item.meta = {**meta, "val": part}
+                self._nodes[id(part)] = item
+            elif isinstance(part, (tuple, list)):
+                raise CaptureError(f"{node.target} returns tensors in nested lists")
+
+    def _argument(self, i: int, place: int, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self._nodes[id(leaf)]
+        size = self._sizes.get((i, place))
+        return leaf if size is None else self._size_node(size)
+
+    def _size_node(self, size: Size) -> fx.Node | int:
+        """Return a node for a size; whatever it takes is made anew, pieces share no numbers."""
+        batch, tokens = (self._open.get(name, 1) for name in (BATCH_SIZE, NUM_TOKENS))
+        factors = [batch] * size.batch_power + [tokens] * size.tokens_power
+        node: Any = factors[0]
+        for factor in factors[1:]:
+            node = self._number(operator.mul, node, factor)
+        if size.factor != 1:
+            node = self._number(operator.mul, node, size.factor)
+        if size.offset:
+            node = self._number(operator.add, node, size.offset)
+        result: fx.Node | int = node
+        return result
+
+    def _number(self, function: Any, one: Any, other: Any) -> fx.Node:
+        node = self._graph.call_function(function, (one, other))
+        values = (v.meta["val"] if isinstance(v, fx.Node) else v for v in (one, other))
+        node.meta["val"] = function(*values)
+        return node
 
 
-def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
+def _tensor_names(model: nn.Module) -> dict[int, str]:
+    named = [
+        *model.named_buffers(remove_duplicate=False),
+        *model.named_parameters(remove_duplicate=False),
+    ]
+    return {id(tensor): name for name, tensor in reversed(named)}
+
+
+_OPERATORS: Final = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
+
+
+def _target(function: Any, args: Any) -> tuple[str, Any, Any]:
+    """Return a call as a graph has it: kind of node, target and arguments."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (*args, function.__self__.__name__)
+    if name in _OPERATORS:
+        return "call_function", _OPERATORS[name], args
+    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"{name[3:-2]}_"):
+        return "call_method", f"{name[3:-2]}_", args
+    if getattr(Tensor, name, None) is function:
+        return "call_method", name, args
+    return "call_function", function, args
 
 
 def _marker_cache(model: nn.Module) -> Any:
@@ -252,96 +381,3 @@ def _marker_cache(model: nn.Module) -> Any:
     text = config.get_text_config() if config is not None else None
     num_layers = getattr(text, "num_hidden_layers", None) or 0
     return Cache(layers=[MarkerLayer(i) for i in range(num_layers)])
-
-
-def specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
-    """Return a copy of the graph for one batch size, with fake values on every node.
-
-    The prompt length of a prefill stays one symbol; its placeholder is `num_tokens`.
-
-    Args:
-        captured: From `capture`.
-        batch_size: Sequences.
-
-    Returns:
-        A graph of the caller's own whose nodes have `meta["val"]`; graphs of one batch size share
-        a fake mode.
-    """
-    if batch_size not in captured.specialized:
-        captured.specialized[batch_size] = _specialize(captured, batch_size)
-    template = captured.specialized[batch_size]
-    return snapshot(template)
-
-
-def _specialize(captured: CapturedGraph, batch_size: int) -> fx.GraphModule:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        ShapeEnv,
-        StatelessSymbolicContext,
-    )
-
-    graph = fx.Graph()
-    mapping: dict[fx.Node, Any] = {}
-    tokens: fx.Node | None = None
-    for node in captured.graph_module.graph.nodes:
-        role = captured.sizes.get(node.name) if node.op == "placeholder" else None
-        if role == "batch":
-            mapping[node] = batch_size
-        elif role == "tokens" and tokens is not None:
-            mapping[node] = tokens
-        elif node.target is torch._C._log_api_usage_once:
-            continue
-        else:
-            # A mapped batch size is an int, which `node_copy` passes into the arguments as it is.
-            new: fx.Node = graph.node_copy(node, lambda old: mapping[old])
-            new.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-            mapping[node] = new
-            if role == "tokens":
-                tokens = new
-    if tokens is not None:
-        tokens.name = "num_tokens"
-    module = fx.GraphModule(captured.graph_module, graph)
-
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
-    device = captured.device
-    num_tokens = 1 if captured.phase == "decode" else _EXAMPLE_TOKENS
-    kinds = [DimDynamic.STATIC, DimDynamic.DYNAMIC if num_tokens > 1 else DimDynamic.STATIC]
-    ids = fake_mode.from_tensor(
-        torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device),
-        symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds),
-    )
-    values: dict[str, Any] = {}
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if tokens is not None and node is tokens:
-            values[node.name] = ids.shape[1]
-        elif node.name in captured.inputs:
-            with fake_mode:
-                role = captured.inputs[node.name]
-                values[node.name] = ids if role == "input_ids" else torch.empty_like(ids)
-        else:
-            values[node.name] = fake_mode.from_tensor(
-                captured.weights[node.name], static_shapes=True
-            )
-    _propagate(module, values, fake_mode)
-    return module
-
-
-class _Propagator(fx.Interpreter):
-    """Runs the graph on fake values and keeps each one."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        n.meta["val"] = value
-        return value
-
-
-def _propagate(module: fx.GraphModule, values: dict[str, Any], fake_mode: Any) -> None:
-    from torch._dispatch.python import enable_python_dispatcher
-
-    args = [values[n.name] for n in module.graph.nodes if n.op == "placeholder"]
-    # Without the Python dispatcher some ops (expand in baddbmm's meta) refuse a symbolic length.
-    with fake_mode, enable_python_dispatcher(), torch.no_grad():
-        _Propagator(module).run(*args)

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from sparda_compile.forecast_projection import Projection
 from sparda_compile.hints.forecast import forecast_dim
-from sparda_compile.passes.attention_proof import evaluate
+from sparda_compile.passes.attention_proof import PROOF_BATCH, evaluate
 from sparda_compile.passes.fx import fake_value, tensor_shape
+from sparda_compile.sizes import NUM_TOKENS, concrete
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,7 @@ def _mean_query(
         _NoStartError: If there is none of this shape.
     """
     hidden, query = nodes[site.hidden.name], nodes[site.rotation_input.name]
-    batch, _, width = map(_size, tensor_shape(hidden))
+    batch, _, width = concrete(tensor_shape(hidden), PROOF_BATCH, 1)
     if width != shape.hidden:
         raise _NoStartError(
             f"they are made of {width} channels, the layer before has {shape.hidden}"
@@ -152,11 +153,6 @@ def _mean_query(
     return weight
 
 
-def _size(dimension: Any) -> int:
-    """Return a size; a prompt's length, a symbol, counts as one token."""
-    return 1 if isinstance(dimension, torch.SymInt) else int(dimension)
-
-
 def _inputs(query: fx.Node, hidden: fx.Node, captured: CapturedGraph) -> dict[fx.Node, Any]:
     """Return the values of the graph's inputs that make a query of `hidden`, float32.
 
@@ -181,7 +177,7 @@ def _inputs(query: fx.Node, hidden: fx.Node, captured: CapturedGraph) -> dict[fx
         elif isinstance(fake_value(node), Tensor):
             raise _NoStartError(f"they depend on {node.name} besides the layer's input")
         else:
-            values[node] = 1
+            values[node] = 1 if node.name == NUM_TOKENS else PROOF_BATCH
     return values
 
 

@@ -1,149 +1,294 @@
-"""Stage 6: the rewritten graph becomes a callable.
+"""Stage 6: the verified graph becomes a list of calls.
 
-`inductor` compiles it with `compile_fx`; `eager` runs the graph's own Python, node by node, which
-is slower and easier to look into. Both take the same flat arguments, in placeholder order.
+    cut      at the ops `sparda::*`; what lies between them is pure and becomes a piece
+    compile  each different piece once, by Inductor (`pieces.py`); `lowering="eager"` runs a piece's
+             own Python instead
+    run      pieces and ops one after another, in the order of the graph, on tensors held here
 
-Inductor moves nodes by their data alone. What must not move for correctness is data: forks take
-the state that side streams will touch, waits mutate what was used and take what must stay
-alive. What should not move for speed is pinned: a wait takes the tickets of the prefetches before
-it in the schedule, and every matrix multiplication gets a control dependence on the prefetch before
-it, so the copy is issued before the compute stream stands still and before that work.
+So nothing that moves bytes passes through a compiler: no node is moved, copied or fused away, and a
+value is one tensor for everybody. A tensor is held until the last call that takes it. A wait takes
+what side streams use until then, so nothing of that is freed before. `run_proof.py` checks it on
+the first run of every program.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import dataclasses
+import operator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from sparda_compile.errors import PassError
-from sparda_compile.passes.effects import argument, set_argument
-from sparda_compile.passes.fx import call_name, fake_value, find_ops
+from sparda_compile.passes.fx import call_name, changes_in_place, fake_value, is_sparda
+from sparda_compile.pieces import Piece, make_piece
+from sparda_compile.tracing import leaves_of, map_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["lower"]
+    from sparda_compile.run_proof import Observer
 
-_SEQUENCE: Final = "sparda_sequence"
-_PREFETCH: Final = "prefetch_blocks"
-_HEAVY: Final = frozenset(
-    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-)
+__all__ = ["Call", "LoweredProgram", "lower", "split_graph"]
 
 
-def lower(gm: fx.GraphModule, lowering: str) -> Callable[..., Tensor]:
-    """Return a function of the graph's placeholders, in order, that returns the logits.
+@dataclasses.dataclass
+class Call:
+    """One call of a lowered program. Registers are numbers of values.
+
+    Attributes:
+        name: Of the op's node, or of the piece.
+        function: What is called.
+        args: Positional arguments, `Register` in the place of a value.
+        kwargs: Named arguments, likewise.
+        results: Registers of the results; None for a result that nobody takes.
+        is_tuple: Whether what is returned is a tuple of them.
+        frees: Registers that nobody takes any more.
+        node: Node of the op; None for a piece.
+        piece: The piece; None for an op.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[int, ...]
+    is_tuple: bool
+    frees: tuple[int, ...] = ()
+    node: fx.Node | None = None
+    piece: Piece | None = None
+
+
+class Register(int):
+    """Number of a value of a lowered program."""
+
+
+class LoweredProgram:
+    """Calls in order.
+
+    Attributes:
+        calls: What is called.
+        names: Name of the node of each register; inputs come first.
+        num_inputs: Registers that a run is given.
+        result: Register of the logits.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], names: Sequence[str], num_inputs: int, result: int
+    ) -> None:
+        self.calls = list(calls)
+        self.names = list(names)
+        self.num_inputs = num_inputs
+        self.result = result
+
+    def pieces(self) -> list[Piece]:
+        """Return the different pieces, in the order of their first call."""
+        found = [call.piece for call in self.calls if call.piece is not None]
+        return list({piece.key: piece for piece in found}.values())
+
+    def run(self, inputs: Sequence[Any], observer: Observer | None = None) -> Tensor:
+        """Run the calls.
+
+        Args:
+            inputs: Values of the graph's placeholders, in order.
+            observer: Told of every call, if there is one.
+
+        Returns:
+            The logits.
+        """
+        values: list[Any] = [*inputs, *[None] * (len(self.names) - len(inputs))]
+
+        def value(leaf: Any) -> Any:
+            return values[leaf] if type(leaf) is Register else leaf
+
+        with torch.no_grad():
+            for call in self.calls:
+                args = _filled(call.args, values)
+                kwargs = map_leaves(call.kwargs, value) if call.kwargs else {}
+                if observer is not None:
+                    observer.begin(call, args, kwargs)
+                result = call.function(*args, **kwargs)
+                results = result if call.is_tuple else (result,)
+                for register, each in zip(call.results, results, strict=False):
+                    values[register] = each
+                if observer is not None:
+                    observer.end(call, results)
+                result = results = args = kwargs = each = None
+                for register in call.frees:
+                    values[register] = None
+        logits: Tensor = values[self.result]
+        return logits
+
+
+def _filled(args: tuple[Any, ...], values: list[Any]) -> list[Any]:
+    """Return arguments with values in the place of registers; lists of them are one level deep."""
+    return [
+        values[a] if type(a) is Register
+        else [values[x] if type(x) is Register else x for x in a] if type(a) is list
+        else a
+        for a in args
+    ]  # fmt: skip
+
+
+def lower(gm: fx.GraphModule, lowering: str) -> LoweredProgram:
+    """Return the calls of a verified graph.
 
     Args:
-        gm: A verified graph.
+        gm: The graph; its placeholders are the inputs, in order.
         lowering: `inductor` or `eager`.
 
     Raises:
-        PassError: If the compiler has fixed a size that must stay free.
+        PassError: If a part of it cannot be a piece.
     """
-    run = gm.forward if lowering == "eager" else _compile(gm)
-
-    def call(*args: Any) -> Tensor:
-        with torch.no_grad():
-            (logits,) = run(*args)
-        result: Tensor = logits
-        return result
-
-    return call
+    return _Lowering(gm.graph, lowering).program()
 
 
-def _compile(gm: fx.GraphModule) -> Callable[..., Any]:
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx
-
-    inputs = [fake_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
-    fake_mode = next(v for v in inputs if isinstance(v, Tensor)).fake_mode  # type: ignore[attr-defined]
-    symbols = [value for value in inputs if isinstance(value, torch.SymInt)]
-    patches = {
-        "joint_custom_pre_pass": _graph_pass(_number_nodes),
-        "post_grad_custom_post_pass": _graph_pass(_pin_prefetches),
-        # Else Inductor times its reductions and picks one: two programs of one model would round
-        # their sums differently, and so would one program compiled twice.
-        "deterministic": True,
-        # Else what Inductor fuses decides where it rounds, and which products it adds without
-        # rounding: a schedule would change the logits. So every op rounds as it does in eager.
-        "emulate_precision_casts": True,
-    }
-    with tracing(TracingContext(fake_mode)), torch.no_grad():
-        compiled = compile_fx(_copy(gm), inputs, config_patches=patches)
-    for symbol in symbols:
-        if symbol.node.shape_env.replace(symbol.node.expr).is_number:
-            raise PassError(
-                f"Inductor fixed the prompt length to {symbol.node.hint}; every other prompt would "
-                "give wrong results. Use lowering='eager' and report the model."
-            )
-    return compiled  # type: ignore[return-value]
-
-
-def _graph_pass(function: Callable[[fx.Graph], None]) -> Any:
-    """Wrap a function as Inductor's custom pass, named by this file for its caches."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class Pass(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            function(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((__file__,), function.__name__)
-
-    return Pass()
-
-
-def _number_nodes(graph: fx.Graph) -> None:
-    """Write the schedule's order on every node, while it still is the order of the graph."""
-    for i, node in enumerate(graph.nodes):
-        node.meta[_SEQUENCE] = i
-
-
-def _pin_prefetches(graph: fx.Graph) -> None:
-    """Make all work that follows a prefetch in the schedule depend on it."""
-    from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-    from torch._inductor.pattern_matcher import stable_topological_sort
-    from torch.utils._ordered_set import OrderedSet
-
-    numbered = [n for n in graph.nodes if _SEQUENCE in n.meta and n.op == "call_function"]
-    numbered.sort(key=lambda n: n.meta[_SEQUENCE])
-    pins: dict[fx.Node, OrderedSet[fx.Node]] = {}
-    ticket: fx.Node | None = None
-    for node in numbered:
-        if _PREFETCH in str(node.args[:1]) and "auto_functionalized" in str(node.target):
-            ticket = next((u for u in node.users if u.args[1:] == (0,)), ticket)
-        elif ticket is not None and node.target in _HEAVY:
-            pins[node] = OrderedSet([ticket])
-    if pins:
-        preserve_node_ordering(graph, pins)
-        stable_topological_sort(graph)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy for the compiler, waits pinned; the caller's graph stays to be looked at."""
+def split_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph with each piece as a submodule, to look at; equal pieces are one."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-        mapping[node].meta = {k: v for k, v in node.meta.items() if not k.startswith("sparda")}
-    _pin_waits(graph)
-    return fx.GraphModule(gm, graph)
+    module = fx.GraphModule({}, fx.Graph())
+    for part in _cut(gm.graph):
+        if isinstance(part, fx.Node):
+            mapping[part] = graph.node_copy(part, lambda n: mapping[n])
+            mapping[part].name = part.name
+            continue
+        if not hasattr(module, part.name):
+            module.add_submodule(part.name, part.graph_module)
+        sizes = [n for name in part.sizes for n in mapping if n.name == name]
+        args = tuple(mapping[n] for n in (*sizes, *part.inputs))
+        call = graph.call_module(part.name, args)
+        call.meta["val"] = tuple(fake_value(n) for n in part.outputs)
+        for i, node in enumerate(part.outputs):
+            mapping[node] = graph.call_function(operator.getitem, (call, i))
+            mapping[node].meta["val"] = fake_value(node)
+            mapping[node].name = node.name
+    module.graph = graph
+    return module
 
 
-def _pin_waits(graph: fx.Graph) -> None:
-    """Tie every wait to the prefetches that the schedule has issued since the wait before it.
+def _cut(graph: fx.Graph) -> Iterator[fx.Node | Piece]:
+    """Yield placeholders, ops of ours with what chooses from their results, pieces, the output."""
+    run: list[fx.Node] = []
+    taken: set[fx.Node] = set()
 
-    Where projections are joined, no multiplication is left between such a prefetch and the wait,
-    and no other data ties the two.
-    """
-    tickets: list[fx.Node] = []
-    for node in find_ops(graph, "prefetch_blocks", "wait_blocks"):
-        if call_name(node) == "sparda.prefetch_blocks":
-            tickets.append(node)
-        elif tickets:
-            others = [ticket for ticket in tickets if ticket is not argument(node, "ticket")]
-            set_argument(node, "anchors", [*argument(node, "anchors"), *others])
-            tickets = []
+    def piece() -> Iterator[Piece]:
+        inside = set(run)
+        live = [n for n in run if n.users or changes_in_place(n)]
+        outputs = [n for n in live if any(user not in inside for user in n.users)]
+        if outputs:
+            yield make_piece(live, outputs)
+        run.clear()
+
+    for node in graph.nodes:
+        if node in taken or _is_number(node):
+            continue
+        if node.op in ("placeholder", "output") or is_sparda(node) or _is_choice(node):
+            if not (node.op == "placeholder" or _is_choice(node)):
+                yield from piece()
+            yield node
+            continue
+        run.append(node)
+        if isinstance(fake_value(node), (tuple, list)):
+            # Its results go on as tensors, each by itself.
+            run += node.users
+            taken |= set(node.users)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node computes a size; a piece that takes it computes it again."""
+    return node.op == "call_function" and isinstance(fake_value(node), int)
+
+
+def _is_choice(node: fx.Node) -> bool:
+    """Whether a node chooses one result of an op of ours."""
+    return call_name(node) == "getitem" and is_sparda(node.all_input_nodes[0])
+
+
+class _Lowering:
+    """Turns a graph into calls."""
+
+    def __init__(self, graph: fx.Graph, lowering: str) -> None:
+        self._graph = graph
+        self._lowering = lowering
+        self._registers: dict[fx.Node | _Unused, Register] = {}
+        self._inputs: dict[str, Register] = {}
+        self._calls: list[Call] = []
+
+    def program(self) -> LoweredProgram:
+        result = -1
+        for part in _cut(self._graph):
+            if isinstance(part, Piece):
+                self._add_piece(part)
+            elif part.op == "placeholder":
+                self._inputs[part.name] = self._register(part)
+            elif part.op == "output":
+                (logits,) = part.args[0]  # type: ignore[misc]
+                result = self._registers[logits]  # type: ignore[index]
+            elif not _is_choice(part):
+                self._add_op(part)
+        names = [node.name for node in self._registers]
+        program = LoweredProgram(self._calls, names, len(self._inputs), result)
+        set_frees(program)
+        return program
+
+    def _register(self, node: fx.Node | _Unused) -> Register:
+        self._registers[node] = Register(len(self._registers))
+        return self._registers[node]
+
+    def _add_piece(self, piece: Piece) -> None:
+        sizes = [self._inputs[name] for name in piece.sizes]
+        args = (*sizes, *(self._registers[node] for node in piece.inputs))
+        results = tuple(self._register(node) for node in piece.outputs)
+        self._calls.append(
+            Call(piece.name, piece.callable(self._lowering), args, {}, results, True, piece=piece)
+        )
+
+    def _add_op(self, node: fx.Node) -> None:
+        def value(leaf: Any) -> Any:
+            return self._registers[leaf] if isinstance(leaf, fx.Node) else leaf
+
+        args = tuple(
+            list(map_leaves(a, value)) if isinstance(a, (list, tuple)) else value(a)
+            for a in node.args
+        )
+        kwargs = map_leaves(dict(node.kwargs), value)
+        made = fake_value(node)
+        is_tuple = isinstance(made, (tuple, list))
+        if is_tuple:
+            items = {user.args[1]: user for user in node.users}
+            results = tuple(
+                self._register(items.get(i, _Unused(node, i)))
+                for i in range(len(made))
+            )
+        else:
+            results = (self._register(node),)
+        function: Any = node.target
+        self._calls.append(Call(node.name, function, args, kwargs, results, is_tuple, node=node))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unused:
+    """Stands for a result that no node chooses."""
+
+    node: fx.Node
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.node.name}[{self.index}]"
+
+
+def set_frees(program: LoweredProgram) -> None:
+    """Let each call free the registers that no later one takes."""
+    last: dict[int, int] = {}
+    for i, call in enumerate(program.calls):
+        taken = [leaf for leaf in leaves_of((call.args, call.kwargs)) if type(leaf) is Register]
+        for register in (*call.results, *taken):
+            last[register] = i
+    frees: dict[int, list[int]] = {}
+    for register, i in last.items():
+        if register >= program.num_inputs and register != program.result:
+            frees.setdefault(i, []).append(register)
+    for i, call in enumerate(program.calls):
+        call.frees = tuple(sorted(frees.get(i, ())))

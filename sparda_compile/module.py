@@ -217,14 +217,13 @@ class OptimizedModule(nn.Module):
         """Return the program for a shape; built when first asked for."""
         key = (phase, batch_size, max_tokens, last_only)
         if key not in self._programs:
-            captured = self.captures.get(phase, last_logits_only=last_only)
             plan = make_plan(
-                captured,
+                self.captures,
+                phase,
                 self.sparda_config,
-                model_name=self.captures.model_name,
-                windows=self.captures.windows,
                 batch_size=batch_size,
                 max_tokens=max_tokens,
+                last_logits_only=last_only,
             )
             self._programs[key] = Program(plan, self._forecast)
         self._latest[phase] = (batch_size, max_tokens, last_only)

@@ -1,6 +1,6 @@
-"""From a captured forward to a program: specialize, run the pipeline, lower.
+"""From a captured forward to a program: run the pipeline, lower.
 
-    captured --specialize(batch)--> graph --PIPELINE--> verified graph --lower--> callable
+    captured --copy--> graph --PIPELINE--> verified graph --lower--> calls of pieces and ops
 
 One `Plan` is that path for one phase, batch size and capacity, kept stage by stage so that every
 graph can be looked at; `Program` adds the compiled callable.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from sparda_compile import ops
 from sparda_compile.cache_layout import CacheLayout, LayerShape
-from sparda_compile.capture import CapturedGraph, capture, share_weights, specialize
+from sparda_compile.capture import CapturedGraph, capture, share_weights
 from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast_projection import from_inputs, is_input, to_inputs
@@ -29,9 +29,12 @@ from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
 from sparda_compile.passes.fuse_projections import JOINED_KEY
-from sparda_compile.passes.fx import copy_graph, fake_value
+from sparda_compile.passes.fx import fake_value
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.replace_attention import TOKEN_MASK
+from sparda_compile.progress import stage
+from sparda_compile.run_proof import check_recording, record_run
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
 from sparda_compile.streams import CudaEngine, use_engine
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast_projection import Projection, ProjectionShape
+    from sparda_compile.lower import LoweredProgram
+    from sparda_compile.run_proof import RunProof
     from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.schedule import Schedule
     from sparda_compile.streams import Engine
@@ -100,24 +105,24 @@ def planned_capacity(config: SpardaConfig) -> int:
 
 
 def make_plan(
-    captured: CapturedGraph,
+    captures: Captures,
+    phase: str,
     config: SpardaConfig,
     *,
-    model_name: str,
-    windows: Mapping[int, int],
     batch_size: int,
     max_tokens: int,
+    last_logits_only: bool = True,
     trace_steps: int = 0,
 ) -> Plan:
     """Run the pipeline on a captured forward.
 
     Args:
-        captured: Prefill or decode.
+        captures: The model's traced forwards.
+        phase: `prefill` or `decode`.
         config: What to build.
-        model_name: For messages.
-        windows: Sliding window of each layer, 0 for none.
         batch_size: Sequences.
         max_tokens: Tokens per sequence that the KV cache holds.
+        last_logits_only: Whether the program returns the logits of the last token alone.
         trace_steps: For benchmarks: steps of the trace that selection follows, 0 for none.
 
     Raises:
@@ -125,17 +130,46 @@ def make_plan(
         UnsupportedInputError: If the model's forward does not use position_ids.
         PassError: If a pass fails.
     """
-    gm = specialize(captured, batch_size)
+    captured = captures.get(phase, several=batch_size > 1, last_logits_only=last_logits_only)
     machine = machine_for(config.machine, captured.device)
-    ctx = PassContext(config, captured.phase, dict(windows), model_name, None, machine)
-    first = StageRecord("capture", copy_graph(gm.graph), {"nodes": len(gm.graph.nodes)}, 0.0)
-    found = run_passes(gm, [FindAttention(captured.weights)], ctx)
-    _check_positions(captured, gm, model_name)
+    ctx = PassContext(
+        config, phase, dict(captures.windows), captures.model_name, None, machine, batch_size
+    )
+    sizes = (batch_size, max_tokens, trace_steps)
+
+    def graph_after(stage: str) -> fx.Graph:
+        gm = captured.copy()
+        if stage != "capture":
+            _run_pipeline(gm, captured, ctx, sizes, None, stage)
+        return gm.graph
+
+    gm = captured.copy()
+    first = StageRecord(
+        "capture", partial(graph_after, "capture"), {"nodes": len(gm.graph.nodes)}, 0.0
+    )
+    layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
+    return Plan(captured, layout, sites, (first, *stages), gm)
+
+
+def _run_pipeline(
+    gm: fx.GraphModule,
+    captured: CapturedGraph,
+    ctx: PassContext,
+    sizes: tuple[int, int, int],
+    graph_after: Callable[[str], fx.Graph] | None,
+    last: str = PIPELINE[-1].name,
+) -> tuple[CacheLayout, tuple[AttentionSite, ...], list[StageRecord]]:
+    """Run the passes up to one; sizes are those of the cache: sequences, tokens, trace steps."""
+    names = [graph_pass.name for graph_pass in PIPELINE]
+    passes = PIPELINE[1 : names.index(last) + 1]
+    found = run_passes(gm, [FindAttention(captured.weights)], ctx, graph_after)
+    _check_positions(captured, gm, ctx.model)
     sites = tuple(sites_of(gm.graph))
+    batch_size, max_tokens, trace_steps = sizes
     layers = tuple(_layer_shape(s, max_tokens) for s in sites)
-    layout = CacheLayout(config, layers, batch_size, max_tokens, trace_steps)
-    rest = run_passes(gm, PIPELINE[1:], dataclasses.replace(ctx, layout=layout))
-    return Plan(captured, layout, sites, (first, *found, *rest), gm)
+    layout = CacheLayout(ctx.config, layers, batch_size, max_tokens, trace_steps)
+    planned = dataclasses.replace(ctx, layout=layout.traced())
+    return layout, sites, [*found, *run_passes(gm, passes, planned, graph_after)]
 
 
 def _check_positions(captured: CapturedGraph, gm: fx.GraphModule, model_name: str) -> None:
@@ -167,18 +201,22 @@ class Captures:
         self.model = share_weights(model)
         self.model_name = type(model).__name__
         self.windows = dict(windows)
-        self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
+        self._graphs: dict[tuple[str, bool, bool], CapturedGraph] = {}
 
     @property
     def num_captures(self) -> int:
         """Times that a forward was traced."""
         return len(self._graphs)
 
-    def get(self, phase: str, *, last_logits_only: bool) -> CapturedGraph:
-        """Return a traced forward; traced when first asked for."""
-        key = (phase, last_logits_only)
+    def get(
+        self, phase: str, *, several: bool = False, last_logits_only: bool = True
+    ) -> CapturedGraph:
+        """Return a traced forward, for one sequence or several; traced when first asked for."""
+        key = (phase, several, last_logits_only)
         if key not in self._graphs:
-            self._graphs[key] = capture(self.model, phase, last_logits_only=last_logits_only)
+            self._graphs[key] = capture(
+                self.model, phase, several=several, last_logits_only=last_logits_only
+            )
         return self._graphs[key]
 
 
@@ -217,6 +255,9 @@ class Program:
         forecast: Forecast projections, by target layer.
         engine: Where its streams are; None makes one for the device.
 
+    Attributes:
+        proof: What was checked of the first run; None before it.
+
     Raises:
         KeyError: If a projection is missing.
     """
@@ -234,6 +275,7 @@ class Program:
         self._replays &= plan.layout.config.cuda_graph
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._joined: list[JoinedWeight] = []
+        self.proof: RunProof | None = None
         self._arguments = [
             self._argument(n) for n in plan.graph_module.graph.nodes if n.op == "placeholder"
         ]
@@ -241,12 +283,14 @@ class Program:
     @property
     def is_compiled(self) -> bool:
         """Whether the program has run, or was compiled ahead."""
-        return "_function" in self.__dict__
+        return "lowered" in self.__dict__
 
     def compile(self) -> None:
         """Compile now, not at the first step."""
-        compiled = self._function  # kept by the property
-        del compiled
+        pieces = self.lowered.pieces()
+        for i, piece in enumerate(pieces):
+            with stage("compile", f"piece of the {self.plan.captured.phase}", done=i, total=len(pieces)):
+                piece.compile(self.plan.layout.config.lowering)
 
     @property
     def num_graphs(self) -> int:
@@ -254,21 +298,28 @@ class Program:
         return sum(graph.is_captured for graph in self._graphs.values())
 
     @cached_property
-    def _function(self) -> Callable[..., Tensor]:
-        run = lower(self.plan.graph_module, self.plan.layout.config.lowering)
+    def lowered(self) -> LoweredProgram:
+        """The calls that run; made when first asked for."""
+        return lower(self.plan.graph_module, self.plan.layout.config.lowering)
+
+    def _function(self, *args: Any) -> Tensor:
         if self._engine is None:
-            return run
+            return self._run(args)
+        with (
+            torch.cuda.device(self.plan.captured.device),
+            use_engine(self._engine),
+            _launch_errors(self.plan.layout),
+        ):
+            return self._run(args)
 
-        def on_engine(*args: Any) -> Tensor:
-            assert self._engine is not None
-            with (
-                torch.cuda.device(self.plan.captured.device),
-                use_engine(self._engine),
-                _launch_errors(self.plan.layout),
-            ):
-                return run(*args)
-
-        return on_engine
+    def _run(self, args: Sequence[Any]) -> Tensor:
+        """Run the calls; the first run is recorded and checked."""
+        if self.proof is not None:
+            return self.lowered.run(args)
+        logits, recording = record_run(self.lowered, args)
+        with stage("verify"):
+            self.proof = check_recording(self.plan.graph_module.graph, recording)
+        return logits
 
     def _argument(self, node: fx.Node) -> Tensor | str:
         """Return a weight, or the name of what a call passes in."""
@@ -283,8 +334,6 @@ class Program:
             return weight.tensor
         if is_input(node.name) or node.name in self._weights:
             return self._weights[node.name]
-        if not isinstance(fake_value(node), Tensor):
-            return "num_tokens"
         return captured.inputs.get(node.name, node.name)
 
     def __call__(
@@ -313,7 +362,8 @@ class Program:
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            "num_tokens": input_ids.shape[1],
+            BATCH_SIZE: input_ids.shape[0],
+            NUM_TOKENS: input_ids.shape[1],
             TOKEN_MASK: token_mask,
         }
         return self._function(*self._bound(call, kv))
@@ -327,7 +377,7 @@ class Program:
     def _step_graph(self, kv: KVCache, *inputs: Tensor) -> StepGraph:
         if kv not in self._graphs:
             ids, positions = (t.clone() for t in inputs)
-            call = {"input_ids": ids, "position_ids": positions}
+            call = {"input_ids": ids, "position_ids": positions, BATCH_SIZE: ids.shape[0]}
             self._graphs[kv] = StepGraph(self._function, self._bound(call, kv), (ids, positions))
         return self._graphs[kv]
 

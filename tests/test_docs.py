@@ -51,8 +51,7 @@ def code(values):
 def plan():
     captures = captures_of(tiny_llama())
     return make_plan(
-        captures.get("decode", last_logits_only=True), CONFIG, model_name="LlamaForCausalLM",
-        windows=captures.windows, batch_size=1, max_tokens=8192,
+        captures, "decode", CONFIG, batch_size=1, max_tokens=8192,
     )  # fmt: skip
 
 

@@ -75,9 +75,7 @@ def parse(text, behind=None):
 def plan(trace_steps=0, top_k=4, **settings):
     captures = captures_of(shared_model())
     return make_plan(
-        captures.get("decode", last_logits_only=True),
-        SpardaConfig(block_size=16, top_k=top_k, local_blocks=2, machine="h200", **settings),
-        model_name="LlamaForCausalLM", windows=captures.windows, batch_size=1, max_tokens=2048,
+        captures, "decode", SpardaConfig(block_size=16, top_k=top_k, local_blocks=2, machine="h200", **settings), batch_size=1, max_tokens=2048,
         trace_steps=trace_steps,
     )  # fmt: skip
 

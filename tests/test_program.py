@@ -42,10 +42,7 @@ def plan_of(
     **changes: Any,
 ) -> Plan:
     return make_plan(
-        captures.get(phase, last_logits_only=True),
-        CONFIG.replace(**changes),
-        model_name=captures.model_name,
-        windows=captures.windows,
+        captures, phase, CONFIG.replace(**changes),
         batch_size=batch_size,
         max_tokens=64,
         trace_steps=trace_steps,

@@ -16,7 +16,6 @@ from typing import Final
 import torch
 
 from sparda_compile.cache_layout import CacheLayout
-from sparda_compile.capture import specialize
 from sparda_compile.config import Lowering, SpardaConfig
 from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.machine import machine_for
@@ -65,10 +64,9 @@ def build_program(
     """
     config = SpardaConfig(**{**KNOBS[variant], "max_tokens": max_tokens, **settings})  # type: ignore[arg-type]
     plan = make_plan(
-        captures.get("decode", last_logits_only=True),
+        captures,
+        "decode",
         config,
-        model_name=captures.model_name,
-        windows=captures.windows,
         batch_size=batch_size,
         max_tokens=max_tokens,
         trace_steps=0 if config.mode == "dense" else trace_steps,
@@ -86,11 +84,13 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
     Keys and values are still computed, and go into the sum, so that no compiler drops them. There
     is no cache; the program runs on one of this layout, which is empty.
     """
-    captured = captures.get("decode", last_logits_only=True)
+    captured = captures.get("decode", several=batch_size > 1)
     config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
     machine = machine_for(None, captured.device)
-    gm = specialize(captured, batch_size)
-    ctx = PassContext(config, "decode", dict(captures.windows), captures.model_name, None, machine)
+    gm = captured.copy()
+    ctx = PassContext(
+        config, "decode", dict(captures.windows), captures.model_name, None, machine, batch_size
+    )
     stages = run_passes(gm, [FindAttention(captured.weights)], ctx)
     sites = tuple(sites_of(gm.graph))
     for site in sites:

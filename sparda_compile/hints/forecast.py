@@ -61,9 +61,7 @@ def emit_forecast(point: HintPoint) -> fx.Node:
         projected = emit.function(
             torch.nn.functional.linear, (projected, weight), {}, f"forecast_{name}"
         )
-    # A prompt's length is a symbol, which no argument may be.
-    length = num_tokens if isinstance(num_tokens, int) else -1
-    heads = emit.method("view", projected, batch, length, groups, dim)
+    heads = emit.method("unflatten", projected, -1, (groups, dim))
     heads_first = tensor_shape(target.rotation_input)[1] == target.num_heads
     begin = emit.method("transpose", heads, 1, 2) if heads_first else heads
     if not target.rotation:

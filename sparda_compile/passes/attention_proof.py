@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparda_compile.passes.fx import fake_value, nodes_between
+from sparda_compile.sizes import NUM_TOKENS, concrete
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["causal_attention", "ends_in_one", "evaluate", "find_difference", "measure_scale"]
+__all__ = ["PROOF_BATCH", "causal_attention", "ends_in_one", "evaluate", "find_difference", "measure_scale"]
 
+# Sequences, where a graph is for any number of them.
+PROOF_BATCH = 2
 _PROOF_TOKENS = 24
 _WINDOW_MARGIN = 9
 _LARGEST_WINDOW = 256
@@ -46,7 +49,7 @@ def evaluate(
         target: Node to compute.
         known: Values of nodes; nothing above them is computed.
         weights: Values of placeholders, which are taken to the CPU.
-        num_tokens: Value of the prompt length.
+        num_tokens: Value of the prompt length; there are `PROOF_BATCH` sequences.
         convert: Gives what stands for an argument that is no node; the CPU for any device.
 
     Raises:
@@ -82,9 +85,9 @@ def evaluate(
 def _placeholder(node: fx.Node, weights: Mapping[str, Tensor], num_tokens: int) -> Any:
     fake = fake_value(node)
     if not isinstance(fake, Tensor):
-        return num_tokens
+        return num_tokens if node.name == NUM_TOKENS else PROOF_BATCH
     if node.name not in weights:
-        shape = concrete(fake.shape, num_tokens)
+        shape = concrete(fake.shape, PROOF_BATCH, num_tokens)
         return torch.arange(shape[-1]).expand(shape)
     weight = weights[node.name]
     if isinstance(weight, nn.Parameter):
@@ -92,11 +95,6 @@ def _placeholder(node: fx.Node, weights: Mapping[str, Tensor], num_tokens: int) 
     if weight.is_meta:
         raise NotProvableError(f"it reads the buffer {node.name}, which has no values here")
     return weight.cpu()
-
-
-def concrete(shape: Any, num_tokens: int) -> tuple[int, ...]:
-    """Return a shape with the prompt length put in."""
-    return tuple(num_tokens if isinstance(s, torch.SymInt) else int(s) for s in shape)
 
 
 def causal_attention(
@@ -132,7 +130,7 @@ def _random_inputs(
 
     def draw(node: fx.Node) -> Tensor:
         fake = fake_value(node)
-        shape = concrete(fake.shape, num_tokens)
+        shape = concrete(fake.shape, PROOF_BATCH, num_tokens)
         return torch.randn(shape, generator=generator).to(fake.dtype)
 
     return draw(query), draw(k), draw(v)
@@ -193,7 +191,7 @@ def find_difference(
         softcap: Soft cap that the rewrite will use.
         window: Sliding window that the rewrite will use.
     """
-    is_decode = not any(isinstance(s, torch.SymInt) for s in fake_value(query).shape)
+    is_decode = int(fake_value(query).shape[2]) == 1
     fits = window and window <= _LARGEST_WINDOW
     num_tokens = 1 if is_decode else window + _WINDOW_MARGIN if fits else _PROOF_TOKENS
     q, keys, values = _random_inputs(query, k, v, num_tokens)
@@ -233,7 +231,7 @@ def ends_in_one(query: fx.Node, projection: fx.Node, weights: Mapping[str, Tenso
         fake = fake_value(node)
         is_number = isinstance(fake, Tensor) and fake.is_floating_point()
         if is_number and not _has_value(node, weights):
-            shape = concrete(fake.shape, 1)
+            shape = concrete(fake.shape, PROOF_BATCH, 1)
             known[node] = torch.randn(shape, generator=generator).to(fake.dtype)
     try:
         return bool(evaluate(query, known, weights, 1)[..., -1].eq(1).all())

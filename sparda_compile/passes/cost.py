@@ -17,11 +17,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor, fx
 
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda
+from sparda_compile.sizes import concrete
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
@@ -64,8 +64,8 @@ def node_cost(node: fx.Node, ctx: PassContext) -> Cost:
     if name in _TRANSFERS:
         link = _link_bytes(node, ctx)
         return Cost(machine.launch_us + link / (machine.link_gbps * 1e3), 0, link)
-    num_bytes = _sparda_bytes(node, ctx) if is_sparda(node) else _bytes(node)
-    us = max(_flops(node) / (machine.tflops * 1e6), num_bytes / (machine.memory_gbps * 1e3))
+    num_bytes = _sparda_bytes(node, ctx) if is_sparda(node) else _bytes(node, ctx)
+    us = max(_flops(node, ctx) / (machine.tflops * 1e6), num_bytes / (machine.memory_gbps * 1e3))
     if is_sparda(node):
         us += machine.latency_of(name.removeprefix("sparda."))
     elif name in _KERNELS:
@@ -73,22 +73,22 @@ def node_cost(node: fx.Node, ctx: PassContext) -> Cost:
     return Cost(us, num_bytes)
 
 
-def _size(value: Any) -> int:
-    """Bytes of a fake value; an unknown prompt length counts as an example."""
+def _size(value: Any, ctx: PassContext) -> int:
+    """Bytes of a fake value; a prompt counts as an example of one."""
     if isinstance(value, (list, tuple)):
-        return sum(_size(v) for v in value)
+        return sum(_size(v, ctx) for v in value)
     if not isinstance(value, Tensor):
         return 0
-    return _numel(value.shape) * value.dtype.itemsize
+    return _numel(value.shape, ctx) * value.dtype.itemsize
 
 
-def _numel(shape: Any) -> int:
-    sizes = (_EXAMPLE_TOKENS if isinstance(s, torch.SymInt) else int(s) for s in shape)
-    return math.prod(sizes)
+def _numel(shape: Any, ctx: PassContext) -> int:
+    return math.prod(concrete(shape, ctx.batch_size, _EXAMPLE_TOKENS))
 
 
-def _bytes(node: fx.Node) -> int:
-    return _size(fake_value(node)) + sum(_size(fake_value(n)) for n in node.all_input_nodes)
+def _bytes(node: fx.Node, ctx: PassContext) -> int:
+    values = [fake_value(n) for n in (node, *node.all_input_nodes)]
+    return sum(_size(value, ctx) for value in values)
 
 
 def _sparda_bytes(node: fx.Node, ctx: PassContext) -> int:
@@ -98,25 +98,25 @@ def _sparda_bytes(node: fx.Node, ctx: PassContext) -> int:
     """
     assert ctx.layout is not None
     if num_new := _NEW_TOKENS.get(call_name(node)):
-        return 2 * sum(_size(fake_value(n)) for n in node.all_input_nodes[:num_new])
-    total = _size(fake_value(node))
+        return 2 * sum(_size(fake_value(n), ctx) for n in node.all_input_nodes[:num_new])
+    total = _size(fake_value(node), ctx)
     for source in node.all_input_nodes:
         value = fake_value(source)
         if source.name.startswith("sparda_trace"):  # a benchmark's; one step of it is read
             continue
         is_pool = isinstance(value, Tensor) and value.dim() == 6
-        total += _selected_bytes(value, ctx) if is_pool else _size(value)
+        total += _selected_bytes(value, ctx) if is_pool else _size(value, ctx)
     return total
 
 
 def _selected_bytes(pool: Tensor, ctx: PassContext, *, forced: bool = True) -> int:
     """Return the bytes of the selected blocks of a pool, or of those alone that scores chose."""
     assert ctx.layout is not None
-    batch, groups = pool.shape[:2]
     blocks = min(ctx.layout.num_selected, pool.shape[2])
     if not forced:
         blocks = max(blocks - ctx.layout.config.num_forced, 0)
-    return int(batch * groups * blocks * _numel(pool.shape[3:]) * pool.dtype.itemsize)
+    pairs, block = _numel(pool.shape[:2], ctx), _numel(pool.shape[3:], ctx)
+    return pairs * blocks * block * pool.dtype.itemsize
 
 
 def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
@@ -129,15 +129,15 @@ def _link_bytes(node: fx.Node, ctx: PassContext) -> int:
     if call_name(node).endswith(("store_blocks", "offload_blocks")):
         new_kv = argument(node, "new_kv")
         if new_kv:
-            return sum(_size(fake_value(n)) for n in new_kv)
+            return sum(_size(fake_value(n), ctx) for n in new_kv)
         # One block per `block_size` steps.
-        block = int(_numel(pages.shape[:2]) * _numel(pages.shape[3:]) * pages.dtype.itemsize)
+        block = _numel((*pages.shape[:2], *pages.shape[3:]), ctx) * int(pages.dtype.itemsize)
         return block // ctx.layout.config.block_size
     fresh = 1.0 - ctx.config.expected_overlap
     return int(_selected_bytes(pages, ctx, forced=False) * fresh)
 
 
-def _flops(node: fx.Node) -> float:
+def _flops(node: fx.Node, ctx: PassContext) -> float:
     name = call_name(node)
     value = fake_value(node)
     if not isinstance(value, Tensor) or name not in _KERNELS:
@@ -145,5 +145,5 @@ def _flops(node: fx.Node) -> float:
     if name in ("linear", "addmm", "matmul", "bmm", "baddbmm"):
         operands = [fake_value(n) for n in node.all_input_nodes]
         matrices = [v for v in operands if isinstance(v, Tensor) and v.dim() >= 2]
-        return 2.0 * _numel(value.shape) * _numel(matrices[0].shape[-1:])
-    return float(_numel(value.shape))
+        return 2.0 * _numel(value.shape, ctx) * _numel(matrices[0].shape[-1:], ctx)
+    return float(_numel(value.shape, ctx))

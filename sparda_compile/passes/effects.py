@@ -7,6 +7,7 @@ schema marks as mutated and reads the others that it takes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,7 +19,7 @@ from sparda_compile.schedule import COMPUTE, COPY
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Access", "accesses", "conflicts", "is_disjoint", "is_state", "stream_of"]
+__all__ = ["Access", "accesses", "conflicts", "is_disjoint", "is_state", "stream_of", "takes"]
 
 STATE_PREFIX: Final = "sparda_"
 _ALWAYS_COPY: Final = frozenset({"sparda.prefetch_blocks", "sparda.offload_blocks"})
@@ -41,35 +42,49 @@ def is_state(node: Any) -> bool:
     )
 
 
-def bound_arguments(node: fx.Node) -> Iterator[tuple[torch.Argument, Any]]:
-    """Yield each argument of a sparda op with its schema entry."""
-    target = node.target
+@functools.cache
+def _parameters(target: Any) -> tuple[tuple[str, bool, Any], ...]:
+    """Return name, whether it is written, and default of each argument of an op."""
     assert isinstance(target, torch._ops.OpOverload)
-    for i, argument in enumerate(target._schema.arguments):
-        if i < len(node.args):
-            yield argument, node.args[i]
-        elif argument.name in node.kwargs:
-            yield argument, node.kwargs[argument.name]
+    return tuple(
+        (e.name, e.alias_info is not None and e.alias_info.is_write, e.default_value)
+        for e in target._schema.arguments
+    )
+
+
+@functools.cache
+def _places(target: Any) -> dict[str, int]:
+    return {name: i for i, (name, _, _) in enumerate(_parameters(target))}
+
+
+def bound_arguments(node: fx.Node) -> Iterator[tuple[str, bool, Any]]:
+    """Yield name, whether it is written, and value of each argument that a sparda op is given."""
+    args, kwargs = node.args, node.kwargs
+    for i, (name, is_write, _) in enumerate(_parameters(node.target)):
+        if i < len(args):
+            yield name, is_write, args[i]
+        elif name in kwargs:
+            yield name, is_write, kwargs[name]
 
 
 def argument(node: fx.Node, name: str) -> Any:
     """Return one argument of a sparda op, or its default."""
-    for entry, value in bound_arguments(node):
-        if entry.name == name:
-            return value
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    return next(e for e in target._schema.arguments if e.name == name).default_value
+    place = _places(node.target)[name]
+    if place < len(node.args):
+        return node.args[place]
+    return node.kwargs[name] if name in node.kwargs else _parameters(node.target)[place][2]
+
+
+def takes(node: fx.Node, name: str) -> bool:
+    """Whether a sparda op has an argument of that name."""
+    return name in _places(node.target)
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set one argument of a sparda op."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    names = [e.name for e in target._schema.arguments]
-    index = names.index(name)
-    if index < len(node.args):
-        node.update_arg(index, value)
+    place = _places(node.target)[name]
+    if place < len(node.args):
+        node.update_arg(place, value)
     else:
         node.update_kwarg(name, value)
 
@@ -77,15 +92,15 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 def accesses(node: fx.Node) -> list[Access]:
     """Return the state that a node reads and writes.
 
-    A fork uses none: it takes state so that compilers leave it behind what writes that state.
+    A fork uses none: it takes state so that the scheduler leaves it behind what writes that state.
     """
     if not is_sparda(node) or call_name(node) == "sparda.fork_stream":
         return []
     found = []
-    for entry, value in bound_arguments(node):
-        is_write = entry.alias_info is not None and entry.alias_info.is_write
-        values = value if isinstance(value, (list, tuple)) else [value]
-        found += [Access(v.name, is_write) for v in values if is_state(v)]
+    for _, is_write, value in bound_arguments(node):
+        for v in value if isinstance(value, (list, tuple)) else (value,):
+            if is_state(v):
+                found.append(Access(v.name, is_write))
     return found
 
 
@@ -95,11 +110,7 @@ def stream_of(node: fx.Node) -> int:
         return COMPUTE
     if call_name(node) in _ALWAYS_COPY:
         return COPY
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    if any(e.name == "stream" for e in target._schema.arguments):
-        return int(argument(node, "stream"))
-    return COMPUTE
+    return int(argument(node, "stream")) if takes(node, "stream") else COMPUTE
 
 
 def is_disjoint(first: fx.Node, second: fx.Node) -> bool:

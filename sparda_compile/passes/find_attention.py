@@ -297,8 +297,7 @@ def _check_shapes(query: fx.Node, k: fx.Node, v: fx.Node) -> None:
             f"query, key and value heads have different widths ({q_shape[3]}, {k_shape[3]}, "
             f"{v_shape[3]}), as in multi-head latent attention (MLA)"
         )
-    # Compared as text: a comparison of symbols would guard on them.
-    if len({str(shape[2]) for shape in (q_shape, k_shape, v_shape)}) > 1:
+    if len({shape[2] for shape in (q_shape, k_shape, v_shape)}) > 1:
         raise RefusedAttentionError(
             f"{q_shape[2]} query tokens meet {k_shape[2]} keys and {v_shape[2]} values of one "
             "call, as with attention sinks and cross-attention"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+
+from sparda_compile.tracing import FakeRunner, leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Emitter",
     "call_name",
+    "changes_in_place",
     "clone_region",
     "copy_graph",
     "fake_value",
@@ -27,14 +30,19 @@ __all__ = [
 
 def call_name(node: fx.Node) -> str:
     """Return what a node calls as a short word: `linear`, `view`, `sparda.select_blocks`."""
-    target = node.target
+    return _target_name(node.target)
+
+
+@functools.cache
+def _target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return str(target._qualified_op_name.replace("::", "."))
     if isinstance(target, torch._ops.OpOverload):
         namespace, name = target._schema.name.split("::")
         return name if namespace == "aten" else f"{namespace}.{name}"
     if isinstance(target, str):
-        return target
+        is_operator = target.startswith("__") and target.endswith("__")
+        return target[2:-2] if is_operator else target
     return str(getattr(target, "__name__", target))
 
 
@@ -45,8 +53,13 @@ def is_sparda(node: fx.Node) -> bool:
 
 def find_ops(graph: fx.Graph, *names: str) -> list[fx.Node]:
     """Return the nodes that call `sparda.<name>`, in program order."""
-    wanted = {f"sparda.{name}" for name in names}
-    return [n for n in graph.nodes if n.op == "call_function" and call_name(n) in wanted]
+    packets = [getattr(torch.ops.sparda, name) for name in names]
+    targets = [target for packet in packets for target in (packet, packet.default)]
+    found = [
+        node for target in targets
+        for node in graph.find_nodes(op="call_function", target=target, sort=False)
+    ]  # fmt: skip
+    return sorted(found)
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -64,25 +77,25 @@ def module_path(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""
-    path = str(stack[-1][0])
-    return path.split("].", maxsplit=1)[1] if "]." in path else ""
+    return str(stack[-1][0])
 
 
 def nodes_between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
     """Return the nodes on any path from `start` (left out) to `end` (taken in)."""
-    below: set[fx.Node] = set()
+    above: set[fx.Node] = {end}
+    stack = [end]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source > start and source not in above:
+                above.add(source)
+                stack.append(source)
+    between: set[fx.Node] = set()
     stack = [start]
     while stack:
         for user in stack.pop().users:
-            if user not in below:
-                below.add(user)
+            if user in above and user not in between:
+                between.add(user)
                 stack.append(user)
-    between: set[fx.Node] = set()
-    stack = [end] if end in below else []
-    while stack:
-        node = stack.pop()
-        between.add(node)
-        stack += [n for n in node.all_input_nodes if n in below and n not in between]
     return between
 
 
@@ -158,7 +171,7 @@ class Emitter:
         return self._finish(new, node)
 
     def _finish(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        for key in ("stack_trace", "nn_module_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
         node.meta["sparda_layer"] = self.layer
@@ -168,39 +181,25 @@ class Emitter:
 
 def propagate(node: fx.Node) -> Any:
     """Compute a node's fake value from those of its inputs."""
-    from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensor
 
     fakes = [fake_value(n) for n in node.all_input_nodes]
-    modes = [f.fake_mode for f in _leaves(fakes) if isinstance(f, FakeTensor)]
-
-    def value(arg: Any) -> Any:
-        return fx.node.map_arg(arg, fake_value)
-
-    args, kwargs = value(node.args), value(node.kwargs)
-    # What is computed from sizes alone has no mode, and needs none. Where a size is a symbol,
-    # composite ops have to run in Python: in torch 2.11 matmul's C++ asks for a number.
-    is_symbolic = any(isinstance(f, Tensor) and _is_symbolic(f) for f in _leaves(fakes))
-    dispatcher = enable_python_dispatcher() if is_symbolic else contextlib.nullcontext()
-    with modes[0] if modes else contextlib.nullcontext(), torch.no_grad(), dispatcher:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+    mode = next((f.fake_mode for f in leaves_of(fakes) if isinstance(f, FakeTensor)), None)
+    args, kwargs = (fx.node.map_arg(given, fake_value) for given in (node.args, node.kwargs))
+    function = node.target
+    if node.op == "call_method":
+        function = getattr(Tensor, str(node.target))
+    assert callable(function)
+    if mode is None:  # what is computed from sizes alone
+        return function(*args, **kwargs)
+    with torch.no_grad():
+        return FakeRunner.of(mode).run(function, args, kwargs)
 
 
-def _is_symbolic(value: Tensor) -> bool:
-    return any(isinstance(size, torch.SymInt) for size in value.shape)
-
-
-def _leaves(values: Iterable[Any]) -> list[Any]:
-    flat: list[Any] = []
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            flat += _leaves(value)
-        else:
-            flat.append(value)
-    return flat
+def changes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that it is given."""
+    name = call_name(node)
+    return name == "setitem" or (name.endswith("_") and node.op == "call_method")
 
 
 def tensor_shape(node: fx.Node) -> tuple[Any, ...]:

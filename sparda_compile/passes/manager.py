@@ -7,7 +7,7 @@ import difflib
 import itertools
 import logging
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,15 @@ from torch import fx
 from sparda_compile.errors import ConfigError, PassError, SpardaError
 from sparda_compile.passes.fx import copy_graph
 from sparda_compile.passes.spec import check_spec
+from sparda_compile.sizes import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sparda_compile.passes.base import Fact, GraphPass, PassContext
     from sparda_compile.schedule import Schedule
 
-__all__ = ["FACTS_KEY", "StageRecord", "check_disabled", "run_passes"]
+__all__ = ["FACTS_KEY", "StageRecord", "as_module", "check_disabled", "run_passes", "snapshot"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,26 +37,34 @@ class StageRecord:
 
     Attributes:
         name: The pass, or `capture`.
-        graph: A copy of the graph.
+        rebuild: Makes the graph again, or keeps a copy of it.
         counts: What the pass counted.
         ms: Milliseconds that it took.
         schedule: The schedule, from ScheduleTransfers alone.
     """
 
     name: str
-    graph: fx.Graph
+    rebuild: Callable[[], fx.Graph]
     counts: dict[str, int]
     ms: float
     schedule: Schedule | None = None
 
     @cached_property
+    def graph(self) -> fx.Graph:
+        """The graph, a copy."""
+        return self.rebuild()
+
+    @cached_property
     def graph_module(self) -> fx.GraphModule:
         """The graph as a module, for looking at."""
-        return fx.GraphModule({}, self.graph)
+        return as_module(self.graph)
 
 
 def run_passes(
-    gm: fx.GraphModule, passes: Sequence[GraphPass], ctx: PassContext
+    gm: fx.GraphModule,
+    passes: Sequence[GraphPass],
+    ctx: PassContext,
+    graph_after: Callable[[str], fx.Graph] | None = None,
 ) -> list[StageRecord]:
     """Run passes on a graph, in place.
 
@@ -63,6 +72,8 @@ def run_passes(
         gm: The graph; its facts are kept in `gm.meta`.
         passes: In order; those named in `config.disable_passes` are left out.
         ctx: What the passes may know.
+        graph_after: Makes the graph as it was after a pass, for a record that is looked at; None
+            lets each record keep a copy.
 
     Returns:
         One record per pass that ran.
@@ -93,14 +104,16 @@ def run_passes(
         gm.graph.lint()
         check_spec(gm.graph, gm.meta[FACTS_KEY], graph_pass.name)
         _log.debug("%s %s: %s in %.1f ms", ctx.phase, graph_pass.name, result.counts, ms)
-        records.append(
-            StageRecord(graph_pass.name, copy_graph(gm.graph), result.counts, ms, result.schedule)
-        )
+        rebuild = partial(graph_after or _kept(gm.graph), graph_pass.name)
+        records.append(StageRecord(graph_pass.name, rebuild, result.counts, ms, result.schedule))
         if ctx.config.dump_dir is not None:
             _dump(gm, Path(ctx.config.dump_dir), f"{ctx.phase}_{graph_pass.name}")
-    # Once: passes look at the graph alone, and its Python takes as long to write as a pass to run.
-    gm.recompile()
     return records
+
+
+def _kept(graph: fx.Graph) -> Callable[[str], fx.Graph]:
+    copy = copy_graph(graph)
+    return lambda _: copy
 
 
 def _check_facts(graph_pass: GraphPass, facts: frozenset[Fact]) -> None:
@@ -153,9 +166,19 @@ def check_disabled(
 
 def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of a graph module that passes may change; weights are shared."""
-    copy = fx.GraphModule(gm, copy_graph(gm.graph))
+    copy = as_module(copy_graph(gm.graph))
     copy.meta = dict(gm.meta)
     return copy
+
+
+def as_module(graph: fx.Graph) -> fx.GraphModule:
+    """Return a module of a graph; its Python is written when it is first called or shown.
+
+    Passes look at the graph alone, and its Python takes as long to write as a pass to run.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule({}, graph)
 
 
 def _dump(gm: fx.GraphModule, folder: Path, name: str) -> None:
@@ -189,7 +212,7 @@ def _line(node: fx.Node) -> str:
 
 def _shape(value: object) -> str:
     dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
-    return f"{dtype}[{', '.join(str(s) for s in getattr(value, 'shape', ()))}]"
+    return f"{dtype}[{', '.join(size_text(s) for s in getattr(value, 'shape', ()))}]"
 
 
 def _text(argument: object) -> str:

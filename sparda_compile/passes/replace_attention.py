@@ -37,7 +37,7 @@ from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape, state_
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext, PassResult
 from sparda_compile.passes.effects import set_argument
 from sparda_compile.passes.find_attention import sites_of
-from sparda_compile.passes.fx import Emitter, call_name, fake_value, find_ops
+from sparda_compile.passes.fx import Emitter, call_name, changes_in_place, fake_value, find_ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -290,8 +290,7 @@ def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
     old.replace_all_uses_with(new)
     erased = 0
     for node in _backwards(graph, ancestors):
-        changes_something = call_name(node).endswith("_") or call_name(node) == "setitem"
-        if not node.users and not changes_something and not call_name(node).startswith("sparda."):
+        if not node.users and not changes_in_place(node) and not call_name(node).startswith("sparda."):
             graph.erase_node(node)
             erased += 1
     for marker in find_ops(graph, "kv_update"):

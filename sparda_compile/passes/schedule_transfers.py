@@ -27,7 +27,6 @@ In a prefill the offload of a layer's keys and values is awaited one layer later
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import networkx as nx
@@ -38,7 +37,7 @@ from sparda_compile.passes.cost import Cost, node_cost
 from sparda_compile.passes.effects import (
     accesses,
     argument,
-    conflicts,
+    is_disjoint,
     set_argument,
     stream_of,
 )
@@ -56,7 +55,7 @@ from sparda_compile.schedule import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import fx
 
@@ -112,12 +111,21 @@ def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
         dag.add_edges_from((source, node) for source in node.all_input_nodes)
         for access in accesses(node):
             by_state.setdefault(access.state, []).append(node)
-    for users in by_state.values():
-        users.sort(key=lambda n: n.meta[ORDER_KEY])
-        for first, second in itertools.combinations(dict.fromkeys(users), 2):
-            if conflicts(first, second):
-                dag.add_edge(first, second)
+    for state, users in by_state.items():
+        dag.add_edges_from(_effect_edges(state, sorted(set(users), key=lambda n: n.meta[ORDER_KEY])))
     return dag
+
+
+def _effect_edges(state: str, users: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield what orders the users of a state tensor; what follows from other edges is left out."""
+    writes = {n: any(a.is_write for a in accesses(n) if a.state == state) for n in users}
+    for place, second in enumerate(users):
+        for first in reversed(users[:place]):
+            if (writes[first] or writes[second]) and not is_disjoint(first, second):
+                yield first, second
+                # What came before a write is before it; but not what it is disjoint with.
+                if writes[first] and call_name(first) != "sparda.prefetch_blocks":
+                    break
 
 
 @dataclasses.dataclass
@@ -238,7 +246,7 @@ class _Planner:
         nodes = sorted(mine, key=lambda n: order[n])
         inside = set(nodes)
         needed = {p for n in nodes for p in self._dag.predecessors(n)} - inside
-        if any(needed & nx.descendants(self._dag, n) for n in nodes[:-1]):
+        if needed & self._below(nodes[:-1], order, order[nodes[-1]]):
             # Something outside needs the chain and is needed by it: a repair, behind its layer's
             # own append. It stays where it is.
             return None
@@ -253,6 +261,19 @@ class _Planner:
             if order[behind] > order[earliest]:
                 places.append((f"before {wait.name}", behind))
         return _Chain(nodes, prefetch, fork, stages, places)
+
+    def _below(
+        self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int
+    ) -> set[fx.Node]:
+        """Return what depends on nodes and comes before a place in the program."""
+        found: set[fx.Node] = set()
+        stack = list(nodes)
+        while stack:
+            for user in self._dag.successors(stack.pop()):
+                if user not in found and order[user] < end:
+                    found.add(user)
+                    stack.append(user)
+        return found
 
     def _earliest(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node:
         """Return the last node that anything in the chain depends on."""

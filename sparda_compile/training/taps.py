@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor, fx, nn
 
 from sparda_compile.cache_layout import CacheLayout, LayerShape
-from sparda_compile.capture import specialize
 from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast_projection import Projection, ProjectionShape, from_inputs, to_inputs
@@ -35,9 +34,10 @@ from sparda_compile.hints.forecast import emit_forecast
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
-from sparda_compile.passes.fx import call_name, fake_value
+from sparda_compile.passes.fx import changes_in_place, fake_value
 from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.replace_attention import StateInputs
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
 from sparda_compile.training.attention import causal_attention
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ Listener = Callable[[AttentionSite, Tensor, Tensor, Tensor], None]
 """Takes a site, its Forecast [B, G, T, D], its query [B, H, T, D] and its keys [B, G, T, D]."""
 
 _PLANNED_TOKENS: Final = 4096
-# Nodes without a user that have to stay.
-_CONTEXTS: Final = frozenset({"_enter_autocast", "_exit_autocast"})
 
 
 class _Tap(nn.Module):
@@ -107,7 +105,8 @@ class TappedForward:
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            "num_tokens": input_ids.shape[1],
+            BATCH_SIZE: input_ids.shape[0],
+            NUM_TOKENS: input_ids.shape[1],
             **to_inputs(forecast),
         }
         for tap in self.taps:
@@ -132,8 +131,8 @@ def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> Ta
         PassError: If a rotation cannot be applied to a Forecast.
         UnsupportedInputError: If every attention has a sliding window.
     """
-    captured = captures.get("prefill", last_logits_only=True)
-    gm = specialize(captured, batch_size)
+    captured = captures.get("prefill", several=batch_size > 1, last_logits_only=True)
+    gm = captured.copy()
     ctx = PassContext(
         config, "prefill", dict(captures.windows), captures.model_name, None, MACHINES["cpu"]
     )
@@ -177,7 +176,7 @@ def _points(graph: fx.Graph, config: SpardaConfig, batch_size: int) -> list[Hint
         )
         for s in sites
     }  # fmt: skip
-    layout = CacheLayout(config, tuple(shapes.values()), batch_size, max_tokens)
+    layout = CacheLayout(config, tuple(shapes.values()), batch_size, max_tokens).traced()
     state = StateInputs(graph, layout)
     return [
         HintPoint(graph, source, target, {}, shapes[target.layer], state, layout)
@@ -207,15 +206,9 @@ def _prune(graph: fx.Graph) -> None:
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (None,)
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and call_name(node) == "_set_grad_enabled":
-            # The model's own no_grad regions end in a set: without them the trainer's mode holds.
-            graph.erase_node(node)
-            continue
         if node.users or node.op in ("placeholder", "output", "call_module"):
             continue
-        name = call_name(node)
-        changes_something = name == "setitem" or (name.endswith("_") and node.op == "call_method")
-        if not changes_something and name not in _CONTEXTS:
+        if not changes_in_place(node):
             graph.erase_node(node)
 
 
@@ -225,6 +218,4 @@ def _argument(
     """Return a weight, or the name of what a call passes in."""
     if node.name in weights:
         return weights[node.name].detach()
-    if not isinstance(fake_value(node), Tensor):
-        return "num_tokens"
     return inputs.get(node.name, node.name)

@@ -80,10 +80,7 @@ def _rewrite(captures: Captures, phase: str) -> Rewritten:
     reshape to the same shape and a copy in row-major order.
     """
     plan = make_plan(
-        captures.get(phase, last_logits_only=True),
-        FULLEST,
-        model_name=captures.model_name,
-        windows=captures.windows,
+        captures, phase, FULLEST,
         batch_size=1,
         max_tokens=4096,
     )

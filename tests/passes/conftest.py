@@ -22,10 +22,7 @@ def _captures(model):
 def _plan(model, phase, batch_size, max_tokens, config):
     captures = _captures(model)
     return make_plan(
-        captures.get(phase, last_logits_only=True),
-        config,
-        model_name=captures.model_name,
-        windows=captures.windows,
+        captures, phase, config,
         batch_size=batch_size,
         max_tokens=max_tokens,
     )

@@ -153,10 +153,7 @@ def predicted(one_layer):
         key = (batch_size, str(settings))
         if key not in plans:
             plans[key] = make_plan(
-                one_layer.get("decode", last_logits_only=True),
-                SpardaConfig(**settings),
-                model_name=one_layer.model_name,
-                windows=one_layer.windows,
+        one_layer, "decode", SpardaConfig(**settings),
                 batch_size=batch_size,
                 max_tokens=131072,
             )
@@ -184,10 +181,7 @@ def test_trace_of_a_benchmark_costs_nothing(captures_of):
     costs = []
     for trace_steps in (0, 500):
         plan = make_plan(
-            captures.get("decode", last_logits_only=True),
-            SpardaConfig(**SETTINGS),
-            model_name=captures.model_name,
-            windows=captures.windows,
+        captures, "decode", SpardaConfig(**SETTINGS),
             batch_size=3,
             max_tokens=8192,
             trace_steps=trace_steps,

@@ -42,10 +42,7 @@ def planned(captures_of):
     def plan(model="llama", phase="decode", *, batch_size=2, **settings):
         captures = captures_of(model)
         return make_plan(
-            captures.get(phase, last_logits_only=True),
-            SpardaConfig(**{**SMALL, **settings}),
-            model_name=captures.model_name,
-            windows=captures.windows,
+        captures, phase, SpardaConfig(**{**SMALL, **settings}),
             batch_size=batch_size,
             max_tokens=256,
         )

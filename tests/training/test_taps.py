@@ -44,8 +44,7 @@ def draw(shapes):
 
 def decode_plan(captures, config):
     return make_plan(
-        captures.get("decode", last_logits_only=True), config, model_name="m",
-        windows=captures.windows, batch_size=1, max_tokens=256,
+        captures, "decode", config, batch_size=1, max_tokens=256,
     )  # fmt: skip
 
 

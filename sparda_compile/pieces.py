@@ -1,0 +1,384 @@
+"""Pieces: the pure parts of a program, each compiled once for all layers, caches and lengths.
+
+Between two ops of ours a program is plain torch: a piece. It takes tensors and sizes and returns
+tensors, and sees no state, no stream, no layer number and no capacity. So the pieces of equal
+layers are equal, and a model of 80 layers has as many different ones as a model of four.
+
+    key        calls, constants and the form of each input: dtype, device, sizes and strides, with
+               the open sizes by name
+    compile    Inductor, `compile_fx`, once for each key; the two open sizes stay symbols
+    guards     what Inductor has assumed of these sizes: where that does not hold, another variant
+               is compiled, for example with 64-bit indexes
+
+Compiled pieces belong to the process, as Inductor's own do, and Inductor keeps them on disk: a
+second process compiles nothing. Weights are inputs, so models of one shape share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from sparda_compile.errors import PassError
+from sparda_compile.passes.fx import changes_in_place, fake_value
+from sparda_compile.passes.manager import as_module
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of, size_text
+from sparda_compile.tracing import map_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Piece", "compiled_pieces", "make_piece", "num_compilations"]
+
+# What an open size is compiled with: usual numbers, so that what Inductor decides by them is right
+# for usual calls. Always the same, so that a piece is the same whoever calls it first.
+_EXAMPLE: Final = {BATCH_SIZE: 8, NUM_TOKENS: 2048}
+_PATCHES: Final = {
+    # Else Inductor times its reductions and picks one: two programs of one model would round
+    # their sums differently, and so would one program compiled twice.
+    "deterministic": True,
+    # Else what Inductor fuses decides where it rounds, and which products it adds without
+    # rounding: a schedule would change the logits. So every op rounds as it does in eager.
+    "emulate_precision_casts": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A pure part of a program.
+
+    Attributes:
+        key: The same for pieces that compute the same from inputs of the same form.
+        graph_module: Takes the open sizes in `sizes`, then the tensors; returns a tuple.
+        sizes: `batch_size` and `num_tokens`, those of them that it takes.
+        inputs: Nodes of the program that it takes.
+        outputs: Nodes of the program that it computes.
+    """
+
+    key: str
+    graph_module: fx.GraphModule
+    sizes: tuple[str, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """A short name, the same for equal pieces."""
+        return f"piece_{self.key[:8]}"
+
+    def compile(self, lowering: str) -> None:
+        """Compile now, not when first called."""
+        function = self.callable(lowering)
+        if isinstance(function, CompiledPiece):
+            function.compile()
+
+    def callable(self, lowering: str) -> Callable[..., Sequence[Tensor]]:
+        """Return a function of the open sizes and the inputs.
+
+        Args:
+            lowering: `inductor` or `eager`.
+        """
+        if lowering == "eager":
+            forward: Callable[..., Sequence[Tensor]] = self.graph_module.forward
+            return forward
+        with _LOCK:
+            if self.key not in _COMPILED:
+                values = tuple(fake_value(node) for node in self.inputs)
+                _COMPILED[self.key] = CompiledPiece(self.name, self.graph_module, self.sizes, values)
+            return _COMPILED[self.key]
+
+
+def make_piece(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Piece:
+    """Return the piece of consecutive nodes of a program.
+
+    Args:
+        nodes: In order.
+        outputs: Those of them that the rest of the program takes.
+
+    Raises:
+        PassError: If they change a tensor in place that they have not made.
+    """
+    return _Maker(nodes).piece(outputs)
+
+
+class _Maker:
+    """Copies nodes into a graph of their own and writes the text that a key is made of."""
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self._nodes = nodes
+        self._inside = set(nodes)
+        self._graph = fx.Graph()
+        self._new: dict[fx.Node, fx.Node] = {}
+        self._names: dict[fx.Node, str] = {}
+        self._inputs: list[fx.Node] = []
+
+    def piece(self, outputs: Sequence[fx.Node]) -> Piece:
+        sizes = self._take_inputs()
+        lines = [*sizes, *map(self._form, self._inputs)]
+        for node in self._nodes:
+            self._check_in_place(node)
+            lines.append(self._copy(node))
+        results = self._graph.output(tuple(self._new[node] for node in outputs))
+        results.meta["val"] = tuple(fake_value(node) for node in outputs)
+        lines.append("return " + ", ".join(self._names[node] for node in outputs))
+        key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        module = as_module(self._graph)
+        return Piece(key, module, tuple(sizes), tuple(self._inputs), tuple(outputs))
+
+    def _take_inputs(self) -> list[str]:
+        sizes: dict[str, fx.Node] = {}
+        for node in self._nodes:
+            for source in node.all_input_nodes:
+                if source in self._inside:
+                    continue
+                if isinstance(fake_value(source), Tensor):
+                    if source not in self._inputs:
+                        self._inputs.append(source)
+                else:
+                    sizes |= {n.name: n for n in _open_sizes(source)}
+        # A size that only a shape depends on: the symbol needs a place to come from.
+        forms = [fake_value(node) for node in self._inputs]
+        names = sorted({*sizes, *(name for value in forms for name in _sizes_of(value))})
+        for name in names:
+            placeholder = self._graph.placeholder(name)
+            if name in sizes:
+                self._new[sizes[name]] = placeholder
+                self._names[sizes[name]] = name
+        for i, node in enumerate(self._inputs):
+            self._new[node] = self._graph.placeholder(f"in_{i}")
+            self._new[node].meta["val"] = fake_value(node)
+            self._names[node] = f"in_{i}"
+        return names
+
+    def _form(self, node: fx.Node) -> str:
+        value = fake_value(node)
+        shape, strides = ([size_text(s) for s in sizes] for sizes in (value.shape, value.stride()))
+        return f"{self._names[node]} {value.dtype} {value.device} {shape} {strides}"
+
+    def _copy(self, node: fx.Node) -> str:
+        for source in node.all_input_nodes:
+            if source not in self._new:
+                self._copy_number(source)
+        # Names and traces of one layer would be another layer's too.
+        new = self._new_node(node, f"{_word(node)}_{len(self._names)}")
+        self._names[node] = new.name
+        return f"{new.name} = {node.op} {_target(node)} {self._text(node.args)} " + self._text(
+            node.kwargs
+        )
+
+    def _copy_number(self, node: fx.Node) -> None:
+        """Compute a size inside of the piece."""
+        for source in node.all_input_nodes:
+            if source not in self._new:
+                self._copy_number(source)
+        self._new_node(node, f"size_{len(self._names)}")
+        self._names[node] = f"({_target(node)} {self._text(node.args)})"
+
+    def _new_node(self, node: fx.Node, name: str) -> fx.Node:
+        args, kwargs = (
+            fx.node.map_arg(given, lambda n: self._new[n]) for given in (node.args, node.kwargs)
+        )
+        new = self._graph.create_node(node.op, node.target, args, kwargs, name)
+        new.meta = {"val": fake_value(node)}
+        self._new[node] = new
+        return new
+
+    def _text(self, value: Any) -> str:
+        return repr(map_leaves(value, self._leaf))
+
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, fx.Node):
+            return _Name(self._names[leaf])
+        if type(leaf) is int and size_of(leaf).is_open:
+            raise PassError(
+                f"{leaf} stands for {size_text(leaf)} in the graph, and is passed as a number; a "
+                "pass has to use -1 or a node. This is a bug of the pass."
+            )
+        return leaf
+
+    def _check_in_place(self, node: fx.Node) -> None:
+        if not changes_in_place(node):
+            return
+        root = node.args[0]
+        while isinstance(root, fx.Node) and root in self._inside and root.all_input_nodes:
+            if not _may_be_view(root):
+                return
+            root = root.all_input_nodes[0]
+        raise PassError(
+            f"{node.name} ({node.meta.get('stack_trace', 'no trace')}) changes a tensor in place "
+            "that was made before an attention or is an input of the model; use the form that "
+            "returns a new tensor."
+        )
+
+
+class _Name(str):
+    """A name inside of a key's text."""
+
+    def __repr__(self) -> str:
+        return f"%{self}"
+
+
+def _open_sizes(node: fx.Node) -> list[fx.Node]:
+    if node.op == "placeholder":
+        return [node]
+    return [found for source in node.all_input_nodes for found in _open_sizes(source)]
+
+
+def _sizes_of(value: Tensor) -> set[str]:
+    sizes = [size_of(int(number)) for number in (*value.shape, *value.stride())]
+    return {
+        *(BATCH_SIZE for size in sizes if size.batch_power),
+        *(NUM_TOKENS for size in sizes if size.tokens_power),
+    }
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    """Whether a node's result may share the memory of its first input."""
+    made, source = fake_value(node), fake_value(node.all_input_nodes[0])
+    return isinstance(made, Tensor) and isinstance(source, Tensor) and made.dtype == source.dtype
+
+
+def _target(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None)
+    return f"{module}.{getattr(target, '__qualname__', None) or target}"
+
+
+def _word(node: fx.Node) -> str:
+    target = node.target
+    word = target if isinstance(target, str) else str(getattr(target, "__name__", "node"))
+    return word.strip("_")
+
+
+class CompiledPiece:
+    """A piece that Inductor has compiled, in as many variants as sizes have asked for."""
+
+    def __init__(
+        self,
+        name: str,
+        graph_module: fx.GraphModule,
+        sizes: tuple[str, ...],
+        values: tuple[Tensor, ...],
+    ) -> None:
+        self.name = name
+        self.num_variants = 0
+        self._graph_module = graph_module
+        self._sizes = sizes
+        self._values = values
+        self._variants: list[tuple[Callable[..., Any], _Guards]] = []
+        self._chosen: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def compile(self) -> None:
+        """Compile now, for usual sizes."""
+        with _LOCK:
+            if not self._variants:
+                self._add({name: _EXAMPLE[name] for name in self._sizes})
+
+    def __call__(self, *args: Any) -> Sequence[Tensor]:
+        """Run on the open sizes and the inputs."""
+        sizes = args[: len(self._sizes)]
+        function = self._chosen.get(sizes)
+        if function is None:
+            function = self._choose(sizes)
+        result: Sequence[Tensor] = function(*args)
+        return result
+
+    def _choose(self, sizes: tuple[int, ...]) -> Callable[..., Any]:
+        self.compile()
+        given = dict(zip(self._sizes, sizes, strict=True))
+        with _LOCK:
+            fitting = next((f for f, guards in self._variants if guards.hold(given)), None)
+            function = self._chosen[sizes] = fitting or self._add(given)
+        return function
+
+    def _add(self, sizes: dict[str, int]) -> Callable[..., Any]:
+        function, guards = _compile(self._graph_module, sizes, self._values)
+        if not guards.hold(sizes):
+            raise PassError(f"{self.name} was compiled for {sizes} and refuses these sizes.")
+        self._variants.append((function, guards))
+        self.num_variants += 1
+        return function
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guards:
+    """What a compiler has assumed of the open sizes."""
+
+    expressions: tuple[Any, ...]
+    symbols: dict[str, Any]
+
+    def hold(self, sizes: dict[str, int]) -> bool:
+        """Whether it is so for these sizes."""
+        values = {self.symbols[name]: number for name, number in sizes.items()}
+        return all(bool(expression.xreplace(values)) for expression in self.expressions)
+
+
+def _compile(
+    graph_module: fx.GraphModule, sizes: dict[str, int], values: Sequence[Tensor]
+) -> tuple[Callable[..., Any], _Guards]:
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    environment = ShapeEnv()
+    fake_mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=False)
+    symbols = _symbols(fake_mode, sizes)
+    batch, tokens = (symbols.get(name, 1) for name in (BATCH_SIZE, NUM_TOKENS))
+
+    def real(number: int) -> Any:
+        size: Size = size_of(int(number))
+        return size.value(batch, tokens)
+
+    inputs: list[Any] = list(symbols.values())
+    with fake_mode:
+        for value in values:
+            shape, strides = ([real(s) for s in given] for given in (value.shape, value.stride()))
+            inputs.append(
+                torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+            )
+    graph = fx.Graph()
+    output = graph.graph_copy(graph_module.graph, {})
+    graph.output(output)
+    for node in graph.nodes:
+        node.meta = {}
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
+        compiled = compile_fx(fx.GraphModule({}, graph), inputs, config_patches=dict(_PATCHES))
+    expressions = tuple(guard.expr for guard in environment.guards)
+    names = {name: symbol.node.expr for name, symbol in symbols.items()}
+    return compiled, _Guards(expressions, names)  # type: ignore[return-value]
+
+
+def _symbols(fake_mode: Any, sizes: dict[str, int]) -> dict[str, torch.SymInt]:
+    """Return a symbol for each open size, compiled with that number as an example."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    if not sizes:
+        return {}
+    like = torch.empty(tuple(sizes.values()), device="meta")
+    kinds = [DimDynamic.DYNAMIC] * len(sizes)
+    fake = fake_mode.from_tensor(
+        like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds)
+    )
+    return dict(zip(sizes, fake.shape, strict=True))
+
+
+_LOCK: Final = threading.RLock()
+_COMPILED: Final[dict[str, CompiledPiece]] = {}
+
+
+def compiled_pieces() -> dict[str, CompiledPiece]:
+    """Return the pieces that this process has compiled or is about to, by key."""
+    return dict(_COMPILED)
+
+
+def num_compilations() -> int:
+    """Return how often this process has compiled a piece, or taken one from Inductor's disk."""
+    return sum(piece.num_variants for piece in _COMPILED.values())
