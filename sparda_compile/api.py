@@ -28,6 +28,7 @@ from sparda_compile.program import (
     make_plan,
     planned_capacity,
 )
+from sparda_compile.progress import showing
 from sparda_compile.traced import captures_of
 
 if TYPE_CHECKING:
@@ -84,14 +85,15 @@ def optimize(
         raise UnsupportedInputError(
             f"the model is on {device}; optimize runs on cpu and cuda. Call model.to('cuda') first."
         )
-    decode = make_plan(
-        captures.get("decode", last_logits_only=True),
-        config,
-        model_name=captures.model_name,
-        windows=captures.windows,
-        batch_size=1,
-        max_tokens=planned_capacity(config),
-    )
+    with showing(config.progress):
+        decode = make_plan(
+            captures.get("decode", last_logits_only=True),
+            config,
+            model_name=captures.model_name,
+            windows=captures.windows,
+            batch_size=1,
+            max_tokens=planned_capacity(config),
+        )
     weights = _forecast_weights(captures, decode, given)
     fast = OptimizedModule(captures, config, weights, decode)
     plans = [fast.latest_plan(phase) for phase in ("prefill", "decode")]
@@ -131,17 +133,18 @@ def explain(
     max_tokens = max_tokens or planned_capacity(config)
     try:
         captures = captures_of(model)
-        plans = [
-            make_plan(
-                captures.get(phase, last_logits_only=True),
-                config,
-                model_name=captures.model_name,
-                windows=captures.windows,
-                batch_size=batch_size,
-                max_tokens=max_tokens,
-            )
-            for phase in ("prefill", "decode")
-        ]
+        with showing(config.progress):
+            plans = [
+                make_plan(
+                    captures.get(phase, last_logits_only=True),
+                    config,
+                    model_name=captures.model_name,
+                    windows=captures.windows,
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                )
+                for phase in ("prefill", "decode")
+            ]
     except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
         return refused_report(model, config, batch_size, max_tokens, str(error))
     is_optimized = hasattr(model, "sparda_config")
