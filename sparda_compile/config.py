@@ -71,6 +71,7 @@ class SpardaConfig:
             the scheduler's estimate of how many bytes a step moves.
         disable_passes: Names of passes to leave out.
         dump_dir: Folder to write the graph after each pass to.
+        progress: Whether long first calls show a line on a terminal.
 
     Raises:
         ConfigError: If a value is outside what is allowed.
@@ -99,6 +100,7 @@ class SpardaConfig:
     expected_overlap: float = 0.9
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None
+    progress: bool = True
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, _MODES)
@@ -108,6 +110,7 @@ class SpardaConfig:
         _one_of("eviction", self.eviction, get_args(Eviction))
         _one_of("lowering", self.lowering, get_args(Lowering))
         _one_of("cuda_graph", self.cuda_graph, (True, False))
+        _one_of("progress", self.progress, (True, False))
         if self.machine is not None:
             _one_of("machine", self.machine, MACHINE_NAMES)
         for name in ("sink_blocks", "local_blocks", "short_list"):

@@ -22,6 +22,7 @@ from sparda_compile.forecast_projection import from_tensors, to_tensors
 from sparda_compile.generation import check_call, check_generation
 from sparda_compile.inspection import Sparda
 from sparda_compile.program import Captures, Plan, Program, make_plan, planned_capacity
+from sparda_compile.progress import showing
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.take_over import take_over
 
@@ -135,7 +136,8 @@ class OptimizedModule(nn.Module):
         last_only = logits_to_keep == 1 or phase == "decode"
         program = self.program(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
         token_mask = None if phase == "decode" else mask
-        logits = program(ids.contiguous(), positions, token_mask, kv)
+        with showing(self.sparda_config.progress):
+            logits = program(ids.contiguous(), positions, token_mask, kv)
         kv.advance(num_tokens, num_real)
         self.last_cache = kv
         if logits_to_keep > 1:

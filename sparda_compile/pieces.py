@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from sparda_compile.errors import PassError
 from sparda_compile.passes.fx import changes_in_place, fake_value
 from sparda_compile.passes.manager import as_module
+from sparda_compile.progress import stage
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of, size_text
 from sparda_compile.tracing import map_leaves
 
@@ -295,7 +296,10 @@ class CompiledPiece:
         given = dict(zip(self._sizes, sizes, strict=True))
         with _LOCK:
             fitting = next((f for f, guards in self._variants if guards.hold(given)), None)
-            function = self._chosen[sizes] = fitting or self._add(given)
+            if fitting is None:
+                with stage("compile", f"{self.name} for other sizes"):
+                    fitting = self._add(given)
+            function = self._chosen[sizes] = fitting
         return function
 
     def _add(self, sizes: dict[str, int]) -> Callable[..., Any]:

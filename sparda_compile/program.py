@@ -32,7 +32,7 @@ from sparda_compile.passes.fuse_projections import JOINED_KEY
 from sparda_compile.passes.fx import fake_value
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.replace_attention import TOKEN_MASK
-from sparda_compile.progress import stage
+from sparda_compile.progress import showing, stage
 from sparda_compile.run_proof import check_recording, record_run
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
 from sparda_compile.streams import CudaEngine, use_engine
@@ -147,7 +147,8 @@ def make_plan(
     first = StageRecord(
         "capture", partial(graph_after, "capture"), {"nodes": len(gm.graph.nodes)}, 0.0
     )
-    layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
+    with showing(config.progress):
+        layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
     return Plan(captured, layout, sites, (first, *stages), gm)
 
 
@@ -214,9 +215,10 @@ class Captures:
         """Return a traced forward, for one sequence or several; traced when first asked for."""
         key = (phase, several, last_logits_only)
         if key not in self._graphs:
-            self._graphs[key] = capture(
-                self.model, phase, several=several, last_logits_only=last_logits_only
-            )
+            with stage("capture", f"the {phase} of {'several sequences' if several else 'one'}"):
+                self._graphs[key] = capture(
+                    self.model, phase, several=several, last_logits_only=last_logits_only
+                )
         return self._graphs[key]
 
 
@@ -287,10 +289,12 @@ class Program:
 
     def compile(self) -> None:
         """Compile now, not at the first step."""
-        pieces = self.lowered.pieces()
-        for i, piece in enumerate(pieces):
-            with stage("compile", f"piece of the {self.plan.captured.phase}", done=i, total=len(pieces)):
-                piece.compile(self.plan.layout.config.lowering)
+        pieces, config = self.lowered.pieces(), self.plan.layout.config
+        with showing(config.progress):
+            for i, piece in enumerate(pieces):
+                what = f"piece of the {self.plan.captured.phase}"
+                with stage("compile", what, done=i + 1, total=len(pieces)):
+                    piece.compile(config.lowering)
 
     @property
     def num_graphs(self) -> int:
@@ -316,6 +320,7 @@ class Program:
         """Run the calls; the first run is recorded and checked."""
         if self.proof is not None:
             return self.lowered.run(args)
+        self.compile()
         logits, recording = record_run(self.lowered, args)
         with stage("verify"):
             self.proof = check_recording(self.plan.graph_module.graph, recording)

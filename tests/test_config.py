@@ -22,6 +22,7 @@ REFUSED = {
     "eviction": ("random", ["eviction='random'", "lru, fifo"]),
     "lowering": ("inductr", ["lowering='inductr'", "Did you mean 'inductor'?"]),
     "cuda_graph": ("yes", ["cuda_graph='yes'", "True, False"]),
+    "progress": ("no", ["progress='no'", "True, False"]),
     "machine": ("h300", ["machine='h300'", "cpu, h100, h200", "Did you mean 'h"]),
     "forecast_rank": (0, ["forecast_rank=0", "use 1 or more"]),
     "top_k": (-1, ["top_k=-1", "use 0 or more"]),

@@ -15,9 +15,11 @@ from torch.testing import assert_close
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sparda_compile import SpardaConfig, optimize
+from sparda_compile import SpardaConfig, api, optimize, progress
+from sparda_compile import module as module_of_ours
 from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import KVCacheError
+from sparda_compile.program import Program
 from sparda_compile.testing import random_forecast, tiny_llama
 
 CONFIG = SpardaConfig(mode="query", top_k=None, block_size=16, lowering="eager")
@@ -359,3 +361,23 @@ class TestModule:
         module.sparda.reset_stats()
         assert module.sparda.stats().total.d2h_bytes == 0
         assert module.sparda.num_compilations == {"prefill": 1, "decode": 1}
+
+    def test_progress_is_shown_unless_it_is_turned_off(self, fast, monkeypatch):
+        seen = []
+
+        def noted(function):
+            def call(*args, **kwargs):
+                seen.append(progress._line.num_silent)
+                return function(*args, **kwargs)
+
+            return call
+
+        for owner in (api, module_of_ours):
+            monkeypatch.setattr(owner, "make_plan", noted(owner.make_plan))
+        monkeypatch.setattr(Program, "__call__", noted(Program.__call__))
+        for shows in (True, False):
+            greedy(optimize(fast, CONFIG.replace(progress=shows)), prompt(5), 2)
+            assert len(seen) >= 4  # two plans, a prefill and a step
+            assert set(seen) == {int(not shows)}
+            seen.clear()
+        assert progress._line.num_silent == 0

@@ -8,6 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparda_compile.bench.decode import VARIANTS
+from sparda_compile.bench.start import totals
+from sparda_compile.bench.start_child import TOKENS
+from sparda_compile.progress import STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +19,24 @@ if TYPE_CHECKING:
 
     from sparda_compile.machine import Machine
 
-__all__ = ["print_budget", "print_decode", "print_kernels", "print_machine", "print_parts"]
+__all__ = [
+    "print_budget",
+    "print_decode",
+    "print_kernels",
+    "print_machine",
+    "print_parts",
+    "print_start",
+]
 
 _DECODE_NOTE = """\
 Milliseconds of one step, medians. overlap: share of scored blocks that a step has in common with \
 the one before. floor: the resident step, or the time of the link if that is longer. MB: bytes \
 that a scheduled step copies to the device."""
+
+_START_NOTE = """\
+Seconds. cold: nothing is compiled yet. warm: another process, which finds what the cold one \
+compiled. first, second: to that token, after the one before. beyond: the whole call, less what it \
+takes when it is made again."""
 
 
 def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -138,6 +153,44 @@ def print_parts(parts: Iterable[Mapping[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def print_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what starting takes: a column for each process, then what is missing and why."""
+    columns = ("prompts", "stage", *(row["run"].replace(" ", "\n") for row in rows))
+    table = _table("", columns, 2)
+    whole = [totals(row) for row in rows]
+    for place, name in enumerate(("import", "optimize", *STAGES, "beyond")):
+        cells = [_seconds(found[name]) for found in whole]
+        table.add_row("" if place else "all of them", name, *cells)
+    prompts = max(([s["scenario"] for s in row["scenarios"]] for row in rows), key=len)
+    for index, prompt in enumerate(prompts):
+        found = [row["scenarios"][index] if index < len(row["scenarios"]) else {} for row in rows]
+        table.add_section()
+        for place, (name, values) in enumerate(_start_rows(found).items()):
+            table.add_row("" if place else prompt, name, *map(_seconds, values))
+    console.print(table)
+    console.print(_START_NOTE, markup=False)
+    for row in rows:
+        skipped = {s["scenario"]: s["skipped"] for s in row["scenarios"] if "skipped" in s}
+        _print_skipped(row["run"], skipped, console)
+        if "note" in row:
+            console.print(f"{row['run']}: {row['note']}.", markup=False)
+        if "failed" in row:
+            console.print(f"{row['run']} failed: {row['failed']}", markup=False)
+
+
+def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Return the rows of one scenario: a value of each process, None where there is none."""
+
+    def values(use: str, group: str, name: str, default: float | None) -> list[float | None]:
+        return [each[use][group].get(name, default) if use in each else None for each in found]
+
+    rows = {name: values("first_use", "stage_s", name, 0.0) for name in STAGES}
+    rows = {name: row for name, row in rows.items() if any(row)}
+    rows |= {name: values("first_use", "token_s", name, None) for name in TOKENS[:2]}
+    beyond = [each["beyond_s"]["total"] if "beyond_s" in each else None for each in found]
+    return {**rows, "beyond": beyond}
+
+
 def _rows(result: Mapping[str, Any]) -> Mapping[str, Any]:
     rows: Mapping[str, Any] = result["by_overlap"]
     return rows
@@ -185,3 +238,7 @@ def _ms(us: float) -> str:
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -19,6 +19,7 @@ from sparda_compile.commands.console import (
     write_file,
 )
 from sparda_compile.commands.profile import bench_profile
+from sparda_compile.commands.start import bench_start
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ bench_app = typer.Typer(
     help="Measure decode and its kernels on this GPU.", no_args_is_help=True, add_completion=False
 )
 bench_app.command("profile")(bench_profile)
+bench_app.command("start")(bench_start)
 
 Out = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
 Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]

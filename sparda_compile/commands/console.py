@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from sparda_compile.errors import ConfigError, SpardaError
+from sparda_compile.progress import showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: console.print(f"{text} ...", markup=False, style="dim")
         return
     current = ""
-    with console.status("starting") as status:
+    with showing(False), console.status("starting") as status:
 
         def say(text: str) -> None:
             nonlocal current

@@ -16,6 +16,7 @@ from torch import fx
 from sparda_compile.errors import ConfigError, PassError, SpardaError
 from sparda_compile.passes.fx import copy_graph
 from sparda_compile.passes.spec import check_spec
+from sparda_compile.progress import stage
 from sparda_compile.sizes import size_text
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def run_passes(
         _check_facts(graph_pass, facts)
         start = time.perf_counter()
         try:
-            result = graph_pass(gm, ctx)
+            with stage("verify" if graph_pass.name.startswith("verify") else "passes"):
+                result = graph_pass(gm, ctx)
         except SpardaError:
             raise
         except Exception as error:

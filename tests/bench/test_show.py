@@ -13,6 +13,7 @@ from sparda_compile.bench.show import (
     print_kernels,
     print_machine,
     print_parts,
+    print_start,
 )
 from sparda_compile.machine import MACHINES
 
@@ -118,3 +119,47 @@ def test_parts(console):
     print_parts(parts, console)
     assert "kernels done 61" in lines(console)
     assert "budget 8 GiB left out - no time" in lines(console)
+
+
+def test_start(console):
+    def use(first, **stage_s):
+        token_s = {"first": first, "second": 0.5, "third": 0.25, "fourth": 0.25}
+        return {"token_s": token_s, "total_s": first + 1, "stage_s": stage_s}
+
+    def scenario(name, first, **stage_s):
+        again = use(1.0)
+        found = {"scenario": name, "first_use": use(first, **stage_s), "repeat": again}
+        return {**found, "beyond_s": {"total": first - 1}}
+
+    optimize = {"total_s": 8.0, "stage_s": {"capture": 3.0, "passes": 2.0, "verify": 1.0}}
+    cold = {
+        "run": "sparda cold",
+        "import_s": {"torch": 2.0, "transformers": 1.5},
+        "optimize": optimize,
+        "scenarios": [scenario("1x20", 9.0, compile=7.0), scenario("2x20", 2.0)],
+    }
+    warm = {"run": "sparda warm", "scenarios": [scenario("1x20", 3.0)], "failed": "[slow]"}
+    skipped = [scenario("1x20", 1.5), {"scenario": "2x20", "skipped": "out of memory"}]
+    dynamic = {"run": "dynamic cold", "scenarios": skipped, "note": "it is eager"}
+    print_start([cold, warm, dynamic], console)
+    printed = lines(console)
+    assert "prompts stage cold warm cold" in printed
+    begin = printed.index("all of them import 3.50 0.00 0.00")
+    assert [line for line in printed[begin + 1 : begin + 17] if line] == [
+        "optimize 8.00 0.00 0.00",
+        "capture 3.00 0.00 0.00",
+        "passes 2.00 0.00 0.00",
+        "verify 1.00 0.00 0.00",
+        "compile 7.00 0.00 0.00",
+        "beyond 9.00 2.00 0.50",
+        "1x20 compile 7.00 0.00 0.00",
+        "first 9.00 3.00 1.50",
+        "second 0.50 0.50 0.50",
+        "beyond 8.00 2.00 0.50",
+        "2x20 first 2.00 - -",
+        "second 0.50 - -",
+        "beyond 1.00 - -",
+    ]
+    assert "dynamic cold: 2x20 is left out: out of memory." in printed
+    assert "dynamic cold: it is eager." in printed
+    assert "sparda warm failed: [slow]" in printed

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 
 import pytest
 import typer
@@ -37,6 +39,21 @@ def test_progress_leaves_the_log_as_it_was():
     with console.progress():
         pass
     assert (log.level, log.handlers) == before
+
+
+def test_progress_has_the_terminal_to_itself(monkeypatch):
+    """The library's own line would fight with the status line of a command."""
+    from sparda_compile import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with console.progress():
+        assert progress._line.num_silent == 1
+    assert progress._line.num_silent == 0
 
 
 def test_files_are_written_with_their_folder(tmp_path, capsys):
