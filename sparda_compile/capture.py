@@ -196,7 +196,7 @@ def _open_sizes(
 
 def _depends(model: nn.Module, call: Call, what: str) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__}: forward cannot be traced as one graph: for another prompt length "
+        f"{type(model).__name__}: cannot trace forward as one graph: for another prompt length "
         f"or number of sequences it {what} at {call.where}. Sizes may pass into torch functions "
         "as products of the two, or one of them plus a constant."
     )

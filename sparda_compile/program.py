@@ -203,6 +203,7 @@ class Captures:
         self.model_name = type(model).__name__
         self.windows = dict(windows)
         self._graphs: dict[tuple[str, bool, bool], CapturedGraph] = {}
+        self._joined: dict[tuple[int, ...], JoinedWeight] = {}
 
     @property
     def num_captures(self) -> int:
@@ -216,9 +217,10 @@ class Captures:
         key = (phase, several, last_logits_only)
         if key not in self._graphs:
             with stage("capture", f"the {phase} of {'several sequences' if several else 'one'}"):
-                self._graphs[key] = capture(
+                captured = capture(
                     self.model, phase, several=several, last_logits_only=last_logits_only
                 )
+            self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
         return self._graphs[key]
 
 

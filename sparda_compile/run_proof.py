@@ -377,7 +377,7 @@ def _check_held(records: Sequence[Record], clocks: Sequence[Clock]) -> int:
         if record.stream == COMPUTE:
             compute = clocks[i]
         mine = {s for taken in record.takes.values() for s in taken}
-        for storage in filter(None, record.returns):
+        for storage in {*record.returns} - {0}:
             if storage in live and (record.node is not None or storage not in mine):
                 raise _wrong(f"{record.name} was given memory that is still in use")
             live.add(storage)

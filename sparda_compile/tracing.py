@@ -262,7 +262,8 @@ class _Recorder(TorchFunctionMode):
 
     def _check_autocast(self, args: Any) -> None:
         for leaf in args:
-            if isinstance(leaf, Tensor) and torch.is_autocast_enabled(leaf.device.type):
+            kind = leaf.device.type if isinstance(leaf, Tensor) else ""
+            if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
                 raise CaptureError("it computes under torch.autocast, which is not traced")
 
 
@@ -315,7 +316,7 @@ def record(
     reason = reason or changed
     if reason:
         raise CaptureError(
-            f"{type(model).__name__}: forward cannot be traced as one graph: {reason}"
+            f"{type(model).__name__}: cannot trace forward as one graph: {reason}"
         ) from cause
     return Trace(recorder.calls, recorder.tensors, given, result, runner)
 

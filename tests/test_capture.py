@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile import SpardaConfig, explain, optimize
-from sparda_compile.capture import CapturedGraph, capture, kv_update, share_weights, specialize
+from sparda_compile.capture import CapturedGraph, capture, kv_update, share_weights
 from sparda_compile.errors import CaptureError
 from sparda_compile.passes.fx import call_name, fake_value, find_ops
 from sparda_compile.plain import as_causal_lm
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, SAMPLES, size_of
 from sparda_compile.testing import PlainCausalLM, build, tiny_llama
+from sparda_compile.tracing import leaves_of
 
 PHASES = ("prefill", "decode")
 
@@ -48,19 +50,20 @@ def test_marker_returns_shapes_alone_when_traced() -> None:
     assert new_k is not k
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("phase", PHASES)
 def test_graph_holds_one_marker_for_each_layer_and_no_other_state(
-    captured: dict[str, CapturedGraph], llama: nn.Module, phase: str
+    llama: nn.Module, phase: str, several: bool
 ) -> None:
-    graph = captured[phase]
+    graph = capture(llama, phase, several=several, last_logits_only=True)
     markers = find_ops(graph.graph_module.graph, "kv_update")
     assert [node.args[2] for node in markers] == [0, 1]
     assert set(graph.inputs.values()) == {"input_ids", "position_ids"}
-    assert set(graph.sizes.values()) == ({"batch", "tokens"} if phase == "prefill" else {"batch"})
     own = {tensor.data_ptr() for tensor in (*llama.parameters(), *llama.buffers())}
     assert {weight.data_ptr() for weight in graph.weights.values()} <= own
     assert {id(p) for p in llama.parameters()} <= {id(w) for w in graph.weights.values()}
-    named = {*graph.inputs, *graph.sizes, *graph.weights}
+    sizes = {BATCH_SIZE: several, NUM_TOKENS: phase == "prefill"}
+    named = {*graph.inputs, *(n for n, is_open in sizes.items() if is_open), *graph.weights}
     assert {node.name for node in placeholders(graph.graph_module)} == named
 
 
@@ -73,81 +76,61 @@ def test_weights_may_be_on_the_meta_device() -> None:
     assert len(report.sparse_sites) == 2
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("phase", PHASES)
-def test_every_node_gets_a_value_with_the_batch_put_in(
-    captured: dict[str, CapturedGraph], phase: str, batch_size: int
+def test_every_node_has_a_value_with_samples_for_the_open_sizes(
+    llama: nn.Module, phase: str, several: bool
 ) -> None:
-    gm = specialize(captured[phase], batch_size)
+    gm = capture(llama, phase, several=several, last_logits_only=True).graph_module
     inner = [node for node in gm.graph.nodes if node.op != "output"]
     assert all("val" in node.meta for node in inner)
-    assert all("example_value" not in node.meta for node in inner)
-    tensors = [v for v in map(fake_value, inner) if isinstance(v, Tensor)]
-    free = [size for tensor in tensors for size in tensor.shape if not isinstance(size, int)]
+    samples = SAMPLES.of(several=several, many=phase == "prefill")
     (logits,) = fake_value(next(n for n in gm.graph.nodes if n.op == "output"))
-    assert tuple(logits.shape) == (batch_size, 1, 256)
-    ids = next(fake_value(n) for n in placeholders(gm) if n.name == "l_input_ids_")
-    assert ids.shape[0] == batch_size
-    symbols = [n for n in placeholders(gm) if not isinstance(fake_value(n), Tensor)]
-    if phase == "decode":
-        assert free == []
-        assert symbols == []
-        assert tuple(ids.shape) == (batch_size, 1)
-    else:
-        assert [node.name for node in symbols] == ["num_tokens"]
-        names = {str(symbol) for size in free for symbol in size.node.expr.free_symbols}
-        assert names == {str(ids.shape[1])}
+    assert tuple(logits.shape) == (samples.batch, 1, 256)
+    ids = next(fake_value(n) for n in placeholders(gm) if n.name == "input_ids")
+    assert tuple(ids.shape) == (samples.batch, samples.tokens)
 
 
-def test_specializing_leaves_the_capture_as_it_was(captured: dict[str, CapturedGraph]) -> None:
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_argument_is_a_sample(llama: nn.Module, phase: str) -> None:
+    """A graph runs with any numbers: what depends on the open sizes is a node."""
+    gm = capture(llama, phase, several=True, last_logits_only=True).graph_module
+    for node in gm.graph.nodes:
+        numbers = [x for x in leaves_of((node.args, node.kwargs)) if type(x) is int]
+        assert not [x for x in numbers if size_of(x).is_open], node.format_node()
+
+
+def test_a_copy_leaves_the_capture_as_it_was(captured: dict[str, CapturedGraph]) -> None:
     before = str(captured["prefill"].graph_module.graph)
-    first, second = (specialize(captured["prefill"], batch) for batch in (3, 3))
-    assert str(captured["prefill"].graph_module.graph) == before
-    assert str(first.graph) == str(second.graph)
-    assert first.graph is not second.graph
+    first, second = (captured["prefill"].copy() for _ in range(2))
+    first.graph.erase_node(next(n for n in reversed(first.graph.nodes)))
+    assert str(captured["prefill"].graph_module.graph) == before == str(second.graph)
 
 
 @torch.no_grad()
-def test_two_captures_compute_every_shape() -> None:
-    """A module without a cache has no marker, so its specialized graph can run."""
+def test_four_captures_compute_every_shape() -> None:
+    """A module without a cache has no marker, so its graph can run."""
     module = PlainCausalLM()
     model = as_causal_lm(module)
-    graphs = {phase: capture(model, phase, last_logits_only=True) for phase in PHASES}
     for phase, batch_size, num_tokens in [
         ("prefill", 1, 2), ("prefill", 2, 90), ("prefill", 5, 7), ("decode", 1, 1),
         ("decode", 5, 1),
     ]:  # fmt: skip
-        gm = specialize(graphs[phase], batch_size)
+        graph = capture(model, phase, several=batch_size > 1, last_logits_only=True)
         generator = torch.Generator().manual_seed(num_tokens)
         ids = torch.randint(0, 256, (batch_size, num_tokens), generator=generator)
         positions = torch.arange(num_tokens).expand(batch_size, -1) + 3
-        given = {"input_ids": ids, "position_ids": positions}
-        values = {name: given[role] for name, role in graphs[phase].inputs.items()}
-        values |= graphs[phase].weights | {"num_tokens": num_tokens}
+        values = {"input_ids": ids, "position_ids": positions} | graph.weights
+        values |= {BATCH_SIZE: batch_size, NUM_TOKENS: num_tokens}
+        gm = graph.copy()
         (logits,) = gm(*(values[node.name] for node in placeholders(gm)))
         torch.testing.assert_close(logits, module(ids, positions)[:, -1:])
 
 
 def test_all_logits_are_kept_when_asked_for(llama: nn.Module) -> None:
-    gm = specialize(capture(llama, "prefill", last_logits_only=False), 2)
+    gm = capture(llama, "prefill", several=True, last_logits_only=False).graph_module
     (logits,) = fake_value(next(n for n in gm.graph.nodes if n.op == "output"))
-    ids = next(fake_value(n) for n in placeholders(gm) if n.name == "l_input_ids_")
-    assert tuple(map(str, logits.shape)) == ("2", str(ids.shape[1]), "256")
-
-
-def test_captures_do_not_share_what_dynamo_remembers() -> None:
-    first, second = (
-        capture(tiny_llama(num_hidden_layers=layers), "decode", last_logits_only=True)
-        for layers in (1, 3)
-    )
-    counts = [len(find_ops(c.graph_module.graph, "kv_update")) for c in (first, second)]
-    assert counts == [1, 3]
-
-
-class Talkative(PlainCausalLM):
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        torch._dynamo.graph_break()
-        return super().forward(input_ids, position_ids)
+    assert tuple(logits.shape) == (SAMPLES.batch, SAMPLES.tokens, 256)
 
 
 class Undecided(PlainCausalLM):
@@ -156,12 +139,56 @@ class Undecided(PlainCausalLM):
         return logits if logits.sum() > 0 else -logits
 
 
-@pytest.mark.parametrize("model_class", [Talkative, Undecided])
-def test_graph_breaks_are_errors_that_name_the_class(model_class: type[nn.Module]) -> None:
+class Counting(PlainCausalLM):
+    calls = 0
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return super().forward(input_ids, position_ids)
+
+
+class Caching(PlainCausalLM):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        self.last = logits
+        return logits
+
+
+class ByLength(PlainCausalLM):
+    """Does something else for longer prompts."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits * 2 if input_ids.shape[1] > 20_000 else logits
+
+
+class ByRoot(PlainCausalLM):
+    """Passes on a number that depends on the prompt's length in no simple way."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids) * input_ids.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("model_class", "words"),
+    [
+        (Undecided, "needs the values of a tensor.*test_capture"),
+        (Counting, "changes module.calls of its module"),
+        (Caching, "changes module.last of its module"),
+        (ByLength, "for another prompt length or number of sequences it calls something else"),
+        (ByRoot, "for another prompt length or number of sequences it passes"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_with_its_reason(
+    model_class: type[nn.Module], words: str
+) -> None:
     config = SpardaConfig(mode="query", lowering="eager")
-    wanted = re.escape(model_class.__name__) + ": torch.compile cannot trace forward as one graph"
+    wanted = re.escape(model_class.__name__) + ": cannot trace forward as one graph: .*" + words
+    model = model_class()
+    before = dict(vars(model))
     with pytest.raises(CaptureError, match=wanted):
-        optimize(model_class(), config)
+        optimize(model, config)
+    assert vars(model) == before
     assert model_class.__name__ in explain(model_class(), config).error
 
 

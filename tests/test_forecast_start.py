@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig
-from sparda_compile.capture import specialize
 from sparda_compile.evaluation.decode import decode, read
 from sparda_compile.evaluation.metrics import RecallSums
 from sparda_compile.evaluation.tasks import make_batch
@@ -34,8 +33,8 @@ class Start:
     def __init__(self, model, captured=None, batch_size=1, rank=None):
         self.model = model
         captures = captures_of(model)
-        self.captured = captured or captures.get("decode", last_logits_only=True)
-        gm = specialize(self.captured, batch_size)
+        self.captured = captured or captures.get("decode", several=batch_size > 1)
+        gm = self.captured.copy()
         ctx = PassContext(
             SpardaConfig(), "decode", dict(captures.windows), "Model", None, MACHINES["cpu"]
         )

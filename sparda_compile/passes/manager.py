@@ -110,6 +110,7 @@ def run_passes(
         records.append(StageRecord(graph_pass.name, rebuild, result.counts, ms, result.schedule))
         if ctx.config.dump_dir is not None:
             _dump(gm, Path(ctx.config.dump_dir), f"{ctx.phase}_{graph_pass.name}")
+    gm.recompile()
     return records
 
 

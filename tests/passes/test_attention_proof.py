@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from sparda_compile.capture import capture, specialize
+from sparda_compile.capture import capture
 from sparda_compile.config import SpardaConfig
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.attention_proof import (
@@ -69,8 +69,8 @@ def test_soft_cap_bounds_the_scores() -> None:
 def first_site(phase: str = "prefill") -> tuple[AttentionSite, dict[str, Tensor]]:
     """Return a hand-made module's first site, with keys that are repeated for their heads."""
     model = PlainCausalLM(group_form="repeat_interleave", num_heads=6, num_groups=3)
-    captured = capture(as_causal_lm(model), phase, last_logits_only=True)
-    gm = specialize(captured, 2)
+    captured = capture(as_causal_lm(model), phase, several=True, last_logits_only=True)
+    gm = captured.copy()
     ctx = PassContext(SpardaConfig(), phase, {}, "Model", None, MACHINES["cpu"])
     FindAttention(captured.weights)(gm, ctx)
     return sites_of(gm.graph)[0], captured.weights

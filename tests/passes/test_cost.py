@@ -31,7 +31,10 @@ def decode(plan_of):
 def context(plan, machine=H200, **changes):
     config = plan.layout.config.replace(**changes)
     layout = dataclasses.replace(plan.layout, config=config)
-    return PassContext(config, plan.captured.phase, {}, "Model", layout, machine)
+    batch_size = plan.layout.batch_size
+    return PassContext(
+        config, plan.captured.phase, {}, "Model", layout.traced(), machine, batch_size
+    )
 
 
 def cost(plan, name, machine=H200, **changes):

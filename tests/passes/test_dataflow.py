@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparda_compile.capture import CapturedGraph, capture, specialize
+from sparda_compile.capture import CapturedGraph, capture
 from sparda_compile.config import SpardaConfig
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.attention_proof import evaluate
@@ -16,13 +16,14 @@ from sparda_compile.passes.dataflow import LINEAR, Dataflow, RefusedAttentionErr
 from sparda_compile.passes.find_attention import FindAttention, sites_of
 from sparda_compile.passes.fx import call_name, fake_value, module_path, tensor_shape
 from sparda_compile.plain import as_causal_lm
+from sparda_compile.sizes import concrete
 from sparda_compile.testing import PlainCausalLM
 from sparda_compile.testing.plain import PlainAttention
 
 
 def sites_in(captures: Any, phase: str = "prefill") -> tuple[list[AttentionSite], CapturedGraph]:
     captured = captures.get(phase, last_logits_only=True)
-    gm = specialize(captured, 1)
+    gm = captured.copy()
     ctx = PassContext(SpardaConfig(), phase, captures.windows, "Model", None, MACHINES["cpu"])
     FindAttention(captured.weights)(gm, ctx)
     return sites_of(gm.graph), captured
@@ -30,7 +31,7 @@ def sites_in(captures: Any, phase: str = "prefill") -> tuple[list[AttentionSite]
 
 def plain_graph(model: nn.Module) -> fx.Graph:
     captured = capture(as_causal_lm(model), "prefill", last_logits_only=True)
-    return specialize(captured, 1).graph
+    return captured.graph_module.graph
 
 
 def operands(graph: fx.Graph) -> list[Any]:
@@ -74,9 +75,7 @@ def test_fused_projection_is_found_from_its_input(
 def rotated(site: AttentionSite, captured: CapturedGraph, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Return random unrotated queries and what the nodes of the rotation make of them."""
     generator = torch.Generator().manual_seed(0)
-    shape = [
-        int(s) if isinstance(s, int) else num_tokens for s in tensor_shape(site.rotation_input)
-    ]
+    shape = concrete(tensor_shape(site.rotation_input), 1, num_tokens)
     before = torch.randn(shape, generator=generator)
     return before, evaluate(site.query, {site.rotation_input: before}, captured.weights, num_tokens)
 

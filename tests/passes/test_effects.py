@@ -95,7 +95,7 @@ def test_argument_by_name(graph):
     assert argument(plan, "is_hint") is False
     assert argument(plan, "stream") == COMPUTE
     assert argument(find_ops(graph, "prefetch_blocks")[0], "event") >= 0
-    with pytest.raises(StopIteration):
+    with pytest.raises(KeyError):
         argument(plan, "nonsense")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from sparda_compile.capture import CapturedGraph, capture, specialize
+from sparda_compile.capture import CapturedGraph, capture
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import AttentionNotFoundError, PassError, UnsupportedInputError
 from sparda_compile.machine import MACHINES
@@ -16,6 +16,7 @@ from sparda_compile.passes.find_attention import FindAttention, sites_of
 from sparda_compile.passes.fx import call_name, fake_value, tensor_shape
 from sparda_compile.passes.manager import FACTS_KEY, run_passes
 from sparda_compile.plain import as_causal_lm
+from sparda_compile.sizes import SAMPLES
 from sparda_compile.testing import PlainCausalLM
 from sparda_compile.testing.plain import PlainAttention
 from sparda_compile.testing.unsupported import BidirectionalLM, InterleavedLM, PrefixLM
@@ -30,13 +31,13 @@ def context(phase: str, windows: dict[int, int] | None = None) -> PassContext:
 def find(
     captured: CapturedGraph, windows: dict[int, int] | None = None
 ) -> tuple[fx.GraphModule, dict[str, int]]:
-    gm = specialize(captured, 2)
+    gm = captured.copy()
     (record,) = run_passes(gm, [FindAttention(captured.weights)], context(captured.phase, windows))
     return gm, record.counts
 
 
 def find_in(model: nn.Module, phase: str = "prefill") -> list[AttentionSite]:
-    captured = capture(as_causal_lm(model), phase, last_logits_only=True)
+    captured = capture(as_causal_lm(model), phase, several=True, last_logits_only=True)
     gm, counts = find(captured)
     assert counts == {"sites": 2, "sparse": 2, "window": 0}
     return sites_of(gm.graph)
@@ -44,7 +45,7 @@ def find_in(model: nn.Module, phase: str = "prefill") -> list[AttentionSite]:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_sites_are_tagged_and_counted(captures_of: Any, phase: str) -> None:
-    captured = captures_of("llama").get(phase, last_logits_only=True)
+    captured = captures_of("llama").get(phase, several=True)
     gm, counts = find(captured)
     assert counts == {"sites": 2, "sparse": 2, "window": 0}
     assert gm.meta[FACTS_KEY] == {Fact.SITES_TAGGED}
@@ -57,24 +58,24 @@ def test_sites_are_tagged_and_counted(captures_of: Any, phase: str) -> None:
         assert (site.form, site.kind) == ("sdpa", "sparse")
         assert (site.num_heads, site.num_groups, site.head_dim) == (4, 2, 16)
         assert (site.scale, site.softcap, site.window) == (16**-0.5, 0.0, 0)
-        assert tensor_shape(site.query)[:2] == (2, 4)
-        assert tensor_shape(site.k)[:2] == tensor_shape(site.v)[:2] == (2, 2)
+        assert tensor_shape(site.query)[:2] == (SAMPLES.batch, 4)
+        assert tensor_shape(site.k)[:2] == tensor_shape(site.v)[:2] == (SAMPLES.batch, 2)
         assert tensor_shape(site.hidden)[2] == 64
         assert call_name(site.projection) == "linear"
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_only_metadata_changes(captures_of: Any, phase: str) -> None:
-    captured = captures_of("llama").get(phase, last_logits_only=True)
+    captured = captures_of("llama").get(phase, several=True)
     gm, _ = find(captured)
-    assert str(gm.graph) == str(specialize(captured, 2).graph)
+    assert str(gm.graph) == str(captured.graph_module.graph)
 
 
 def test_layers_keep_their_own_kind(captures_of: Any) -> None:
     captures = captures_of("gemma3")
     assert captures.windows == {0: 16, 1: 0}
     for phase in PHASES:
-        captured = captures.get(phase, last_logits_only=True)
+        captured = captures.get(phase, several=True)
         gm, counts = find(captured, captures.windows)
         assert counts == {"sites": 2, "sparse": 1, "window": 1}
         assert [(site.kind, site.window) for site in sites_of(gm.graph)] == [
@@ -87,13 +88,13 @@ def test_layers_keep_their_own_kind(captures_of: Any) -> None:
 def test_windows_that_the_graph_does_not_have_are_refused(
     captures_of: Any, windows: dict[int, int]
 ) -> None:
-    captured = captures_of("gemma3").get("prefill", last_logits_only=True)
+    captured = captures_of("gemma3").get("prefill", several=True)
     with pytest.raises(AttentionNotFoundError, match=r"layer [01].*not causal attention"):
         find(captured, windows)
 
 
 def test_second_run_is_refused(captures_of: Any) -> None:
-    captured = captures_of("llama").get("decode", last_logits_only=True)
+    captured = captures_of("llama").get("decode", several=True)
     gm, _ = find(captured)
     with pytest.raises(PassError, match="find_attention has already run"):
         run_passes(gm, [FindAttention(captured.weights)], context("decode"))
@@ -203,8 +204,8 @@ def test_graph_without_attention_is_refused() -> None:
 
 
 def test_attention_that_leaves_a_layer_out_is_refused(captures_of: Any) -> None:
-    captured = captures_of("llama").get("decode", last_logits_only=True)
-    gm = specialize(captured, 2)
+    captured = captures_of("llama").get("decode", several=True)
+    gm = captured.copy()
     anchor = next(n for n in gm.graph.nodes if call_name(n) == "scaled_dot_product_attention")
     with gm.graph.inserting_before(anchor):
         other = gm.graph.call_function(torch.add, (anchor.args[0], anchor.args[1]))

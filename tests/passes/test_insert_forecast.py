@@ -71,7 +71,7 @@ def test_forecast_is_rotated_like_the_query_that_it_stands_for(inserted):
         names = sorted(call_name(n) for n in mine)
         expected = sorted(
             [*(call_name(n) for n in site.rotation if n in nodes_between(site.projection, n)),
-             "view", "transpose"]
+             "unflatten", "transpose"]
         )  # fmt: skip
         assert names == expected
 
@@ -82,7 +82,7 @@ def test_model_without_rotation_needs_none(inserted):
     for layer in (0, 1):
         scored = argument(named(graph, f"scores_{layer}"), "query")
         between = nodes_between(named(graph, f"forecast_{layer}"), scored)
-        assert {call_name(n) for n in between} == {"view", "transpose"}
+        assert {call_name(n) for n in between} == {"unflatten", "transpose"}
 
 
 def test_layer_behind_a_window_layer_takes_its_input(inserted):

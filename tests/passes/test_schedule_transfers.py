@@ -215,7 +215,10 @@ class TestStreams:
 def predicted(plan, machine, phase):
     """Return the rows that the cost model gives to a plan's graph as it stands."""
     machine = MACHINES[machine]
-    ctx = PassContext(plan.layout.config, phase, {}, "Model", plan.layout, machine)
+    layout = plan.layout
+    ctx = PassContext(
+        layout.config, phase, {}, "Model", layout.traced(), machine, layout.batch_size
+    )
     nodes = list(plan.graph_module.graph.nodes)
     costs = {n: node_cost(n, ctx) for n in nodes}
     return simulate(nodes, costs, ctx, {n: stream_of(n) for n in nodes})
