@@ -104,7 +104,7 @@ def run_passes(
         ms = (time.perf_counter() - start) * 1e3
         gm.meta[FACTS_KEY] = facts | graph_pass.ensures
         gm.graph.lint()
-        check_spec(gm.graph, gm.meta[FACTS_KEY], graph_pass.name)
+        check_spec(gm.graph, gm.meta[FACTS_KEY], ctx, graph_pass.name)
         _log.debug("%s %s: %s in %.1f ms", ctx.phase, graph_pass.name, result.counts, ms)
         rebuild = partial(graph_after or _kept(gm.graph), graph_pass.name)
         records.append(StageRecord(graph_pass.name, rebuild, result.counts, ms, result.schedule))

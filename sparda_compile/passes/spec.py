@@ -1,108 +1,114 @@
-"""The grammar of a legal sparda graph, checked after every pass.
+"""The rules of a legal sparda graph, checked after every pass.
 
-Each rule looks at the whole graph and says what is wrong, or nothing. A broken rule is a bug of
-a pass, never of the user.
+The facts that hold say which rules do. Each rule yields what is wrong, in words that name the node.
+A broken rule is a bug of a pass, never of the user.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from sparda_compile.errors import GraphInvariantError
 from sparda_compile.passes.base import Fact
-from sparda_compile.passes.effects import argument
-from sparda_compile.passes.fx import call_name, fake_value, find_ops, is_sparda
+from sparda_compile.passes.fx import call_name, fake_value
+from sparda_compile.passes.grammar import layers_of, wrong_counts, wrong_order
+from sparda_compile.passes.op_index import OpIndex
+from sparda_compile.passes.operands import wrong_operands
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from torch import fx
 
+    from sparda_compile.passes.base import PassContext
+
 __all__ = ["check_spec"]
 
-_ASYNC: Final = ("prefetch_blocks", "offload_blocks")
+
+def check_spec(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext, after: str) -> None:
+    """Raise GraphInvariantError if the graph breaks a rule of the facts that hold.
+
+    Args:
+        graph: The graph.
+        facts: What holds of it.
+        ctx: What the passes know; it says what each layer has to have.
+        after: The pass that made the graph, for the message.
+    """
+    for wrong in _wrong(graph, facts, ctx):
+        raise GraphInvariantError(f"after {after}: {wrong}. This is a bug of the pass.")
 
 
-def _nodes_have_values(graph: fx.Graph) -> str:
-    for node in graph.nodes:
-        if is_sparda(node) and "val" not in node.meta:
-            return f"{node.name} has no fake value"
-        if is_sparda(node) and "sparda_layer" not in node.meta and not _is_marker(node):
-            return f"{node.name} belongs to no layer"
-    return ""
+def _wrong(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext) -> Iterator[str]:
+    index = OpIndex(graph)
+    if Fact.ATTENTION_REPLACED in facts:
+        yield from _unfinished(index)
+        yield from _ends(index)
+        yield from _shapes(index)
+    if Fact.TRANSFERS_ASYNC in facts:
+        yield from _events(index)
+        yield from _tickets(index)
+    if Fact.ATTENTION_REPLACED in facts:
+        assert ctx.layout is not None
+        yield from _strangers(index, {shape.layer for shape in ctx.layout.layers})
+        layers = layers_of(index, ctx.layout)
+        yield from wrong_counts(layers, ctx, facts)
+        yield from wrong_order(layers)
+        yield from wrong_operands(index, layers, ctx, facts)
 
 
-def _no_markers(graph: fx.Graph) -> str:
-    markers = find_ops(graph, "kv_update")
-    return f"{markers[0].name} was not replaced" if markers else ""
+def _unfinished(index: OpIndex) -> Iterator[str]:
+    for node, op in index.ops.items():
+        if op.name == "kv_update":
+            yield f"{node.name} was not replaced"
+        if "val" not in node.meta:
+            yield f"{node.name} has no fake value"
+        if op.layer is None:
+            yield f"{node.name} belongs to no layer"
 
 
-def _starts_match_waits(graph: fx.Graph) -> str:
-    starts = [argument(n, "event") for n in find_ops(graph, *_ASYNC)]
-    waits = [argument(n, "event") for n in find_ops(graph, "wait_blocks")]
-    if len(set(starts)) != len(starts):
-        return "two copies record one event"
-    if sorted(starts) != sorted(waits):
-        return f"copies record events {sorted(starts)} but waits are for {sorted(waits)}"
-    return ""
-
-
-def _tickets_go_to_waits(graph: fx.Graph) -> str:
-    for start in find_ops(graph, *_ASYNC):
-        users = [call_name(u) for u in start.users]
-        if users != ["sparda.wait_blocks"]:
-            return f"the ticket of {start.name} goes to {users or 'nobody'}, not to one wait"
-    return ""
-
-
-def _one_end(graph: fx.Graph) -> str:
-    ends = find_ops(graph, "advance_lengths")
+def _ends(index: OpIndex) -> Iterator[str]:
+    ends = index.by_name["advance_lengths"]
     if len(ends) != 1:
-        return f"{len(ends)} advance_lengths"
-    behind = ends[0].next
-    return "" if behind.op == "output" else f"{behind.name} comes after advance_lengths"
+        last = next(reversed(index.ops), None)
+        yield f"{len(ends)} advance_lengths, one has to be behind {last}"
+        return
+    behind = ends[0].node.next
+    if behind.op != "output":
+        yield f"{behind.name} comes after advance_lengths"
 
 
-def _one_fetch_per_plan(graph: fx.Graph) -> str:
-    for plan in find_ops(graph, "plan_pages", "select_pages"):
-        miss_blocks = 2 if call_name(plan) == "sparda.plan_pages" else 3
-        listed = [u for u in plan.users if u.args[1] == miss_blocks for u in u.users]
-        copies = [u for u in listed if call_name(u).endswith("fetch_blocks")]
-        if len(copies) > 1:
-            return f"the misses of {plan.name} are fetched {len(copies)} times"
-    return ""
+def _shapes(index: OpIndex) -> Iterator[str]:
+    for op in (*index.by_name["sparse_attention"], *index.by_name["attend_missing"]):
+        if fake_value(op.node).shape != fake_value(op.args["query"]).shape:
+            yield f"{op.node.name} has another shape than its query"
 
 
-def _values_are_consistent(graph: fx.Graph) -> str:
-    for node in find_ops(graph, "sparse_attention", "attend_missing"):
-        query = argument(node, "query")
-        if fake_value(node).shape != fake_value(query).shape:
-            return f"{node.name} has another shape than its query"
-    return ""
+def _events(index: OpIndex) -> Iterator[str]:
+    copies = _by_event(index, "prefetch_blocks", "offload_blocks")
+    waits = _by_event(index, "wait_blocks")
+    for event in dict.fromkeys([*copies, *waits]):
+        starts, ends = copies.get(event, []), waits.get(event, [])
+        if len(starts) != 1 or len(ends) != 1:
+            who, whose = " and ".join(starts) or "nothing", " and ".join(ends) or "nothing"
+            yield f"event {event} is recorded by {who} and awaited by {whose}, not by one each"
 
 
-_RULES: Final[dict[Fact, tuple[Callable[[fx.Graph], str], ...]]] = {
-    Fact.ATTENTION_REPLACED: (
-        _no_markers,
-        _nodes_have_values,
-        _one_end,
-        _one_fetch_per_plan,
-        _values_are_consistent,
-    ),
-    Fact.TRANSFERS_ASYNC: (_starts_match_waits, _tickets_go_to_waits),
-}
+def _by_event(index: OpIndex, *names: str) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in names:
+        for op in index.by_name[name]:
+            found.setdefault(op.args["event"], []).append(op.node.name)
+    return found
 
 
-def check_spec(graph: fx.Graph, facts: frozenset[Fact], after: str) -> None:
-    """Raise GraphInvariantError if the graph breaks a rule of the facts that hold."""
-    for fact, rules in _RULES.items():
-        if fact not in facts:
-            continue
-        for rule in rules:
-            wrong = rule(graph)
-            if wrong:
-                raise GraphInvariantError(f"after {after}: {wrong}. This is a bug of the pass.")
+def _tickets(index: OpIndex) -> Iterator[str]:
+    for op in (*index.by_name["prefetch_blocks"], *index.by_name["offload_blocks"]):
+        users = [call_name(user) for user in op.node.users]
+        if users != ["sparda.wait_blocks"]:
+            yield f"the ticket of {op.node.name} goes to {users or 'nobody'}, not to one wait"
 
 
-def _is_marker(node: fx.Node) -> bool:
-    return call_name(node) == "sparda.kv_update"
+def _strangers(index: OpIndex, layers: set[int]) -> Iterator[str]:
+    for op in index.ops.values():
+        if op.layer not in layers and op.name != "advance_lengths":
+            yield f"{op.node.name} is for layer {op.layer}, which has no attention"

@@ -7,6 +7,8 @@ import functools
 import pytest
 
 from sparda_compile.config import SpardaConfig
+from sparda_compile.machine import MACHINES
+from sparda_compile.passes.base import PassContext
 from sparda_compile.plain import as_causal_lm, sliding_windows
 from sparda_compile.program import Captures, make_plan
 from sparda_compile.testing import build
@@ -42,3 +44,14 @@ def plan_of():
         return _plan(model, phase, batch_size, max_tokens, SpardaConfig(**settings))
 
     return plan
+
+
+@pytest.fixture(scope="session")
+def context_of():
+    """Return a function that gives what the passes of a plan knew."""
+
+    def context(plan):
+        layout, phase = plan.layout, plan.captured.phase
+        return PassContext(layout.config, phase, {}, "Model", layout, MACHINES["h200"])
+
+    return context
