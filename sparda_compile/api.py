@@ -166,7 +166,7 @@ def _forecast_weights(
             stacklevel=3,
         )
         return initial_forecast(
-            plan.stages[0].graph, plan.sites, shapes, plan.captured, weight.dtype
+            plan.stage("find_attention").graph, plan.sites, shapes, plan.captured, weight.dtype
         )
     fitting = fit_forecast(given, shapes, captures.model_name, config)
     return {layer: found.map(torch.detach).to(weight) for layer, found in fitting.items()}

@@ -50,7 +50,7 @@ def plan_of(
 
 
 def forecast_of(plan: Plan) -> dict[int, Projection]:
-    graph, shapes = plan.stages[0].graph, forecast_shapes(plan)
+    graph, shapes = plan.stage("find_attention").graph, forecast_shapes(plan)
     return initial_forecast(graph, plan.sites, shapes, plan.captured, torch.float32)
 
 

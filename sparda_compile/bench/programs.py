@@ -73,7 +73,7 @@ def build_program(
     )
     dtype = next(captures.model.parameters()).dtype
     forecast = initial_forecast(
-        plan.stages[0].graph, plan.sites, forecast_shapes(plan), plan.captured, dtype
+        plan.stage("find_attention").graph, plan.sites, forecast_shapes(plan), plan.captured, dtype
     )
     return Program(plan, forecast)
 

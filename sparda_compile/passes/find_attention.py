@@ -10,11 +10,11 @@ Matches by data flow, not by template, so one walk serves every model:
                 input (a dominator); behind a fused projection, the input of that projection
     rotation    the nodes that mix positions into the query
 
-Before, and after (only metadata changes):
+Before, and after (only names and metadata change):
 
-    %kv_update : call_function[sparda.kv_update](%k_embed, %value_states, 0)
-    %attn_output : call_function[scaled_dot_product_attention](%q_embed, %key, %value, ...)
-    %attn_output.meta["sparda"] = AttentionSite(layer=0, query=q_embed, hidden=hidden_states_2, ...)
+    %kv_update : call_function[sparda.kv_update](%k_0, %v_0, 0)
+    %attn : call_function[scaled_dot_product_attention](%query_0, %key, %value, ...)
+    %attn.meta["sparda"] = AttentionSite(layer=0, query=query_0, hidden=hidden_0, ...)
 
 Every site is proved by running its nodes (`attention_proof.py`). Attention that this library does
 not implement raises AttentionNotFoundError with the layer, the module and what was in the way:
@@ -103,6 +103,7 @@ class FindAttention:
                 claimed.add(marker)
             self._check_retention(site, ctx)
             anchor.node.meta["sparda"] = site
+            _name_nodes(site)
             sites.append(site)
         for marker in markers:
             if marker not in claimed:
@@ -195,6 +196,14 @@ class _Anchor:
     key: fx.Node
     value: fx.Node
     path: tuple[fx.Node, ...] = ()
+
+
+def _name_nodes(site: AttentionSite) -> None:
+    """Give the nodes of a site names that say what they are."""
+    for word in ("hidden", "query", "k", "v"):
+        node: fx.Node = getattr(site, word)
+        if node.op != "placeholder":
+            node._rename(f"{word}_{site.layer}")
 
 
 def _match_anchor(node: fx.Node, flow: Dataflow) -> _Anchor | None:

@@ -165,9 +165,13 @@ class Emitter:
         return self.function(operator.getitem, (node, index), {}, name)
 
     def copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
-        """Add a copy of a node with mapped inputs."""
+        """Add a copy of a node with mapped inputs, under a name of its own."""
+        args, kwargs = (
+            fx.node.map_arg(given, lambda old: mapping.get(old, old))
+            for given in (node.args, node.kwargs)
+        )
         with self.graph.inserting_before(self.before):
-            new = self.graph.node_copy(node, lambda old: mapping.get(old, old))
+            new = self.graph.create_node(node.op, node.target, args, kwargs)
         return self._finish(new, node)
 
     def _finish(self, node: fx.Node, like: fx.Node) -> fx.Node:

@@ -166,7 +166,8 @@ def test_full_budget_generates_the_same_tokens(
 ) -> None:
     got = answer_of(subject.fast(mode), lengths, NEW_TOKENS)
     assert_same_tokens(got, subject.answer(lengths, NEW_TOKENS))
-    assert subject.dense.sparda.num_captures == 2
+    # For one sequence and for several.
+    assert subject.dense.sparda.num_captures in (2, 4)
 
 
 @pytest.mark.parametrize("subject", subjects(tuple(TINY_MODELS), "sdpa"), indirect=True)

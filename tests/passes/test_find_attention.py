@@ -36,6 +36,10 @@ def find(
     return gm, record.counts
 
 
+def calls(gm: fx.GraphModule) -> list[tuple[str, Any, int]]:
+    return [(node.op, node.target, len(node.all_input_nodes)) for node in gm.graph.nodes]
+
+
 def find_in(model: nn.Module, phase: str = "prefill") -> list[AttentionSite]:
     captured = capture(as_causal_lm(model), phase, several=True, last_logits_only=True)
     gm, counts = find(captured)
@@ -65,10 +69,10 @@ def test_sites_are_tagged_and_counted(captures_of: Any, phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_only_metadata_changes(captures_of: Any, phase: str) -> None:
+def test_only_names_and_metadata_change(captures_of: Any, phase: str) -> None:
     captured = captures_of("llama").get(phase, several=True)
     gm, _ = find(captured)
-    assert str(gm.graph) == str(captured.graph_module.graph)
+    assert calls(gm) == calls(captured.graph_module)
 
 
 def test_layers_keep_their_own_kind(captures_of: Any) -> None:

@@ -230,7 +230,7 @@ def test_joined_weight_has_the_rows_of_its_parts_in_order(planned):
 
 
 def _forecast(plan):
-    graph, shapes = plan.stages[0].graph, forecast_shapes(plan)
+    graph, shapes = plan.stage("find_attention").graph, forecast_shapes(plan)
     return initial_forecast(graph, plan.sites, shapes, plan.captured, torch.float32)
 
 

@@ -8,7 +8,6 @@ SPARDA_UPDATE_GOLDEN=1 to write the files again, and read the difference before 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from torch import fx
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda, module_path
 from sparda_compile.passes.manager import graph_text
+from sparda_compile.sizes import size_text
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = {
@@ -26,7 +26,6 @@ SETTINGS = {
 # VerifyTransfers changes nothing: its graph is that of the pass before.
 PASSES = [graph_pass.name for graph_pass in PIPELINE if graph_pass.name != "verify_transfers"]
 CASES = [(m, p, n) for m in ("forecast", "exact") for p in ("decode", "prefill") for n in PASSES]
-_SIZE = re.compile(r"\bs\d+\b")
 
 
 def readable(gm):
@@ -63,7 +62,7 @@ def _shape(node):
     value = fake_value(node)
     if not hasattr(value, "shape"):
         return type(value).__name__
-    return _SIZE.sub("T", f"{', '.join(map(str, value.shape))}")
+    return ", ".join(map(size_text, value.shape))
 
 
 def _value(argument):

@@ -115,13 +115,13 @@ def looks(node):
 
 def places(node):
     """Yield where a node takes tensors: argument, place in its list or None, what it takes."""
-    for entry, value in bound_arguments(node):
-        if entry.name in TIES:
+    for name, _, value in bound_arguments(node):
+        if name in TIES:
             continue
         if isinstance(value, (list, tuple)):
-            yield from ((entry.name, i, each) for i, each in enumerate(value))
+            yield from ((name, i, each) for i, each in enumerate(value))
         else:
-            yield entry.name, None, value
+            yield name, None, value
 
 
 def put(node, name, place, value):

@@ -36,7 +36,7 @@ def test_arguments_are_those_of_the_schema_with_defaults(graph):
         assert op.args == {
             entry.name: argument(node, entry.name) for entry in node.target._schema.arguments
         }
-        given = {entry.name for entry, _ in bound_arguments(node)}
+        given = {name for name, _, _ in bound_arguments(node)}
         assert given <= set(op.args)
         assert set(op.tensors) <= set(op.args)
     scores = OpIndex(graph).ops[named(graph, "scores_0")]

@@ -80,15 +80,15 @@ WRONG = {
     ),
     "the hint's scores": (
         put("block_ids_1", "scores", "hint_scores_1"),
-        "hint_scores_1 takes q_embed_3 as its query, not q_embed_1",
+        "hint_scores_1 takes add_16 as its query, not query_1",
     ),
     "another layer's keys": (
-        put("append_kv_1", "k", "k_embed"),
-        "append_kv_1 takes k_embed as its k, not k_embed_1",
+        put("append_kv_1", "k", "k_0"),
+        "append_kv_1 takes k_0 as its k, not k_1",
     ),
     "a hint by the layer's query": (
-        put("hint_scores_1", "query", "q_embed_1"),
-        "hint_scores_1 scores by q_embed_1, not made for layer 1",
+        put("hint_scores_1", "query", "query_1"),
+        "hint_scores_1 scores by query_1, not made for layer 1",
     ),
     "a summary's tensor": (
         put_at("update_summary_1", "tensors", 1, "sparda_recent_k_0"),
@@ -136,9 +136,9 @@ def test_hint_takes_the_ids_of_the_layer_before(first_wrong):
 
 
 def test_forecast_is_the_layers_own(first_wrong):
-    change = put("scores_1", "query", "q_embed_2")
+    change = put("scores_1", "query", "query_0")
     assert (
-        first_wrong(change, mode="forecast") == "scores_1 scores by q_embed_2, not made for layer 1"
+        first_wrong(change, mode="forecast") == "scores_1 scores by query_0, not made for layer 1"
     )
 
 
