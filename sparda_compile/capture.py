@@ -38,6 +38,7 @@ __all__ = ["CapturedGraph", "capture", "kv_update", "share_weights"]
 
 INPUT_NAMES: Final = ("input_ids", "position_ids")
 
+
 @torch.library.custom_op("sparda::kv_update", mutates_args=())
 def kv_update(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Mark the new keys and values of one layer; passes replace it, it never runs.
@@ -119,8 +120,7 @@ def capture(
             something else for other sizes.
     """
     ours, theirs = (
-        samples.of(several=several, many=phase == "prefill")
-        for samples in (SAMPLES, OTHER_SAMPLES)
+        samples.of(several=several, many=phase == "prefill") for samples in (SAMPLES, OTHER_SAMPLES)
     )
     step = _step(model, last_logits_only)
     trace = record(step, model, _inputs(model, ours))
@@ -259,11 +259,11 @@ class _Writer:
         for number, (fake, tensor) in self._trace.tensors.items():
             if number in read:
                 path = self._names.get(id(tensor), f"constant_{len(self._weights)}")
-                name = re.sub(r"\W", "_", path)
+                name = re.sub(r"\W", "_", path).lower()  # as fx writes names
                 while name in self._weights or name in INPUT_NAMES or name.startswith("sparda_"):
                     name = f"w_{name}"
-                self._nodes[number] = self._placeholder(name, fake)
-                self._weights[name] = tensor
+                node = self._nodes[number] = self._placeholder(name, fake)
+                self._weights[node.name] = tensor
 
     def _write(self, i: int, call: Call) -> None:
         places = itertools.count()

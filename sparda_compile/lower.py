@@ -109,11 +109,11 @@ class LoweredProgram:
                     observer.begin(call, args, kwargs)
                 result = call.function(*args, **kwargs)
                 results = result if call.is_tuple else (result,)
-                for register, each in zip(call.results, results, strict=False):
-                    values[register] = each
+                for i, register in enumerate(call.results):
+                    values[register] = results[i]
                 if observer is not None:
                     observer.end(call, results)
-                result = results = args = kwargs = each = None
+                del result, results, args, kwargs
                 for register in call.frees:
                     values[register] = None
         logits: Tensor = values[self.result]
@@ -223,8 +223,8 @@ class _Lowering:
             elif part.op == "placeholder":
                 self._inputs[part.name] = self._register(part)
             elif part.op == "output":
-                (logits,) = part.args[0]  # type: ignore[misc]
-                result = self._registers[logits]  # type: ignore[index]
+                outputs: Any = part.args[0]
+                result = self._registers[outputs[0]]
             elif not _is_choice(part):
                 self._add_op(part)
         names = [node.name for node in self._registers]
@@ -258,8 +258,7 @@ class _Lowering:
         if is_tuple:
             items = {user.args[1]: user for user in node.users}
             results = tuple(
-                self._register(items.get(i, _Unused(node, i)))
-                for i in range(len(made))
+                self._register(items.get(i, _Unused(node, i))) for i in range(len(made))
             )
         else:
             results = (self._register(node),)

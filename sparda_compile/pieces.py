@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from sparda_compile.errors import PassError
-from sparda_compile.passes.fx import changes_in_place, fake_value
+from sparda_compile.passes.fx import changes_in_place, fake_value, mapped_arguments
 from sparda_compile.passes.manager import as_module
 from sparda_compile.progress import stage
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of, size_text
@@ -90,7 +90,8 @@ class Piece:
         with _LOCK:
             if self.key not in _COMPILED:
                 values = tuple(fake_value(node) for node in self.inputs)
-                _COMPILED[self.key] = CompiledPiece(self.name, self.graph_module, self.sizes, values)
+                compiled = CompiledPiece(self.name, self.graph_module, self.sizes, values)
+                _COMPILED[self.key] = compiled
             return _COMPILED[self.key]
 
 
@@ -181,9 +182,7 @@ class _Maker:
         self._names[node] = f"({_target(node)} {self._text(node.args)})"
 
     def _new_node(self, node: fx.Node, name: str) -> fx.Node:
-        args, kwargs = (
-            fx.node.map_arg(given, lambda n: self._new[n]) for given in (node.args, node.kwargs)
-        )
+        args, kwargs = mapped_arguments(node, lambda n: self._new[n])
         new = self._graph.create_node(node.op, node.target, args, kwargs, name)
         new.meta = {"val": fake_value(node)}
         self._new[node] = new

@@ -189,9 +189,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
 
 
-def record_run(
-    program: LoweredProgram, inputs: Sequence[Any]
-) -> tuple[Tensor, Recording]:
+def record_run(program: LoweredProgram, inputs: Sequence[Any]) -> tuple[Tensor, Recording]:
     """Run a program on the engine of the moment and record what it did.
 
     Args:
@@ -280,7 +278,7 @@ def _check_arguments(node: fx.Node, record: Record, made: dict[str, int]) -> Non
         got = record.takes.get(name, [])
         if len(sources) != len(got):
             raise _wrong(
-                f"{record.name} was given {len(got)} tensors as {name}; the graph has {len(sources)}"
+                f"{record.name} was given {len(got)} tensors as {name}, not {len(sources)}"
             )
         for source, storage in zip(sources, got, strict=True):
             known = made.get(source.name)

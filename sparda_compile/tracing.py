@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Call", "FakeRunner", "Trace", "leaves_of", "map_leaves", "record"]
 
 _TORCH_FOLDER: Final = os.path.dirname(torch.__file__) + os.sep
+_OUR_FILES: Final = (__file__, os.path.join(os.path.dirname(__file__), "capture.py"))
 _PLAIN: Final = (int, float, bool, str, type(None), torch.dtype, torch.device,
                  torch.memory_format, torch.layout, complex, type(Ellipsis))  # fmt: skip
 
@@ -130,7 +131,7 @@ class FakeRunner:
         runner = getattr(fake_mode, "sparda_runner", None)
         if runner is None:
             runner = fake_mode.sparda_runner = cls(fake_mode)
-        return runner  # type: ignore[no-any-return]
+        return runner
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function; the mode is active while it runs."""
@@ -252,9 +253,7 @@ class _Recorder(TorchFunctionMode):
         if changes or is_new:
             self._check_autocast(args)
             path, module = self.modules[-1] if self.modules else ("", nn.Module)
-            self.calls.append(
-                Call(func, args, kwargs, result, changes, path, module, _caller())
-            )
+            self.calls.append(Call(func, args, kwargs, result, changes, path, module, _caller()))
         return result
 
     def _stand_in(self, leaf: Any) -> Any:
@@ -330,8 +329,7 @@ def _reason(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        is_ours = code.co_filename.startswith(os.path.dirname(__file__) + os.sep)
-        if not code.co_filename.startswith(_TORCH_FOLDER) and (not is_ours or "testing" in code.co_filename):
+        if not code.co_filename.startswith((_TORCH_FOLDER, *_OUR_FILES)):
             frames.append(f"{code.co_filename}:{trace.tb_lineno}")
         trace = trace.tb_next
     where = f" ({frames[-1]})" if frames else ""

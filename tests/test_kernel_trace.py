@@ -74,8 +74,9 @@ def parse(text, behind=None):
 @functools.cache
 def plan(trace_steps=0, top_k=4, **settings):
     captures = captures_of(shared_model())
+    sizes = {"block_size": 16, "top_k": top_k, "local_blocks": 2, "machine": "h200"}
     return make_plan(
-        captures, "decode", SpardaConfig(block_size=16, top_k=top_k, local_blocks=2, machine="h200", **settings), batch_size=1, max_tokens=2048,
+        captures, "decode", SpardaConfig(**sizes, **settings), batch_size=1, max_tokens=2048,
         trace_steps=trace_steps,
     )  # fmt: skip
 

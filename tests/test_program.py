@@ -42,7 +42,9 @@ def plan_of(
     **changes: Any,
 ) -> Plan:
     return make_plan(
-        captures, phase, CONFIG.replace(**changes),
+        captures,
+        phase,
+        CONFIG.replace(**changes),
         batch_size=batch_size,
         max_tokens=64,
         trace_steps=trace_steps,

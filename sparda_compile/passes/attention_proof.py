@@ -18,7 +18,14 @@ from sparda_compile.sizes import NUM_TOKENS, concrete
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["PROOF_BATCH", "causal_attention", "ends_in_one", "evaluate", "find_difference", "measure_scale"]
+__all__ = [
+    "PROOF_BATCH",
+    "causal_attention",
+    "ends_in_one",
+    "evaluate",
+    "find_difference",
+    "measure_scale",
+]
 
 # Sequences, where a graph is for any number of them.
 PROOF_BATCH = 2

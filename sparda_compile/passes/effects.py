@@ -98,9 +98,8 @@ def accesses(node: fx.Node) -> list[Access]:
         return []
     found = []
     for _, is_write, value in bound_arguments(node):
-        for v in value if isinstance(value, (list, tuple)) else (value,):
-            if is_state(v):
-                found.append(Access(v.name, is_write))
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        found += [Access(v.name, is_write) for v in values if is_state(v)]
     return found
 
 

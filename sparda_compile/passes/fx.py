@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from sparda_compile.tracing import FakeRunner, leaves_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = [
     "Emitter",
@@ -22,6 +22,7 @@ __all__ = [
     "fake_value",
     "find_ops",
     "is_sparda",
+    "mapped_arguments",
     "module_path",
     "nodes_between",
     "program_order",
@@ -166,10 +167,7 @@ class Emitter:
 
     def copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
         """Add a copy of a node with mapped inputs, under a name of its own."""
-        args, kwargs = (
-            fx.node.map_arg(given, lambda old: mapping.get(old, old))
-            for given in (node.args, node.kwargs)
-        )
+        args, kwargs = mapped_arguments(node, lambda old: mapping.get(old, old))
         with self.graph.inserting_before(self.before):
             new = self.graph.create_node(node.op, node.target, args, kwargs)
         return self._finish(new, node)
@@ -183,13 +181,18 @@ class Emitter:
         return node
 
 
+def mapped_arguments(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[Any, Any]:
+    """Return a node's arguments with something else in the place of each node."""
+    return fx.node.map_arg(node.args, change), fx.node.map_arg(node.kwargs, change)
+
+
 def propagate(node: fx.Node) -> Any:
     """Compute a node's fake value from those of its inputs."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     fakes = [fake_value(n) for n in node.all_input_nodes]
     mode = next((f.fake_mode for f in leaves_of(fakes) if isinstance(f, FakeTensor)), None)
-    args, kwargs = (fx.node.map_arg(given, fake_value) for given in (node.args, node.kwargs))
+    args, kwargs = mapped_arguments(node, fake_value)
     function = node.target
     if node.op == "call_method":
         function = getattr(Tensor, str(node.target))

@@ -290,7 +290,11 @@ def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
     old.replace_all_uses_with(new)
     erased = 0
     for node in _backwards(graph, ancestors):
-        if not node.users and not changes_in_place(node) and not call_name(node).startswith("sparda."):
+        if (
+            not node.users
+            and not changes_in_place(node)
+            and not call_name(node).startswith("sparda.")
+        ):
             graph.erase_node(node)
             erased += 1
     for marker in find_ops(graph, "kv_update"):

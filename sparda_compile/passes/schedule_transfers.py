@@ -112,7 +112,8 @@ def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
         for access in accesses(node):
             by_state.setdefault(access.state, []).append(node)
     for state, users in by_state.items():
-        dag.add_edges_from(_effect_edges(state, sorted(set(users), key=lambda n: n.meta[ORDER_KEY])))
+        in_order = sorted(set(users), key=lambda n: n.meta[ORDER_KEY])
+        dag.add_edges_from(_effect_edges(state, in_order))
     return dag
 
 
@@ -262,9 +263,7 @@ class _Planner:
                 places.append((f"before {wait.name}", behind))
         return _Chain(nodes, prefetch, fork, stages, places)
 
-    def _below(
-        self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int
-    ) -> set[fx.Node]:
+    def _below(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int) -> set[fx.Node]:
         """Return what depends on nodes and comes before a place in the program."""
         found: set[fx.Node] = set()
         stack = list(nodes)

@@ -80,7 +80,9 @@ def _rewrite(captures: Captures, phase: str) -> Rewritten:
     reshape to the same shape and a copy in row-major order.
     """
     plan = make_plan(
-        captures, phase, FULLEST,
+        captures,
+        phase,
+        FULLEST,
         batch_size=1,
         max_tokens=4096,
     )

@@ -24,7 +24,9 @@ def _captures(model):
 def _plan(model, phase, batch_size, max_tokens, config):
     captures = _captures(model)
     return make_plan(
-        captures, phase, config,
+        captures,
+        phase,
+        config,
         batch_size=batch_size,
         max_tokens=max_tokens,
     )

@@ -156,7 +156,9 @@ def predicted(one_layer):
         key = (batch_size, str(settings))
         if key not in plans:
             plans[key] = make_plan(
-        one_layer, "decode", SpardaConfig(**settings),
+                one_layer,
+                "decode",
+                SpardaConfig(**settings),
                 batch_size=batch_size,
                 max_tokens=131072,
             )
@@ -184,7 +186,9 @@ def test_trace_of_a_benchmark_costs_nothing(captures_of):
     costs = []
     for trace_steps in (0, 500):
         plan = make_plan(
-        captures, "decode", SpardaConfig(**SETTINGS),
+            captures,
+            "decode",
+            SpardaConfig(**SETTINGS),
             batch_size=3,
             max_tokens=8192,
             trace_steps=trace_steps,

@@ -42,7 +42,9 @@ def planned(captures_of):
     def plan(model="llama", phase="decode", *, batch_size=2, **settings):
         captures = captures_of(model)
         return make_plan(
-        captures, phase, SpardaConfig(**{**SMALL, **settings}),
+            captures,
+            phase,
+            SpardaConfig(**{**SMALL, **settings}),
             batch_size=batch_size,
             max_tokens=256,
         )
