@@ -175,7 +175,7 @@ def _open_sizes(
     found: dict[tuple[int, int], Size] = {}
     for i, (one, other) in enumerate(zip(first.calls, second.calls, strict=False)):
         leaves, others = (leaves_of((call.args, call.kwargs)) for call in (one, other))
-        if one.function is not other.function or len(leaves) != len(others):
+        if one.function != other.function or len(leaves) != len(others):
             raise _depends(model, one, "calls something else")
         for place, (mine, its) in enumerate(zip(leaves, others, strict=True)):
             if isinstance(mine, Tensor) or isinstance(its, Tensor):

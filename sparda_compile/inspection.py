@@ -29,7 +29,8 @@ class Sparda:
 
         Args:
             phase: `prefill` or `decode`.
-            after: A pass, or `capture`, whose result to return; None is the last one.
+            after: A pass, or `capture`, whose result to return; None is the last one. `split` is
+                the last one cut into pieces, each a submodule, as it is compiled and run.
 
         Raises:
             ConfigError: If there is no such stage.

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import weakref
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,7 @@ from sparda_compile.capture import CapturedGraph, capture, share_weights
 from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast_projection import from_inputs, is_input, to_inputs
-from sparda_compile.lower import lower
+from sparda_compile.lower import lower, split_graph
 from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import AttentionSite, PassContext
@@ -60,6 +60,8 @@ __all__ = [
 assert ops.INSTRUCTIONS  # registers every op before a pass emits one
 
 _PLANNED_TOKENS = 4096
+# Not a pass: the last graph, as it is cut for the compiler.
+SPLIT: Final = "split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Plan:
         return next((s.schedule for s in self.stages if s.schedule is not None), None)
 
     def stage(self, name: str | None) -> fx.GraphModule:
-        """Return the graph after a stage; the last one for None.
+        """Return the graph after a stage; the last one for None, cut into pieces for `split`.
 
         Raises:
             ConfigError: If there is no such stage.
@@ -94,8 +96,11 @@ class Plan:
         by_name = {stage.name: stage.graph_module for stage in self.stages}
         if name is None:
             return self.stages[-1].graph_module
+        if name == SPLIT:
+            return split_graph(self.graph_module)
         if name not in by_name:
-            raise ConfigError(f"after={name!r} is no stage; stages are {', '.join(by_name)}.")
+            stages = ", ".join((*by_name, SPLIT))
+            raise ConfigError(f"after={name!r} is no stage; stages are {stages}.")
         return by_name[name]
 
 

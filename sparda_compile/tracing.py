@@ -57,8 +57,10 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return a value of the same form with each leaf changed, in the order of `leaves_of`."""
     if isinstance(value, (tuple, list)):
         items = [map_leaves(item, change) for item in value]
-        if hasattr(value, "_fields"):
+        if hasattr(value, "_fields"):  # a named tuple
             return type(value)(*items)
+        if hasattr(value, "n_sequence_fields"):  # one of torch's, as `max` returns
+            return type(value)(items)
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
         return {name: map_leaves(item, change) for name, item in value.items()}

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from sparda_compile import SpardaConfig, optimize
+from sparda_compile import SpardaConfig, optimize, program
+from sparda_compile.errors import TransferRaceError
 from sparda_compile.forecast_weights import projections_of
 from sparda_compile.module import OptimizedModule
 from sparda_compile.program import Program
@@ -170,10 +171,20 @@ def without_wait(module, index):
     return waits[index].name
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_a_missing_wait_is_found_in_the_first_run(lab, index):
+    """Whether or not an engine would have shown it."""
+    module = lab.module(mode="forecast", page_ratio=1.0)
+    without_wait(module, index)
+    with pytest.raises(TransferRaceError, match="lowered program: .* copy stream|copy stream"):
+        lab.run(module)
+
+
 # Two for prefetches, two for offloads. The copy stream is in order and the first offload's wait
 # has another behind it before anything reads, so a run cannot miss that one.
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_late_copies_show_a_missing_wait(lab, index):
+def test_late_copies_show_a_missing_wait(lab, index, monkeypatch):
+    monkeypatch.setattr(program, "check_recording", lambda *_: "unchecked")
     module = lab.module(mode="forecast", page_ratio=1.0)
     name = without_wait(module, index)
     # A machine without a second stream cannot tell.
