@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from sparda_compile.errors import PassError
-from sparda_compile.passes.fx import changes_in_place, fake_value, mapped_arguments
+from sparda_compile.passes.fx import call_name, changes_in_place, fake_value, mapped_arguments
 from sparda_compile.passes.manager import as_module
 from sparda_compile.progress import stage
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of, size_text
@@ -38,6 +38,13 @@ __all__ = ["Piece", "compiled_pieces", "make_piece", "num_compilations"]
 
 # What an open size is compiled with: usual numbers, so that what Inductor decides by them is right
 # for usual calls. Always the same, so that a piece is the same whoever calls it first.
+# What may share the memory of its first input.
+_VIEWS: Final = frozenset(
+    {"chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float",
+     "getattr", "getitem", "movedim", "narrow", "permute", "reshape", "reshape_as", "select",
+     "split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten",
+     "unsqueeze", "view", "view_as"}
+)  # fmt: skip
 _EXAMPLE: Final = {BATCH_SIZE: 8, NUM_TOKENS: 2048}
 _PATCHES: Final = {
     # Else Inductor times its reductions and picks one: two programs of one model would round
@@ -205,8 +212,8 @@ class _Maker:
         if not changes_in_place(node):
             return
         root = node.args[0]
-        while isinstance(root, fx.Node) and root in self._inside and root.all_input_nodes:
-            if not _may_be_view(root):
+        while isinstance(root, fx.Node) and root in self._inside:
+            if call_name(root) not in _VIEWS and not changes_in_place(root):
                 return
             root = root.all_input_nodes[0]
         raise PassError(
@@ -235,12 +242,6 @@ def _sizes_of(value: Tensor) -> set[str]:
         *(BATCH_SIZE for size in sizes if size.batch_power),
         *(NUM_TOKENS for size in sizes if size.tokens_power),
     }
-
-
-def _may_be_view(node: fx.Node) -> bool:
-    """Whether a node's result may share the memory of its first input."""
-    made, source = fake_value(node), fake_value(node.all_input_nodes[0])
-    return isinstance(made, Tensor) and isinstance(source, Tensor) and made.dtype == source.dtype
 
 
 def _target(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, KVCacheError, UnsupportedInputError
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.fx import find_ops
+from sparda_compile.sizes import SAMPLES
 
 CONFIG = SpardaConfig(mode="query", top_k=1, block_size=16, max_tokens=256, lowering="eager")
 
@@ -70,7 +71,7 @@ def test_graph_is_of_the_batch_that_ran_last(fast):
         graph = module.sparda.graph("prefill").graph
         pages = next(n for n in graph.nodes if n.name == "sparda_pages_0")
         sizes.append(pages.meta["val"].shape[0])
-    assert sizes == [1, 3]
+    assert sizes == [1, SAMPLES.batch]
 
 
 def test_counts(fast):

@@ -1,8 +1,7 @@
-"""The two lowerings agree, and what the scheduler chose is still there behind Inductor."""
+"""A verified graph becomes calls of pieces and ops; they are given in its order, on what it names."""
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 
 import sparda_compile
 from sparda_compile import SpardaConfig
-from sparda_compile.lower import lower
-from sparda_compile.passes import fuse_projections
+from sparda_compile.errors import ConfigError
+from sparda_compile.lower import Register, lower, split_graph
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, is_sparda
 from sparda_compile.streams import CudaEngine, ImmediateEngine, use_engine
 from sparda_compile.testing import tiny_llama
+from sparda_compile.tracing import leaves_of
 
 SMALL = {
     "top_k": 2,
@@ -27,8 +27,8 @@ SMALL = {
     "offload": "always",
     "max_tokens": 512,
 }
-_CALL = re.compile(r"torch\.ops\.sparda\.(\w+)\.default\((.*)\)$")
 _EVENT_OPS = ("prefetch_blocks", "offload_blocks", "wait_blocks")
+MODES = ("query", "forecast", "exact", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -44,68 +44,60 @@ def _fast(traced, **changes):
         return sparda_compile.optimize(traced, SpardaConfig(**{**SMALL, **changes}))
 
 
-@pytest.fixture(scope="module", params=["forecast", "exact", "forecast, joined projections"])
-def compiled(request, traced):
-    """An optimized module whose decode step Inductor has compiled, and the code that it made."""
-    import torch._inductor.config
-    from torch._inductor.utils import run_and_get_code
-
-    mode, *joined = request.param.split(", ")
-    ids = torch.tensor([[7]])
-    with (
-        torch._inductor.config.patch(force_disable_caches=True),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(fuse_projections, "_on_gpu", lambda graph: bool(joined))
-        fast = _fast(traced, mode=mode, lowering="inductor", machine="h200")
-        _, codes = run_and_get_code(lambda: fast(ids, past_key_values=fast.new_cache()))
-    return fast, codes[0]
+def _lowered(traced, phase, mode):
+    fast = _fast(traced, mode=mode, lowering="eager", machine="h200")
+    graph_module = fast.latest_plan(phase).graph_module
+    return graph_module.graph, lower(graph_module, "eager")
 
 
-def _generated_order(code: str) -> list[str]:
-    """Sparda ops and matrix multiplications in the order of Inductor's generated code."""
-    order = []
-    for line in code.splitlines():
-        call = _CALL.search(line.strip())
-        if call and call[1] in _EVENT_OPS:
-            event = [a for a in call[2].split(", ") if a.isdigit()][-1]
-            order.append(f"{call[1]} {event}")
-        elif call:
-            order.append(call[1])
-        elif "extern_kernels." in line:
-            order.append("mm")
-    return order
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", MODES)
+class TestProgram:
+    def test_ops_are_those_of_the_graph_in_its_order(self, traced, phase, mode):
+        graph, program = _lowered(traced, phase, mode)
+        ops = [call.node for call in program.calls if call.node is not None]
+        assert ops == [node for node in graph.nodes if is_sparda(node)]
+        for call in program.calls:
+            if call.node is not None:
+                assert call.function is call.node.target
+
+    def test_pieces_hold_no_op_and_no_state(self, traced, phase, mode):
+        _, program = _lowered(traced, phase, mode)
+        assert program.pieces()
+        for piece in program.pieces():
+            assert not [n for n in piece.graph_module.graph.nodes if is_sparda(n)]
+            assert not [n for n in piece.inputs if n.name.startswith("sparda_") and
+                        "forecast" not in n.name]  # fmt: skip
+
+    def test_everything_is_held_until_its_last_use_and_no_longer(self, traced, phase, mode):
+        _, program = _lowered(traced, phase, mode)
+        last, freed = {}, {}
+        for i, call in enumerate(program.calls):
+            for leaf in [*leaves_of((call.args, call.kwargs)), *map(Register, call.results)]:
+                if type(leaf) is Register:
+                    last[int(leaf)] = i
+            freed |= dict.fromkeys(call.frees, i)
+        made = set(range(program.num_inputs, len(program.names))) - {program.result}
+        assert freed == {register: last[register] for register in made}
+
+    def test_split_graph_is_what_is_called(self, traced, phase, mode):
+        graph, program = _lowered(traced, phase, mode)
+        fast = _fast(traced, mode=mode, lowering="eager", machine="h200")
+        split = split_graph(fast.latest_plan(phase).graph_module)
+        names = [n.target for n in split.graph.nodes if n.op == "call_module"]
+        assert names == [call.name for call in program.calls if call.piece is not None]
+        assert {n for n, _ in split.named_children()} == {piece.name for piece in program.pieces()}
+        split.graph.lint()
+        left = [n for n in split.graph.nodes if n.op in ("call_function", "call_method")]
+        assert {call_name(n) for n in left if not is_sparda(n)} == {"getitem"}
+        del graph
 
 
-def _scheduled_order(fast) -> list[str]:
-    order = []
-    for node in fast.sparda.graph("decode").graph.nodes:
-        name = call_name(node).removeprefix("sparda.")
-        if is_sparda(node):
-            event = f" {argument(node, 'event')}" if name in _EVENT_OPS else ""
-            order.append(name + event)
-        elif name == "linear" and "sparda_layer" not in node.meta:
-            order.append("mm")
-    return order
-
-
-def _transfers(order: list[str]) -> list[str]:
-    return [entry for entry in order if entry.split()[0] in _EVENT_OPS]
-
-
-def test_the_schedule_survives_inductor(compiled):
-    fast, code = compiled
-    want, got = _scheduled_order(fast), _generated_order(code)
-    assert sorted(x for x in want if x != "mm") == sorted(x for x in got if x != "mm")
-    assert _transfers(got) == _transfers(want)
-
-    starts = [e for e in _transfers(want) if e.startswith("prefetch")]
-    assert starts
-    for start in starts:
-        wait = start.replace("prefetch_blocks", "wait_blocks")
-        hidden_by_schedule = want[want.index(start) : want.index(wait)].count("mm")
-        hidden = got[got.index(start) : got.index(wait)].count("mm")
-        assert hidden >= hidden_by_schedule, (start, want, got)
+def test_split_is_shown(traced):
+    split = traced.sparda.graph("decode", after="split")
+    assert any(n.op == "call_module" for n in split.graph.nodes)
+    with pytest.raises(ConfigError, match=r"stages are capture, .*, split"):
+        traced.sparda.graph("decode", after="pieces")
 
 
 def _recording(kind, *args):
@@ -134,8 +126,9 @@ def _starts_and_waits(fast) -> list[tuple[str, int]]:
     ]
 
 
-def test_streams_are_given_work_in_the_order_of_the_schedule(compiled):
-    fast, _ = compiled
+@pytest.mark.parametrize("mode", ["forecast", "exact"])
+def test_streams_are_given_work_in_the_order_of_the_schedule(traced, mode):
+    fast = _fast(traced, mode=mode, lowering="inductor", machine="h200")
     engine, issued = _recording(ImmediateEngine)
     with use_engine(engine):
         fast(torch.tensor([[7]]), past_key_values=fast.new_cache())
@@ -155,17 +148,9 @@ def test_a_gpu_is_given_work_in_the_order_of_the_schedule(mode):
     assert issued == _starts_and_waits(fast) != []
 
 
-def test_inductor_allocates_no_copy_of_a_pool(compiled):
-    fast, code = compiled
-    nodes = fast.sparda.graph("decode").graph.nodes
-    for pool in ("sparda_pages_0", "sparda_host_0"):
-        shape = next(n for n in nodes if n.name == pool).meta["val"].shape
-        assert f"empty_strided_cpu(({', '.join(map(str, shape))})" not in code
-
-
-def test_inductor_equals_eager(compiled, traced):
-    fast, _ = compiled
-    eager = _fast(traced, mode=fast.sparda_config.mode, lowering="eager")
+@pytest.mark.parametrize("mode", ["forecast", "exact"])
+def test_inductor_equals_eager(traced, mode):
+    fast, eager = (_fast(traced, mode=mode, lowering=low) for low in ("inductor", "eager"))
     for num_tokens in (70, 33):
         ids = torch.randint(0, 256, (1, num_tokens))
         want, got = (
@@ -180,23 +165,3 @@ def test_inductor_equals_eager(compiled, traced):
             torch.cat(got.logits), torch.cat(want.logits), rtol=1e-3, atol=1e-3
         )
     assert fast.sparda.num_compilations == {"prefill": 1, "decode": 1}
-
-
-def test_rounding_hangs_on_neither_the_clock_nor_what_is_fused(traced, monkeypatch):
-    """Two programs of one model must round alike, and so must one compiled twice."""
-    from torch._inductor import compile_fx
-
-    seen = []
-
-    def compile_nothing(graph_module, inputs, config_patches):
-        seen.append(config_patches)
-        return graph_module.forward
-
-    monkeypatch.setattr(compile_fx, "compile_fx", compile_nothing)
-    plan = traced.program("decode", 1, 512, last_only=True).plan
-    lower(plan.graph_module, "inductor")
-    (patches,) = seen
-    assert patches.pop("deterministic") is patches.pop("emulate_precision_casts") is True
-    assert set(patches) == {"joint_custom_pre_pass", "post_grad_custom_post_pass"}
-    lower(plan.graph_module, "eager")
-    assert len(seen) == 1

@@ -1,0 +1,205 @@
+"""Equal pieces are one, and are compiled once for all layers, capacities and lengths."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.errors import PassError
+from sparda_compile.lower import lower
+from sparda_compile.passes.fx import propagate
+from sparda_compile.pieces import CompiledPiece, compiled_pieces, make_piece
+from sparda_compile.sizes import NUM_TOKENS, SAMPLES
+from sparda_compile.testing import tiny_llama
+
+SMALL = {"top_k": 2, "local_blocks": 1, "block_size": 16, "pool_size": 8, "pool_stride": 4}
+MODES = ({"mode": "query"}, {"mode": "forecast"}, {"mode": "exact", "hint": "next_query"})
+
+
+def _fast(num_layers, **settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny_llama(num_hidden_layers=num_layers)
+        return optimize(model, SpardaConfig(**{**SMALL, "offload": "always", **settings}))
+
+
+def _keys(fast, phase, batch_size=1, max_tokens=512):
+    plan = fast.program(phase, batch_size, max_tokens, last_only=True).plan
+    return [piece.key for piece in lower(plan.graph_module, "eager").pieces()]
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_models_of_any_depth_have_the_same_pieces(settings):
+    """Four layers have a first, a last and two in the middle; 32 have more in the middle."""
+    deep = 32 if settings["mode"] == "forecast" else 7
+    few, many = (_fast(n, machine="h200", lowering="eager", **settings) for n in (4, deep))
+    for phase in ("prefill", "decode"):
+        assert _keys(few, phase) == _keys(many, phase)
+        assert len(_keys(few, phase)) <= 8
+
+
+def test_capacities_and_batch_sizes_share_pieces():
+    fast = _fast(3, mode="forecast", machine="h200", lowering="eager")
+    for phase in ("prefill", "decode"):
+        assert _keys(fast, phase, 1, 512) == _keys(fast, phase, 1, 4096)
+        assert _keys(fast, phase, 2, 512) == _keys(fast, phase, 5, 1024)
+        assert not set(_keys(fast, phase, 1)) & set(_keys(fast, phase, 2))
+
+
+@pytest.mark.parametrize("num_layers", [4, 7])
+def test_ten_lengths_and_three_batch_sizes_compile_each_piece_twice_at_most(num_layers):
+    fast = _fast(num_layers, mode="forecast")
+    mine = set()
+    for batch_size, lengths in ((1, (40, 55, 71, 130, 520, 1100)), (2, (40, 90)), (3, (60, 64))):
+        for length in lengths:
+            ids = torch.randint(2, 250, (batch_size, length))
+            fast.generate(ids, max_new_tokens=3, do_sample=False)
+    for program in fast._programs.values():
+        if program.is_compiled:
+            mine |= {piece.key for piece in program.lowered.pieces()}
+    variants = {key: compiled_pieces()[key].num_variants for key in mine}
+    assert set(variants.values()) == {1}
+    assert len(mine) == 18  # 3 of a prefill and 6 of a decode, for one sequence and for several
+
+
+class Written:
+    """Nodes written by hand."""
+
+    def __init__(self):
+        self.graph = fx.Graph()
+        self.mode = FakeTensorMode()
+
+    def input(self, name, *shape):
+        node = self.graph.placeholder(name)
+        with self.mode:
+            node.meta["val"] = torch.empty(shape)
+        return node
+
+    def size(self):
+        node = self.graph.placeholder(NUM_TOKENS)
+        node.meta["val"] = SAMPLES.tokens
+        return node
+
+    def method(self, name, *args):
+        node = self.graph.call_method(name, args)
+        node.meta["val"] = propagate(node)
+        return node
+
+    def function(self, function, *args):
+        node = self.graph.call_function(function, args)
+        node.meta["val"] = propagate(node)
+        return node
+
+
+def _sum_piece(name, width=4):
+    written = Written()
+    x = written.input(name, 2, width)
+    doubled = written.method("mul", x, 2)
+    total = written.method("sum", doubled, -1)
+    return make_piece([doubled, total], [total])
+
+
+def test_names_do_not_matter_and_forms_do():
+    assert _sum_piece("x").key == _sum_piece("weight_of_layer_7").key
+    assert _sum_piece("x").key != _sum_piece("x", width=5).key
+    assert _sum_piece("x").name == f"piece_{_sum_piece('x').key[:8]}"
+
+
+def test_constants_are_part_of_the_key():
+    keys = set()
+    for factor in (2, 2.0, 3, True):
+        written = Written()
+        node = written.method("mul", written.input("x", 2, 4), factor)
+        keys.add(make_piece([node], [node]).key)
+    assert len(keys) == 4
+
+
+def test_a_piece_computes_what_its_nodes_did():
+    piece = _sum_piece("x")
+    x = torch.randn(2, 4)
+    for lowering in ("eager", "inductor"):
+        (total,) = piece.callable(lowering)(x)
+        torch.testing.assert_close(total, (x * 2).sum(-1))
+
+
+def test_open_sizes_are_passed_in_and_any_number_will_do():
+    written = Written()
+    tokens = written.size()
+    x = written.input("x", 1, SAMPLES.tokens * 4)
+    rows = written.method("view", x, tokens, 4)
+    total = written.method("sum", rows, -1)
+    piece = make_piece([rows, total], [total])
+    assert piece.sizes == (NUM_TOKENS,)
+    function = piece.callable("inductor")
+    for number in (2, 7, 1, 1000):
+        x = torch.randn(1, number * 4)
+        (got,) = function(number, x)
+        torch.testing.assert_close(got, x.view(number, 4).sum(-1))
+    assert isinstance(function, CompiledPiece)
+    assert 1 <= function.num_variants <= 2  # a prompt of one token may need its own
+
+
+def test_a_sample_passed_as_a_number_is_refused():
+    written = Written()
+    node = written.method("view", written.input("x", 1, SAMPLES.tokens * 4), SAMPLES.tokens, 4)
+    with pytest.raises(PassError, match="10009 stands for T in the graph"):
+        make_piece([node], [node])
+
+
+def test_what_a_piece_has_made_it_may_change():
+    written = Written()
+    mine = written.method("mul", written.input("x", 2, 4), 2)
+    changed = written.method("add_", mine, 1)
+    piece = make_piece([mine, changed], [changed])
+    x = torch.randn(2, 4)
+    for lowering in ("eager", "inductor"):
+        (got,) = piece.callable(lowering)(x)
+        torch.testing.assert_close(got, x * 2 + 1)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_what_another_piece_has_made_it_may_not(view):
+    written = Written()
+    x = written.input("x", 2, 4)
+    nodes = [written.method("view", x, 8)] if view else []
+    nodes.append(written.method("add_", nodes[0] if view else x, 1))
+    with pytest.raises(PassError, match="changes a tensor in place"):
+        make_piece(nodes, nodes[-1:])
+
+
+_SECOND_PROCESS = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from torch._dynamo.utils import counters
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.testing import tiny_llama
+fast = optimize(tiny_llama(), SpardaConfig(mode="query", top_k=2, local_blocks=1))
+print(fast.generate(torch.arange(2, 72)[None], max_new_tokens=3, do_sample=False).tolist())
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(tmp_path):
+    import os
+
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    printed = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", _SECOND_PROCESS], env=env, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        printed.append(done.stdout.splitlines())
+    (one, cold), (other, warm) = printed
+    assert one == other
+    num_pieces = int(cold.split()[0])
+    assert num_pieces >= 5
+    assert warm == f"0 {num_pieces}"
