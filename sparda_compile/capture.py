@@ -24,9 +24,10 @@ from torch import Tensor, fx, nn
 
 from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import CaptureError
+from sparda_compile.fake_runner import leaves_of, map_leaves
 from sparda_compile.passes.manager import as_module, snapshot
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, OTHER_SAMPLES, SAMPLES, common_size
-from sparda_compile.tracing import Trace, leaves_of, map_leaves, record
+from sparda_compile.tracing import Trace, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

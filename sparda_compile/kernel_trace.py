@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernels.sparse_attention import num_splits
+from sparda_compile.passes.dependences import dependence_graph
 from sparda_compile.passes.effects import argument, stream_of
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda
-from sparda_compile.passes.schedule_transfers import dependence_graph
 from sparda_compile.schedule import BEHIND, COMPUTE, STREAM_NAMES
 
 if TYPE_CHECKING:

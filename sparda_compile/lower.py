@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from sparda_compile.fake_runner import leaves_of, map_leaves
 from sparda_compile.passes.fx import call_name, changes_in_place, fake_value, is_sparda
 from sparda_compile.pieces import Piece, make_piece
-from sparda_compile.tracing import leaves_of, map_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, fx
 
 from sparda_compile.errors import PassError
+from sparda_compile.fake_runner import map_leaves
 from sparda_compile.passes.fx import call_name, changes_in_place, fake_value, mapped_arguments
 from sparda_compile.passes.manager import as_module
 from sparda_compile.progress import stage
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of, size_text
-from sparda_compile.tracing import map_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

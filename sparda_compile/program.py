@@ -23,6 +23,7 @@ from sparda_compile.capture import CapturedGraph, capture, share_weights
 from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast_projection import from_inputs, is_input, to_inputs
+from sparda_compile.joined_weight import JoinedWeight
 from sparda_compile.lower import lower, split_graph
 from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
@@ -135,12 +136,25 @@ def make_plan(
         UnsupportedInputError: If the model's forward does not use position_ids.
         PassError: If a pass fails.
     """
+    with showing(config.progress):
+        return _plan(
+            captures, phase, config, (batch_size, max_tokens, trace_steps), last_logits_only
+        )
+
+
+def _plan(
+    captures: Captures,
+    phase: str,
+    config: SpardaConfig,
+    sizes: tuple[int, int, int],
+    last_logits_only: bool,
+) -> Plan:
+    batch_size = sizes[0]
     captured = captures.get(phase, several=batch_size > 1, last_logits_only=last_logits_only)
     machine = machine_for(config.machine, captured.device)
     ctx = PassContext(
         config, phase, dict(captures.windows), captures.model_name, None, machine, batch_size
     )
-    sizes = (batch_size, max_tokens, trace_steps)
 
     def graph_after(stage: str) -> fx.Graph:
         gm = captured.copy()
@@ -152,8 +166,7 @@ def make_plan(
     first = StageRecord(
         "capture", partial(graph_after, "capture"), {"nodes": len(gm.graph.nodes)}, 0.0
     )
-    with showing(config.progress):
-        layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
+    layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
     return Plan(captured, layout, sites, (first, *stages), gm)
 
 
@@ -227,33 +240,6 @@ class Captures:
                 )
             self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
         return self._graphs[key]
-
-
-class JoinedWeight:
-    """Weights put together, one above the other, in step with the model's own.
-
-    Args:
-        sources: The weights; in-place changes to them are noticed.
-    """
-
-    def __init__(self, sources: Sequence[Tensor]) -> None:
-        self._sources = tuple(sources)
-        self._versions = self._now()
-
-    @cached_property
-    def tensor(self) -> Tensor:
-        """The copy; made when first asked for, its address never changes."""
-        return torch.cat([source.detach() for source in self._sources])
-
-    def _now(self) -> list[int]:
-        # A tensor made in inference mode counts no versions, and cannot be changed outside of it.
-        return [0 if source.is_inference() else source._version for source in self._sources]
-
-    def refresh(self) -> None:
-        """Copy the sources again if one of them has changed."""
-        if self._now() != self._versions:
-            self._versions = self._now()
-            self.tensor.copy_(torch.cat([source.detach() for source in self._sources]))
 
 
 class Program:

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from torch import Tensor
 
 from sparda_compile.errors import TransferRaceError
+from sparda_compile.fake_runner import leaves_of
 from sparda_compile.passes.effects import argument, bound_arguments, is_disjoint, stream_of
 from sparda_compile.passes.fx import call_name, is_sparda
 from sparda_compile.schedule import BEHIND, COMPUTE, COPY, STREAM_NAMES
 from sparda_compile.streams import Engine, current_engine, use_engine
-from sparda_compile.tracing import leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

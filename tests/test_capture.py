@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.capture import CapturedGraph, capture, kv_update, share_weights
 from sparda_compile.errors import CaptureError
+from sparda_compile.fake_runner import leaves_of
 from sparda_compile.passes.fx import call_name, fake_value, find_ops
 from sparda_compile.plain import as_causal_lm
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, SAMPLES, size_of
 from sparda_compile.testing import PlainCausalLM, build, tiny_llama
-from sparda_compile.tracing import leaves_of
 
 PHASES = ("prefill", "decode")
 

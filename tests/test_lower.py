@@ -1,4 +1,4 @@
-"""A verified graph becomes calls of pieces and ops; they are given in its order, on what it names."""
+"""A verified graph becomes calls of pieces and ops, in its order and on what it names."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import sparda_compile
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError
+from sparda_compile.fake_runner import leaves_of
 from sparda_compile.lower import Register, lower, split_graph
 from sparda_compile.passes.effects import argument
 from sparda_compile.passes.fx import call_name, is_sparda
 from sparda_compile.streams import CudaEngine, ImmediateEngine, use_engine
 from sparda_compile.testing import tiny_llama
-from sparda_compile.tracing import leaves_of
 
 SMALL = {
     "top_k": 2,

@@ -47,7 +47,7 @@ def test_two_traces_tell_what_a_number_is(size):
     assert common_size(one, other, SAMPLES, THEIRS) == size
 
 
-@pytest.mark.parametrize("one, other", [(T // 2, THEIRS.tokens // 2), (T, THEIRS.tokens + 5)])
+@pytest.mark.parametrize(("one", "other"), [(T // 2, THEIRS.tokens // 2), (T, THEIRS.tokens + 5)])
 def test_what_is_no_product_and_no_sum_is_not_known(one, other):
     assert common_size(one, other, SAMPLES, THEIRS) is None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from sparda_compile.tracing import FakeRunner, leaves_of
+from sparda_compile.fake_runner import FakeRunner, leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -29,15 +29,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Final
 
-import networkx as nx
-
 from sparda_compile.errors import PassError
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.cost import Cost, node_cost
+from sparda_compile.passes.dependences import dependence_graph, mark_order
 from sparda_compile.passes.effects import (
-    accesses,
     argument,
-    is_disjoint,
     set_argument,
     stream_of,
 )
@@ -55,14 +52,12 @@ from sparda_compile.schedule import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import fx
 
-__all__ = ["ORDER_KEY", "ScheduleTransfers", "dependence_graph", "mark_order", "simulate"]
+__all__ = ["ScheduleTransfers", "simulate"]
 
-# Place of a stateful op in the program as it was written; what every schedule has to respect.
-ORDER_KEY: Final = "sparda_order"
 _STAGES: Final = ("score_blocks", "select_blocks", "plan_pages", "select_pages")
 
 
@@ -94,39 +89,6 @@ class ScheduleTransfers:
             "keepalives": keepalives,
         }
         return PassResult(gm, modified=bool(planner.num_moved), counts=counts, schedule=schedule)
-
-
-def mark_order(graph: fx.Graph) -> None:
-    """Write down the present order of all ops that use state."""
-    for i, node in enumerate(graph.nodes):
-        if accesses(node):
-            node.meta[ORDER_KEY] = i
-
-
-def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
-    """Return data edges, and effect edges between conflicting ops in the order they were marked."""
-    dag = nx.DiGraph()
-    by_state: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        dag.add_edges_from((source, node) for source in node.all_input_nodes)
-        for access in accesses(node):
-            by_state.setdefault(access.state, []).append(node)
-    for state, users in by_state.items():
-        in_order = sorted(set(users), key=lambda n: n.meta[ORDER_KEY])
-        dag.add_edges_from(_effect_edges(state, in_order))
-    return dag
-
-
-def _effect_edges(state: str, users: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield what orders the users of a state tensor; what follows from other edges is left out."""
-    writes = {n: any(a.is_write for a in accesses(n) if a.state == state) for n in users}
-    for place, second in enumerate(users):
-        for first in reversed(users[:place]):
-            if (writes[first] or writes[second]) and not is_disjoint(first, second):
-                yield first, second
-                # What came before a write is before it; but not what it is disjoint with.
-                if writes[first] and call_name(first) != "sparda.prefetch_blocks":
-                    break
 
 
 @dataclasses.dataclass

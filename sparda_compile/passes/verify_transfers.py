@@ -31,10 +31,10 @@ import networkx as nx
 
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.dependences import ORDER_KEY, mark_order
 from sparda_compile.passes.effects import accesses, argument, is_disjoint, stream_of
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda, tensor_shape
 from sparda_compile.passes.liveness import side_stream_uses
-from sparda_compile.passes.schedule_transfers import ORDER_KEY, mark_order
 from sparda_compile.schedule import COMPUTE, COPY, SELECT, STREAM_NAMES
 
 if TYPE_CHECKING:

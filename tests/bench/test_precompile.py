@@ -65,7 +65,9 @@ def test_real_program_has_the_same_place_in_the_cache(monkeypatch):
         program = build_program(captures, "scheduled", batch_size, TINY.max_tokens, 96)
         with pytest.raises(Exception, match="far enough"):
             program.compile()
-    assert places[0] == places[1] != places[2]
+    # Batch sizes above one share it.
+    assert len(places) == 3
+    assert len(set(places)) == 1
 
 
 def test_programs_are_those_of_a_benchmark(monkeypatch):

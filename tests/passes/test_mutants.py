@@ -12,6 +12,7 @@ import pytest
 
 from sparda_compile.config import HINT_NAMES
 from sparda_compile.errors import GraphInvariantError, TransferRaceError
+from sparda_compile.passes.dependences import ORDER_KEY, mark_order
 from sparda_compile.passes.effects import (
     argument,
     bound_arguments,
@@ -29,7 +30,6 @@ from sparda_compile.passes.fx import (
     tensor_shape,
 )
 from sparda_compile.passes.manager import FACTS_KEY
-from sparda_compile.passes.schedule_transfers import ORDER_KEY, mark_order
 from sparda_compile.passes.spec import check_spec
 from sparda_compile.passes.verify_transfers import check_program, extract_program
 

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile import ops
 from sparda_compile.errors import TransferRaceError
+from sparda_compile.passes.dependences import ORDER_KEY
 from sparda_compile.passes.effects import accesses
 from sparda_compile.passes.fx import Emitter
-from sparda_compile.passes.schedule_transfers import ORDER_KEY
 from sparda_compile.passes.verify_transfers import check_program, extract_program
 from sparda_compile.schedule import COPY, SELECT
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-import networkx as nx
 import pytest
 
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.cost import node_cost
-from sparda_compile.passes.effects import accesses, argument, conflicts, stream_of
+from sparda_compile.passes.dependences import dependence_graph, mark_order
+from sparda_compile.passes.effects import argument, stream_of
 from sparda_compile.passes.fx import call_name, find_ops, is_sparda, program_order
-from sparda_compile.passes.manager import snapshot
-from sparda_compile.passes.schedule_transfers import (
-    ORDER_KEY,
-    dependence_graph,
-    mark_order,
-    simulate,
-)
+from sparda_compile.passes.schedule_transfers import simulate
 from sparda_compile.schedule import COMPUTE, SELECT, STREAM_NAMES
 
 CASES = {
@@ -135,31 +129,6 @@ def _signature(node):
         free |= {"inputs"}
     names = [e.name for e in node.target._schema.arguments if e.name not in free]
     return (node.name, node.op, str(node.target), str([argument(node, n) for n in names]))
-
-
-class TestDependences:
-    def test_edges_are_data_and_effects(self, plan_of):
-        graph = snapshot(plan_of("llama", mode="forecast").stage("fuse_selection")).graph
-        mark_order(graph)
-        dag = dependence_graph(graph)
-        assert nx.is_directed_acyclic_graph(dag)
-        append, attention = (named(graph, f"{n}_1") for n in ("append_kv", "sparse_attention"))
-        assert dag.has_edge(named(graph, "select_pages_1"), named(graph, "miss_blocks_1"))
-        assert dag.has_edge(append, attention)
-        assert not dag.has_edge(attention, append)
-        assert not dag.has_edge(append, named(graph, "sparse_attention_0"))
-        for first, second in dag.edges:
-            is_data = first in second.all_input_nodes
-            assert is_data or conflicts(first, second)
-
-    def test_order_is_marked_once_on_what_uses_state(self, plan_of):
-        graph = snapshot(plan_of("llama", mode="forecast").stage("fuse_selection")).graph
-        mark_order(graph)
-        marks = [n.meta[ORDER_KEY] for n in graph.nodes if ORDER_KEY in n.meta]
-        assert marks == sorted(marks)
-        assert {n for n in graph.nodes if ORDER_KEY in n.meta} == {
-            n for n in graph.nodes if accesses(n)
-        }
 
 
 class TestStreams:
