@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Trace", "record"]
 
 _TORCH_FOLDER: Final = os.path.dirname(torch.__file__) + os.sep
-_OUR_FILES: Final = (__file__, os.path.join(os.path.dirname(__file__), "capture.py"))
+_OUR_FILES: Final = tuple(
+    os.path.join(os.path.dirname(__file__), name)
+    for name in ("capture.py", "fake_runner.py", "tracing.py")
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ Before, and after:
     ...                                           ...
 
 The fused op stands where the plan stood. A selection that something reads before its plan is left
-alone, such as ids that a wait is anchored to; so is one with two plans, such as ids that another
-layer takes as its hint: one of the plans may go to the select stream, and the other may not.
+alone. So is one whose plan waits for a copy, as after a hint: blocks are picked while that copy
+runs. And so is one with two plans, such as ids that another layer takes as its hint: one of the
+plans may go to the select stream, and the other may not.
 """
 
 from __future__ import annotations
@@ -49,12 +50,21 @@ class FuseSelection:
         return PassResult(gm, modified=fused > 0, counts=counts)
 
 
+def _waits_for(graph: fx.Graph, plan: fx.Node) -> list[fx.Node]:
+    """Return the waits behind which a plan's tables are free to use."""
+    tables = set(plan.args[2:6])
+    waits = find_ops(graph, "wait_blocks")
+    return [wait for wait in waits if tables & set(argument(wait, "buffers"))]
+
+
 def _fuse(graph: fx.Graph, plan: fx.Node, order: dict[fx.Node, int]) -> bool:
     ids = argument(plan, "block_ids")
     if call_name(ids) != "sparda.select_blocks":
         return False
     others = [user for user in ids.users if user is not plan]
     if any(order[n] < order[plan] or call_name(n) == "sparda.plan_pages" for n in others):
+        return False
+    if any(order[ids] < order[wait] < order[plan] for wait in _waits_for(graph, plan)):
         return False
     lengths, tables = argument(plan, "lengths"), plan.args[2:6]
     emit = Emitter(graph, plan, plan, plan.meta["sparda_layer"])

@@ -5,12 +5,12 @@ Before, and after (mode `forecast`):
     fetch_blocks(%miss_blocks, ..., %pages)     %fork = fork_stream([%miss_blocks, ..., %pages], 0)
                                                 %ticket = prefetch_blocks(..., event=1, after=%fork)
                                                 wait_blocks(%ticket, [%pages, %block_table, ..,
-                                                    %pooled_k, ..], [keepalive], [%q], 1)
+                                                    %pooled_k, ..], [keepalive], 1)
     append_kv; sparse_attention                 append_kv; sparse_attention
     store_blocks(..., %host)                    %fork = fork_stream([%tail_page, %pages, ..], 2)
     ...                                         %ticket = offload_blocks(..., event=3, after=%fork)
-    advance_lengths(%lengths)                   wait_blocks(%ticket, [%host], [...], [%logits], 3)
-                                                advance_lengths(%lengths, [%host])
+    advance_lengths(%lengths)                   wait_blocks(%ticket, [%host], [...], 3)
+                                                advance_lengths(%lengths)
 
 Mode `exact` also fetches what the hint names, in the layer before, and hides the repair of what
 it missed behind the attention to what is there:
@@ -23,8 +23,8 @@ it missed behind the attention to what is there:
     %out = attend_missing(%q, ..., %partial)
 
 A wait takes, as if it wrote them, the pages that the copy writes and the state that choosing the
-blocks has used, for that may be the select stream's work: no compiler then moves what uses it
-later, such as `update_summary`, in front of the wait.
+blocks has used, for that may be the select stream's work: what uses it later, such as
+`update_summary`, depends on the wait, and no schedule moves it in front.
 
 Mode `query` keeps its fetches in line: that is what it is, the baseline without a hint.
 ScheduleTransfers moves these nodes; this pass only makes them.
@@ -37,8 +37,8 @@ import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.effects import accesses, argument, set_argument
-from sparda_compile.passes.fx import Emitter, call_name, find_ops
+from sparda_compile.passes.effects import accesses, argument
+from sparda_compile.passes.fx import Emitter, find_ops
 from sparda_compile.passes.insert_forecast import HINT_KEY
 from sparda_compile.passes.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.passes.replace_attention import Plan, StateInputs, plan_pages
@@ -97,8 +97,7 @@ class _Insertion:
         emit = Emitter(self._graph, ids.next, ids, layer)
         guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
         ticket, event = self._prefetch(emit, guess, "hint_")
-        anchors = [argument(plan, "block_ids"), *_new_kv(_plan_items(plan))]
-        self._wait(plan, ticket, event, self._used(guess), anchors)
+        self._wait(plan, ticket, event, self._used(guess))
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
@@ -110,7 +109,6 @@ class _Insertion:
         attention = next(
             n for n in find_ops(self._graph, "sparse_attention") if n.meta["sparda_layer"] == layer
         )
-        new = [argument(attention, "query"), *_new_kv(plan)]
         if self._ctx.config.mode == "exact":
             emit = Emitter(self._graph, attention, fetch, layer)
             ticket, event = self._prefetch(emit, plan, "")
@@ -118,7 +116,7 @@ class _Insertion:
         else:
             emit = Emitter(self._graph, fetch, fetch, layer)
             ticket, event = self._prefetch(emit, plan, "")
-            self._wait(fetch, ticket, event, self._used(plan), new)
+            self._wait(fetch, ticket, event, self._used(plan))
         self._graph.erase_node(fetch)
         return 1
 
@@ -132,11 +130,7 @@ class _Insertion:
         event = next(self._events)
         ticket = emit.call("offload_blocks", *store.args, event, fork)
         end = find_ops(self._graph, "advance_lengths")[0]
-        output = next(n for n in self._graph.nodes if n.op == "output")
-        logits = [] if not self._ctx.is_decode else list(output.args[0])
-        host = self._state.get("host", layer)
-        self._wait(end, ticket, event, [host], logits)
-        set_argument(end, "stored", [*argument(end, "stored"), host])
+        self._wait(end, ticket, event, [self._state.get("host", layer)])
         self._graph.erase_node(store)
         return 1
 
@@ -169,16 +163,9 @@ class _Insertion:
         tables = [n for n in plan.node.all_input_nodes if n.name in written]
         return [self._state.get("pages", layer), *tables, *summaries]
 
-    def _wait(
-        self,
-        before: fx.Node,
-        ticket: fx.Node,
-        event: int,
-        buffers: list[fx.Node],
-        anchors: list[fx.Node],
-    ) -> None:
+    def _wait(self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]) -> None:
         emit = Emitter(self._graph, before, ticket, ticket.meta["sparda_layer"])
-        emit.call("wait_blocks", ticket, buffers, [], anchors, event)
+        emit.call("wait_blocks", ticket, buffers, [], event)
 
     def _split_attention(
         self, emit: Emitter, attention: fx.Node, plan: Plan, ticket: fx.Node, event: int
@@ -187,17 +174,11 @@ class _Insertion:
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
         partial = emit.call("attend_resident", *selection, scale, softcap)
         parts = [emit.item(partial, i) for i in range(2)]
-        self._wait(attention, ticket, event, [self._state.get("pages", emit.layer)], [parts[1]])
+        self._wait(attention, ticket, event, [self._state.get("pages", emit.layer)])
         out = emit.call("attend_missing", *selection, *parts, scale, softcap)
         out.meta["sparda"] = attention.meta["sparda"]
         attention.replace_all_uses_with(out)
         self._graph.erase_node(attention)
-
-
-def _new_kv(plan: Plan) -> list[fx.Node]:
-    """Return the new keys and values of the layer that a plan is for."""
-    append = next(n for n in plan.tail_page.users if call_name(n) == "sparda.append_kv")
-    return list(append.args[:2])  # type: ignore[arg-type]
 
 
 def _plan_of(graph: fx.Graph, layer: int) -> fx.Node:

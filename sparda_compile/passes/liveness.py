@@ -1,9 +1,8 @@
 """Which temporaries a wait has to keep alive.
 
-A compiler frees a tensor behind its last use in the program, and may give its memory to the next
-node at once. If a side stream still reads or writes it then, that is a race that no event orders.
-So the wait that joins the side streams takes such tensors as arguments: their last use is then
-behind the copy.
+A program lets go of a tensor behind its last use, and the memory may go to the next node at once.
+If a side stream still reads or writes it then, that is a race that no event orders. So the wait
+that joins the side streams takes such tensors as arguments: their last use is then behind the copy.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def side_stream_uses(node: fx.Node) -> list[fx.Node]:
 def side_stream_inputs(work: Sequence[fx.Node]) -> list[fx.Node]:
     """Return what a fork must take for the work that follows it on side streams.
 
-    Temporaries and state alike: a compiler that moves nodes by their data alone then still issues
-    the fork behind everything that the work conflicts with.
+    Temporaries and state alike: the fork then depends on all that the work must come behind.
     """
     inside = set(work)
     sources = [n for node in work for n in node.all_input_nodes if n not in inside]
@@ -52,8 +50,7 @@ def set_keepalives(graph: fx.Graph) -> int:
     """Give every wait exactly the temporaries that it must keep alive; returns how many.
 
     Each goes to the wait for the copy that its use leads to: a selection to that of the blocks it
-    chose. The wait for a later copy joins that one too, for the copy stream is a queue, but no data
-    ties the two copies together: a compiler may issue them the other way round.
+    chose. An earlier wait for a later copy, which joins that one too, keeps nothing for it.
     """
     waits = find_ops(graph, "wait_blocks")
     for wait in waits:

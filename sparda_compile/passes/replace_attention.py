@@ -120,7 +120,7 @@ class ReplaceAttention:
         output = next(n for n in gm.graph.nodes if n.op == "output")
         mask = None if ctx.is_decode else state.token_mask()
         last = Emitter(gm.graph, output, sites_of(gm.graph)[-1].query, -1)
-        last.call("advance_lengths", mask, state.lengths, [], name="advance_lengths")
+        last.call("advance_lengths", mask, state.lengths, name="advance_lengths")
         return PassResult(gm, modified=True, counts=counts)
 
 

@@ -173,7 +173,6 @@ class _Planner:
             start = starts[argument(wait, "event")]
             later = [a for a in anchors if order[a] > order[start]]
             if later and self._may_move(wait, later[0], order):
-                set_argument(wait, "anchors", [argument(later[0], "query")])
                 later[0].prepend(wait)
                 self.num_moved += 1
                 choices.append(f"{start.name} is awaited before {later[0].name}")

@@ -12,8 +12,6 @@ copy takes (select -> copy) and wait (copy -> compute). Then
     allocation   all compute work issued before a side-stream op that allocates happens before it,
                  for its memory may be what that work has just freed
     join         every started copy has its wait, and the side streams are done when the step ends
-    compiler     what compute does with state that a side stream used before is tied by data to the
-                 wait for that use: no compiler that goes by data alone moves it in front
 
 State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
 the same plan touch different pages (hits, misses), so they need no order.
@@ -26,8 +24,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from typing import TYPE_CHECKING, ClassVar
-
-import networkx as nx
 
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.passes.base import Fact, PassContext, PassResult
@@ -172,9 +168,7 @@ def check_program(program: Sequence[Instruction]) -> int:
     _check_data(program, clocks)
     _check_keepalive(program, clocks)
     _check_allocation(program, clocks)
-    found = _check_state(program, clocks)
-    _check_compiler(program, clocks)
-    return found
+    return _check_state(program, clocks)
 
 
 Clock = tuple[int, ...]
@@ -272,8 +266,8 @@ def _check_data(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None
 def _own_waits(program: Sequence[Instruction], clocks: Sequence[Clock]) -> dict[int, int]:
     """Return, for each instruction of a side stream, the wait for the copy that it leads to.
 
-    A wait for a later copy joins it too, but a compiler may issue the two copies the other way
-    round: no data ties one to the other.
+    An earlier wait for a later copy joins it too; what is kept alive goes by its own all the same,
+    so that it does not depend on where the waits of other copies stand.
     """
     waits = {x.waits: i for i, x in enumerate(program) if x.waits is not None}
     copies = [(i, waits[x.records]) for i, x in enumerate(program) if x.records is not None]
@@ -351,28 +345,3 @@ def _check_state(program: Sequence[Instruction], clocks: Sequence[Clock]) -> int
                         f"both use {state}, the second in the next step",
                     )  # fmt: skip
     return found
-
-
-def _check_compiler(program: Sequence[Instruction], clocks: Sequence[Clock]) -> None:
-    ties = nx.DiGraph()
-    ties.add_nodes_from(range(len(program)))
-    for i, instruction in enumerate(program):
-        ties.add_edges_from((source, i) for source in instruction.inputs)
-    crossing = []
-    for state, writes in _users(program).items():
-        for early, late in itertools.combinations(sorted(writes), 2):
-            if not (writes[early] or writes[late]):
-                continue
-            ties.add_edge(early, late)
-            a, b = program[early], program[late]
-            joined = a.stream != COMPUTE and b.stream == COMPUTE
-            if joined and not is_disjoint(a.node, b.node):
-                crossing.append((early, late, state))
-    wait_for = _own_waits(program, clocks)
-    behind = {wait: nx.descendants(ties, wait) | {wait} for wait in set(wait_for.values())}
-    for early, late, state in crossing:
-        if early not in wait_for or late not in behind[wait_for[early]]:
-            raise _race(
-                "compiler", program[early], program[late],
-                f"both use {state}, and no data ties the second to the wait for the first",
-            )  # fmt: skip

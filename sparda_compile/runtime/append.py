@@ -221,18 +221,16 @@ def _(last_block_ids: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sparda::advance_lengths", mutates_args=("lengths",))
-def advance_lengths(token_mask: Tensor | None, lengths: Tensor, stored: Sequence[Tensor]) -> None:
+def advance_lengths(token_mask: Tensor | None, lengths: Tensor) -> None:
     """Count the new tokens of the step that ends here.
 
     Args:
         token_mask: [B, T] bool, which tokens were real; None means one per sequence.
         lengths: [B] int32, updated.
-        stored: What copies of this step have written, which read `lengths` too; keeps compilers
-            from moving this in front of their waits.
     """
     lengths += 1 if token_mask is None else token_mask.sum(1).int()
 
 
 @advance_lengths.register_fake
-def _(token_mask: Tensor | None, lengths: Tensor, stored: Sequence[Tensor]) -> None:
+def _(token_mask: Tensor | None, lengths: Tensor) -> None:
     return None

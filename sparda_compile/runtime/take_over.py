@@ -58,7 +58,7 @@ def take_over(
             _take_window(kv, shape.layer, k, v, mask_BT)
         else:
             _take_blocks(kv, shape, k, v, mask_BT)
-    advance_lengths(mask_BT, kv.state[LENGTHS], [])
+    advance_lengths(mask_BT, kv.state[LENGTHS])
     kv.advance(mask_BT.shape[1], int(token_mask_BT.sum(1).max()))
 
 

@@ -216,7 +216,6 @@ def wait_blocks(
     ticket: Tensor,
     buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
-    anchors: Sequence[Tensor],
     event: int,
 ) -> None:
     """Make the compute stream wait for a copy.
@@ -225,8 +224,6 @@ def wait_blocks(
         ticket: From the op that started the copy.
         buffers: What side streams have written or read: free to use from here on.
         keepalive: Temporaries that side streams use until here.
-        anchors: Tensors computed late in the waiting layer; keep compilers from moving the
-            wait up.
         event: The event of the copy.
     """
     current_engine().wait(event)
@@ -237,7 +234,6 @@ def _(
     ticket: Tensor,
     buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
-    anchors: Sequence[Tensor],
     event: int,
 ) -> None:
     return None

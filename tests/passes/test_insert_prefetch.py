@@ -59,7 +59,7 @@ def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
         assert stream_of(start) == COPY
         layers = {n.meta["sparda_layer"] for n in (fork, start, wait)}
         assert len(layers) == 1
-        # A compiler that moves nodes by their data keeps the fork behind what it must follow.
+        # So the fork depends on all that the copy must follow.
         taken = {n for n in start.all_input_nodes if n is not fork}
         assert taken <= set(fork.all_input_nodes)
 
@@ -82,8 +82,6 @@ def test_wait_of_a_prefetch_stands_before_everything_that_uses_the_pages(inserte
         assert order[wait] < min(order[n] for n in mine)
         written = {a.state for a in accesses(wait) if a.is_write}
         assert written == {f"sparda_{name}_{layer}" for name in USED}
-        attention = find_ops(graph, "sparse_attention")[layer]
-        assert argument(attention, "query") in argument(wait, "anchors")
 
 
 def test_wait_of_an_offload_stands_at_the_end(inserted):
@@ -152,15 +150,9 @@ def test_everything_else_is_as_it_was(plan_of):
 
     def others(graph):
         mine = {f"sparda.{name}" for name in copies}
-        return [(n.name, str(n.args)) for n in graph.nodes if call_name(n) not in mine][:-2]
+        return [(n.name, str(n.args)) for n in graph.nodes if call_name(n) not in mine]
 
     assert others(before) == others(after)
-    # But for the end of the step, which comes behind what the copies have written.
-    old, new = (find_ops(graph, "advance_lengths")[0] for graph in (before, after))
-    hosts = [f"sparda_host_{layer}" for layer in (0, 1)]
-    assert old.args[2] == []
-    assert str(new.args[:2]) == str(old.args[:2])
-    assert [n.name for n in new.args[2]] == hosts
 
 
 def test_prefill_offloads_the_new_keys_and_values(inserted):

@@ -110,7 +110,7 @@ def test_later_use_makes_a_keepalive_needless(graph_of):
 
 
 def test_wait_for_another_copy_keeps_nothing(graph_of):
-    # The first wait joins both copies, but only as long as a compiler leaves them in this order.
+    # The first wait joins both copies; each still keeps what its own copy uses.
     graph = graph_of(machine="cpu")
     waits = {w.args[0].name: w for w in find_ops(graph, "wait_blocks")}
     waits["offload_blocks_0"].prepend(waits["offload_blocks_1"])

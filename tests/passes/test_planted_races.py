@@ -56,7 +56,7 @@ class Planted:
         return self.emit.call("prefetch_blocks", *args, name=f"prefetch{event}")
 
     def wait(self, ticket, event, keepalive=(), buffers=("pages_0",)):
-        args = (ticket, [self.state[name] for name in buffers], list(keepalive), [], event)
+        args = (ticket, [self.state[name] for name in buffers], list(keepalive), event)
         return self.emit.call("wait_blocks", *args, name=f"wait{event}")
 
     def fork(self, event):
@@ -142,25 +142,6 @@ class TestSelectStream:
         planted.wait(ticket, 0, [picked])
         with pytest.raises(TransferRaceError, match=r"picked \(select|picked runs on the select"):
             planted.check()
-
-
-class TestCompiler:
-    """What compute does behind a wait is tied to it by data, or a compiler may move it."""
-
-    @pytest.mark.parametrize("buffers", [(), ("host_0",), ("last_block_ids_0",)])
-    def test_wait_that_does_not_take_what_was_copied(self, buffers):
-        planted = Planted()
-        planted.wait(planted.prefetch(0, planted.fork(1)), 0, buffers=buffers)
-        planted.append()
-        with pytest.raises(TransferRaceError, match=r"compiler: prefetch0 .* append .* no data"):
-            planted.check()
-
-    @pytest.mark.parametrize("buffers", [("pages_0",), ("lengths",)])
-    def test_any_state_that_both_use_ties_them(self, buffers):
-        planted = Planted()
-        planted.wait(planted.prefetch(0, planted.fork(1)), 0, buffers=buffers)
-        planted.append()
-        assert planted.check() > 0
 
 
 class TestMessages:

@@ -124,7 +124,7 @@ def _signature(node):
     """What of a node the scheduler may not change: all but stream, fork and keepalives."""
     if not is_sparda(node):
         return (node.name, node.op, str(node.target), str(node.args), str(node.kwargs))
-    free = {"stream", "after", "keepalive", "anchors"}
+    free = {"stream", "after", "keepalive"}
     if call_name(node) == "sparda.fork_stream":
         free |= {"inputs"}
     names = [e.name for e in node.target._schema.arguments if e.name not in free]

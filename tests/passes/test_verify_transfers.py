@@ -302,15 +302,3 @@ class TestGraph:
 def _fork_of(node):
     names = {e.name for e in node.target._schema.arguments} if is_sparda(node) else set()
     return argument(node, "after") if "after" in names else None
-
-
-@pytest.mark.parametrize("mode", ["forecast", "exact"])
-def test_every_wait_ties_what_comes_behind_it(plan_of, mode):
-    gm = snapshot(plan_of("llama", mode=mode, machine="h200").graph_module)
-    for wait in find_ops(gm.graph, "wait_blocks"):
-        buffers = argument(wait, "buffers")
-        set_argument(wait, "buffers", [])
-        with pytest.raises(TransferRaceError, match=r"compiler: .* no data ties"):
-            check_program(extract_program(gm.graph))
-        set_argument(wait, "buffers", buffers)
-    assert check_program(extract_program(gm.graph)) > 0

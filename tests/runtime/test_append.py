@@ -119,8 +119,8 @@ def test_remembered_ids_are_recalled():
 
 def test_lengths_advance_by_the_real_tokens():
     lengths = torch.tensor([3, 0], dtype=torch.int32)
-    advance_lengths(None, lengths, [])
+    advance_lengths(None, lengths)
     assert lengths.tolist() == [4, 1]
-    advance_lengths(torch.tensor([[True, False, True], [False] * 3]), lengths, [])
+    advance_lengths(torch.tensor([[True, False, True], [False] * 3]), lengths)
     assert lengths.tolist() == [6, 1]
     assert lengths.dtype == torch.int32

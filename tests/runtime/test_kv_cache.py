@@ -53,7 +53,7 @@ def fill(kv, token_counts):
         list(new), None, mask, state["lengths"], tables[0], state["pages"], state["host"],
         state["counters"],
     )  # fmt: skip
-    advance_lengths(mask, state["lengths"], [])
+    advance_lengths(mask, state["lengths"])
     kv.advance(width, width)
     return new
 

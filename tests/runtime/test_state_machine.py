@@ -225,7 +225,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.v[row] = torch.cat([self.v[row], kv[1, row]], dim=1)
             self.check_selected(lists, page_ids, is_miss, tail)
             self.store([], tail, None, in_line=not hinted)
-            advance_lengths(None, self.lengths, [])
+            advance_lengths(None, self.lengths)
         self.kv.advance(1, 1)
 
     def check_selected(self, lists, page_ids, is_miss, tail):
@@ -283,7 +283,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.k[row] = torch.cat([self.k[row], kv[0, row][:, mask[row]]], dim=1)
                 self.v[row] = torch.cat([self.v[row], kv[1, row][:, mask[row]]], dim=1)
             self.store(list(kv), None, mask, in_line)
-            advance_lengths(mask, self.lengths, [])
+            advance_lengths(mask, self.lengths)
         self.kv.advance(num_tokens, num_tokens)
 
     def keep_resident(self, row, num_tokens):
