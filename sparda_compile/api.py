@@ -21,13 +21,7 @@ from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.forecast_weights import fit_forecast, load_forecast, rank_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
-from sparda_compile.program import (
-    Captures,
-    Plan,
-    forecast_shapes,
-    make_plan,
-    planned_capacity,
-)
+from sparda_compile.plan import Captures, Plan, forecast_shapes, make_plan, planned_capacity
 from sparda_compile.traced import captures_of
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sparda_compile.kernel_trace import PlannedNode
-    from sparda_compile.program import Plan
+    from sparda_compile.plan import Plan
     from sparda_compile.schedule import Schedule
 
 __all__ = ["MeasuredSchedule", "NodeTimes", "Times", "measure", "measure_step"]

@@ -21,7 +21,8 @@ from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.forecast_projection import from_tensors, to_tensors
 from sparda_compile.generation import check_call, check_generation
 from sparda_compile.inspection import Sparda
-from sparda_compile.program import Captures, Plan, Program, make_plan, planned_capacity
+from sparda_compile.plan import Captures, Plan, make_plan, planned_capacity
+from sparda_compile.program import Program
 from sparda_compile.progress import showing
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.take_over import take_over

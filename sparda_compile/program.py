@@ -1,37 +1,24 @@
-"""From a captured forward to a program: run the pipeline, lower.
+"""A plan that can run: its graph lowered, its weights and streams, its CUDA graphs.
 
-    captured --copy--> graph --PIPELINE--> verified graph --lower--> calls of pieces and ops
-
-One `Plan` is that path for one phase, batch size and capacity, kept stage by stage so that every
-graph can be looked at; `Program` adds the compiled callable.
+verified graph --lower--> calls of pieces and ops --first run--> proof
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import weakref
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from sparda_compile import ops
-from sparda_compile.cache_layout import CacheLayout, LayerShape
-from sparda_compile.capture import CapturedGraph, capture, share_weights
 from sparda_compile.cuda_graph import StepGraph
-from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.forecast_projection import from_inputs, is_input, to_inputs
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.forecast_projection import is_input, to_inputs
 from sparda_compile.joined_weight import JoinedWeight
-from sparda_compile.lower import lower, split_graph
-from sparda_compile.machine import machine_for
-from sparda_compile.passes import PIPELINE
-from sparda_compile.passes.base import AttentionSite, PassContext
-from sparda_compile.passes.find_attention import FindAttention, sites_of
+from sparda_compile.lower import lower
 from sparda_compile.passes.fuse_projections import JOINED_KEY
-from sparda_compile.passes.fx import fake_value
-from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.replace_attention import TOKEN_MASK
 from sparda_compile.progress import showing, stage
 from sparda_compile.run_proof import check_recording, record_run
@@ -39,207 +26,17 @@ from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
 from sparda_compile.streams import CudaEngine, use_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from sparda_compile.config import SpardaConfig
-    from sparda_compile.forecast_projection import Projection, ProjectionShape
+    from sparda_compile.cache_layout import CacheLayout
+    from sparda_compile.forecast_projection import Projection
     from sparda_compile.lower import LoweredProgram
+    from sparda_compile.plan import Plan
     from sparda_compile.run_proof import RunProof
     from sparda_compile.runtime.kv_cache import KVCache
-    from sparda_compile.schedule import Schedule
     from sparda_compile.streams import Engine
 
-__all__ = [
-    "Captures",
-    "Plan",
-    "Program",
-    "forecast_shapes",
-    "make_plan",
-    "planned_capacity",
-]
-
-assert ops.INSTRUCTIONS  # registers every op before a pass emits one
-
-_PLANNED_TOKENS = 4096
-# Not a pass: the last graph, as it is cut for the compiler.
-SPLIT: Final = "split"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A rewritten graph and how it came to be.
-
-    Attributes:
-        captured: Where it began.
-        layout: Sizes of the KV cache that it takes.
-        sites: The model's attentions.
-        stages: Graphs after capture and after each pass.
-        graph_module: The last graph.
-    """
-
-    captured: CapturedGraph
-    layout: CacheLayout
-    sites: tuple[AttentionSite, ...]
-    stages: tuple[StageRecord, ...]
-    graph_module: fx.GraphModule
-
-    @property
-    def schedule(self) -> Schedule | None:
-        """The schedule, None where scheduling is disabled."""
-        return next((s.schedule for s in self.stages if s.schedule is not None), None)
-
-    def stage(self, name: str | None) -> fx.GraphModule:
-        """Return the graph after a stage; the last one for None, cut into pieces for `split`.
-
-        Raises:
-            ConfigError: If there is no such stage.
-        """
-        by_name = {stage.name: stage.graph_module for stage in self.stages}
-        if name is None:
-            return self.stages[-1].graph_module
-        if name == SPLIT:
-            return split_graph(self.graph_module)
-        if name not in by_name:
-            stages = ", ".join((*by_name, SPLIT))
-            raise ConfigError(f"after={name!r} is no stage; stages are {stages}.")
-        return by_name[name]
-
-
-def planned_capacity(config: SpardaConfig) -> int:
-    """Return the tokens per sequence that are planned for before anything has run."""
-    return config.max_tokens or _PLANNED_TOKENS
-
-
-def make_plan(
-    captures: Captures,
-    phase: str,
-    config: SpardaConfig,
-    *,
-    batch_size: int,
-    max_tokens: int,
-    last_logits_only: bool = True,
-    trace_steps: int = 0,
-) -> Plan:
-    """Run the pipeline on a captured forward.
-
-    Args:
-        captures: The model's traced forwards.
-        phase: `prefill` or `decode`.
-        config: What to build.
-        batch_size: Sequences.
-        max_tokens: Tokens per sequence that the KV cache holds.
-        last_logits_only: Whether the program returns the logits of the last token alone.
-        trace_steps: For benchmarks: steps of the trace that selection follows, 0 for none.
-
-    Raises:
-        AttentionNotFoundError: If the model has no attention, or one that is not implemented.
-        UnsupportedInputError: If the model's forward does not use position_ids.
-        PassError: If a pass fails.
-    """
-    with showing(config.progress):
-        return _plan(
-            captures, phase, config, (batch_size, max_tokens, trace_steps), last_logits_only
-        )
-
-
-def _plan(
-    captures: Captures,
-    phase: str,
-    config: SpardaConfig,
-    sizes: tuple[int, int, int],
-    last_logits_only: bool,
-) -> Plan:
-    batch_size = sizes[0]
-    captured = captures.get(phase, several=batch_size > 1, last_logits_only=last_logits_only)
-    machine = machine_for(config.machine, captured.device)
-    ctx = PassContext(
-        config, phase, dict(captures.windows), captures.model_name, None, machine, batch_size
-    )
-
-    def graph_after(stage: str) -> fx.Graph:
-        gm = captured.copy()
-        if stage != "capture":
-            _run_pipeline(gm, captured, ctx, sizes, None, stage)
-        return gm.graph
-
-    gm = captured.copy()
-    first = StageRecord(
-        "capture", partial(graph_after, "capture"), {"nodes": len(gm.graph.nodes)}, 0.0
-    )
-    layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
-    return Plan(captured, layout, sites, (first, *stages), gm)
-
-
-def _run_pipeline(
-    gm: fx.GraphModule,
-    captured: CapturedGraph,
-    ctx: PassContext,
-    sizes: tuple[int, int, int],
-    graph_after: Callable[[str], fx.Graph] | None,
-    last: str = PIPELINE[-1].name,
-) -> tuple[CacheLayout, tuple[AttentionSite, ...], list[StageRecord]]:
-    """Run the passes up to one; sizes are those of the cache: sequences, tokens, trace steps."""
-    names = [graph_pass.name for graph_pass in PIPELINE]
-    passes = PIPELINE[1 : names.index(last) + 1]
-    found = run_passes(gm, [FindAttention(captured.weights)], ctx, graph_after)
-    _check_positions(captured, gm, ctx.model)
-    sites = tuple(sites_of(gm.graph))
-    batch_size, max_tokens, trace_steps = sizes
-    layers = tuple(_layer_shape(s, max_tokens) for s in sites)
-    layout = CacheLayout(ctx.config, layers, batch_size, max_tokens, trace_steps)
-    planned = dataclasses.replace(ctx, layout=layout.traced())
-    return layout, sites, [*found, *run_passes(gm, passes, planned, graph_after)]
-
-
-def _check_positions(captured: CapturedGraph, gm: fx.GraphModule, model_name: str) -> None:
-    names = [name for name, role in captured.inputs.items() if role == "position_ids"]
-    used = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in names and n.users]
-    if not used:
-        raise UnsupportedInputError(
-            f"{model_name}: forward does not use position_ids, so a decode step cannot tell it "
-            "where its token stands. Give forward a position_ids argument (absolute positions, "
-            "[B, T] int64) and derive every position from it."
-        )
-
-
-def _layer_shape(site: AttentionSite, max_tokens: int) -> LayerShape:
-    window = min(site.window, max_tokens) if site.window else 0
-    dtype = fake_value(site.k).dtype
-    return LayerShape(site.layer, site.kind, site.num_groups, site.head_dim, window, dtype)
-
-
-class Captures:
-    """The traced forwards of one model; shared by every module optimized from it.
-
-    Args:
-        model: A causal LM of transformers.
-        windows: Sliding window of each layer, 0 for none.
-    """
-
-    def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
-        self.model = share_weights(model)
-        self.model_name = type(model).__name__
-        self.windows = dict(windows)
-        self._graphs: dict[tuple[str, bool, bool], CapturedGraph] = {}
-        self._joined: dict[tuple[int, ...], JoinedWeight] = {}
-
-    @property
-    def num_captures(self) -> int:
-        """Times that a forward was traced."""
-        return len(self._graphs)
-
-    def get(
-        self, phase: str, *, several: bool = False, last_logits_only: bool = True
-    ) -> CapturedGraph:
-        """Return a traced forward, for one sequence or several; traced when first asked for."""
-        key = (phase, several, last_logits_only)
-        if key not in self._graphs:
-            with stage("capture", f"the {phase} of {'several sequences' if several else 'one'}"):
-                captured = capture(
-                    self.model, phase, several=several, last_logits_only=last_logits_only
-                )
-            self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
-        return self._graphs[key]
+__all__ = ["Program"]
 
 
 class Program:
@@ -394,10 +191,3 @@ def _launch_errors(layout: CacheLayout) -> Iterator[None]:
             f"{', '.join(map(str, dims))} does not fit this GPU ({error}). Use a smaller "
             "block_size, down to 16, or a model in half precision."
         ) from error
-
-
-def forecast_shapes(plan: Plan) -> dict[int, ProjectionShape]:
-    """Return the sizes of each Forecast projection that a decode plan takes, by target layer."""
-    nodes = [n for n in plan.graph_module.graph.nodes if n.op == "placeholder"]
-    projections = from_inputs({node.name: fake_value(node) for node in nodes})
-    return {layer: projection.shape for layer, projection in projections.items()}

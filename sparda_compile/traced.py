@@ -9,7 +9,7 @@ from torch import nn
 from sparda_compile.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    from sparda_compile.program import Captures
+    from sparda_compile.plan import Captures
 
 __all__ = ["captures_of"]
 
@@ -23,7 +23,7 @@ def captures_of(model: nn.Module) -> Captures:
     """
     from sparda_compile.module import OptimizedModule
     from sparda_compile.plain import as_causal_lm, sliding_windows
-    from sparda_compile.program import Captures
+    from sparda_compile.plan import Captures
 
     if isinstance(model, OptimizedModule):
         return model.captures

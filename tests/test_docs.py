@@ -22,7 +22,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.fx import is_sparda
 from sparda_compile.passes.manager import graph_text
-from sparda_compile.program import make_plan
+from sparda_compile.plan import make_plan
 from sparda_compile.testing import tiny_llama
 from sparda_compile.traced import captures_of
 

@@ -21,7 +21,7 @@ from sparda_compile.kernel_trace import (
     read_kernels,
     split_replays,
 )
-from sparda_compile.program import make_plan
+from sparda_compile.plan import make_plan
 from sparda_compile.schedule import COMPUTE, COPY, SELECT
 from sparda_compile.testing import tiny_llama
 from sparda_compile.traced import captures_of

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sparda_compile import SpardaConfig, optimize, program, progress
+from sparda_compile import SpardaConfig, optimize, plan, progress
 from sparda_compile.cache_name import CACHE_NAME
 from sparda_compile.errors import KVCacheError
 from sparda_compile.program import Program
@@ -371,7 +371,7 @@ class TestModule:
 
             return call
 
-        monkeypatch.setattr(program, "run_passes", noted(program.run_passes))
+        monkeypatch.setattr(plan, "run_passes", noted(plan.run_passes))
         monkeypatch.setattr(Program, "__call__", noted(Program.__call__))
         for shows in (True, False):
             greedy(optimize(fast, CONFIG.replace(progress=shows)), prompt(5), 2)

@@ -12,13 +12,8 @@ from sparda_compile.forecast_start import initial_forecast
 from sparda_compile.passes import PIPELINE, fuse_projections
 from sparda_compile.passes.fuse_projections import JOINED_KEY
 from sparda_compile.plain import as_causal_lm, sliding_windows
-from sparda_compile.program import (
-    Captures,
-    Plan,
-    Program,
-    forecast_shapes,
-    make_plan,
-)
+from sparda_compile.plan import Captures, Plan, forecast_shapes, make_plan
+from sparda_compile.program import Program
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.testing import UNSUPPORTED_MODELS, build, tiny_llama
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.bench.shapes import ModelShape
     from sparda_compile.cache_layout import CacheLayout
-    from sparda_compile.program import Captures
+    from sparda_compile.plan import Captures
 
 __all__ = ["bench_budget", "budget_row", "plan_budget"]
 

@@ -25,13 +25,8 @@ from sparda_compile.passes.fuse_projections import FuseProjections
 from sparda_compile.passes.fx import Emitter
 from sparda_compile.passes.manager import FACTS_KEY, run_passes
 from sparda_compile.passes.replace_attention import replace_and_erase
-from sparda_compile.program import (
-    Captures,
-    Plan,
-    Program,
-    forecast_shapes,
-    make_plan,
-)
+from sparda_compile.plan import Captures, Plan, forecast_shapes, make_plan
+from sparda_compile.program import Program
 
 __all__ = ["KNOBS", "build_body", "build_program"]
 

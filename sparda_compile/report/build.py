@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparda_compile.passes.fx import module_path
 from sparda_compile.passes.manager import graph_text
-from sparda_compile.program import forecast_shapes
+from sparda_compile.plan import forecast_shapes
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparda_compile.cache_layout import CacheLayout, LayerShape
     from sparda_compile.config import SpardaConfig
     from sparda_compile.passes.base import AttentionSite
-    from sparda_compile.program import Plan
+    from sparda_compile.plan import Plan
 
 __all__ = ["build_report", "refused_report"]
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.program import Captures
+    from sparda_compile.plan import Captures
 
 __all__ = ["Listener", "TappedForward", "tap_forward"]
 

@@ -10,7 +10,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.plain import as_causal_lm, sliding_windows
-from sparda_compile.program import Captures, make_plan
+from sparda_compile.plan import Captures, make_plan
 from sparda_compile.testing import build
 
 

@@ -13,7 +13,7 @@ from sparda_compile.machine import MACHINES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.cost import Cost, node_cost
 from sparda_compile.passes.fx import call_name, find_ops, module_path
-from sparda_compile.program import Captures, make_plan
+from sparda_compile.plan import Captures, make_plan
 
 H200 = MACHINES["h200"]
 SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}

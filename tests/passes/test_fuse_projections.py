@@ -17,7 +17,8 @@ from sparda_compile.passes.base import Fact, PassContext
 from sparda_compile.passes.fuse_projections import JOINED_KEY, FuseProjections
 from sparda_compile.passes.fx import call_name, fake_value, module_path, program_order
 from sparda_compile.passes.manager import FACTS_KEY, graph_text, run_passes, snapshot
-from sparda_compile.program import Program, forecast_shapes, make_plan
+from sparda_compile.plan import forecast_shapes, make_plan
+from sparda_compile.program import Program
 from sparda_compile.runtime.kv_cache import KVCache
 
 SMALL = {

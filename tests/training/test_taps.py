@@ -8,7 +8,7 @@ from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast_projection import Projection, to_inputs
 from sparda_compile.passes.attention_proof import evaluate
 from sparda_compile.passes.fx import call_name, find_ops
-from sparda_compile.program import forecast_shapes, make_plan
+from sparda_compile.plan import forecast_shapes, make_plan
 from sparda_compile.testing import build
 from sparda_compile.traced import captures_of
 from sparda_compile.training.taps import tap_forward
