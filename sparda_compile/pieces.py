@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "compiled_pieces", "make_piece", "num_compilations"]
 
-# What an open size is compiled with: usual numbers, so that what Inductor decides by them is right
-# for usual calls. Always the same, so that a piece is the same whoever calls it first.
 # What may share the memory of its first input.
 _VIEWS: Final = frozenset(
     {"chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float",
@@ -45,6 +43,8 @@ _VIEWS: Final = frozenset(
      "split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten",
      "unsqueeze", "view", "view_as"}
 )  # fmt: skip
+# What an open size is compiled with: usual numbers, so that what Inductor decides by them is right
+# for usual calls. Always the same, so that a piece is the same whoever calls it first.
 _EXAMPLE: Final = {BATCH_SIZE: 8, NUM_TOKENS: 2048}
 _PATCHES: Final = {
     # Else Inductor times its reductions and picks one: two programs of one model would round
@@ -112,95 +112,83 @@ def make_piece(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Piece:
     Raises:
         PassError: If they change a tensor in place that they have not made.
     """
-    return _Maker(nodes).piece(outputs)
+    text = _Text(nodes)
+    key = text.key(outputs)
+    with _LOCK:
+        if key not in _GRAPHS:
+            _GRAPHS[key] = as_module(_copied(text, nodes, outputs))
+    return Piece(key, _GRAPHS[key], text.sizes, text.inputs, tuple(outputs))
 
 
-class _Maker:
-    """Copies nodes into a graph of their own and writes the text that a key is made of."""
+class _Text:
+    """Nodes as the text that a key is made of, in which equal pieces are the same.
+
+    Attributes:
+        sizes: Open sizes that the piece takes.
+        inputs: Tensors that it takes.
+        numbers: Nodes outside that make a number of open sizes; the piece makes it again.
+        names: Name of each of all these and of the nodes.
+    """
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self.names: dict[fx.Node, str] = {}
+        self.numbers: list[fx.Node] = []
         self._nodes = nodes
         self._inside = set(nodes)
-        self._graph = fx.Graph()
-        self._new: dict[fx.Node, fx.Node] = {}
-        self._names: dict[fx.Node, str] = {}
-        self._inputs: list[fx.Node] = []
+        self.sizes, self.inputs = self._take_inputs()
 
-    def piece(self, outputs: Sequence[fx.Node]) -> Piece:
-        sizes = self._take_inputs()
-        lines = [*sizes, *map(self._form, self._inputs)]
+    def key(self, outputs: Sequence[fx.Node]) -> str:
+        """Return what tells the piece apart from others."""
+        lines = [*self.sizes, *map(self._form, self.inputs)]
         for node in self._nodes:
             self._check_in_place(node)
-            lines.append(self._copy(node))
-        results = self._graph.output(tuple(self._new[node] for node in outputs))
-        results.meta["val"] = tuple(fake_value(node) for node in outputs)
-        lines.append("return " + ", ".join(self._names[node] for node in outputs))
-        key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        module = as_module(self._graph)
-        return Piece(key, module, tuple(sizes), tuple(self._inputs), tuple(outputs))
+            for source in node.all_input_nodes:
+                self._write_number(source)
+            # Names of one layer would be another layer's too.
+            name = self.names[node] = f"{_word(node)}_{len(self.names)}"
+            lines.append(f"{name} = {self._call(node)} {self._values(node.kwargs)}")
+        lines.append("return " + ", ".join(self.names[node] for node in outputs))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def _take_inputs(self) -> list[str]:
+    def _take_inputs(self) -> tuple[tuple[str, ...], tuple[fx.Node, ...]]:
         sizes: dict[str, fx.Node] = {}
+        inputs: dict[fx.Node, None] = {}
         for node in self._nodes:
             for source in node.all_input_nodes:
                 if source in self._inside:
                     continue
                 if isinstance(fake_value(source), Tensor):
-                    if source not in self._inputs:
-                        self._inputs.append(source)
+                    inputs[source] = None
                 else:
                     sizes |= {n.name: n for n in _open_sizes(source)}
-        # A size that only a shape depends on: the symbol needs a place to come from.
-        forms = [fake_value(node) for node in self._inputs]
-        names = sorted({*sizes, *(name for value in forms for name in _sizes_of(value))})
-        for name in names:
-            placeholder = self._graph.placeholder(name)
-            if name in sizes:
-                self._new[sizes[name]] = placeholder
-                self._names[sizes[name]] = name
-        for i, node in enumerate(self._inputs):
-            self._new[node] = self._graph.placeholder(f"in_{i}")
-            self._new[node].meta["val"] = fake_value(node)
-            self._names[node] = f"in_{i}"
-        return names
+        self.names |= {node: name for name, node in sizes.items()}
+        self.names |= {node: f"in_{i}" for i, node in enumerate(inputs)}
+        # A size that only a shape depends on too: the symbol needs a place to come from.
+        taken = {*sizes, *(name for node in inputs for name in _sizes_of(fake_value(node)))}
+        return tuple(sorted(taken)), tuple(inputs)
 
     def _form(self, node: fx.Node) -> str:
         value = fake_value(node)
         shape, strides = ([size_text(s) for s in sizes] for sizes in (value.shape, value.stride()))
-        return f"{self._names[node]} {value.dtype} {value.device} {shape} {strides}"
+        return f"{self.names[node]} {value.dtype} {value.device} {shape} {strides}"
 
-    def _copy(self, node: fx.Node) -> str:
+    def _write_number(self, node: fx.Node) -> None:
+        if node in self.names:
+            return
         for source in node.all_input_nodes:
-            if source not in self._new:
-                self._copy_number(source)
-        # Names and traces of one layer would be another layer's too.
-        new = self._new_node(node, f"{_word(node)}_{len(self._names)}")
-        self._names[node] = new.name
-        return f"{new.name} = {node.op} {_target(node)} {self._text(node.args)} " + self._text(
-            node.kwargs
-        )
+            self._write_number(source)
+        self.numbers.append(node)
+        self.names[node] = f"({self._call(node)})"
 
-    def _copy_number(self, node: fx.Node) -> None:
-        """Compute a size inside of the piece."""
-        for source in node.all_input_nodes:
-            if source not in self._new:
-                self._copy_number(source)
-        self._new_node(node, f"size_{len(self._names)}")
-        self._names[node] = f"({_target(node)} {self._text(node.args)})"
+    def _call(self, node: fx.Node) -> str:
+        return f"{node.op} {_target(node)} {self._values(node.args)}"
 
-    def _new_node(self, node: fx.Node, name: str) -> fx.Node:
-        args, kwargs = mapped_arguments(node, lambda n: self._new[n])
-        new = self._graph.create_node(node.op, node.target, args, kwargs, name)
-        new.meta = {"val": fake_value(node)}
-        self._new[node] = new
-        return new
-
-    def _text(self, value: Any) -> str:
-        return repr(map_leaves(value, self._leaf))
+    def _values(self, value: Any) -> str:
+        return repr(map_leaves(value, self._leaf)) if value else ""
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, fx.Node):
-            return _Name(self._names[leaf])
+            return _Name(self.names[leaf])
         if type(leaf) is int and size_of(leaf).is_open:
             raise PassError(
                 f"{leaf} stands for {size_text(leaf)} in the graph, and is passed as a number; a "
@@ -221,6 +209,26 @@ class _Maker:
             "that was made before an attention or is an input of the model; use the form that "
             "returns a new tensor."
         )
+
+
+def _copied(text: _Text, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:
+    """Return the nodes of a piece as a graph of their own."""
+    graph = fx.Graph()
+    by_name = {name: node for node, name in text.names.items()}
+    new: dict[fx.Node, fx.Node] = {}
+    for name in (*text.sizes, *(text.names[node] for node in text.inputs)):
+        placeholder = graph.placeholder(name)
+        if name in by_name:
+            new[by_name[name]] = placeholder
+            placeholder.meta["val"] = fake_value(by_name[name])
+    for node in (*text.numbers, *nodes):
+        name = f"size_{len(new)}" if node in text.numbers else text.names[node]
+        args, kwargs = mapped_arguments(node, lambda n: new[n])
+        new[node] = graph.create_node(node.op, node.target, args, kwargs, name)
+        new[node].meta["val"] = fake_value(node)
+    results = graph.output(tuple(new[node] for node in outputs))
+    results.meta["val"] = tuple(fake_value(node) for node in outputs)
+    return graph
 
 
 class _Name(str):
@@ -375,6 +383,8 @@ def _symbols(fake_mode: Any, sizes: dict[str, int]) -> dict[str, torch.SymInt]:
 
 
 _LOCK: Final = threading.RLock()
+# By key: each layer of a model has the same pieces, and so has each of its programs.
+_GRAPHS: Final[dict[str, fx.GraphModule]] = {}
 _COMPILED: Final[dict[str, CompiledPiece]] = {}
 
 

@@ -24,12 +24,12 @@ from sparda_compile.machine import machine_for
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import AttentionSite, PassContext
 from sparda_compile.passes.find_attention import FindAttention, sites_of
-from sparda_compile.passes.fx import fake_value
-from sparda_compile.passes.manager import StageRecord, run_passes
+from sparda_compile.passes.fx import copy_graph, fake_value
+from sparda_compile.passes.manager import StageRecord, run_passes, snapshot
 from sparda_compile.progress import showing, stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast_projection import ProjectionShape
@@ -117,58 +117,44 @@ def make_plan(
         PassError: If a pass fails.
     """
     with showing(config.progress):
-        return _plan(
-            captures, phase, config, (batch_size, max_tokens, trace_steps), last_logits_only
-        )
+        return _plan(captures, phase, config, batch_size, max_tokens, last_logits_only, trace_steps)
 
 
 def _plan(
     captures: Captures,
     phase: str,
     config: SpardaConfig,
-    sizes: tuple[int, int, int],
+    batch_size: int,
+    max_tokens: int,
     last_logits_only: bool,
+    trace_steps: int,
 ) -> Plan:
-    batch_size = sizes[0]
     captured = captures.get(phase, several=batch_size > 1, last_logits_only=last_logits_only)
     machine = machine_for(config.machine, captured.device)
     ctx = PassContext(
         config, phase, dict(captures.windows), captures.model_name, None, machine, batch_size
     )
 
-    def graph_after(stage: str) -> fx.Graph:
-        gm = captured.copy()
-        if stage != "capture":
-            _run_pipeline(gm, captured, ctx, sizes, None, stage)
-        return gm.graph
-
-    gm = captured.copy()
-    first = StageRecord(
-        "capture", partial(graph_after, "capture"), {"nodes": len(gm.graph.nodes)}, 0.0
-    )
-    layout, sites, stages = _run_pipeline(gm, captured, ctx, sizes, graph_after)
-    return Plan(captured, layout, sites, (first, *stages), gm)
-
-
-def _run_pipeline(
-    gm: fx.GraphModule,
-    captured: CapturedGraph,
-    ctx: PassContext,
-    sizes: tuple[int, int, int],
-    graph_after: Callable[[str], fx.Graph] | None,
-    last: str = PIPELINE[-1].name,
-) -> tuple[CacheLayout, tuple[AttentionSite, ...], list[StageRecord]]:
-    """Run the passes up to one; sizes are those of the cache: sequences, tokens, trace steps."""
-    names = [graph_pass.name for graph_pass in PIPELINE]
-    passes = PIPELINE[1 : names.index(last) + 1]
-    found = run_passes(gm, [FindAttention(captured.weights)], ctx, graph_after)
-    _check_positions(captured, gm, ctx.model)
+    found = captures.with_sites(captured, ctx, last_logits_only=last_logits_only)
+    gm = snapshot(found.graph_module)
     sites = tuple(sites_of(gm.graph))
-    batch_size, max_tokens, trace_steps = sizes
-    layers = tuple(_layer_shape(s, max_tokens) for s in sites)
-    layout = CacheLayout(ctx.config, layers, batch_size, max_tokens, trace_steps)
+    layout = CacheLayout(
+        config, tuple(_layer_shape(s, max_tokens) for s in sites), batch_size, max_tokens,
+        trace_steps,
+    )  # fmt: skip
     planned = dataclasses.replace(ctx, layout=layout.traced())
-    return layout, sites, [*found, *run_passes(gm, passes, planned, graph_after)]
+
+    def graph_after(last: str) -> fx.Graph:
+        again = snapshot(found.graph_module)
+        run_passes(again, PIPELINE[1 : _place(last) + 1], planned)
+        return again.graph
+
+    stages = run_passes(gm, PIPELINE[1:], planned, graph_after)
+    return Plan(captured, layout, sites, (*found.records(), *stages), gm)
+
+
+def _place(name: str) -> int:
+    return [graph_pass.name for graph_pass in PIPELINE].index(name)
 
 
 def _check_positions(captured: CapturedGraph, gm: fx.GraphModule, model_name: str) -> None:
@@ -201,6 +187,7 @@ class Captures:
         self.model_name = type(model).__name__
         self.windows = dict(windows)
         self._graphs: dict[tuple[str, bool, bool], CapturedGraph] = {}
+        self._found: dict[tuple[str, bool, bool, SpardaConfig], _Found] = {}
         self._joined: dict[tuple[int, ...], JoinedWeight] = {}
 
     @property
@@ -220,6 +207,39 @@ class Captures:
                 )
             self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
         return self._graphs[key]
+
+    def with_sites(
+        self, captured: CapturedGraph, ctx: PassContext, *, last_logits_only: bool
+    ) -> _Found:
+        """Return a traced forward whose attentions are found; no size of a cache changes that."""
+        key = (captured.phase, captured.several, last_logits_only, ctx.config)
+        if key not in self._found:
+            gm = captured.copy()
+            first = StageRecord(
+                "capture", lambda: captured.copy().graph, {"nodes": len(gm.graph.nodes)}, 0.0
+            )
+            stages = run_passes(gm, [FindAttention(captured.weights)], ctx)
+            _check_positions(captured, gm, ctx.model)
+            self._found[key] = _Found(gm, (first, *stages))
+        return self._found[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A traced forward whose attentions are found."""
+
+    graph_module: fx.GraphModule
+    stages: tuple[StageRecord, ...]
+
+    def records(self) -> list[StageRecord]:
+        """Return records for one more plan, which shares no graph with others."""
+        return [
+            dataclasses.replace(stage, rebuild=partial(_copy_of, stage)) for stage in self.stages
+        ]
+
+
+def _copy_of(record: StageRecord) -> fx.Graph:
+    return copy_graph(record.graph)
 
 
 def forecast_shapes(plan: Plan) -> dict[int, ProjectionShape]:

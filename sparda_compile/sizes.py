@@ -12,6 +12,7 @@ shapes of plain numbers are computed a hundred times faster.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Size:
         return result + self.offset if self.offset else result
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def size_of(number: int) -> Size:
     """Return what a number of a traced graph is made of."""
     powers = [0, 0]

@@ -184,7 +184,7 @@ def record(
     reason = reason or changed
     if reason:
         raise CaptureError(
-            f"{type(model).__name__}: cannot trace forward as one graph: {reason}"
+            f"{type(model).__name__}: cannot trace forward as one graph: {reason.rstrip('.')}."
         ) from cause
     return Trace(recorder.calls, recorder.tensors, given, result, runner)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import fx
 
 if TYPE_CHECKING:
-    from torch import fx
+    from collections.abc import Callable
 
     from sparda_compile.cache_layout import CacheLayout
     from sparda_compile.config import SpardaConfig
@@ -78,6 +80,15 @@ class AttentionSite:
     def kind(self) -> str:
         """`window` for a sliding window, which stays dense; else `sparse`."""
         return "window" if self.window else "sparse"
+
+    def mapped(self, change: Callable[[fx.Node], fx.Node]) -> AttentionSite:
+        """Return the site with something else in the place of each node."""
+        nodes: dict[str, Any] = {
+            field.name: change(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), fx.Node)
+        }
+        return dataclasses.replace(self, **nodes, rotation=tuple(map(change, self.rotation)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ has a latency of its own, `Machine.latency_us`, which its bytes do not change.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,8 +83,13 @@ def _size(value: Any, ctx: PassContext) -> int:
     return _numel(value.shape, ctx) * value.dtype.itemsize
 
 
-def _numel(shape: Any, ctx: PassContext) -> int:
-    return math.prod(concrete(shape, ctx.batch_size, _EXAMPLE_TOKENS))
+def _numel(shape: tuple[int, ...], ctx: PassContext) -> int:
+    return _product(shape, ctx.batch_size)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _product(shape: tuple[int, ...], batch_size: int) -> int:
+    return math.prod(concrete(shape, batch_size, _EXAMPLE_TOKENS))
 
 
 def _bytes(node: fx.Node, ctx: PassContext) -> int:

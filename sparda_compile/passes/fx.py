@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from sparda_compile.fake_runner import FakeRunner, leaves_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "Emitter",
@@ -24,6 +24,7 @@ __all__ = [
     "is_sparda",
     "mapped_arguments",
     "module_path",
+    "new_fake",
     "nodes_between",
     "program_order",
 ]
@@ -193,6 +194,9 @@ def propagate(node: fx.Node) -> Any:
     fakes = [fake_value(n) for n in node.all_input_nodes]
     mode = next((f.fake_mode for f in leaves_of(fakes) if isinstance(f, FakeTensor)), None)
     args, kwargs = mapped_arguments(node, fake_value)
+    if (place := _event_place(node.target)) is not None and place < len(args):
+        # Which event it is makes no difference, and each is another number.
+        args = (*args[:place], 0, *args[place + 1 :])
     function = node.target
     if node.op == "call_method":
         function = getattr(Tensor, str(node.target))
@@ -201,6 +205,22 @@ def propagate(node: fx.Node) -> Any:
         return function(*args, **kwargs)
     with torch.no_grad():
         return FakeRunner.of(mode).run(function, args, kwargs)
+
+
+def new_fake(like: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a contiguous fake tensor of the mode and device of another one."""
+    shape = tuple(shape)
+    strides = torch._prims_common.make_contiguous_strides_for(shape)
+    return FakeRunner.of(like.fake_mode).new(shape, strides, dtype, like.device)
+
+
+@functools.cache
+def _event_place(target: Any) -> int | None:
+    """Return which argument of an op is the number of an event."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    names = [argument.name for argument in target._schema.arguments]
+    return names.index("event") if "event" in names else None
 
 
 def changes_in_place(node: fx.Node) -> bool:
@@ -222,4 +242,7 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
     for node in source.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].name = node.name
+    for node in graph.nodes:
+        if "sparda" in node.meta:  # an attention's site, which has nodes; some may be gone
+            node.meta["sparda"] = node.meta["sparda"].mapped(lambda n: mapping.get(n, n))
     return graph

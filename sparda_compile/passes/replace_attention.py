@@ -37,7 +37,14 @@ from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape, state_
 from sparda_compile.passes.base import AttentionSite, Fact, PassContext, PassResult
 from sparda_compile.passes.effects import set_argument
 from sparda_compile.passes.find_attention import sites_of
-from sparda_compile.passes.fx import Emitter, call_name, changes_in_place, fake_value, find_ops
+from sparda_compile.passes.fx import (
+    Emitter,
+    call_name,
+    changes_in_place,
+    fake_value,
+    find_ops,
+    new_fake,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,12 +79,11 @@ class StateInputs:
     def add(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
         """Return the placeholder of that name, made if it is not there."""
         if name not in self._nodes:
-            last: fx.Node = list(self._nodes.values())[-1]
+            last: fx.Node = next(reversed(self._nodes.values()))
             with self._graph.inserting_after(last):
                 node = self._graph.placeholder(name)
             like = next(n for n in self._nodes.values() if isinstance(fake_value(n), torch.Tensor))
-            with fake_value(like).fake_mode:
-                node.meta["val"] = torch.empty(shape, dtype=dtype, device=fake_value(like).device)
+            node.meta["val"] = new_fake(fake_value(like), shape, dtype)
             self._nodes[name] = node
         return self._nodes[name]
 
