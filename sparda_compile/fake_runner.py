@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FakeRunner", "leaves_of", "map_leaves"]
+__all__ = ["FakeRunner", "freeze", "leaves_of", "map_leaves"]
 
 _PLAIN: Final = (int, float, bool, str, type(None), torch.dtype, torch.device,
                  torch.memory_format, torch.layout, complex, type(Ellipsis))  # fmt: skip
@@ -78,7 +78,7 @@ class FakeRunner:
         """Call a function; the mode is active while it runs."""
         tensors: list[Tensor] = []
         parts: list[Any] = [function]
-        known = _freeze((args, kwargs), parts, tensors) and bool(tensors)
+        known = freeze((args, kwargs), parts, tensors) and bool(tensors)
         key = tuple(parts)
         if known and key in self._seen:
             return self._made(self._seen[key], tensors)
@@ -128,7 +128,7 @@ class FakeRunner:
             return FakeTensor(self.fake_mode, meta, device)
 
 
-def _freeze(value: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
+def freeze(value: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
     """Write down what a result's shape depends on; False if that is not known."""
     if isinstance(value, Tensor):
         if getattr(value, "constant", None) is not None:
@@ -139,13 +139,13 @@ def _freeze(value: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
         parts += (type(value), value)
     elif isinstance(value, (tuple, list)):
         parts += (type(value), len(value))
-        return all(_freeze(item, parts, tensors) for item in value)
+        return all(freeze(item, parts, tensors) for item in value)
     elif isinstance(value, dict):
         parts += (dict, *value)
-        return all(_freeze(item, parts, tensors) for item in value.values())
+        return all(freeze(item, parts, tensors) for item in value.values())
     elif isinstance(value, slice):
         parts.append(slice)
-        return all(_freeze(item, parts, tensors) for item in (value.start, value.stop, value.step))
+        return all(freeze(item, parts, tensors) for item in (value.start, value.stop, value.step))
     else:
         return False
     return True

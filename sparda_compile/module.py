@@ -23,7 +23,7 @@ from sparda_compile.generation import check_call, check_generation
 from sparda_compile.inspection import Sparda
 from sparda_compile.plan import Captures, Plan, make_plan, planned_capacity
 from sparda_compile.program import Program
-from sparda_compile.progress import showing
+from sparda_compile.progress import showing, stage
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.take_over import take_over
 
@@ -353,14 +353,17 @@ class OptimizedModule(nn.Module):
         return kv
 
     def _allocate(self, batch_size: int, max_tokens: int) -> KVCache:
-        layout = self.program("decode", batch_size, max_tokens, last_only=True).plan.layout
+        decode = self.program("decode", batch_size, max_tokens, last_only=True)
+        layout = decode.plan.layout
         for kv in self._idle:
             if kv.layout == layout:
                 self._idle.remove(kv)
                 kv.reset()
                 return kv
         self._idle.clear()
-        return KVCache(layout, next(self.parameters()).device)
+        decode.compile_kernels()
+        with showing(self.sparda_config.progress), stage("allocate"):
+            return KVCache(layout, next(self.parameters()).device)
 
     def _token_mask(self, attention_mask: Tensor | None, kv: KVCache, ids: Tensor) -> Tensor:
         if attention_mask is None:

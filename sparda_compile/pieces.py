@@ -43,9 +43,10 @@ _VIEWS: Final = frozenset(
      "split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten",
      "unsqueeze", "view", "view_as"}
 )  # fmt: skip
-# What an open size is compiled with: usual numbers, so that what Inductor decides by them is right
-# for usual calls. Always the same, so that a piece is the same whoever calls it first.
-_EXAMPLE: Final = {BATCH_SIZE: 8, NUM_TOKENS: 2048}
+# What an open size is compiled with. Always the same, so that a piece is the same whoever calls it
+# first. So many tokens that Inductor indexes with 64 bits, which is right for any prompt: with 32
+# bits, a prompt of 128K tokens would have it compile once more, and one of 1024 is no faster.
+_EXAMPLE: Final = {BATCH_SIZE: 8, NUM_TOKENS: 1 << 20}
 _PATCHES: Final = {
     # Else Inductor times its reductions and picks one: two programs of one model would round
     # their sums differently, and so would one program compiled twice.
@@ -53,6 +54,9 @@ _PATCHES: Final = {
     # Else what Inductor fuses decides where it rounds, and which products it adds without
     # rounding: a schedule would change the logits. So every op rounds as it does in eager.
     "emulate_precision_casts": True,
+    # Else it compiles up to six forms of a kernel and times them, when it first runs and again in
+    # every process. On an H200 the one form is as fast, in a prefill and in a decode.
+    "triton.autotune_pointwise": False,
 }
 
 

@@ -17,6 +17,8 @@ from sparda_compile.cuda_graph import StepGraph
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast_projection import is_input, to_inputs
 from sparda_compile.joined_weight import JoinedWeight
+from sparda_compile.kernel_launches import launches_of
+from sparda_compile.kernels.gpu.launch import compile_ahead
 from sparda_compile.lower import lower
 from sparda_compile.passes.fuse_projections import JOINED_KEY
 from sparda_compile.passes.replace_attention import TOKEN_MASK
@@ -85,6 +87,13 @@ class Program:
                 what = f"piece of the {self.plan.captured.phase}"
                 with stage("compile", what, done=i + 1, total=len(pieces)):
                     piece.compile(config.lowering)
+
+    def compile_kernels(self) -> None:
+        """Begin to compile the kernels of a decode step, in threads; nothing without a GPU."""
+        plan = self.plan
+        if plan.captured.device.type == "cuda" and plan.captured.phase == "decode":
+            graph, device = plan.graph_module.graph, plan.captured.device
+            compile_ahead(launches_of(graph, plan.layout.batch_size, device), device)
 
     @property
     def num_graphs(self) -> int:

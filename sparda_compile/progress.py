@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "StageTimes", "showing", "stage", "stage_times"]
 
-STAGES: Final = ("capture", "passes", "verify", "compile")
+STAGES: Final = ("capture", "passes", "verify", "compile", "allocate")
 
 # What a line begins with, and what it goes on with where the caller names nothing.
 _WORDS: Final = {
@@ -34,6 +34,7 @@ _WORDS: Final = {
     "passes": ("rewriting", "the graph"),
     "verify": ("checking", "the order of all copies"),
     "compile": ("compiling", "the program"),
+    "allocate": ("allocating", "the KV cache"),
 }
 # Work shorter than this shows nothing; stages less apart than this are one piece of work.
 _QUIET_S: Final = 0.3

@@ -164,6 +164,7 @@ def test_log_has_compile_at_info_and_the_rest_at_debug(clock, caplog):
         "passes: rewriting decode took 2.00 s": "DEBUG",
         "verify: checking decode took 2.00 s": "DEBUG",
         "compile: compiling decode took 2.00 s": "INFO",
+        "allocate: allocating decode took 2.00 s": "DEBUG",
     }
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "changes_in_place",
     "clone_region",
     "copy_graph",
+    "fake_arguments",
     "fake_value",
     "find_ops",
     "is_sparda",
@@ -187,16 +188,22 @@ def mapped_arguments(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[A
     return fx.node.map_arg(node.args, change), fx.node.map_arg(node.kwargs, change)
 
 
+def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
+    """Return a node's arguments with fake values in the place of nodes, and event 0 for any."""
+    args, kwargs = mapped_arguments(node, fake_value)
+    place = _event_place(node.target)
+    if place is not None and place < len(args):
+        args = (*args[:place], 0, *args[place + 1 :])
+    return args, kwargs
+
+
 def propagate(node: fx.Node) -> Any:
     """Compute a node's fake value from those of its inputs."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     fakes = [fake_value(n) for n in node.all_input_nodes]
     mode = next((f.fake_mode for f in leaves_of(fakes) if isinstance(f, FakeTensor)), None)
-    args, kwargs = mapped_arguments(node, fake_value)
-    if (place := _event_place(node.target)) is not None and place < len(args):
-        # Which event it is makes no difference, and each is another number.
-        args = (*args[:place], 0, *args[place + 1 :])
+    args, kwargs = fake_arguments(node)
     function = node.target
     if node.op == "call_method":
         function = getattr(Tensor, str(node.target))
@@ -209,9 +216,13 @@ def propagate(node: fx.Node) -> Any:
 
 def new_fake(like: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a contiguous fake tensor of the mode and device of another one."""
-    shape = tuple(shape)
-    strides = torch._prims_common.make_contiguous_strides_for(shape)
-    return FakeRunner.of(like.fake_mode).new(shape, strides, dtype, like.device)
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return FakeRunner.of(like.fake_mode).new(
+        tuple(shape), (*reversed(strides),), dtype, like.device
+    )
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.launch import power_of_two, rows_of
+from sparda_compile.kernels.gpu.launch import launch, power_of_two, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ def append_kv(
     batch, groups, num_pages, _, size, dim = pages.shape
     k, k_row, k_head = rows_of(k_BG1D)
     v, v_row, v_head = rows_of(v_BG1D)
-    _append_kv[(batch * groups,)](
+    launch(_append_kv, (batch * groups,))(
         k, v, tail_page_BG, lengths_B, pages, k_row, k_head, v_row, v_head, groups, num_pages,
         size, dim, power_of_two(dim), num_warps=1,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def _pooled_keys(
     batch, groups, num_windows, dim = pooled_BGWD.shape
     size = recent_BGPD.shape[2]
     k, k_row, k_head = rows_of(k_BG1D)
-    _append_pooled_keys[(batch * groups,)](
+    launch(_append_pooled_keys, (batch * groups,))(
         k, lengths_B, pooled_BGWD, recent_BGPD, k_row, k_head, groups, num_windows,
         size, power_of_two(size), geometry.pool_stride, dim, power_of_two(dim), num_warps=4,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def _key_bounds(
     (bounds_BGN2D,) = tensors
     batch, groups, num_blocks, _, dim = bounds_BGN2D.shape
     k, k_row, k_head = rows_of(k_BG1D)
-    _append_key_bounds[(batch * groups,)](
+    launch(_append_key_bounds, (batch * groups,))(
         k, lengths_B, bounds_BGN2D, k_row, k_head, groups, num_blocks,
         geometry.block_size, dim, power_of_two(dim), num_warps=1,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from triton.language.extra import cuda
 from sparda_compile.kernels.gpu.launch import (
     as_written,
     interpreting,
+    launch,
     launch_early,
     power_of_two,
     rows_of,
@@ -239,7 +240,7 @@ def partials(
     tokens = min(tokens, max(power_of_two(room * num_blocks) // 2, 16))
     turns = triton.cdiv(room * num_blocks, 2 * tokens)
     factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
-    _partials[(batch * groups, splits)](
+    launch(_partials, (batch * groups, splits))(
         query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, factor,
         softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads, rows, size,
         room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick, softcap != 0.0,
@@ -310,7 +311,7 @@ def merge(
     late_out, late_lse = late or (out_BGSRD, lse_BGSR)
     padded = power_of_two(splits)
     dims = power_of_two(dim)
-    _merge[(batch * groups, heads)](
+    launch(_merge, (batch * groups, heads))(
         out_BGSRD, lse_BGSR, late_out, late_lse, merged, splits, heads, padded, dim, dims,
         min(padded, max(_MERGE_TILE // dims, 1)), late is not None, interpreting(), num_warps=1,
         **launch_early(), **as_written(),

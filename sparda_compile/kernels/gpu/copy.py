@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.launch import power_of_two
+from sparda_compile.kernels.gpu.launch import launch, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def gather(
     chunk = chunk_words(words, num_programs)
     rows = power_of_two(batch * groups)
     columns = min(power_of_two(selected), max(_COUNT_TILE // rows, 1))
-    _gather[(num_programs,)](
+    launch(_gather, (num_programs,))(
         miss_blocks_BGK, miss_pages_BGK, host_BG, pages, batch * groups, pages.shape[2],
         num_programs, selected, rows, columns, words, chunk,
         num_warps=max(chunk // (2 * _WORDS_OF_A_WARP), 1),
@@ -141,7 +141,7 @@ def store_tail(
     batch, groups, num_pages, _, size, _ = pages.shape
     words = pages[0, 0, 0].numel() * pages.element_size() // 4
     chunk = min(power_of_two(words), _CHUNK_WORDS)
-    _store_tail[(batch * groups, triton.cdiv(words, chunk))](
+    launch(_store_tail, (batch * groups, triton.cdiv(words, chunk)))(
         tail_page_BG, lengths_B, pages, host_BG, counter, groups, num_pages, size, words, chunk,
         num_warps=16,
     )  # fmt: skip
@@ -167,6 +167,6 @@ def copy_runs(source_n: Tensor, target_n: Tensor, num_bytes: int) -> None:
     words = num_bytes // 4
     chunk = min(power_of_two(words), _CHUNK_WORDS)
     if source_n.numel():
-        _copy_runs[(source_n.numel(), triton.cdiv(words, chunk))](
+        launch(_copy_runs, (source_n.numel(), triton.cdiv(words, chunk)))(
             source_n, target_n, words, chunk, num_warps=16
         )

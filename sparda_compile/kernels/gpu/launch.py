@@ -7,18 +7,118 @@ launch). Both are launched by one function, so that nothing comes between them i
 
 A kernel that is compiled in several forms whose results must be equal bit for bit is launched with
 `as_written()`: else the compiler joins a product with one sum or another as each form suggests.
+
+Triton compiles a kernel where it is first launched, one after another. `compile_ahead` does it in
+threads, for launches that were collected from a run on fake tensors; a launch waits for its kernel.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import contextvars
+import dataclasses
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 import triton
+from torch import Tensor
+from triton.runtime.jit import MockTensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable, Iterator
 
-__all__ = ["as_written", "interpreting", "launch_early", "power_of_two", "rows_of"]
+__all__ = [
+    "Launch",
+    "as_written",
+    "collect_launches",
+    "compile_ahead",
+    "interpreting",
+    "launch",
+    "launch_early",
+    "power_of_two",
+    "rows_of",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch that was collected.
+
+    Attributes:
+        kernel: The kernel.
+        grid: Programs.
+        args: Its arguments; tensors are fake.
+        options: Launch options.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_collected: Final[contextvars.ContextVar[list[Launch] | None]] = contextvars.ContextVar(
+    "sparda_launches", default=None
+)
+# Kernels that are being compiled: what a launch of each waits for.
+_PENDING: Final[dict[Any, list[Future[None]]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """Return what launches a kernel, given its arguments; or notes that it would."""
+    launches = _collected.get()
+    if launches is not None:
+        return lambda *args, **options: launches.append(Launch(kernel, grid, args, options))
+    for future in _PENDING.pop(kernel, ()):
+        future.result()
+    launcher: Callable[..., Any] = kernel[grid]
+    return launcher
+
+
+@contextlib.contextmanager
+def collect_launches() -> Iterator[list[Launch]]:
+    """Let nothing be launched in this thread; what would have been is in the list."""
+    launches: list[Launch] = []
+    token = _collected.set(launches)
+    try:
+        yield launches
+    finally:
+        _collected.reset(token)
+
+
+def compile_ahead(launches: list[Launch], device: torch.device) -> list[Future[None]]:
+    """Compile the kernels of collected launches in threads, and go on meanwhile.
+
+    Args:
+        launches: What will be launched.
+        device: Where.
+
+    Returns:
+        What ends with each kernel.
+    """
+    workers = ThreadPoolExecutor(max(os.cpu_count() or 1, 2) // 2, "sparda-kernels")
+    futures = []
+    for it in launches:
+        futures.append(workers.submit(_compile, it, device))
+        _PENDING.setdefault(it.kernel, []).append(futures[-1])
+    workers.shutdown(wait=False)
+    return futures
+
+
+def _compile(it: Launch, device: torch.device) -> None:
+    """Compile a kernel and load it; what fails is compiled again, and says why, at its launch."""
+    args = [MockTensor(a.dtype, a.shape) if isinstance(a, Tensor) else a for a in it.args]
+    try:
+        with torch.cuda.device(device):
+            compiled = it.kernel.warmup(*args, grid=it.grid, **it.options)
+            compiled.run  # noqa: B018 - loads it, for which Triton compiles a launcher
+    except Exception:  # noqa: BLE001
+        _log.debug("%s was not compiled ahead", it.kernel, exc_info=True)
 
 
 def interpreting() -> bool:

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from sparda_compile.kernels.gpu.launch import interpreting, launch_early, power_of_two, rows_of
+from sparda_compile.kernels.gpu.launch import (
+    interpreting,
+    launch,
+    launch_early,
+    power_of_two,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,7 +88,7 @@ def _forecast(
     ratio = geometry.block_size // geometry.pool_stride
     overhang = geometry.pool_size // geometry.pool_stride - 1
     parts = triton.cdiv(geometry.num_blocks, _FORECAST_BLOCKS)
-    _score_forecast[(batch * groups, parts)](
+    launch(_score_forecast, (batch * groups, parts))(
         query, pooled, lengths_B, scores_BGN, q_row, q_head, groups, num_windows,
         geometry.num_blocks, geometry.pool_size, geometry.pool_stride, ratio, overhang,
         dim, power_of_two(dim), _FORECAST_BLOCKS, num_warps=4,
@@ -183,13 +189,13 @@ def _infllm2(
     logits = new((pairs, heads, num_windows), dtype=torch.float32)
     maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
     pool = (geometry.pool_size, geometry.pool_stride)
-    _infllm2_logits[(pairs, parts)](
+    launch(_infllm2_logits, (pairs, parts))(
         query, pooled, lengths_B, logits, maxima, sums, scale, q_row, q_head, groups, num_windows,
         parts, heads, rows, *pool, dim, power_of_two(dim, 16), _WINDOWS, interpreting(),
         num_warps=4,
     )  # fmt: skip
     ratio, overhang = geometry.block_size // pool[1], pool[0] // pool[1] - 1
-    _infllm2_blocks[(pairs, triton.cdiv(geometry.num_blocks, _BLOCKS))](
+    launch(_infllm2_blocks, (pairs, triton.cdiv(geometry.num_blocks, _BLOCKS)))(
         logits, maxima, sums, lengths_B, scores_BGN, groups, num_windows, geometry.num_blocks,
         parts, heads, rows, power_of_two(parts), *pool, ratio, overhang, _BLOCKS, interpreting(),
         num_warps=4, **launch_early(),
@@ -238,7 +244,7 @@ def _quest(
     batch, groups, num_blocks, _, dim = bounds.shape
     query, q_row, q_head = rows_of(query_BH1D)
     heads = query.shape[1] // groups
-    _score_quest[(batch * groups, triton.cdiv(num_blocks, _BLOCKS))](
+    launch(_score_quest, (batch * groups, triton.cdiv(num_blocks, _BLOCKS)))(
         query, bounds, lengths_B, scores_BGN, q_row, q_head, groups, num_blocks,
         heads, power_of_two(heads), geometry.block_size, dim, power_of_two(dim), _BLOCKS,
         num_warps=4,
@@ -269,7 +275,7 @@ def _raise_scores(
 def raise_scores(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor, best: float) -> None:
     """Set the scores that a trace names for the present step; see `kernels.score_blocks`."""
     batch, groups, num_steps, num_blocks = trace_BGSN.shape
-    _raise_scores[(batch * groups, triton.cdiv(num_blocks, 1024))](
+    launch(_raise_scores, (batch * groups, triton.cdiv(num_blocks, 1024)))(
         trace_BGSN.view(torch.int8), lengths_B, scores_BGN, best, groups, num_steps, num_blocks,
         1024, num_warps=4,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.kernels.gpu.launch import power_of_two
+from sparda_compile.kernels.gpu.launch import launch, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -270,7 +270,7 @@ def _launch(
     resident = num_pages == num_blocks
     # 8 was the fastest of 4 to 16 warps on one H200 at 2048 blocks.
     warps = 4 if not do_select or num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16
-    _select_pages[(batch * groups,)](
+    launch(_select_pages, (batch * groups,))(
         scores, lengths, ids, *tables, *out, groups, num_blocks, num_pages,
         choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
         power_of_two(num_blocks), power_of_two(choice.num_selected),

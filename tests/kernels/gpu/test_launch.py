@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import contextlib
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparda_compile.kernels.gpu.launch import interpreting, power_of_two, rows_of
+from sparda_compile.kernels.gpu.launch import (
+    Launch,
+    collect_launches,
+    compile_ahead,
+    interpreting,
+    launch,
+    power_of_two,
+    rows_of,
+)
 
 
 @given(size=st.integers(1, 1 << 20), least=st.sampled_from([1, 2, 16, 64]))
@@ -45,3 +57,57 @@ def test_rows_with_gaps_between_elements_are_copied(device):
     assert torch.equal(rows, tensor)
     assert (by_row, by_head) == (12, 4)
     assert rows.stride(-1) == 1
+
+
+class Kernel:
+    """Stands for a kernel: notes what is compiled and what is launched."""
+
+    def __init__(self, fails=False):
+        self.compiled, self.launched, self.fails = [], [], fails
+        self.may_end = threading.Event()
+
+    def warmup(self, *args, grid, **options):
+        assert self.may_end.wait(5)
+        if self.fails:
+            raise RuntimeError("does not fit")
+        self.compiled.append((args, grid, options))
+        return SimpleNamespace(run=None)
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append((args, grid, options))
+
+
+def test_what_is_collected_is_not_launched():
+    kernel = Kernel()
+    with collect_launches() as launches:
+        launch(kernel, (3, 2))(7, num_warps=4)
+    assert not kernel.launched
+    assert launches == [Launch(kernel, (3, 2), (7,), {"num_warps": 4})]
+    launch(kernel, (3, 2))(7, num_warps=4)
+    assert kernel.launched == [((7,), (3, 2), {"num_warps": 4})]
+
+
+def test_a_launch_waits_for_its_kernel_and_for_no_other(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    slow, other = Kernel(), Kernel()
+    launches = [Launch(slow, (1,), (torch.empty(3, dtype=torch.half), 5), {"num_warps": 2})]
+    (future,) = compile_ahead(launches, torch.device("cuda"))
+    launch(other, (1,))()
+    assert not future.done()
+    assert len(other.launched) == 1
+    threading.Timer(0.05, slow.may_end.set).start()
+    launch(slow, (1,))()
+    assert future.done()
+    ((args, grid, options),) = slow.compiled
+    assert (args[0].dtype, args[1], grid, options) == (torch.half, 5, (1,), {"num_warps": 2})
+
+
+def test_what_cannot_be_compiled_ahead_is_launched_as_ever(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    kernel = Kernel(fails=True)
+    kernel.may_end.set()
+    with caplog.at_level("DEBUG", "sparda_compile"):
+        compile_ahead([Launch(kernel, (1,), (), {})], torch.device("cuda"))
+        launch(kernel, (1,))()
+    assert "was not compiled ahead" in caplog.text
+    assert len(kernel.launched) == 1
