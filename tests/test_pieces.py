@@ -13,10 +13,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile import SpardaConfig, optimize
+from sparda_compile.compiled_piece import CompiledPiece
 from sparda_compile.errors import PassError
 from sparda_compile.lower import lower
 from sparda_compile.passes.fx import propagate
-from sparda_compile.pieces import CompiledPiece, compiled_pieces, make_piece
+from sparda_compile.pieces import compiled_pieces, make_piece
 from sparda_compile.sizes import NUM_TOKENS, SAMPLES
 from sparda_compile.testing import tiny_llama
 

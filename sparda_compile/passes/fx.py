@@ -220,9 +220,8 @@ def new_fake(like: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     for size in reversed(shape):
         strides.append(step)
         step *= max(size, 1)
-    return FakeRunner.of(like.fake_mode).new(
-        tuple(shape), (*reversed(strides),), dtype, like.device
-    )
+    runner = FakeRunner.of(like.fake_mode)
+    return runner.new(tuple(shape), tuple(reversed(strides)), dtype, like.device)
 
 
 @functools.cache

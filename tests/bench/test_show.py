@@ -145,12 +145,13 @@ def test_start(console):
     printed = lines(console)
     assert "prompts stage cold warm cold" in printed
     begin = printed.index("all of them import 3.50 0.00 0.00")
-    assert [line for line in printed[begin + 1 : begin + 17] if line] == [
+    assert [line for line in printed[begin + 1 : begin + 18] if line] == [
         "optimize 8.00 0.00 0.00",
         "capture 3.00 0.00 0.00",
         "passes 2.00 0.00 0.00",
         "verify 1.00 0.00 0.00",
         "compile 7.00 0.00 0.00",
+        "allocate 0.00 0.00 0.00",
         "beyond 9.00 2.00 0.50",
         "1x20 compile 7.00 0.00 0.00",
         "first 9.00 3.00 1.50",

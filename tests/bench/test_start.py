@@ -88,7 +88,7 @@ def test_row_and_its_totals():
     assert [s.get("beyond_s", {}).get("total") for s in row["scenarios"]] == [1.95, None, 2.2]
     assert totals(row) == {
         "import": 3.25, "optimize": 4.0, "capture": 3.0, "passes": 0.0, "verify": 0.5,
-        "compile": 3.125, "beyond": pytest.approx(4.15),
+        "compile": 3.125, "allocate": 0.0, "beyond": pytest.approx(4.15),
     }  # fmt: skip
     assert set(totals({"scenarios": []}).values()) == {0}
 

@@ -9,9 +9,11 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import triton
 
 import sparda_compile
 from sparda_compile import SpardaConfig
@@ -276,6 +278,23 @@ def test_no_recompilation_and_one_graph_over_many_lengths(lab):
         lab.run(module, steps)
     assert module.num_programs() == {"prefill": 1, "decode": 1}
     assert decode_of(module).num_graphs == 1
+
+
+def test_kernels_of_a_decode_are_compiled_before_it_runs(lab):
+    """All of them: a launch that was foreseen wrongly would be compiled where it is launched."""
+    module = lab.module("query", block_size=32, lowering="inductor")
+    compiled = []
+
+    def listen(*, src, cache_hit, **_):
+        name = getattr(src.fn, "__name__", "")
+        compiled.append((threading.current_thread().name.startswith("sparda"), name))
+
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = listen
+        lab.run(module, 3)
+    late = {name for ahead, name in compiled if not ahead and name.startswith("_")}
+    assert late <= {"_copy_runs"}  # of the prefill
+    assert {name for ahead, name in compiled if ahead} >= {"_gather", "_select_pages", "_partials"}
 
 
 def test_limits_fail_early_and_lose_nothing(lab):
