@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparda_compile.fake_runner import FakeRunner, freeze, leaves_of, map_leaves
 from sparda_compile.kernels.gpu.launch import collect_launches
-from sparda_compile.ops import INSTRUCTIONS
-from sparda_compile.passes.fx import call_name, fake_arguments, fake_value, find_ops
+from sparda_compile.ops import INSTRUCTIONS, implementation
+from sparda_compile.passes.fx import fake_arguments, fake_value, find_ops
 from sparda_compile.sizes import concrete
 from sparda_compile.streams import ImmediateEngine, use_engine
 
@@ -52,8 +52,7 @@ def launches_of(graph: fx.Graph, batch_size: int, device: torch.device) -> list[
         if not freeze((args, kwargs), parts, []) or tuple(parts) in seen:
             continue
         seen.add(tuple(parts))
-        on = INSTRUCTIONS[call_name(node).removeprefix("sparda.")]._backend_fns
-        function = on.get("cuda") or on[None]
+        function = implementation(node.target, "cuda")
         with (
             collect_launches() as launches,
             use_engine(ImmediateEngine()),

@@ -3,7 +3,8 @@
     cut      at the ops `sparda::*`; what lies between them is pure and becomes a piece
     compile  each different piece once, by Inductor (`pieces.py`); `lowering="eager"` runs a piece's
              own Python instead
-    run      pieces and ops one after another, in the order of the graph, on tensors held here
+    run      pieces and ops one after another, in the order of the graph, on tensors held here; of
+             an op, the function that its dispatcher would call
 
 So nothing that moves bytes passes through a compiler: no node is moved, copied or fused away, and a
 value is one tensor for everybody. A tensor is held until the last call that takes it. A wait takes
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from sparda_compile.fake_runner import leaves_of, map_leaves
+from sparda_compile.ops import implementation
 from sparda_compile.passes.fx import call_name, changes_in_place, fake_value, is_sparda
 from sparda_compile.pieces import Piece, make_piece
 
@@ -211,6 +213,8 @@ class _Lowering:
     def __init__(self, graph: fx.Graph, lowering: str) -> None:
         self._graph = graph
         self._lowering = lowering
+        values = (node.meta.get("val") for node in graph.nodes)
+        self._device_type = next(v.device.type for v in values if isinstance(v, Tensor))
         self._registers: dict[fx.Node | _Unused, Register] = {}
         self._inputs: dict[str, Register] = {}
         self._calls: list[Call] = []
@@ -262,7 +266,7 @@ class _Lowering:
             )
         else:
             results = (self._register(node),)
-        function: Any = node.target
+        function = implementation(node.target, self._device_type)
         self._calls.append(Call(node.name, function, args, kwargs, results, is_tuple, node=node))
 
 

@@ -97,7 +97,7 @@ def test_every_kernel_that_is_launched_has_a_node():
     launched = {
         name
         for path in GPU.glob("*.py")
-        for name in re.findall(r"^ +(_\w+)\[\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+        for name in re.findall(r"\blaunch\((_\w+),", path.read_text(encoding="utf-8"))
     }
     assert launched - OTHER_KERNELS == KERNELS
 

@@ -66,7 +66,7 @@ def samples():
         "fork_stream": ([ids, page_ids], 0),
         "fetch_blocks": (*misses, host, pages),
         "prefetch_blocks": (*misses, host, pages, 1, ticket),
-        "wait_blocks": (ticket, [pages], [ids], [query], 1),
+        "wait_blocks": (ticket, [pages], [ids], 1),
         "store_blocks": ([], tail, None, int32([79, 64]), None, pages, host, counters),
         "offload_blocks": (prompt, None, mask, int32([73, 64]), *stored, 2, ticket),
         "append_kv": (*new, tail, lengths, pages),
@@ -74,7 +74,7 @@ def samples():
         "update_summary": (prompt[0], lengths, mask, pooled, "pooled_keys", *GEOMETRY),
         "remember_ids": (ids, torch.full_like(ids, -1)),
         "recall_ids": (ids,),
-        "advance_lengths": (mask, lengths, []),
+        "advance_lengths": (mask, lengths),
         "sparse_attention": (*selection, lengths, scale, softcap),
         "attend_resident": (*selection, is_miss, lengths, scale, softcap),
         "attend_missing": (*selection, is_miss, lengths, *partial, scale, softcap),
@@ -161,14 +161,14 @@ def step(query, k, v, summary, lengths, table, page_block, page_stamp, counters,
     op.update_summary(k, lengths, None, summary, "pooled_keys", *GEOMETRY)
     selection = (query, pages, page_ids, ids, is_miss, lengths)
     partial = op.attend_resident(*selection, 0.25, 0.0)
-    op.wait_blocks(ticket, [pages], [blocks, places], [query], 1)
+    op.wait_blocks(ticket, [pages], [blocks, places], 1)
     out = op.attend_missing(*selection, *partial, 0.25, 0.0) + 1
     out = op.window_attention(out, k, v, None, lengths, *ring, 0.25, 0.0) * 2
     ticket = op.offload_blocks(
         [], tail, None, lengths, None, pages, host, counters, 3, op.fork_stream([tail], 2)
     )
-    op.wait_blocks(ticket, [host], [tail], [], 3)
-    op.advance_lengths(None, lengths, [])
+    op.wait_blocks(ticket, [host], [tail], 3)
+    op.advance_lengths(None, lengths)
     return out, ids
 
 

@@ -207,7 +207,7 @@ class CacheMachine(RuleBasedStateMachine):
                 ids, lists = self.draw_ids(rng, forced=False)
                 _, _, blocks, pages, _ = self.plan(ids, lists, True, hint_stream)
                 ticket = prefetch_blocks(blocks, pages, *pools, 1)
-                wait_blocks(ticket, [pools[1], *self.tables], [blocks, pages], [], 1)
+                wait_blocks(ticket, [pools[1], *self.tables], [blocks, pages], 1)
             ids, lists = self.draw_ids(rng, forced=True)
             page_ids, is_miss, blocks, pages, tail = self.plan(ids, lists, False, COMPUTE)
             kv = self.draw_kv(rng, 1)
@@ -215,7 +215,7 @@ class CacheMachine(RuleBasedStateMachine):
                 append_kv(*kv, tail, self.lengths, pools[1])
                 ticket = prefetch_blocks(blocks, pages, *pools, 2)
                 self.take_in(kv, None)
-                wait_blocks(ticket, [pools[1]], [blocks, pages], [], 2)
+                wait_blocks(ticket, [pools[1]], [blocks, pages], 2)
             else:
                 fetch_blocks(blocks, pages, *pools)
                 append_kv(*kv, tail, self.lengths, pools[1])
@@ -256,7 +256,7 @@ class CacheMachine(RuleBasedStateMachine):
             store_blocks(*args)
         else:
             ticket = offload_blocks(*args, 3, fork_stream([pages], 4))
-            wait_blocks(ticket, [host], [], [], 3)
+            wait_blocks(ticket, [host], [], 3)
         before = self.lengths.tolist()
         self.counts[4] += GROUPS * sum(
             k.shape[1] // SIZE - n // SIZE for k, n in zip(self.k, before, strict=True)

@@ -52,7 +52,7 @@ def test_prefetch_has_arrived_after_the_wait(pools):
         ticket = prefetch_blocks(BLOCKS, PAGES, host, pages, 1, fork)
         assert ticket.shape == fork.shape == (0,)
         assert torch.equal(pages, before)
-        wait_blocks(ticket, [pages], [BLOCKS, PAGES], [], 1)
+        wait_blocks(ticket, [pages], [BLOCKS, PAGES], 1)
         assert engine.num_pending == 0
     assert torch.equal(pages, want)
 
@@ -83,7 +83,7 @@ def test_store_takes_the_tail_blocks_that_the_token_filled(pools, in_line):
         with use_engine(DeferredEngine()):
             ticket = offload_blocks(*args, 7, fork_stream([tail], 6))
             assert not counters.any()
-            wait_blocks(ticket, [host], [tail], [], 7)
+            wait_blocks(ticket, [host], [tail], 7)
     assert torch.equal(host, want)
     assert counters.tolist() == [0, 0, 0, 0, 2]
 
