@@ -361,9 +361,10 @@ class OptimizedModule(nn.Module):
                 kv.reset()
                 return kv
         self._idle.clear()
-        decode.compile_kernels()
         with showing(self.sparda_config.progress), stage("allocate"):
-            return KVCache(layout, next(self.parameters()).device)
+            kv = KVCache(layout, next(self.parameters()).device)
+        decode.compile_kernels()  # while the prompt is read
+        return kv
 
     def _token_mask(self, attention_mask: Tensor | None, kv: KVCache, ids: Tensor) -> Tensor:
         if attention_mask is None:

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sparda_compile import SpardaConfig, optimize, plan, progress
 from sparda_compile.cache_name import CACHE_NAME
-from sparda_compile.errors import KVCacheError
+from sparda_compile.errors import HostPoolFullError, KVCacheError
 from sparda_compile.program import Program
 from sparda_compile.testing import random_forecast, tiny_llama
 
@@ -360,6 +360,18 @@ class TestModule:
         module.sparda.reset_stats()
         assert module.sparda.stats().total.d2h_bytes == 0
         assert module.sparda.num_compilations == {"prefill": 1, "decode": 1}
+
+    def test_kernels_are_compiled_once_for_a_cache_and_behind_its_limits(self, fast, monkeypatch):
+        begun = []
+        monkeypatch.setattr(Program, "compile_kernels", lambda self: begun.append(self.plan.layout))
+        module = optimize(fast, CONFIG)
+        kept = module(prompt(5)).past_key_values
+        module(prompt(1), past_key_values=kept)
+        assert begun == [kept.kv.layout]
+        small = optimize(fast, CONFIG.replace(host_bytes=1000, offload="always"))
+        with pytest.raises(HostPoolFullError):
+            small(prompt(5))
+        assert len(begun) == 1
 
     def test_progress_is_shown_unless_it_is_turned_off(self, fast, monkeypatch):
         seen = []
