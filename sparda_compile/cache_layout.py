@@ -107,9 +107,7 @@ class CacheLayout:
         return self.config.num_selected(self.num_blocks)
 
     def traced(self) -> CacheLayout:
-        """Return the layout of a graph: for several sequences a sample number stands for them."""
-        if self.batch_size == 1:
-            return self
+        """Return the layout of a graph: a sample number stands for that of the sequences."""
         offload = "always" if self.offload else "never"
         config = self.config.replace(offload=offload)
         return dataclasses.replace(self, config=config, batch_size=SAMPLES.batch)

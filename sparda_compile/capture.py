@@ -69,7 +69,6 @@ class CapturedGraph:
 
     Attributes:
         phase: `prefill` or `decode`.
-        several: Whether it is for any number of sequences above one; else for one.
         graph_module: The graph; every weight is a placeholder, every node has `meta["val"]`.
         inputs: Placeholder of a tensor input -> `input_ids` or `position_ids`.
         weights: Placeholder of anything else -> the tensor.
@@ -77,7 +76,6 @@ class CapturedGraph:
     """
 
     phase: str
-    several: bool
     graph_module: fx.GraphModule
     inputs: dict[str, str]
     weights: dict[str, Tensor]
@@ -102,15 +100,12 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def capture(
-    model: nn.Module, phase: str, *, several: bool = False, last_logits_only: bool
-) -> CapturedGraph:
-    """Trace a causal LM's forward.
+def capture(model: nn.Module, phase: str, *, last_logits_only: bool) -> CapturedGraph:
+    """Trace a causal LM's forward, for any number of sequences.
 
     Args:
         model: A causal LM of transformers; its attention implementation is `sdpa` or `eager`.
         phase: `prefill`, many tokens, or `decode`, one token per sequence.
-        several: Whether for any number of sequences above one; else for one.
         last_logits_only: Whether the graph returns the logits of the last token alone.
 
     Returns:
@@ -120,15 +115,11 @@ def capture(
         CaptureError: If the forward depends on values of tensors, changes its module, or does
             something else for other sizes.
     """
-    ours, theirs = (
-        samples.of(several=several, many=phase == "prefill") for samples in (SAMPLES, OTHER_SAMPLES)
-    )
+    ours, theirs = (samples.of(phase) for samples in (SAMPLES, OTHER_SAMPLES))
     step = _step(model, last_logits_only)
-    trace = record(step, model, _inputs(model, ours))
-    sizes: dict[tuple[int, int], Size] = {}
-    if ours != theirs:
-        sizes = _open_sizes(trace, record(step, model, _inputs(model, theirs)), ours, theirs, model)
-    return _Writer(model, trace, sizes, ours).captured(phase, several=several)
+    trace, other = (record(step, model, _inputs(model, samples)) for samples in (ours, theirs))
+    sizes = _open_sizes(trace, other, ours, theirs, model)
+    return _Writer(model, trace, sizes, ours).captured(phase)
 
 
 def _step(model: nn.Module, last_logits_only: bool) -> Callable[..., Tensor]:
@@ -189,10 +180,16 @@ def _open_sizes(
                     found[i, place] = size
             elif mine != its:
                 raise _depends(model, one, f"passes {mine} and {its}")
+        if _num_dims(one.result) != _num_dims(other.result):
+            raise _depends(model, one, "gets tensors of other dimensions")
     if len(first.calls) != len(second.calls):
         longer = max(first.calls, second.calls, key=len)
         raise _depends(model, longer[-1], "calls something else")
     return found
+
+
+def _num_dims(result: Any) -> list[int]:
+    return [leaf.dim() for leaf in leaves_of(result) if isinstance(leaf, Tensor)]
 
 
 def _depends(model: nn.Module, call: Call, what: str) -> CaptureError:
@@ -223,16 +220,15 @@ class _Writer:
         self._weights: dict[str, Tensor] = {}
         self._names = _tensor_names(model)
 
-    def captured(self, phase: str, *, several: bool) -> CapturedGraph:
+    def captured(self, phase: str) -> CapturedGraph:
         """Return the whole graph."""
         inputs = {}
         for name, value in zip(INPUT_NAMES, self._trace.inputs, strict=True):
             self._nodes[id(value)] = self._placeholder(name, value)
             inputs[name] = name
-        for name, sample in ((BATCH_SIZE, several), (NUM_TOKENS, phase == "prefill")):
-            if sample:
-                number = self._samples.batch if name == BATCH_SIZE else self._samples.tokens
-                self._open[name] = self._placeholder(name, number)
+        self._open[BATCH_SIZE] = self._placeholder(BATCH_SIZE, self._samples.batch)
+        if phase == "prefill":
+            self._open[NUM_TOKENS] = self._placeholder(NUM_TOKENS, self._samples.tokens)
         self._weight_placeholders()
         for i, call in enumerate(self._trace.calls):
             self._write(i, call)
@@ -245,7 +241,7 @@ class _Writer:
         output = self._graph.output((self._nodes[id(result)],))
         output.meta["val"] = (result,)
         module = as_module(self._graph)
-        return CapturedGraph(phase, several, module, inputs, self._weights)
+        return CapturedGraph(phase, module, inputs, self._weights)
 
     def _placeholder(self, name: str, value: Any) -> fx.Node:
         node = self._graph.placeholder(name)

@@ -129,12 +129,11 @@ def _plan(
     last_logits_only: bool,
     trace_steps: int,
 ) -> Plan:
-    captured = captures.get(phase, several=batch_size > 1, last_logits_only=last_logits_only)
+    captured = captures.get(phase, last_logits_only=last_logits_only)
     machine = machine_for(config.machine, captured.device)
     ctx = PassContext(
         config, phase, dict(captures.windows), captures.model_name, None, machine, batch_size
     )
-
     found = captures.with_sites(captured, ctx, last_logits_only=last_logits_only)
     gm = snapshot(found.graph_module)
     sites = tuple(sites_of(gm.graph))
@@ -186,8 +185,8 @@ class Captures:
         self.model = share_weights(model)
         self.model_name = type(model).__name__
         self.windows = dict(windows)
-        self._graphs: dict[tuple[str, bool, bool], CapturedGraph] = {}
-        self._found: dict[tuple[str, bool, bool, SpardaConfig], _Found] = {}
+        self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
+        self._found: dict[tuple[str, bool, SpardaConfig], _Found] = {}
         self._joined: dict[tuple[int, ...], JoinedWeight] = {}
 
     @property
@@ -195,16 +194,12 @@ class Captures:
         """Times that a forward was traced."""
         return len(self._graphs)
 
-    def get(
-        self, phase: str, *, several: bool = False, last_logits_only: bool = True
-    ) -> CapturedGraph:
-        """Return a traced forward, for one sequence or several; traced when first asked for."""
-        key = (phase, several, last_logits_only)
+    def get(self, phase: str, *, last_logits_only: bool = True) -> CapturedGraph:
+        """Return a traced forward, for any number of sequences; traced when first asked for."""
+        key = (phase, last_logits_only)
         if key not in self._graphs:
-            with stage("capture", f"the {phase} of {'several sequences' if several else 'one'}"):
-                captured = capture(
-                    self.model, phase, several=several, last_logits_only=last_logits_only
-                )
+            with stage("capture", f"the {phase}"):
+                captured = capture(self.model, phase, last_logits_only=last_logits_only)
             self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
         return self._graphs[key]
 
@@ -212,7 +207,7 @@ class Captures:
         self, captured: CapturedGraph, ctx: PassContext, *, last_logits_only: bool
     ) -> _Found:
         """Return a traced forward whose attentions are found; no size of a cache changes that."""
-        key = (captured.phase, captured.several, last_logits_only, ctx.config)
+        key = (captured.phase, last_logits_only, ctx.config)
         if key not in self._found:
             gm = captured.copy()
             first = StageRecord(

@@ -1,7 +1,7 @@
 """The two sizes that a program leaves open, and the numbers that stand for them in a graph.
 
-A forward is traced with sample numbers in the place of the prompt's length and, for several
-sequences, of their count. Both are primes that divide no size of a model, so a size in the graph
+A forward is traced with sample numbers in the place of the prompt's length and of the number of
+sequences. Both are primes that divide no size of a model, so a size in the graph
 says what it is made of: 10009 * 64 is the prompt's length times 64. Numbers, not symbols, since
 shapes of plain numbers are computed a hundred times faster.
 
@@ -38,20 +38,25 @@ NUM_TOKENS: Final = "num_tokens"
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Numbers that stand for the open sizes; 1 where a size is not open."""
+    """Numbers that stand for the open sizes; in a decode there is one token."""
 
     batch: int
     tokens: int
 
-    def of(self, *, several: bool, many: bool) -> Samples:
-        """Return these for a program of several sequences or one, of many tokens or one."""
-        return Samples(self.batch if several else 1, self.tokens if many else 1)
+    def of(self, phase: str) -> Samples:
+        """Return these for a prefill, or for a decode."""
+        return self if phase == "prefill" else Samples(self.batch, 1)
 
 
 # More tokens than most sliding windows: transformers drops the mask of a prompt that one holds.
 SAMPLES: Final = Samples(10007, 10009)
-# A second trace with other numbers shows what depends on them.
-OTHER_SAMPLES: Final = Samples(20011, 30011)
+# A second trace with other numbers shows what depends on them: of a single sequence, for that is
+# what a forward may treat otherwise.
+OTHER_SAMPLES: Final = Samples(1, 30011)
+
+
+# More than any constant that is added to a size, and less than any sample.
+_MOST_OFFSET: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,6 @@ def common_size(first: int, second: int, ours: Samples, theirs: Samples) -> Size
             continue
         factor, rest = divmod(first - second, mine - other)
         offset = first - factor * mine
-        if rest == 0 and abs(offset) < min(mine, other):
+        if rest == 0 and abs(offset) < _MOST_OFFSET:
             return Size(factor, batch_power, tokens_power, offset)
     return None

@@ -50,20 +50,19 @@ def test_marker_returns_shapes_alone_when_traced() -> None:
     assert new_k is not k
 
 
-@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("phase", PHASES)
 def test_graph_holds_one_marker_for_each_layer_and_no_other_state(
-    llama: nn.Module, phase: str, several: bool
+    llama: nn.Module, phase: str
 ) -> None:
-    graph = capture(llama, phase, several=several, last_logits_only=True)
+    graph = capture(llama, phase, last_logits_only=True)
     markers = find_ops(graph.graph_module.graph, "kv_update")
     assert [node.args[2] for node in markers] == [0, 1]
     assert set(graph.inputs.values()) == {"input_ids", "position_ids"}
     own = {tensor.data_ptr() for tensor in (*llama.parameters(), *llama.buffers())}
     assert {weight.data_ptr() for weight in graph.weights.values()} <= own
     assert {id(p) for p in llama.parameters()} <= {id(w) for w in graph.weights.values()}
-    sizes = {BATCH_SIZE: several, NUM_TOKENS: phase == "prefill"}
-    named = {*graph.inputs, *(n for n, is_open in sizes.items() if is_open), *graph.weights}
+    sizes = {BATCH_SIZE, NUM_TOKENS} if phase == "prefill" else {BATCH_SIZE}
+    named = {*graph.inputs, *sizes, *graph.weights}
     assert {node.name for node in placeholders(graph.graph_module)} == named
 
 
@@ -76,15 +75,14 @@ def test_weights_may_be_on_the_meta_device() -> None:
     assert len(report.sparse_sites) == 2
 
 
-@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_node_has_a_value_with_samples_for_the_open_sizes(
-    llama: nn.Module, phase: str, several: bool
+    llama: nn.Module, phase: str
 ) -> None:
-    gm = capture(llama, phase, several=several, last_logits_only=True).graph_module
+    gm = capture(llama, phase, last_logits_only=True).graph_module
     inner = [node for node in gm.graph.nodes if node.op != "output"]
     assert all("val" in node.meta for node in inner)
-    samples = SAMPLES.of(several=several, many=phase == "prefill")
+    samples = SAMPLES.of(phase)
     (logits,) = fake_value(next(n for n in gm.graph.nodes if n.op == "output"))
     assert tuple(logits.shape) == (samples.batch, 1, 256)
     ids = next(fake_value(n) for n in placeholders(gm) if n.name == "input_ids")
@@ -94,7 +92,7 @@ def test_every_node_has_a_value_with_samples_for_the_open_sizes(
 @pytest.mark.parametrize("phase", PHASES)
 def test_no_argument_is_a_sample(llama: nn.Module, phase: str) -> None:
     """A graph runs with any numbers: what depends on the open sizes is a node."""
-    gm = capture(llama, phase, several=True, last_logits_only=True).graph_module
+    gm = capture(llama, phase, last_logits_only=True).graph_module
     for node in gm.graph.nodes:
         numbers = [x for x in leaves_of((node.args, node.kwargs)) if type(x) is int]
         assert not [x for x in numbers if size_of(x).is_open], node.format_node()
@@ -108,7 +106,7 @@ def test_a_copy_leaves_the_capture_as_it_was(captured: dict[str, CapturedGraph])
 
 
 @torch.no_grad()
-def test_four_captures_compute_every_shape() -> None:
+def test_two_captures_compute_every_shape() -> None:
     """A module without a cache has no marker, so its graph can run."""
     module = PlainCausalLM()
     model = as_causal_lm(module)
@@ -116,7 +114,7 @@ def test_four_captures_compute_every_shape() -> None:
         ("prefill", 1, 2), ("prefill", 2, 90), ("prefill", 5, 7), ("decode", 1, 1),
         ("decode", 5, 1),
     ]:  # fmt: skip
-        graph = capture(model, phase, several=batch_size > 1, last_logits_only=True)
+        graph = capture(model, phase, last_logits_only=True)
         generator = torch.Generator().manual_seed(num_tokens)
         ids = torch.randint(0, 256, (batch_size, num_tokens), generator=generator)
         positions = torch.arange(num_tokens).expand(batch_size, -1) + 3
@@ -128,7 +126,7 @@ def test_four_captures_compute_every_shape() -> None:
 
 
 def test_all_logits_are_kept_when_asked_for(llama: nn.Module) -> None:
-    gm = capture(llama, "prefill", several=True, last_logits_only=False).graph_module
+    gm = capture(llama, "prefill", last_logits_only=False).graph_module
     (logits,) = fake_value(next(n for n in gm.graph.nodes if n.op == "output"))
     assert tuple(logits.shape) == (SAMPLES.batch, SAMPLES.tokens, 256)
 

@@ -33,7 +33,7 @@ class Start:
     def __init__(self, model, captured=None, batch_size=1, rank=None):
         self.model = model
         captures = captures_of(model)
-        self.captured = captured or captures.get("decode", several=batch_size > 1)
+        self.captured = captured or captures.get("decode")
         gm = self.captured.copy()
         ctx = PassContext(
             SpardaConfig(), "decode", dict(captures.windows), "Model", None, MACHINES["cpu"]

@@ -53,14 +53,16 @@ def test_what_is_no_product_and_no_sum_is_not_known(one, other):
 
 
 def test_a_size_that_is_not_open_is_a_number():
-    ours, theirs = (s.of(several=False, many=True) for s in (SAMPLES, THEIRS))
-    assert (ours.batch, ours.tokens) == (1, T)
-    assert common_size(T, THEIRS.tokens, ours, theirs) == Size(1, 0, 1)
+    ours, theirs = (s.of("decode") for s in (SAMPLES, THEIRS))
+    assert (ours.batch, ours.tokens) == (SAMPLES.batch, 1)
+    assert common_size(SAMPLES.batch * 4, 4, ours, theirs) == Size(4, 1, 0)
     assert common_size(3, 4, ours, theirs) is None
+    assert SAMPLES.of("prefill") == SAMPLES
 
 
 def test_samples_are_unlike_any_size_of_a_model():
-    numbers = (SAMPLES.batch, SAMPLES.tokens, THEIRS.batch, THEIRS.tokens)
-    assert len(set(numbers)) == 4
+    numbers = (SAMPLES.batch, SAMPLES.tokens, THEIRS.tokens)
+    assert len(set(numbers)) == 3
+    assert THEIRS.batch == 1
     for number in numbers:
         assert all(number % small for small in range(2, 200)), number

@@ -79,7 +79,7 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
     Keys and values are still computed, and go into the sum, so that no compiler drops them. There
     is no cache; the program runs on one of this layout, which is empty.
     """
-    captured = captures.get("decode", several=batch_size > 1)
+    captured = captures.get("decode")
     config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
     machine = machine_for(None, captured.device)
     gm = captured.copy()

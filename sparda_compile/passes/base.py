@@ -101,10 +101,10 @@ class PassContext:
         windows: Sliding window of each layer from the model's config, 0 for none; a layer that
             is not named has none.
         model: Class name of the model, for messages.
-        layout: Sizes of the KV cache, with a sample number for several sequences; None only
-            before FindAttention has run.
+        layout: Sizes of the KV cache, with a sample number of sequences; None only before
+            FindAttention has run.
         machine: Constants that the scheduler plans with.
-        batch_size: Sequences that the schedule is made for; 1 unless the graph is for several.
+        batch_size: Sequences that the schedule is made for.
     """
 
     config: SpardaConfig

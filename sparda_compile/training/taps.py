@@ -131,7 +131,7 @@ def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> Ta
         PassError: If a rotation cannot be applied to a Forecast.
         UnsupportedInputError: If every attention has a sliding window.
     """
-    captured = captures.get("prefill", several=batch_size > 1, last_logits_only=True)
+    captured = captures.get("prefill", last_logits_only=True)
     gm = captured.copy()
     ctx = PassContext(
         config, "prefill", dict(captures.windows), captures.model_name, None, MACHINES["cpu"]

@@ -69,7 +69,7 @@ def test_soft_cap_bounds_the_scores() -> None:
 def first_site(phase: str = "prefill") -> tuple[AttentionSite, dict[str, Tensor]]:
     """Return a hand-made module's first site, with keys that are repeated for their heads."""
     model = PlainCausalLM(group_form="repeat_interleave", num_heads=6, num_groups=3)
-    captured = capture(as_causal_lm(model), phase, several=True, last_logits_only=True)
+    captured = capture(as_causal_lm(model), phase, last_logits_only=True)
     gm = captured.copy()
     ctx = PassContext(SpardaConfig(), phase, {}, "Model", None, MACHINES["cpu"])
     FindAttention(captured.weights)(gm, ctx)

@@ -41,7 +41,7 @@ def calls(gm: fx.GraphModule) -> list[tuple[str, Any, int]]:
 
 
 def find_in(model: nn.Module, phase: str = "prefill") -> list[AttentionSite]:
-    captured = capture(as_causal_lm(model), phase, several=True, last_logits_only=True)
+    captured = capture(as_causal_lm(model), phase, last_logits_only=True)
     gm, counts = find(captured)
     assert counts == {"sites": 2, "sparse": 2, "window": 0}
     return sites_of(gm.graph)
@@ -49,7 +49,7 @@ def find_in(model: nn.Module, phase: str = "prefill") -> list[AttentionSite]:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_sites_are_tagged_and_counted(captures_of: Any, phase: str) -> None:
-    captured = captures_of("llama").get(phase, several=True)
+    captured = captures_of("llama").get(phase)
     gm, counts = find(captured)
     assert counts == {"sites": 2, "sparse": 2, "window": 0}
     assert gm.meta[FACTS_KEY] == {Fact.SITES_TAGGED}
@@ -70,7 +70,7 @@ def test_sites_are_tagged_and_counted(captures_of: Any, phase: str) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_only_names_and_metadata_change(captures_of: Any, phase: str) -> None:
-    captured = captures_of("llama").get(phase, several=True)
+    captured = captures_of("llama").get(phase)
     gm, _ = find(captured)
     assert calls(gm) == calls(captured.graph_module)
 
@@ -79,7 +79,7 @@ def test_layers_keep_their_own_kind(captures_of: Any) -> None:
     captures = captures_of("gemma3")
     assert captures.windows == {0: 16, 1: 0}
     for phase in PHASES:
-        captured = captures.get(phase, several=True)
+        captured = captures.get(phase)
         gm, counts = find(captured, captures.windows)
         assert counts == {"sites": 2, "sparse": 1, "window": 1}
         assert [(site.kind, site.window) for site in sites_of(gm.graph)] == [
@@ -92,13 +92,13 @@ def test_layers_keep_their_own_kind(captures_of: Any) -> None:
 def test_windows_that_the_graph_does_not_have_are_refused(
     captures_of: Any, windows: dict[int, int]
 ) -> None:
-    captured = captures_of("gemma3").get("prefill", several=True)
+    captured = captures_of("gemma3").get("prefill")
     with pytest.raises(AttentionNotFoundError, match=r"layer [01].*not causal attention"):
         find(captured, windows)
 
 
 def test_second_run_is_refused(captures_of: Any) -> None:
-    captured = captures_of("llama").get("decode", several=True)
+    captured = captures_of("llama").get("decode")
     gm, _ = find(captured)
     with pytest.raises(PassError, match="find_attention has already run"):
         run_passes(gm, [FindAttention(captured.weights)], context("decode"))
@@ -208,7 +208,7 @@ def test_graph_without_attention_is_refused() -> None:
 
 
 def test_attention_that_leaves_a_layer_out_is_refused(captures_of: Any) -> None:
-    captured = captures_of("llama").get("decode", several=True)
+    captured = captures_of("llama").get("decode")
     gm = captured.copy()
     anchor = next(n for n in gm.graph.nodes if call_name(n) == "scaled_dot_product_attention")
     with gm.graph.inserting_before(anchor):
