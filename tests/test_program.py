@@ -100,7 +100,7 @@ def test_weights_are_the_model_s_own(captures: Captures) -> None:
     assert own <= {tensor.data_ptr() for tensor in tensors}
     named = {value for value in arguments.values() if isinstance(value, str)}
     assert {"input_ids", "position_ids"} <= named
-    assert named - {"input_ids", "position_ids"} <= set(
+    assert named - {"input_ids", "position_ids", "batch_size"} <= set(
         KVCache(plan.layout, torch.device("cpu")).state
     )
 

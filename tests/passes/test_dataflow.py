@@ -75,7 +75,7 @@ def test_fused_projection_is_found_from_its_input(
 def rotated(site: AttentionSite, captured: CapturedGraph, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Return random unrotated queries and what the nodes of the rotation make of them."""
     generator = torch.Generator().manual_seed(0)
-    shape = concrete(tensor_shape(site.rotation_input), 1, num_tokens)
+    shape = concrete(tensor_shape(site.rotation_input), 2, num_tokens)
     before = torch.randn(shape, generator=generator)
     return before, evaluate(site.query, {site.rotation_input: before}, captured.weights, num_tokens)
 
@@ -83,7 +83,7 @@ def rotated(site: AttentionSite, captured: CapturedGraph, num_tokens: int) -> tu
 def test_rotation_turns_pairs_by_position_and_keeps_lengths(captures_of: Any) -> None:
     sites, captured = sites_in(captures_of("llama"))
     before, after = rotated(sites[1], captured, 9)
-    assert before.shape == after.shape == (1, 4, 9, 16)
+    assert before.shape == after.shape == (2, 4, 9, 16)
     torch.testing.assert_close(after[:, :, 0], before[:, :, 0])
     assert (after[:, :, 1:] - before[:, :, 1:]).abs().amax(-1).min() > 1e-3
     torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
@@ -100,7 +100,7 @@ def test_partial_rotation_leaves_the_other_half_alone(captures_of: Any) -> None:
     sites, captured = sites_in(captures_of("glm4"))
     for site in sites:
         before, after = rotated(site, captured, 9)
-        assert before.shape == after.shape == (1, 4, 9, 16)
+        assert before.shape == after.shape == (2, 4, 9, 16)
         torch.testing.assert_close(after[..., 8:], before[..., 8:], rtol=0, atol=0)
         torch.testing.assert_close(after[:, :, 0], before[:, :, 0])
         assert (after[:, :, 1:, :8] - before[:, :, 1:, :8]).abs().amax(-1).min() > 1e-3

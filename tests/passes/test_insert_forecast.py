@@ -17,6 +17,7 @@ from sparda_compile.passes.fx import (
 )
 from sparda_compile.passes.insert_forecast import HINT_KEY
 from sparda_compile.passes.manager import graph_text
+from sparda_compile.sizes import SAMPLES
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_forecast_replaces_the_query_of_every_score(inserted):
     for scores in find_ops(graph, "score_blocks"):
         assert argument(scores, "selector") == "forecast"
         assert argument(scores, "scale") == 1.0
-        assert tensor_shape(argument(scores, "query")) == (1, 2, 1, 16)
+        assert tensor_shape(argument(scores, "query")) == (SAMPLES.batch, 2, 1, 16)
 
 
 @pytest.mark.parametrize(("layer", "source"), [(0, 0), (1, 0)])

@@ -11,12 +11,15 @@ from sparda_compile.passes.find_attention import sites_of
 from sparda_compile.passes.fx import call_name, fake_value, find_ops, is_sparda, module_path
 from sparda_compile.passes.manager import FACTS_KEY
 from sparda_compile.passes.replace_attention import ReplaceAttention
+from sparda_compile.sizes import SAMPLES
 
 DECODE = [
     "score_blocks", "select_blocks", "plan_pages", "fetch_blocks", "append_kv", "update_summary",
     "sparse_attention", "store_blocks",
 ]  # fmt: skip
 PREFILL = ["prefill_attention", "extend_kv", "update_summary", "store_blocks"]
+
+B = SAMPLES.batch
 
 
 @pytest.fixture
@@ -114,16 +117,16 @@ def test_attention_takes_the_site_as_it_was_found(replaced):
 def test_selection_is_of_the_planned_size(replaced):
     gm, _, plan = replaced(top_k=3, local_blocks=2, sink_blocks=1)
     for ids in find_ops(gm.graph, "select_blocks"):
-        assert tuple(fake_value(ids).shape) == (1, 2, plan.layout.num_selected) == (1, 2, 7)
+        assert tuple(fake_value(ids).shape) == (B, 2, plan.layout.num_selected) == (B, 2, 7)
     (plan_pages, _) = find_ops(gm.graph, "plan_pages")
     assert [u.args[1] for u in plan_pages.users] == [0, 1, 2, 3, 4]
-    assert [tuple(fake_value(u).shape) for u in plan_pages.users] == [(1, 2, 7)] * 4 + [(1, 2)]
+    assert [tuple(fake_value(u).shape) for u in plan_pages.users] == [(B, 2, 7)] * 4 + [(B, 2)]
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_state_comes_as_inputs_of_the_layouts_shapes(replaced, phase):
     gm, _, plan = replaced(phase=phase)
-    specs = plan.layout.all_tensors()
+    specs = plan.layout.traced().all_tensors()
     inputs = {n.name: fake_value(n) for n in gm.graph.nodes if is_state(n)}
     mask = inputs.pop("sparda_token_mask", None)
     assert (mask is not None) == (phase == "prefill")
