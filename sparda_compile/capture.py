@@ -1,12 +1,12 @@
 """Stage 1: a model's forward becomes FX graphs, for prefill and for decode.
 
-The model's own forward runs once on fake tensors (`tracing.py`) with a cache whose `update` is one
-op, `sparda::kv_update`. So each attention site names its layer and its new keys and values, no KV
+The model's own forward runs on fake tensors (`tracing.py`) with a cache whose `update` is one op,
+`sparda::kv_update`. So each attention site names its layer and its new keys and values, no KV
 memory is allocated, and an attention that no pass rewrites fails loudly when it runs. Nothing is
 computed: weights may be on the meta device.
 
-The prompt's length stays open, and so does the number of sequences unless it is one: a second
-run with other numbers shows what depends on them (`sizes.py`). So four graphs serve every shape.
+The prompt's length and the number of sequences stay open: a second run with other numbers, of one
+sequence, shows what depends on them (`sizes.py`). So two graphs serve every shape.
 """
 
 from __future__ import annotations

@@ -167,6 +167,21 @@ class ByRoot(PlainCausalLM):
         return super().forward(input_ids, position_ids) * input_ids.shape[1] ** 0.5
 
 
+class ByCount(PlainCausalLM):
+    """Does something else for a single sequence."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits * 2 if len(input_ids) == 1 else logits
+
+
+class Squeezing(PlainCausalLM):
+    """Calls what does something else for a single sequence."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids).squeeze(0).view(len(input_ids), -1, 256)
+
+
 @pytest.mark.parametrize(
     ("model_class", "words"),
     [
@@ -174,6 +189,8 @@ class ByRoot(PlainCausalLM):
         (Counting, "changes module.calls of its module"),
         (Caching, "changes module.last of its module"),
         (ByLength, "for another prompt length or number of sequences it calls something else"),
+        (ByCount, "for another prompt length or number of sequences it calls something else"),
+        (Squeezing, "number of sequences it gets tensors of other dimensions"),
         (ByRoot, "for another prompt length or number of sequences it passes"),
     ],
 )
