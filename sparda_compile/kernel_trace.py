@@ -22,7 +22,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.kernels.sparse_attention import num_splits
+from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.passes.dependences import dependence_graph
 from sparda_compile.passes.effects import argument, stream_of
 from sparda_compile.passes.fx import call_name, fake_value, is_sparda
@@ -134,7 +134,7 @@ def split_replays(kernels: Iterable[Kernel]) -> list[list[Kernel]]:
     return [group for launch, group in launches.items() if launch >= 0 and len(group) > 1]
 
 
-def planned_nodes(graph: fx.Graph) -> tuple[PlannedNode, ...]:
+def planned_nodes(graph: fx.Graph, batch_size: int) -> tuple[PlannedNode, ...]:
     """Return the sparda nodes of a decode plan's graph, in program order."""
     dag = dependence_graph(graph)
     planned = []
@@ -144,7 +144,7 @@ def planned_nodes(graph: fx.Graph) -> tuple[PlannedNode, ...]:
         behind[node] = frozenset().union(*nearest)
         if not is_sparda(node):
             continue
-        kernels = _kernels(node)
+        kernels = _kernels(node, batch_size)
         layer = int(node.meta.get("sparda_layer", -1))
         planned.append(
             PlannedNode(
@@ -157,7 +157,7 @@ def planned_nodes(graph: fx.Graph) -> tuple[PlannedNode, ...]:
     return tuple(planned)
 
 
-def _kernels(node: fx.Node) -> tuple[str, ...]:
+def _kernels(node: fx.Node, batch_size: int) -> tuple[str, ...]:
     name = call_name(node)
     if name == "sparda.score_blocks":
         followed = _TRACE if argument(node, "trace") is not None else ()
@@ -166,7 +166,8 @@ def _kernels(node: fx.Node) -> tuple[str, ...]:
         return _SUMMARIES.get(argument(node, "summary"), ())
     if name == "sparda.sparse_attention":
         pages, ids = (fake_value(argument(node, each)) for each in ("pages", "block_ids"))
-        if num_splits(pages, ids) == 1:
+        groups, selected = ids.shape[1:]
+        if blocks_per_split(batch_size * groups, selected, pages.shape[4]) >= selected:
             return ("_partials",)
     return _OTHERS.get(name, ())
 

@@ -186,7 +186,7 @@ def measure_step(
         path = trace or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    nodes = planned_nodes(plan.graph_module.graph)
+    nodes = planned_nodes(plan.graph_module.graph, plan.layout.batch_size)
     return measure(events, schedule, nodes, torch.cuda.get_device_name(), step_us)
 
 

@@ -63,15 +63,16 @@ def test_schedule_that_was_left_out(fast, changes):
         module.sparda.schedule("decode")
 
 
-def test_graph_is_of_the_batch_that_ran_last(fast):
-    module = optimize(fast, CONFIG)
+def test_graph_is_of_the_capacity_that_ran_last_and_of_any_batch(fast):
+    module = optimize(fast, CONFIG.replace(max_tokens=None))
     sizes = []
-    for batch_size in (1, 3):
-        module(torch.zeros(batch_size, 5, dtype=torch.long))
+    for num_tokens in (5, 900):
+        module(torch.zeros(2, num_tokens, dtype=torch.long))
         graph = module.sparda.graph("prefill").graph
-        pages = next(n for n in graph.nodes if n.name == "sparda_pages_0")
-        sizes.append(pages.meta["val"].shape[0])
-    assert sizes == [1, SAMPLES.batch]
+        table = next(n for n in graph.nodes if n.name == "sparda_block_table_0")
+        sizes.append(tuple(table.meta["val"].shape))
+    assert [size[0] for size in sizes] == [SAMPLES.batch] * 2
+    assert sizes[0][2] < sizes[1][2]
 
 
 def test_counts(fast):

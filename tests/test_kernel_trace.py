@@ -86,9 +86,9 @@ def shared_model():
     return tiny_llama()
 
 
-def kernels_by_op(trace_steps=0, **settings):
+def kernels_by_op(trace_steps=0, batch_size=1, **settings):
     found = collections.defaultdict(set)
-    for node in planned_nodes(plan(trace_steps, **settings).graph_module.graph):
+    for node in planned_nodes(plan(trace_steps, **settings).graph_module.graph, batch_size):
         found[node.op.removeprefix("sparda.")].add(node.kernels)
     return found
 
@@ -118,6 +118,9 @@ def test_nodes_of_a_forecast_plan():
 def test_what_is_attended_to_in_splits_is_merged():
     found = kernels_by_op(top_k=32, mode="query", offload="always")
     assert found["sparse_attention"] == {("_partials", "_merge")}
+    # So many sequences feed the GPU by themselves.
+    found = kernels_by_op(batch_size=4096, top_k=32, mode="query", offload="always")
+    assert found["sparse_attention"] == {("_partials",)}
 
 
 def test_nodes_of_an_exact_plan():
@@ -137,7 +140,7 @@ def test_nodes_without_offload_copy_nothing():
 
 
 def test_events_link_a_wait_to_its_copy():
-    nodes = planned_nodes(plan(4, mode="forecast", offload="always").graph_module.graph)
+    nodes = planned_nodes(plan(4, mode="forecast", offload="always").graph_module.graph, 1)
     started = {n.event for n in nodes if n.op.endswith(("prefetch_blocks", "offload_blocks"))}
     waited = {n.event for n in nodes if n.op == "sparda.wait_blocks"}
     assert started == waited
@@ -273,7 +276,7 @@ def test_op_that_runs_before_what_it_depends_on_is_refused():
 
 
 def test_nodes_know_what_they_depend_on():
-    nodes = planned_nodes(plan(4, mode="forecast", offload="always").graph_module.graph)
+    nodes = planned_nodes(plan(4, mode="forecast", offload="always").graph_module.graph, 1)
     by_op = {(n.op.removeprefix("sparda."), n.layer): n for n in nodes}
 
     def is_behind(later, earlier):

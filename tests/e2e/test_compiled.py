@@ -72,9 +72,13 @@ class Steps:
         self.cache = eager.new_cache()
         eager(self.tokens[:, :PROMPT], past_key_values=self.cache)
         self.before = {name: t.clone() for name, t in self.cache.kv.state.items()}
-        self.program = fast.program("decode", batch_size, SMALL["max_tokens"], last_only=True)
+        self.program, self.eager = (
+            module.program("decode", batch_size, SMALL["max_tokens"], last_only=True)
+            for module in (fast, eager)
+        )
 
-    def run(self, engine):
+    def run(self, engine, program=None):
+        program = program or self.program
         for name, tensor in self.cache.kv.state.items():
             tensor.copy_(self.before[name])
         logits = []
@@ -82,7 +86,7 @@ class Steps:
             for place in range(PROMPT, PROMPT + STEPS):
                 ids = self.tokens[:, place : place + 1].clone()
                 positions = torch.full_like(ids, place)
-                logits.append(self.program(ids, positions, None, self.cache.kv).clone())
+                logits.append(program(ids, positions, None, self.cache.kv).clone())
         return torch.stack(logits)
 
 
@@ -119,7 +123,8 @@ def steps(traced):
 def test_late_streams_change_nothing(steps, mode, family, batch_size):
     mine = steps(mode, family, batch_size)
     undelayed = mine.run(ImmediateEngine())
-    assert torch.isfinite(undelayed).all()
+    eager = mine.run(ImmediateEngine(), mine.eager)
+    torch.testing.assert_close(undelayed, eager, rtol=1e-3, atol=1e-3)
     for seed in SEEDS:
         engine = DeferredEngine(seed)
         assert torch.equal(mine.run(engine), undelayed), f"seed {seed}"

@@ -20,7 +20,7 @@ MODES = ("dense", "query", "forecast", "exact")
 PROMPTS = (1, 63, 64, 65, 700)
 RAGGED = (700, 65, 130)
 # Two blocks fill on the way, whatever the prompt.
-NEW_TOKENS = 34
+NEW_TOKENS = 20
 # One plain, one with sliding layers beside full ones.
 EVERY_RUN = ("llama", "gemma3")
 EAGER_LENGTHS = (RAGGED, (1,), (65,))
