@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparda_compile.fake_runner import FakeRunner, freeze, leaves_of, map_leaves
+from sparda_compile.fake_runner import FakeRunner, freeze, map_leaves
 from sparda_compile.kernels.gpu.launch import collect_launches
 from sparda_compile.ops import INSTRUCTIONS, implementation
-from sparda_compile.passes.fx import fake_arguments, fake_value, find_ops
+from sparda_compile.passes.fx import call_name, fake_arguments, fake_value, find_ops
 from sparda_compile.sizes import concrete
 from sparda_compile.streams import ImmediateEngine, use_engine
 
@@ -34,34 +34,65 @@ def launches_of(graph: fx.Graph, batch_size: int, device: torch.device) -> list[
         batch_size: Sequences.
         device: A GPU.
     """
-    ops = find_ops(graph, *INSTRUCTIONS)
-    values = [v for node in ops for v in leaves_of(fake_value(node)) if isinstance(v, Tensor)]
-    runner = FakeRunner.of(values[0].fake_mode)  # type: ignore[attr-defined]
+    return _Run(graph, batch_size, device).launches()
 
-    def real(leaf: Any) -> Any:
+
+class _Run:
+    """A step on fake tensors of the sizes that it will have; the model's nodes have theirs."""
+
+    def __init__(self, graph: fx.Graph, batch_size: int, device: torch.device) -> None:
+        self._graph = graph
+        self._batch_size = batch_size
+        self._device = device
+        values = (fake_value(node) for node in graph.nodes if node.op == "placeholder")
+        self._runner = FakeRunner.of(
+            next(v.fake_mode for v in values if isinstance(v, Tensor))  # type: ignore[attr-defined]
+        )
+        # How an op is split hangs on the batch, so what ops return is computed here.
+        self._results: dict[fx.Node, Any] = {}
+        self._seen: dict[Any, Any] = {}
+
+    def launches(self) -> list[Launch]:
+        """Run all ops."""
+        found: dict[Any, Launch] = {}
+        for node in find_ops(self._graph, *INSTRUCTIONS):
+            found |= {_key(launch): launch for launch in self._run(node)}
+            for user in node.users:
+                if call_name(user) == "getitem":
+                    self._results[user] = self._results[node][user.args[1]]
+        return list(found.values())
+
+    def _run(self, node: fx.Node) -> list[Launch]:
+        args, kwargs = fake_arguments(node, self._value)
+        parts: list[Any] = [node.target]
+        freeze((args, kwargs), parts, [])
+        key = tuple(parts)
+        launches: list[Launch] = []
+        if key not in self._seen:
+            function = implementation(node.target, "cuda")
+            with (
+                collect_launches() as launches,
+                use_engine(ImmediateEngine()),
+                self._runner.fake_mode,
+                torch.no_grad(),
+            ):
+                self._seen[key] = function(*args, **kwargs)
+        self._results[node] = self._seen[key]
+        return launches
+
+    def _value(self, node: fx.Node) -> Any:
+        return (
+            self._results[node]
+            if node in self._results
+            else map_leaves(fake_value(node), self._real)
+        )
+
+    def _real(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        shape, stride = (concrete(sizes, batch_size, 1) for sizes in (leaf.shape, leaf.stride()))
-        return runner.new(shape, stride, leaf.dtype, device)
-
-    seen: set[Any] = set()
-    found: dict[Any, Launch] = {}
-    for node in ops:
-        args, kwargs = map_leaves(fake_arguments(node), real)
-        parts: list[Any] = [node.target]
-        if not freeze((args, kwargs), parts, []) or tuple(parts) in seen:
-            continue
-        seen.add(tuple(parts))
-        function = implementation(node.target, "cuda")
-        with (
-            collect_launches() as launches,
-            use_engine(ImmediateEngine()),
-            runner.fake_mode,
-            torch.no_grad(),
-        ):
-            function(*args, **kwargs)
-        found |= {_key(launch): launch for launch in launches}
-    return list(found.values())
+        sizes = (leaf.shape, leaf.stride())
+        shape, stride = (concrete(numbers, self._batch_size, 1) for numbers in sizes)
+        return self._runner.new(shape, stride, leaf.dtype, self._device)
 
 
 def _key(launch: Launch) -> tuple[Any, ...]:

@@ -64,3 +64,11 @@ def test_sizes_are_those_of_the_cache(found):
 def test_layers_launch_the_same(found):
     launches = found()
     assert len(launches) == len({launch.kernel for launch in launches})
+
+
+def test_splits_are_those_of_the_batch(found):
+    for batch_size, several in ((1, True), (4096, False)):
+        launches = found(batch_size, 4096, mode="exact", hint="previous_step", top_k=64)
+        (merge,) = (it for it in launches if it.kernel.__name__ == "_merge")
+        assert merge.args[0].shape[:2] == (batch_size, 2)
+        assert (merge.args[0].shape[2] > 1) == several

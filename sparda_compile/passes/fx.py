@@ -188,9 +188,9 @@ def mapped_arguments(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[A
     return fx.node.map_arg(node.args, change), fx.node.map_arg(node.kwargs, change)
 
 
-def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
-    """Return a node's arguments with fake values in the place of nodes, and event 0 for any."""
-    args, kwargs = mapped_arguments(node, fake_value)
+def fake_arguments(node: fx.Node, value: Callable[[fx.Node], Any] = fake_value) -> tuple[Any, Any]:
+    """Return a node's arguments with values in the place of nodes, and event 0 for any event."""
+    args, kwargs = mapped_arguments(node, value)
     place = _event_place(node.target)
     if place is not None and place < len(args):
         args = (*args[:place], 0, *args[place + 1 :])

@@ -74,8 +74,9 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     launches = _collected.get()
     if launches is not None:
         return lambda *args, **options: launches.append(Launch(kernel, grid, args, options))
-    for future in _PENDING.pop(kernel, ()):
-        future.result()
+    if _PENDING:  # a kernel's hash is that of its source
+        for future in _PENDING.pop(kernel, ()):
+            future.result()
     launcher: Callable[..., Any] = kernel[grid]
     return launcher
 
