@@ -74,7 +74,7 @@ class Plan:
         Raises:
             ConfigError: If there is no such stage.
         """
-        by_name = {stage.name: stage.graph_module for stage in self.stages}
+        by_name = {stage.name: stage for stage in self.stages}
         if name is None:
             return self.stages[-1].graph_module
         if name == SPLIT:
@@ -82,7 +82,7 @@ class Plan:
         if name not in by_name:
             stages = ", ".join((*by_name, SPLIT))
             raise ConfigError(f"after={name!r} is no stage; stages are {stages}.")
-        return by_name[name]
+        return by_name[name].graph_module  # made again when it is first looked at
 
 
 def planned_capacity(config: SpardaConfig) -> int:
@@ -145,7 +145,7 @@ def _plan(
 
     def graph_after(last: str) -> fx.Graph:
         again = snapshot(found.graph_module)
-        run_passes(again, PIPELINE[1 : _place(last) + 1], planned)
+        run_passes(again, PIPELINE[1 : _place(last) + 1], planned, graph_after)
         return again.graph
 
     stages = run_passes(gm, PIPELINE[1:], planned, graph_after)

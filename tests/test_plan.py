@@ -132,3 +132,10 @@ def test_plans_of_a_model_find_its_attentions_once_and_share_no_graph(captures: 
     for plan in (one, other):
         nodes = set(plan.graph_module.graph.nodes)
         assert all(site.hidden in nodes for site in plan.sites)
+
+
+def test_only_the_stage_that_is_asked_for_is_made(captures: Captures) -> None:
+    plan = plan_of(captures)
+    plan.stage("insert_prefetch")
+    made = [stage.name for stage in plan.stages if "graph" in stage.__dict__]
+    assert made == ["insert_prefetch"]
