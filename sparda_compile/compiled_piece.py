@@ -39,7 +39,8 @@ _PATCHES: Final = {
     # rounding: a schedule would change the logits. So every op rounds as it does in eager.
     "emulate_precision_casts": True,
     # Else it compiles up to six forms of a kernel and times them, when it first runs and again in
-    # every process. On an H200 the one form is as fast, in a prefill and in a decode.
+    # every process. On an H200 one form is as fast, in a prefill and in a decode:
+    # `benchmarks/results/2026-11-29-h200-piece-options.json`.
     "triton.autotune_pointwise": False,
 }
 

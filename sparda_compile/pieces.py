@@ -31,7 +31,7 @@ from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, size_of, size_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Piece", "compiled_pieces", "make_piece", "num_compilations"]
+__all__ = ["Piece", "compiled_pieces", "make_piece"]
 
 # What may share the memory of its first input.
 _VIEWS: Final = frozenset(
@@ -261,8 +261,3 @@ _COMPILED: Final[dict[str, CompiledPiece]] = {}
 def compiled_pieces() -> dict[str, CompiledPiece]:
     """Return the pieces that this process has compiled or is about to, by key."""
     return dict(_COMPILED)
-
-
-def num_compilations() -> int:
-    """Return how often this process has compiled a piece, or taken one from Inductor's disk."""
-    return sum(piece.num_variants for piece in _COMPILED.values())

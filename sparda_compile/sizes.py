@@ -27,7 +27,6 @@ __all__ = [
     "Size",
     "common_size",
     "concrete",
-    "has_open",
     "size_of",
     "size_text",
 ]
@@ -92,11 +91,6 @@ def size_of(number: int) -> Size:
                 number //= sample
                 powers[i] += 1
     return Size(int(number), *powers)
-
-
-def has_open(shape: Iterable[int]) -> bool:
-    """Whether a shape depends on an open size."""
-    return any(size_of(int(number)).is_open for number in shape)
 
 
 def concrete(shape: Iterable[int], batch: int, tokens: int) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from sparda_compile.sizes import (
     Size,
     common_size,
     concrete,
-    has_open,
     size_of,
     size_text,
 )
@@ -33,8 +32,6 @@ def test_a_size_in_words(number, text):
 
 def test_numbers_are_put_in_for_open_sizes():
     assert concrete((B, 4, T, B * T, 16), 3, 7) == (3, 4, 7, 21, 16)
-    assert has_open((4, T))
-    assert not has_open((4, 16))
 
 
 @pytest.mark.parametrize(
