@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import TransferRaceError
@@ -95,6 +96,13 @@ def nosa():
     model = tiny_nosa()
     fast = optimize(model, SpardaConfig(mode="dense", lowering="eager"))
     return SimpleNamespace(model=model, fast=fast)
+
+
+@pytest.fixture(autouse=True)
+def _every_piece_is_kept():
+    """Raise where a piece is one that a second process could not find on disk."""
+    with functorch_config.patch(strict_autograd_cache=True):
+        yield
 
 
 @pytest.fixture
