@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparda_compile.cli import main
+from sparda_compile.cli.main import main
 
 if __name__ == "__main__":
     main()

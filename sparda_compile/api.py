@@ -17,18 +17,18 @@ from sparda_compile.errors import (
     ConfigError,
     UnsupportedInputError,
 )
-from sparda_compile.forecast_start import initial_forecast
-from sparda_compile.forecast_weights import fit_forecast, load_forecast, rank_of
+from sparda_compile.forecast.start import initial_forecast
+from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
+from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
-from sparda_compile.plan import Captures, Plan, forecast_shapes, make_plan, planned_capacity
-from sparda_compile.traced import captures_of
+from sparda_compile.program.plan import Captures, Plan, forecast_shapes, make_plan, planned_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparda_compile.forecast_projection import Projection
-    from sparda_compile.module import OptimizedModule
+    from sparda_compile.forecast.projection import Projection
+    from sparda_compile.module.optimized import OptimizedModule
     from sparda_compile.report import Report
 
 __all__ = ["explain", "optimize"]
@@ -65,7 +65,7 @@ def optimize(
         AttentionNotFoundError: If it has no attention, or one that is not implemented.
         ConfigError: If the configuration or the Forecast weights do not fit the model.
     """
-    from sparda_compile.module import OptimizedModule
+    from sparda_compile.module.optimized import OptimizedModule
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
@@ -117,7 +117,7 @@ def explain(
     Raises:
         ConfigError: If the configuration does not fit the model.
     """
-    from sparda_compile.report.build import build_report, refused_report
+    from sparda_compile.program.explain import build_report, refused_report
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)

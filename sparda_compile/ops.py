@@ -15,83 +15,25 @@
     end         wait_blocks(ticket, [host_l])
                 advance_lengths(lengths)
 
-This is the narrow waist: passes know these names and schemas, nothing behind them.
+This is the narrow waist: passes know these names and what `isa/table.py` says of them, nothing
+behind them. Each op says what it is where it is defined; importing this module fills the table.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from sparda_compile.kernels.prefill_attention import prefill_attention
-from sparda_compile.kernels.score_blocks import score_blocks
-from sparda_compile.kernels.select_blocks import all_blocks, select_blocks
-from sparda_compile.kernels.sparse_attention import (
-    attend_missing,
-    attend_resident,
+from sparda_compile.isa.table import INSTRUCTIONS
+from sparda_compile.kernels import (  # noqa: F401 - fills the table
+    prefill_attention,
+    score_blocks,
+    select_blocks,
     sparse_attention,
+    window_attention,
 )
-from sparda_compile.kernels.window_attention import window_attention
-from sparda_compile.runtime.append import (
-    advance_lengths,
-    append_kv,
-    extend_kv,
-    recall_ids,
-    remember_ids,
-    update_summary,
-)
-from sparda_compile.runtime.block_table import plan_pages, select_pages
-from sparda_compile.runtime.transfer import (
-    fetch_blocks,
-    fork_stream,
-    offload_blocks,
-    prefetch_blocks,
-    store_blocks,
-    wait_blocks,
-)
+from sparda_compile.runtime import append, block_table, transfer  # noqa: F401 - fills the table
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["OPS"]
 
-__all__ = ["INSTRUCTIONS", "implementation"]
-
-INSTRUCTIONS: Final = {
-    op._name.removeprefix("sparda::"): op
-    for op in (
-        score_blocks,
-        select_blocks,
-        all_blocks,
-        plan_pages,
-        select_pages,
-        fork_stream,
-        fetch_blocks,
-        prefetch_blocks,
-        wait_blocks,
-        store_blocks,
-        offload_blocks,
-        append_kv,
-        extend_kv,
-        update_summary,
-        remember_ids,
-        recall_ids,
-        advance_lengths,
-        sparse_attention,
-        attend_resident,
-        attend_missing,
-        prefill_attention,
-        window_attention,
-    )
-}
-
-
-def implementation(target: Any, device_type: str) -> Callable[..., Any]:
-    """Return the Python function of an op on a device, which is what its dispatcher calls.
-
-    The dispatcher takes about 0.1 ms a call, for autograd and for modes, which a step has not.
-
-    Args:
-        target: The op, as a graph has it.
-        device_type: `cpu` or `cuda`.
-    """
-    op: Any = INSTRUCTIONS[target._schema.name.removeprefix("sparda::")]
-    function: Callable[..., Any] = op._backend_fns.get(device_type) or op._init_fn
-    return function
+OPS: Final[dict[str, Any]] = {name: it.op for name, it in INSTRUCTIONS.items() if not it.is_marker}
+"""What programs are made of: each op, as `torch.library` made it, by its name."""

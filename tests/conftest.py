@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -46,13 +47,13 @@ hypothesis.settings.load_profile("sparda")
 SLOWEST = (
     "e2e/test_models.py",
     "e2e/test_random_models.py",
-    "test_lower.py",
-    "passes/test_verify_transfers.py",
+    "program/test_lower.py",
+    "check/test_verify_transfers.py",
     "e2e/test_reference.py",
     "e2e/test_unsupported.py",
     "e2e/test_bit_equal.py",
-    "test_cli.py",
-    "test_capture.py",
+    "cli/test_main.py",
+    "capture/test_forward.py",
 )
 
 
@@ -137,8 +138,8 @@ class ModelsPage:
 @pytest.fixture(scope="session")
 def decode_trace() -> SimpleNamespace:
     """Return the events of two replays of a decode step, the plan's nodes and its schedule."""
-    from sparda_compile.kernel_trace import PlannedNode
-    from sparda_compile.schedule import Schedule, ScheduleRow
+    from sparda_compile.profiling.kernel_trace import PlannedNode
+    from sparda_compile.report.schedule import Schedule, ScheduleRow
 
     path = Path(__file__).parent / "data" / "decode_trace.json"
     plain = json.loads(path.read_text(encoding="utf-8"))
@@ -218,3 +219,50 @@ def _fill(tensor: torch.Tensor) -> None:
     else:
         limits = torch.iinfo(tensor.dtype)
         tensor.fill_(limits.min or limits.max)
+
+
+@functools.cache
+def _captures(model):
+    from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
+    from sparda_compile.program.plan import Captures
+    from sparda_compile.testing import build
+
+    causal_lm = as_causal_lm(build(model))
+    return Captures(causal_lm, sliding_windows(causal_lm))
+
+
+@functools.cache
+def _plan(model, phase, batch_size, max_tokens, config):
+    from sparda_compile.program.plan import make_plan
+
+    return make_plan(_captures(model), phase, config, batch_size=batch_size, max_tokens=max_tokens)
+
+
+@pytest.fixture(scope="session")
+def captures_of():
+    """Return the traced forwards of a tiny model, by name."""
+    return _captures
+
+
+@pytest.fixture(scope="session")
+def plan_of():
+    """Return a function that plans a tiny model; its plans are shared, so tests copy graphs."""
+    from sparda_compile.config import SpardaConfig
+
+    def plan(model="llama", phase="decode", *, batch_size=1, max_tokens=8192, **settings):
+        return _plan(model, phase, batch_size, max_tokens, SpardaConfig(**settings))
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def context_of():
+    """Return a function that gives what the passes of a plan knew."""
+    from sparda_compile.passes.base import PassContext
+    from sparda_compile.passes.machine import MACHINES
+
+    def context(plan):
+        layout, phase = plan.layout, plan.captured.phase
+        return PassContext(layout.config, phase, {}, "Model", layout, MACHINES["h200"])
+
+    return context

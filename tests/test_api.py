@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from sparda_compile import SpardaConfig, SpardaError, explain, optimize
-from sparda_compile.cache_name import CACHE_NAME
+from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.errors import (
     AttentionNotFoundError,
     CaptureError,

@@ -11,7 +11,7 @@ from sparda_compile import SpardaConfig
 from sparda_compile.config import HINT_NAMES, MACHINE_NAMES, SELECTOR_NAMES, round_up
 from sparda_compile.errors import ConfigError
 from sparda_compile.hints import HINTS
-from sparda_compile.machine import MACHINES
+from sparda_compile.passes.machine import MACHINES
 from sparda_compile.selectors import SELECTORS
 
 REFUSED = {

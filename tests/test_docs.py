@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from sparda_compile import errors, ops, optimize
-from sparda_compile.cache_layout import LENGTHS, CacheLayout, LayerShape
 from sparda_compile.config import SpardaConfig
+from sparda_compile.graph.nodes import is_sparda
+from sparda_compile.graph.text import graph_text
+from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
-from sparda_compile.passes.fx import is_sparda
-from sparda_compile.passes.manager import graph_text
-from sparda_compile.plan import make_plan
+from sparda_compile.program.plan import make_plan
+from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape
 from sparda_compile.testing import tiny_llama
-from sparda_compile.traced import captures_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -115,7 +115,7 @@ def fact_table():
 
 def op_sections():
     sections = []
-    for name, op in ops.INSTRUCTIONS.items():
+    for name, op in ops.OPS.items():
         schema = op._opoverload._schema
         writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         first_line = op._init_fn.__doc__.splitlines()[0]

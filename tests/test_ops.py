@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
 from sparda_compile.kernels.sparse_attention import blocks_per_split
-from sparda_compile.ops import INSTRUCTIONS
+from sparda_compile.ops import OPS
 
 ROWS, GROUPS, HEADS, DIM, SIZE, BLOCKS, PAGES, SELECTED = 2, 2, 6, 60, 16, 5, 4, 3
 GEOMETRY = (BLOCKS, SIZE, 8, 4)
@@ -67,6 +67,7 @@ def samples():
         "fetch_blocks": (*misses, host, pages),
         "prefetch_blocks": (*misses, host, pages, 1, ticket),
         "wait_blocks": (ticket, [pages], [ids], 1),
+        "record_event": ([ids], 3, 2),
         "store_blocks": ([], tail, None, int32([79, 64]), None, pages, host, counters),
         "offload_blocks": (prompt, None, mask, int32([73, 64]), *stored, 2, ticket),
         "append_kv": (*new, tail, lengths, pages),
@@ -94,21 +95,21 @@ def packet(name):
 
 
 def test_every_instruction_has_a_sample():
-    assert set(samples()) == set(INSTRUCTIONS)
+    assert set(samples()) == set(OPS)
 
 
 def test_documented_program_names_instructions_only():
     named = set(re.findall(r"\b(\w+)\(", ops.__doc__)) - {"rope", "linear"}
-    assert named <= set(INSTRUCTIONS)
+    assert named <= set(OPS)
     assert len(named) > 10
 
 
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
     torch.library.opcheck(packet(name), samples()[name])
 
 
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("name", OPS)
 def test_only_what_is_declared_is_mutated(name):
     """Sharper than opcheck: of a list, too, and what is declared does change in a sample."""
     args = samples()[name]
@@ -130,7 +131,7 @@ def same(old, new):
     return torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
 
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("name", OPS)
 def test_fake_results_have_the_real_metadata(name):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

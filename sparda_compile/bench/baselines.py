@@ -23,7 +23,7 @@ from transformers import StaticCache
 
 from sparda_compile.bench.memory import dense_kv_bytes, free_everything, too_big
 from sparda_compile.bench.timing import Spread, time_calls
-from sparda_compile.cache_name import CACHE_NAME
+from sparda_compile.capture.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

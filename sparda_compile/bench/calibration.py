@@ -17,7 +17,7 @@ import torch
 
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 from sparda_compile.environment import write_result
-from sparda_compile.machine import Machine, calibration_file
+from sparda_compile.passes.machine import Machine, calibration_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from sparda_compile.bench.programs import KNOBS
-from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.config import SpardaConfig
 from sparda_compile.runtime.host_pool import free_host_bytes
+from sparda_compile.state.layout import CacheLayout, LayerShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

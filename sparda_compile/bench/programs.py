@@ -15,18 +15,19 @@ from typing import Final
 
 import torch
 
-from sparda_compile.cache_layout import CacheLayout
 from sparda_compile.config import Lowering, SpardaConfig
-from sparda_compile.forecast_start import initial_forecast
-from sparda_compile.machine import machine_for
+from sparda_compile.forecast.start import initial_forecast
+from sparda_compile.graph.emit import Emitter
+from sparda_compile.graph.site import sites_of
 from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.find_attention import FindAttention, sites_of
-from sparda_compile.passes.fuse_projections import FuseProjections
-from sparda_compile.passes.fx import Emitter
+from sparda_compile.passes.find.find_attention import FindAttention
+from sparda_compile.passes.machine import machine_for
 from sparda_compile.passes.manager import FACTS_KEY, run_passes
-from sparda_compile.passes.replace_attention import replace_and_erase
-from sparda_compile.plan import Captures, Plan, forecast_shapes, make_plan
-from sparda_compile.program import Program
+from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
+from sparda_compile.passes.rewrite.replace_attention import replace_and_erase
+from sparda_compile.program.plan import Captures, Plan, forecast_shapes, make_plan
+from sparda_compile.program.program import Program
+from sparda_compile.state.layout import CacheLayout
 
 __all__ = ["KNOBS", "build_body", "build_program"]
 

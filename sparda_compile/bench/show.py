@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from sparda_compile.machine import Machine
+    from sparda_compile.passes.machine import Machine
 
 __all__ = [
     "print_budget",

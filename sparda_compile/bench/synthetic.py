@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparda_compile.cache_layout import LENGTHS, state_name
 from sparda_compile.runtime.block_table import assign_pages
+from sparda_compile.state.layout import LENGTHS, state_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional as F
 
-from sparda_compile.cache_name import cache_of
+from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import round_up
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.forecast_weights import projections_of
+from sparda_compile.forecast.weights import projections_of
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS, Geometry
 

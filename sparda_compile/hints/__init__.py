@@ -1,8 +1,5 @@
 """Hints: one small file each. To add one, write the file and name it here and in config."""
 
-# Passes insert hints, and hints are written with the tools of passes: whichever is imported first,
-# the passes begin.
-import sparda_compile.passes  # noqa: F401
 from sparda_compile.hints.base import Hint, HintPoint
 from sparda_compile.hints.forecast import ForecastHint
 from sparda_compile.hints.next_query import NextQueryHint

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from sparda_compile.passes.fx import Emitter
+from sparda_compile.graph.emit import Emitter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import fx
 
-    from sparda_compile.cache_layout import CacheLayout, LayerShape
-    from sparda_compile.passes.base import AttentionSite
-    from sparda_compile.passes.replace_attention import StateInputs
+    from sparda_compile.graph.site import AttentionSite
+    from sparda_compile.graph.writer import StateInputs
+    from sparda_compile.state.layout import CacheLayout, LayerShape
 
 __all__ = ["Hint", "HintPoint", "late_inputs"]
 

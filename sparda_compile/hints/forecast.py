@@ -15,32 +15,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from sparda_compile.errors import PassError
-from sparda_compile.forecast_projection import ProjectionShape, graph_input
+from sparda_compile.forecast.projection import ProjectionShape, graph_input
+from sparda_compile.graph.emit import clone_region
+from sparda_compile.graph.nodes import fake_value, program_order, tensor_shape
+from sparda_compile.graph.writer import select_by_score
 from sparda_compile.hints.base import late_inputs
-from sparda_compile.passes.fx import (
-    clone_region,
-    fake_value,
-    program_order,
-    tensor_shape,
-)
-from sparda_compile.passes.replace_attention import select_by_score
 
 if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.hints.base import HintPoint
-    from sparda_compile.passes.base import AttentionSite
+from sparda_compile.graph.site import forecast_dim
 
-__all__ = ["ForecastHint", "emit_forecast", "forecast_dim"]
-
-
-def forecast_dim(target: AttentionSite) -> int:
-    """Return the width of one head of the projection that predicts a site's query.
-
-    It is that of the query before its rotation, behind which a model may append channels.
-    """
-    shape = tensor_shape(target.rotation_input)
-    return int(shape[3]) if target.rotation and len(shape) == 4 else target.head_dim
+__all__ = ["ForecastHint", "emit_forecast"]
 
 
 def emit_forecast(point: HintPoint) -> fx.Node:

@@ -17,9 +17,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.errors import PassError
+from sparda_compile.graph.emit import clone_region
+from sparda_compile.graph.nodes import nodes_between, program_order, tensor_shape
+from sparda_compile.graph.writer import select_by_score
 from sparda_compile.hints.base import late_inputs
-from sparda_compile.passes.fx import clone_region, nodes_between, program_order, tensor_shape
-from sparda_compile.passes.replace_attention import select_by_score
 
 if TYPE_CHECKING:
     from torch import fx

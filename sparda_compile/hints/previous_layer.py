@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.passes.fx import tensor_shape
+from sparda_compile.graph.nodes import tensor_shape
 
 if TYPE_CHECKING:
     from torch import fx

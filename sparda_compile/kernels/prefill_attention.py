@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparda_compile.isa.define import define
+
 __all__ = ["masked_attention", "prefill_attention", "token_positions"]
 
 _QUERY_CHUNK = 256
@@ -90,7 +92,10 @@ def past_keys_values(
     return keys.flatten(2, 3), values.flatten(2, 3)
 
 
-@torch.library.custom_op("sparda::prefill_attention", mutates_args=())
+@define(
+    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    before=("extend_kv",),  # which may evict what attention reads of the past
+)
 def prefill_attention(
     query: Tensor,
     k: Tensor,
@@ -143,19 +148,3 @@ def prefill_attention(
         softcap,
         0,
     )
-
-
-@prefill_attention.register_fake
-def _(
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    token_mask: Tensor,
-    lengths: Tensor,
-    pages: Tensor,
-    host: Tensor,
-    block_table: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    return query.new_empty(query.shape)

@@ -8,18 +8,20 @@ has a Triton kernel in `gpu/score.py`, or its `score` runs there as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
 from sparda_compile.selectors import SELECTORS, Geometry
-from sparda_compile.streams import current_engine
 
 __all__ = ["score_blocks"]
 
 _BEST: Final = 1e30
+_TRACE_KERNELS: Final = ("_raise_scores",)
 
 
 def _kernel(selector: str) -> Callable[..., None] | None:
@@ -40,7 +42,18 @@ def follow_trace(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor) -> N
     scores_BGN.masked_fill_(named_BGN, _BEST)
 
 
-@torch.library.custom_op("sparda::score_blocks", mutates_args=())
+def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
+    del batch_size
+    followed = _TRACE_KERNELS if arguments["trace"] is not None else ()
+    return SELECTORS[arguments["selector"]].kernels + followed
+
+
+@define(
+    fake=lambda a: a.query.new_empty((*a.summary[0].shape[:2], a.num_blocks), dtype=torch.float32),
+    kernels=(*(k for s in SELECTORS.values() for k in s.kernels), *_TRACE_KERNELS),
+    launched=_launched,
+    before=("update_summary",),  # the new token's block is selected whatever its score
+)
 def score_blocks(
     query: Tensor,
     summary: Sequence[Tensor],
@@ -98,25 +111,3 @@ def score_blocks(
 
     current_engine().submit(stream, work)
     return scores
-
-
-@score_blocks.register_fake
-def _(
-    query: Tensor,
-    summary: Sequence[Tensor],
-    lengths: Tensor,
-    selector: str,
-    scale: float,
-    num_blocks: int,
-    block_size: int,
-    pool_size: int,
-    pool_stride: int,
-    stream: int = 0,
-    after: Tensor | None = None,
-    trace: Tensor | None = None,
-    short_list: int = 0,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-) -> Tensor:
-    batch, groups = summary[0].shape[:2]
-    return query.new_empty(batch, groups, num_blocks, dtype=torch.float32)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparda_compile.streams import current_engine
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
 
 __all__ = ["all_blocks", "select_blocks", "select_blocks_reference"]
 
@@ -42,7 +43,10 @@ def select_blocks_reference(
     return ids.masked_fill(ids == num_blocks, -1).int()
 
 
-@torch.library.custom_op("sparda::select_blocks", mutates_args=())
+@define(
+    fake=lambda a: a.scores.new_empty((*a.scores.shape[:2], a.num_selected), dtype=torch.int32),
+    kernels=("_select_pages",),
+)
 def select_blocks(
     scores: Tensor,
     lengths: Tensor,
@@ -84,21 +88,7 @@ def select_blocks(
     return ids
 
 
-@select_blocks.register_fake
-def _(
-    scores: Tensor,
-    lengths: Tensor,
-    num_selected: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-    stream: int = 0,
-    after: Tensor | None = None,
-) -> Tensor:
-    return scores.new_empty(*scores.shape[:2], num_selected, dtype=torch.int32)
-
-
-@torch.library.custom_op("sparda::all_blocks", mutates_args=())
+@define(fake=lambda a: torch.empty_like(a.block_table))
 def all_blocks(block_table: Tensor, lengths: Tensor, block_size: int) -> Tensor:
     """Pick every existing block, for mode `dense`.
 
@@ -113,8 +103,3 @@ def all_blocks(block_table: Tensor, lengths: Tensor, block_size: int) -> Tensor:
     block_N = torch.arange(block_table.shape[-1], dtype=torch.int32, device=lengths.device)
     ids_BN = block_N.where(block_N <= (lengths // block_size)[:, None], -1)
     return ids_BN[:, None].expand(block_table.shape).contiguous()
-
-
-@all_blocks.register_fake
-def _(block_table: Tensor, lengths: Tensor, block_size: int) -> Tensor:
-    return torch.empty_like(block_table)

@@ -15,11 +15,19 @@ Reads K*2*P*D elements per sequence and group. On CUDA: `gpu/attention.py`.
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.table import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "attend_missing",
@@ -131,7 +139,29 @@ def _in_late_split(is_miss_BGK: Tensor, blocks: int) -> Tensor:
     return spread[..., : is_miss_BGK.shape[-1]]
 
 
-@torch.library.custom_op("sparda::sparse_attention", mutates_args=())
+def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
+    ids, pages = arguments["block_ids"], arguments["pages"]
+    groups, selected = ids.shape[1:]
+    is_one_split = blocks_per_split(batch_size * groups, selected, pages.shape[4]) >= selected
+    return ("_partials",) if is_one_split else ("_partials", "_merge")
+
+
+def _on(stream: int, results: tuple[Tensor, ...], work: Callable[[], tuple[Tensor, ...]]) -> None:
+    """Do work on a side stream; `results`, made on the compute stream, take what it returns."""
+
+    def fill() -> None:
+        for result, value in zip(results, work(), strict=True):
+            result.copy_(value)
+
+    current_engine().submit(stream, fill)
+
+
+@define(
+    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    kernels=("_partials", "_merge"),
+    launched=_launched,
+    behind=("fetch_blocks", "wait_blocks", "append_kv"),  # a token attends to itself
+)
 def sparse_attention(
     query: Tensor,
     pages: Tensor,
@@ -140,6 +170,8 @@ def sparse_attention(
     lengths: Tensor,
     scale: float,
     softcap: float,
+    stream: int = COMPUTE,
+    after: Tensor | None = None,
 ) -> Tensor:
     """Attend to the selected blocks, all of them resident.
 
@@ -151,44 +183,47 @@ def sparse_attention(
         lengths: [B] int32, position of the new token.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
+        stream: 0 compute, 3 attend.
+        after: Result of the fork that starts the side stream's work, if this op is first on it.
 
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
-    out, lse = split_partials(query, pages, page_ids, block_ids, lengths, scale, softcap)
-    return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
+    del after
+
+    def attend() -> Tensor:
+        if query.is_cuda:
+            from sparda_compile.kernels.gpu import attention
+
+            blocks = _split_size(pages, block_ids)
+            return attention.attend(
+                query, pages, page_ids, block_ids, lengths, scale, softcap, blocks
+            )
+        out, lse = split_partials(query, pages, page_ids, block_ids, lengths, scale, softcap)
+        return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
+
+    if stream == COMPUTE:
+        return attend()
+    result = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _on(stream, (result,), lambda: (attend(),))
+    return result
 
 
-@sparse_attention.register_fake
-def _(
-    query: Tensor,
-    pages: Tensor,
-    page_ids: Tensor,
-    block_ids: Tensor,
-    lengths: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    return query.new_empty(query.shape)
+def _fake_partials(arguments: Any) -> tuple[Tensor, Tensor]:
+    query, block_ids = arguments.query, arguments.block_ids
+    splits = num_splits(arguments.pages, block_ids)
+    shape = (*block_ids.shape[:2], splits, query.shape[1] // block_ids.shape[1])
+    lse = query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty((*shape, query.shape[-1]), dtype=torch.float32), lse
 
 
-@sparse_attention.register_kernel("cuda")
-def _(
-    query: Tensor,
-    pages: Tensor,
-    page_ids: Tensor,
-    block_ids: Tensor,
-    lengths: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    from sparda_compile.kernels.gpu.attention import attend
-
-    blocks = _split_size(pages, block_ids)
-    return attend(query, pages, page_ids, block_ids, lengths, scale, softcap, blocks)
-
-
-@torch.library.custom_op("sparda::attend_resident", mutates_args=())
+@define(
+    fake=_fake_partials,
+    results=("partial_out", "partial_lse"),
+    kernels=("_partials",),
+    part=Part("pages", "hits", by="is_miss"),
+    behind=("append_kv",),
+)
 def attend_resident(
     query: Tensor,
     pages: Tensor,
@@ -198,6 +233,8 @@ def attend_resident(
     lengths: Tensor,
     scale: float,
     softcap: float,
+    stream: int = COMPUTE,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the selected blocks that are resident while the others are on their way.
 
@@ -210,51 +247,41 @@ def attend_resident(
         lengths: [B] int32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
+        stream: 0 compute, 3 attend.
+        after: Result of the fork that starts the side stream's work, if this op is first on it.
 
     Returns:
         Partial outputs [B, G, S, R, D] fp32 and their log-sum-exps [B, G, S, R] fp32; empty
         (0, -inf) for splits with a missing block.
     """
-    late = _in_late_split(is_miss, _split_size(pages, is_miss))
-    resident = block_ids.masked_fill(late, -1)
-    return split_partials(query, pages, page_ids, resident, lengths, scale, softcap)
+    del after
 
+    def attend() -> tuple[Tensor, Tensor]:
+        if query.is_cuda:
+            from sparda_compile.kernels.gpu import attention
 
-@attend_resident.register_fake
-def _(
-    query: Tensor,
-    pages: Tensor,
-    page_ids: Tensor,
-    block_ids: Tensor,
-    is_miss: Tensor,
-    lengths: Tensor,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    splits = num_splits(pages, block_ids)
-    shape = (*block_ids.shape[:2], splits, query.shape[1] // block_ids.shape[1])
+            blocks = _split_size(pages, block_ids)
+            return attention.partials(
+                query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks
+            )
+        late = _in_late_split(is_miss, _split_size(pages, is_miss))
+        resident = block_ids.masked_fill(late, -1)
+        return split_partials(query, pages, page_ids, resident, lengths, scale, softcap)
+
+    if stream == COMPUTE:
+        return attend()
+    shape = (*block_ids.shape[:2], num_splits(pages, block_ids), query.shape[1] // pages.shape[1])
     lse = query.new_empty(shape, dtype=torch.float32)
-    return query.new_empty((*shape, query.shape[-1]), dtype=torch.float32), lse
+    out = query.new_empty((*shape, query.shape[-1]), dtype=torch.float32)
+    _on(stream, (out, lse), attend)
+    return out, lse
 
 
-@attend_resident.register_kernel("cuda")
-def _(
-    query: Tensor,
-    pages: Tensor,
-    page_ids: Tensor,
-    block_ids: Tensor,
-    is_miss: Tensor,
-    lengths: Tensor,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    from sparda_compile.kernels.gpu.attention import partials
-
-    blocks = _split_size(pages, block_ids)
-    return partials(query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks)
-
-
-@torch.library.custom_op("sparda::attend_missing", mutates_args=())
+@define(
+    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    kernels=("_partials", "_merge"),
+    behind=("wait_blocks",),
+)
 def attend_missing(
     query: Tensor,
     pages: Tensor,
@@ -266,6 +293,8 @@ def attend_missing(
     partial_lse: Tensor,
     scale: float,
     softcap: float,
+    stream: int = COMPUTE,
+    after: Tensor | None = None,
 ) -> Tensor:
     """Attend to the blocks that were missing and merge with the resident ones (repair).
 
@@ -280,52 +309,33 @@ def attend_missing(
         partial_lse: [B, G, S, R] fp32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
+        stream: 0 compute, 3 attend.
+        after: Result of the fork that starts the side stream's work, if this op is first on it.
 
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
+    del after
     blocks = _split_size(pages, is_miss)
-    is_late = _in_splits(is_miss, blocks, 0).any(-1)
-    missing = block_ids.masked_fill(~_in_late_split(is_miss, blocks), -1)
-    out, lse = split_partials(query, pages, page_ids, missing, lengths, scale, softcap)
-    out = torch.where(is_late[..., None, None], out, partial_out)
-    lse = torch.where(is_late[..., None], lse, partial_lse)
-    return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
 
+    def repair() -> Tensor:
+        if query.is_cuda:
+            from sparda_compile.kernels.gpu import attention
 
-@attend_missing.register_fake
-def _(
-    query: Tensor,
-    pages: Tensor,
-    page_ids: Tensor,
-    block_ids: Tensor,
-    is_miss: Tensor,
-    lengths: Tensor,
-    partial_out: Tensor,
-    partial_lse: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    return query.new_empty(query.shape)
+            late = attention.partials(
+                query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks,
+                missing=True,
+            )  # fmt: skip
+            return attention.merge(partial_out, partial_lse, late, query.dtype)
+        is_late = _in_splits(is_miss, blocks, 0).any(-1)
+        missing = block_ids.masked_fill(~_in_late_split(is_miss, blocks), -1)
+        out, lse = split_partials(query, pages, page_ids, missing, lengths, scale, softcap)
+        out = torch.where(is_late[..., None, None], out, partial_out)
+        lse = torch.where(is_late[..., None], lse, partial_lse)
+        return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
 
-
-@attend_missing.register_kernel("cuda")
-def _(
-    query: Tensor,
-    pages: Tensor,
-    page_ids: Tensor,
-    block_ids: Tensor,
-    is_miss: Tensor,
-    lengths: Tensor,
-    partial_out: Tensor,
-    partial_lse: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    from sparda_compile.kernels.gpu.attention import merge, partials
-
-    late = partials(
-        query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap,
-        _split_size(pages, block_ids), missing=True,
-    )  # fmt: skip
-    return merge(partial_out, partial_lse, late, query.dtype)
+    if stream == COMPUTE:
+        return repair()
+    result = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _on(stream, (result,), lambda: (repair(),))
+    return result

@@ -10,12 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.define import define
 from sparda_compile.kernels.prefill_attention import masked_attention, token_positions
 
 __all__ = ["window_attention"]
 
 
-@torch.library.custom_op("sparda::window_attention", mutates_args=("ring_k", "ring_v"))
+@define(
+    mutates=("ring_k", "ring_v"),
+    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+)
 def window_attention(
     query: Tensor,
     k: Tensor,
@@ -72,18 +76,3 @@ def window_attention(
     ring_k[row, :, slot] = k[row, :, column]
     ring_v[row, :, slot] = v[row, :, column]
     return out
-
-
-@window_attention.register_fake
-def _(
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    token_mask: Tensor | None,
-    lengths: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    return query.new_empty(query.shape)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.passes.find_attention import FindAttention
-from sparda_compile.passes.fuse_projections import FuseProjections
-from sparda_compile.passes.fuse_selection import FuseSelection
-from sparda_compile.passes.insert_forecast import InsertForecast
-from sparda_compile.passes.insert_prefetch import InsertPrefetch
-from sparda_compile.passes.replace_attention import ReplaceAttention
-from sparda_compile.passes.schedule_transfers import ScheduleTransfers
-from sparda_compile.passes.verify_transfers import VerifyTransfers
+from sparda_compile.passes.check.verify_transfers import VerifyTransfers
+from sparda_compile.passes.find.find_attention import FindAttention
+from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
+from sparda_compile.passes.rewrite.fuse_selection import FuseSelection
+from sparda_compile.passes.rewrite.insert_forecast import InsertForecast
+from sparda_compile.passes.rewrite.insert_prefetch import InsertPrefetch
+from sparda_compile.passes.rewrite.replace_attention import ReplaceAttention
+from sparda_compile.passes.schedule.schedule_transfers import ScheduleTransfers
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import GraphPass

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import fx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sparda_compile.cache_layout import CacheLayout
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.machine import Machine
-    from sparda_compile.schedule import Schedule
+    from sparda_compile.passes.machine import Machine
+    from sparda_compile.report.schedule import Schedule
+    from sparda_compile.state.layout import CacheLayout
 
-__all__ = ["AttentionSite", "Fact", "GraphPass", "PassContext", "PassResult"]
+__all__ = ["Fact", "GraphPass", "PassContext", "PassResult"]
 
 
 class Fact(enum.Enum):
@@ -32,63 +30,6 @@ class Fact(enum.Enum):
     SELECTION_FUSED = "a selection and its plan are one op where they can be"
     TRANSFERS_SCHEDULED = "every transfer has its place and its stream"
     TRANSFERS_VERIFIED = "no two conflicting accesses are unordered"
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSite:
-    """One attention of the model, as nodes of the graph.
-
-    Attributes:
-        layer: Index of the decoder layer.
-        module: Path of the attention module.
-        form: `sdpa` or `eager`.
-        anchor: Node whose value is the attention output [B, H, T, D].
-        query: [B, H, T, D], after rotation.
-        k: New keys [B, G, T, D], after rotation.
-        v: New values [B, G, T, D].
-        hidden: [B, T, hidden], the tensor that feeds the query projection.
-        projection: The linear that makes the query.
-        rotation_input: Where the rotation of the query begins; `query` itself if there is none.
-        rotation: Nodes from `rotation_input` (left out) to `query`.
-        num_heads: H.
-        num_groups: G.
-        head_dim: D.
-        scale: Factor on q . k.
-        softcap: Soft cap on the scores, 0.0 for none.
-        window: Sliding window in tokens, 0 for none.
-    """
-
-    layer: int
-    module: str
-    form: str
-    anchor: fx.Node
-    query: fx.Node
-    k: fx.Node
-    v: fx.Node
-    hidden: fx.Node
-    projection: fx.Node
-    rotation_input: fx.Node
-    rotation: tuple[fx.Node, ...]
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    scale: float
-    softcap: float
-    window: int
-
-    @property
-    def kind(self) -> str:
-        """`window` for a sliding window, which stays dense; else `sparse`."""
-        return "window" if self.window else "sparse"
-
-    def mapped(self, change: Callable[[fx.Node], fx.Node]) -> AttentionSite:
-        """Return the site with something else in the place of each node."""
-        nodes: dict[str, Any] = {
-            field.name: change(value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), fx.Node)
-        }
-        return dataclasses.replace(self, **nodes, rotation=tuple(map(change, self.rotation)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from sparda_compile.errors import ConfigError, PassError, SpardaError
-from sparda_compile.passes.fx import copy_graph
-from sparda_compile.passes.spec import check_spec
+from sparda_compile.graph.nodes import copy_graph
+from sparda_compile.passes.check.spec import check_spec
 from sparda_compile.progress import stage
-from sparda_compile.sizes import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sparda_compile.passes.base import Fact, GraphPass, PassContext
-    from sparda_compile.schedule import Schedule
+    from sparda_compile.report.schedule import Schedule
+from sparda_compile.graph.nodes import as_module
+from sparda_compile.graph.text import graph_text
 
-__all__ = ["FACTS_KEY", "StageRecord", "as_module", "check_disabled", "run_passes", "snapshot"]
+__all__ = ["FACTS_KEY", "StageRecord", "check_disabled", "run_passes"]
 
 _log = logging.getLogger(__name__)
 
@@ -167,63 +168,6 @@ def check_disabled(
             )
 
 
-def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a graph module that passes may change; weights are shared."""
-    copy = as_module(copy_graph(gm.graph))
-    copy.meta = dict(gm.meta)
-    return copy
-
-
-def as_module(graph: fx.Graph) -> fx.GraphModule:
-    """Return a module of a graph; its Python is written when it is first called or shown.
-
-    Passes look at the graph alone, and its Python takes as long to write as a pass to run.
-    """
-    from torch.fx._lazy_graph_module import _LazyGraphModule
-
-    return _LazyGraphModule({}, graph)
-
-
 def _dump(gm: fx.GraphModule, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.txt").write_text(graph_text(gm) + "\n")
-
-
-def graph_text(gm: fx.GraphModule) -> str:
-    """Return a graph as text: one line per node, placeholders of weights left out."""
-    lines = []
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and not node.users:
-            continue
-        lines.append(_line(node))
-    return "\n".join(lines)
-
-
-def _line(node: fx.Node) -> str:
-    from sparda_compile.passes.fx import call_name, fake_value
-
-    value = fake_value(node)
-    shape = f": {_shape(value)}" if hasattr(value, "shape") else ""
-    if node.op == "placeholder":
-        return f"%{node.name}{shape} = input"
-    if node.op == "output":
-        return f"return {node.args[0]}"
-    arguments = [_text(a) for a in node.args]
-    arguments += [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
-    return f"%{node.name}{shape} = {call_name(node)}({', '.join(arguments)})"
-
-
-def _shape(value: object) -> str:
-    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
-    return f"{dtype}[{', '.join(size_text(s) for s in getattr(value, 'shape', ()))}]"
-
-
-def _text(argument: object) -> str:
-    if isinstance(argument, fx.Node):
-        return f"%{argument.name}"
-    if isinstance(argument, (list, tuple)):
-        return f"[{', '.join(_text(a) for a in argument)}]"
-    if isinstance(argument, slice):
-        parts = (argument.start, argument.stop)
-        return ":".join("" if p is None else _text(p) for p in parts)
-    return "..." if argument is Ellipsis else str(argument)

@@ -20,14 +20,15 @@ import string
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
-from sparda_compile.schedule import ScheduleRow
+from sparda_compile.isa.streams import COMPUTE, SELECT, STREAM_NAMES
+from sparda_compile.report.schedule import ScheduleRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparda_compile.report.model import PassSummary, Report
-    from sparda_compile.schedule import Schedule
+    from sparda_compile.report.schedule import Schedule
 
 __all__ = ["write_html"]
 
@@ -110,6 +111,12 @@ def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = end
 
 
+def _streams(schedules: Sequence[Schedule]) -> tuple[str, ...]:
+    """Return the names of the streams that have a lane: the usual ones, and any that is used."""
+    used = (row.stream for schedule in schedules for row in schedule.rows)
+    return STREAM_NAMES[: max(*used, SELECT, COMPUTE) + 1]
+
+
 def _payload(
     title: str,
     schedules: Sequence[Schedule],
@@ -120,6 +127,7 @@ def _payload(
     return {
         "title": title,
         "row_fields": _ROW_FIELDS,
+        "streams": _streams(schedules),
         "schedules": [_plain_schedule(schedule) for schedule in schedules],
         "measured": {
             phase: [list(dataclasses.asdict(row).values()) for row in rows]

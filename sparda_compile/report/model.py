@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparda_compile.schedule import Schedule
+    from sparda_compile.report.schedule import Schedule
 
 __all__ = ["LayerPlan", "PassSummary", "Report", "SiteSummary"]
 

@@ -8,20 +8,24 @@ advance_lengths   end of the step: the new tokens are now past
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.table import Work
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.selectors import SUMMARIES, Geometry
-from sparda_compile.streams import current_engine
 
 __all__ = ["advance_lengths", "append_kv", "extend_kv", "update_summary"]
 
 
-@torch.library.custom_op("sparda::append_kv", mutates_args=("pages",))
+@define(mutates=("pages",), work=Work.NEW_TOKENS, kernels=("_append_kv",))
 def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: Tensor) -> None:
     """Write one token per sequence to its tail page.
 
@@ -46,16 +50,12 @@ def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: T
         pages[rows, heads, page, 0, offset] = k[:, :, 0]
         pages[rows, heads, page, 1, offset] = v[:, :, 0]
 
-    current_engine().submit(0, work)
+    current_engine().submit(COMPUTE, work)
 
 
-@append_kv.register_fake
-def _(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op(
-    "sparda::extend_kv", mutates_args=("pages", "block_table", "page_block", "page_stamp")
+@define(
+    mutates=("pages", "block_table", "page_block", "page_stamp"),
+    before=("store_blocks", "offload_blocks"),
 )
 def extend_kv(
     k: Tensor,
@@ -118,30 +118,23 @@ def extend_kv(
     pages[row, head, page, 1, offset] = v[row, head, column]
 
 
-@extend_kv.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    token_mask: Tensor,
-    lengths: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    page_block: Tensor,
-    page_stamp: Tensor,
-    sink_blocks: int,
-    local_blocks: int,
-    eviction: str,
-) -> None:
-    return None
-
-
 def _kernel(summary: str) -> Callable[..., None] | None:
     from sparda_compile.kernels.gpu.append import SUMMARY_KERNELS
 
     return SUMMARY_KERNELS.get(summary)
 
 
-@torch.library.custom_op("sparda::update_summary", mutates_args=("tensors",))
+def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
+    del batch_size
+    return SUMMARIES[arguments["summary"]].kernels
+
+
+@define(
+    mutates=("tensors",),
+    work=Work.NEW_TOKENS,
+    kernels=[name for summary in SUMMARIES.values() for name in summary.kernels],
+    launched=_launched,
+)
 def update_summary(
     k: Tensor,
     lengths: Tensor,
@@ -175,25 +168,10 @@ def update_summary(
         else:
             SUMMARIES[summary].extend(tensors, k, lengths, token_mask, geometry)
 
-    current_engine().submit(0, work)
+    current_engine().submit(COMPUTE, work)
 
 
-@update_summary.register_fake
-def _(
-    k: Tensor,
-    lengths: Tensor,
-    token_mask: Tensor | None,
-    tensors: Sequence[Tensor],
-    summary: str,
-    num_blocks: int,
-    block_size: int,
-    pool_size: int,
-    pool_stride: int,
-) -> None:
-    return None
-
-
-@torch.library.custom_op("sparda::remember_ids", mutates_args=("last_block_ids",))
+@define(mutates=("last_block_ids",))
 def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
     """Keep this step's selection for the next step's hint.
 
@@ -201,26 +179,19 @@ def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
         block_ids: [B, G, K] int32.
         last_block_ids: [B, G, K] int32, updated.
     """
-    current_engine().submit(0, lambda: last_block_ids.copy_(block_ids))  # type: ignore[arg-type]
+    current_engine().submit(COMPUTE, lambda: last_block_ids.copy_(block_ids))  # type: ignore[arg-type]
 
 
-@remember_ids.register_fake
-def _(block_ids: Tensor, last_block_ids: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("sparda::recall_ids", mutates_args=())
+@define(
+    fake=lambda a: torch.empty_like(a.last_block_ids),
+    before=("remember_ids",),  # else the hint were this step's own selection
+)
 def recall_ids(last_block_ids: Tensor) -> Tensor:
     """Return the last step's selection as the hint for this one, [B, G, K] int32."""
     return last_block_ids.clone()
 
 
-@recall_ids.register_fake
-def _(last_block_ids: Tensor) -> Tensor:
-    return torch.empty_like(last_block_ids)
-
-
-@torch.library.custom_op("sparda::advance_lengths", mutates_args=("lengths",))
+@define(mutates=("lengths",))
 def advance_lengths(token_mask: Tensor | None, lengths: Tensor) -> None:
     """Count the new tokens of the step that ends here.
 
@@ -229,8 +200,3 @@ def advance_lengths(token_mask: Tensor | None, lengths: Tensor) -> None:
         lengths: [B] int32, updated.
     """
     lengths += 1 if token_mask is None else token_mask.sum(1).int()
-
-
-@advance_lengths.register_fake
-def _(token_mask: Tensor | None, lengths: Tensor) -> None:
-    return None

@@ -9,15 +9,21 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.runtime.eviction import TOUCHES_HITS, victim_order
-from sparda_compile.streams import current_engine
 
 __all__ = ["assign_pages", "plan_pages", "select_pages"]
 
+# What a plan updates, and what it returns.
+TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
+PLAN_RESULTS: Final = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
 _HITS, _MISSES, _PREFETCHED, _REPAIRED = range(4)
 
 
@@ -86,9 +92,14 @@ def _scatter(target: Tensor, index: Tensor, values: Tensor, mask: Tensor) -> Non
     target.copy_(padded[..., :size])
 
 
-@torch.library.custom_op(
-    "sparda::plan_pages", mutates_args=("block_table", "page_block", "page_stamp", "counters")
-)
+def _fake_plan(arguments: Any) -> tuple[Tensor, ...]:
+    block_ids = arguments.block_ids
+    ids = [torch.empty_like(block_ids) for _ in range(3)]
+    is_miss = torch.empty_like(block_ids, dtype=torch.bool)
+    return ids[0], is_miss, ids[1], ids[2], block_ids.new_empty(block_ids.shape[:2])
+
+
+@define(mutates=TABLES, fake=_fake_plan, results=PLAN_RESULTS, kernels=("_select_pages",))
 def plan_pages(
     block_ids: Tensor,
     lengths: Tensor,
@@ -177,27 +188,18 @@ def _plan(
         counters[_REPAIRED] += num_fetched
 
 
-@plan_pages.register_fake
-def _(
-    block_ids: Tensor,
-    lengths: Tensor,
-    block_table: Tensor,
-    page_block: Tensor,
-    page_stamp: Tensor,
-    counters: Tensor,
-    block_size: int,
-    eviction: str,
-    is_hint: bool,
-    stream: int = 0,
-    after: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids = [torch.empty_like(block_ids) for _ in range(3)]
-    is_miss = torch.empty_like(block_ids, dtype=torch.bool)
-    return ids[0], is_miss, ids[1], ids[2], block_ids.new_empty(block_ids.shape[:2])
+def _fake_selection(arguments: Any) -> tuple[Tensor, ...]:
+    shape = (*arguments.scores.shape[:2], arguments.num_selected)
+    ids = [arguments.lengths.new_empty(shape) for _ in range(4)]
+    is_miss = ids[0].new_empty(shape, dtype=torch.bool)
+    return ids[0], ids[1], is_miss, ids[2], ids[3], ids[0].new_empty(shape[:2])
 
 
-@torch.library.custom_op(
-    "sparda::select_pages", mutates_args=("block_table", "page_block", "page_stamp", "counters")
+@define(
+    mutates=TABLES,
+    fake=_fake_selection,
+    results=("block_ids", *PLAN_RESULTS),
+    kernels=("_select_pages",),
 )
 def select_pages(
     scores: Tensor,
@@ -258,26 +260,3 @@ def select_pages(
 
     current_engine().submit(stream, work)
     return ids, *out
-
-
-@select_pages.register_fake
-def _(
-    scores: Tensor,
-    lengths: Tensor,
-    block_table: Tensor,
-    page_block: Tensor,
-    page_stamp: Tensor,
-    counters: Tensor,
-    num_selected: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-    eviction: str,
-    is_hint: bool,
-    stream: int = 0,
-    after: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (*scores.shape[:2], num_selected)
-    ids = [lengths.new_empty(shape) for _ in range(4)]
-    is_miss = lengths.new_empty(shape, dtype=torch.bool)
-    return ids[0], ids[1], is_miss, ids[2], ids[3], lengths.new_empty(shape[:2])

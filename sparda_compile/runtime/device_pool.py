@@ -9,7 +9,7 @@ import torch
 from sparda_compile.errors import DevicePoolFullError
 
 if TYPE_CHECKING:
-    from sparda_compile.cache_layout import TensorSpec
+    from sparda_compile.state.layout import TensorSpec
 
 __all__ = ["DevicePool"]
 

@@ -11,7 +11,7 @@ from sparda_compile.errors import HostPoolFullError
 from sparda_compile.runtime.pinned import PinnedMemory
 
 if TYPE_CHECKING:
-    from sparda_compile.cache_layout import TensorSpec
+    from sparda_compile.state.layout import TensorSpec
 
 __all__ = ["HostPool", "free_host_bytes"]
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from sparda_compile.cache_layout import COUNTERS, LENGTHS, CacheLayout, state_name
 from sparda_compile.errors import KVCacheError
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
@@ -25,6 +24,7 @@ from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.pinned import check_host_access
 from sparda_compile.runtime.stats import CacheStats, LayerStats
 from sparda_compile.selectors import SUMMARIES
+from sparda_compile.state.layout import COUNTERS, LENGTHS, CacheLayout, state_name
 
 if TYPE_CHECKING:
     from torch import Tensor

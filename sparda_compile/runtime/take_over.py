@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparda_compile.cache_layout import LENGTHS, state_name
 from sparda_compile.errors import KVCacheError
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.runtime.append import advance_lengths, extend_kv, update_summary
 from sparda_compile.runtime.transfer import store_blocks
+from sparda_compile.state.layout import LENGTHS, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from sparda_compile.cache_layout import LayerShape
     from sparda_compile.runtime.kv_cache import KVCache
+    from sparda_compile.state.layout import LayerShape
 
 __all__ = ["take_over"]
 

@@ -5,7 +5,8 @@
     fetch_blocks      the same in line, on the compute stream
     offload_blocks    D2H of blocks that just became full, on the copy stream
     store_blocks      the same in line
-    wait_blocks       the compute stream goes on when a copy has ended
+    wait_blocks       a stream, mostly compute, goes on when a copy has ended
+    record_event      marks the point that any stream has reached, for a wait
 
 An async op names an event; its wait names the same one. The wait takes, as `keepalive`, every
 temporary that a side stream still reads or writes and nobody uses later, or a compiler would
@@ -23,15 +24,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.streams import COMPUTE, COPY
+from sparda_compile.isa.table import Part, Work
 from sparda_compile.kernels.prefill_attention import token_positions
-from sparda_compile.schedule import COMPUTE, COPY
-from sparda_compile.streams import current_engine
 
 __all__ = [
     "fetch_blocks",
     "fork_stream",
     "offload_blocks",
     "prefetch_blocks",
+    "record_event",
     "store_blocks",
     "wait_blocks",
 ]
@@ -132,7 +136,7 @@ def _ticket(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-@torch.library.custom_op("sparda::fork_stream", mutates_args=())
+@define(fake=lambda a: a.inputs[0].new_empty(0), forks=True, work=Work.NONE)
 def fork_stream(inputs: Sequence[Tensor], event: int) -> Tensor:
     """Let a side stream go on from here, with everything that was computed so far.
 
@@ -146,12 +150,7 @@ def fork_stream(inputs: Sequence[Tensor], event: int) -> Tensor:
     return _ticket(inputs[0])
 
 
-@fork_stream.register_fake
-def _(inputs: Sequence[Tensor], event: int) -> Tensor:
-    return inputs[0].new_empty(0)
-
-
-@torch.library.custom_op("sparda::fetch_blocks", mutates_args=("pages",))
+@define(mutates=("pages",), work=Work.TO_DEVICE, kernels=("_gather",))
 def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
     """Copy the missed blocks from the host to their pages, in line.
 
@@ -164,12 +163,15 @@ def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: T
     current_engine().submit(COMPUTE, lambda: _fetch(miss_blocks, miss_pages, host, pages))
 
 
-@fetch_blocks.register_fake
-def _(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("sparda::prefetch_blocks", mutates_args=("pages",))
+@define(
+    mutates=("pages",),
+    fake=lambda a: a.pages.new_empty(0),
+    stream=COPY,
+    starts=True,
+    work=Work.TO_DEVICE,
+    kernels=("_gather",),
+    part=Part("pages", "misses", by="miss_blocks"),
+)
 def prefetch_blocks(
     miss_blocks: Tensor,
     miss_pages: Tensor,
@@ -195,51 +197,52 @@ def prefetch_blocks(
     del after
     engine = current_engine()
     engine.submit(COPY, lambda: _fetch(miss_blocks, miss_pages, host, pages))
-    engine.record(event)
+    engine.record(event, COPY)
     return _ticket(pages)
 
 
-@prefetch_blocks.register_fake
-def _(
-    miss_blocks: Tensor,
-    miss_pages: Tensor,
-    host: Tensor,
-    pages: Tensor,
-    event: int,
-    after: Tensor | None = None,
-) -> Tensor:
-    return pages.new_empty(0)
-
-
-@torch.library.custom_op("sparda::wait_blocks", mutates_args=("buffers",))
+@define(mutates=("buffers",), waits=True, work=Work.NONE)
 def wait_blocks(
     ticket: Tensor,
     buffers: Sequence[Tensor],
     keepalive: Sequence[Tensor],
     event: int,
+    stream: int = COMPUTE,
 ) -> None:
-    """Make the compute stream wait for a copy.
+    """Make a stream wait for what another one has started.
 
     Args:
-        ticket: From the op that started the copy.
+        ticket: From the op that started it.
         buffers: What side streams have written or read: free to use from here on.
         keepalive: Temporaries that side streams use until here.
-        event: The event of the copy.
+        event: Its event.
+        stream: The stream that waits; 0 compute.
     """
-    current_engine().wait(event)
+    current_engine().wait(event, stream)
 
 
-@wait_blocks.register_fake
-def _(
-    ticket: Tensor,
-    buffers: Sequence[Tensor],
-    keepalive: Sequence[Tensor],
-    event: int,
-) -> None:
-    return None
+@define(fake=lambda a: a.inputs[0].new_empty(0), starts=True, work=Work.NONE)
+def record_event(inputs: Sequence[Tensor], event: int, stream: int) -> Tensor:
+    """Mark the point that a stream has reached, so that others can wait for it.
+
+    Args:
+        inputs: What the stream has made by then; keeps the mark behind what makes it.
+        event: Number of the event, unique in the graph.
+        stream: The stream.
+
+    Returns:
+        A ticket for `wait_blocks`, an empty tensor.
+    """
+    current_engine().record(event, stream)
+    return _ticket(inputs[0])
 
 
-@torch.library.custom_op("sparda::store_blocks", mutates_args=("host", "counters"))
+@define(
+    mutates=("host", "counters"),
+    work=Work.TO_HOST,
+    kernels=("_store_tail",),
+    behind=("sparse_attention",),
+)
 def store_blocks(
     new_kv: Sequence[Tensor],
     tail_page: Tensor | None,
@@ -266,21 +269,15 @@ def store_blocks(
     current_engine().submit(COMPUTE, lambda: _store(*args))
 
 
-@store_blocks.register_fake
-def _(
-    new_kv: Sequence[Tensor],
-    tail_page: Tensor | None,
-    token_mask: Tensor | None,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    pages: Tensor,
-    host: Tensor,
-    counters: Tensor,
-) -> None:
-    return None
-
-
-@torch.library.custom_op("sparda::offload_blocks", mutates_args=("host", "counters"))
+@define(
+    mutates=("host", "counters"),
+    fake=lambda a: a.pages.new_empty(0),
+    stream=COPY,
+    starts=True,
+    work=Work.TO_HOST,
+    kernels=("_store_tail",),
+    behind=("sparse_attention", "attend_missing"),
+)
 def offload_blocks(
     new_kv: Sequence[Tensor],
     tail_page: Tensor | None,
@@ -314,21 +311,5 @@ def offload_blocks(
     args = (new_kv, tail_page, token_mask, lengths, block_table, pages, host, counters)
     engine = current_engine()
     engine.submit(COPY, lambda: _store(*args))
-    engine.record(event)
+    engine.record(event, COPY)
     return _ticket(pages)
-
-
-@offload_blocks.register_fake
-def _(
-    new_kv: Sequence[Tensor],
-    tail_page: Tensor | None,
-    token_mask: Tensor | None,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    pages: Tensor,
-    host: Tensor,
-    counters: Tensor,
-    event: int,
-    after: Tensor | None = None,
-) -> Tensor:
-    return pages.new_empty(0)

@@ -60,9 +60,15 @@ class Geometry:
 
 
 class Summary(Protocol):
-    """Small tensors kept on the device that stand for all keys of a layer."""
+    """Small tensors kept on the device that stand for all keys of a layer.
+
+    Attributes:
+        name: Its name.
+        kernels: Triton kernels that take in a token in a decode step; empty where it has none.
+    """
 
     name: ClassVar[str]
+    kernels: ClassVar[tuple[str, ...]]
 
     def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor behind [B, G], by name."""
@@ -90,9 +96,15 @@ class Summary(Protocol):
 
 
 class Selector(Protocol):
-    """Scores every block against a query."""
+    """Scores every block against a query.
+
+    Attributes:
+        name: Its name.
+        kernels: Triton kernels that score in a decode step; empty where `score` itself runs.
+    """
 
     name: ClassVar[str]
+    kernels: ClassVar[tuple[str, ...]]
 
     @property
     def summary(self) -> Summary:

@@ -30,6 +30,7 @@ class Forecast:
     """Scores of a predicted query, one head per group."""
 
     name: ClassVar[str] = "forecast"
+    kernels: ClassVar[tuple[str, ...]] = ("_score_forecast",)
     summary: ClassVar[PooledKeys] = PooledKeys()
 
     def score(

@@ -30,6 +30,7 @@ class InfLLM2:
     """Query-driven scores over pooled keys."""
 
     name: ClassVar[str] = "infllm2"
+    kernels: ClassVar[tuple[str, ...]] = ("_infllm2_logits", "_infllm2_blocks")
     summary: ClassVar[PooledKeys] = PooledKeys()
 
     def score(

@@ -45,6 +45,7 @@ class Nosa:
     """The short list is the query's."""
 
     name: ClassVar[str] = "nosa"
+    kernels: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[PooledKeys] = PooledKeys()
     by_query: ClassVar[Selector] = InfLLM2()
 

@@ -26,6 +26,7 @@ class PooledKeys:
     """Two tensors: `pooled_k` [B, G, W, D] and `recent_k`, the last `size` raw keys as a ring."""
 
     name: ClassVar[str] = "pooled_keys"
+    kernels: ClassVar[tuple[str, ...]] = ("_append_pooled_keys",)
 
     def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes behind [B, G]."""

@@ -25,6 +25,7 @@ class KeyBounds:
     """One tensor, `key_bounds` [B, G, N, 2, D]: the smallest and the largest key per channel."""
 
     name: ClassVar[str] = "key_bounds"
+    kernels: ClassVar[tuple[str, ...]] = ("_append_key_bounds",)
 
     def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Return the shape behind [B, G]."""
@@ -72,6 +73,7 @@ class Quest:
     """Query-driven bounds per block."""
 
     name: ClassVar[str] = "quest"
+    kernels: ClassVar[tuple[str, ...]] = ("_score_quest",)
     summary: ClassVar[KeyBounds] = KeyBounds()
 
     def score(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.forecast_weights import ForecastInfo
+from sparda_compile.forecast.weights import ForecastInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,26 +25,27 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, fx, nn
 
-from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.forecast_projection import Projection, ProjectionShape, from_inputs, to_inputs
+from sparda_compile.forecast.projection import Projection, ProjectionShape, from_inputs, to_inputs
+from sparda_compile.graph.nodes import changes_in_place, fake_value
+from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.graph.writer import StateInputs
 from sparda_compile.hints import HintPoint
 from sparda_compile.hints.forecast import emit_forecast
-from sparda_compile.machine import MACHINES
-from sparda_compile.passes.base import AttentionSite, PassContext
-from sparda_compile.passes.find_attention import FindAttention, sites_of
-from sparda_compile.passes.fx import changes_in_place, fake_value
+from sparda_compile.passes.base import PassContext
+from sparda_compile.passes.find.find_attention import FindAttention
+from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.manager import run_passes
-from sparda_compile.passes.replace_attention import StateInputs
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
+from sparda_compile.state.layout import CacheLayout, LayerShape
 from sparda_compile.training.attention import causal_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.plan import Captures
+    from sparda_compile.program.plan import Captures
 
 __all__ = ["Listener", "TappedForward", "tap_forward"]
 

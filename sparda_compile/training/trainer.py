@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from sparda_compile import __version__
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.forecast_projection import to_tensors
-from sparda_compile.forecast_start import initial_forecast
-from sparda_compile.forecast_weights import ForecastInfo, ForecastWeights
-from sparda_compile.hints.forecast import forecast_dim
-from sparda_compile.traced import captures_of
+from sparda_compile.forecast.projection import to_tensors
+from sparda_compile.forecast.start import initial_forecast
+from sparda_compile.forecast.weights import ForecastInfo, ForecastWeights
+from sparda_compile.graph.site import forecast_dim
+from sparda_compile.module.captures_of import captures_of
 from sparda_compile.training import parallel
 from sparda_compile.training.checkpoint import (
     Checkpoint,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from sparda_compile.passes.base import AttentionSite
+    from sparda_compile.graph.site import AttentionSite
     from sparda_compile.training.teacher import Backend
 
 __all__ = ["ForecastTrainer", "train_forecast"]

@@ -11,7 +11,7 @@ from sparda_compile.bench import baselines
 from sparda_compile.bench.baselines import StaticDecode, bench_baselines, fill_static, summary
 from sparda_compile.bench.decode import DecodeBench, DecodeSetting
 from sparda_compile.bench.memory import FreeMemory
-from sparda_compile.cache_name import CACHE_NAME
+from sparda_compile.capture.cache_name import CACHE_NAME
 
 SMALL = {"lowering": "eager", "top_k": 4, "local_blocks": 2}
 ROOMY = FreeMemory(1 << 40, 1 << 40)

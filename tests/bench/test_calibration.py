@@ -7,7 +7,7 @@ import torch
 
 from sparda_compile.bench import calibration
 from sparda_compile.bench.calibration import measure_machine, write_machine
-from sparda_compile.machine import LATENCY_US, Machine, calibration_file, machine_for
+from sparda_compile.passes.machine import LATENCY_US, Machine, calibration_file, machine_for
 
 LATENCIES = {"select_pages": 11.25, "score_blocks": 3.5}
 MACHINE = Machine("Fake GPU 9000", 1000.5, 20.25, 100.0, 1.5, overlaps=True, latency_us=LATENCIES)

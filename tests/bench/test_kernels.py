@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.bench.timing import Spread
-from sparda_compile.machine import LATENCY_US
+from sparda_compile.passes.machine import LATENCY_US
 
 kernels = pytest.importorskip("sparda_compile.bench.kernels")
 

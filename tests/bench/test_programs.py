@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.bench.programs import KNOBS, build_body, build_program
-from sparda_compile.passes.fx import is_sparda
+from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.runtime.kv_cache import KVCache
 
 SETTINGS = {"lowering": "eager", "top_k": 4, "local_blocks": 2}

@@ -15,7 +15,7 @@ from sparda_compile.bench.show import (
     print_parts,
     print_start,
 )
-from sparda_compile.machine import MACHINES
+from sparda_compile.passes.machine import MACHINES
 
 
 def spread(us, **more):

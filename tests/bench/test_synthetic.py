@@ -8,8 +8,8 @@ import torch
 from sparda_compile.bench.memory import layout_of
 from sparda_compile.bench.shapes import SHAPES
 from sparda_compile.bench.synthetic import fill, follow, rewind
-from sparda_compile.cache_layout import LENGTHS, LayerShape, state_name
 from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.state.layout import LENGTHS, LayerShape, state_name
 
 CPU = torch.device("cpu")
 TOKENS = 1500

@@ -12,15 +12,15 @@ import torch
 from torch import fx, nn
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.passes.fx import call_name, fake_value, is_sparda
-from sparda_compile.plan import make_plan
+from sparda_compile.graph.nodes import call_name, fake_value, is_sparda
+from sparda_compile.program.plan import make_plan
 from sparda_compile.testing import build
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sparda_compile.passes.base import AttentionSite
-    from sparda_compile.plan import Captures, Plan
+    from sparda_compile.graph.site import AttentionSite
+    from sparda_compile.program.plan import Captures, Plan
 
 # `exact` with a Forecast as hint selects by the query and by the Forecast: it uses all that is
 # known of a site.

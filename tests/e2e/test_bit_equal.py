@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from sparda_compile import SpardaConfig, optimize, program
+from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import TransferRaceError
-from sparda_compile.forecast_weights import projections_of
-from sparda_compile.module import OptimizedModule
-from sparda_compile.program import Program
-from sparda_compile.streams import DeferredEngine, use_engine
+from sparda_compile.forecast.weights import projections_of
+from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.module.optimized import OptimizedModule
+from sparda_compile.program import program
+from sparda_compile.program.program import Program
 from sparda_compile.testing import random_forecast
 
 PROMPT_LENGTHS = (150, 37, 93)

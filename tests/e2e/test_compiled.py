@@ -18,9 +18,9 @@ from torch._functorch import config as functorch_config
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import TransferRaceError
-from sparda_compile.forecast_weights import projections_of
-from sparda_compile.module import OptimizedModule
-from sparda_compile.streams import DeferredEngine, ImmediateEngine, use_engine
+from sparda_compile.forecast.weights import projections_of
+from sparda_compile.isa.engines import DeferredEngine, ImmediateEngine, use_engine
+from sparda_compile.module.optimized import OptimizedModule
 from sparda_compile.testing import random_forecast, tiny_nosa
 
 SMALL = {

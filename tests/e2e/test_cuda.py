@@ -18,8 +18,8 @@ import triton
 import sparda_compile
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import DevicePoolFullError, HostPoolFullError, UnsupportedInputError
-from sparda_compile.program import Program
-from sparda_compile.streams import CudaEngine, DelayEngine
+from sparda_compile.isa.engines import CudaEngine, DelayEngine
+from sparda_compile.program.program import Program
 from sparda_compile.testing import random_forecast, tiny_llama
 
 pytestmark = pytest.mark.gpu

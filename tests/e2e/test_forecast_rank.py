@@ -7,8 +7,8 @@ import torch
 
 from sparda_compile import SpardaConfig, explain, optimize, train_forecast
 from sparda_compile.errors import ConfigError
-from sparda_compile.forecast_projection import Projection, to_tensors
-from sparda_compile.forecast_weights import ForecastWeights
+from sparda_compile.forecast.projection import Projection, to_tensors
+from sparda_compile.forecast.weights import ForecastWeights
 from sparda_compile.testing import random_forecast, reference_decode, tiny_llama
 
 SMALL = {

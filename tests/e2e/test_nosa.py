@@ -7,8 +7,8 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.config import HINT_NAMES
-from sparda_compile.passes.effects import argument
-from sparda_compile.passes.fx import find_ops, tensor_shape
+from sparda_compile.graph.effects import argument
+from sparda_compile.graph.nodes import find_ops, tensor_shape
 from sparda_compile.testing import random_forecast, reference_decode, tiny_nosa
 
 pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are not trained:UserWarning")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
+from sparda_compile.module.captures_of import captures_of
 from sparda_compile.testing import TINY_MODELS, build
-from sparda_compile.traced import captures_of
 
 CONFIG = SpardaConfig(mode="query", top_k=None, block_size=16, lowering="eager", max_tokens=128)
 

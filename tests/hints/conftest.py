@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.forecast_weights import projections_of
-from sparda_compile.module import OptimizedModule
-from sparda_compile.passes.fx import find_ops
+from sparda_compile.forecast.weights import projections_of
+from sparda_compile.graph.nodes import find_ops
+from sparda_compile.module.optimized import OptimizedModule
 from sparda_compile.testing import build, random_forecast
 
 SMALL = {

@@ -4,10 +4,10 @@ import pytest
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import PassError
-from sparda_compile.forecast_projection import graph_input
+from sparda_compile.forecast.projection import graph_input
+from sparda_compile.graph.nodes import call_name, fake_value, tensor_shape
+from sparda_compile.graph.site import sites_of
 from sparda_compile.hints import forecast
-from sparda_compile.passes.find_attention import sites_of
-from sparda_compile.passes.fx import call_name, fake_value, tensor_shape
 from sparda_compile.testing import build
 
 

@@ -7,10 +7,10 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import PassError
+from sparda_compile.graph.evaluate import evaluate
+from sparda_compile.graph.nodes import find_ops, tensor_shape
+from sparda_compile.graph.site import sites_of
 from sparda_compile.hints import next_query
-from sparda_compile.passes.attention_proof import evaluate
-from sparda_compile.passes.find_attention import sites_of
-from sparda_compile.passes.fx import find_ops, tensor_shape
 from sparda_compile.testing import build
 
 CONFIG = {"mode": "exact", "hint": "next_query"}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from sparda_compile.passes.find_attention import sites_of
+from sparda_compile.graph.site import sites_of
 
 
 def test_recall_is_early_and_memory_follows_the_selection(lab):

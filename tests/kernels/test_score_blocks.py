@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparda_compile.isa.engines import DeferredEngine, use_engine
 from sparda_compile.kernels.score_blocks import score_blocks
 from sparda_compile.kernels.select_blocks import select_blocks
 from sparda_compile.selectors import SELECTORS, Geometry
-from sparda_compile.streams import DeferredEngine, use_engine
 
 
 def sample(selector, num_blocks, dtype, dim=60):

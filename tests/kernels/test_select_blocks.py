@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparda_compile.isa.engines import DeferredEngine, use_engine
 from sparda_compile.kernels.select_blocks import all_blocks, select_blocks
-from sparda_compile.streams import DeferredEngine, use_engine
 
 
 def selected(scores, length, num_selected, sink=1, local=2, size=16):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sparda_compile.config import SpardaConfig
-from sparda_compile.machine import MACHINES
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.machine import MACHINES
 
 
 @pytest.mark.parametrize("graph_pass", PIPELINE, ids=lambda p: p.name)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from torch import fx
 
+from sparda_compile.graph.nodes import call_name, fake_value, is_sparda, module_path
+from sparda_compile.graph.text import graph_text
 from sparda_compile.passes import PIPELINE
-from sparda_compile.passes.fx import call_name, fake_value, is_sparda, module_path
-from sparda_compile.passes.manager import graph_text
 from sparda_compile.sizes import size_text
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,16 +12,12 @@ from torch import fx
 
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, GraphInvariantError, PassError
-from sparda_compile.machine import MACHINES
+from sparda_compile.graph.nodes import snapshot
+from sparda_compile.graph.text import graph_text
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.manager import (
-    FACTS_KEY,
-    check_disabled,
-    graph_text,
-    run_passes,
-    snapshot,
-)
+from sparda_compile.passes.machine import MACHINES
+from sparda_compile.passes.manager import FACTS_KEY, check_disabled, run_passes
 
 
 @dataclasses.dataclass(frozen=True)

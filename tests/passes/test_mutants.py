@@ -12,16 +12,15 @@ import pytest
 
 from sparda_compile.config import HINT_NAMES
 from sparda_compile.errors import GraphInvariantError, TransferRaceError
-from sparda_compile.passes.dependences import ORDER_KEY, mark_order
-from sparda_compile.passes.effects import (
+from sparda_compile.graph.dependences import ORDER_KEY, mark_order
+from sparda_compile.graph.effects import (
     argument,
     bound_arguments,
     conflicts,
     is_state,
     set_argument,
 )
-from sparda_compile.passes.find_attention import sites_of
-from sparda_compile.passes.fx import (
+from sparda_compile.graph.nodes import (
     call_name,
     copy_graph,
     fake_value,
@@ -29,9 +28,10 @@ from sparda_compile.passes.fx import (
     program_order,
     tensor_shape,
 )
+from sparda_compile.graph.site import sites_of
+from sparda_compile.passes.check.spec import check_spec
+from sparda_compile.passes.check.verify_transfers import check_program, extract_program
 from sparda_compile.passes.manager import FACTS_KEY
-from sparda_compile.passes.spec import check_spec
-from sparda_compile.passes.verify_transfers import check_program, extract_program
 
 MODES = {
     "dense": {"mode": "dense"},

@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile import ops
 from sparda_compile.errors import TransferRaceError
-from sparda_compile.passes.dependences import ORDER_KEY
-from sparda_compile.passes.effects import accesses
-from sparda_compile.passes.fx import Emitter
-from sparda_compile.passes.verify_transfers import check_program, extract_program
-from sparda_compile.schedule import COPY, SELECT
+from sparda_compile.graph.dependences import ORDER_KEY
+from sparda_compile.graph.effects import accesses
+from sparda_compile.graph.emit import Emitter
+from sparda_compile.isa.streams import COPY, SELECT
+from sparda_compile.passes.check.verify_transfers import check_program, extract_program
 
-assert ops.INSTRUCTIONS  # registers the ops that the programs call
+assert ops.OPS  # registers the ops that the programs call
 
 
 class Planted:

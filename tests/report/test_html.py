@@ -7,9 +7,10 @@ import re
 
 import pytest
 
+from sparda_compile.isa.streams import COMPUTE, COPY
 from sparda_compile.report import LayerPlan, PassSummary, Report, SiteSummary
 from sparda_compile.report.html import write_html
-from sparda_compile.schedule import COMPUTE, COPY, Schedule, ScheduleRow
+from sparda_compile.report.schedule import Schedule, ScheduleRow
 
 HOSTILE = "</script><b>x \"'&amp; \u00e9\u2028 \U0001f600 @@payload $title {{ title }}"
 

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from sparda_compile.isa.streams import COPY
 from sparda_compile.report import LayerPlan, PassSummary, Report, SiteSummary
-from sparda_compile.schedule import COPY, Schedule, ScheduleRow
+from sparda_compile.report.schedule import Schedule, ScheduleRow
 
 MIB = 1 << 20
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.isa.streams import COPY
 from sparda_compile.kernels.select_blocks import select_blocks
 from sparda_compile.runtime.block_table import assign_pages, plan_pages, select_pages
-from sparda_compile.schedule import COPY
-from sparda_compile.streams import DeferredEngine, use_engine
 
 SIZE = 16
 

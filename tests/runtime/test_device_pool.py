@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from sparda_compile.cache_layout import TensorSpec
 from sparda_compile.errors import DevicePoolFullError
 from sparda_compile.runtime import device_pool
 from sparda_compile.runtime.device_pool import DevicePool
+from sparda_compile.state.layout import TensorSpec
 
 MIB = 1 << 20
 

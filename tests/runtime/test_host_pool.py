@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from sparda_compile.cache_layout import TensorSpec
 from sparda_compile.errors import HostPoolFullError, KVCacheError
 from sparda_compile.runtime import host_pool
 from sparda_compile.runtime.host_pool import HostPool, free_host_bytes
+from sparda_compile.state.layout import TensorSpec
 
 MIB = 1 << 20
 

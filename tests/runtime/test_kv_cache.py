@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig
-from sparda_compile.cache_layout import CacheLayout, LayerShape
 from sparda_compile.errors import (
     DevicePoolFullError,
     HostPoolFullError,
@@ -20,6 +19,7 @@ from sparda_compile.runtime.append import advance_lengths, extend_kv
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.stats import LayerStats
 from sparda_compile.runtime.transfer import store_blocks
+from sparda_compile.state.layout import CacheLayout, LayerShape
 
 LAYERS = (
     LayerShape(0, "sparse", 2, 4, 0, torch.float32),

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from sparda_compile import SpardaConfig
-from sparda_compile.cache_layout import CacheLayout, LayerShape
+from sparda_compile.isa.engines import DeferredEngine, ImmediateEngine, use_engine
+from sparda_compile.isa.streams import COMPUTE, COPY
 from sparda_compile.runtime.append import (
     advance_lengths,
     append_kv,
@@ -34,8 +35,7 @@ from sparda_compile.runtime.transfer import (
     store_blocks,
     wait_blocks,
 )
-from sparda_compile.schedule import COMPUTE, COPY
-from sparda_compile.streams import DeferredEngine, ImmediateEngine, use_engine
+from sparda_compile.state.layout import CacheLayout, LayerShape
 
 ROWS, GROUPS, DIM, SIZE = 2, 2, 3, 16
 POOL, STRIDE = 8, 4

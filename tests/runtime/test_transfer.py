@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparda_compile.isa.engines import DeferredEngine, use_engine
 from sparda_compile.runtime.transfer import (
     fetch_blocks,
     fork_stream,
@@ -11,7 +12,6 @@ from sparda_compile.runtime.transfer import (
     store_blocks,
     wait_blocks,
 )
-from sparda_compile.streams import DeferredEngine, use_engine
 
 SIZE = 16
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig
+from sparda_compile.module.captures_of import captures_of
 from sparda_compile.testing import build
-from sparda_compile.traced import captures_of
 
 SMALL = {
     "block_size": 16,

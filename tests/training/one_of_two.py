@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sparda_compile import train_forecast
-from sparda_compile.forecast_projection import to_tensors
+from sparda_compile.forecast.projection import to_tensors
 from sparda_compile.testing import build
 from sparda_compile.training import parallel
 

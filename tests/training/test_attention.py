@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.passes import attention_proof
+from sparda_compile.passes.find import attention_proof
 from sparda_compile.training import attention
 
 

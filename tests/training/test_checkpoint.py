@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.forecast_weights import ForecastInfo
+from sparda_compile.forecast.weights import ForecastInfo
 from sparda_compile.training.checkpoint import (
     Checkpoint,
     checkpoint_path,

@@ -5,12 +5,12 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.forecast_projection import Projection, to_inputs
-from sparda_compile.passes.attention_proof import evaluate
-from sparda_compile.passes.fx import call_name, find_ops
-from sparda_compile.plan import forecast_shapes, make_plan
+from sparda_compile.forecast.projection import Projection, to_inputs
+from sparda_compile.graph.evaluate import evaluate
+from sparda_compile.graph.nodes import call_name, find_ops
+from sparda_compile.module.captures_of import captures_of
+from sparda_compile.program.plan import forecast_shapes, make_plan
 from sparda_compile.testing import build
-from sparda_compile.traced import captures_of
 from sparda_compile.training.taps import tap_forward
 
 CONFIG = SpardaConfig(

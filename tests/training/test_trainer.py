@@ -9,8 +9,8 @@ from torch import nn
 import sparda_compile
 from sparda_compile import optimize, train_forecast
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.forecast_projection import Projection, to_tensors
-from sparda_compile.forecast_weights import load_forecast
+from sparda_compile.forecast.projection import Projection, to_tensors
+from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.training import trainer as trainer_module
 from sparda_compile.training.checkpoint import checkpoint_path
 from sparda_compile.training.trainer import ForecastTrainer

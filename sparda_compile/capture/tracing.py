@@ -1,0 +1,288 @@
+"""One run of a model's forward on fake tensors, written down call by call.
+
+Every torch function that the forward calls passes through a `TorchFunctionMode`: it is run on fake
+tensors, which have shapes and no values, and noted with its arguments. Python between the calls
+simply runs. That takes a thirtieth of the time of a tracer that reads bytecode, and what such a run
+cannot see is refused: a value of a tensor that decides in Python has no value here, state that
+the forward changes on its module is compared before and after, and `capture` runs the forward with
+other sizes and compares the calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sparda_compile.errors import CaptureError
+from sparda_compile.graph.fake_runner import FakeRunner, leaves_of, map_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Call", "Trace", "record"]
+
+_TORCH_FOLDER: Final = os.path.dirname(torch.__file__) + os.sep
+_OUR_FILES: Final = tuple(
+    os.path.join(os.path.dirname(__file__), name)
+    for name in ("capture.py", "fake_runner.py", "tracing.py")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One torch function that was called.
+
+    Attributes:
+        function: What was called.
+        args: Positional arguments, with fake tensors.
+        kwargs: Named arguments.
+        result: What came back.
+        changes: Whether it changed its first argument in place.
+        path: Path of the module whose forward made the call.
+        module: Class of that module.
+        where: File and line of the call.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    changes: bool
+    path: str
+    module: type
+    where: str
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one run did.
+
+    Attributes:
+        calls: The calls, in order.
+        tensors: Real tensors that the run read, by the id of the fake tensor that stood for them.
+        inputs: The fake inputs.
+        result: What the forward returned.
+        runner: Has the fake mode of the run.
+    """
+
+    calls: list[Call]
+    tensors: dict[int, tuple[Tensor, Tensor]]
+    inputs: list[Tensor]
+    result: Any
+    runner: FakeRunner
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes every torch function that is called."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self.modules: list[tuple[str, type]] = []
+        self._runner = runner
+        self._fakes: dict[int, Tensor] = {}
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """Return what stands for a tensor in the run."""
+        if isinstance(tensor, torch._subclasses.FakeTensor):
+            return tensor
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise CaptureError("it uses torch.func or torch.vmap, which is not traced")
+        if id(tensor) not in self._fakes:
+            fake = self._runner.fake_mode.from_tensor(tensor, static_shapes=True)
+            self._fakes[id(tensor)] = fake
+            self.tensors[id(fake)] = (fake, tensor)
+        return self._fakes[id(tensor)]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if func is torch._C._set_grad_enabled:
+            return func(*args)
+        args, kwargs = map_leaves((args, kwargs or {}), self._stand_in)
+        assert kwargs is not None
+        if name == "__get__" and func.__self__.__name__ in ("shape", "dtype", "device"):
+            return func(*args)
+        result = self._runner.run(func, args, kwargs)
+        changes = name == "__setitem__" or "out" in kwargs or _is_in_place(name)
+        results = [r for r in leaves_of(result) if isinstance(r, Tensor)]
+        if name == "__set__":
+            raise CaptureError(f"it sets {func.__self__.__name__} of a tensor")
+        given = {id(leaf) for leaf in leaves_of((args, kwargs))}
+        is_new = any(id(r) not in given for r in results)
+        if changes or is_new:
+            self._check_autocast(args)
+            path, module = self.modules[-1] if self.modules else ("", nn.Module)
+            self.calls.append(Call(func, args, kwargs, result, changes, path, module, _caller()))
+        return result
+
+    def _stand_in(self, leaf: Any) -> Any:
+        return self.fake(leaf) if isinstance(leaf, Tensor) else leaf
+
+    def _check_autocast(self, args: Any) -> None:
+        for leaf in args:
+            kind = leaf.device.type if isinstance(leaf, Tensor) else ""
+            if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+                raise CaptureError("it computes under torch.autocast, which is not traced")
+
+
+def _is_in_place(name: str) -> bool:
+    is_method = name.endswith("_") and not name.endswith("__")
+    return is_method or (name.startswith("__i") and name[3:-2] in _IN_PLACE)
+
+
+_IN_PLACE: Final = frozenset(
+    {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift",
+     "rshift"}
+)  # fmt: skip
+
+
+def _caller() -> str:
+    """Return the file and line, outside of torch, that made the present call."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCH_FOLDER):
+        frame = frame.f_back
+    code = frame.f_code
+    return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+
+
+def record(
+    step: Callable[..., Any], model: nn.Module, inputs: Callable[[Any], list[Tensor]]
+) -> Trace:
+    """Run a forward on fake tensors.
+
+    Args:
+        step: Calls the model.
+        model: Its modules give the calls their paths.
+        inputs: Makes the fake inputs, given the fake mode.
+
+    Raises:
+        CaptureError: If it depends on values of tensors, or changes state of its modules.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    runner = FakeRunner.of(FakeTensorMode(allow_non_fake_inputs=False))
+    recorder = _Recorder(runner)
+    given = inputs(runner.fake_mode)
+    before = _state(model)
+    reason, cause = "", None
+    try:
+        with _paths(model, recorder), _as_compiling(), torch.no_grad(), runner.fake_mode, recorder:
+            result = step(*given)
+    except Exception as error:  # noqa: BLE001 - whatever it is, there is no graph
+        reason, cause = _reason(error), error
+    changed = _restore(model, before)
+    reason = reason or changed
+    if reason:
+        raise CaptureError(
+            f"{type(model).__name__}: cannot trace forward as one graph: {reason.rstrip('.')}."
+        ) from cause
+    return Trace(recorder.calls, recorder.tensors, given, result, runner)
+
+
+def _reason(error: Exception) -> str:
+    kind = type(error).__name__
+    line = next((x for x in str(error).splitlines() if x.strip()), kind)
+    if kind in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        line = f"{line} needs the values of a tensor, and Python decides by them"
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith((_TORCH_FOLDER, *_OUR_FILES)):
+            frames.append(f"{code.co_filename}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    where = f" ({frames[-1]})" if frames else ""
+    return f"{line}{where}"
+
+
+@contextlib.contextmanager
+def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Let the recorder know which module's forward runs."""
+    handles = []
+    for name, module in model.named_modules():
+        place = (name, type(module))
+
+        def enter(*_: Any, place: tuple[str, type] = place) -> None:
+            recorder.modules.append(place)
+
+        def leave(*_: Any) -> None:
+            recorder.modules.pop()
+
+        handles += [
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _as_compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling()` say yes, as it does for every tracer of torch."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+_State = dict[tuple[str, str, str], Any]
+_PLACES: Final = ("__dict__", "_parameters", "_buffers")
+
+
+def _state(model: nn.Module) -> _State:
+    """Return every number, text and tensor that the modules hold."""
+    found: _State = {}
+    for path, module in model.named_modules():
+        for place in _PLACES:
+            for name, value in getattr(module, place).items():
+                if isinstance(value, (int, float, str, type(None), Tensor)):
+                    found[path, place, name] = value
+    return found
+
+
+def _restore(model: nn.Module, before: _State) -> str:
+    """Undo what a run on fake tensors did to the modules; returns what it did, in words.
+
+    A flag that is set once would do no harm, a counter or a buffer that is replaced would; nobody
+    can tell which it is, and a program that ran on would never do either again.
+    """
+    after = _state(model)
+    changed = [
+        key for key in {**before, **after}
+        if key not in before or key not in after or _differs(before[key], after[key])
+    ]  # fmt: skip
+    modules = dict(model.named_modules())
+    for path, place, name in changed:
+        holder = getattr(modules[path], place)
+        if (path, place, name) in before:
+            holder[name] = before[path, place, name]
+        else:
+            del holder[name]
+    if not changed:
+        return ""
+    path, _, name = changed[0]
+    return (
+        f"it changes {path + '.' if path else ''}{name} of its module, which a compiled program "
+        "would not do again. Keep such state outside of the module, or derive it from the arguments"
+    )
+
+
+def _differs(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is not other
+    return type(one) is not type(other) or bool(one != other)

@@ -1,0 +1,369 @@
+"""`sparda bench`: what decode costs on this GPU, beside everything that a user could do instead."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from sparda_compile.cli.console import (
+    CANNOT,
+    errors_as_sentences,
+    fail,
+    make_console,
+    print_json,
+    print_paths,
+    progress,
+    write_file,
+)
+from sparda_compile.cli.profile import bench_profile
+from sparda_compile.cli.start import bench_start
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sparda_compile.bench.lab import Lab, ResultFile
+    from sparda_compile.bench.suite import Part
+
+__all__ = ["bench_app", "require_gpu"]
+
+_OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
+_BUDGETS: Final = (8.0, 16.0)
+_TOKENS: Final = 131072
+# Room for sink, local and twice the scored blocks, so that a step can leave those of another out.
+_LEAST_TOKENS: Final = 10176
+_KERNEL_MINUTES: Final = 2.0
+_BUDGET_MINUTES: Final = 5.0
+
+bench_app = typer.Typer(
+    help="Measure decode and its kernels on this GPU.", no_args_is_help=True, add_completion=False
+)
+bench_app.command("profile")(bench_profile)
+bench_app.command("start")(bench_start)
+
+Out = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
+Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Turns of each program.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of one turn.")]
+HostGib = Annotated[
+    float | None, typer.Option(help="Most CPU memory for KV, GiB. [default: what is free]")
+]
+
+
+def require_gpu(command: str) -> None:
+    """Raise ConfigError if there is no CUDA GPU to measure."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"`{command}` measures a CUDA GPU, and torch {torch.__version__} sees none; run it on "
+            "a machine with one, with a CUDA build of torch and the extra `gpu`."
+        )
+
+
+@bench_app.command("decode")
+def bench_decode(
+    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences, may be given again. [default: 1]")
+    ] = None,
+    tokens: Tokens = _TOKENS,
+    overlap: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of scored blocks that a step has in common with the one before, may be "
+            "given again. [default: 0.5, 0.7, 0.9, 0.97]"
+        ),
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Program, may be given again. [default: all of them]")
+    ] = None,
+    rounds: Rounds = 3,
+    steps: Steps = 20,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' caches too.")
+    ] = True,
+    out: Out = Path("bench-results"),
+    plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
+    max_host_gib: HostGib = None,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure decode of one token: programs interleaved, outputs compared first."""
+    with errors_as_sentences():
+        _check_shape(shape)
+        with progress() as say:
+            say("importing torch and transformers")
+            settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
+            if plot is not None:
+                from sparda_compile.bench.plots import check_matplotlib
+
+                check_matplotlib()
+            require_gpu("sparda bench decode")
+            lab = _lab(shape, say, max_host_gib)
+            file = _decode_file(out, shape, tokens, commit)
+            for setting in settings:
+                lab.decode(setting, file.save, with_baselines=baseline)
+        from sparda_compile.bench.plots import write_plot
+        from sparda_compile.bench.show import print_decode
+
+        written = write_file(lambda path: write_plot(file.results, path), plot)
+    if as_json:
+        print_json(file.content())
+        return
+    print_decode(file.results, make_console())
+    print_paths([file.path, written])
+
+
+@bench_app.command("compile")
+def bench_compile(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Model, may be given again. [default: 8b]")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences, may be given again. [default: 1]")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Program, may be given again. [default: all of them]")
+    ] = None,
+    tokens: Tokens = _TOKENS,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
+) -> None:
+    """Compile the programs of decode ahead, several at a time; a benchmark then finds them."""
+    with errors_as_sentences():
+        for each in shape or ("8b",):
+            _check_shape(each)
+        with progress() as say:
+            say("importing torch and transformers")
+            from itertools import product
+
+            from sparda_compile.bench.decode import VARIANTS
+            from sparda_compile.bench.precompile import Target, compile_apart, compile_here
+
+            sizes = product(shape or ("8b",), batch or (1,), variant or VARIANTS)
+            targets = [Target(*each, tokens) for each in sizes]
+            require_gpu("sparda bench compile")
+            failed = []
+            if jobs == 1 or len(targets) == 1:
+                compile_here(targets, "cuda", say)
+            else:
+                failed = [found for found in compile_apart(targets, jobs, say) if found[2]]
+    if failed:
+        target, _, output = failed[0]
+        names = ", ".join(str(each[0]) for each in failed)
+        fail(f"{names} failed; {target} ended with:\n{output}", CANNOT)
+
+
+@bench_app.command("budget")
+def bench_budget(
+    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
+    gib: Annotated[
+        list[float] | None,
+        typer.Option(help="Device memory for KV, GiB, may be given again. [default: 8, 16]"),
+    ] = None,
+    tokens: Tokens = _TOKENS,
+    overlap: Annotated[
+        list[float] | None, typer.Option(help="As for decode. [default: 0.9]")
+    ] = None,
+    rounds: Rounds = 3,
+    steps: Steps = 20,
+    out: Out = Path("bench-results"),
+    max_host_gib: HostGib = None,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Spend the same device memory on KV in two ways: resident, and offloaded."""
+    with errors_as_sentences():
+        _check_shape(shape)
+        budgets = gib or _BUDGETS
+        if min(budgets) <= 0:
+            raise ConfigError(f"--gib {min(budgets):g} is too small; use more than 0.")
+        with progress() as say:
+            say("importing torch and transformers")
+            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps)
+            require_gpu("sparda bench budget")
+            lab = _lab(shape, say, max_host_gib)
+            file = _budget_file(out, shape, tokens, commit)
+            for size in budgets:
+                lab.budget(size, setting, file.save)
+        from sparda_compile.bench.show import print_budget
+    if as_json:
+        print_json(file.content())
+        return
+    print_budget(file.results, make_console())
+    print_paths([file.path])
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    out: Out = Path("bench-results"), commit: Commit = None, as_json: AsJson = False
+) -> None:
+    """Measure the kernels alone, beside their floors and what else could do the same."""
+    with errors_as_sentences():
+        require_gpu("sparda bench kernels")
+        with progress() as say:
+            result = _measure_kernels(out / "kernels.json", commit, say)
+        from sparda_compile.bench.show import print_kernels
+    if as_json:
+        print_json(result)
+        return
+    print_kernels(result, make_console())
+    print_paths([out / "kernels.json"])
+
+
+@bench_app.command("all")
+def bench_all(
+    out: Out = Path("bench-results"),
+    minutes: Annotated[float, typer.Option(min=0, help="Time for everything.")] = 60.0,
+    max_host_gib: HostGib = None,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run everything, the most important part first, and stop before the time is over."""
+    with errors_as_sentences():
+        require_gpu("sparda bench all")
+        with progress() as say:
+            from sparda_compile.bench.suite import run_parts
+            from sparda_compile.environment import write_result
+
+            parts = _parts(out, commit, say, max_host_gib)
+            found = run_parts(
+                parts,
+                minutes,
+                say,
+                lambda done: write_result(out / "all.json", {"name": "all", "parts": done}, commit),
+            )
+        from sparda_compile.bench.show import print_parts
+    if as_json:
+        print_json({"name": "all", "parts": found})
+    else:
+        print_parts(found, make_console())
+        print_paths([*sorted(out.glob("*.json"))])
+    failed = [part["name"] for part in found if part["status"] == "failed"]
+    if failed:
+        fail(f"{', '.join(failed)} failed; see above, and run it alone.", CANNOT)
+
+
+def _parts(
+    out: Path, commit: str | None, say: Callable[[str], None], max_host_gib: float | None
+) -> list[Part]:
+    """Return the parts of `all`, in order of importance; one model is held at a time."""
+    from sparda_compile.bench.memory import free_everything
+    from sparda_compile.bench.suite import DECODE_PARTS, Part
+
+    labs: dict[str, Lab] = {}
+
+    def lab(shape: str) -> Lab:
+        if shape not in labs:
+            labs.clear()
+            free_everything()
+            labs[shape] = _lab(shape, say, max_host_gib)
+        return labs[shape]
+
+    def decode(shape: str, batch: int, *, with_baselines: bool) -> None:
+        setting = _setting(batch, _TOKENS, None, None, 3, 20)
+        save = _decode_file(out, shape, _TOKENS, commit).save
+        lab(shape).decode(setting, save, with_baselines=with_baselines)
+
+    def budget(gib: float) -> None:
+        setting = _setting(1, _TOKENS, [0.9], None, 3, 20)
+        lab("8b").budget(gib, setting, _budget_file(out, "8b", _TOKENS, commit).save)
+
+    kernels = out / "kernels.json"
+    parts = [
+        Part(
+            "kernels",
+            _KERNEL_MINUTES,
+            lambda: bool(_kernels_file(kernels, commit).results),
+            lambda: _measure_kernels(kernels, commit, say),
+        )
+    ]
+    for shape, batch, with_baselines, minutes in DECODE_PARTS:
+        is_done = partial(_has, _decode_file, out, shape, commit, batch)
+        run = partial(decode, shape, batch, with_baselines=with_baselines)
+        parts.append(Part(f"decode {shape} batch {batch}", minutes, is_done, run))
+    for gib in _BUDGETS:
+        is_done = partial(_has, _budget_file, out, "8b", commit, gib)
+        parts.append(Part(f"budget {gib:g} GiB", _BUDGET_MINUTES, is_done, partial(budget, gib)))
+    return parts
+
+
+def _has(
+    file: Callable[..., ResultFile], out: Path, shape: str, commit: str | None, key: float
+) -> bool:
+    return file(out, shape, _TOKENS, commit).has(key)
+
+
+def _measure_kernels(path: Path, commit: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    from sparda_compile.bench.kernels import bench_kernels as measure
+
+    result = measure(say)
+    _kernels_file(path, commit).save({"part": "kernels", **result})
+    return result
+
+
+def _setting(
+    batch: int,
+    tokens: int,
+    overlap: list[float] | None,
+    variant: list[str] | None,
+    rounds: int,
+    steps: int,
+) -> Any:
+    """Return a checked setting of decode."""
+    from sparda_compile.bench.decode import VARIANTS, DecodeSetting
+
+    if tokens % 64 or tokens < _LEAST_TOKENS:
+        raise ConfigError(
+            f"--tokens {tokens} is no whole number of blocks, or too few to choose from; use a "
+            f"multiple of 64 from {_LEAST_TOKENS} on."
+        )
+    variants = tuple(variant or VARIANTS)
+    if "scheduled" not in variants:
+        raise ConfigError(
+            f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
+            "add --variant scheduled."
+        )
+    return DecodeSetting(
+        batch, tokens, tuple(overlap or _OVERLAPS), variants, rounds=rounds, steps=steps
+    )
+
+
+def _check_shape(shape: str) -> None:
+    from sparda_compile.bench.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape {shape} is not known; use one of {', '.join(SHAPES)}.")
+
+
+def _lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:
+    from sparda_compile.bench.lab import Lab
+    from sparda_compile.bench.memory import GIB
+
+    limit = None if max_host_gib is None else round(max_host_gib * GIB)
+    return Lab(shape, say, max_host_bytes=limit)
+
+
+def _decode_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
+    from sparda_compile.bench.lab import ResultFile
+
+    head = {"name": "decode", "shape": shape, "max_tokens": tokens}
+    return ResultFile(out / f"decode-{shape}.json", head, "batch_size", commit)
+
+
+def _budget_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
+    from sparda_compile.bench.lab import ResultFile
+
+    head = {"name": "budget", "shape": shape, "max_tokens": tokens}
+    return ResultFile(out / f"budget-{shape}.json", head, "budget_gib", commit)
+
+
+def _kernels_file(path: Path, commit: str | None) -> ResultFile:
+    from sparda_compile.bench.lab import ResultFile
+
+    return ResultFile(path, {"name": "kernels"}, "part", commit)

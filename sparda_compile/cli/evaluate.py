@@ -1,0 +1,198 @@
+"""`sparda eval`: how often a model is right when it reads few blocks, and who finds the blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from sparda_compile.cli.console import (
+    errors_as_sentences,
+    make_console,
+    print_json,
+    print_paths,
+    progress,
+    write_file,
+)
+from sparda_compile.config import SpardaConfig
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparda_compile.evaluation.run import EvaluationRow
+    from sparda_compile.forecast.weights import ForecastWeights
+
+__all__ = ["evaluate_model"]
+
+_SMALL: Final = "small"
+_TASKS: Final = ("single_needle", "multi_key", "key_value")
+_MODES: Final = ("dense", "query")
+_BUDGETS: Final = (0.1,)
+
+
+def evaluate_model(
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder with a model of transformers, or small: the shipped one."),
+    ] = _SMALL,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="Mode to measure, may be given again. [default: dense, query]"),
+    ] = None,
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(help="Selector of a query, may be given again. [default: infllm2]"),
+    ] = None,
+    short_list: Annotated[
+        int,
+        typer.Option(min=0, help="Blocks that selector nosa picks by the query or the Forecast."),
+    ] = SpardaConfig.short_list,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of blocks to read, may be given again. [default: 0.1]"),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Task, may be given again. [default: {', '.join(_TASKS)}]"),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a sequence, may be given again. [default: 4096]"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of each task and length.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences to run at once.")] = 4,
+    local_blocks: Annotated[int, typer.Option(min=0, help="Most recent blocks, always read.")] = 2,
+    pool_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens of one pooled key. [default: as the Forecast's, else 32]"),
+    ] = None,
+    pool_stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens between pooled keys. [default: as the Forecast's, else 16]"),
+    ] = None,
+    forecast: Annotated[
+        Path | None, typer.Option(help="Safetensors file of Forecast weights.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sequences.")] = 0,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
+    as_bytes: Annotated[
+        bool, typer.Option("--bytes", help="The model's vocabulary is bytes.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot to write, such as eval.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Measure accuracy and recall of modes, selectors and budgets against the dense model."""
+    with errors_as_sentences():
+        modes, selectors = mode or _MODES, selector or ("infllm2",)
+        with progress() as say:
+            say("importing torch and transformers")
+            from sparda_compile.evaluation.run import Evaluation, evaluate
+            from sparda_compile.evaluation.show import print_evaluation, write_json, write_plot
+
+            weights = _forecast(model, forecast)
+            given = {"pool_size": pool_size, "pool_stride": pool_stride}
+            info = weights.info if weights is not None else None
+            sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
+            sizes |= {field: size for field, size in given.items() if size is not None}
+            bases = [
+                SpardaConfig(
+                    mode=name,  # type: ignore[arg-type]
+                    selector=rule,
+                    short_list=short_list,
+                    local_blocks=local_blocks,
+                    **sizes,
+                    # The budget sets it, once the length is known.
+                    top_k=None,
+                )
+                for name in modes
+                for rule in _selectors(name, selectors)
+            ]
+            say(f"loading {model}")
+            loaded = _load(model, device)
+            rows: list[EvaluationRow] = []
+            for length in tokens or (4096,):
+                configs = _configs(bases, tuple(budget or _BUDGETS), length)
+                found = evaluate(
+                    loaded,
+                    configs,
+                    tasks=task or _TASKS,
+                    length=length,
+                    num_samples=samples,
+                    batch_size=batch,
+                    forecast=weights,
+                    seed=seed,
+                    as_bytes=as_bytes,
+                    progress=say,
+                )
+                rows += found.rows
+        evaluation = Evaluation(found.model, seed, tuple(rows))
+        written = [
+            write_file(lambda path: write_json(evaluation, path), json_file),
+            write_file(lambda path: write_plot(evaluation, path), plot),
+        ]
+    if as_json:
+        print_json(evaluation.to_dict())
+        return
+    print_evaluation(evaluation, make_console())
+    print_paths(written)
+
+
+def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
+    """Return the selectors that make a difference to a mode."""
+    if mode in ("query", "exact"):
+        return list(selectors)
+    rules = ["nosa" if mode == "forecast" and rule == "nosa" else "infllm2" for rule in selectors]
+    return list(dict.fromkeys(rules))
+
+
+def _configs(
+    bases: list[SpardaConfig], budgets: tuple[float, ...], length: int
+) -> dict[str, SpardaConfig]:
+    """Return the configurations by name: dense once, every other at each budget."""
+    from sparda_compile.evaluation.run import budget_config
+
+    configs: dict[str, SpardaConfig] = {}
+    for base in bases:
+        rule = base.mode if base.selector == "infllm2" else f"{base.mode} {base.selector}"
+        for share in budgets:
+            config = budget_config(base, length, share)
+            name = base.mode if base.mode == "dense" else f"{rule} {100 * share:g}%"
+            configs.setdefault(name, config)
+    return configs
+
+
+def _forecast(name: str, path: Path | None) -> ForecastWeights | None:
+    """Return the weights of a file; without one, those of the shipped model."""
+    from sparda_compile.demo.small_model import load_small_forecast
+    from sparda_compile.forecast.weights import load_forecast
+
+    if path is not None:
+        return load_forecast(path)
+    return load_small_forecast() if name == _SMALL else None
+
+
+def _load(name: str, device: str) -> Any:
+    """Return the model in eval mode on its device."""
+    import torch
+
+    from sparda_compile.demo.small_model import load_small_model
+
+    # Only half precision has a fast attention kernel on a GPU; a CPU computes in float32.
+    is_cpu = torch.device(device).type == "cpu"
+    model: Any
+    if name == _SMALL:
+        model = load_small_model() if is_cpu else load_small_model().half()
+    else:
+        from transformers import AutoModelForCausalLM
+
+        if not (Path(name) / "config.json").is_file():
+            raise ConfigError(
+                f"{name!r} is no folder with a config.json; pass one with a model of "
+                f"transformers, or {_SMALL!r}."
+            )
+        dtype = torch.float32 if is_cpu else "auto"
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    return model.to(torch.device(device))

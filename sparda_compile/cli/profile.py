@@ -1,0 +1,144 @@
+"""`sparda bench profile`: one decode step as it runs on this GPU, beside what was predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from sparda_compile.cli.console import (
+    errors_as_sentences,
+    make_console,
+    print_json,
+    print_paths,
+    progress,
+    write_file,
+)
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sparda_compile.profiling.measured import MeasuredSchedule
+
+__all__ = ["bench_profile"]
+
+_ROOM: Final = 128  # tokens that the steps may add
+_TRACE_STEPS: Final = 96
+
+
+def bench_profile(
+    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 131072,
+    overlap: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of scored blocks that a step has in common with the one before.",
+        ),
+    ] = 0.9,
+    mode: Annotated[str, typer.Option(help="forecast, query or exact.")] = "forecast",
+    nodes: Annotated[bool, typer.Option("--nodes", help="Print every node, not sums alone.")] = (
+        False
+    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for profile.json, profile.html and trace.json.")
+    ] = Path("bench-results"),
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to note, where this is no git checkout.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Measure one decode step node by node, beside its schedule."""
+    with errors_as_sentences():
+        _check(shape, tokens, mode)
+        with progress() as say:
+            say("importing torch and transformers")
+            from sparda_compile.cli.bench import require_gpu
+
+            require_gpu("sparda bench profile")
+            trace = write_file(lambda path: path, out / "trace.json")
+            assert trace is not None
+            measured = _measure(shape, batch, tokens, overlap, mode, trace, say)
+        what = {"shape": shape, "batch_size": batch, "max_tokens": tokens, "overlap": overlap}
+        result = {**what, "mode": mode, **measured.to_dict()}
+        written = [
+            write_file(lambda path: _write_json(result, path, commit), out / "profile.json"),
+            write_file(measured.to_html, out / "profile.html"),
+            trace,
+        ]
+    if as_json:
+        print_json(result)
+        return
+    from sparda_compile.cli.tables import print_measured
+
+    print_measured(measured, make_console(), with_nodes=nodes)
+    print_paths(written)
+
+
+def _check(shape: str, tokens: int, mode: str) -> None:
+    from sparda_compile.bench.shapes import SHAPES
+    from sparda_compile.config import SpardaConfig
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape {shape} is not known; use one of {', '.join(SHAPES)}.")
+    config = SpardaConfig(mode=mode)  # type: ignore[arg-type]
+    if mode == "dense":
+        raise ConfigError(
+            "--mode dense reads every block from the device: nothing is copied, so there is no "
+            "schedule to measure against; use forecast, query or exact."
+        )
+    # A trace names other blocks in every step, beside those that are always read.
+    scored = config.top_k or 0
+    least = (config.sink_blocks + config.local_blocks + 2 * scored) * config.block_size + _ROOM
+    if tokens % config.block_size or tokens < least:
+        raise ConfigError(
+            f"--tokens {tokens} is no whole number of blocks of {config.block_size} with room for "
+            f"the steps; use a multiple of {config.block_size} from {least} on."
+        )
+
+
+def _measure(
+    shape: str,
+    batch: int,
+    tokens: int,
+    overlap: float,
+    mode: str,
+    trace: Path,
+    say: Callable[[str], None],
+) -> MeasuredSchedule:
+    import torch
+
+    from sparda_compile.bench.programs import build_program
+    from sparda_compile.bench.shapes import SHAPES, build_model
+    from sparda_compile.bench.synthetic import fill, follow, rewind
+    from sparda_compile.profiling.measured import measure_step
+    from sparda_compile.program.plan import Captures
+    from sparda_compile.runtime.kv_cache import KVCache
+
+    device = torch.device("cuda")
+    say(f"building the {shape} model")
+    captures = Captures(build_model(SHAPES[shape], device, torch.bfloat16), {})
+    say("rewriting decode")
+    settings: dict[str, Any] = {"mode": mode, "expected_overlap": overlap}
+    program = build_program(captures, "scheduled", batch, tokens, _TRACE_STEPS, **settings)
+    start = tokens - _ROOM
+    say("filling the KV cache")
+    cache = KVCache(program.plan.layout, device)
+    fill(cache, start)
+    follow(cache, start, overlap)
+    rewind(cache, start)
+    ids = torch.zeros((batch, 1), dtype=torch.long, device=device)
+    positions = torch.full_like(ids, start)
+    say("compiling, capturing and profiling")
+    return measure_step(lambda: program(ids, positions, None, cache), program.plan, trace=trace)
+
+
+def _write_json(result: dict[str, Any], path: Path, commit: str | None) -> Path:
+    from sparda_compile.environment import write_result
+
+    write_result(path, {"name": "profile", **result}, commit)
+    return path

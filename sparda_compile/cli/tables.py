@@ -1,0 +1,293 @@
+"""The tables that the command line prints: a report, the demo, and a measured step."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sparda_compile.isa.streams import STREAM_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from rich.console import Console
+
+    from sparda_compile.demo.needles import NeedleDemo, NeedleRow
+    from sparda_compile.demo.run import Demo, DemoRow
+    from sparda_compile.profiling.measured import MeasuredSchedule, Times
+    from sparda_compile.profiling.replay import Totals
+    from sparda_compile.report import Report, SiteSummary
+    from sparda_compile.report.schedule import Schedule
+
+__all__ = ["format_bytes", "format_layers", "print_demo", "print_measured", "print_report"]
+
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+_DEMO_NOTES = """\
+blocks: of all blocks, those that a step reads for each KV head. agree: new tokens that are the \
+original's. With all blocks read it has to be 100%; with a small budget a model with random \
+weights goes its own way, which is no measure of quality. on device: device memory of the KV \
+cache, tables and summaries included, against all keys and values. Times are of the reference \
+runtime on one CPU thread with lowering="eager", where nothing overlaps."""
+_NEEDLE_NOTES = """\
+blocks: of all blocks, those that a step reads for each KV head. recall: of the attention that the \
+questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
+copied to the device by all steps; mode dense keeps everything there. on device: device memory of \
+the KV cache, tables and summaries included. Times are of the reference \
+runtime on the CPU with lowering="eager", where nothing overlaps."""
+_MEASURED_NOTES = """\
+model: all that is not ours, which the compiler fuses as it likes. wait_blocks: the time that the \
+compute stream stood still for a copy. overlap: share of the copy stream's work that lies under \
+compute. The profiler makes a step longer; without it one takes {step}."""
+_TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
+    ("step", " us", lambda totals: totals.step_us),
+    ("compute stream busy", " us", lambda totals: totals.compute_us),
+    ("copy stream busy", " us", lambda totals: totals.copy_us),
+    ("select stream busy", " us", lambda totals: totals.select_us),
+    ("compute waits for copies", " us", lambda totals: totals.exposed_us),
+    ("overlap", "%", lambda totals: 100 * totals.overlap),
+)
+_FRESH_FORECAST = """\
+The Forecast weights are not trained: they start from the mean of each group's query heads."""
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print what `explain` found: sites, planned bytes, passes, schedules."""
+    console.print(
+        f"{report.model}, mode {report.mode}: {len(report.sparse_sites)} attentions rewritten, "
+        f"{len(report.dense_sites)} left dense",
+        style="bold",
+    )
+    console.print(_sites(report.sites))
+    for reason, layers in _reasons(report).items():
+        console.print(f"Layers {format_layers(layers)} stay dense: {reason}.", markup=False)
+    console.print(_bytes(report))
+    console.print(_passes(report))
+    if report.schedules:
+        console.print(_schedules(report.schedules))
+
+
+def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
+    """Print the comparison of modes and what to make of it."""
+    from sparda_compile.demo.needles import NeedleDemo
+
+    if isinstance(demo, NeedleDemo):
+        _print_needles(demo, console)
+        return
+    table = _table(
+        f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written; all keys and "
+        f"values: {format_bytes(demo.rows[0].full_bytes)}",
+        ("mode", "blocks", "agree", "hits", "misses", "H2D", "D2H", "on device", "prefill",
+         "per token"),
+        left=1,
+    )  # fmt: skip
+    for row in demo.rows:
+        table.add_row(*_demo_cells(row), style=None if row.is_right else "red")
+    console.print(table)
+    console.print(_DEMO_NOTES, markup=False)
+    if demo.used_fresh_forecast:
+        console.print(_FRESH_FORECAST, markup=False)
+    console.print(
+        f"The model was traced {demo.num_captures} times (prefill, decode) for all modes together.",
+        markup=False,
+    )
+
+
+def print_measured(
+    measured: MeasuredSchedule, console: Console, *, with_nodes: bool = False
+) -> None:
+    """Print a step as predicted and as measured: totals, ops, layers and, if wanted, nodes."""
+    schedule = measured.schedule
+    table = _table(
+        f"One {schedule.phase} step on {measured.device}, predicted for {schedule.machine}",
+        ("", "predicted", "measured", "difference"),
+        left=1,
+    )
+    for name, unit, value in _TOTALS:
+        planned, found = value(measured.predicted), value(measured.measured)
+        table.add_row(name, *(f"{each:.1f}{unit}" for each in (planned, found)),
+                      f"{found - planned:+.1f}{unit}")  # fmt: skip
+    console.print(table)
+    console.print(_times("Per op, microseconds", "op", measured.ops()))
+    for stream, name in enumerate(STREAM_NAMES):
+        title = f"Per layer on the {name} stream, microseconds; waits are left out"
+        console.print(_times(title, "layer", measured.layers(stream)))
+    if with_nodes:
+        console.print(_times("Per node, microseconds", "node", measured.each_node()))
+    step = "an unknown time" if measured.step_us is None else f"{measured.step_us:.1f} us"
+    console.print(_MEASURED_NOTES.format(step=step), markup=False)
+
+
+def _times(title: str, what: str, entries: Sequence[Times]) -> Table:
+    table = _table(title, (what, "nodes", "predicted", "measured", "difference"), left=1)
+    for each in entries:
+        name = "none" if what == "layer" and each.name == "-1" else each.name
+        numbers = (f"{each.predicted_us:.1f}", f"{each.measured_us:.1f}")
+        table.add_row(name, str(each.count), *numbers, f"{each.difference_us:+.1f}")
+    return table
+
+
+def _print_needles(demo: NeedleDemo, console: Console) -> None:
+    console.print(
+        f"{demo.num_tokens} tokens read once by the original model, in "
+        f"{demo.reading_ms / 1e3:.1f} s; 4 of the 32 needles in them are asked for:"
+    )
+    for key, value, place in zip(demo.questions, demo.right_answers, demo.places, strict=True):
+        console.print(f"  {key}: {value}, at token {place}", markup=False, highlight=False)
+    table = _table(
+        "",
+        ("mode", "answers", "blocks", "recall", "over the link", "per step", "on device",
+         "per token"),
+        left=2,
+    )  # fmt: skip
+    for row in demo.rows:
+        is_right = row.answers == demo.right_answers
+        table.add_row(*_needle_cells(row), style=None if is_right else "red")
+    console.print(table)
+    console.print(_NEEDLE_NOTES, markup=False)
+
+
+def _needle_cells(row: NeedleRow) -> list[str]:
+    return [
+        row.mode,
+        " ".join(row.answers),
+        f"{row.blocks}/{row.num_blocks}",
+        "" if row.recall is None else f"{100 * row.recall:.0f}%",
+        format_bytes(row.h2d_bytes),
+        format_bytes(row.step_bytes),
+        format_bytes(row.device_bytes),
+        f"{row.token_ms:.0f} ms",
+    ]
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return a size in the largest unit that leaves at least 1 of it: `1.5 MiB`."""
+    size, unit = float(num_bytes), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Return layer numbers as ranges: `0-4, 6`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _table(title: str, columns: Sequence[str], *, left: int) -> Table:
+    """Return an empty table whose first `left` columns are text and the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right")
+    return table
+
+
+def _sites(sites: Iterable[SiteSummary]) -> Table:
+    """Return the attentions; those that differ in nothing but their layer share a row."""
+    table = _table(
+        "Attentions",
+        ("layers", "becomes", "form", "heads", "KV heads", "head dim", "scale", "soft cap",
+         "position", "module"),
+        left=10,
+    )  # fmt: skip
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for site in sites:
+        cells: tuple[str, ...] = (
+            "sparse" if site.kind == "sparse" else "dense",
+            site.form,
+            str(site.num_heads),
+            str(site.num_groups),
+            str(site.head_dim),
+            f"{site.scale:.4g}",
+            f"{site.softcap:g}" if site.softcap else "",
+            site.position,
+            _LAYER_NUMBER.sub(".*.", site.module),
+        )
+        layers.setdefault(cells, []).append(site.layer)
+    for same, numbers in layers.items():
+        table.add_row(format_layers(numbers), *same)
+    return table
+
+
+def _reasons(report: Report) -> dict[str, list[int]]:
+    """Return the layers that stay dense, by reason."""
+    layers: dict[str, list[int]] = {}
+    for site in report.dense_sites:
+        layers.setdefault(site.reason, []).append(site.layer)
+    return layers
+
+
+def _bytes(report: Report) -> Table:
+    table = _table(
+        f"KV cache planned for {report.batch_size} x {report.max_tokens} tokens",
+        ("what", "where", "bytes"),
+        left=2,
+    )
+    parts = (
+        ("all blocks", "CPU memory", report.host_bytes),
+        ("pages", "device", sum(layer.page_bytes for layer in report.layers)),
+        ("summaries", "device", sum(layer.summary_bytes for layer in report.layers)),
+        ("tables", "device", sum(layer.table_bytes for layer in report.layers)),
+    )
+    for what, where, num_bytes in parts:
+        table.add_row(what, where, format_bytes(num_bytes))
+    if report.forecast_parameters:
+        share = 100 * report.forecast_parameters / max(report.model_parameters, 1)
+        count = f"{report.forecast_parameters:,} weights"
+        table.add_row("Forecast", "device", f"{count}, {share:.2f}% of the model")
+    return table
+
+
+def _passes(report: Report) -> Table:
+    table = _table("Passes", ("phase", "pass", "counts", "nodes", "ms"), left=3)
+    for entry in report.passes:
+        counts = ", ".join(f"{value} {name}" for name, value in entry.counts.items() if value)
+        table.add_row(
+            entry.phase,
+            entry.name,
+            counts or "nothing to do",
+            f"{entry.nodes_before} -> {entry.nodes_after}",
+            f"{entry.ms:.0f}",
+        )
+    return table
+
+
+def _schedules(schedules: Sequence[Schedule]) -> Table:
+    table = _table(
+        f"One step as predicted for {schedules[0].machine}; nothing was measured",
+        ("phase", "step us", "copies in line us", "exposed us", "over the link"),
+        left=1,
+    )
+    for schedule in schedules:
+        table.add_row(
+            schedule.phase,
+            f"{schedule.total_us:.0f}",
+            f"{schedule.baseline_us:.0f}",
+            f"{schedule.exposed_us:.0f}",
+            format_bytes(schedule.link_bytes),
+        )
+    return table
+
+
+def _demo_cells(row: DemoRow) -> list[str]:
+    return [
+        row.mode,
+        f"{row.blocks}/{row.num_blocks}",
+        f"{100 * row.agreement:.0f}%",
+        "" if row.hit_rate is None else f"{100 * row.hit_rate:.0f}%",
+        "" if row.misses is None else str(row.misses),
+        "" if row.h2d_bytes is None else format_bytes(row.h2d_bytes),
+        "" if row.d2h_bytes is None else format_bytes(row.d2h_bytes),
+        f"{100 * row.device_bytes / row.full_bytes:.0f}%",
+        f"{row.prefill_ms:.0f} ms",
+        f"{row.token_ms:.1f} ms",
+    ]

@@ -1,0 +1,1 @@
+"""The demo and the small model that the package ships."""

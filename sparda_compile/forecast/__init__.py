@@ -1,0 +1,1 @@
+"""The Forecast: its projection, its weights and where it starts."""

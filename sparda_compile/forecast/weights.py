@@ -1,0 +1,338 @@
+"""Forecast weights: one projection per layer, in a file that says what they were trained for.
+
+A file is a safetensors file whose tensors are named by target layer (`0` is the bootstrap
+projection of layer 0, `l` the projection that reads layer l - 1 and predicts layer l's query; one
+of low rank is two tensors, `l_u` and `l_v`) and whose metadata has `sparda_forecast`, a JSON object
+with the fields of `ForecastInfo`. A file of bare tensors is read too, and so are checkpoints of
+SparDA's own training, whose projections are full:
+
+    model.layers.0.self_attn.q_curr_proj.weight       target 0
+    model.layers.{i}.self_attn.q_future_proj.weight   target i + 1; the last one is never used
+
+Source: SparDA (arXiv 2606.04511), released checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from sparda_compile.errors import ConfigError
+from sparda_compile.forecast.projection import Projection, ProjectionShape, from_tensors, to_tensors
+
+if TYPE_CHECKING:
+    from sparda_compile.config import SpardaConfig
+
+__all__ = [
+    "ForecastInfo",
+    "ForecastWeights",
+    "fit_forecast",
+    "load_forecast",
+    "projections_of",
+    "rank_of",
+]
+
+FORMAT_VERSION: Final = 2
+_METADATA_KEY: Final = "sparda_forecast"
+_RELEASED: Final = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.self_attn\.(q_future_proj|q_curr_proj)\.weight$"
+)
+_WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "net", "weights")
+_TORCH_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt")
+_TRAIN_AGAIN: Final = "Pass the weights that were trained for this model."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForecastInfo:
+    """What Forecast weights were trained for.
+
+    Attributes:
+        model: Class name of the model.
+        layers: Target layers, ascending.
+        groups: KV heads of each of them.
+        head_dim: Width of one head of each.
+        hidden: Width of the hidden state that each projection reads.
+        ranks: Rank of each projection, None for a full one.
+        block_size: Tokens of one KV block.
+        pool_size: Tokens of one pooled key.
+        pool_stride: Tokens between the starts of neighbouring pooled keys.
+        top_k: Blocks that the teacher selected.
+        steps: Optimizer steps taken.
+        num_tokens: Tokens of one training sequence.
+        versions: Versions of sparda_compile and torch.
+        format_version: Of this description.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    groups: tuple[int, ...]
+    head_dim: tuple[int, ...]
+    hidden: tuple[int, ...]
+    ranks: tuple[int | None, ...]
+    block_size: int
+    pool_size: int
+    pool_stride: int
+    top_k: int
+    steps: int
+    num_tokens: int
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Fields of SpardaConfig that the blocks it picks depend on, as they were in training."""
+        return {name: getattr(self, name) for name in ("block_size", "pool_size", "pool_stride")}
+
+    def to_json(self) -> str:
+        """Return the fields as a JSON object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ForecastInfo:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: If it is something else, or of a later format.
+        """
+        fields = json.loads(text)
+        if isinstance(fields, dict) and fields.get("format_version") == 1:
+            # Then every projection was full.
+            fields |= {"ranks": [None] * len(fields["layers"]), "format_version": FORMAT_VERSION}
+        if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+            found = fields.get("format_version") if isinstance(fields, dict) else None
+            raise ValueError(f"format_version is {found}, this version reads {FORMAT_VERSION}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != names:
+            raise ValueError(f"its fields are {sorted(fields)}, not {sorted(names)}")
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**(fields | lists))
+
+
+@dataclasses.dataclass(frozen=True)
+class ForecastWeights(Mapping[int, Tensor]):
+    """Forecast projections by target layer; a mapping to their products, [G * D, hidden] each.
+
+    Attributes:
+        projections: The projections.
+        info: What they were trained for; None if the file does not say.
+        is_release: Whether they come from a checkpoint of SparDA's own training.
+    """
+
+    projections: dict[int, Projection]
+    info: ForecastInfo | None = None
+    is_release: bool = False
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """Return the projection that predicts a layer's query, multiplied out."""
+        return self.projections[layer].product()
+
+    def __iter__(self) -> Iterator[int]:
+        """Go through the target layers."""
+        return iter(self.projections)
+
+    def __len__(self) -> int:
+        """Return the number of projections."""
+        return len(self.projections)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file; folders are made, an old file is replaced at once.
+
+        Returns:
+            The path.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt"}
+        if self.info is not None:
+            metadata[_METADATA_KEY] = self.info.to_json()
+        named = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in to_tensors(self.projections).items()
+        }
+        partial = path.with_name(path.name + ".partial")
+        save_file(named, partial, metadata=metadata)
+        partial.replace(path)
+        return path
+
+
+def load_forecast(path: str | Path) -> ForecastWeights:
+    """Read Forecast weights.
+
+    Args:
+        path: A safetensors file of this library, or a `.pt` or safetensors checkpoint with the
+            names of SparDA's own training; other tensors of such a checkpoint are left out.
+
+    Raises:
+        ConfigError: If there is no file, it cannot be read, or it holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"forecast={str(path)!r} is no file; pass a safetensors file that train_forecast or "
+            "`sparda train` wrote, or a released .pt checkpoint."
+        )
+    try:
+        tensors, metadata = _read(path)
+        names = [name for name in tensors if _RELEASED.search(name)]
+        if names:
+            released = _released({name: tensors[name] for name in names})
+            return ForecastWeights(projections_of(released), is_release=True)
+        text = metadata.get(_METADATA_KEY)
+        info = None if text is None else ForecastInfo.from_json(text)
+        return ForecastWeights(from_tensors(tensors), info)
+    except Exception as error:
+        raise ConfigError(
+            f"forecast={str(path)!r} cannot be read as Forecast weights ({error}); it must be a "
+            "safetensors file whose names are layer numbers, with _u and _v behind them for "
+            "projections of low rank, or a checkpoint with "
+            "model.layers.{i}.self_attn.q_future_proj.weight."
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file by name, and its metadata."""
+    if path.suffix in _TORCH_SUFFIXES:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        while isinstance(loaded, Mapping):
+            wrapped = next((loaded[key] for key in _WRAPPERS if key in loaded), None)
+            if not isinstance(wrapped, Mapping):
+                break
+            loaded = wrapped
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"it holds a {type(loaded).__name__}, not named tensors")
+        named = {
+            str(name).removeprefix("module."): value
+            for name, value in loaded.items()
+            if isinstance(value, Tensor)
+        }
+        return named, {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+
+
+def _released(named: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Return the projections of a released checkpoint by target layer."""
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in named.items():
+        match = _RELEASED.search(name)
+        assert match is not None
+        source, is_bootstrap = int(match[1]), match[2] == "q_curr_proj"
+        if is_bootstrap and source:
+            raise ValueError(f"{name} is the bootstrap projection of a layer other than 0")
+        target = 0 if is_bootstrap else source + 1
+        if target in tensors:
+            raise ValueError(f"two tensors are for layer {target}, one of them {name}")
+        tensors[target] = tensor
+    return tensors
+
+
+def projections_of(given: Mapping[int, Tensor]) -> dict[int, Projection]:
+    """Return the projections of Forecast weights; bare tensors are full ones.
+
+    Raises:
+        ConfigError: If a tensor is no matrix.
+    """
+    if isinstance(given, ForecastWeights):
+        return given.projections
+    return {layer: Projection((tensor,)) for layer, tensor in given.items()}
+
+
+def rank_of(given: Mapping[int, Tensor]) -> int | None:
+    """Return the `SpardaConfig.forecast_rank` that makes a program for Forecast weights."""
+    shapes = [projection.shape for projection in projections_of(given).values()]
+    if all(shape == ProjectionShape.of(shape.rows, shape.hidden, None) for shape in shapes):
+        return None
+    ranks = [shape.rank for shape in shapes if shape.rank is not None]
+    # That of all rows is never less than full.
+    return min(ranks) if ranks else max(shape.rows for shape in shapes)
+
+
+def fit_forecast(
+    given: Mapping[int, Tensor],
+    shapes: Mapping[int, ProjectionShape],
+    model_name: str,
+    config: SpardaConfig,
+) -> dict[int, Projection]:
+    """Return the projections that a model needs, checked.
+
+    A warning says if they were trained for other blocks or pooled keys than `config` has.
+
+    Args:
+        given: Forecast weights by target layer.
+        shapes: Sizes that the model's program has for each layer.
+        model_name: Class name of the model.
+        config: What they are to be used with.
+
+    Raises:
+        ConfigError: If they are another model's: a layer is missing or not in it, a shape differs,
+            or the file names another model; or if their rank is not `config.forecast_rank`.
+    """
+    info = given.info if isinstance(given, ForecastWeights) else None
+    projections = dict(projections_of(given))
+    if isinstance(given, ForecastWeights) and given.is_release:
+        projections.pop(max(shapes, default=0) + 1, None)
+    _check_layers(projections, shapes, model_name)
+    for layer, shape in shapes.items():
+        _check_shape(layer, projections[layer].shape, shape, model_name)
+    if info is not None and info.model != model_name:
+        raise ConfigError(
+            f"forecast weights were trained for {info.model}, but the model is a {model_name}. "
+            f"{_TRAIN_AGAIN}"
+        )
+    if info is not None:
+        _warn_of_sizes(info, config)
+    return {layer: projections[layer] for layer in shapes}
+
+
+def _check_shape(layer: int, found: ProjectionShape, needed: ProjectionShape, model: str) -> None:
+    if (found.rows, found.hidden) != (needed.rows, needed.hidden):
+        raise ConfigError(
+            f"forecast weights of layer {layer} have shape {(found.rows, found.hidden)}, but "
+            f"{model} needs {(needed.rows, needed.hidden)} (KV heads x head_dim, hidden). "
+            f"{_TRAIN_AGAIN}"
+        )
+    if found.rank != needed.rank:
+        ranks = ["are full" if s.rank is None else f"have rank {s.rank}" for s in (found, needed)]
+        raise ConfigError(
+            f"forecast weights of layer {layer} {ranks[0]}, but those of this configuration "
+            f"{ranks[1]}. Leave forecast_rank at None, so that the weights decide, or train them "
+            "again with this configuration."
+        )
+
+
+def _check_layers(
+    projections: Mapping[int, Projection], shapes: Mapping[int, ProjectionShape], model_name: str
+) -> None:
+    missing = sorted(set(shapes) - set(projections))
+    unknown = sorted(set(projections) - set(shapes), key=str)
+    if missing or unknown:
+        raise ConfigError(
+            f"forecast weights do not fit {model_name}: layers {missing} are missing and layers "
+            f"{unknown} are not in it. {_TRAIN_AGAIN}"
+        )
+
+
+def _warn_of_sizes(info: ForecastInfo, config: SpardaConfig) -> None:
+    differing = [
+        f"{name}={getattr(config, name)} (trained with {size})"
+        for name, size in info.sizes.items()
+        if getattr(config, name) != size
+    ]
+    if differing:
+        warnings.warn(
+            f"Forecast weights are used with {', '.join(differing)}; they then pick blocks less "
+            "well. Use the sizes that they were trained with, or train them again.",
+            stacklevel=5,
+        )

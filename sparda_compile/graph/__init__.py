@@ -1,0 +1,1 @@
+"""Graphs: nodes, what they do, and how they are written."""

@@ -1,0 +1,138 @@
+"""Small pure helpers on FX nodes and graphs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparda_compile.isa.table import op_name
+
+__all__ = [
+    "as_module",
+    "call_name",
+    "changes_in_place",
+    "copy_graph",
+    "fake_value",
+    "find_ops",
+    "is_sparda",
+    "module_path",
+    "nodes_between",
+    "program_order",
+    "snapshot",
+]
+
+
+def call_name(node: fx.Node) -> str:
+    """Return what a node calls as a short word: `linear`, `view`, `sparda.select_blocks`."""
+    return _target_name(node.target)
+
+
+@functools.cache
+def _target_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name.replace("::", "."))
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    if isinstance(target, str):
+        is_operator = target.startswith("__") and target.endswith("__")
+        return target[2:-2] if is_operator else target
+    return str(getattr(target, "__name__", target))
+
+
+def is_sparda(node: fx.Node) -> bool:
+    """Whether a node calls one of this library's ops."""
+    return node.op == "call_function" and op_name(node.target) is not None
+
+
+def find_ops(graph: fx.Graph, *names: str) -> list[fx.Node]:
+    """Return the nodes that call `sparda.<name>`, in program order."""
+    packets = [getattr(torch.ops.sparda, name) for name in names]
+    targets = [target for packet in packets for target in (packet, packet.default)]
+    found = [
+        node for target in targets
+        for node in graph.find_nodes(op="call_function", target=target, sort=False)
+    ]  # fmt: skip
+    return sorted(found)
+
+
+def fake_value(node: fx.Node) -> Any:
+    """Return the fake value of a node."""
+    return node.meta.get("val")
+
+
+def program_order(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return each node's place in the program."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module that a node came from, `model.layers.0.self_attn`."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    return str(stack[-1][0])
+
+
+def nodes_between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Return the nodes on any path from `start` (left out) to `end` (taken in)."""
+    above: set[fx.Node] = {end}
+    stack = [end]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source > start and source not in above:
+                above.add(source)
+                stack.append(source)
+    between: set[fx.Node] = set()
+    stack = [start]
+    while stack:
+        for user in stack.pop().users:
+            if user in above and user not in between:
+                between.add(user)
+                stack.append(user)
+    return between
+
+
+def changes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that it is given."""
+    name = call_name(node)
+    return name == "setitem" or (name.endswith("_") and node.op == "call_method")
+
+
+def tensor_shape(node: fx.Node) -> tuple[Any, ...]:
+    """Return the shape of a node's fake value, () when it is no tensor."""
+    value = fake_value(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph with the same node names and metadata."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        mapping[node].name = node.name
+    for node in graph.nodes:
+        if "sparda" in node.meta:  # an attention's site, which has nodes; some may be gone
+            node.meta["sparda"] = node.meta["sparda"].mapped(lambda n: mapping.get(n, n))
+    return graph
+
+
+def snapshot(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph module that passes may change; weights are shared."""
+    copy = as_module(copy_graph(gm.graph))
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def as_module(graph: fx.Graph) -> fx.GraphModule:
+    """Return a module of a graph; its Python is written when it is first called or shown.
+
+    Passes look at the graph alone, and its Python takes as long to write as a pass to run.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule({}, graph)

@@ -1,0 +1,131 @@
+"""The program writer: state inputs, page plans and selections."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparda_compile.graph.effects import set_argument
+from sparda_compile.graph.emit import Emitter, new_fake
+from sparda_compile.graph.nodes import fake_value
+from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
+
+__all__ = ["TOKEN_MASK", "PagePlan", "StateInputs", "geometry_of", "plan_pages", "select_by_score"]
+
+
+TOKEN_MASK = "sparda_token_mask"
+
+
+class StateInputs:
+    """The state tensors of a cache as placeholders of a graph, added when first asked for."""
+
+    def __init__(self, graph: fx.Graph, layout: CacheLayout) -> None:
+        self._graph = graph
+        self._specs = layout.all_tensors()
+        self._nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+
+    def get(self, tensor: str, layer: int) -> fx.Node:
+        """Return a layer's tensor."""
+        return self._input(state_name(tensor, layer))
+
+    @property
+    def lengths(self) -> fx.Node:
+        """Tokens per sequence before this step, [B] int32."""
+        return self._input(LENGTHS)
+
+    def token_mask(self) -> fx.Node:
+        """Which tokens of a prefill are real, [B, T] bool."""
+        ids = next(n for n in self._nodes.values() if "input_ids" in n.name)
+        return self.add(TOKEN_MASK, tuple(fake_value(ids).shape), torch.bool)
+
+    def add(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+        """Return the placeholder of that name, made if it is not there."""
+        if name not in self._nodes:
+            last: fx.Node = next(reversed(self._nodes.values()))
+            with self._graph.inserting_after(last):
+                node = self._graph.placeholder(name)
+            like = next(n for n in self._nodes.values() if isinstance(fake_value(n), torch.Tensor))
+            node.meta["val"] = new_fake(fake_value(like), shape, dtype)
+            self._nodes[name] = node
+        return self._nodes[name]
+
+    def _input(self, name: str) -> fx.Node:
+        spec = self._specs[name]
+        if spec.on_host and spec.num_bytes and self._device.type != "cpu":
+            # Addresses, one per sequence and head: see runtime/transfer.py.
+            return self.add(name, spec.shape[:2], torch.int64)
+        return self.add(name, spec.shape, spec.dtype)
+
+    @property
+    def _device(self) -> torch.device:
+        values = (fake_value(n) for n in self._nodes.values())
+        device: torch.device = next(v for v in values if isinstance(v, torch.Tensor)).device
+        return device
+
+
+@dataclasses.dataclass(frozen=True)
+class PagePlan:
+    """The results of a `plan_pages` node."""
+
+    node: fx.Node
+    page_ids: fx.Node
+    is_miss: fx.Node
+    miss_blocks: fx.Node
+    miss_pages: fx.Node
+    tail_page: fx.Node
+
+
+def plan_pages(
+    emit: Emitter, block_ids: fx.Node, state: StateInputs, layout: CacheLayout, *, is_hint: bool
+) -> PagePlan:
+    """Add a `plan_pages` and the choice of each of its results."""
+    names = ("block_table", "page_block", "page_stamp", "counters")
+    tables = [state.get(name, emit.layer) for name in names]
+    prefix = "hint_" if is_hint else ""
+    node = emit.call(
+        "plan_pages", block_ids, state.lengths, *tables, layout.config.block_size,
+        layout.config.eviction, is_hint, name=f"{prefix}plan_{emit.layer}",
+    )  # fmt: skip
+    results = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
+    items = [emit.item(node, i, f"{prefix}{name}_{emit.layer}") for i, name in enumerate(results)]
+    return PagePlan(node, *items)
+
+
+def select_by_score(
+    emit: Emitter,
+    query: fx.Node,
+    selector: str,
+    scale: float,
+    shape: LayerShape,
+    state: StateInputs,
+    layout: CacheLayout,
+    prefix: str = "",
+) -> fx.Node:
+    """Add `score_blocks` and `select_blocks`; returns the ids."""
+    from sparda_compile.selectors import SELECTORS
+
+    config = layout.config
+    summary = SELECTORS[selector].summary.name
+    tensors = [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)]
+    scores = emit.call(
+        "score_blocks", query, tensors, state.lengths, selector, scale, *geometry_of(layout),
+        name=f"{prefix}scores_{shape.layer}",
+    )  # fmt: skip
+    if layout.geometry.short_list:
+        for name in ("short_list", "sink_blocks", "local_blocks"):
+            set_argument(scores, name, getattr(layout.geometry, name))
+    if layout.trace_steps:
+        set_argument(scores, "trace", state.get("trace", shape.layer))
+    return emit.call(
+        "select_blocks", scores, state.lengths, layout.num_selected, config.block_size,
+        config.sink_blocks, config.local_blocks, name=f"{prefix}block_ids_{shape.layer}",
+    )  # fmt: skip
+
+
+def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:
+    """Return the sizes that ops on summaries take: blocks, block, pooled window and its stride."""
+    g = layout.geometry
+    return g.num_blocks, g.block_size, g.pool_size, g.pool_stride

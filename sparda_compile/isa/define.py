@@ -1,0 +1,123 @@
+"""`define`: the one way to make an op. Its function is the op; the decorator says what it is.
+
+    @define(mutates=("pages",), stream=COPY, starts=True, work=Work.TO_DEVICE,
+            fake=lambda a: a.pages.new_empty(0), kernels=("_gather",))
+    def prefetch_blocks(miss_blocks: Tensor, ..., event: int, after: Tensor | None) -> Tensor:
+        ...
+
+The function does its work on any device, through `engines.current_engine` if it may leave the
+compute stream. What it returns for fake tensors is said by `fake`, from the same arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparda_compile.errors import PassError
+from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.table import INSTRUCTIONS, Instruction, Work, instruction_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sparda_compile.isa.table import Part
+
+__all__ = ["define", "implementation"]
+
+
+def define(
+    *,
+    mutates: Sequence[str] = (),
+    fake: Callable[[Any], Any] | None = None,
+    stream: int = COMPUTE,
+    results: Sequence[str] = (),
+    starts: bool = False,
+    waits: bool = False,
+    forks: bool = False,
+    work: Work = Work.TOUCHED,
+    kernels: Sequence[str] = (),
+    launched: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None,
+    part: Part | None = None,
+    before: Sequence[str] = (),
+    behind: Sequence[str] = (),
+    latency_us: float | None = None,
+    is_marker: bool = False,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an op `sparda::<its name>` and enter it in the table of instructions.
+
+    Args:
+        mutates: Names of the arguments that it writes.
+        fake: Returns fake results from the arguments, given as attributes; None where nothing is
+            returned.
+        stream: Where it runs. A function with an argument `stream` runs where that says.
+        results: Names of its results, if there are several.
+        starts: Whether it records its argument `event`.
+        waits: Whether it waits for its argument `event`.
+        forks: Whether it only marks where side streams may go on.
+        work: What its time is made of.
+        kernels: Kernels that it may launch in a decode step.
+        launched: Says which of them it does launch; see `Instruction`.
+        part: The part of a tensor that it uses.
+        before: Ops of a layer that come behind it.
+        behind: Ops of a layer that come before it.
+        latency_us: What it takes beside its bytes where a machine does not say.
+        is_marker: Whether it marks a place in a captured graph; no program has it.
+
+    Returns:
+        A decorator; it returns the op of `torch.library`.
+
+    Raises:
+        PassError: If an op of that name was defined before.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        if name in INSTRUCTIONS:
+            raise PassError(f"sparda::{name} is defined already; give the op another name.")
+        signature = inspect.signature(function)
+        op = torch.library.custom_op(f"sparda::{name}", function, mutates_args=tuple(mutates))
+
+        def on_fake_tensors(*args: Any, **kwargs: Any) -> Any:
+            if fake is None:
+                return None
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return fake(SimpleNamespace(**bound.arguments))
+
+        op.register_fake(on_fake_tensors)
+        INSTRUCTIONS[name] = Instruction(
+            name=name,
+            op=op,
+            stream=None if "stream" in signature.parameters else stream,
+            results=tuple(results),
+            starts=starts,
+            waits=waits,
+            forks=forks,
+            work=work,
+            kernels=tuple(kernels),
+            launched=launched,
+            part=part,
+            before=tuple(before),
+            behind=tuple(behind),
+            latency_us=latency_us,
+            is_marker=is_marker,
+        )
+        instruction_of.cache_clear()
+        return op
+
+    return decorate
+
+
+def implementation(target: Any) -> Callable[..., Any]:
+    """Return the Python function of an op, which is what its dispatcher calls.
+
+    The dispatcher takes about 0.1 ms a call, for autograd and for modes, which a step has not.
+    """
+    instruction = instruction_of(target)
+    assert instruction is not None, f"{target} is no instruction"
+    function: Callable[..., Any] = instruction.op._init_fn
+    return function

@@ -1,0 +1,401 @@
+"""What `optimize` returns: a module with the model's own `forward` and `generate`.
+
+generate   transformers' own loop, on a copy of the model whose forward is ours
+forward    many tokens: the prefill program; one token per sequence: the decode program
+sparda     graphs, schedules, counts
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparda_compile.capture.cache_name import (
+    CACHE_NAME,
+    OLD_CACHE_NAME,
+    output_with_cache,
+    take_cache,
+)
+from sparda_compile.config import round_up
+from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.forecast.projection import from_tensors, to_tensors
+from sparda_compile.module.cache import SpardaCache, keys_and_values
+from sparda_compile.module.calls import check_call, check_generation
+from sparda_compile.module.inspection import Sparda
+from sparda_compile.program.plan import Captures, Plan, make_plan, planned_capacity
+from sparda_compile.program.program import Program
+from sparda_compile.progress import showing, stage
+from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.runtime.take_over import take_over
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import DynamicCache
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.forecast.projection import Projection
+
+__all__ = ["OptimizedModule"]
+
+_SMALLEST_CAPACITY = 512
+_CAPACITY_STEP = 8192
+
+
+class OptimizedModule(nn.Module):
+    """A causal LM whose KV cache is paged, offloaded and read in selected blocks.
+
+    Its parameters are the model's own, under the same names. Made by `sparda_compile.optimize`.
+
+    Args:
+        captures: Traced forwards of the model.
+        config: What to build.
+        forecast: Forecast projections by target layer.
+        decode: A plan for the decode of one sequence, if there is one already.
+    """
+
+    def __init__(
+        self,
+        captures: Captures,
+        config: SpardaConfig,
+        forecast: Mapping[int, Projection],
+        decode: Plan | None = None,
+    ) -> None:
+        super().__init__()
+        self.captures = captures
+        self.sparda_config = config
+        self.sparda = Sparda(self)
+        self.last_cache: KVCache | None = None
+        self._programs: dict[tuple[str, int, int, bool], Program] = {}
+        self._idle: list[KVCache] = []
+        self._latest: dict[str, tuple[int, int, bool]] = {}
+        # The model's own children, under their own names: state_dict has the model's keys.
+        self._modules.update(captures.model._modules)
+        self._parameters.update(captures.model._parameters)
+        self.sparda_forecast = nn.ParameterDict(
+            {n: nn.Parameter(w, requires_grad=False) for n, w in to_tensors(forecast).items()}
+        )
+        self._forecast = from_tensors(dict(self.sparda_forecast))
+        if decode is not None:
+            key = ("decode", 1, decode.layout.max_tokens, True)
+            self._programs[key] = Program(decode, self._forecast)
+        self.training = False
+        driver = copy.copy(captures.model)
+        driver.forward = self.forward
+        object.__setattr__(self, "_driver", driver)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SpardaCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        cache: SpardaCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run one step; the contract of the model's own forward.
+
+        Args:
+            input_ids: [B, T] int64, the new tokens.
+            attention_mask: [B, past + T], 0 for padding; None means no padding.
+            position_ids: [B, T] int64; None counts the real tokens of each sequence.
+            past_key_values: A cache of this module; None starts a new one.
+            cache: The same, by the name that transformers gives it from 5.24 on.
+            use_cache: Accepted for compatibility; a cache is always kept.
+            return_dict: Accepted for compatibility; a dataclass is always returned.
+            logits_to_keep: 0 for all logits, n for those of the last n tokens.
+            **kwargs: Anything else must be None or False.
+
+        Returns:
+            Logits [B, T or n, vocabulary] and the cache.
+
+        Raises:
+            UnsupportedInputError: If an argument is not supported.
+            KVCacheError: If the cache is another module's, of another batch size, or full.
+        """
+        del use_cache, return_dict
+        ids = check_call(input_ids, kwargs)
+        given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
+        cache = self._cache_for(given, ids)
+        kv = self._ready(cache, ids)
+        batch_size, num_tokens = ids.shape
+        mask = self._token_mask(attention_mask, kv, ids)
+        num_real = num_tokens
+        if num_tokens == 1 and kv.num_columns == 0 and not bool(mask.all()):
+            raise UnsupportedInputError(
+                "attention_mask hides the only token of a sequence; pass at least one real token "
+                "for each."
+            )
+        if num_tokens > 1:
+            num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
+            kv.check_room(num_real)
+        positions = self._positions(position_ids, mask, kv)
+        phase = "decode" if num_tokens == 1 else "prefill"
+        last_only = logits_to_keep == 1 or phase == "decode"
+        program = self.program(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
+        token_mask = None if phase == "decode" else mask
+        with showing(self.sparda_config.progress):
+            logits = program(ids.contiguous(), positions, token_mask, kv)
+        kv.advance(num_tokens, num_real)
+        self.last_cache = kv
+        if logits_to_keep > 1:
+            logits = logits[:, -logits_to_keep:]
+        return output_with_cache(logits, cache)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate tokens; the contract of the model's own `generate`.
+
+        Args:
+            inputs: [B, T] int64 prompt; or pass `input_ids`.
+            **kwargs: As for transformers' `generate`. `past_key_values`, or `cache`, may be a cache
+                of this module, from an earlier call, whose tokens `input_ids` begins with.
+
+        Returns:
+            As transformers' `generate`.
+
+        Raises:
+            UnsupportedInputError: For beam search, assisted generation and input embeddings.
+            KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
+        """
+        config = kwargs.get("generation_config") or self._driver.generation_config
+        check_generation(config, kwargs)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        num_tokens = 1 if ids is None else ids.shape[1]
+        new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
+        total = kwargs.get("max_length", config.max_length) or 20
+        if new_tokens is not None:
+            total = num_tokens + int(new_tokens)
+        cache = take_cache(kwargs)
+        if cache is None:
+            self._check_reserved(total)
+            cache = SpardaCache(self, self.capacity(total))
+        else:
+            self._check_owner(cache)
+            self._check_second_turn(cache, ids, total)
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        kwargs |= {CACHE_NAME: cache, "disable_compile": True}
+        return self._driver.generate(**kwargs)
+
+    def new_cache(
+        self,
+        max_tokens: int | None = None,
+        *,
+        past: DynamicCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> SpardaCache:
+        """Return a cache to pass as `past_key_values` or `cache`, kept across turns.
+
+        Args:
+            max_tokens: Tokens per sequence to reserve; None is `SpardaConfig.max_tokens`.
+            past: A cache that the model itself filled, so that tokens which it has read are not
+                read again; its keys and values are copied. None begins an empty one.
+            attention_mask: [B, T] for the T tokens of `past`, 0 for padding; None means none.
+
+        Raises:
+            KVCacheError: If `past` is of another model, another kind or empty, or does not fit.
+        """
+        tokens = past.get_seq_length() + 1 if past is not None else 1
+        reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
+        self._check_reserved(max(reserve, tokens))
+        cache = SpardaCache(self, self.capacity(max(reserve, tokens)))
+        if past is not None:
+            keys_values, mask = keys_and_values(past, attention_mask)
+            take_over(self._ready(cache, mask), keys_values, mask)
+        return cache
+
+    def capacity(self, num_tokens: int) -> int:
+        """Return the capacity reserved for so many tokens: few sizes, so few compilations."""
+        config = self.sparda_config
+        if config.max_tokens is not None:
+            return config.max_tokens
+        if num_tokens <= _CAPACITY_STEP:
+            return max(_SMALLEST_CAPACITY, 1 << (num_tokens - 1).bit_length())
+        return round_up(num_tokens, _CAPACITY_STEP)
+
+    def program(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
+        """Return the program for a shape; built when first asked for."""
+        key = (phase, batch_size, max_tokens, last_only)
+        if key not in self._programs:
+            plan = make_plan(
+                self.captures,
+                phase,
+                self.sparda_config,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                last_logits_only=last_only,
+            )
+            self._programs[key] = Program(plan, self._forecast)
+        self._latest[phase] = (batch_size, max_tokens, last_only)
+        return self._programs[key]
+
+    def latest_plan(self, phase: str) -> Plan:
+        """Return the plan of a phase that ran last; one for a single sequence before that.
+
+        Raises:
+            UnsupportedInputError: If there is no such phase.
+        """
+        if phase not in ("prefill", "decode"):
+            raise UnsupportedInputError(f"phase {phase!r} is not known; use prefill or decode.")
+        default = (1, planned_capacity(self.sparda_config), True)
+        batch_size, max_tokens, last_only = self._latest.get(phase, default)
+        return self.program(phase, batch_size, max_tokens, last_only=last_only).plan
+
+    def num_programs(self) -> dict[str, int]:
+        """Return how many programs were compiled, by phase."""
+        phases = [key[0] for key, program in self._programs.items() if program.is_compiled]
+        return {phase: phases.count(phase) for phase in ("prefill", "decode")}
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Refuse training mode: the rewritten graph has no gradient."""
+        if mode:
+            raise UnsupportedInputError(
+                "an optimized module cannot be trained; train the model and optimize it again."
+            )
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:
+        """Return self when device and dtype are as they are; refuse any other."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        weight = next(self.parameters())
+        same_device = device is None or torch.device(device).type == weight.device.type
+        if same_device and dtype in (None, weight.dtype):
+            return self
+        raise UnsupportedInputError(
+            "an optimized module cannot be moved or cast: its graphs and its KV cache are made "
+            f"for {weight.device} and {weight.dtype}. Move the model and optimize it again."
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        del fn, recurse
+        raise UnsupportedInputError(
+            "an optimized module cannot be moved or cast; move the model and optimize it again."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse pickling: compiled programs and live caches do not survive it."""
+        raise UnsupportedInputError(
+            "an optimized module cannot be pickled or deep-copied; save the model with "
+            "save_pretrained and optimize it again after loading."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the model itself has: config, generation_config, device, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("captures", "_driver"):
+                raise
+            return getattr(self.captures.model, name)
+
+    def _check_owner(self, cache: Any) -> None:
+        if not isinstance(cache, SpardaCache):
+            raise KVCacheError(
+                f"the cache given is a {type(cache).__name__}; pass None, or a cache that this "
+                f"module returned: {CACHE_NAME} of an earlier output, new_cache(), or "
+                "new_cache(past=...) with one that the model filled."
+            )
+        if cache.owner() is not self:
+            raise KVCacheError(
+                "the cache given is that of another model; a cache holds the keys of the "
+                "module that made it. Pass None to start a new one."
+            )
+
+    def _check_reserved(self, total: int) -> None:
+        limit = self.sparda_config.max_tokens
+        if limit is not None and total > limit:
+            raise KVCacheError(
+                f"prompt and new tokens need {total} tokens per sequence, more than "
+                f"max_tokens={limit}; raise max_tokens, shorten the prompt, or lower "
+                "max_new_tokens."
+            )
+
+    def _check_second_turn(self, cache: SpardaCache, ids: Tensor | None, total: int) -> None:
+        past = cache.get_seq_length()
+        self._check_reserved(total)
+        if ids is not None and past and ids.shape[1] <= past:
+            raise KVCacheError(
+                f"input_ids has {ids.shape[1]} tokens but the cache holds {past}; on a second turn "
+                "pass the whole conversation: the tokens of the cache and then the new ones."
+            )
+
+    def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
+        if cache is None:
+            self._check_reserved(ids.shape[1])
+            return SpardaCache(self, self.capacity(ids.shape[1] + 1))
+        self._check_owner(cache)
+        return cache
+
+    def _ready(self, cache: SpardaCache, ids: Tensor) -> KVCache:
+        """Return the cache's state, made or grown if need be."""
+        batch_size, num_tokens = ids.shape
+        if cache.kv is None:
+            cache.kv = self._allocate(batch_size, cache.max_tokens)
+            weakref.finalize(cache, _give_back, weakref.ref(self), [cache.kv])
+        kv = cache.kv
+        if kv.layout.batch_size != batch_size:
+            raise KVCacheError(
+                f"the cache holds {kv.layout.batch_size} sequences but this call passes "
+                f"{batch_size}; every turn must have the batch size of the first."
+            )
+        needed = kv.longest + num_tokens
+        if needed > kv.layout.max_tokens and self.sparda_config.max_tokens is None:
+            plan = self.program(
+                "decode", batch_size, self.capacity(max(needed, 2 * kv.layout.max_tokens)),
+                last_only=True,
+            ).plan  # fmt: skip
+            kv = cache.kv = kv.grow(plan.layout)
+        elif num_tokens == 1:
+            kv.check_room(1)
+        return kv
+
+    def _allocate(self, batch_size: int, max_tokens: int) -> KVCache:
+        decode = self.program("decode", batch_size, max_tokens, last_only=True)
+        layout = decode.plan.layout
+        for kv in self._idle:
+            if kv.layout == layout:
+                self._idle.remove(kv)
+                kv.reset()
+                return kv
+        self._idle.clear()
+        with showing(self.sparda_config.progress), stage("allocate"):
+            kv = KVCache(layout, next(self.parameters()).device)
+        decode.compile_kernels()  # while the prompt is read
+        return kv
+
+    def _token_mask(self, attention_mask: Tensor | None, kv: KVCache, ids: Tensor) -> Tensor:
+        if attention_mask is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        width = kv.num_columns + ids.shape[1]
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (width, ids.shape[1]):
+            raise UnsupportedInputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; pass [batch, {width}], "
+                "one entry for each token of the cache and each new one, 0 for padding."
+            )
+        if attention_mask.shape[0] != ids.shape[0]:
+            raise UnsupportedInputError(
+                f"attention_mask is for {attention_mask.shape[0]} sequences, input_ids for "
+                f"{ids.shape[0]}."
+            )
+        return attention_mask[:, -ids.shape[1] :].bool()
+
+    def _positions(self, given: Tensor | None, mask: Tensor, kv: KVCache) -> Tensor:
+        if given is not None:
+            return given.expand(mask.shape).long().contiguous()
+        lengths = kv.state["sparda_lengths"].long()[:, None]
+        return (lengths + mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _give_back(module: weakref.ref[OptimizedModule], held: list[KVCache]) -> None:
+    """Keep the memory of a cache that nobody uses any more for the next one."""
+    owner = module()
+    if owner is not None and not owner._idle:
+        owner._idle.append(held[0])

@@ -1,0 +1,1 @@
+"""Check that a program is legal and has no race."""

@@ -1,0 +1,322 @@
+"""What each op of a legal graph takes: an argument takes what its name says, of the op's layer.
+
+In layer 1, `pages` is `sparda_pages_1`, and `page_ids` is the first result of the layer's plan. The
+ops of a hint take the hint's own ids and plan, which `previous_layer` makes of another layer's ids.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from torch import fx
+
+from sparda_compile.graph.effects import is_state
+from sparda_compile.graph.op_index import result_of
+from sparda_compile.graph.writer import TOKEN_MASK
+from sparda_compile.isa.streams import SELECT
+from sparda_compile.passes.base import Fact
+from sparda_compile.passes.check.grammar import hint_source
+from sparda_compile.selectors import SELECTORS
+from sparda_compile.state.layout import LENGTHS, state_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sparda_compile.graph.op_index import Op, OpIndex
+    from sparda_compile.passes.base import PassContext
+    from sparda_compile.passes.check.grammar import LayerOps
+
+__all__ = ["wrong_operands"]
+
+# Names of what arguments take; a pair is one result of a node, None is nothing.
+Operand = str | tuple[str, int] | None
+Operands = dict[str, "Operand | list[Operand]"]
+
+_RESULTS: Final = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
+_TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
+_SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
+_HINT_ROLES: Final = ("hint plan", "hint prefetch_blocks", "hint wait_blocks")
+_ATTENTIONS: Final = (
+    "sparse_attention", "attend_missing", "prefill_attention", "window_attention",
+)  # fmt: skip
+_COPY_OF: Final = {
+    "wait_blocks": "prefetch_blocks",
+    "hint wait_blocks": "hint prefetch_blocks",
+    "offload wait_blocks": "offload_blocks",
+}
+
+
+def wrong_operands(
+    index: OpIndex, layers: Sequence[LayerOps], ctx: PassContext, facts: frozenset[Fact]
+) -> Iterator[str]:
+    """Yield which op takes something else than its layer has for it.
+
+    Args:
+        index: The ops of the graph.
+        layers: Its layers, each with the ops that it has to have.
+        ctx: What the passes know.
+        facts: What holds of the graph.
+    """
+    names = _Names.of(ctx)
+    own_ids: dict[int, Any] = {}
+    for layer in layers:
+        checks = _Layer(index, layer, ctx, facts, names)
+        yield from checks.sources(own_ids)
+        yield from checks.operands()
+        yield from checks.transfers()
+    for end in index.by_name["advance_lengths"]:
+        yield from _compare(end, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
+
+
+class _Names(NamedTuple):
+    """Short names of state tensors, which are the same in all layers of a kind."""
+
+    of_kind: dict[str, tuple[str, ...]]
+    of_summary: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, ctx: PassContext) -> _Names:
+        assert ctx.layout is not None
+        layout, kinds = ctx.layout, {shape.kind: shape for shape in ctx.layout.layers}
+        some = layout.layers[0]
+        return cls(
+            {kind: tuple(layout.tensors(shape)) for kind, shape in kinds.items()},
+            {summary: layout.summary_tensors(summary, some) for summary in layout.summaries()},
+        )
+
+
+class _Layer:
+    """Compares what the ops of one layer take with what they should."""
+
+    def __init__(
+        self,
+        index: OpIndex,
+        layer: LayerOps,
+        ctx: PassContext,
+        facts: frozenset[Fact],
+        names: _Names,
+    ) -> None:
+        self._index = index
+        self._layer = layer
+        self._ctx = ctx
+        self._is_forecast = ctx.config.mode == "forecast" and Fact.FORECAST_INSERTED in facts
+        number, kind = layer.shape.layer, layer.shape.kind
+        self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
+        self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
+        of_summary = names.of_summary if kind != "window" else {}
+        self._summaries: dict[str, list[Operand]] = {
+            summary: [self._state[name] for name in tensors]
+            for summary, tensors in of_summary.items()
+        }
+        self._own: Operands = {}
+        self._hint: Operands = {}
+        self._of_hint: set[Op] = set()
+
+    def sources(self, own_ids: dict[int, Any]) -> Iterator[str]:
+        """Find out what is selected and planned, and yield what does not come from this layer.
+
+        Args:
+            own_ids: What each layer selects, by layer; this one is added.
+        """
+        yield from self._site()
+        plan = self._layer.one("plan")
+        if plan is None:
+            return
+        number = self._layer.shape.layer
+        chosen: Op | None = plan
+        if plan.name == "plan_pages":
+            chosen = self._index.ops.get(plan.args["block_ids"])
+        if chosen is None or chosen.name not in _SELECTIONS or chosen.layer != number:
+            taken = _text(plan.args["block_ids"])
+            yield f"{plan.node.name} takes {taken} as its block_ids, no selection of layer {number}"
+            return
+        scored = self._index.ops.get(chosen.args.get("scores"))  # type: ignore[arg-type]
+        if "scores" in chosen.args and (scored is None or scored.layer != number):
+            taken = _text(chosen.args["scores"])
+            yield f"{chosen.node.name} takes {taken} as its scores, not those of layer {number}"
+            return
+        own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
+        self._own |= {"block_ids": ids, **_results(plan)}
+        self._own["scores"] = scored.node.name if scored else None
+        by_query = ("score_blocks", "select_blocks", "recall_ids")
+        others = [op for role in by_query for op in self._layer.by_role.get(role, ())]
+        self._of_hint = {op for op in others if op not in (chosen, scored)}
+        self._of_hint |= {op for role in _HINT_ROLES for op in self._layer.by_role.get(role, ())}
+        self._hint = self._hint_operands(own_ids)
+
+    def _hint_operands(self, own_ids: dict[int, Any]) -> Operands:
+        """Return what the ops of a hint take where the layer's own take something else."""
+        by_name = {op.name: op.node.name for op in self._of_hint}
+        found: Operands = {"scores": by_name.get("score_blocks")}
+        source = hint_source(self._layer.shape, self._ctx)
+        if self._ctx.config.hint == "previous_layer":
+            found["block_ids"] = own_ids.get(source.layer) if source else None
+        else:
+            found["block_ids"] = by_name.get("recall_ids") or by_name.get("select_blocks")
+        plan = self._layer.one("hint plan")
+        return found | (_results(plan) if plan else {})
+
+    def _site(self) -> Iterator[str]:
+        """Take query, key and value from the site that the layer's attention carries."""
+        number = self._layer.shape.layer
+        sites = self._index.sites.get(number, [])
+        ops = [op for op in self._layer.ops if op.name in _ATTENTIONS]
+        if sites != [op.node for op in ops] or len(sites) != 1:
+            found = f"the site of layer {number} is carried by {_text(sites)}"
+            yield f"{found}, not by {_text([op.node for op in ops])}"
+            return
+        site = sites[0].meta["sparda"]
+        self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
+        self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name, "trace": None}
+        self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
+        if "trace" in self._state:
+            self._own["trace"] = self._state["trace"]
+        if not self._ctx.is_decode:
+            self._own["tail_page"] = None
+        partial = self._layer.one("attend_resident")
+        if partial is not None:
+            self._own["partial_out"] = (partial.node.name, 0)
+            self._own["partial_lse"] = (partial.node.name, 1)
+
+    def operands(self) -> Iterator[str]:
+        """Yield which op takes what it should not."""
+        hints = {**self._own, **self._hint}
+        for op in self._layer.ops:
+            expected = hints if op in self._of_hint else self._own
+            if op.name == "score_blocks":
+                expected = {**expected, "summary": self._summary_of(op)}
+                if self._is_forecast or op in self._of_hint:
+                    del expected["query"]
+                    yield from self._early_query(op)
+            elif op.name == "update_summary":
+                expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
+            elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
+                expected = {**expected, "block_table": None}
+            yield from _compare(op, expected, self._mine)
+        updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
+        if sorted(updated) != sorted(self._summaries):
+            yield f"{self._layer.title} updates {updated}, and not {sorted(self._summaries)}"
+
+    def _summary_of(self, scores: Op) -> list[Operand]:
+        return self._summaries.get(SELECTORS[scores.args["selector"]].summary.name, [])
+
+    def _early_query(self, scores: Op) -> Iterator[str]:
+        """What is scored before the layer's query exists was made for the layer."""
+        query, number = scores.args["query"], self._layer.shape.layer
+        if query.meta.get("sparda_layer") != number:
+            yield f"{scores.node.name} scores by {_text(query)}, not made for layer {number}"
+
+    def transfers(self) -> Iterator[str]:
+        """Yield which wait or fork lacks something of its copy."""
+        forked: set[fx.Node] = set()
+        for wait, copy in _COPY_OF.items():
+            started, joined = self._layer.one(copy), self._layer.one(wait)
+            if started is None or joined is None:
+                continue
+            yield from self._wait(started, joined)
+            first, work = self._side(started)
+            forked.add(first.node)
+            yield from self._fork(first, work)
+        for op in self._layer.ops:
+            if op.args.get("after") is not None and op.node not in forked:
+                yield f"{op.node.name} starts behind {_text(op.args['after'])}, the fork of others"
+
+    def _wait(self, copy: Op, wait: Op) -> Iterator[str]:
+        """Yield what a wait has not of its copy."""
+        yield from _compare(wait, {"ticket": copy.node.name})
+        if wait.args["event"] != copy.args["event"]:
+            yield f"{wait.node.name} waits for another event than {copy.node.name} records"
+        taken = {n.name for n in wait.args["buffers"]}
+        for name in self._buffers(copy):
+            if name not in taken:
+                yield f"{wait.node.name} does not take {name} among its buffers"
+
+    def _fork(self, first: Op, work: list[fx.Node]) -> Iterator[str]:
+        """Yield what is wrong with the fork that the first of a side stream's work waits for."""
+        after = first.args["after"]
+        fork = self._index.ops.get(after)
+        if fork is None or fork.name != "fork_stream" or fork.layer != first.layer:
+            yield f"{first.node.name} starts behind {_text(after)}, no fork of its layer"
+            return
+        if list(fork.node.users) != [first.node]:
+            users = _text([*fork.node.users])
+            yield f"{fork.node.name} goes to {users}, not to {first.node.name} alone"
+        known = {*fork.args["inputs"], fork.node, *work}
+        for node in (source for each in work for source in each.all_input_nodes):
+            if node in known or (node.op == "placeholder" and not is_state(node)):
+                continue
+            made = result_of(node)
+            if made is None or made[0] not in known:
+                yield f"{fork.node.name} does not take {node.name}, which the work behind it uses"
+
+    def _side(self, copy: Op) -> tuple[Op, list[fx.Node]]:
+        """Return the first op of a copy's chain that is on a side stream, and all that are."""
+        is_hint, work = copy in self._of_hint, [copy]
+        if copy.name == "prefetch_blocks":
+            on_side = [op for op in self._layer.ops if op.args.get("stream") == SELECT]
+            work = [*(op for op in on_side if (op in self._of_hint) == is_hint), copy]
+        return work[0], [op.node for op in work]
+
+    def _buffers(self, copy: Op) -> list[str]:
+        """Return what the wait for a copy takes: what it fills, and what choosing it used."""
+        if copy.name == "offload_blocks":
+            return [self._state["host"]]
+        if self._ctx.config.mode == "exact" and copy not in self._of_hint:
+            return [self._state["pages"]]
+        summaries = [str(name) for names in self._summaries.values() for name in names]
+        return [*(self._state[name] for name in ("pages", *_TABLES)), *summaries]
+
+
+def _results(plan: Op) -> Operands:
+    """Return what the results of a plan are, by the names of the arguments that take them."""
+    offset = 1 if plan.name == "select_pages" else 0
+    return {name: (plan.node.name, i + offset) for i, name in enumerate(_RESULTS)}
+
+
+def _token_mask(ctx: PassContext) -> Operand:
+    return None if ctx.is_decode else TOKEN_MASK
+
+
+def _compare(op: Op, expected: Operands, mine: frozenset[str] | None = None) -> Iterator[str]:
+    """Yield which argument takes something else than is expected.
+
+    Args:
+        op: The op.
+        expected: What arguments take, by name.
+        mine: State that the others may take, None for any.
+    """
+    for name in op.tensors:
+        value = op.args[name]
+        if name in expected:
+            wanted = expected[name]
+            if not _is(value, wanted):
+                yield f"{op.node.name} takes {_text(value)} as its {name}, not {_words(wanted)}"
+        elif value is not None and mine is not None:
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                if is_state(each) and each.name not in mine:
+                    yield f"{op.node.name} takes {each.name}, which is of another layer"
+
+
+def _is(value: Any, wanted: Operand | list[Operand]) -> bool:
+    if isinstance(wanted, list):
+        found = list(value) if isinstance(value, (list, tuple)) else [value]
+        return len(found) == len(wanted) and all(map(_is, found, wanted))
+    if isinstance(wanted, tuple):
+        made = result_of(value)
+        return made is not None and (made[0].name, made[1]) == wanted
+    return getattr(value, "name", None) == wanted
+
+
+def _text(value: Any) -> str:
+    made = result_of(value)
+    if made is not None:
+        return f"{value.name} (result {made[1]} of {made[0].name})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(getattr(value, "name", value))
+
+
+def _words(wanted: Operand | list[Operand]) -> str:
+    if isinstance(wanted, list):
+        return f"[{', '.join(map(_words, wanted))}]"
+    return f"result {wanted[1]} of {wanted[0]}" if isinstance(wanted, tuple) else str(wanted)

@@ -1,0 +1,1 @@
+"""Find what is to be rewritten."""

@@ -1,0 +1,357 @@
+"""FindAttention: tag every attention of the graph with an `AttentionSite`.
+
+Matches by data flow, not by template, so one walk serves every model:
+
+    anchor      scaled_dot_product_attention, or matmul(P, V) where P comes from a softmax of
+                matmul(Q, K^T)
+    keys        back from the anchor over repeats and transposes to `sparda::kv_update`, or, for
+                a module without a cache, to the tensor that the repeats begin with
+    hidden      the nearest node through which query, key and value all get what they know of the
+                input (a dominator); behind a fused projection, the input of that projection
+    rotation    the nodes that mix positions into the query
+
+Before, and after (only names and metadata change):
+
+    %kv_update : call_function[sparda.kv_update](%k_0, %v_0, 0)
+    %attn : call_function[scaled_dot_product_attention](%query_0, %key, %value, ...)
+    %attn.meta["sparda"] = AttentionSite(layer=0, query=query_0, hidden=hidden_0, ...)
+
+Every site is proved by running its nodes (`attention_proof.py`). Attention that this library does
+not implement raises AttentionNotFoundError with the layer, the module and what was in the way:
+multi-head latent attention, sinks, biases, ALiBi, projections that are no linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from torch import Tensor, fx
+
+from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
+from sparda_compile.graph.evaluate import evaluate
+from sparda_compile.graph.nodes import call_name, fake_value, find_ops, module_path, tensor_shape
+from sparda_compile.graph.site import AttentionSite
+from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.find.attention_proof import ends_in_one, find_difference, measure_scale
+from sparda_compile.passes.find.dataflow import LINEAR, MATMUL, Dataflow, RefusedAttentionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["FindAttention"]
+
+_SDPA: Final = "scaled_dot_product_attention"
+# A walk back from an anchor stops at these: what lies behind them is another computation.
+_STOPS: Final = frozenset({*MATMUL, *LINEAR, "embedding", "cat", "softmax", "sparda.kv_update"})
+_NOT_CACHED: Final = (
+    "its keys are not those of the KV cache, as in multi-head latent attention (MLA) and "
+    "cross-attention"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FindAttention:
+    """Tag attention sites. Counts: sites, sparse, window.
+
+    Args:
+        weights: Values of the graph's placeholders, by name, for the proof.
+    """
+
+    weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    name: ClassVar[str] = "find_attention"
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_TAGGED})
+    preserves_numerics: ClassVar[bool] = True
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        """Tag sites; raise AttentionNotFoundError, or UnsupportedInputError for the selector."""
+        flow = Dataflow(gm.graph)
+        markers = find_ops(gm.graph, "kv_update")
+        anchors = [a for a in (_match_anchor(n, flow) for n in gm.graph.nodes) if a]
+        sites: list[AttentionSite] = []
+        claimed: set[fx.Node] = set()
+        for anchor in anchors:
+            marker = _marker_of(anchor)
+            if markers and marker is None:
+                raise self._refusal(ctx, anchor.node, len(sites), _NOT_CACHED)
+            layer = marker.args[2] if marker else len(sites)
+            assert isinstance(layer, int)
+            try:
+                site = self._site(anchor, marker, layer, flow, ctx)
+            except RefusedAttentionError as refused:
+                raise self._refusal(ctx, anchor.node, layer, str(refused)) from None
+            if marker is not None:
+                if marker in claimed:
+                    raise self._refusal(ctx, anchor.node, layer, "two attentions read one layer")
+                claimed.add(marker)
+            self._check_retention(site, ctx)
+            anchor.node.meta["sparda"] = site
+            _name_nodes(site)
+            sites.append(site)
+        for marker in markers:
+            if marker not in claimed:
+                reason = _why_unmatched(marker)
+                raise self._refusal(ctx, marker, int(str(marker.args[2])), reason)
+        if not sites:
+            raise AttentionNotFoundError(
+                f"{ctx.model} has no attention: no scaled_dot_product_attention and no "
+                "softmax(Q K^T) V in its graph, so there is no KV cache to optimize."
+            )
+        sparse = sum(site.kind == "sparse" for site in sites)
+        counts = {"sites": len(sites), "sparse": sparse, "window": len(sites) - sparse}
+        return PassResult(gm, modified=True, counts=counts)
+
+    def _refusal(
+        self, ctx: PassContext, node: fx.Node, layer: int, reason: str
+    ) -> AttentionNotFoundError:
+        where = module_path(node) or "the module"
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        kind = getattr(stack[-1][1], "__name__", str(stack[-1][1])) if stack else "attention"
+        return AttentionNotFoundError(
+            f"{ctx.model}: layer {layer} ({where}, {kind}) is an attention that sparda_compile "
+            f"does not implement: {reason}. The model was left as it was; see docs/models.md for "
+            "what is covered."
+        )
+
+    def _check_retention(self, site: AttentionSite, ctx: PassContext) -> None:
+        """Refuse selector `nosa` for queries that do not end in the constant 1."""
+        config = ctx.config
+        if config.selector != "nosa" or config.mode == "dense" or site.window or not ctx.is_decode:
+            return
+        if not ends_in_one(site.query, site.projection, self.weights):
+            raise UnsupportedInputError(
+                f"{ctx.model}: selector='nosa' reads a retention score from the last channel of "
+                f"each key, and layer {site.layer} ({site.module}) has none: the last channel of "
+                "its queries is not always 1. Use selector='infllm2' or 'quest', or a model that "
+                "carries the score; see docs/models.md."
+            )
+
+    def _site(
+        self,
+        anchor: _Anchor,
+        marker: fx.Node | None,
+        layer: int,
+        flow: Dataflow,
+        ctx: PassContext,
+    ) -> AttentionSite:
+        k, v = _new_kv(anchor, marker)
+        _check_shapes(anchor.query, k, v)
+        hidden, projection = flow.hidden(anchor.query, k, v)
+        known_kv = _cached_nodes(marker, k, v)
+        softcap = _softcap(anchor, self.weights)
+        scale = _scale(anchor, k, known_kv, softcap, self.weights)
+        window = ctx.windows.get(layer, 0)
+        difference = find_difference(
+            anchor.node, anchor.query, k, v, known_kv, self.weights,
+            scale=scale, softcap=softcap, window=window,
+        )  # fmt: skip
+        if difference:
+            raise RefusedAttentionError(difference)
+        rotation_input, rotation = flow.rotation(hidden, anchor.query)
+        return AttentionSite(
+            layer=layer,
+            module=module_path(anchor.node),
+            form=anchor.form,
+            anchor=anchor.node,
+            query=anchor.query,
+            k=k,
+            v=v,
+            hidden=hidden,
+            projection=projection,
+            rotation_input=rotation_input,
+            rotation=rotation,
+            num_heads=int(tensor_shape(anchor.query)[1]),
+            num_groups=int(tensor_shape(k)[1]),
+            head_dim=int(tensor_shape(k)[3]),
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anchor:
+    """An attention output and its operands; `path` are the nodes from Q K^T to the softmax."""
+
+    node: fx.Node
+    form: str
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    path: tuple[fx.Node, ...] = ()
+
+
+def _name_nodes(site: AttentionSite) -> None:
+    """Give the nodes of a site names that say what they are."""
+    for word in ("hidden", "query", "k", "v"):
+        node: fx.Node = getattr(site, word)
+        if node.op != "placeholder":
+            node._rename(f"{word}_{site.layer}")
+
+
+def _match_anchor(node: fx.Node, flow: Dataflow) -> _Anchor | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if call_name(node) == _SDPA:
+        named = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+        query, key, value = (named[n] for n in ("query", "key", "value"))
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        assert isinstance(value, fx.Node)
+        return _Anchor(node, "sdpa", query, key, value)
+    if call_name(node) not in MATMUL or len(node.all_input_nodes) != 2:
+        return None
+    weights, value = node.all_input_nodes
+    softmax = _walk_back(weights, "softmax", flow)
+    if softmax is None:
+        return None
+    scores = _walk_back(softmax[-1].all_input_nodes[0], "matmul", flow)
+    if scores is None or len(scores[-1].all_input_nodes) != 2:
+        return None
+    query, key = scores[-1].all_input_nodes
+    return _Anchor(node, "eager", query, key, value, tuple(scores))
+
+
+def _walk_back(start: fx.Node, wanted: str, flow: Dataflow) -> list[fx.Node] | None:
+    """Follow what depends on the input back to a call of `wanted`; None if there is none."""
+    path = [start]
+    while call_name(path[-1]) != wanted:
+        if call_name(path[-1]) in _STOPS or path[-1].op == "placeholder":
+            return None
+        inputs = [n for n in path[-1].all_input_nodes if n in flow.active]
+        if len(inputs) != 1:
+            return None
+        path.append(inputs[0])
+    return path
+
+
+def _operand_chain(node: fx.Node) -> list[fx.Node]:
+    """Return a key or value operand and what it was repeated or transposed from."""
+    chain = [node]
+    while chain[-1].op != "placeholder" and call_name(chain[-1]) not in _STOPS:
+        if not chain[-1].all_input_nodes:
+            break
+        chain.append(chain[-1].all_input_nodes[0])
+    return chain
+
+
+def _marker_of(anchor: _Anchor) -> fx.Node | None:
+    last = _operand_chain(anchor.key)[-1]
+    return last if call_name(last) == "sparda.kv_update" else None
+
+
+def _new_kv(anchor: _Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+    if marker is not None:
+        k, v = marker.args[0], marker.args[1]
+        assert isinstance(k, fx.Node)
+        assert isinstance(v, fx.Node)
+        return k, v
+    query_shape = tensor_shape(anchor.query)
+    if len(query_shape) != 4:
+        raise RefusedAttentionError(f"its query has shape {query_shape}, not [B, heads, T, D]")
+    key = anchor.key
+    if anchor.form == "eager" and tensor_shape(key)[-1] != query_shape[3]:
+        key = key.all_input_nodes[0]  # K^T
+    return _unrepeated(key, query_shape[1]), _unrepeated(anchor.value, query_shape[1])
+
+
+def _unrepeated(operand: fx.Node, num_heads: Any) -> fx.Node:
+    """Return the [B, G, T, D] tensor that an operand with H heads repeats, or the operand."""
+    repeats = {"repeat_interleave", "repeat", "expand", "reshape", "view", "contiguous"}
+    repeats |= {"getitem", "flatten", "unsqueeze"}
+    node = candidate = operand
+    if tensor_shape(operand)[1] != num_heads:
+        return operand
+    while call_name(node) in repeats and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        shape = tensor_shape(node)
+        fits = len(shape) == 4 and shape[3] == tensor_shape(candidate)[3]
+        if fits and isinstance(shape[1], int) and shape[1] < num_heads:
+            candidate = node
+    return candidate
+
+
+def _cached_nodes(marker: fx.Node | None, k: fx.Node, v: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Return the nodes that hand out cached keys and values -> the new ones."""
+    if marker is None:
+        return {k: k, v: v}
+    return {user: (k, v)[int(str(user.args[1]))] for user in marker.users}
+
+
+def _check_shapes(query: fx.Node, k: fx.Node, v: fx.Node) -> None:
+    q_shape, k_shape, v_shape = (tensor_shape(n) for n in (query, k, v))
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        raise RefusedAttentionError(
+            f"query, key and value are not all [B, heads, T, D] but {q_shape} {k_shape}"
+        )
+    if q_shape[3] != k_shape[3] or k_shape[3] != v_shape[3]:
+        raise RefusedAttentionError(
+            f"query, key and value heads have different widths ({q_shape[3]}, {k_shape[3]}, "
+            f"{v_shape[3]}), as in multi-head latent attention (MLA)"
+        )
+    if len({shape[2] for shape in (q_shape, k_shape, v_shape)}) > 1:
+        raise RefusedAttentionError(
+            f"{q_shape[2]} query tokens meet {k_shape[2]} keys and {v_shape[2]} values of one "
+            "call, as with attention sinks and cross-attention"
+        )
+    if q_shape[1] % k_shape[1] or k_shape[1] != v_shape[1]:
+        raise RefusedAttentionError(
+            f"{q_shape[1]} query heads do not divide into {k_shape[1]} KV heads"
+        )
+
+
+def _softcap(anchor: _Anchor, weights: Mapping[str, Tensor]) -> float:
+    """Return the cap of scores = cap * tanh(x / cap), 0.0 when there is no tanh."""
+    for i, node in enumerate(anchor.path):
+        if call_name(node) == "tanh" and i > 0:
+            import torch
+
+            one = evaluate(anchor.path[i - 1], {node: torch.ones(1, 1, 1, 1)}, weights, 1)
+            return float(one.flatten()[0])
+    return 0.0
+
+
+def _scale(
+    anchor: _Anchor,
+    k: fx.Node,
+    known_kv: Mapping[fx.Node, fx.Node],
+    softcap: float,
+    weights: Mapping[str, Tensor],
+) -> float:
+    if anchor.form == "sdpa":
+        given = anchor.node.kwargs.get("scale")
+        return float(given) if isinstance(given, (int, float)) else fake_value(k).shape[3] ** -0.5
+    before_cap = anchor.path[0]
+    for i, node in enumerate(anchor.path):
+        if call_name(node) == "tanh":
+            before_cap = anchor.path[i + 1]
+    try:
+        factor = measure_scale(before_cap, anchor.query, k, known_kv, weights)
+    except Exception as error:  # noqa: BLE001 - whatever fails here, the site is not understood
+        raise RefusedAttentionError(f"its scores cannot be computed alone ({error})") from None
+    return factor * softcap if softcap else factor
+
+
+def _why_unmatched(marker: fx.Node) -> str:
+    """Say what the keys of an unmatched marker run into first."""
+    stack, seen = list(marker.users), set()
+    names = []
+    while stack:
+        node = stack.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if call_name(node) in (*_STOPS, _SDPA):
+            names.append(call_name(node))
+            if call_name(node) not in MATMUL or len(names) > 3:
+                continue
+        stack += list(node.users)
+        if len(seen) > 200:
+            break
+    path = " -> ".join(dict.fromkeys(names[:4])) or "nothing that is known"
+    return (
+        f"its keys do not lead to softmax(Q K^T) V but to {path}, as with attention sinks, "
+        "ALiBi biases or a latent cache"
+    )

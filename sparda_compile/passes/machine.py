@@ -1,0 +1,148 @@
+"""Constants of a machine, for the cost model. Measured, not from a datasheet.
+
+H200 values: medians measured on one H200 with PCIe Gen5 (device copy 4.3 TB/s, gathers of 32 KiB
+blocks from pinned memory 45 GB/s, 8192^3 bf16 matmul 790 TFLOP/s). CPU values: two cores of a
+server, best of 15 runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul and a
+small elementwise op; there nothing runs beside anything else. H100 values: `sparda calibrate` on
+one H100, November 2026. `LATENCY_US` has its own source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LATENCY_US", "MACHINES", "Machine", "calibration_file", "machine_for"]
+
+
+_log = logging.getLogger(__name__)
+
+# What a sparda op takes however few its bytes are, microseconds: phases that wait for each other,
+# such as barriers, scans, chains of loads, a second launch. The time of its bytes comes on top. An
+# op that is not named takes one launch.
+#
+# h200: `sparda calibrate` on one H200, November 2026 (batch 1, 128K tokens, 2 KV heads of 128, 96
+# blocks, bf16), but for the ops that select or attend, whose kernels are newer: alone in replayed
+# CUDA graphs, and `attend_resident` as much less than both kernels as it was before.
+# h100: `sparda calibrate` on one H100, with the kernels before those.
+# cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
+# 16, fp32. Attention is not named: there it is arithmetic.
+LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
+    "cpu": {
+        "score_blocks": 90.0,
+        "select_blocks": 70.0,
+        "plan_pages": 330.0,
+        "select_pages": 420.0,
+    },
+    "h100": {
+        "score_blocks": 2.56,
+        "select_blocks": 8.03,
+        "plan_pages": 4.37,
+        "select_pages": 11.1,
+        "attend_resident": 5.77,
+        "attend_missing": 7.51,
+        "sparse_attention": 7.51,
+    },
+    "h200": {
+        "score_blocks": 2.76,
+        "select_blocks": 6.1,
+        "plan_pages": 4.05,
+        "select_pages": 8.8,
+        "attend_resident": 4.5,
+        "attend_missing": 6.2,
+        "sparse_attention": 6.2,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the scheduler must know of a machine.
+
+    Attributes:
+        name: Name, as in `SpardaConfig.machine`.
+        memory_gbps: Device memory bandwidth, 10^9 bytes per second.
+        link_gbps: CPU-to-device bandwidth for whole blocks.
+        tflops: Matrix multiplication rate, 10^12 per second.
+        launch_us: Least time of one kernel, microseconds.
+        overlaps: Whether the side streams run beside the compute stream.
+        latency_us: Sparda op -> what it takes beside its bytes, microseconds. Constants that were
+            written before it was measured have that of an H200.
+    """
+
+    name: str
+    memory_gbps: float
+    link_gbps: float
+    tflops: float
+    launch_us: float
+    overlaps: bool
+    latency_us: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: dict(LATENCY_US["h200"]), hash=False
+    )
+
+    def latency_of(self, op: str, default_us: float | None = None) -> float:
+        """Return what a sparda op, such as `select_pages`, takes beside its bytes.
+
+        Args:
+            op: Its name.
+            default_us: Where the machine does not say; None is one launch.
+        """
+        return self.latency_us.get(op, self.launch_us if default_us is None else default_us)
+
+
+MACHINES: Final = {
+    "cpu": Machine("cpu", 13.1, 5.6, 0.15, 2.5, overlaps=False, latency_us=LATENCY_US["cpu"]),
+    "h100": Machine("h100", 3027.0, 47.9, 792.0, 1.2, overlaps=True, latency_us=LATENCY_US["h100"]),
+    "h200": Machine("h200", 4300.0, 45.0, 790.0, 2.0, overlaps=True),
+}
+
+
+def calibration_file(device_name: str) -> Path:
+    """Return where the measured constants of a device are kept, one file per device."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return base / "sparda_compile" / f"machine-{name}.json"
+
+
+def machine_for(name: str | None, device: torch.device) -> Machine:
+    """Return the constants to plan with.
+
+    Args:
+        name: `SpardaConfig.machine`; None takes what was measured on the device, and where
+            nothing was, those of the GPU that the device's name speaks of, `h200` for any other
+            GPU, and `cpu` for the CPU.
+        device: Where the program runs.
+
+    Raises:
+        ConfigError: If the file of measured constants cannot be read.
+    """
+    if name is not None:
+        return MACHINES[name]
+    if device.type != "cuda":
+        return MACHINES["cpu"]
+    device_name = torch.cuda.get_device_name(device)
+    path = calibration_file(device_name)
+    if not path.is_file():
+        known = [name for name in MACHINES if name in device_name.lower()]
+        chosen = known[0] if known else "h200"
+        _log.info("no calibration of %s; planning with %s. Run `sparda calibrate`.", device, chosen)
+        return MACHINES[chosen]
+    try:
+        return Machine(**json.loads(path.read_text(encoding="utf-8"))["machine"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} does not hold the constants of a machine ({error}); run `sparda calibrate` "
+            "again, or remove it."
+        ) from error

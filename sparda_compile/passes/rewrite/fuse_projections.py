@@ -1,0 +1,127 @@
+"""FuseProjections: projections of one input become one matrix multiplication.
+
+Before, and after:
+
+    %forecast_1 = linear(%hidden, %W_f)        %joined = linear(%hidden, %joined_weight_0)
+    %q = linear(%hidden, %W_q)                 %parts = split(%joined, [256, 4096, 256, 256], -1)
+    %k = linear(%hidden, %W_k)                 %forecast_1 = getitem(%parts, 0)
+    %v = linear(%hidden, %W_v)                 %q = getitem(%parts, 1)   ...
+
+A projection is small when a launch costs more than reading its weight. Where there is a small one,
+it and what shares its input are joined, but for weights above 64 MiB. Only on a GPU, where a launch
+costs: decode of one token is otherwise a row of kernels that wait for each other. The joined
+weight is a copy, of 1.3 GB for a model of 8B; `Program` makes it and keeps it in step with the
+model's own.
+
+In mode `exact` what the hint projects stays apart: how a multiplication is split depends on its
+width, and keys and values must be, bit for bit, those of mode `query`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import torch
+
+from sparda_compile.graph.emit import Emitter
+from sparda_compile.graph.nodes import call_name, fake_value, program_order
+from sparda_compile.passes.base import Fact, PassContext, PassResult
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["JOINED_KEY", "FuseProjections"]
+
+# In the graph module's meta: joined placeholder -> the placeholders that it joins, by rows.
+JOINED_KEY: Final = "sparda_joined"
+# Larger weights are read at full bandwidth by themselves, and a copy of them is not free.
+_MOST_BYTES: Final = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseProjections:
+    """Join linears of one input, one of them small. Counts: joined, into."""
+
+    name: ClassVar[str] = "fuse_projections"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FORECAST_INSERTED})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.PROJECTIONS_FUSED})
+    preserves_numerics: ClassVar[bool] = False
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        """Rewrite the graph in place."""
+        groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+        if ctx.is_decode and _on_gpu(gm.graph):
+            for node in gm.graph.nodes:
+                if _weight_bytes(node) <= _MOST_BYTES:
+                    apart = ctx.config.mode == "exact" and "sparda_layer" in node.meta
+                    groups.setdefault((node.args[0], _bias(node) is None, apart), []).append(node)
+        small = ctx.machine.memory_gbps * 1e3 * ctx.machine.launch_us
+        found = [
+            nodes for nodes in groups.values()
+            if len(nodes) > 1 and min(map(_weight_bytes, nodes)) < small
+        ]  # fmt: skip
+        joined: dict[str, tuple[str, ...]] = gm.meta.setdefault(JOINED_KEY, {})
+        for nodes in found:
+            _join(gm.graph, nodes, joined)
+        counts = {"joined": sum(map(len, found)), "into": len(found)}
+        return PassResult(gm, modified=bool(found), counts=counts)
+
+
+def _on_gpu(graph: fx.Graph) -> bool:
+    values = (fake_value(n) for n in graph.nodes if n.op == "placeholder")
+    return any(isinstance(v, torch.Tensor) and v.device.type == "cuda" for v in values)
+
+
+def _bias(node: fx.Node) -> Any:
+    return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+
+
+def _weight_bytes(node: fx.Node) -> float:
+    """Return the bytes of a projection's weight, infinity for what is no projection."""
+    if node.op != "call_function" or call_name(node) != "linear" or len(node.args) < 2:
+        return math.inf
+    operands = [node.args[1], *([_bias(node)] if _bias(node) is not None else [])]
+    if any(getattr(operand, "op", None) != "placeholder" for operand in operands):
+        return math.inf
+    weight = fake_value(node.args[1])  # type: ignore[arg-type]
+    return math.prod(int(s) for s in weight.shape) * float(weight.dtype.itemsize)
+
+
+def _join(graph: fx.Graph, nodes: list[fx.Node], joined: dict[str, tuple[str, ...]]) -> None:
+    order = program_order(graph)
+    nodes = sorted(nodes, key=lambda n: order[n])
+    hidden = nodes[0].args[0]
+    emit = Emitter(graph, nodes[0], nodes[-1], -1)
+    weight = _placeholder(graph, [n.args[1] for n in nodes], "weight", joined)  # type: ignore[misc]
+    biases = [_bias(n) for n in nodes]
+    bias = None if biases[0] is None else _placeholder(graph, biases, "bias", joined)
+    whole = emit.function(torch.nn.functional.linear, (hidden, weight, bias), {}, "joined")
+    sizes = [int(fake_value(n).shape[-1]) for n in nodes]
+    parts = emit.function(torch.split, (whole, sizes, -1), {}, "joined_parts")
+    for new in (whole, parts):
+        new.meta.pop("sparda_layer", None)
+    items = [emit.item(parts, i, f"{node.name}_part") for i, node in enumerate(nodes)]
+    for node, part in zip(nodes, items, strict=True):
+        value = part.meta["val"]
+        part.meta = {**node.meta, "val": value}
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+
+
+def _placeholder(
+    graph: fx.Graph, sources: list[fx.Node], what: str, joined: dict[str, tuple[str, ...]]
+) -> fx.Node:
+    """Add the placeholder of some weights put together, one above the other."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(f"joined_{what}_{len(joined)}")
+    values = [fake_value(source) for source in sources]
+    rows = sum(int(value.shape[0]) for value in values)
+    with values[0].fake_mode:
+        node.meta["val"] = torch.empty(
+            (rows, *values[0].shape[1:]), dtype=values[0].dtype, device=values[0].device
+        )
+    joined[node.name] = tuple(source.name for source in sources)
+    return node

@@ -1,0 +1,1 @@
+"""Decide where and when transfers run."""

@@ -1,0 +1,1 @@
+"""From a captured forward to a program that runs."""

@@ -1,0 +1,111 @@
+"""Make a `Report` from plans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparda_compile.graph.nodes import module_path
+from sparda_compile.graph.text import graph_text
+from sparda_compile.program.plan import forecast_shapes
+from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.graph.site import AttentionSite
+    from sparda_compile.program.plan import Plan
+    from sparda_compile.state.layout import CacheLayout, LayerShape
+
+__all__ = ["build_report", "refused_report"]
+
+_TABLES = ("block_table", "page_block", "page_stamp", "counters", "last_block_ids")
+
+
+def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
+    """Return what is known about a rewritten model."""
+    layout = decode.layout
+    schedules = [p.schedule for p in (decode, prefill) if p.schedule is not None]
+    shapes = forecast_shapes(decode)
+    return Report(
+        model=type(model).__name__,
+        mode=layout.config.mode,
+        batch_size=layout.batch_size,
+        max_tokens=layout.max_tokens,
+        sites=tuple(_site(s) for s in decode.sites),
+        layers=tuple(_layer(layout, shape) for shape in layout.layers),
+        passes=tuple(s for plan in (prefill, decode) for s in _passes(plan)),
+        schedules=tuple(schedules),
+        forecast_parameters=sum(shape.num_weights for shape in shapes.values()),
+        model_parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def refused_report(
+    model: nn.Module, config: SpardaConfig, batch_size: int, max_tokens: int, error: str
+) -> Report:
+    """Return the report of a model that cannot be rewritten."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return Report(
+        type(model).__name__, config.mode, batch_size, max_tokens, (), (), (), (), 0, parameters,
+        error,
+    )  # fmt: skip
+
+
+def _site(site: AttentionSite) -> SiteSummary:
+    reason = (
+        f"sliding window of {site.window} tokens: all of it is read, so it stays on the device"
+        if site.window
+        else ""
+    )
+    return SiteSummary(
+        layer=site.layer,
+        module=site.module,
+        form=site.form,
+        kind=site.kind,
+        reason=reason,
+        num_heads=site.num_heads,
+        num_groups=site.num_groups,
+        head_dim=site.head_dim,
+        scale=site.scale,
+        window=site.window,
+        softcap=site.softcap,
+        projection=module_path(site.projection),
+        position="rope" if site.rotation else "none",
+    )
+
+
+def _layer(layout: CacheLayout, shape: LayerShape) -> LayerPlan:
+    specs = layout.tensors(shape)
+    device = {n: s.num_bytes for n, s in specs.items() if not s.on_host}
+    pages = sum(device.get(n, 0) for n in ("pages", "ring_k", "ring_v"))
+    tables = sum(device.get(n, 0) for n in _TABLES)
+    return LayerPlan(
+        layer=shape.layer,
+        host_bytes=sum(s.num_bytes for s in specs.values() if s.on_host),
+        page_bytes=pages,
+        summary_bytes=sum(device.values()) - pages - tables,
+        table_bytes=tables,
+    )
+
+
+def _passes(plan: Plan) -> list[PassSummary]:
+    summaries = []
+    before = plan.stages[0]
+    before_text = graph_text(before.graph_module)
+    for stage in plan.stages[1:]:
+        text = graph_text(stage.graph_module)
+        summaries.append(
+            PassSummary(
+                phase=plan.captured.phase,
+                name=stage.name,
+                counts=stage.counts,
+                ms=stage.ms,
+                nodes_before=len(before.graph_module.graph.nodes),
+                nodes_after=len(stage.graph_module.graph.nodes),
+                before=before_text,
+                after=text,
+            )
+        )
+        before, before_text = stage, text
+    return summaries

@@ -1,0 +1,263 @@
+"""Pieces: the pure parts of a program, each compiled once for all layers, caches and lengths.
+
+Between two ops of ours a program is plain torch: a piece. It takes tensors and sizes and returns
+tensors, and sees no state, no stream, no layer number and no capacity. So the pieces of equal
+layers are equal, and a model of 80 layers has as many different ones as a model of four.
+
+    key        calls, constants and the form of each input: dtype, device, sizes and strides, with
+               the open sizes by name
+    compile    once for each key (`compiled_piece.py`)
+
+Compiled pieces belong to the process, as Inductor's own do. Weights are inputs, so models of one
+shape share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor, fx
+
+from sparda_compile.errors import PassError
+from sparda_compile.graph.emit import mapped_arguments
+from sparda_compile.graph.fake_runner import map_leaves
+from sparda_compile.graph.nodes import as_module, call_name, changes_in_place, fake_value
+from sparda_compile.program.compiled_piece import CompiledPiece
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, size_of, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Piece", "compiled_pieces", "make_piece"]
+
+# What may share the memory of its first input.
+_VIEWS: Final = frozenset(
+    {"chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float",
+     "getattr", "getitem", "movedim", "narrow", "permute", "reshape", "reshape_as", "select",
+     "split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten",
+     "unsqueeze", "view", "view_as"}
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A pure part of a program.
+
+    Attributes:
+        key: The same for pieces that compute the same from inputs of the same form.
+        graph_module: Takes the open sizes in `sizes`, then the tensors; returns a tuple.
+        sizes: `batch_size` and `num_tokens`, those of them that it takes.
+        inputs: Nodes of the program that it takes.
+        outputs: Nodes of the program that it computes.
+    """
+
+    key: str
+    graph_module: fx.GraphModule
+    sizes: tuple[str, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """A short name, the same for equal pieces."""
+        return f"piece_{self.key[:8]}"
+
+    def compile(self, lowering: str) -> None:
+        """Compile now, not when first called."""
+        function = self.callable(lowering)
+        if isinstance(function, CompiledPiece):
+            function.compile()
+
+    def callable(self, lowering: str) -> Callable[..., Sequence[Tensor]]:
+        """Return a function of the open sizes and the inputs.
+
+        Args:
+            lowering: `inductor` or `eager`.
+        """
+        if lowering == "eager":
+            forward: Callable[..., Sequence[Tensor]] = self.graph_module.forward
+            return forward
+        with _LOCK:
+            if self.key not in _COMPILED:
+                values = tuple(fake_value(node) for node in self.inputs)
+                compiled = CompiledPiece(self.name, self.graph_module, self.sizes, values)
+                _COMPILED[self.key] = compiled
+            return _COMPILED[self.key]
+
+
+def make_piece(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Piece:
+    """Return the piece of consecutive nodes of a program.
+
+    Args:
+        nodes: In order.
+        outputs: Those of them that the rest of the program takes.
+
+    Raises:
+        PassError: If they change a tensor in place that they have not made.
+    """
+    text = _Text(nodes)
+    key = text.key(outputs)
+    with _LOCK:
+        if key not in _GRAPHS:
+            _GRAPHS[key] = as_module(_copied(text, nodes, outputs))
+    return Piece(key, _GRAPHS[key], text.sizes, text.inputs, tuple(outputs))
+
+
+class _Text:
+    """Nodes as the text that a key is made of, in which equal pieces are the same.
+
+    Attributes:
+        sizes: Open sizes that the piece takes.
+        inputs: Tensors that it takes.
+        numbers: Nodes outside that make a number of open sizes; the piece makes it again.
+        names: Name of each of all these and of the nodes.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self.names: dict[fx.Node, str] = {}
+        self.numbers: list[fx.Node] = []
+        self._nodes = nodes
+        self._inside = set(nodes)
+        self.sizes, self.inputs = self._take_inputs()
+
+    def key(self, outputs: Sequence[fx.Node]) -> str:
+        """Return what tells the piece apart from others."""
+        lines = [*self.sizes, *map(self._form, self.inputs)]
+        for node in self._nodes:
+            self._check_in_place(node)
+            for source in node.all_input_nodes:
+                self._write_number(source)
+            # Names of one layer would be another layer's too.
+            name = self.names[node] = f"{_word(node)}_{len(self.names)}"
+            lines.append(f"{name} = {self._call(node)} {self._values(node.kwargs)}")
+        lines.append("return " + ", ".join(self.names[node] for node in outputs))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _take_inputs(self) -> tuple[tuple[str, ...], tuple[fx.Node, ...]]:
+        sizes: dict[str, fx.Node] = {}
+        inputs: dict[fx.Node, None] = {}
+        for node in self._nodes:
+            for source in node.all_input_nodes:
+                if source in self._inside:
+                    continue
+                if isinstance(fake_value(source), Tensor):
+                    inputs[source] = None
+                else:
+                    sizes |= {n.name: n for n in _open_sizes(source)}
+        self.names |= {node: name for name, node in sizes.items()}
+        self.names |= {node: f"in_{i}" for i, node in enumerate(inputs)}
+        # A size that only a shape depends on too: the symbol needs a place to come from.
+        taken = {*sizes, *(name for node in inputs for name in _sizes_of(fake_value(node)))}
+        return tuple(sorted(taken)), tuple(inputs)
+
+    def _form(self, node: fx.Node) -> str:
+        value = fake_value(node)
+        shape, strides = ([size_text(s) for s in sizes] for sizes in (value.shape, value.stride()))
+        return f"{self.names[node]} {value.dtype} {value.device} {shape} {strides}"
+
+    def _write_number(self, node: fx.Node) -> None:
+        if node in self.names:
+            return
+        for source in node.all_input_nodes:
+            self._write_number(source)
+        self.numbers.append(node)
+        self.names[node] = f"({self._call(node)})"
+
+    def _call(self, node: fx.Node) -> str:
+        return f"{node.op} {_target(node)} {self._values(node.args)}"
+
+    def _values(self, value: Any) -> str:
+        return repr(map_leaves(value, self._leaf)) if value else ""
+
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, fx.Node):
+            return _Name(self.names[leaf])
+        if type(leaf) is int and size_of(leaf).is_open:
+            raise PassError(
+                f"{leaf} stands for {size_text(leaf)} in the graph, and is passed as a number; a "
+                "pass has to use -1 or a node. This is a bug of the pass."
+            )
+        return leaf
+
+    def _check_in_place(self, node: fx.Node) -> None:
+        if not changes_in_place(node):
+            return
+        root = node.args[0]
+        while isinstance(root, fx.Node) and root in self._inside:
+            if call_name(root) not in _VIEWS and not changes_in_place(root):
+                return
+            root = root.all_input_nodes[0]
+        raise PassError(
+            f"{node.name} ({node.meta.get('stack_trace', 'no trace')}) changes a tensor in place "
+            "that was made before an attention or is an input of the model; use the form that "
+            "returns a new tensor."
+        )
+
+
+def _copied(text: _Text, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:
+    """Return the nodes of a piece as a graph of their own."""
+    graph = fx.Graph()
+    by_name = {name: node for node, name in text.names.items()}
+    new: dict[fx.Node, fx.Node] = {}
+    for name in (*text.sizes, *(text.names[node] for node in text.inputs)):
+        placeholder = graph.placeholder(name)
+        if name in by_name:
+            new[by_name[name]] = placeholder
+            placeholder.meta["val"] = fake_value(by_name[name])
+    for node in (*text.numbers, *nodes):
+        name = f"size_{len(new)}" if node in text.numbers else text.names[node]
+        args, kwargs = mapped_arguments(node, lambda n: new[n])
+        new[node] = graph.create_node(node.op, node.target, args, kwargs, name)
+        new[node].meta["val"] = fake_value(node)
+    results = graph.output(tuple(new[node] for node in outputs))
+    results.meta["val"] = tuple(fake_value(node) for node in outputs)
+    return graph
+
+
+class _Name(str):
+    """A name inside of a key's text."""
+
+    def __repr__(self) -> str:
+        return f"%{self}"
+
+
+def _open_sizes(node: fx.Node) -> list[fx.Node]:
+    if node.op == "placeholder":
+        return [node]
+    return [found for source in node.all_input_nodes for found in _open_sizes(source)]
+
+
+def _sizes_of(value: Tensor) -> set[str]:
+    sizes = [size_of(int(number)) for number in (*value.shape, *value.stride())]
+    return {
+        *(BATCH_SIZE for size in sizes if size.batch_power),
+        *(NUM_TOKENS for size in sizes if size.tokens_power),
+    }
+
+
+def _target(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None)
+    return f"{module}.{getattr(target, '__qualname__', None) or target}"
+
+
+def _word(node: fx.Node) -> str:
+    target = node.target
+    word = target if isinstance(target, str) else str(getattr(target, "__name__", "node"))
+    return word.strip("_")
+
+
+_LOCK: Final = threading.RLock()
+# By key: each layer of a model has the same pieces, and so has each of its programs.
+_GRAPHS: Final[dict[str, fx.GraphModule]] = {}
+_COMPILED: Final[dict[str, CompiledPiece]] = {}
+
+
+def compiled_pieces() -> dict[str, CompiledPiece]:
+    """Return the pieces that this process has compiled or is about to, by key."""
+    return dict(_COMPILED)

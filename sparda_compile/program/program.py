@@ -1,0 +1,202 @@
+"""A plan that can run: its graph lowered, its weights and streams, its CUDA graphs.
+
+verified graph --lower--> calls of pieces and ops --first run--> proof
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.forecast.projection import is_input, to_inputs
+from sparda_compile.graph.writer import TOKEN_MASK
+from sparda_compile.isa.engines import CudaEngine, use_engine
+from sparda_compile.kernels.gpu.launch import compile_ahead
+from sparda_compile.passes.rewrite.fuse_projections import JOINED_KEY
+from sparda_compile.program.joined_weight import JoinedWeight
+from sparda_compile.program.kernel_launches import launches_of
+from sparda_compile.program.lower import lower
+from sparda_compile.program.run_proof import check_recording, record_run
+from sparda_compile.program.step_graph import StepGraph
+from sparda_compile.progress import showing, stage
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from sparda_compile.forecast.projection import Projection
+    from sparda_compile.isa.engines import Engine
+    from sparda_compile.program.lower import LoweredProgram
+    from sparda_compile.program.plan import Plan
+    from sparda_compile.program.run_proof import RunProof
+    from sparda_compile.runtime.kv_cache import KVCache
+    from sparda_compile.state.layout import CacheLayout
+
+__all__ = ["Program"]
+
+
+class Program:
+    """A plan that can run.
+
+    Args:
+        plan: What to run.
+        forecast: Forecast projections, by target layer.
+        engine: Where its streams are; None makes one for the device.
+
+    Attributes:
+        proof: What was checked of the first run; None before it.
+
+    Raises:
+        KeyError: If a projection is missing.
+    """
+
+    def __init__(
+        self, plan: Plan, forecast: Mapping[int, Projection], engine: Engine | None = None
+    ) -> None:
+        self.plan = plan
+        self._weights = plan.captured.weights | to_inputs(forecast)
+        device = plan.captured.device
+        self._engine = engine
+        if engine is None and device.type == "cuda":
+            self._engine = CudaEngine(device)
+        self._replays = device.type == "cuda" and plan.captured.phase == "decode"
+        self._replays &= plan.layout.config.cuda_graph
+        self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
+        self._joined: list[JoinedWeight] = []
+        self.proof: RunProof | None = None
+        self._arguments = [
+            self._argument(n) for n in plan.graph_module.graph.nodes if n.op == "placeholder"
+        ]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the program has run, or was compiled ahead."""
+        return "lowered" in self.__dict__
+
+    def compile(self) -> None:
+        """Compile now, not at the first step."""
+        pieces, config = self.lowered.pieces(), self.plan.layout.config
+        with showing(config.progress):
+            for i, piece in enumerate(pieces):
+                what = f"piece of the {self.plan.captured.phase}"
+                with stage("compile", what, done=i + 1, total=len(pieces)):
+                    piece.compile(config.lowering)
+
+    def compile_kernels(self) -> None:
+        """Begin to compile the kernels of a decode step, in threads; nothing without a GPU."""
+        plan = self.plan
+        if plan.captured.device.type == "cuda" and plan.captured.phase == "decode":
+            graph, device = plan.graph_module.graph, plan.captured.device
+            compile_ahead(launches_of(graph, plan.layout.batch_size, device), device)
+
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that were captured and are alive."""
+        return sum(graph.is_captured for graph in self._graphs.values())
+
+    @cached_property
+    def lowered(self) -> LoweredProgram:
+        """The calls that run; made when first asked for."""
+        return lower(self.plan.graph_module, self.plan.layout.config.lowering)
+
+    def _function(self, *args: Any) -> Tensor:
+        if self._engine is None:
+            return self._run(args)
+        with (
+            torch.cuda.device(self.plan.captured.device),
+            use_engine(self._engine),
+            _launch_errors(self.plan.layout),
+        ):
+            return self._run(args)
+
+    def _run(self, args: Sequence[Any]) -> Tensor:
+        """Run the calls; the first run is recorded and checked."""
+        if self.proof is not None:
+            return self.lowered.run(args)
+        self.compile()
+        logits, recording = record_run(self.lowered, args)
+        with stage("verify"):
+            self.proof = check_recording(self.plan.graph_module.graph, recording)
+        return logits
+
+    def _argument(self, node: fx.Node) -> Tensor | str:
+        """Return a weight, or the name of what a call passes in."""
+        captured = self.plan.captured
+        joined = self.plan.graph_module.meta.get(JOINED_KEY, {})
+        if node.name in joined:
+            sources = [self._weights[name] for name in joined[node.name]]
+            key = tuple(source.data_ptr() for source in sources)
+            # Programs of other sizes join the same weights: one copy serves them all.
+            weight: JoinedWeight = captured.joined.setdefault(key, JoinedWeight(sources))
+            self._joined.append(weight)
+            return weight.tensor
+        if is_input(node.name) or node.name in self._weights:
+            return self._weights[node.name]
+        return captured.inputs.get(node.name, node.name)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_mask: Tensor | None,
+        kv: KVCache,
+    ) -> Tensor:
+        """Run one step.
+
+        Args:
+            input_ids: [B, T] int64.
+            position_ids: [B, T] int64.
+            token_mask: [B, T] bool for a prefill, None for a decode.
+            kv: The KV cache; its state is updated.
+
+        Returns:
+            Logits [B, T or 1, vocabulary].
+        """
+        for weight in self._joined:
+            weight.refresh()
+        if self._replays:
+            with torch.cuda.device(self.plan.captured.device):
+                return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
+        call: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            BATCH_SIZE: input_ids.shape[0],
+            NUM_TOKENS: input_ids.shape[1],
+            TOKEN_MASK: token_mask,
+        }
+        return self._function(*self._bound(call, kv))
+
+    def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
+        return [
+            a if isinstance(a, Tensor) else call[a] if a in call else kv.state[a]
+            for a in self._arguments
+        ]
+
+    def _step_graph(self, kv: KVCache, *inputs: Tensor) -> StepGraph:
+        if kv not in self._graphs:
+            ids, positions = (t.clone() for t in inputs)
+            call = {"input_ids": ids, "position_ids": positions, BATCH_SIZE: ids.shape[0]}
+            self._graphs[kv] = StepGraph(self._function, self._bound(call, kv), (ids, positions))
+        return self._graphs[kv]
+
+
+@contextlib.contextmanager
+def _launch_errors(layout: CacheLayout) -> Iterator[None]:
+    """Say it in a sentence when a kernel asks for more than the GPU has."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":
+            raise
+        dims = sorted({shape.head_dim for shape in layout.layers})
+        raise UnsupportedInputError(
+            f"a kernel for block_size={layout.config.block_size} and head_dim "
+            f"{', '.join(map(str, dims))} does not fit this GPU ({error}). Use a smaller "
+            "block_size, down to 16, or a model in half precision."
+        ) from error

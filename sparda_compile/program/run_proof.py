@@ -1,0 +1,405 @@
+"""The program that ran, checked against the graph that was proved.
+
+The verifier proves a graph; what runs is a list of calls made from it. So the first run of every
+program is recorded: for each call its stream, its events, the storages that it takes and returns,
+and which storages the program lets go of behind it. Then
+
+    same        the ops ran in the order of the graph, each on its stream, with its events, on the
+                state and on the results that the graph gives it
+    ordered     of two accesses of one storage, one of them a write, the first happens before the
+                second, in the run and in two runs after one another
+    held        when a storage is let go of, and its memory may be anybody's next, all that side
+                streams do with it has happened before
+
+A run is as long as its graph, and calls in Python are the same whether a GPU does the work later,
+replays it or has no part in it, so one recorded run stands for all. Happens-before follows what
+`streams.Engine` promises, by vector clocks. Storages are known by the memory that they begin at,
+and owned by the registers of the program: what else may keep one alive is not counted on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from sparda_compile.errors import TransferRaceError
+from sparda_compile.graph.effects import (
+    awaited_event,
+    bound_arguments,
+    instruction,
+    is_disjoint,
+    started_event,
+    stream_of,
+)
+from sparda_compile.graph.fake_runner import leaves_of
+from sparda_compile.graph.nodes import call_name, is_sparda
+from sparda_compile.isa.engines import Engine, current_engine, use_engine
+from sparda_compile.isa.streams import BEHIND, COMPUTE, COPY, STREAM_NAMES
+from sparda_compile.isa.table import Work
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import fx
+
+    from sparda_compile.program.lower import Call, LoweredProgram
+
+__all__ = ["Observer", "Recording", "RunProof", "check_recording", "record_run"]
+
+
+class Observer(Protocol):
+    """Is told of each call of a program."""
+
+    def begin(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Note a call that is about to be made."""
+
+    def end(self, call: Call, results: Sequence[Any]) -> None:
+        """Note what a call returned."""
+
+
+@dataclasses.dataclass
+class Record:
+    """One call as it ran.
+
+    Attributes:
+        name: Of the op's node, or of the piece.
+        node: Node of the op; None for a piece.
+        streams: Streams that work was submitted to.
+        starts: Events that were recorded, each with the stream that it marks.
+        waits: Events that were waited for, each with the stream that waits.
+        takes: Storages of each argument, by the argument's name; 0 for an empty tensor.
+        returns: Storages of the results, likewise.
+        frees: Storages that the program let go of behind the call.
+    """
+
+    name: str
+    node: fx.Node | None
+    streams: list[int] = dataclasses.field(default_factory=list)
+    starts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    waits: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    takes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    returns: list[int] = dataclasses.field(default_factory=list)
+    frees: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def stream(self) -> int:
+        """Where the work ran; of what only marks or waits, the stream that does."""
+        marked = [stream for _, stream in (*self.starts, *self.waits)]
+        return next(iter((*self.streams, *marked)), COMPUTE)
+
+    def accesses(self) -> dict[int, bool]:
+        """Return each storage that the work uses, and whether it writes it."""
+        if self.node is None:
+            mine = dict.fromkeys(itertools.chain(*self.takes.values()), False)
+            made = {storage: True for storage in self.returns if storage not in mine}
+            return _without_empty({**mine, **made})
+        it = instruction(self.node)
+        if it is not None and it.forks:
+            return {}
+        found: dict[int, bool] = {}
+        for name, is_write, _ in bound_arguments(self.node):
+            # A wait uses nothing: it names what is free to use behind it.
+            if name in ("keepalive", "ticket", "after"):
+                continue
+            for storage in self.takes.get(name, ()):
+                found[storage] = found.get(storage, False) or is_write
+        return _without_empty({**found, **dict.fromkeys(self.returns, True)})
+
+
+def _without_empty(storages: dict[int, bool]) -> dict[int, bool]:
+    return {storage: is_write for storage, is_write in storages.items() if storage}
+
+
+@dataclasses.dataclass
+class Recording:
+    """A run: its calls, and the storages of the state that it was given, by name."""
+
+    records: list[Record]
+    state: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunProof:
+    """What was checked of a run.
+
+    Attributes:
+        ops: Ops that ran as the graph has them.
+        pieces: Calls of pieces.
+        conflicts: Pairs of accesses that were found ordered.
+        storages: Storages that were let go of behind all that uses them.
+    """
+
+    ops: int
+    pieces: int
+    conflicts: int
+    storages: int
+
+
+class _Recorder:
+    """An engine around the real one, and the observer of the calls."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.records: list[Record] = []
+        self._engine = engine
+        self._owners: dict[int, set[int]] = {}  # storage -> registers
+        self._storages: dict[int, int] = {}  # register -> storage
+
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Note the stream and pass the work on."""
+        self.records[-1].streams.append(stream)
+        self._engine.submit(stream, work)
+
+    def record(self, event: int, stream: int = COPY) -> None:
+        """Note the event and pass it on."""
+        self.records[-1].starts.append((event, stream))
+        self._engine.record(event, stream)
+
+    def wait(self, event: int, stream: int = COMPUTE) -> None:
+        """Note the event and pass it on."""
+        self.records[-1].waits.append((event, stream))
+        self._engine.wait(event, stream)
+
+    def begin(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Note what a call takes."""
+        record = Record(call.name, call.node)
+        if call.node is None:
+            record.takes["inputs"] = [_storage(a) for a in args if isinstance(a, Tensor)]
+        else:
+            names = [name for name, _, _ in bound_arguments(call.node)]
+            for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+                record.takes[name] = [
+                    _storage(leaf) for leaf in leaves_of(value) if isinstance(leaf, Tensor)
+                ]
+        self.records.append(record)
+
+    def end(self, call: Call, results: Sequence[Any]) -> None:
+        """Note what a call returned, and what the program lets go of."""
+        record = self.records[-1]
+        for register, result in zip(call.results, results, strict=False):
+            storage = _storage(result) if isinstance(result, Tensor) else 0
+            record.returns.append(storage)
+            if storage:
+                self._storages[register] = storage
+                self._owners.setdefault(storage, set()).add(register)
+        for register in call.frees:
+            storage = self._storages.pop(register, 0)
+            if storage:
+                self._owners[storage].discard(register)
+                if not self._owners[storage]:
+                    record.frees.append(storage)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tells a tensor's memory apart, 0 for an empty tensor."""
+    return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+
+
+def record_run(program: LoweredProgram, inputs: Sequence[Any]) -> tuple[Tensor, Recording]:
+    """Run a program on the engine of the moment and record what it did.
+
+    Args:
+        program: What to run.
+        inputs: Its inputs.
+
+    Returns:
+        The logits, and the recording.
+    """
+    recorder = _Recorder(current_engine())
+    with use_engine(recorder):
+        logits = program.run(inputs, recorder)
+    state = {
+        name: _storage(value)
+        for name, value in zip(program.names, inputs, strict=False)
+        if isinstance(value, Tensor)
+    }
+    return logits, Recording(recorder.records, state)
+
+
+def check_recording(graph: fx.Graph, recording: Recording) -> RunProof:
+    """Check a recorded run against the graph that was proved.
+
+    Args:
+        graph: The verified graph.
+        recording: One run of the program that was made from it.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        TransferRaceError: At the first difference, naming the call.
+    """
+    records = recording.records
+    num_ops = _check_same(graph, recording)
+    clocks = _clocks(records, runs=2)
+    conflicts = _check_ordered(records, clocks)
+    storages = _check_held(records, clocks)
+    return RunProof(num_ops, len(records) - num_ops, conflicts, storages)
+
+
+def _wrong(text: str) -> TransferRaceError:
+    return TransferRaceError(
+        f"lowered program: {text}. The graph was proved and the program that ran is another one; "
+        "this is a bug of sparda_compile. Nothing that this step returned can be relied on."
+    )
+
+
+def _check_same(graph: fx.Graph, recording: Recording) -> int:
+    """Compare the ops that ran with those of the graph; returns how many there are."""
+    nodes = [node for node in graph.nodes if is_sparda(node)]
+    ran = [record for record in recording.records if record.node is not None]
+    for node, record in itertools.zip_longest(nodes, ran):
+        if node is None or record is None or node.name != record.name:
+            wanted, got = (x.name if x is not None else "the end" for x in (node, record))
+            raise _wrong(f"{got} ran where the graph has {wanted}")
+    made: dict[str, int] = dict(recording.state)
+    by_op = iter(zip(nodes, ran, strict=True))
+    for record in recording.records:
+        if record.node is None:
+            continue
+        node, _ = next(by_op)
+        _check_streams(node, record)
+        _check_arguments(node, record, made)
+        _note_results(node, record, made)
+    return len(nodes)
+
+
+def _check_streams(node: fx.Node, record: Record) -> None:
+    stream, started, awaited = stream_of(node), started_event(node), awaited_event(node)
+    it = instruction(node)
+    works = it is not None and it.work is not Work.NONE
+    num_works = 1 if works and stream != COMPUTE else len(record.streams)
+    if set(record.streams) - {stream} or len(record.streams) != num_works:
+        got = ", ".join(STREAM_NAMES[s] for s in record.streams) or "no"
+        raise _wrong(f"{record.name} ran on {got} stream, not on {STREAM_NAMES[stream]}")
+    starts = [(started, stream)] if started is not None else []
+    waits = [(awaited, stream)] if awaited is not None else []
+    if record.starts != starts:
+        raise _wrong(f"{record.name} recorded events (event, stream) {record.starts}, not {starts}")
+    if record.waits != waits:
+        raise _wrong(f"{record.name} waited for events (event, stream) {record.waits}, not {waits}")
+
+
+def _check_arguments(node: fx.Node, record: Record, made: dict[str, int]) -> None:
+    for name, _, value in bound_arguments(node):
+        sources = [v for v in leaves_of(value) if hasattr(v, "op")]
+        got = record.takes.get(name, [])
+        if len(sources) != len(got):
+            raise _wrong(
+                f"{record.name} was given {len(got)} tensors as {name}, not {len(sources)}"
+            )
+        for source, storage in zip(sources, got, strict=True):
+            known = made.get(source.name)
+            if known is not None and known != storage and storage:
+                raise _wrong(f"{record.name} took something else than {source.name} as {name}")
+
+
+def _note_results(node: fx.Node, record: Record, made: dict[str, int]) -> None:
+    """Remember where the results of an op are, for the ops that take them."""
+    items = {user.args[1]: user.name for user in node.users if call_name(user) == "getitem"}
+    if items and len(record.returns) >= len(items):
+        for index, name in items.items():
+            made[name] = record.returns[int(str(index))]
+    elif len(record.returns) == 1:
+        made[node.name] = record.returns[0]
+
+
+Clock = tuple[int, ...]
+
+
+def _clocks(records: Sequence[Record], runs: int) -> list[Clock]:
+    """Return the clock of each call's work, for some runs after one another."""
+    streams = range(len(STREAM_NAMES))
+    now = [[0 for _ in streams] for _ in streams]
+    clocks: list[Clock] = []
+    for _ in range(runs):
+        events: dict[int, list[int]] = {}
+        for record in records:
+            mine = now[record.stream]
+            for other in BEHIND[record.stream]:
+                _join(mine, now[other])
+            for event, _ in record.waits:
+                _join(mine, events.get(event, ()))
+            mine[record.stream] += 1
+            clocks.append(tuple(mine))
+            for event, stream in record.starts:
+                events[event] = list(now[stream])
+    return clocks
+
+
+def _join(mine: list[int], other: Sequence[int]) -> None:
+    for stream, count in enumerate(other):
+        mine[stream] = max(mine[stream], count)
+
+
+def _check_ordered(records: Sequence[Record], clocks: Sequence[Clock]) -> int:
+    users: dict[int, list[tuple[int, bool]]] = {}
+    for i, record in enumerate(records):
+        for storage, is_write in record.accesses().items():
+            users.setdefault(storage, []).append((i, is_write))
+        for storage in record.frees:
+            # What is let go of may be given to a later call: those are checked by `held`.
+            _check_pairs(records, clocks, users.pop(storage, []), across=False)
+    return sum(_check_pairs(records, clocks, mine, across=True) for mine in users.values())
+
+
+def _check_pairs(
+    records: Sequence[Record],
+    clocks: Sequence[Clock],
+    users: Sequence[tuple[int, bool]],
+    *,
+    across: bool,
+) -> int:
+    """Check the users of one storage, in a run and, `across`, from one run to the next."""
+    found = 0
+    size = len(records)
+    later = [*users, *((i + size, is_write) for i, is_write in users)] if across else users
+    written = [user for user in later if user[1]]
+    pairs = {(min(w, u), max(w, u)) for w, _ in written for u, _ in later if w != u}
+    for first, second in sorted(pairs):
+        if first >= size:
+            continue
+        one, other = records[first], records[second % size]
+        is_apart = one.node is not None and other.node is not None and second < size
+        if is_apart and is_disjoint(one.node, other.node):  # type: ignore[arg-type]
+            continue
+        found += 1
+        if not clocks[first][one.stream] <= clocks[second][one.stream]:
+            when = " of the next step" if second >= size else ""
+            raise _wrong(
+                f"{one.name} ({STREAM_NAMES[one.stream]} stream) and {other.name} "
+                f"({STREAM_NAMES[other.stream]} stream){when} use one storage and are not ordered"
+            )
+    return found
+
+
+def _check_held(records: Sequence[Record], clocks: Sequence[Clock]) -> int:
+    """Check that what side streams use is let go of only behind them."""
+    used: dict[int, list[int]] = {}
+    live: set[int] = set()
+    count = 0
+    compute: Clock = (0,) * len(STREAM_NAMES)
+    for i, record in enumerate(records):
+        if record.stream == COMPUTE:
+            compute = clocks[i]
+        mine = {s for taken in record.takes.values() for s in taken}
+        for storage in {*record.returns} - {0}:
+            if storage in live and (record.node is not None or storage not in mine):
+                raise _wrong(f"{record.name} was given memory that is still in use")
+            live.add(storage)
+        if record.stream != COMPUTE:
+            for storage in record.accesses():
+                used.setdefault(storage, []).append(i)
+        for storage in record.frees:
+            count += 1
+            live.discard(storage)
+            for user in used.pop(storage, ()):
+                if clocks[user][records[user].stream] > compute[records[user].stream]:
+                    raise _wrong(
+                        f"memory that {records[user].name} uses on the "
+                        f"{STREAM_NAMES[records[user].stream]} stream is let go of behind "
+                        f"{record.name}, before a wait has joined it"
+                    )
+    return count

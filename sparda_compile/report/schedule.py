@@ -1,0 +1,165 @@
+"""What the scheduler decided: one row per node, with stream and predicted times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+from sparda_compile.isa.streams import STREAM_NAMES
+
+__all__ = ["Schedule", "ScheduleRow"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleRow:
+    """One node of the rewritten graph, in program order.
+
+    Attributes:
+        node: Name of the FX node.
+        op: What it calls, `sparda.prefetch_blocks` or `linear`.
+        layer: Layer that it belongs to, -1 if none.
+        stream: 0 compute, 1 copy, 2 select.
+        start_us: Predicted start, microseconds from the start of the step.
+        end_us: Predicted end.
+        hbm_bytes: Bytes that it reads and writes in device memory.
+        link_bytes: Bytes that it moves between CPU and device, as expected.
+        exposed_us: For a wait, the time that the compute stream stands still; else 0.
+    """
+
+    node: str
+    op: str
+    layer: int
+    stream: int
+    start_us: float
+    end_us: float
+    hbm_bytes: int
+    link_bytes: int
+    exposed_us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The order, the stream and the predicted time of every node of one step.
+
+    Attributes:
+        phase: `decode` or `prefill`.
+        machine: Name of the machine whose constants predicted the times.
+        rows: One per node, in program order.
+        choices: What the scheduler chose for each chain of transfers, in words.
+        baseline_us: Predicted step time with every copy in line.
+    """
+
+    phase: str
+    machine: str
+    rows: tuple[ScheduleRow, ...]
+    choices: tuple[str, ...]
+    baseline_us: float
+
+    @property
+    def total_us(self) -> float:
+        """Predicted time of one step, in microseconds."""
+        return max((row.end_us for row in self.rows), default=0.0)
+
+    @property
+    def exposed_us(self) -> float:
+        """Predicted time that the compute stream waits for copies, in microseconds."""
+        return sum(row.exposed_us for row in self.rows)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that one step is expected to move between CPU and device."""
+        return sum(row.link_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        """Return a table of the sparda nodes and a summary line."""
+        head = ("start us", "end us", "stream", "layer", "link KiB", "exposed", "op", "node")
+        lines = [
+            (
+                f"{row.start_us:.1f}",
+                f"{row.end_us:.1f}",
+                STREAM_NAMES[row.stream],
+                str(row.layer) if row.layer >= 0 else "",
+                f"{row.link_bytes / 1024:.0f}" if row.link_bytes else "",
+                f"{row.exposed_us:.1f}" if row.exposed_us else "",
+                row.op,
+                row.node,
+            )
+            for row in self.rows
+            if row.op.startswith("sparda.")
+        ]
+        summary = (
+            f"{self.phase} on {self.machine}: {self.total_us:.1f} us predicted, "
+            f"{self.baseline_us:.1f} us with copies in line, {self.exposed_us:.1f} us exposed, "
+            f"{self.link_bytes / 1024:.0f} KiB over the link"
+        )
+        return "\n".join([summary, *_columns([head, *lines])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "phase": self.phase,
+            "machine": self.machine,
+            "total_us": self.total_us,
+            "baseline_us": self.baseline_us,
+            "exposed_us": self.exposed_us,
+            "link_bytes": self.link_bytes,
+            "choices": list(self.choices),
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def to_html(self, path: str | Path, measured: Sequence[ScheduleRow] = ()) -> Path:
+        """Write the timeline as one self-contained HTML file and return its path.
+
+        Args:
+            path: File to write.
+            measured: Rows of a run, drawn below those of the schedule.
+        """
+        from sparda_compile.report.html import write_html
+
+        title = f"sparda {self.phase} schedule"
+        rows = {self.phase: measured} if measured else {}
+        return write_html(Path(path), title=title, schedules=[self], measured=rows)
+
+    def to_chrome_trace(self, path: str | Path) -> Path:
+        """Write a trace for chrome://tracing or Perfetto and return its path."""
+        names = [
+            {"ph": "M", "pid": 0, "tid": tid, "name": "thread_name", "args": {"name": name}}
+            for tid, name in enumerate(STREAM_NAMES)
+        ]
+        slices = [
+            {
+                "ph": "X",
+                "pid": 0,
+                "tid": row.stream,
+                "name": row.op,
+                "cat": "exposed" if row.exposed_us else "work",
+                "ts": row.start_us,
+                "dur": row.end_us - row.start_us,
+                "args": {
+                    "node": row.node,
+                    "layer": row.layer,
+                    "hbm_bytes": row.hbm_bytes,
+                    "link_bytes": row.link_bytes,
+                },
+            }
+            for row in self.rows
+            if row.end_us > row.start_us
+        ]
+        target = Path(path)
+        target.write_text(json.dumps({"traceEvents": [*names, *slices]}))
+        return target
+
+
+def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i >= 6 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]

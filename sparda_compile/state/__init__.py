@@ -1,0 +1,1 @@
+"""The shape of all KV state."""

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparda_compile import environment
+from sparda_compile.bench import memory, suite
+from sparda_compile.bench.memory import GIB
+from sparda_compile.bench.suite import DECODE_PARTS
+from sparda_compile.cli import bench
+from sparda_compile.cli import main as cli
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+
+
+def spread(us):
+    return {"median": us, "low": us, "high": us, "runs": 3, "h2d_bytes": 1000}
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["bench", *map(str, arguments)])
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+class FakeLab:
+    """Measures nothing; remembers what it was asked for."""
+
+    def __init__(self, name, asked):
+        self.name = name
+        self.asked = asked
+
+    def decode(self, setting, save, *, with_baselines):
+        self.asked.append((self.name, setting, with_baselines))
+        if setting.batch_size == 8:
+            raise RuntimeError("CUDA error")
+        row = {"scheduled": spread(4000.0), "tokens_per_s": 250.0 * setting.batch_size}
+        result = {
+            "batch_size": setting.batch_size,
+            "max_tokens": setting.max_tokens,
+            "by_overlap": {str(overlap): row for overlap in setting.overlaps},
+            "skipped": {"dense": "its KV cache is too big"},
+        }
+        save(result)
+        return result
+
+    def budget(self, gib, setting, save):
+        self.asked.append((self.name, setting, gib))
+        side = {"batch_size": 2, "limited_by": "budget", "device_gib": 1.0, "host_gib": 0.0}
+        save({"budget_gib": gib, "resident": side, "scheduled": side, "by_overlap": {}})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    asked = []
+
+    def lab(shape, say, max_host_gib):
+        asked.append((shape, max_host_gib))
+        return FakeLab(shape, asked)
+
+    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
+    monkeypatch.setattr(bench, "_lab", lab)
+    monkeypatch.setattr(environment, "_commit", lambda: "abc123")
+    monkeypatch.setattr(memory, "free_everything", lambda: None)
+    monkeypatch.setattr(suite, "free_everything", lambda: None)
+    return asked
+
+
+def test_decode_writes_and_shows_each_batch(asked, tmp_path):
+    result = run(
+        "decode", "--batch", 1, "--batch", 4, "--overlap", 0.9, "--variant", "scheduled",
+        "--variant", "dense", "--no-baseline", "--rounds", 2, "--steps", 5, "--out", tmp_path,
+        "--tokens", 65536, "--max-host-gib", 3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "decode-8b.json").read_text())
+    assert [r["batch_size"] for r in found["results"]] == [1, 4]
+    assert (found["name"], found["shape"], found["max_tokens"]) == ("decode", "8b", 65536)
+    assert asked[0] == ("8b", 3)
+    _, setting, with_baselines = asked[1]
+    assert not with_baselines
+    assert (setting.batch_size, setting.max_tokens, setting.rounds, setting.steps) == (
+        1, 65536, 2, 5,
+    )  # fmt: skip
+    assert (setting.overlaps, setting.variants) == ((0.9,), ("scheduled", "dense"))
+    assert "4 0.9 4.000" in words(result.stdout)
+    assert "batch 1: dense is left out: its KV cache is too big." in words(result.stdout)
+    assert "decode-8b.json" in result.stdout
+
+
+def test_decode_as_json(asked, tmp_path):
+    result = run("decode", "--shape", "tiny", "--out", tmp_path, "--json", "--commit", "1a2b")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["results"][0]["batch_size"] == 1
+    assert asked[1][2] is True
+    assert asked[1][1].overlaps == (0.5, 0.7, 0.9, 0.97)
+    found = json.loads((tmp_path / "decode-tiny.json").read_text())
+    assert found["environment"]["commit"] == "1a2b"
+
+
+def test_decode_plots(asked, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("decode", "--out", tmp_path, "--plot", tmp_path / "decode.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "decode.png").stat().st_size > 1000
+
+
+def test_budget(asked, tmp_path):
+    result = run("budget", "--gib", 8, "--gib", 4, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert [entry[2] for entry in asked[1:]] == [8.0, 4.0]
+    assert asked[1][1].overlaps == (0.9,)
+    found = json.loads((tmp_path / "budget-8b.json").read_text())
+    assert [r["budget_gib"] for r in found["results"]] == [4.0, 8.0]
+    assert "limited by" in result.stdout
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    found = {
+        "copy": {"gbps": 4000.0},
+        "gather": {"memcpy": {**spread(1.0), "gbps": 50.0}, "by_programs": {}},
+        "beside": {},
+    }
+    module = pytest.importorskip("sparda_compile.bench.kernels")
+    monkeypatch.setattr(module, "bench_kernels", lambda say: found)
+    return found
+
+
+def test_kernels(asked, kernels, tmp_path):
+    result = run("kernels", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Device copy: 4000 GB/s" in result.stdout
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["results"][0]["copy"] == kernels["copy"]
+
+
+def test_all_runs_in_order_goes_on_after_a_failure_and_keeps_what_is_there(
+    asked, kernels, tmp_path
+):
+    result = run("all", "--out", tmp_path, "--minutes", 600, "--json")
+    assert result.exit_code == 1
+    assert "decode 8b batch 8 failed; see above" in words(result.stderr)
+    assert "RuntimeError: CUDA error" in result.stderr
+    parts = json.loads(result.stdout)["parts"]
+    names = [f"decode {shape} batch {batch}" for shape, batch, *_ in DECODE_PARTS]
+    assert [part["name"] for part in parts] == ["kernels", *names, "budget 8 GiB", "budget 16 GiB"]
+    assert {part["status"] for part in parts} == {"done", "failed"}
+    measured = [entry for entry in asked if len(entry) == 3]
+    assert [(name, s.batch_size, b) for name, s, b in measured[:-2]] == [
+        (shape, batch, with_baselines) for shape, batch, with_baselines, _ in DECODE_PARTS
+    ]
+    # One model at a time: that of 8b is made again for the budget.
+    assert [entry[0] for entry in asked if len(entry) == 2] == ["8b", "8b-8kv", "8b"]
+    assert json.loads((tmp_path / "all.json").read_text())["parts"] == parts
+    asked.clear()
+    again = json.loads(run("all", "--out", tmp_path, "--json").stdout)["parts"]
+    assert [p["name"] for p in again if p["status"] != "kept"] == ["decode 8b batch 8"]
+
+
+def test_all_stops_in_time(asked, kernels, tmp_path):
+    result = run("all", "--out", tmp_path, "--minutes", 3)
+    assert result.exit_code == 0, result.output
+    assert asked == []
+    assert "kernels done" in words(result.stdout)
+    assert "decode 8b batch 1 left out" in words(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["decode", "--shape", "70b"], "use one of 8b, 8b-8kv, tiny"),
+        (["decode", "--tokens", 1000], "multiple of 64 from 10176 on"),
+        (["decode", "--tokens", 10300], "multiple of 64 from 10176 on"),
+        (["decode", "--variant", "inline"], "add --variant scheduled"),
+        (["decode", "--variant", "scheduled", "--variant", "fast"], "use some of scheduled"),
+        (["decode", "--overlap", 2], "use 0.0 to 1.0"),
+        (["decode", "--steps", 93], "use 1 to 92"),
+        (["decode", "--batch", 0], "batch_size=0 is too small"),
+        (["compile", "--shape", "70b"], "use one of 8b, 8b-8kv, tiny"),
+        (["compile", "--variant", "fast"], "use one of scheduled"),
+        (["budget", "--gib", 0], "use more than 0"),
+        (["budget", "--shape", "70b"], "use one of 8b"),
+    ],
+)
+def test_wrong_usage(asked, arguments, expected):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert expected in words(result.stderr)
+    assert asked == []
+
+
+def test_least_tokens_have_a_trace():
+    from sparda_compile.bench.decode import DecodeSetting
+    from sparda_compile.bench.memory import layout_of
+    from sparda_compile.bench.shapes import SHAPES
+    from sparda_compile.bench.synthetic import follow
+    from sparda_compile.runtime.kv_cache import KVCache
+
+    setting = DecodeSetting(1, bench._LEAST_TOKENS)
+    layout = layout_of(SHAPES["tiny"], "scheduled", 1, setting.max_tokens, 2)
+    kv = KVCache(layout, torch.device("cpu"))
+    follow(kv, setting.num_tokens, 0.5)
+    with pytest.raises(ValueError, match="cannot be"):
+        follow(kv, setting.num_tokens - 64, 0.5)
+
+
+def test_plot_without_matplotlib_is_refused_before_anything_runs(asked, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("decode", "--plot", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "sparda-compile[plot]" in words(result.stderr)
+    assert asked == []
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("command", ["decode", "budget", "kernels", "all"])
+def test_no_gpu(command, tmp_path):
+    result = run(command, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"`sparda bench {command}` measures a CUDA GPU" in words(result.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_no_gpu
+def test_nothing_is_compiled_without_a_gpu():
+    result = run("compile", "--jobs", 2)
+    assert result.exit_code == 2
+    assert "`sparda bench compile` measures a CUDA GPU" in words(result.stderr)
+
+
+def test_several_programs_are_compiled_apart(asked, monkeypatch):
+    from sparda_compile.bench import precompile
+
+    def compile_apart(targets, jobs, say):
+        asked.append((jobs, [str(target) for target in targets]))
+        return [(targets[0], 1.0, "no room"), *((target, 1.0, None) for target in targets[1:])]
+
+    monkeypatch.setattr(precompile, "compile_apart", compile_apart)
+    sizes = ("--batch", 1, "--batch", 4, "--variant", "scheduled", "--variant", "body")
+    result = run("compile", "--jobs", 3, *sizes)
+    assert asked == [
+        (3, [f"8b batch {batch} {name}" for batch in (1, 4) for name in ("scheduled", "body")])
+    ]
+    assert result.exit_code == 1
+    assert "8b batch 1 scheduled failed" in words(result.stderr)
+    assert "no room" in words(result.stderr)
+
+
+def test_one_program_is_compiled_here(asked, monkeypatch):
+    from sparda_compile.bench import precompile
+
+    monkeypatch.setattr(precompile, "compile_here", lambda *args: asked.append(args[:2]))
+    result = run("compile", "--variant", "inline", "--tokens", 10176)
+    assert result.exit_code == 0, result.output
+    assert asked == [([precompile.Target("8b", 1, "inline", 10176)], "cuda")]
+
+
+def test_lab_is_told_how_much_cpu_memory_it_may_take():
+    lab = bench._lab("tiny", lambda text: None, 1.5)
+    assert lab.max_host_bytes == 1.5 * GIB
+    assert bench._lab("tiny", lambda text: None, None).max_host_bytes is None

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from sparda_compile.cli import evaluate
+from sparda_compile.cli import main as cli
+from sparda_compile.demo import small_model
+from sparda_compile.evaluation.vocabulary import NUM_TOKENS
+from sparda_compile.forecast.weights import ForecastInfo, ForecastWeights, projections_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=NUM_TOKENS, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+
+
+SMALL = ("--tokens", 640, "--samples", 2, "--batch", 2, "--local-blocks", 1, "--budget", 0.4)
+
+
+def test_table_and_json_file(folder, tmp_path):
+    path = tmp_path / "found.json"
+    result = run(folder, *SMALL, "--task", "multi_key", "--json-file", path)
+    assert result.exit_code == 0, result.output
+    assert "query 40%" in result.stdout
+    assert "previous_layer" in result.stdout
+    assert f"Wrote {path}" in result.stdout.replace("\n", "")
+    assert "multi_key, 640 tokens" in result.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "query 40%"]
+
+
+def test_json_alone_and_several_of_each(folder):
+    result = run(
+        folder, *SMALL, "--budget", 0.5, "--tokens", 704, "--task", "single_needle", "--mode",
+        "query", "--selector", "infllm2", "--selector", "quest", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    names = ["query 40%", "query 50%", "query quest 40%", "query quest 50%"]
+    assert [(row["length"], row["name"]) for row in rows] == [
+        (length, name) for length in (640, 704) for name in names
+    ]
+
+
+def trained(path, **sizes):
+    """Return a file of Forecast weights for the folder's model."""
+    info = ForecastInfo(
+        model="LlamaForCausalLM", layers=(0, 1), groups=(2, 2), head_dim=(8, 8), hidden=(32, 32),
+        ranks=(None, None), block_size=64, top_k=1, steps=1, num_tokens=640, versions={}, **sizes,
+    )  # fmt: skip
+    projections = projections_of({layer: torch.randn(16, 32) for layer in info.layers})
+    return ForecastWeights(projections, info).save(path)
+
+
+def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path):
+    def mass(*more):
+        result = run(folder, *SMALL, "--task", "key_value", "--mode", "query", *more, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["rows"][0]["recalls"][0]["mass"]
+
+    finer = ("--pool-size", 16, "--pool-stride", 8)
+    assert mass() == mass("--pool-size", 32, "--pool-stride", 16)
+    assert mass() != mass(*finer)
+    forecast = trained(tmp_path / "forecast.safetensors", pool_size=16, pool_stride=8)
+    assert mass("--forecast", forecast) == mass(*finer)
+    assert mass("--forecast", forecast, "--pool-size", 32, "--pool-stride", 16) == mass()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pool-stride", "24"], "pool_stride=24 must divide"),
+        (["--mode", "fast"], "use one of dense"),
+        (["--budget", "2"], "is not a share"),
+        (["--task", "poetry"], "use some of single_needle"),
+        (["--tokens", "8"], "local_blocks"),
+        (["--selector", "nosa"], "short_list=23 is more than the top_k=2"),
+    ],
+)
+def test_wrong_usage(folder, arguments, words):
+    result = run(folder, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+
+
+def test_model_without_retention(folder):
+    result = run(folder, *SMALL, "--mode", "query", "--selector", "nosa", "--short-list", 1)
+    assert result.exit_code == 1, result.output
+    assert "keys that carry a retention score" in " ".join(result.stderr.split())
+
+
+def test_modes_take_the_selectors_that_they_read():
+    selectors = ["infllm2", "quest", "nosa"]
+    assert evaluate._selectors("exact", selectors) == selectors
+    assert evaluate._selectors("forecast", selectors) == ["infllm2", "nosa"]
+    assert evaluate._selectors("dense", selectors) == ["infllm2"]
+
+
+def test_no_such_folder(tmp_path):
+    result = run(tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "no folder with a config.json" in " ".join(result.stderr.split())
+
+
+def test_small_model_without_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(small_model, "small_model_folder", lambda: tmp_path)
+    result = run()
+    assert result.exit_code == 1
+    assert "weights are missing" in " ".join(result.stderr.split())

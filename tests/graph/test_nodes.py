@@ -1,0 +1,154 @@
+"""Helpers on nodes, and the emitter."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparda_compile.graph.emit import Emitter, clone_region
+from sparda_compile.graph.nodes import (
+    call_name,
+    fake_value,
+    find_ops,
+    is_sparda,
+    module_path,
+    nodes_between,
+    program_order,
+    tensor_shape,
+)
+from sparda_compile.ops import OPS
+
+
+@pytest.fixture
+def graph():
+    """x -> relu -> a = relu + 1, b = relu * 2 -> out = a + b, with fake values."""
+    graph = fx.Graph()
+    mode = FakeTensorMode()
+    x = graph.placeholder("x")
+    with mode:
+        x.meta["val"] = torch.empty(2, 3)
+    emit = Emitter(graph, graph.output(None), x, 0)
+    relu = emit.method("relu", x)
+    a = emit.function(torch.add, (relu, 1), {}, "a")
+    b = emit.function(torch.mul, (relu, 2), {}, "b")
+    out = emit.function(operator.add, (a, b), {}, "out")
+    emit.before.args = (out,)
+    return graph
+
+
+def named(graph, *names):
+    by_name = {n.name: n for n in graph.nodes}
+    return [by_name[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (torch.relu, "relu"),
+        (torch.nn.functional.linear, "linear"),
+        (operator.getitem, "getitem"),
+        (torch.ops.aten.mm.default, "mm"),
+        (torch.ops.aten.mm, "aten.mm"),
+        (torch.ops.sparda.select_blocks.default, "sparda.select_blocks"),
+    ],
+)
+def test_name_of_a_call(target, expected):
+    node = fx.Graph().call_function(target)
+    assert call_name(node) == expected
+    assert is_sparda(node) is expected.startswith("sparda.")
+
+
+def test_name_of_a_method():
+    graph = fx.Graph()
+    node = graph.call_method("view", (graph.placeholder("x"), 3))
+    assert call_name(node) == "view"
+    assert not is_sparda(node)
+
+
+def test_ops_are_found_in_program_order():
+    graph = fx.Graph()
+    ops = torch.ops.sparda
+    first = graph.call_function(ops.wait_blocks.default)
+    graph.call_function(torch.relu)
+    second = graph.call_function(ops.append_kv.default)
+    third = graph.call_function(ops.wait_blocks.default)
+    assert find_ops(graph, "wait_blocks") == [first, third]
+    assert find_ops(graph, "append_kv", "wait_blocks") == [first, second, third]
+    assert find_ops(graph, "plan_pages") == []
+    assert set(OPS) >= {"wait_blocks", "append_kv", "plan_pages"}
+
+
+def test_program_order(graph):
+    order = program_order(graph)
+    assert [n.name for n in sorted(order, key=order.get)] == [
+        "x",
+        "relu",
+        "a",
+        "b",
+        "out",
+        "output",
+    ]
+
+
+def test_nodes_between(graph):
+    x, relu, a, b, out = named(graph, "x", "relu", "a", "b", "out")
+    assert nodes_between(x, out) == {relu, a, b, out}
+    assert nodes_between(a, out) == {out}
+    assert nodes_between(a, b) == set()
+    assert nodes_between(out, x) == set()
+
+
+def test_region_is_copied_with_other_inputs(graph):
+    x, relu, a, b, out = named(graph, "x", "relu", "a", "b", "out")
+    emit = Emitter(graph, out.next, x, 5)
+    other = emit.function(torch.neg, (x,), {}, "other")
+    copies = clone_region({out, a, b}, program_order(graph), {relu: other}, emit)
+    assert set(copies) == {relu, a, b, out}
+    assert copies[a].args == (other, 1)
+    assert copies[out].args == (copies[a], copies[b])
+    assert out.args == (a, b)
+    assert {copies[n].meta["sparda_layer"] for n in (a, b, out)} == {5}
+    graph.lint()
+
+
+def test_emitted_node_has_value_layer_place_and_origin(graph):
+    (a, out) = named(graph, "a", "out")
+    a.meta |= {"stack_trace": "line 3", "nn_module_stack": {"k": ("L['m'].mlp", int)}, "other": 1}
+    node = Emitter(graph, out, a, 7).method("view", a, 6)
+    assert node.next is out
+    assert tensor_shape(node) == (6,)
+    assert fake_value(node).fake_mode is fake_value(a).fake_mode
+    assert node.meta["sparda_layer"] == 7
+    assert node.meta["stack_trace"] == "line 3"
+    assert module_path(node) == module_path(a)
+    assert "other" not in node.meta
+
+
+def test_emitted_op_has_its_name_and_results(graph):
+    (a, out) = named(graph, "a", "out")
+    emit = Emitter(graph, out, a, 2)
+    ids = emit.function(torch.zeros_like, (a,), {"dtype": torch.int32}, "ids")
+    assert emit.call("recall_ids", ids).name == "recall_ids_2"
+    assert emit.call("recall_ids", ids, name="guess").name == "guess"
+    pair = emit.function(torch.topk, (a, 1), {}, "pair")
+    item = emit.item(pair, 1, "best")
+    assert (item.name, tensor_shape(item), fake_value(item).dtype) == ("best", (2, 1), torch.int64)
+
+
+def test_shape_of_what_is_no_tensor(graph):
+    (a, out) = named(graph, "a", "out")
+    pair = Emitter(graph, out, a, 0).function(torch.topk, (a, 1), {}, "pair")
+    assert tensor_shape(pair) == ()
+    assert tensor_shape(a) == (2, 3)
+
+
+def test_module_path(plan_of):
+    graph = plan_of("llama", mode="query").stage("capture").graph
+    paths = {module_path(n) for n in graph.nodes if call_name(n) == "linear"}
+    assert "lm_head" in paths
+    assert {f"model.layers.{i}.self_attn.q_proj" for i in range(2)} <= paths
+    assert module_path(fx.Graph().create_node("call_function", len)) == ""

@@ -1,0 +1,93 @@
+"""`SpardaCache`: what transformers asks of a cache, and what it may not do with this one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.cache_utils import Cache
+
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.capture.cache_name import CACHE_NAME
+from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.module.cache import SpardaCache
+
+CONFIG = SpardaConfig(mode="query", top_k=None, block_size=16, lowering="eager")
+
+
+def tokens(length, batch_size=1):
+    return torch.zeros(batch_size, length, dtype=torch.long)
+
+
+@pytest.fixture(scope="module")
+def model(shared_llama):
+    return shared_llama
+
+
+@pytest.fixture(scope="module")
+def fast(traced_llama):
+    return optimize(traced_llama, CONFIG)
+
+
+def test_new_cache_is_empty_and_has_its_capacity(fast):
+    cache = fast.new_cache(100)
+    assert isinstance(cache, Cache)
+    assert cache.owner() is fast
+    assert cache.kv is None
+    assert (len(cache), cache.get_seq_length(), cache.get_seq_length(1)) == (0, 0, 0)
+    assert cache.get_max_cache_shape() == cache.get_max_length() == cache.max_tokens == 512
+    assert not cache.is_compileable
+
+
+def test_it_counts_what_was_passed_in(fast):
+    cache = fast.new_cache(100)
+    fast(tokens(9, 2), past_key_values=cache)
+    assert (len(cache), cache.get_seq_length()) == (2, 9)
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, 9:12] = 0
+    fast(tokens(5, 2), past_key_values=cache, attention_mask=mask)
+    assert cache.get_seq_length() == 14
+    assert cache.kv.lengths() == [11, 14]
+    assert cache.kv.longest == 14
+
+
+def test_it_grows(fast):
+    cache = fast.new_cache(100)
+    fast(tokens(500), past_key_values=cache)
+    assert cache.get_max_cache_shape() == 512
+    fast(tokens(13), past_key_values=cache)
+    assert cache.get_max_cache_shape() == 1024
+    assert cache.get_seq_length() == 513
+
+
+@pytest.mark.parametrize(
+    ("asked", "reserved"), [(1, 512), (512, 512), (513, 1024), (8192, 8192), (8193, 16384)]
+)
+def test_few_capacities_serve_all_lengths(fast, asked, reserved):
+    assert fast.new_cache(asked).max_tokens == reserved
+
+
+def test_fixed_capacity(fast):
+    module = optimize(fast, CONFIG.replace(max_tokens=128))
+    assert module.new_cache().max_tokens == module.new_cache(5).max_tokens == 128
+    with pytest.raises(KVCacheError, match=r"129 tokens .* max_tokens=128"):
+        module.new_cache(129)
+
+
+def test_what_it_refuses(fast, model):
+    cache = fast.new_cache(100)
+    with pytest.raises(UnsupportedInputError, match="beam search"):
+        cache.reorder_cache(torch.zeros(1, dtype=torch.long))
+    with pytest.raises(UnsupportedInputError, match="assisted"):
+        cache.crop(-1)
+    with pytest.raises(KVCacheError, match="pass it to the module that made it"):
+        cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
+    with pytest.raises(KVCacheError, match="not optimized"):
+        model(tokens(3), **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 0
+
+
+def test_it_does_not_keep_its_module_alive():
+    module = torch.nn.Linear(1, 1)
+    cache = SpardaCache(module, 64)
+    del module
+    assert cache.owner() is None

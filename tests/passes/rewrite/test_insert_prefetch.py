@@ -1,0 +1,165 @@
+"""InsertPrefetch: every copy in line becomes a fork, a start and a wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparda_compile.graph.effects import accesses, argument, is_state, stream_of
+from sparda_compile.graph.nodes import call_name, find_ops, program_order
+from sparda_compile.graph.text import graph_text
+from sparda_compile.isa.streams import COPY
+
+
+@pytest.fixture
+def inserted(plan_of):
+    """Return a function that gives the graph behind this pass and its counts."""
+
+    def insert(model="llama", phase="decode", **settings):
+        plan = plan_of(model, phase, **settings)
+        record = next(s for s in plan.stages if s.name == "insert_prefetch")
+        return record.graph_module.graph, record.counts
+
+    return insert
+
+
+# What choosing and fetching a layer's blocks uses.
+USED = {"block_table", "page_block", "page_stamp", "counters", "pages", "pooled_k", "recent_k"}
+COUNTS = {
+    "forecast": ({"mode": "forecast"}, (0, 2, 2, 4)),
+    "query": ({"mode": "query"}, (0, 0, 2, 2)),
+    "exact": ({"mode": "exact"}, (2, 2, 2, 6)),
+    "exact by the layer before": ({"mode": "exact", "hint": "previous_layer"}, (1, 2, 2, 5)),
+    "prefill": ({"phase": "prefill"}, (0, 0, 2, 2)),
+    "window": ({"model": "gemma3"}, (0, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_counts(inserted, case):
+    settings, expected = COUNTS[case]
+    _, counts = inserted(**settings)
+    names = ("hint_prefetches", "prefetches", "offloads", "waits")
+    assert counts == dict(zip(names, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
+    graph, _ = inserted(**COUNTS[case][0])
+    order = program_order(graph)
+    starts = find_ops(graph, "prefetch_blocks", "offload_blocks")
+    waits = {argument(w, "event"): w for w in find_ops(graph, "wait_blocks")}
+    events = [argument(n, "event") for n in (*starts, *find_ops(graph, "fork_stream"))]
+    assert len(set(events)) == len(events) == 2 * len(starts)
+    for start in starts:
+        fork, wait = argument(start, "after"), waits[argument(start, "event")]
+        assert call_name(fork) == "sparda.fork_stream"
+        assert list(fork.users) == [start]
+        assert argument(wait, "ticket") is start
+        assert order[fork] < order[start] < order[wait]
+        assert stream_of(start) == COPY
+        layers = {n.meta["sparda_layer"] for n in (fork, start, wait)}
+        assert len(layers) == 1
+        # So the fork depends on all that the copy must follow.
+        taken = {n for n in start.all_input_nodes if n is not fork}
+        assert taken <= set(fork.all_input_nodes)
+
+
+def test_nothing_stays_in_line_but_the_fetches_of_mode_query(inserted):
+    assert not find_ops(inserted(mode="forecast")[0], "fetch_blocks", "store_blocks")
+    assert not find_ops(inserted(mode="exact")[0], "fetch_blocks", "store_blocks")
+    graph, _ = inserted(mode="query")
+    assert len(find_ops(graph, "fetch_blocks")) == 2
+    assert not find_ops(graph, "store_blocks")
+
+
+def test_wait_of_a_prefetch_stands_before_everything_that_uses_the_pages(inserted):
+    graph, _ = inserted(mode="forecast")
+    order = program_order(graph)
+    for layer, prefetch in enumerate(find_ops(graph, "prefetch_blocks")):
+        (wait,) = prefetch.users
+        users = find_ops(graph, "append_kv", "sparse_attention", "offload_blocks")
+        mine = [n for n in users if n.meta["sparda_layer"] == layer]
+        assert order[wait] < min(order[n] for n in mine)
+        written = {a.state for a in accesses(wait) if a.is_write}
+        assert written == {f"sparda_{name}_{layer}" for name in USED}
+
+
+def test_wait_of_an_offload_stands_at_the_end(inserted):
+    graph, _ = inserted(mode="forecast")
+    (end,) = find_ops(graph, "advance_lengths")
+    for offload in find_ops(graph, "offload_blocks"):
+        (wait,) = offload.users
+        layer = wait.meta["sparda_layer"]
+        assert [a.state for a in accesses(wait)] == [f"sparda_host_{layer}"]
+        between = []
+        node = wait.next
+        while node is not end:
+            between.append(call_name(node))
+            node = node.next
+        assert set(between) <= {"sparda.wait_blocks"}
+
+
+def test_exact_splits_attention_around_the_repair(inserted):
+    graph, _ = inserted(mode="exact", hint="forecast")
+    order = program_order(graph)
+    assert not find_ops(graph, "sparse_attention")
+    for layer in (0, 1):
+        mine = [n for n in graph.nodes if n.meta.get("sparda_layer") == layer]
+        ops = [call_name(n).removeprefix("sparda.") for n in mine]
+        repair = next(n for n in mine if n.name == f"prefetch_{layer}")
+        resident, missing = (find_ops(graph, f"attend_{w}")[layer] for w in ("resident", "missing"))
+        (wait,) = repair.users
+        assert order[repair] < order[resident] < order[wait] < order[missing]
+        assert ops.index("append_kv") < ops.index("attend_resident")
+        assert argument(missing, "partial_out").args == (resident, 0)
+        assert argument(missing, "partial_lse").args == (resident, 1)
+        assert missing.meta["sparda"].layer == layer
+        for name in ("query", "page_ids", "block_ids", "is_miss", "scale", "softcap"):
+            assert argument(missing, name) == argument(resident, name)
+
+
+def test_hint_is_fetched_before_the_layers_own_plan(inserted):
+    graph, _ = inserted(mode="exact", hint="forecast")
+    order = program_order(graph)
+    for layer in (0, 1):
+        by_name = {n.name: n for n in graph.nodes}
+        guess, plan = by_name[f"hint_plan_{layer}"], by_name[f"plan_{layer}"]
+        assert argument(guess, "is_hint") is True
+        assert argument(plan, "is_hint") is False
+        assert argument(guess, "block_ids").name == f"hint_block_ids_{layer}"
+        prefetch = by_name[f"hint_prefetch_{layer}"]
+        (wait,) = prefetch.users
+        assert order[guess] < order[prefetch] < order[wait] < order[plan]
+        written = {a.state for a in accesses(wait)}
+        assert written == {f"sparda_{name}_{layer}" for name in USED}
+
+
+def test_nothing_to_do_without_offload(plan_of):
+    plan = plan_of("llama", mode="query", offload="never")
+    before, after = (plan.stage(name) for name in ("insert_forecast", "insert_prefetch"))
+    assert graph_text(before) == graph_text(after)
+    record = next(s for s in plan.stages if s.name == "insert_prefetch")
+    assert set(record.counts.values()) == {0}
+
+
+def test_everything_else_is_as_it_was(plan_of):
+    plan = plan_of("llama", mode="forecast")
+    before, after = (plan.stage(name).graph for name in ("insert_forecast", "insert_prefetch"))
+    copies = {"fetch_blocks", "store_blocks", "prefetch_blocks", "offload_blocks", "fork_stream",
+              "wait_blocks"}  # fmt: skip
+
+    def others(graph):
+        mine = {f"sparda.{name}" for name in copies}
+        return [(n.name, str(n.args)) for n in graph.nodes if call_name(n) not in mine]
+
+    assert others(before) == others(after)
+
+
+def test_prefill_offloads_the_new_keys_and_values(inserted):
+    graph, _ = inserted(phase="prefill", mode="query")
+    for offload in find_ops(graph, "offload_blocks"):
+        new = argument(offload, "new_kv")
+        assert len(new) == 2
+        (wait,) = offload.users
+        assert sorted(n.name for n in argument(wait, "keepalive")) == sorted(n.name for n in new)
+        assert any(is_state(n) for n in argument(offload, "after").all_input_nodes)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig
+from sparda_compile.state.layout import COUNTERS, CacheLayout, LayerShape, TensorSpec, state_name
+
+SPARSE = LayerShape(0, "sparse", 2, 64, 0, torch.bfloat16)
+WINDOW = LayerShape(1, "window", 2, 64, 100, torch.bfloat16)
+
+
+def layout(max_tokens=64 * 200, batch_size=3, layers=(SPARSE,), **config):
+    return CacheLayout(SpardaConfig(**config), layers, batch_size, max_tokens)
+
+
+def test_published_sizes():
+    sizes = layout()
+    assert (sizes.num_blocks, sizes.num_selected, sizes.num_pages) == (200, 96, 144)
+    tensors = sizes.tensors(SPARSE)
+    assert tensors["pages"].shape == (3, 2, 144, 2, 64, 64)
+    assert tensors["host"] == TensorSpec((3, 2, 200, 2, 64, 64), torch.bfloat16, on_host=True)
+    assert tensors["block_table"].shape == (3, 2, 200)
+    assert tensors["page_block"].shape == tensors["page_stamp"].shape == (3, 2, 144)
+    assert tensors["pooled_k"].shape == (3, 2, 799, 64)
+    assert tensors["recent_k"].shape == (3, 2, 32, 64)
+    assert [t.fill for n, t in tensors.items() if n.startswith(("block", "page_"))] == [-1] * 3
+    assert [name for name, t in tensors.items() if t.on_host] == ["host"]
+    assert "last_block_ids" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "ratio", "num_pages"),
+    [(200, 1.0, 97), (200, 1.01, 97), (200, 1.5, 144), (200, 3.0, 200), (96, 1.0, 96), (4, 9, 4)],
+)
+def test_pages_are_more_than_selected_blocks_unless_all_fit(num_blocks, ratio, num_pages):
+    assert layout(64 * num_blocks, page_ratio=ratio).num_pages == num_pages
+
+
+@pytest.mark.parametrize("config", [{"offload": "never"}, {"mode": "dense"}, {"offload": "auto"}])
+def test_without_offload_every_block_has_a_page(config):
+    sizes = layout(**config)
+    assert not sizes.offload
+    assert sizes.num_pages == sizes.num_blocks
+    assert sizes.tensors(SPARSE)["host"].shape == (0,)
+    assert sizes.num_bytes(on_host=True) == 0
+
+
+def test_auto_offloads_what_does_not_fit():
+    resident = layout(offload="never").num_bytes(on_host=False)
+    assert not layout(offload="auto", device_bytes=resident).offload
+    assert layout(offload="auto", device_bytes=resident - 1).offload
+
+
+@pytest.mark.parametrize(
+    ("config", "summaries"),
+    [
+        ({"mode": "dense"}, ()),
+        ({"mode": "query", "selector": "quest"}, ("key_bounds",)),
+        ({"mode": "query", "selector": "infllm2"}, ("pooled_keys",)),
+        ({"mode": "forecast", "selector": "quest"}, ("pooled_keys",)),
+        ({"mode": "exact", "selector": "quest"}, ("key_bounds", "pooled_keys")),
+        ({"mode": "exact", "selector": "quest", "hint": "previous_step"}, ("key_bounds",)),
+        ({"mode": "exact", "selector": "infllm2"}, ("pooled_keys",)),
+        ({"mode": "query", "selector": "nosa"}, ("pooled_keys",)),
+        ({"mode": "forecast", "selector": "nosa"}, ("pooled_keys",)),
+    ],
+)
+def test_summaries_are_those_that_are_scored(config, summaries):
+    sizes = layout(**config)
+    assert sizes.summaries() == summaries
+    for summary in ("key_bounds", "pooled_keys"):
+        for name in sizes.summary_tensors(summary, SPARSE):
+            assert (name in sizes.tensors(SPARSE)) == (summary in summaries)
+
+
+def test_previous_step_remembers_its_ids():
+    spec = layout(mode="exact", hint="previous_step").tensors(SPARSE)["last_block_ids"]
+    assert spec == TensorSpec((3, 2, 96), torch.int32, fill=-1)
+
+
+def test_trace_is_there_only_when_asked_for():
+    plain = layout()
+    assert plain.trace_steps == 0
+    assert "trace" not in plain.tensors(SPARSE)
+    traced = CacheLayout(plain.config, (SPARSE, WINDOW), 3, 64 * 200, trace_steps=50)
+    spec = traced.tensors(SPARSE)["trace"]
+    assert spec == TensorSpec((3, 2, 50, 200), torch.bool)
+    assert set(traced.tensors(SPARSE)) - {"trace"} == set(plain.tensors(SPARSE))
+    assert "trace" not in traced.tensors(WINDOW)
+    assert traced.all_tensors()[state_name("trace", 0)] == spec
+
+
+def test_window_layers_have_a_ring_only():
+    tensors = layout(layers=(SPARSE, WINDOW)).tensors(WINDOW)
+    ring = TensorSpec((3, 2, 100, 64), torch.bfloat16)
+    assert tensors == {"ring_k": ring, "ring_v": ring}
+
+
+def test_all_tensors_are_named_by_layer_and_add_up():
+    sizes = layout(layers=(SPARSE, WINDOW))
+    tensors = sizes.all_tensors()
+    assert tensors["sparda_lengths"] == TensorSpec((3,), torch.int32)
+    assert {state_name("pages", 0), state_name("ring_k", 1)} <= set(tensors)
+    assert len(tensors) == 1 + len(sizes.tensors(SPARSE)) + 2
+    assert tensors[state_name("counters", 0)].shape == (len(COUNTERS),)
+    host = 3 * 2 * 200 * 2 * 64 * 64 * 2
+    assert sizes.num_bytes(on_host=True) == host
+    total = sum(torch.empty(t.shape, dtype=t.dtype).nbytes for t in tensors.values())
+    assert sizes.num_bytes(on_host=False) == total - host
