@@ -22,13 +22,14 @@ from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
-from sparda_compile.program.plan import Captures, Plan, forecast_shapes, make_plan, planned_capacity
+from sparda_compile.program.plan import Plan, forecast_shapes, make_plan, planned_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparda_compile.forecast.projection import Projection
     from sparda_compile.module.optimized import OptimizedModule
+    from sparda_compile.program.captures import Captures
     from sparda_compile.report import Report
 
 __all__ = ["explain", "optimize"]

@@ -7,11 +7,12 @@ import difflib
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.registry import HINTS, SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Mode", "SpardaConfig"]
+__all__ = ["MACHINE_NAMES", "MIB", "Lowering", "Mode", "SpardaConfig", "round_up"]
 
 Mode = Literal["dense", "query", "forecast", "exact"]
 Eviction = Literal["lru", "fifo"]
@@ -19,8 +20,6 @@ Lowering = Literal["inductor", "eager"]
 Offload = Literal["auto", "always", "never"]
 
 _MODES: Final = get_args(Mode)
-SELECTOR_NAMES: Final = ("infllm2", "quest", "nosa")
-HINT_NAMES: Final = ("forecast", "previous_step", "previous_layer", "next_query")
 MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
 
@@ -104,8 +103,8 @@ class SpardaConfig:
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, _MODES)
-        _one_of("selector", self.selector, SELECTOR_NAMES)
-        _one_of("hint", self.hint, HINT_NAMES)
+        _one_of("selector", self.selector, SELECTORS.choices())
+        _one_of("hint", self.hint, HINTS.choices())
         _one_of("offload", self.offload, get_args(Offload))
         _one_of("eviction", self.eviction, get_args(Eviction))
         _one_of("lowering", self.lowering, get_args(Lowering))
@@ -125,11 +124,13 @@ class SpardaConfig:
         self._check_limits()
 
     def _check_short_list(self) -> None:
-        if self.selector == "nosa" and self.top_k is not None and self.short_list > self.top_k:
+        if self.top_k is None or self.short_list <= self.top_k:
+            return
+        if SELECTORS[self.selector].has_short_list:
             raise ConfigError(
                 f"short_list={self.short_list} is more than the top_k={self.top_k} blocks that "
-                f"selector='nosa' may pick; use short_list of 0 to {self.top_k}, or raise top_k "
-                "(published: short_list=23, top_k=78)."
+                f"selector={self.selector!r} may pick; use short_list of 0 to {self.top_k}, or "
+                "raise top_k (published: short_list=23, top_k=78)."
             )
 
     def _check_geometry(self) -> None:
@@ -189,12 +190,14 @@ class SpardaConfig:
     @property
     def needs_forecast(self) -> bool:
         """Whether this configuration uses Forecast weights."""
-        return self.mode == "forecast" or (self.mode == "exact" and self.hint == "forecast")
+        is_hint = self.mode == "exact" and HINTS[self.hint].needs_forecast
+        return self.mode == "forecast" or bool(is_hint)
 
     @property
     def forecast_selector(self) -> str:
         """Name of the selector that scores a Forecast."""
-        return "nosa_forecast" if self.selector == "nosa" else "forecast"
+        name: str = SELECTORS[self.selector].forecast_selector
+        return name
 
     @classmethod
     def from_model(cls, model_config: Any, **changes: Any) -> SpardaConfig:

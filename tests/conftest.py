@@ -224,7 +224,7 @@ def _fill(tensor: torch.Tensor) -> None:
 @functools.cache
 def _captures(model):
     from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
     from sparda_compile.testing import build
 
     causal_lm = as_causal_lm(build(model))

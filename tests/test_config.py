@@ -8,11 +8,10 @@ import pickle
 import pytest
 
 from sparda_compile import SpardaConfig
-from sparda_compile.config import HINT_NAMES, MACHINE_NAMES, SELECTOR_NAMES, round_up
+from sparda_compile.config import MACHINE_NAMES, round_up
 from sparda_compile.errors import ConfigError
-from sparda_compile.hints import HINTS
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.selectors import SELECTORS
+from sparda_compile.registry import SELECTORS
 
 REFUSED = {
     "mode": ("forcast", ["mode='forcast'", "Did you mean 'forecast'?"]),
@@ -160,11 +159,10 @@ def test_replace_checks_again():
 
 
 def test_names_are_those_that_exist():
-    assert set(HINT_NAMES) == set(HINTS)
     assert set(MACHINE_NAMES) == set(MACHINES)
-    scorers = {SpardaConfig(selector=name).forecast_selector for name in SELECTOR_NAMES}
+    scorers = {SpardaConfig(selector=name).forecast_selector for name in SELECTORS.choices()}
     assert scorers == {"forecast", "nosa_forecast"}
-    assert {*SELECTOR_NAMES, *scorers} == set(SELECTORS)
+    assert {*SELECTORS.choices(), *scorers} == set(SELECTORS.names())
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128)])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sparda_compile.bench.shapes import ModelShape
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
     from sparda_compile.state.layout import CacheLayout
 
 __all__ = ["bench_budget", "budget_row", "plan_budget"]

@@ -25,7 +25,7 @@ from sparda_compile.runtime.pinned import PinnedMemory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
     from sparda_compile.program.program import Program
 
 __all__ = ["VARIANTS", "DecodeBench", "DecodeSetting", "memcpy_gbps"]

@@ -20,7 +20,7 @@ from sparda_compile.bench.memory import GIB, FreeMemory, free_everything, layout
 from sparda_compile.bench.programs import KNOBS
 from sparda_compile.bench.shapes import SHAPES, build_model
 from sparda_compile.environment import describe, write_result
-from sparda_compile.program.plan import Captures
+from sparda_compile.program.captures import Captures
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ from sparda_compile.bench.decode import VARIANTS, DecodeSetting
 from sparda_compile.bench.programs import build_body, build_program
 from sparda_compile.bench.shapes import SHAPES, ModelShape, build_model
 from sparda_compile.errors import ConfigError
-from sparda_compile.program.plan import Captures
+from sparda_compile.program.captures import Captures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

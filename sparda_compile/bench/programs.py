@@ -11,7 +11,7 @@ Each variant is a name that results are listed by:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -19,15 +19,16 @@ from sparda_compile.config import Lowering, SpardaConfig
 from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.site import sites_of
-from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.find.find_attention import FindAttention
-from sparda_compile.passes.machine import machine_for
-from sparda_compile.passes.manager import FACTS_KEY, run_passes
+from sparda_compile.graph.tags import FACTS
+from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
 from sparda_compile.passes.rewrite.replace_attention import replace_and_erase
-from sparda_compile.program.plan import Captures, Plan, forecast_shapes, make_plan
+from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
 from sparda_compile.program.program import Program
 from sparda_compile.state.layout import CacheLayout
+
+if TYPE_CHECKING:
+    from sparda_compile.program.captures import Captures
 
 __all__ = ["KNOBS", "build_body", "build_program"]
 
@@ -80,14 +81,9 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
     Keys and values are still computed, and go into the sum, so that no compiler drops them. There
     is no cache; the program runs on one of this layout, which is empty.
     """
-    captured = captures.get("decode")
     config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
-    machine = machine_for(None, captured.device)
-    gm = captured.copy()
-    ctx = PassContext(
-        config, "decode", dict(captures.windows), captures.model_name, None, machine, batch_size
-    )
-    stages = run_passes(gm, [FindAttention(captured.weights)], ctx)
+    found = captures.sites("decode", config)
+    gm, stages = found.copy(), found.records()
     sites = tuple(sites_of(gm.graph))
     for site in sites:
         emit = Emitter(gm.graph, site.anchor, site.anchor, site.layer)
@@ -95,7 +91,7 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
         wide = emit.method("repeat_interleave", both, site.num_heads // site.num_groups, 1)
         passed = emit.function(torch.add, (site.query, wide), {})
         replace_and_erase(gm.graph, site.anchor, passed)
-    gm.meta[FACTS_KEY] |= FuseProjections.requires  # it needs only to come behind that pass
-    stages += run_passes(gm, [FuseProjections()], ctx)
+    FACTS.put(gm, FACTS.of(gm) | FuseProjections.requires)  # it needs only to come behind that pass
     layout = CacheLayout(config, (), batch_size, config.block_size)
-    return Program(Plan(captured, layout, sites, tuple(stages), gm), {})
+    stages += run_passes(gm, [FuseProjections()], found.context(layout))
+    return Program(Plan(found.captured, layout, sites, tuple(stages), gm), {})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparda_compile.errors import CaptureError
+from sparda_compile.graph import fake_runner
 from sparda_compile.graph.fake_runner import FakeRunner, leaves_of, map_leaves
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Trace", "record"]
 
 _TORCH_FOLDER: Final = os.path.dirname(torch.__file__) + os.sep
-_OUR_FILES: Final = tuple(
-    os.path.join(os.path.dirname(__file__), name)
-    for name in ("capture.py", "fake_runner.py", "tracing.py")
+_OUR_FILES: Final = (
+    __file__,
+    fake_runner.__file__,
+    os.path.join(os.path.dirname(__file__), "forward.py"),
 )
 
 

@@ -32,8 +32,9 @@ from sparda_compile.cli.console import (
 )
 from sparda_compile.cli.evaluate import evaluate_model
 from sparda_compile.cli.train import train_model
-from sparda_compile.config import HINT_NAMES, MACHINE_NAMES, SELECTOR_NAMES, SpardaConfig, round_up
+from sparda_compile.config import MACHINE_NAMES, SpardaConfig, round_up
 from sparda_compile.errors import ConfigError
+from sparda_compile.registry import HINTS, SELECTORS
 
 if TYPE_CHECKING:
     from sparda_compile.demo.needles import NeedleDemo
@@ -84,9 +85,9 @@ def inspect_model(
         ),
     ],
     mode: Annotated[str, typer.Option(help="dense, query, forecast or exact.")] = "forecast",
-    selector: Annotated[str, typer.Option(help=f"{' or '.join(SELECTOR_NAMES)}.")] = "infllm2",
+    selector: Annotated[str, typer.Option(help=f"{' or '.join(SELECTORS.choices())}.")] = "infllm2",
     hint: Annotated[
-        str, typer.Option(help=f"What exact prefetches by: {', '.join(HINT_NAMES)}.")
+        str, typer.Option(help=f"What exact prefetches by: {', '.join(HINTS.choices())}.")
     ] = "forecast",
     top_k: Annotated[
         str, typer.Option(help="Blocks to pick beyond sink and local ones, or 'all'.")

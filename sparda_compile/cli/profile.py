@@ -116,7 +116,7 @@ def _measure(
     from sparda_compile.bench.shapes import SHAPES, build_model
     from sparda_compile.bench.synthetic import fill, follow, rewind
     from sparda_compile.profiling.measured import measure_step
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
     from sparda_compile.runtime.kv_cache import KVCache
 
     device = torch.device("cuda")

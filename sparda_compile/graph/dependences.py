@@ -6,28 +6,26 @@ that is what every schedule has to respect, and what the verifier measures it by
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import networkx as nx
 
 from sparda_compile.graph.effects import accesses, is_disjoint, uses_a_part
+from sparda_compile.graph.tags import ORDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import fx
 
-__all__ = ["ORDER_KEY", "dependence_graph", "mark_order"]
-
-# Place of a stateful op in the program as it was written.
-ORDER_KEY: Final = "sparda_order"
+__all__ = ["dependence_graph", "mark_order"]
 
 
 def mark_order(graph: fx.Graph) -> None:
     """Write down the present order of all ops that use state."""
     for i, node in enumerate(graph.nodes):
         if accesses(node):
-            node.meta[ORDER_KEY] = i
+            ORDER.put(node, i)
 
 
 def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
@@ -43,7 +41,7 @@ def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
         for access in accesses(node):
             by_state.setdefault(access.state, []).append(node)
     for state, users in by_state.items():
-        in_order = sorted(set(users), key=lambda n: n.meta[ORDER_KEY])
+        in_order = sorted(set(users), key=lambda n: ORDER.of(n))
         dag.add_edges_from(_effect_edges(state, in_order))
     return dag
 

@@ -27,11 +27,13 @@ __all__ = [
     "instruction",
     "is_disjoint",
     "is_state",
+    "results_of",
     "set_argument",
     "started_event",
     "stream_of",
     "takes",
     "uses_a_part",
+    "written",
 ]
 
 STATE_PREFIX: Final = "sparda_"
@@ -76,6 +78,17 @@ def argument(node: fx.Node, name: str) -> Any:
     if place < len(node.args):
         return node.args[place]
     return node.kwargs[name] if name in node.kwargs else it.arguments[place][2]
+
+
+def results_of(node: fx.Node) -> tuple[str, ...]:
+    """Return the names of a sparda op's results."""
+    return _of(node).results
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """Return what a sparda op is given to write, in the order of its arguments."""
+    given = [value for _, is_write, value in bound_arguments(node) if is_write]
+    return [n for v in given for n in (v if isinstance(v, (list, tuple)) else (v,))]
 
 
 def takes(node: fx.Node, name: str) -> bool:

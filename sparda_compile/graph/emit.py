@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from sparda_compile.graph.fake_runner import FakeRunner, leaves_of
 from sparda_compile.graph.nodes import fake_value
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.isa.table import instruction_of
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Emitter:
         for key in ("stack_trace", "nn_module_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-        node.meta["sparda_layer"] = self.layer
+        LAYER.put(node, self.layer)
         node.meta["val"] = propagate(node)
         return node
 

@@ -18,7 +18,8 @@ from sparda_compile.graph.effects import (
     stream_of,
 )
 from sparda_compile.graph.nodes import call_name, is_sparda, program_order, tensor_shape
-from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.streams import BEHIND, COMPUTE
+from sparda_compile.isa.table import Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,10 @@ __all__ = ["set_keepalives", "side_stream_inputs", "side_stream_uses"]
 
 
 def side_stream_uses(node: fx.Node) -> list[fx.Node]:
-    """Return the temporaries that a node of a side stream reads or writes."""
+    """Return the temporaries that a node of a side stream reads or writes; a wait uses none."""
+    it = instruction(node)
+    if it is not None and it.work is Work.NONE:
+        return []
     touched = [n for n in node.all_input_nodes if n.op != "placeholder" and not is_state(n)]
     results = [u for u in node.users if call_name(u) == "getitem"] or [node]
     # Tickets are empty: nothing is stored in them.
@@ -71,14 +75,17 @@ def set_keepalives(graph: fx.Graph) -> int:
     # What compute goes on behind is free then; a wait of a side stream frees nothing.
     waits_by_event = {awaited_event(w): w for w in waits if stream_of(w) == COMPUTE}
     joins: dict[fx.Node, fx.Node] = {}
-    join: fx.Node | None = None
+    next_joins: dict[int, fx.Node] = {}
     for node in reversed(graph.nodes):
         if not is_sparda(node) or stream_of(node) == COMPUTE:
             continue
-        if (event := started_event(node)) is not None:
-            join = waits_by_event.get(event, join)
-        assert join is not None, f"{node.name} is on a side stream and no wait joins it"
+        stream = stream_of(node)
+        if (started := waits_by_event.get(started_event(node))) is not None:
+            # It joins, too, what its stream is behind: a copy the selection of its blocks.
+            next_joins |= dict.fromkeys((stream, *BEHIND[stream]), started)
         for temporary in side_stream_uses(node):
+            join = next_joins.get(stream)
+            assert join is not None, f"{node.name} is on a side stream and no wait joins it"
             joins[temporary] = max(join, joins.get(temporary, join), key=lambda w: order[w])
     kept: dict[fx.Node, list[fx.Node]] = {}
     for temporary, join in joins.items():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparda_compile.graph.tags import SITE
 from sparda_compile.isa.table import op_name
 
 __all__ = [
@@ -116,8 +117,8 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].name = node.name
     for node in graph.nodes:
-        if "sparda" in node.meta:  # an attention's site, which has nodes; some may be gone
-            node.meta["sparda"] = node.meta["sparda"].mapped(lambda n: mapping.get(n, n))
+        if SITE.on(node):  # an attention's site, which has nodes; some may be gone
+            SITE.put(node, SITE.of(node).mapped(lambda n: mapping.get(n, n)))
     return graph
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from sparda_compile.graph.effects import instruction
+from sparda_compile.graph.tags import LAYER, SITE
 
 if TYPE_CHECKING:
     from torch import fx
@@ -56,8 +57,8 @@ class OpIndex:
         self.by_name: defaultdict[str, list[Op]] = defaultdict(list)
         self.by_layer: defaultdict[int | None, list[Op]] = defaultdict(list)
         for place, node in enumerate(graph.nodes):
-            if "sparda" in node.meta:
-                self.sites[node.meta["sparda"].layer].append(node)
+            if SITE.on(node):
+                self.sites[SITE.of(node).layer].append(node)
             if (it := instruction(node)) is not None:
                 self._add(node, place, it)
 
@@ -65,7 +66,7 @@ class OpIndex:
         args = {name: default for name, _, default in it.arguments}
         args.update(zip(it.places, node.args, strict=False))
         args.update(node.kwargs)
-        layer = node.meta.get("sparda_layer")
+        layer = LAYER.get(node)
         op = Op(node, it.name, layer, place, args, it.tensors)
         self.ops[node] = op
         self.by_name[op.name].append(op)

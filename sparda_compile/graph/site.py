@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from sparda_compile.graph.nodes import tensor_shape
+from sparda_compile.graph.tags import SITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +76,7 @@ class AttentionSite:
 
 def sites_of(graph: fx.Graph) -> list[AttentionSite]:
     """Return the tagged sites of a graph, in layer order."""
-    sites = [n.meta["sparda"] for n in graph.nodes if "sparda" in n.meta]
+    sites = [SITE.of(n) for n in graph.nodes if SITE.on(n)]
     return sorted(sites, key=lambda site: site.layer)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparda_compile.graph.effects import set_argument
+from sparda_compile.graph.effects import results_of, set_argument
 from sparda_compile.graph.emit import Emitter, new_fake
 from sparda_compile.graph.nodes import fake_value
+from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
 __all__ = ["TOKEN_MASK", "PagePlan", "StateInputs", "geometry_of", "plan_pages", "select_by_score"]
@@ -89,9 +90,11 @@ def plan_pages(
         "plan_pages", block_ids, state.lengths, *tables, layout.config.block_size,
         layout.config.eviction, is_hint, name=f"{prefix}plan_{emit.layer}",
     )  # fmt: skip
-    results = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
-    items = [emit.item(node, i, f"{prefix}{name}_{emit.layer}") for i, name in enumerate(results)]
-    return PagePlan(node, *items)
+    items = {
+        name: emit.item(node, i, f"{prefix}{name}_{emit.layer}")
+        for i, name in enumerate(results_of(node))
+    }
+    return PagePlan(node, **items)
 
 
 def select_by_score(
@@ -105,8 +108,6 @@ def select_by_score(
     prefix: str = "",
 ) -> fx.Node:
     """Add `score_blocks` and `select_blocks`; returns the ids."""
-    from sparda_compile.selectors import SELECTORS
-
     config = layout.config
     summary = SELECTORS[selector].summary.name
     tensors = [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)]

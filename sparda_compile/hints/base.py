@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sparda_compile.graph.emit import Emitter
+from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.graph.writer import StateInputs
+from sparda_compile.state.strategy import HintMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import fx
 
-    from sparda_compile.graph.site import AttentionSite
-    from sparda_compile.graph.writer import StateInputs
     from sparda_compile.state.layout import CacheLayout, LayerShape
 
-__all__ = ["Hint", "HintPoint", "late_inputs"]
+__all__ = ["Hint", "HintPoint", "hint_points", "late_inputs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,27 @@ class HintPoint:
         return Emitter(self.graph, node.next, self.source.query, self.target.layer)
 
 
-class Hint(Protocol):
-    """Emits the guess for one layer."""
+def hint_points(
+    graph: fx.Graph, layout: CacheLayout, block_ids: Mapping[int, fx.Node] | None = None
+) -> list[HintPoint]:
+    """Return where guesses come from and go to: each sparse layer, and the layer before it.
 
-    name: ClassVar[str]
+    Args:
+        graph: A graph whose attentions are tagged.
+        layout: Sizes of its cache.
+        block_ids: Nodes of the true selections, by layer; None for none.
+    """
+    sites, state = sites_of(graph), StateInputs(graph, layout)
+    shapes = {shape.layer: shape for shape in layout.layers}
+    return [
+        HintPoint(graph, before, site, dict(block_ids or {}), shapes[site.layer], state, layout)
+        for before, site in zip([sites[0], *sites[:-1]], sites, strict=True)
+        if not site.window
+    ]
+
+
+class Hint(HintMethod, Protocol):
+    """Guesses the blocks of a layer before its query exists; see `HintMethod` for the rest."""
 
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add the nodes; return the ids [B, G, K] int32, or None if there is nothing to go by."""

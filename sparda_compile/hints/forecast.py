@@ -19,7 +19,7 @@ from sparda_compile.forecast.projection import ProjectionShape, graph_input
 from sparda_compile.graph.emit import clone_region
 from sparda_compile.graph.nodes import fake_value, program_order, tensor_shape
 from sparda_compile.graph.writer import select_by_score
-from sparda_compile.hints.base import late_inputs
+from sparda_compile.hints.base import Hint, late_inputs
 
 if TYPE_CHECKING:
     from torch import fx
@@ -72,10 +72,12 @@ def _no_rotation(layer: int, reason: str) -> str:
     )
 
 
-class ForecastHint:
+class ForecastHint(Hint):
     """Blocks that the Forecast scores highest."""
 
     name: ClassVar[str] = "forecast"
+    needs_forecast: ClassVar[bool] = True
+    ops: ClassVar[tuple[str, ...]] = ("score_blocks", "select_blocks")
 
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add forecast, scores and ids behind the input of the layer before."""

@@ -20,20 +20,29 @@ from sparda_compile.errors import PassError
 from sparda_compile.graph.emit import clone_region
 from sparda_compile.graph.nodes import nodes_between, program_order, tensor_shape
 from sparda_compile.graph.writer import select_by_score
-from sparda_compile.hints.base import late_inputs
+from sparda_compile.hints.base import Hint, late_inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
 
     from sparda_compile.hints.base import HintPoint
+    from sparda_compile.state.layout import LayerShape
 
 __all__ = ["NextQueryHint"]
 
 
-class NextQueryHint:
+class NextQueryHint(Hint):
     """Blocks that the layer's query, rehearsed on the input of the layer before, scores highest."""
 
     name: ClassVar[str] = "next_query"
+    ops: ClassVar[tuple[str, ...]] = ("score_blocks", "select_blocks")
+
+    def source(self, target: LayerShape, layers: Sequence[LayerShape]) -> LayerShape | None:
+        """Return the layer before; the first one has no guess."""
+        before = [layer for layer in layers if layer.layer < target.layer]
+        return before[-1] if before else None
 
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add query, scores and ids behind the input of the layer before; None for the first one.

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
+from sparda_compile.hints.base import Hint
+from sparda_compile.state.layout import TensorSpec
+
 if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.hints.base import HintPoint
+    from sparda_compile.state.layout import CacheLayout, LayerShape
 
 __all__ = ["PreviousStepHint"]
 
 
-class PreviousStepHint:
+class PreviousStepHint(Hint):
     """Free predictor: consecutive tokens attend to similar blocks.
 
     With at least as many pages as selected blocks these are resident already, so this hint moves
@@ -20,6 +26,12 @@ class PreviousStepHint:
     """
 
     name: ClassVar[str] = "previous_step"
+    ops: ClassVar[tuple[str, ...]] = ("recall_ids", "remember_ids")
+
+    def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:
+        """Return the ids of the last step, [B, G, K] int32."""
+        shape = (layout.batch_size, layer.num_groups, layout.num_selected)
+        return {"last_block_ids": TensorSpec(shape, torch.int32, fill=-1)}
 
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add the recall before the layer before, and the memory of this step's ids."""

@@ -45,6 +45,7 @@ def define(
     before: Sequence[str] = (),
     behind: Sequence[str] = (),
     latency_us: float | None = None,
+    is_free: bool = False,
     is_marker: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a function an op `sparda::<its name>` and enter it in the table of instructions.
@@ -65,6 +66,8 @@ def define(
         before: Ops of a layer that come behind it.
         behind: Ops of a layer that come before it.
         latency_us: What it takes beside its bytes where a machine does not say.
+        is_free: Whether a layer may have any number of it; else `passes/check/grammar.py` says how
+            many.
         is_marker: Whether it marks a place in a captured graph; no program has it.
 
     Returns:
@@ -104,6 +107,7 @@ def define(
             before=tuple(before),
             behind=tuple(behind),
             latency_us=latency_us,
+            is_free=is_free,
             is_marker=is_marker,
         )
         instruction_of.cache_clear()

@@ -78,6 +78,7 @@ class Instruction:
         behind: Ops of its layer that come before it.
         latency_us: What it takes beside its bytes on a machine that was not asked; None is one
             launch.
+        is_free: Whether a layer may have any number of it; else the grammar says how many.
         is_marker: Whether it marks a place in a captured graph; no program has it.
     """
 
@@ -95,6 +96,7 @@ class Instruction:
     before: tuple[str, ...]
     behind: tuple[str, ...]
     latency_us: float | None
+    is_free: bool = False
     is_marker: bool = False
 
     @functools.cached_property

@@ -45,12 +45,13 @@ def follow_trace(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor) -> N
 def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
     del batch_size
     followed = _TRACE_KERNELS if arguments["trace"] is not None else ()
-    return SELECTORS[arguments["selector"]].kernels + followed
+    own: tuple[str, ...] = SELECTORS[arguments["selector"]].kernels
+    return own + followed
 
 
 @define(
     fake=lambda a: a.query.new_empty((*a.summary[0].shape[:2], a.num_blocks), dtype=torch.float32),
-    kernels=(*(k for s in SELECTORS.values() for k in s.kernels), *_TRACE_KERNELS),
+    kernels=(*(k for s in SELECTORS for k in s.kernels), *_TRACE_KERNELS),
     launched=_launched,
     before=("update_summary",),  # the new token's block is selected whatever its score
 )

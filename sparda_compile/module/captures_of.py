@@ -9,7 +9,7 @@ from torch import nn
 from sparda_compile.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
 
 __all__ = ["captures_of"]
 
@@ -23,7 +23,7 @@ def captures_of(model: nn.Module) -> Captures:
     """
     from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
     from sparda_compile.module.optimized import OptimizedModule
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
 
     if isinstance(model, OptimizedModule):
         return model.captures

@@ -26,7 +26,7 @@ from sparda_compile.forecast.projection import from_tensors, to_tensors
 from sparda_compile.module.cache import SpardaCache, keys_and_values
 from sparda_compile.module.calls import check_call, check_generation
 from sparda_compile.module.inspection import Sparda
-from sparda_compile.program.plan import Captures, Plan, make_plan, planned_capacity
+from sparda_compile.program.plan import Plan, make_plan, planned_capacity
 from sparda_compile.program.program import Program
 from sparda_compile.progress import showing, stage
 from sparda_compile.runtime.kv_cache import KVCache
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast.projection import Projection
+    from sparda_compile.program.captures import Captures
 
 __all__ = ["OptimizedModule"]
 

@@ -6,9 +6,13 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from torch import fx
+from torch import Tensor, fx
+
+from sparda_compile.state.strategy import Strategy, strategy_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sparda_compile.config import SpardaConfig
     from sparda_compile.passes.machine import Machine
     from sparda_compile.report.schedule import Schedule
@@ -46,6 +50,7 @@ class PassContext:
             FindAttention has run.
         machine: Constants that the scheduler plans with.
         batch_size: Sequences that the schedule is made for.
+        weights: Values of the graph's placeholders, by name, for the proof of each attention.
     """
 
     config: SpardaConfig
@@ -55,6 +60,12 @@ class PassContext:
     layout: CacheLayout | None
     machine: Machine
     batch_size: int = 1
+    weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def strategy(self) -> Strategy:
+        """What the mode means."""
+        return strategy_of(self.config)
 
     @property
     def is_decode(self) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from sparda_compile.errors import ConfigError, PassError, SpardaError
 from sparda_compile.graph.nodes import copy_graph
+from sparda_compile.graph.tags import FACTS
 from sparda_compile.passes.check.spec import check_spec
 from sparda_compile.progress import stage
 
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 from sparda_compile.graph.nodes import as_module
 from sparda_compile.graph.text import graph_text
 
-__all__ = ["FACTS_KEY", "StageRecord", "check_disabled", "run_passes"]
+__all__ = ["StageRecord", "check_disabled", "run_passes"]
 
 _log = logging.getLogger(__name__)
-
-FACTS_KEY = "sparda_facts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def run_passes(
         if graph_pass.name in ctx.config.disable_passes:
             _log.debug("%s %s: disabled", ctx.phase, graph_pass.name)
             continue
-        facts: frozenset[Fact] = gm.meta.get(FACTS_KEY, frozenset())
+        facts: frozenset[Fact] = FACTS.get(gm, frozenset())
         _check_facts(graph_pass, facts)
         start = time.perf_counter()
         try:
@@ -103,9 +102,9 @@ def run_passes(
                 f"{type(error).__name__}: {error}"
             ) from error
         ms = (time.perf_counter() - start) * 1e3
-        gm.meta[FACTS_KEY] = facts | graph_pass.ensures
+        FACTS.put(gm, facts | graph_pass.ensures)
         gm.graph.lint()
-        check_spec(gm.graph, gm.meta[FACTS_KEY], ctx, graph_pass.name)
+        check_spec(gm.graph, FACTS.of(gm), ctx, graph_pass.name)
         _log.debug("%s %s: %s in %.1f ms", ctx.phase, graph_pass.name, result.counts, ms)
         rebuild = partial(graph_after or _kept(gm.graph), graph_pass.name)
         records.append(StageRecord(graph_pass.name, rebuild, result.counts, ms, result.schedule))

@@ -34,6 +34,7 @@ from sparda_compile.graph.effects import (
     takes,
 )
 from sparda_compile.graph.nodes import call_name, fake_value, is_sparda
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.isa.streams import BEHIND, COMPUTE, STREAM_NAMES
 from sparda_compile.isa.table import INSTRUCTIONS
 
@@ -128,7 +129,7 @@ def planned_nodes(graph: fx.Graph, batch_size: int) -> tuple[PlannedNode, ...]:
         if not is_sparda(node):
             continue
         kernels = _kernels(node, batch_size)
-        layer = int(node.meta.get("sparda_layer", -1))
+        layer = int(LAYER.get(node, -1))
         planned.append(
             PlannedNode(
                 node.name, call_name(node), layer, stream_of(node), kernels, _event(node),

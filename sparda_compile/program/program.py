@@ -15,10 +15,10 @@ from torch import Tensor, fx
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast.projection import is_input, to_inputs
+from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.isa.engines import CudaEngine, use_engine
 from sparda_compile.kernels.gpu.launch import compile_ahead
-from sparda_compile.passes.rewrite.fuse_projections import JOINED_KEY
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
@@ -128,7 +128,7 @@ class Program:
     def _argument(self, node: fx.Node) -> Tensor | str:
         """Return a weight, or the name of what a call passes in."""
         captured = self.plan.captured
-        joined = self.plan.graph_module.meta.get(JOINED_KEY, {})
+        joined = JOINED.get(self.plan.graph_module, {})
         if node.name in joined:
             sources = [self._weights[name] for name in joined[node.name]]
             key = tuple(source.data_ptr() for source in sources)

@@ -20,7 +20,7 @@ from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.runtime.block_table import assign_pages
-from sparda_compile.selectors import SUMMARIES, Geometry
+from sparda_compile.selectors import SELECTORS, Geometry, summary_named
 
 __all__ = ["advance_lengths", "append_kv", "extend_kv", "update_summary"]
 
@@ -126,13 +126,13 @@ def _kernel(summary: str) -> Callable[..., None] | None:
 
 def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
     del batch_size
-    return SUMMARIES[arguments["summary"]].kernels
+    return summary_named(arguments["summary"]).kernels
 
 
 @define(
     mutates=("tensors",),
     work=Work.NEW_TOKENS,
-    kernels=[name for summary in SUMMARIES.values() for name in summary.kernels],
+    kernels=[name for selector in SELECTORS for name in selector.summary.kernels],
     launched=_launched,
 )
 def update_summary(
@@ -166,7 +166,7 @@ def update_summary(
         if kernel is not None:
             kernel(k, lengths, tensors, geometry)
         else:
-            SUMMARIES[summary].extend(tensors, k, lengths, token_mask, geometry)
+            summary_named(summary).extend(tensors, k, lengths, token_mask, geometry)
 
     current_engine().submit(COMPUTE, work)
 

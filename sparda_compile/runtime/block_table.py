@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.counters import HITS, MISSES, PREFETCHED, REPAIRED
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.kernels.select_blocks import select_blocks_reference
@@ -24,7 +25,6 @@ __all__ = ["assign_pages", "plan_pages", "select_pages"]
 # What a plan updates, and what it returns.
 TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 PLAN_RESULTS: Final = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
-_HITS, _MISSES, _PREFETCHED, _REPAIRED = range(4)
 
 
 def assign_pages(
@@ -121,7 +121,7 @@ def plan_pages(
         block_table: [B, G, N] int32, updated.
         page_block: [B, G, C] int32, updated.
         page_stamp: [B, G, C] int32, updated.
-        counters: [5] int64, updated; see `cache_layout.COUNTERS`.
+        counters: [5] int64, updated; see `isa.counters`.
         block_size: P.
         eviction: `lru` or `fifo`.
         is_hint: Whether the ids are a guess; guesses do not count as hits or misses.
@@ -181,11 +181,11 @@ def _plan(
     miss_pages.copy_(page.gather(-1, order).masked_fill(~listed, -1))
     num_fetched = fetch.sum()
     if is_hint:
-        counters[_PREFETCHED] += num_fetched
+        counters[PREFETCHED] += num_fetched
     else:
-        counters[_HITS] += ((block_ids >= 0) & ~fetch).sum()
-        counters[_MISSES] += num_fetched
-        counters[_REPAIRED] += num_fetched
+        counters[HITS] += ((block_ids >= 0) & ~fetch).sum()
+        counters[MISSES] += num_fetched
+        counters[REPAIRED] += num_fetched
 
 
 def _fake_selection(arguments: Any) -> tuple[Tensor, ...]:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sparda_compile.errors import KVCacheError
+from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.pinned import check_host_access
 from sparda_compile.runtime.stats import CacheStats, LayerStats
-from sparda_compile.selectors import SUMMARIES
-from sparda_compile.state.layout import COUNTERS, LENGTHS, CacheLayout, state_name
+from sparda_compile.selectors import summary_named
+from sparda_compile.state.layout import LENGTHS, CacheLayout, state_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +169,7 @@ class KVCache:
             for summary in self.layout.summaries():
                 names = self.layout.summary_tensors(summary, shape)
                 tensors = [self.state[state_name(n, shape.layer)] for n in names]
-                SUMMARIES[summary].reset(tensors)
+                summary_named(summary).reset(tensors)
 
 
 def _as_input(blocks: Tensor, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparda_compile.isa.counters import OFFLOADED
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE, COPY
@@ -39,8 +40,6 @@ __all__ = [
     "store_blocks",
     "wait_blocks",
 ]
-
-_OFFLOADED = 4
 
 
 def _fetch(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
@@ -65,14 +64,14 @@ def _store_tail(
     if pages.is_cuda:
         from sparda_compile.kernels.gpu.copy import store_tail
 
-        store_tail(tail_page, lengths, pages, host, counters[_OFFLOADED:])
+        store_tail(tail_page, lengths, pages, host, counters[OFFLOADED:])
         return
     size = pages.shape[4]
     is_full = ((lengths + 1) % size == 0)[:, None] & (tail_page >= 0)
     row, head = torch.where(is_full)
     block = (lengths.long() // size)[row]
     host[row, head, block] = pages[row, head, tail_page[row, head].long()]
-    counters[_OFFLOADED] += is_full.sum()
+    counters[OFFLOADED] += is_full.sum()
 
 
 def _store_prefix(
@@ -92,7 +91,7 @@ def _store_prefix(
         from sparda_compile.kernels.gpu.prefill import store_prefix
 
         count = store_prefix(k, v, token_mask, lengths, block_table, pages, host)
-        counters[_OFFLOADED] += count
+        counters[OFFLOADED] += count
         return
     size = pages.shape[4]
     total_B = lengths.long() + token_mask.sum(1)
@@ -112,7 +111,7 @@ def _store_prefix(
     block, offset = position // size, position % size
     host[row, :, block, 0, offset] = k[row, :, column]
     host[row, :, block, 1, offset] = v[row, :, column]
-    counters[_OFFLOADED] += (end_B - first_B).sum() * pages.shape[1]
+    counters[OFFLOADED] += (end_B - first_B).sum() * pages.shape[1]
 
 
 def _store(

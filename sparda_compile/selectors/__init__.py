@@ -1,14 +1,15 @@
-"""Selectors: one small file each. To add one, write the file and name it here and in config."""
+"""Selectors: one small file each. To add one, see `sparda_compile.registry`."""
 
+from sparda_compile.registry import SELECTORS
 from sparda_compile.selectors.base import Geometry, Selector, Summary
-from sparda_compile.selectors.forecast import Forecast
-from sparda_compile.selectors.infllm2 import InfLLM2
-from sparda_compile.selectors.nosa import Nosa, NosaForecast
-from sparda_compile.selectors.quest import Quest
 
-__all__ = ["SELECTORS", "SUMMARIES", "Geometry", "Selector", "Summary"]
+__all__ = ["SELECTORS", "Geometry", "Selector", "Summary", "summary_named"]
 
-_ALL: tuple[Selector, ...] = (InfLLM2(), Quest(), Nosa(), Forecast(), NosaForecast())
 
-SELECTORS: dict[str, Selector] = {selector.name: selector for selector in _ALL}
-SUMMARIES: dict[str, Summary] = {s.summary.name: s.summary for s in _ALL}
+def summary_named(name: str) -> Summary:
+    """Return the summary of that name; KeyError if no selector has it."""
+    found = (selector.summary for selector in SELECTORS if selector.summary.name == name)
+    summary: Summary | None = next(found, None)
+    if summary is None:
+        raise KeyError(name)
+    return summary

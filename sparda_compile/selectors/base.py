@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
+from sparda_compile.registry import SELECTORS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -30,8 +32,8 @@ class Geometry:
         block_size: Tokens of one block.
         pool_size: Tokens averaged into one pooled key.
         pool_stride: Tokens between the starts of neighbouring pooled keys.
-        short_list: Blocks that the query picks before something else ranks the rest; only
-            selector `nosa` reads it and the two below.
+        short_list: Blocks that the query picks before something else ranks the rest; only a
+            selector with a short list reads it and the two below.
         sink_blocks: First blocks, which are not on the short list.
         local_blocks: Blocks before the current one, which are not on the short list either.
     """
@@ -48,7 +50,7 @@ class Geometry:
     def of(cls, config: SpardaConfig, num_blocks: int) -> Geometry:
         """Return the sizes of a configuration for a cache of N blocks."""
         sizes = (num_blocks, config.block_size, config.pool_size, config.pool_stride)
-        if config.selector != "nosa":
+        if not SELECTORS[config.selector].has_short_list:
             return cls(*sizes)
         return cls(*sizes, config.short_list, config.sink_blocks, config.local_blocks)
 
@@ -101,14 +103,20 @@ class Selector(Protocol):
     Attributes:
         name: Its name.
         kernels: Triton kernels that score in a decode step; empty where `score` itself runs.
+        summary: What it scores with.
+        forecast_selector: The selector that scores a Forecast where this one scores a query.
+        has_short_list: Whether the query picks `SpardaConfig.short_list` blocks and something else
+            ranks the rest.
+        reads_retention: Whether it reads a retention score from the last channel of each key, as
+            models for NOSA carry it.
     """
 
     name: ClassVar[str]
     kernels: ClassVar[tuple[str, ...]]
-
-    @property
-    def summary(self) -> Summary:
-        """What it scores with."""
+    summary: ClassVar[Summary]
+    forecast_selector: ClassVar[str] = "forecast"
+    has_short_list: ClassVar[bool] = False
+    reads_retention: ClassVar[bool] = False
 
     def score(
         self,

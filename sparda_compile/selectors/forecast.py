@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from sparda_compile.selectors.base import Selector, Summary
 from sparda_compile.selectors.pooled_keys import (
     PooledKeys,
     existing_windows,
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["Forecast"]
 
 
-class Forecast:
+class Forecast(Selector):
     """Scores of a predicted query, one head per group."""
 
     name: ClassVar[str] = "forecast"
     kernels: ClassVar[tuple[str, ...]] = ("_score_forecast",)
-    summary: ClassVar[PooledKeys] = PooledKeys()
+    summary: ClassVar[Summary] = PooledKeys()
 
     def score(
         self,

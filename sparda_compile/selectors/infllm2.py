@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from sparda_compile.selectors.base import Selector, Summary
 from sparda_compile.selectors.pooled_keys import (
     PooledKeys,
     existing_windows,
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["InfLLM2"]
 
 
-class InfLLM2:
+class InfLLM2(Selector):
     """Query-driven scores over pooled keys."""
 
     name: ClassVar[str] = "infllm2"
     kernels: ClassVar[tuple[str, ...]] = ("_infllm2_logits", "_infllm2_blocks")
-    summary: ClassVar[PooledKeys] = PooledKeys()
+    summary: ClassVar[Summary] = PooledKeys()
 
     def score(
         self,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
+from sparda_compile.selectors.base import Selector, Summary
 from sparda_compile.selectors.forecast import Forecast
 from sparda_compile.selectors.infllm2 import InfLLM2
 from sparda_compile.selectors.pooled_keys import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparda_compile.selectors.base import Geometry, Selector
+    from sparda_compile.selectors.base import Geometry
 
 __all__ = ["Nosa", "NosaForecast"]
 
@@ -41,12 +42,15 @@ __all__ = ["Nosa", "NosaForecast"]
 _LISTED: Final = 1e29
 
 
-class Nosa:
+class Nosa(Selector):
     """The short list is the query's."""
 
     name: ClassVar[str] = "nosa"
     kernels: ClassVar[tuple[str, ...]] = ()
-    summary: ClassVar[PooledKeys] = PooledKeys()
+    summary: ClassVar[Summary] = PooledKeys()
+    forecast_selector: ClassVar[str] = "nosa_forecast"
+    has_short_list: ClassVar[bool] = True
+    reads_retention: ClassVar[bool] = True
     by_query: ClassVar[Selector] = InfLLM2()
 
     def score(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sparda_compile.selectors.base import Geometry, valid_tokens
+from sparda_compile.selectors.base import Geometry, Selector, Summary, valid_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,12 +69,12 @@ class KeyBounds:
             high.scatter_reduce_(1, index, keys_GTD, "amax")
 
 
-class Quest:
+class Quest(Selector):
     """Query-driven bounds per block."""
 
     name: ClassVar[str] = "quest"
     kernels: ClassVar[tuple[str, ...]] = ("_score_quest",)
-    summary: ClassVar[KeyBounds] = KeyBounds()
+    summary: ClassVar[Summary] = KeyBounds()
 
     def score(
         self,

@@ -7,8 +7,8 @@ A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device
     block_table  [B, G, N] int32      block -> page, -1 if absent
     page_block   [B, G, C] int32      page -> block, -1 if free
     page_stamp   [B, G, C] int32      when the page's block was last selected (or loaded)
-    counters     [5] int64            see `COUNTERS`
-    ...                               the tensors of its selectors' summaries
+    counters     [5] int64            see `isa.counters`
+    ...                               the tensors of its selectors' summaries and of its hint
 
 A window layer owns a ring of its last tokens, `ring_k` and `ring_v` [B, G, window, D].
 `lengths` [B] int32 is shared: tokens per sequence before the current step.
@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from sparda_compile.selectors import SELECTORS, SUMMARIES, Geometry
+from sparda_compile.isa.counters import COUNTERS
+from sparda_compile.selectors import Geometry, summary_named
 from sparda_compile.sizes import SAMPLES
+from sparda_compile.state.strategy import Strategy, strategy_of
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["COUNTERS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
-
-COUNTERS: Final = ("hits", "misses", "prefetched_blocks", "repaired_blocks", "offloaded_blocks")
+__all__ = ["LENGTHS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,11 @@ class CacheLayout:
     trace_steps: int = 0
 
     @property
+    def strategy(self) -> Strategy:
+        """What the mode means."""
+        return strategy_of(self.config)
+
+    @property
     def geometry(self) -> Geometry:
         """Sizes that selectors depend on."""
         return Geometry.of(self.config, self.num_blocks)
@@ -115,7 +120,7 @@ class CacheLayout:
     @property
     def offload(self) -> bool:
         """Whether full blocks live in CPU memory."""
-        if self.config.mode == "dense" or self.config.offload == "never":
+        if not self.strategy.selects or self.config.offload == "never":
             return False
         if self.config.offload == "always":
             return True
@@ -132,15 +137,11 @@ class CacheLayout:
 
     def summaries(self) -> tuple[str, ...]:
         """Names of the summaries that this configuration scores with."""
-        c = self.config
-        scorers = {"dense": [], "query": [c.selector], "forecast": [c.forecast_selector]}.get(
-            c.mode, [c.selector, *([c.forecast_selector] if c.hint == "forecast" else [])]
-        )
-        return tuple(sorted({SELECTORS[name].summary.name for name in scorers}))
+        return tuple(sorted({scorer.summary.name for scorer in self.strategy.scorers}))
 
     def summary_tensors(self, summary: str, layer: LayerShape) -> tuple[str, ...]:
         """Names of the tensors of one summary, in order."""
-        return tuple(SUMMARIES[summary].shapes(self.geometry, layer.head_dim))
+        return tuple(summary_named(summary).shapes(self.geometry, layer.head_dim))
 
     def tensors(self, layer: LayerShape) -> dict[str, TensorSpec]:
         """Return every state tensor of a layer, by short name."""
@@ -160,11 +161,10 @@ class CacheLayout:
             "counters": TensorSpec((len(COUNTERS),), torch.int64),
         }
         for summary in self.summaries():
-            shapes = SUMMARIES[summary].shapes(self.geometry, layer.head_dim)
+            shapes = summary_named(summary).shapes(self.geometry, layer.head_dim)
             specs |= {name: TensorSpec((*batch, *s), layer.dtype) for name, s in shapes.items()}
-        if self.config.mode == "exact" and self.config.hint == "previous_step":
-            ids = TensorSpec((*batch, self.num_selected), torch.int32, fill=-1)
-            specs["last_block_ids"] = ids
+        if self.strategy.hint is not None:
+            specs |= self.strategy.hint.state(self, layer)
         if self.trace_steps:
             specs["trace"] = TensorSpec((*batch, self.trace_steps, blocks), torch.bool)
         return specs

@@ -30,22 +30,16 @@ from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast.projection import Projection, ProjectionShape, from_inputs, to_inputs
 from sparda_compile.graph.nodes import changes_in_place, fake_value
 from sparda_compile.graph.site import AttentionSite, sites_of
-from sparda_compile.graph.writer import StateInputs
-from sparda_compile.hints import HintPoint
+from sparda_compile.hints.base import hint_points
 from sparda_compile.hints.forecast import emit_forecast
-from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.find.find_attention import FindAttention
-from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.manager import run_passes
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
-from sparda_compile.state.layout import CacheLayout, LayerShape
 from sparda_compile.training.attention import causal_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
 
 __all__ = ["Listener", "TappedForward", "tap_forward"]
 
@@ -132,13 +126,10 @@ def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> Ta
         PassError: If a rotation cannot be applied to a Forecast.
         UnsupportedInputError: If every attention has a sliding window.
     """
-    captured = captures.get("prefill", last_logits_only=True)
-    gm = captured.copy()
-    ctx = PassContext(
-        config, "prefill", dict(captures.windows), captures.model_name, None, MACHINES["cpu"]
-    )
-    run_passes(gm, [FindAttention(captured.weights)], ctx)
-    points = _points(gm.graph, config, batch_size)
+    found = captures.sites("prefill", config)
+    captured, gm = found.captured, found.copy()
+    layout = found.layout(batch_size, round_up(_PLANNED_TOKENS, config.block_size)).traced()
+    points = hint_points(gm.graph, layout)
     if not points:
         raise UnsupportedInputError(
             f"{captures.model_name} has a sliding window in every attention; such layers stay "
@@ -164,26 +155,6 @@ def tap_forward(captures: Captures, config: SpardaConfig, batch_size: int) -> Ta
         tuple(taps),
         tuple(_argument(n, captured.inputs, captured.weights) for n in placeholders),
     )
-
-
-def _points(graph: fx.Graph, config: SpardaConfig, batch_size: int) -> list[HintPoint]:
-    """Return where Forecasts come from and go to, as InsertForecast pairs them in a decode."""
-    sites = sites_of(graph)
-    max_tokens = round_up(_PLANNED_TOKENS, config.block_size)
-    shapes = {
-        s.layer: LayerShape(
-            s.layer, s.kind, s.num_groups, s.head_dim, min(s.window, max_tokens),
-            fake_value(s.k).dtype,
-        )
-        for s in sites
-    }  # fmt: skip
-    layout = CacheLayout(config, tuple(shapes.values()), batch_size, max_tokens).traced()
-    state = StateInputs(graph, layout)
-    return [
-        HintPoint(graph, source, target, {}, shapes[target.layer], state, layout)
-        for source, target in zip([sites[0], *sites[:-1]], sites, strict=True)
-        if not target.window
-    ]
 
 
 def _insert_tap(graph: fx.Graph, site: AttentionSite, forecast: fx.Node) -> None:

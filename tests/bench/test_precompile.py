@@ -19,7 +19,7 @@ from sparda_compile.bench.precompile import (
 from sparda_compile.bench.programs import build_program
 from sparda_compile.bench.shapes import SHAPES, build_model
 from sparda_compile.errors import ConfigError
-from sparda_compile.program.plan import Captures
+from sparda_compile.program.captures import Captures
 
 CPU = torch.device("cpu")
 TINY = Target("tiny", 2, "scheduled", 16384)

@@ -185,7 +185,7 @@ class Squeezing(PlainCausalLM):
 @pytest.mark.parametrize(
     ("model_class", "words"),
     [
-        (Undecided, "needs the values of a tensor.*test_capture"),
+        (Undecided, "needs the values of a tensor.*test_forward"),
         (Counting, "changes module.calls of its module"),
         (Caching, "changes module.last of its module"),
         (ByLength, "for another prompt length or number of sequences it calls something else"),

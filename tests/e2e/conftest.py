@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparda_compile.graph.site import AttentionSite
-    from sparda_compile.program.plan import Captures, Plan
+    from sparda_compile.program.captures import Captures
+    from sparda_compile.program.plan import Plan
 
 # `exact` with a Forecast as hint selects by the query and by the Forecast: it uses all that is
 # known of a site.

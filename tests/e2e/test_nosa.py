@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.config import HINT_NAMES
 from sparda_compile.graph.effects import argument
 from sparda_compile.graph.nodes import find_ops, tensor_shape
+from sparda_compile.registry import HINTS
 from sparda_compile.testing import random_forecast, reference_decode, tiny_nosa
 
 pytestmark = pytest.mark.filterwarnings("ignore:Forecast weights are not trained:UserWarning")
@@ -95,7 +95,7 @@ def test_small_budget_is_the_reference(model, traced, by_query, original, projec
     assert tokens != original[0]
 
 
-@pytest.mark.parametrize("hint", HINT_NAMES)
+@pytest.mark.parametrize("hint", HINTS.names())
 def test_exact_is_query_bit_for_bit(traced, by_query, hint):
     tokens, logits = generate(optimize(traced, CONFIG.replace(mode="exact", hint=hint)))
     assert tokens == by_query[0]

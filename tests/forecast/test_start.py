@@ -38,7 +38,7 @@ class Start:
         ctx = PassContext(
             SpardaConfig(), "decode", dict(captures.windows), "Model", None, MACHINES["cpu"]
         )
-        run_passes(gm, [FindAttention(self.captured.weights)], ctx)
+        run_passes(gm, [FindAttention()], ctx)
         self.graph, self.sites = gm.graph, sites_of(gm.graph)
         self.shapes = {
             site.layer: ProjectionShape(

@@ -7,9 +7,10 @@ import itertools
 import networkx as nx
 import pytest
 
-from sparda_compile.graph.dependences import ORDER_KEY, dependence_graph, mark_order
+from sparda_compile.graph.dependences import dependence_graph, mark_order
 from sparda_compile.graph.effects import accesses, conflicts
 from sparda_compile.graph.nodes import snapshot
+from sparda_compile.graph.tags import ORDER
 
 
 def named(graph, name):
@@ -34,11 +35,9 @@ def test_edges_are_data_and_effects(plan_of):
 def test_order_is_marked_once_on_what_uses_state(plan_of):
     graph = snapshot(plan_of("llama", mode="forecast").stage("fuse_selection")).graph
     mark_order(graph)
-    marks = [n.meta[ORDER_KEY] for n in graph.nodes if ORDER_KEY in n.meta]
+    marks = [ORDER.of(n) for n in graph.nodes if ORDER.on(n)]
     assert marks == sorted(marks)
-    assert {n for n in graph.nodes if ORDER_KEY in n.meta} == {
-        n for n in graph.nodes if accesses(n)
-    }
+    assert {n for n in graph.nodes if ORDER.on(n)} == {n for n in graph.nodes if accesses(n)}
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
@@ -49,7 +48,7 @@ def test_what_is_left_out_follows_from_the_rest(plan_of, mode, phase):
     mark_order(graph)
     dag = dependence_graph(graph)
     behind = {node: nx.descendants(dag, node) for node in dag}
-    stateful = sorted((n for n in graph.nodes if accesses(n)), key=lambda n: n.meta[ORDER_KEY])
+    stateful = sorted((n for n in graph.nodes if accesses(n)), key=lambda n: ORDER.of(n))
     pairs = [p for p in itertools.combinations(stateful, 2) if conflicts(*p)]
     assert pairs
     assert [p for p in pairs if p[1] not in behind[p[0]]] == []

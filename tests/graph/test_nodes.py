@@ -9,10 +9,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparda_compile.graph.emit import Emitter, clone_region
+from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.nodes import (
     call_name,
-    fake_value,
     find_ops,
     is_sparda,
     module_path,
@@ -100,43 +99,6 @@ def test_nodes_between(graph):
     assert nodes_between(a, out) == {out}
     assert nodes_between(a, b) == set()
     assert nodes_between(out, x) == set()
-
-
-def test_region_is_copied_with_other_inputs(graph):
-    x, relu, a, b, out = named(graph, "x", "relu", "a", "b", "out")
-    emit = Emitter(graph, out.next, x, 5)
-    other = emit.function(torch.neg, (x,), {}, "other")
-    copies = clone_region({out, a, b}, program_order(graph), {relu: other}, emit)
-    assert set(copies) == {relu, a, b, out}
-    assert copies[a].args == (other, 1)
-    assert copies[out].args == (copies[a], copies[b])
-    assert out.args == (a, b)
-    assert {copies[n].meta["sparda_layer"] for n in (a, b, out)} == {5}
-    graph.lint()
-
-
-def test_emitted_node_has_value_layer_place_and_origin(graph):
-    (a, out) = named(graph, "a", "out")
-    a.meta |= {"stack_trace": "line 3", "nn_module_stack": {"k": ("L['m'].mlp", int)}, "other": 1}
-    node = Emitter(graph, out, a, 7).method("view", a, 6)
-    assert node.next is out
-    assert tensor_shape(node) == (6,)
-    assert fake_value(node).fake_mode is fake_value(a).fake_mode
-    assert node.meta["sparda_layer"] == 7
-    assert node.meta["stack_trace"] == "line 3"
-    assert module_path(node) == module_path(a)
-    assert "other" not in node.meta
-
-
-def test_emitted_op_has_its_name_and_results(graph):
-    (a, out) = named(graph, "a", "out")
-    emit = Emitter(graph, out, a, 2)
-    ids = emit.function(torch.zeros_like, (a,), {"dtype": torch.int32}, "ids")
-    assert emit.call("recall_ids", ids).name == "recall_ids_2"
-    assert emit.call("recall_ids", ids, name="guess").name == "guess"
-    pair = emit.function(torch.topk, (a, 1), {}, "pair")
-    item = emit.item(pair, 1, "best")
-    assert (item.name, tensor_shape(item), fake_value(item).dtype) == ("best", (2, 1), torch.int64)
 
 
 def test_shape_of_what_is_no_tensor(graph):

@@ -5,6 +5,7 @@ import pytest
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.forecast.weights import projections_of
 from sparda_compile.graph.nodes import find_ops
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.module.optimized import OptimizedModule
 from sparda_compile.testing import build, random_forecast
 
@@ -43,7 +44,7 @@ class Lab:
 
     def ops(self, graph, name):
         """Return an op's nodes by layer."""
-        return {node.meta["sparda_layer"]: node for node in find_ops(graph, name)}
+        return {LAYER.of(node): node for node in find_ops(graph, name)}
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from sparda_compile.errors import PassError
 from sparda_compile.graph.evaluate import evaluate
 from sparda_compile.graph.nodes import find_ops, tensor_shape
 from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.hints import next_query
 from sparda_compile.testing import build
 
@@ -19,7 +20,7 @@ CONFIG = {"mode": "exact", "hint": "next_query"}
 def rehearsed(graph):
     """Return the query that each hint scores, by layer."""
     scores = [n for n in find_ops(graph, "score_blocks") if n.name.startswith("hint_")]
-    return {n.meta["sparda_layer"]: n for n in scores}
+    return {LAYER.of(n): n for n in scores}
 
 
 @pytest.mark.parametrize("selector", ["infllm2", "quest"])

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import fx
 
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.hints.previous_layer import PreviousLayerHint
 
 
@@ -46,6 +47,6 @@ def test_prefetch_of_a_layer_follows_the_selection_of_the_one_before(lab):
     graph = lab.decode_graph("insert_prefetch", mode="exact", hint="previous_layer")
     hints = [n for n in graph.nodes if n.name.startswith("hint_plan_")]
     ids = lab.ops(graph, "select_blocks")
-    assert [n.meta["sparda_layer"] for n in hints] == list(range(1, lab.num_layers))
+    assert [LAYER.of(n) for n in hints] == list(range(1, lab.num_layers))
     for node in hints:
-        assert node.args[0] is ids[node.meta["sparda_layer"] - 1]
+        assert node.args[0] is ids[LAYER.of(node) - 1]

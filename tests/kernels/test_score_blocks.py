@@ -30,7 +30,7 @@ def score(selector, query, tensors, lengths, geometry, *, stream=0, trace=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_blocks", [1, 37])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", SELECTORS.names())
 def test_half_precision_is_scored_as_its_fp64_value(assert_near, selector, num_blocks, dtype):
     """Formulas are tested beside each selector; here, that no precision is lost on the way."""
     query, tensors, lengths, geometry = sample(selector, num_blocks, dtype)
@@ -45,7 +45,7 @@ def test_half_precision_is_scored_as_its_fp64_value(assert_near, selector, num_b
     assert_near(got[exists], want[exists].double(), torch.float32)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", SELECTORS.names())
 def test_strided_query_gives_the_same(selector):
     query, tensors, lengths, geometry = sample(selector, 5, torch.float32)
     want = score(selector, query, tensors, lengths, geometry)
@@ -64,7 +64,7 @@ def test_copy_stream_scores_when_it_runs():
     assert torch.equal(late, want)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", SELECTORS.names())
 def test_trace_raises_what_it_names_for_the_step_of_each_row(selector):
     query, tensors, lengths, geometry = sample(selector, 37, torch.float32)
     args = (selector, query, tensors, lengths, geometry)

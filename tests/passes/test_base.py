@@ -51,14 +51,6 @@ def test_what_can_be_left_out_changes_no_bit_but_for_joined_projections():
     assert PIPELINE[-1].name == "verify_transfers" not in OPTIONAL_PASSES
 
 
-def test_site_kind(plan_of):
-    window, sparse = plan_of("gemma3", mode="query").sites
-    assert (window.kind, sparse.kind) == ("window", "sparse")
-    assert window.window == 16
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        sparse.window = 16
-
-
 @pytest.mark.parametrize(("phase", "expected"), [("prefill", False), ("decode", True)])
 def test_context_knows_the_phase(phase, expected):
     ctx = PassContext(SpardaConfig(), phase, {}, "Model", None, MACHINES["cpu"])

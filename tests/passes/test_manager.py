@@ -13,11 +13,12 @@ from torch import fx
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, GraphInvariantError, PassError
 from sparda_compile.graph.nodes import snapshot
+from sparda_compile.graph.tags import FACTS, SITE
 from sparda_compile.graph.text import graph_text
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.manager import FACTS_KEY, check_disabled, run_passes
+from sparda_compile.passes.manager import check_disabled, run_passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def test_passes_run_in_order_and_are_recorded(gm):
     records = run_passes(gm, [Tag(), Double()], context())
     assert [r.name for r in records] == ["tag", "double"]
     assert [r.counts for r in records] == [{"nodes": 4}, {"doubled": 1}]
-    assert gm.meta[FACTS_KEY] == {Fact.SITES_TAGGED, Fact.TRANSFERS_ASYNC}
+    assert FACTS.of(gm) == {Fact.SITES_TAGGED, Fact.TRANSFERS_ASYNC}
     assert all(r.ms >= 0 and r.schedule is None for r in records)
 
 
@@ -130,7 +131,7 @@ def test_disabled_pass_is_left_out(gm):
     config = dataclasses.replace(SpardaConfig(), disable_passes=("tag",))
     ctx = dataclasses.replace(context(), config=config)
     assert run_passes(gm, [Tag()], ctx) == []
-    assert FACTS_KEY not in gm.meta
+    assert not FACTS.on(gm)
 
 
 def test_dump(gm, tmp_path):
@@ -181,21 +182,9 @@ def test_snapshot_is_a_copy_with_names_and_metadata(plan_of):
         known, same = ({k: v for k, v in n.meta.items() if k != "sparda"} for n in (theirs, mine))
         assert known == same
         # A site has nodes, and those of a copy are the copy's own; some may be gone.
-        if "sparda" in theirs.meta:
-            assert mine.meta["sparda"].query in copy.graph.nodes
-            assert repr(theirs.meta["sparda"]) == repr(mine.meta["sparda"])
+        if SITE.on(theirs):
+            assert SITE.of(mine).query in copy.graph.nodes
+            assert repr(SITE.of(theirs)) == repr(SITE.of(mine))
     assert graph_text(copy) == graph_text(original)
     next(iter(copy.graph.nodes)).meta["mark"] = True
     assert "mark" not in next(iter(original.graph.nodes)).meta
-
-
-def test_text_has_a_line_for_each_node_with_its_shape():
-    gm = fx.symbolic_trace(lambda x, unused: torch.cat([x[..., 1:], x], dim=0))
-    for node in gm.graph.nodes:
-        node.meta["val"] = torch.empty(2, 3) if node.name == "x" else None
-    assert graph_text(gm).split("\n") == [
-        "%x: float32[2, 3] = input",
-        "%getitem = getitem(%x, [..., 1:])",
-        "%cat = cat([%getitem, %x], dim=0)",
-        "return cat",
-    ]

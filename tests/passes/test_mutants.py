@@ -10,9 +10,8 @@ import itertools
 
 import pytest
 
-from sparda_compile.config import HINT_NAMES
 from sparda_compile.errors import GraphInvariantError, TransferRaceError
-from sparda_compile.graph.dependences import ORDER_KEY, mark_order
+from sparda_compile.graph.dependences import mark_order
 from sparda_compile.graph.effects import (
     argument,
     bound_arguments,
@@ -29,15 +28,16 @@ from sparda_compile.graph.nodes import (
     tensor_shape,
 )
 from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import FACTS, LAYER, ORDER
 from sparda_compile.passes.check.spec import check_spec
 from sparda_compile.passes.check.verify_transfers import check_program, extract_program
-from sparda_compile.passes.manager import FACTS_KEY
+from sparda_compile.registry import HINTS
 
 MODES = {
     "dense": {"mode": "dense"},
     "query": {"mode": "query"},
     "forecast": {"mode": "forecast"},
-    **{f"exact-{hint}": {"mode": "exact", "hint": hint} for hint in HINT_NAMES},
+    **{f"exact-{hint}": {"mode": "exact", "hint": hint} for hint in HINTS.names()},
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")
@@ -65,7 +65,7 @@ class Case:
 
     def __init__(self, plan, context):
         self.graph = plan.graph_module.graph
-        self.facts = plan.graph_module.meta[FACTS_KEY]
+        self.facts = FACTS.of(plan.graph_module)
         self.context = context
 
     def copy(self):
@@ -75,7 +75,7 @@ class Case:
         """Whether a check objects, in words that name a node."""
         try:
             check_spec(graph, self.facts, self.context, "mutation")
-            if not any(ORDER_KEY in node.meta for node in graph.nodes):
+            if not any(ORDER.on(node) for node in graph.nodes):
                 mark_order(graph)
             check_program(extract_program(graph))
         except (GraphInvariantError, TransferRaceError) as error:
@@ -228,7 +228,7 @@ def swaps(case):
     """Yield every graph in which two neighbours among the ops of one layer trade places."""
     layers = {}
     for i, op in sparda_ops(case.graph):
-        layers.setdefault(op.meta["sparda_layer"], []).append((i, op))
+        layers.setdefault(LAYER.of(op), []).append((i, op))
     for ops in layers.values():
         for (i, first), (j, second) in itertools.pairwise(ops):
             graph = case.copy()

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile import ops
 from sparda_compile.errors import TransferRaceError
-from sparda_compile.graph.dependences import ORDER_KEY
 from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
+from sparda_compile.graph.tags import ORDER
 from sparda_compile.isa.streams import COPY, SELECT
 from sparda_compile.passes.check.verify_transfers import check_program, extract_program
 
@@ -65,7 +65,7 @@ class Planted:
     def check(self):
         for i, node in enumerate(self.graph.nodes):
             if accesses(node):
-                node.meta[ORDER_KEY] = i
+                ORDER.put(node, i)
         return check_program(extract_program(self.graph))
 
 

@@ -152,7 +152,7 @@ def test_step_on_a_gpu(mode, tmp_path):
     from sparda_compile.bench.programs import build_program
     from sparda_compile.bench.shapes import SHAPES, build_model
     from sparda_compile.bench.synthetic import fill, follow, rewind
-    from sparda_compile.program.plan import Captures
+    from sparda_compile.program.captures import Captures
     from sparda_compile.runtime.kv_cache import KVCache
 
     device, tokens = torch.device("cuda"), 4096

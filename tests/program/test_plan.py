@@ -8,11 +8,12 @@ import pytest
 
 from sparda_compile import SpardaConfig
 from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
-from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.errors import ConfigError
 from sparda_compile.forecast.projection import ProjectionShape
 from sparda_compile.passes import PIPELINE
-from sparda_compile.program.plan import Captures, Plan, forecast_shapes, make_plan
-from sparda_compile.testing import UNSUPPORTED_MODELS, build, tiny_llama
+from sparda_compile.program.captures import Captures
+from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
+from sparda_compile.testing import tiny_llama
 
 CONFIG = SpardaConfig(mode="forecast", top_k=None, block_size=16, lowering="eager", max_tokens=64)
 PASSES = [graph_pass.name for graph_pass in PIPELINE]
@@ -42,17 +43,6 @@ def plan_of(
     )
 
 
-def test_a_forward_is_traced_once(captures: Captures) -> None:
-    first = captures.get("decode", last_logits_only=True)
-    num_captures = captures.num_captures
-    assert captures.get("decode", last_logits_only=True) is first
-    assert captures.num_captures == num_captures
-    captures.get("prefill", last_logits_only=True)
-    assert captures.num_captures <= num_captures + 1
-    assert captures.get("prefill", last_logits_only=True) is not first
-    assert captures.model_name == "LlamaForCausalLM"
-
-
 def test_stages_are_the_capture_and_every_pass(captures: Captures) -> None:
     plan = plan_of(captures)
     assert [stage.name for stage in plan.stages] == ["capture", *PASSES]
@@ -80,29 +70,6 @@ def test_disabled_passes_leave_no_stage_and_no_schedule(captures: Captures) -> N
         plan.stage("schedule_transfers")
 
 
-def test_layout_follows_the_sites(captures: Captures) -> None:
-    plan = plan_of(captures, batch_size=3)
-    assert [site.layer for site in plan.sites] == [0, 1]
-    assert (plan.layout.batch_size, plan.layout.max_tokens) == (3, 64)
-    shapes = [(s.kind, s.num_groups, s.head_dim, s.window) for s in plan.layout.layers]
-    assert shapes == [("sparse", 2, 16, 0)] * 2
-
-
-def test_a_window_is_no_longer_than_the_cache() -> None:
-    model = as_causal_lm(build("gemma3", 3))
-    windows = sliding_windows(model)
-    plan = plan_of(Captures(model, windows), mode="query")
-    assert windows == {0: 0, 1: 0, 2: 96}
-    assert [shape.window for shape in plan.layout.layers] == [0, 0, 64]
-    assert [site.window for site in plan.sites] == [0, 0, 96]
-
-
-def test_forward_without_positions_is_refused() -> None:
-    model = as_causal_lm(UNSUPPORTED_MODELS["no_position_ids"][0]())
-    with pytest.raises(UnsupportedInputError, match="does not use position_ids"):
-        plan_of(Captures(model, {}), mode="query")
-
-
 @pytest.mark.parametrize(
     ("changes", "layers"),
     [
@@ -122,16 +89,6 @@ def test_forecast_shapes_are_those_of_the_mode(
     assert bool(shapes) == bool(layers)
     assert 1 in shapes or not layers
     assert all(shape == ProjectionShape(2 * 16, 48) for shape in shapes.values())
-
-
-def test_plans_of_a_model_find_its_attentions_once_and_share_no_graph(captures: Captures) -> None:
-    one, other = (plan_of(captures, max_tokens=tokens) for tokens in (64, 128))
-    for name in ("capture", "find_attention"):
-        assert str(one.stage(name).graph) == str(other.stage(name).graph)
-        assert one.stage(name).graph is not other.stage(name).graph
-    for plan in (one, other):
-        nodes = set(plan.graph_module.graph.nodes)
-        assert all(site.hidden in nodes for site in plan.sites)
 
 
 def test_only_the_stage_that_is_asked_for_is_made(captures: Captures) -> None:

@@ -10,9 +10,10 @@ import torch
 from sparda_compile import SpardaConfig
 from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
 from sparda_compile.forecast.start import initial_forecast
+from sparda_compile.graph.tags import JOINED
 from sparda_compile.passes.rewrite import fuse_projections
-from sparda_compile.passes.rewrite.fuse_projections import JOINED_KEY
-from sparda_compile.program.plan import Captures, Plan, forecast_shapes, make_plan
+from sparda_compile.program.captures import Captures
+from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
 from sparda_compile.program.program import Program
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.testing import tiny_llama
@@ -111,7 +112,7 @@ def test_program_follows_its_model_s_joined_weights(
     apart = plan_of(captures, mode="query", machine="h200")
     monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
     plan = plan_of(captures, mode="query", machine="h200")
-    assert len(plan.graph_module.meta[JOINED_KEY]) == 4
+    assert len(JOINED.of(plan.graph_module)) == 4
     one = torch.ones(1, 1, dtype=torch.long)
     programs = [Program(p, {}) for p in (apart, plan)]
     weight = captures.model.get_parameter("model.layers.1.self_attn.v_proj.weight")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.config import SELECTOR_NAMES, SpardaConfig
-from sparda_compile.selectors import SELECTORS, SUMMARIES, Geometry
+from sparda_compile.config import SpardaConfig
+from sparda_compile.selectors import SELECTORS, Geometry, summary_named
 from sparda_compile.selectors.base import valid_tokens
 
 
@@ -31,10 +31,12 @@ def test_valid_tokens_are_the_masked_in_order():
 
 
 def test_every_selector_is_registered_under_its_name_with_its_summary():
-    assert set(SELECTOR_NAMES) == set(SELECTORS) - {"forecast", "nosa_forecast"}
-    for name, selector in SELECTORS.items():
+    assert set(SELECTORS.choices()) == set(SELECTORS.names()) - {"forecast", "nosa_forecast"}
+    for name, selector in zip(SELECTORS.names(), SELECTORS, strict=True):
         assert selector.name == name
-        assert SUMMARIES[selector.summary.name].name == selector.summary.name
+        assert summary_named(selector.summary.name).name == selector.summary.name
+    with pytest.raises(KeyError):
+        summary_named("of no selector")
 
 
 def test_geometry_of_a_configuration_has_a_short_list_for_nosa_alone():

@@ -8,6 +8,7 @@ from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast.projection import Projection, to_inputs
 from sparda_compile.graph.evaluate import evaluate
 from sparda_compile.graph.nodes import call_name, find_ops
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.program.plan import forecast_shapes, make_plan
 from sparda_compile.testing import build
@@ -62,7 +63,7 @@ def deployed_forecasts(plan, token, position, weights, layers):
             known[node] = plan.captured.weights[node.name].detach()
         elif node.name in projections:
             known[node] = projections[node.name].detach()
-    scores = {n.meta["sparda_layer"]: n.args[0] for n in find_ops(graph, "score_blocks")}
+    scores = {LAYER.of(n): n.args[0] for n in find_ops(graph, "score_blocks")}
     with torch.no_grad():
         return {layer: evaluate(scores[layer], known, {}, 1) for layer in layers}
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.isa.counters import HITS, MISSES, PREFETCHED, REPAIRED
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ __all__ = ["Choice", "Planned", "Tables", "plan", "select", "select_and_plan"]
 
 # Counts of blocks are added up in 16 bits.
 _MOST_BLOCKS: Final = 1 << 15
+_HITS = tl.constexpr(HITS)
+_MISSES = tl.constexpr(MISSES)
+_PREFETCHED = tl.constexpr(PREFETCHED)
+_REPAIRED = tl.constexpr(REPAIRED)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _MOST = tl.constexpr(0x7FFFFFFF)
 _LEAST = tl.constexpr(-(1 << 31))
@@ -239,11 +244,11 @@ def _select_pages(
         tl.store(miss_blocks + listed, -1, mask=unused)
         tl.store(miss_pages + listed, -1, mask=unused)
         if HINT:
-            tl.atomic_add(counters + 2, num_fetched.to(tl.int64))
+            tl.atomic_add(counters + _PREFETCHED, num_fetched.to(tl.int64))
         else:
-            tl.atomic_add(counters, (num_wanted - num_fetched).to(tl.int64))
-            tl.atomic_add(counters + 1, num_fetched.to(tl.int64))
-            tl.atomic_add(counters + 3, num_fetched.to(tl.int64))
+            tl.atomic_add(counters + _HITS, (num_wanted - num_fetched).to(tl.int64))
+            tl.atomic_add(counters + _MISSES, num_fetched.to(tl.int64))
+            tl.atomic_add(counters + _REPAIRED, num_fetched.to(tl.int64))
 
 
 def _launch(

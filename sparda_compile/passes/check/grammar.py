@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Final
 
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.passes.base import Fact
 
 if TYPE_CHECKING:
@@ -19,34 +20,21 @@ if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
     from sparda_compile.state.layout import CacheLayout, LayerShape
 
-__all__ = ["HINT_OPS", "LayerOps", "hint_source", "layers_of", "wrong_counts", "wrong_order"]
+__all__ = ["LayerOps", "hint_source", "layers_of", "wrong_counts", "wrong_order"]
 
-# What a hint adds to its layer, besides the plan, the copy and the wait that InsertPrefetch makes.
-HINT_OPS: Final[dict[str, tuple[str, ...]]] = {
-    "forecast": ("score_blocks", "select_blocks"),
-    "next_query": ("score_blocks", "select_blocks"),
-    "previous_step": ("recall_ids", "remember_ids"),
-    "previous_layer": (),
-}
-
-# Within a layer, all ops of the first role come before all of the second, as far as there are any.
-# What one op makes and the other takes is not listed: the graph's own check sees to that.
+# Orders of roles that are no names of ops; those of ops stand in the table of instructions. What
+# one op makes and the other takes is not listed: the graph's own check sees to that.
 _ORDER: Final = (
-    ("score_blocks", "update_summary"),  # the new token's block is selected whatever its score
-    ("recall_ids", "remember_ids"),  # else the hint were this step's own selection
     ("hint wait_blocks", "plan"),  # the plan may give away pages that the copy fills
-    ("fetch_blocks", "sparse_attention"),
-    ("wait_blocks", "sparse_attention"),
-    ("wait_blocks", "attend_missing"),
-    ("append_kv", "sparse_attention"),  # a token attends to itself
-    ("append_kv", "attend_resident"),
-    ("sparse_attention", "store_blocks"),
-    ("sparse_attention", "offload_blocks"),
-    ("attend_missing", "offload_blocks"),
-    ("prefill_attention", "extend_kv"),  # which may evict what attention reads of the past
-    ("extend_kv", "store_blocks"),
-    ("extend_kv", "offload_blocks"),
 )
+
+
+def _orders() -> Iterator[tuple[str, str]]:
+    """Yield what comes before what in a layer: all ops of the first before all of the second."""
+    yield from _ORDER
+    for it in INSTRUCTIONS.values():
+        yield from ((it.name, later) for later in it.before)
+        yield from ((earlier, it.name) for earlier in it.behind)
 
 
 class LayerOps:
@@ -99,28 +87,18 @@ def _roles(index: OpIndex, op: Op) -> tuple[str, ...]:
 
 
 def hint_source(shape: LayerShape, ctx: PassContext) -> LayerShape | None:
-    """Return the layer that a layer's hint is made in, None if it has no hint.
-
-    The first layer has none before it, so where a hint can do without, it is made in its own.
-    """
+    """Return the layer that a layer's hint is made in, None if it has no hint."""
     assert ctx.layout is not None
-    layers, hint = ctx.layout.layers, ctx.config.hint
-    if ctx.config.mode != "exact" or not ctx.is_decode or shape.kind == "window":
+    hint = ctx.strategy.hint
+    if hint is None or not ctx.is_decode or shape.kind == "window":
         return None
-    before = [other for other in layers if other.layer < shape.layer]
-    if hint == "previous_layer":
-        sparse = [other for other in before if other.kind != "window"]
-        same = sparse and sparse[-1].num_groups == shape.num_groups
-        return sparse[-1] if same else None
-    if before:
-        return before[-1]
-    return None if hint == "next_query" else shape
+    return hint.source(shape, ctx.layout.layers)
 
 
 def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Counter[str]:
     """Return how often each role has to be there in a layer."""
     assert ctx.layout is not None
-    layout, mode = ctx.layout, ctx.config.mode
+    layout, strategy = ctx.layout, ctx.strategy
     if shape.kind == "window":
         return Counter(["window_attention"])
     is_async = layout.offload and Fact.TRANSFERS_ASYNC in facts
@@ -131,18 +109,19 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
     if not ctx.is_decode:
         return Counter([*roles, "prefill_attention", "extend_kv", *["fork_stream"] * len(copies)])
     roles += ["plan", "append_kv"]
-    roles += ["all_blocks"] if mode == "dense" else ["score_blocks", "select_blocks"]
+    roles += ["all_blocks"] if not strategy.selects else ["score_blocks", "select_blocks"]
     if Fact.FORECAST_INSERTED in facts and hint_source(shape, ctx):
-        roles += HINT_OPS[ctx.config.hint]
+        assert strategy.hint is not None
+        roles += strategy.hint.ops
         if is_async:
             roles += ["hint plan", "hint prefetch_blocks", "hint wait_blocks"]
             copies.append("hint prefetch_blocks")
-    if is_async and mode != "query":
+    if is_async and strategy.overlaps:
         roles += ["prefetch_blocks", "wait_blocks"]
         copies.append("prefetch_blocks")
     elif layout.offload:
         roles.append("fetch_blocks")
-    if is_async and mode == "exact":
+    if is_async and strategy.repairs:
         roles += ["attend_resident", "attend_missing"]
     else:
         roles.append("sparse_attention")
@@ -153,7 +132,8 @@ def wrong_counts(layers: list[LayerOps], ctx: PassContext, facts: frozenset[Fact
     """Yield what a layer has too often, or not often enough."""
     for layer in layers:
         required = _required(layer.shape, ctx, facts)
-        for role in dict.fromkeys([*required, *layer.by_role]):
+        free = {op.name for op in layer.ops if (it := INSTRUCTIONS.get(op.name)) and it.is_free}
+        for role in dict.fromkeys([*required, *(r for r in layer.by_role if r not in free)]):
             found = layer.by_role.get(role, [])
             if len(found) != required[role]:
                 names = f" ({', '.join(op.node.name for op in found)})" if found else ""
@@ -165,8 +145,9 @@ def wrong_counts(layers: list[LayerOps], ctx: PassContext, facts: frozenset[Fact
 
 def wrong_order(layers: list[LayerOps]) -> Iterator[str]:
     """Yield which ops of a layer come in the wrong order."""
+    orders = tuple(_orders())
     for layer in layers:
-        for before, behind in _ORDER:
+        for before, behind in orders:
             first, second = layer.by_role.get(before), layer.by_role.get(behind)
             if first and second and first[-1].place > second[0].place:
                 yield f"{first[-1].node.name} comes behind {second[0].node.name}"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import fx
 
-from sparda_compile.graph.effects import is_state
+from sparda_compile.graph.effects import is_state, results_of
 from sparda_compile.graph.op_index import result_of
+from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.isa.streams import SELECT
 from sparda_compile.passes.base import Fact
@@ -32,7 +33,6 @@ __all__ = ["wrong_operands"]
 Operand = str | tuple[str, int] | None
 Operands = dict[str, "Operand | list[Operand]"]
 
-_RESULTS: Final = ("page_ids", "is_miss", "miss_blocks", "miss_pages", "tail_page")
 _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _HINT_ROLES: Final = ("hint plan", "hint prefetch_blocks", "hint wait_blocks")
@@ -99,7 +99,8 @@ class _Layer:
         self._index = index
         self._layer = layer
         self._ctx = ctx
-        self._is_forecast = ctx.config.mode == "forecast" and Fact.FORECAST_INSERTED in facts
+        by_forecast = ctx.strategy.selects_by_forecast
+        self._is_forecast = by_forecast and Fact.FORECAST_INSERTED in facts
         number, kind = layer.shape.layer, layer.shape.kind
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
         self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
@@ -136,7 +137,7 @@ class _Layer:
             yield f"{chosen.node.name} takes {taken} as its scores, not those of layer {number}"
             return
         own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
-        self._own |= {"block_ids": ids, **_results(plan)}
+        self._own |= {**_results(plan), "block_ids": ids}
         self._own["scores"] = scored.node.name if scored else None
         by_query = ("score_blocks", "select_blocks", "recall_ids")
         others = [op for role in by_query for op in self._layer.by_role.get(role, ())]
@@ -149,12 +150,13 @@ class _Layer:
         by_name = {op.name: op.node.name for op in self._of_hint}
         found: Operands = {"scores": by_name.get("score_blocks")}
         source = hint_source(self._layer.shape, self._ctx)
-        if self._ctx.config.hint == "previous_layer":
+        hint = self._ctx.strategy.hint
+        if hint is not None and hint.borrows_ids:
             found["block_ids"] = own_ids.get(source.layer) if source else None
         else:
             found["block_ids"] = by_name.get("recall_ids") or by_name.get("select_blocks")
         plan = self._layer.one("hint plan")
-        return found | (_results(plan) if plan else {})
+        return {**(_results(plan) if plan else {}), **found}
 
     def _site(self) -> Iterator[str]:
         """Take query, key and value from the site that the layer's attention carries."""
@@ -165,7 +167,7 @@ class _Layer:
             found = f"the site of layer {number} is carried by {_text(sites)}"
             yield f"{found}, not by {_text([op.node for op in ops])}"
             return
-        site = sites[0].meta["sparda"]
+        site = SITE.of(sites[0])
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name, "trace": None}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
@@ -175,8 +177,7 @@ class _Layer:
             self._own["tail_page"] = None
         partial = self._layer.one("attend_resident")
         if partial is not None:
-            self._own["partial_out"] = (partial.node.name, 0)
-            self._own["partial_lse"] = (partial.node.name, 1)
+            self._own |= _results(partial)
 
     def operands(self) -> Iterator[str]:
         """Yield which op takes what it should not."""
@@ -203,7 +204,7 @@ class _Layer:
     def _early_query(self, scores: Op) -> Iterator[str]:
         """What is scored before the layer's query exists was made for the layer."""
         query, number = scores.args["query"], self._layer.shape.layer
-        if query.meta.get("sparda_layer") != number:
+        if LAYER.get(query) != number:
             yield f"{scores.node.name} scores by {_text(query)}, not made for layer {number}"
 
     def transfers(self) -> Iterator[str]:
@@ -261,16 +262,15 @@ class _Layer:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
         if copy.name == "offload_blocks":
             return [self._state["host"]]
-        if self._ctx.config.mode == "exact" and copy not in self._of_hint:
+        if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
         summaries = [str(name) for names in self._summaries.values() for name in names]
         return [*(self._state[name] for name in ("pages", *_TABLES)), *summaries]
 
 
 def _results(plan: Op) -> Operands:
-    """Return what the results of a plan are, by the names of the arguments that take them."""
-    offset = 1 if plan.name == "select_pages" else 0
-    return {name: (plan.node.name, i + offset) for i, name in enumerate(_RESULTS)}
+    """Return what the results of an op are, by the names of the arguments that take them."""
+    return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
 
 
 def _token_mask(ctx: PassContext) -> Operand:

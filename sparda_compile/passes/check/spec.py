@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sparda_compile.errors import GraphInvariantError
 from sparda_compile.graph.nodes import call_name, fake_value
 from sparda_compile.graph.op_index import OpIndex
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import layers_of, wrong_counts, wrong_order
 from sparda_compile.passes.check.operands import wrong_operands
@@ -58,7 +59,7 @@ def _wrong(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext) -> Iterato
 
 def _unfinished(index: OpIndex) -> Iterator[str]:
     for node, op in index.ops.items():
-        if op.name == "kv_update":
+        if INSTRUCTIONS[op.name].is_marker:
             yield f"{node.name} was not replaced"
         if "val" not in node.meta:
             yield f"{node.name} has no fake value"

@@ -27,7 +27,7 @@ import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.errors import TransferRaceError
-from sparda_compile.graph.dependences import ORDER_KEY, mark_order
+from sparda_compile.graph.dependences import mark_order
 from sparda_compile.graph.effects import (
     accesses,
     argument,
@@ -40,6 +40,7 @@ from sparda_compile.graph.effects import (
 )
 from sparda_compile.graph.liveness import side_stream_uses
 from sparda_compile.graph.nodes import call_name, fake_value, is_sparda, tensor_shape
+from sparda_compile.graph.tags import ORDER
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.base import Fact, PassContext, PassResult
@@ -100,7 +101,7 @@ class VerifyTransfers:
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Raise TransferRaceError if anything is unordered."""
-        if not any(ORDER_KEY in n.meta for n in gm.graph.nodes):
+        if not any(ORDER.on(n) for n in gm.graph.nodes):
             mark_order(gm.graph)
         program = extract_program(gm.graph)
         num_conflicts = check_program(program)
@@ -126,12 +127,12 @@ def extract_program(graph: fx.Graph) -> list[Issued]:
         waits, starts = awaited_event(node), started_event(node)
         fork = argument(node, "after") if stream != COMPUTE and takes(node, "after") else None
         works = it is not None and it.work is not Work.NONE
-        uses = side_stream_uses(node) if stream != COMPUTE and works else []
+        uses = side_stream_uses(node) if stream != COMPUTE else []
         program.append(
             Issued(
                 name=node.name,
                 stream=stream_of(_made_by(node)),
-                order=node.meta.get(ORDER_KEY, -1),
+                order=ORDER.get(node, -1),
                 inputs=numbers(node.all_input_nodes),
                 keepalive=numbers(argument(node, "keepalive")) if waits is not None else (),
                 touches=numbers(uses) + ((number[node],) if _drops_a_result(node, uses) else ()),
@@ -141,7 +142,7 @@ def extract_program(graph: fx.Graph) -> list[Issued]:
                 chosen_from=number[made] if (made := _made_by(node)) is not node else None,
                 records=starts,
                 waits=waits,
-                allocates=it is not None and starts is None and tensor_shape(node) != (0,),
+                allocates=works and starts is None and tensor_shape(node) != (0,),
                 node=node,
             )
         )

@@ -14,7 +14,7 @@ Before, and after (only names and metadata change):
 
     %kv_update : call_function[sparda.kv_update](%k_0, %v_0, 0)
     %attn : call_function[scaled_dot_product_attention](%query_0, %key, %value, ...)
-    %attn.meta["sparda"] = AttentionSite(layer=0, query=query_0, hidden=hidden_0, ...)
+    %SITE.put(attn, AttentionSite(layer=0, query=query_0, hidden=hidden_0, ...))
 
 Every site is proved by running its nodes (`attention_proof.py`). Attention that this library does
 not implement raises AttentionNotFoundError with the layer, the module and what was in the way:
@@ -32,6 +32,7 @@ from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 from sparda_compile.graph.evaluate import evaluate
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, module_path, tensor_shape
 from sparda_compile.graph.site import AttentionSite
+from sparda_compile.graph.tags import SITE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.find.attention_proof import ends_in_one, find_difference, measure_scale
 from sparda_compile.passes.find.dataflow import LINEAR, MATMUL, Dataflow, RefusedAttentionError
@@ -52,13 +53,7 @@ _NOT_CACHED: Final = (
 
 @dataclasses.dataclass(frozen=True)
 class FindAttention:
-    """Tag attention sites. Counts: sites, sparse, window.
-
-    Args:
-        weights: Values of the graph's placeholders, by name, for the proof.
-    """
-
-    weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Tag attention sites. Counts: sites, sparse, window."""
 
     name: ClassVar[str] = "find_attention"
     requires: ClassVar[frozenset[Fact]] = frozenset()
@@ -87,7 +82,7 @@ class FindAttention:
                     raise self._refusal(ctx, anchor.node, layer, "two attentions read one layer")
                 claimed.add(marker)
             self._check_retention(site, ctx)
-            anchor.node.meta["sparda"] = site
+            SITE.put(anchor.node, site)
             _name_nodes(site)
             sites.append(site)
         for marker in markers:
@@ -117,15 +112,17 @@ class FindAttention:
 
     def _check_retention(self, site: AttentionSite, ctx: PassContext) -> None:
         """Refuse selector `nosa` for queries that do not end in the constant 1."""
-        config = ctx.config
-        if config.selector != "nosa" or config.mode == "dense" or site.window or not ctx.is_decode:
+        selector = ctx.strategy.selector
+        reads = selector is not None and selector.reads_retention
+        if not reads or site.window or not ctx.is_decode:
             return
-        if not ends_in_one(site.query, site.projection, self.weights):
+        assert selector is not None
+        if not ends_in_one(site.query, site.projection, ctx.weights):
             raise UnsupportedInputError(
-                f"{ctx.model}: selector='nosa' reads a retention score from the last channel of "
-                f"each key, and layer {site.layer} ({site.module}) has none: the last channel of "
-                "its queries is not always 1. Use selector='infllm2' or 'quest', or a model that "
-                "carries the score; see docs/models.md."
+                f"{ctx.model}: selector={selector.name!r} reads a retention score from the last "
+                f"channel of each key, and layer {site.layer} ({site.module}) has none: "
+                "the last channel of its queries is not always 1. Use selector='infllm2' or "
+                "'quest', or a model that carries the score; see docs/models.md."
             )
 
     def _site(
@@ -140,11 +137,11 @@ class FindAttention:
         _check_shapes(anchor.query, k, v)
         hidden, projection = flow.hidden(anchor.query, k, v)
         known_kv = _cached_nodes(marker, k, v)
-        softcap = _softcap(anchor, self.weights)
-        scale = _scale(anchor, k, known_kv, softcap, self.weights)
+        softcap = _softcap(anchor, ctx.weights)
+        scale = _scale(anchor, k, known_kv, softcap, ctx.weights)
         window = ctx.windows.get(layer, 0)
         difference = find_difference(
-            anchor.node, anchor.query, k, v, known_kv, self.weights,
+            anchor.node, anchor.query, k, v, known_kv, ctx.weights,
             scale=scale, softcap=softcap, window=window,
         )  # fmt: skip
         if difference:

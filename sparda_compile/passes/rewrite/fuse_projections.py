@@ -27,15 +27,14 @@ import torch
 
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.nodes import call_name, fake_value, program_order
+from sparda_compile.graph.tags import JOINED, LAYER
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["JOINED_KEY", "FuseProjections"]
+__all__ = ["FuseProjections"]
 
-# In the graph module's meta: joined placeholder -> the placeholders that it joins, by rows.
-JOINED_KEY: Final = "sparda_joined"
 # Larger weights are read at full bandwidth by themselves, and a copy of them is not free.
 _MOST_BYTES: Final = 64 << 20
 
@@ -55,14 +54,15 @@ class FuseProjections:
         if ctx.is_decode and _on_gpu(gm.graph):
             for node in gm.graph.nodes:
                 if _weight_bytes(node) <= _MOST_BYTES:
-                    apart = ctx.config.mode == "exact" and "sparda_layer" in node.meta
+                    apart = ctx.strategy.hint is not None and LAYER.on(node)
                     groups.setdefault((node.args[0], _bias(node) is None, apart), []).append(node)
         small = ctx.machine.memory_gbps * 1e3 * ctx.machine.launch_us
         found = [
             nodes for nodes in groups.values()
             if len(nodes) > 1 and min(map(_weight_bytes, nodes)) < small
         ]  # fmt: skip
-        joined: dict[str, tuple[str, ...]] = gm.meta.setdefault(JOINED_KEY, {})
+        joined = JOINED.get(gm, {})
+        JOINED.put(gm, joined)
         for nodes in found:
             _join(gm.graph, nodes, joined)
         counts = {"joined": sum(map(len, found)), "into": len(found)}
@@ -101,7 +101,7 @@ def _join(graph: fx.Graph, nodes: list[fx.Node], joined: dict[str, tuple[str, ..
     sizes = [int(fake_value(n).shape[-1]) for n in nodes]
     parts = emit.function(torch.split, (whole, sizes, -1), {}, "joined_parts")
     for new in (whole, parts):
-        new.meta.pop("sparda_layer", None)
+        LAYER.drop(new)
     items = [emit.item(parts, i, f"{node.name}_part") for i, node in enumerate(nodes)]
     for node, part in zip(nodes, items, strict=True):
         value = part.meta["val"]

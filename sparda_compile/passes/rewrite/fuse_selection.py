@@ -18,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.graph.effects import argument
+from sparda_compile.graph.effects import argument, results_of, written
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives
 from sparda_compile.graph.nodes import call_name, find_ops, program_order
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class FuseSelection:
 
 def _waits_for(graph: fx.Graph, plan: fx.Node) -> list[fx.Node]:
     """Return the waits behind which a plan's tables are free to use."""
-    tables = set(plan.args[2:6])
+    tables = set(written(plan))
     waits = find_ops(graph, "wait_blocks")
     return [wait for wait in waits if tables & set(argument(wait, "buffers"))]
 
@@ -67,20 +68,22 @@ def _fuse(graph: fx.Graph, plan: fx.Node, order: dict[fx.Node, int]) -> bool:
         return False
     if any(order[ids] < order[wait] < order[plan] for wait in _waits_for(graph, plan)):
         return False
-    lengths, tables = argument(plan, "lengths"), plan.args[2:6]
-    emit = Emitter(graph, plan, plan, plan.meta["sparda_layer"])
+    lengths, tables = argument(plan, "lengths"), written(plan)
+    emit = Emitter(graph, plan, plan, LAYER.of(plan))
     sizes = [argument(ids, n) for n in ("num_selected", "block_size", "sink_blocks")]
     fused = emit.call(
         "select_pages", argument(ids, "scores"), lengths, *tables, *sizes,
         argument(ids, "local_blocks"), argument(plan, "eviction"), argument(plan, "is_hint"),
         name=plan.name.replace("plan", "select_pages"),
     )  # fmt: skip
-    picked = emit.item(fused, 0, ids.name.replace("block_ids", "picked_ids"))
+    fused_results, results = results_of(fused), results_of(plan)
+    place = fused_results.index("block_ids")
+    picked = emit.item(fused, place, ids.name.replace("block_ids", "picked_ids"))
     ids.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not plan)
     picked.meta |= {k: v for k, v in ids.meta.items() if k not in picked.meta}
     for result in sorted(plan.users, key=lambda n: order[n]):
         result.update_arg(0, fused)
-        result.update_arg(1, int(str(result.args[1])) + 1)
+        result.update_arg(1, fused_results.index(results[int(str(result.args[1]))]))
     graph.erase_node(plan)
     graph.erase_node(ids)
     return True

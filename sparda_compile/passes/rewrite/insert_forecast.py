@@ -24,23 +24,21 @@ one. Modes `query` and `dense` are left alone.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from sparda_compile import hints  # whole, since hints import this package
 from sparda_compile.graph.effects import set_argument
 from sparda_compile.graph.nodes import find_ops
-from sparda_compile.graph.site import sites_of
-from sparda_compile.graph.writer import StateInputs
+from sparda_compile.graph.tags import HINTS, LAYER
+from sparda_compile.hints.base import hint_points
 from sparda_compile.hints.forecast import emit_forecast
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["HINT_KEY", "InsertForecast"]
+    from sparda_compile.hints.base import Hint
 
-# Marks the ids of a hint with the layer that they are for.
-HINT_KEY: Final = "sparda_hint_for"
+__all__ = ["InsertForecast"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,34 +53,24 @@ class InsertForecast:
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite the graph in place."""
         counts = {"forecasts": 0, "bootstraps": 0, "hints": 0}
-        if not ctx.is_decode or ctx.config.mode not in ("forecast", "exact"):
+        strategy = ctx.strategy
+        if not ctx.is_decode or not (strategy.selects_by_forecast or strategy.hint):
             return PassResult(gm, modified=False, counts=counts)
-        for point in _points(gm.graph, ctx):
+        assert ctx.layout is not None
+        block_ids = {LAYER.of(n): n for n in find_ops(gm.graph, "select_blocks")}
+        for point in hint_points(gm.graph, ctx.layout, block_ids):
             is_first = point.source is point.target
-            if ctx.config.mode == "forecast":
+            if strategy.selects_by_forecast:
+                assert strategy.forecast_selector is not None
                 scores = point.block_ids[point.target.layer].args[0]
                 forecast = emit_forecast(point)
                 set_argument(scores, "query", forecast)  # type: ignore[arg-type]
-                set_argument(scores, "selector", ctx.config.forecast_selector)  # type: ignore[arg-type]
+                set_argument(scores, "selector", strategy.forecast_selector.name)  # type: ignore[arg-type]
                 set_argument(scores, "scale", 1.0)  # type: ignore[arg-type]
                 counts["bootstraps" if is_first else "forecasts"] += 1
                 continue
-            ids = hints.HINTS[ctx.config.hint].emit(point)
+            ids = cast("Hint", strategy.hint).emit(point)
             if ids is not None:
-                ids.meta.setdefault(HINT_KEY, []).append(point.target.layer)
+                HINTS.put(ids, [*HINTS.get(ids, []), point.target.layer])
                 counts["hints"] += 1
         return PassResult(gm, modified=True, counts=counts)
-
-
-def _points(graph: fx.Graph, ctx: PassContext) -> list[hints.HintPoint]:
-    assert ctx.layout is not None
-    sites = sites_of(graph)
-    shapes = {shape.layer: shape for shape in ctx.layout.layers}
-    state = StateInputs(graph, ctx.layout)
-    block_ids = {n.meta["sparda_layer"]: n for n in find_ops(graph, "select_blocks")}
-    before = [sites[0], *sites[:-1]]
-    return [
-        hints.HintPoint(graph, source, site, block_ids, shapes[site.layer], state, ctx.layout)
-        for source, site in zip(before, sites, strict=True)
-        if not site.window
-    ]

@@ -36,13 +36,13 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.graph.effects import accesses, argument
+from sparda_compile.graph.effects import accesses, argument, results_of
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
+from sparda_compile.graph.tags import HINTS, LAYER, SITE
 from sparda_compile.graph.writer import PagePlan, StateInputs, plan_pages
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.rewrite.insert_forecast import HINT_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +78,7 @@ class InsertPrefetch:
 
 
 def _hinted(graph: fx.Graph) -> list[tuple[fx.Node, int]]:
-    return [(node, layer) for node in graph.nodes for layer in node.meta.get(HINT_KEY, ())]
+    return [(node, layer) for node in graph.nodes for layer in HINTS.get(node, ())]
 
 
 class _Insertion:
@@ -103,14 +103,14 @@ class _Insertion:
 
     def fetch(self, fetch: fx.Node) -> int:
         """Split an in-line fetch into its start and its wait."""
-        if self._ctx.config.mode == "query":
+        if not self._ctx.strategy.overlaps:
             return 0
-        layer = fetch.meta["sparda_layer"]
+        layer = LAYER.of(fetch)
         plan = _plan_items(fetch.args[0].args[0])  # type: ignore[union-attr,arg-type]
         attention = next(
-            n for n in find_ops(self._graph, "sparse_attention") if n.meta["sparda_layer"] == layer
+            n for n in find_ops(self._graph, "sparse_attention") if LAYER.of(n) == layer
         )
-        if self._ctx.config.mode == "exact":
+        if self._ctx.strategy.repairs:
             emit = Emitter(self._graph, attention, fetch, layer)
             ticket, event = self._prefetch(emit, plan, "")
             self._split_attention(emit, attention, plan, ticket, event)
@@ -123,7 +123,7 @@ class _Insertion:
 
     def store(self, store: fx.Node) -> int:
         """Split an in-line store into its start and a wait at the end of the step."""
-        layer = store.meta["sparda_layer"]
+        layer = LAYER.of(store)
         emit = Emitter(self._graph, store, store, layer)
         event = next(self._events)
         inputs = side_stream_inputs([store])
@@ -153,7 +153,7 @@ class _Insertion:
     def _used(self, plan: PagePlan) -> list[fx.Node]:
         """Return the state that choosing a plan's blocks and fetching them uses."""
         assert self._ctx.layout is not None
-        layout, layer = self._ctx.layout, plan.node.meta["sparda_layer"]
+        layout, layer = self._ctx.layout, LAYER.of(plan.node)
         shape = next(shape for shape in layout.layers if shape.layer == layer)
         summaries = [
             self._state.get(name, layer)
@@ -165,7 +165,7 @@ class _Insertion:
         return [self._state.get("pages", layer), *tables, *summaries]
 
     def _wait(self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]) -> None:
-        emit = Emitter(self._graph, before, ticket, ticket.meta["sparda_layer"])
+        emit = Emitter(self._graph, before, ticket, LAYER.of(ticket))
         emit.call("wait_blocks", ticket, buffers, [], event)
 
     def _split_attention(
@@ -174,19 +174,19 @@ class _Insertion:
         query, pages, page_ids, block_ids, lengths, scale, softcap = attention.args
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
         partial = emit.call("attend_resident", *selection, scale, softcap)
-        parts = [emit.item(partial, i) for i in range(2)]
+        parts = [emit.item(partial, i) for i in range(len(results_of(partial)))]
         self._wait(attention, ticket, event, [self._state.get("pages", emit.layer)])
         out = emit.call("attend_missing", *selection, *parts, scale, softcap)
-        out.meta["sparda"] = attention.meta["sparda"]
+        SITE.put(out, SITE.of(attention))
         attention.replace_all_uses_with(out)
         self._graph.erase_node(attention)
 
 
 def _plan_of(graph: fx.Graph, layer: int) -> fx.Node:
     plans = find_ops(graph, "plan_pages")
-    return next(p for p in plans if p.meta["sparda_layer"] == layer and not argument(p, "is_hint"))
+    return next(p for p in plans if LAYER.of(p) == layer and not argument(p, "is_hint"))
 
 
 def _plan_items(plan: fx.Node) -> PagePlan:
-    by_index = {int(str(user.args[1])): user for user in plan.users}
-    return PagePlan(plan, *(by_index[i] for i in range(5)))
+    names = results_of(plan)
+    return PagePlan(plan, **{names[int(str(user.args[1]))]: user for user in plan.users})

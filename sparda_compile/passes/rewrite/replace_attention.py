@@ -35,6 +35,7 @@ from torch import fx
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.nodes import call_name, changes_in_place, find_ops
 from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.graph.tags import SITE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class ReplaceAttention:
             emitter = Emitter(gm.graph, site.anchor, site.anchor, site.layer)
             rewrite = _Rewrite(site, shapes[site.layer], emitter, state, ctx)
             new = rewrite.window() if site.window else rewrite.sparse()
-            new.meta["sparda"] = site
+            SITE.put(new, site)
             counts[site.kind] += 1
             counts["erased"] += replace_and_erase(gm.graph, site.anchor, new)
         output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -136,16 +137,20 @@ class _Rewrite:
 
     def _select(self) -> fx.Node:
         config, site = self.ctx.config, self.site
-        if config.mode == "dense":
+        strategy = self.ctx.strategy
+        if strategy.selector is None:
             return self.emitter.call(
                 "all_blocks", self._get("block_table"), self.state.lengths, config.block_size,
                 name=f"block_ids_{site.layer}",
             )  # fmt: skip
-        # InsertForecast puts a Forecast in the query's place; both score pooled keys.
-        is_quest = config.selector == "quest"
-        selector = "infllm2" if config.mode == "forecast" and is_quest else config.selector
         return select_by_score(
-            self.emitter, site.query, selector, site.scale, self.shape, self.state, self._layout
+            self.emitter,
+            site.query,
+            strategy.first_selector,
+            site.scale,
+            self.shape,
+            self.state,
+            self._layout,
         )
 
     def _update_summaries(self, mask: fx.Node | None) -> None:

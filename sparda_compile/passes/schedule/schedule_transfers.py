@@ -42,6 +42,7 @@ from sparda_compile.graph.effects import (
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import call_name, is_sparda, program_order
 from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.isa.streams import BEHIND, COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.base import Fact, PassContext, PassResult
@@ -126,7 +127,7 @@ class _Planner:
     def place_chains(self) -> list[str]:
         """Place every chain of a decode step; returns the choices in words."""
         prefetches = self._starts(Work.TO_DEVICE)
-        prefetches.sort(key=lambda n: n.meta["sparda_layer"])
+        prefetches.sort(key=lambda n: LAYER.of(n))
         chains = [c for c in map(self._chain, prefetches) if c]
         self.num_chains = len(chains)
         self._sink_waits()
@@ -194,13 +195,13 @@ class _Planner:
                 nodes[min(consumers)].prepend(wait)
 
     def _chain(self, prefetch: fx.Node) -> _Chain | None:
-        layer = prefetch.meta["sparda_layer"]
+        layer = LAYER.of(prefetch)
         fork = argument(prefetch, "after")
         mine = {prefetch}
         stack = [prefetch]
         while stack:
             for source in stack.pop().all_input_nodes:
-                own = source.meta.get("sparda_layer") == layer and source.op != "placeholder"
+                own = LAYER.get(source) == layer and source.op != "placeholder"
                 if own and source not in mine:
                     mine.add(source)
                     stack.append(source)
@@ -221,7 +222,7 @@ class _Planner:
         places = [(f"behind {earliest.name}", earliest)]
         if wait is not None:
             behind = wait.prev
-            while "sparda_layer" in behind.meta:  # may move itself; the model's nodes do not
+            while LAYER.on(behind):  # may move itself; the model's nodes do not
                 behind = behind.prev
             if order[behind] > order[earliest]:
                 places.append((f"before {wait.name}", behind))
@@ -246,7 +247,7 @@ class _Planner:
         if last.op != "placeholder":
             return last
         # A chain without inputs may start anywhere; one layer ahead is enough.
-        layer = nodes[-1].meta["sparda_layer"]
+        layer = LAYER.of(nodes[-1])
         before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
         first: fx.Node = next(n for n in self._graph.nodes if n.op != "placeholder").prev
         return before[-1] if before else first
@@ -298,7 +299,7 @@ class _SitePoints:
 
     @classmethod
     def of(cls, graph: fx.Graph) -> list[_SitePoints]:
-        return [cls(n) for n in graph.nodes if "sparda" in n.meta]
+        return [cls(n) for n in graph.nodes if SITE.on(n)]
 
 
 def _set_streams(chain: _Chain, side: Sequence[fx.Node]) -> None:
@@ -374,7 +375,7 @@ def simulate(
         if (started := started_event(node)) is not None:
             event_end[started] = end
         if cost.us or is_sparda(node):
-            layer = int(node.meta.get("sparda_layer", -1))
+            layer = int(LAYER.get(node, -1))
             rows.append(
                 ScheduleRow(node.name, name, layer, stream, start, end,
                             cost.hbm_bytes, cost.link_bytes, exposed)

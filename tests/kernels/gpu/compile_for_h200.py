@@ -58,7 +58,7 @@ def compile_only(kernel, grid):
 JITFunction.__getitem__ = compile_only
 
 from sparda_compile.kernels.gpu import append, attention, copy, score, select  # noqa: E402
-from sparda_compile.selectors import SUMMARIES, Geometry  # noqa: E402
+from sparda_compile.selectors import Geometry, summary_named  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
 BLOCKS, SELECTED, PAGES = 300, 20, 31
@@ -84,7 +84,7 @@ def run_all(dtype, dim, size):
     append.append_kv(k, k, tail, lengths, pages)
     summaries = {}
     for name, kernel in append.SUMMARY_KERNELS.items():
-        shapes = SUMMARIES[name].shapes(geometry, dim).values()
+        shapes = summary_named(name).shapes(geometry, dim).values()
         summaries[name] = [torch.zeros(BATCH, GROUPS, *s, dtype=dtype) for s in shapes]
         kernel(k, lengths, summaries[name], geometry)
     for name, kernel in score.SCORE_KERNELS.items():

@@ -5,7 +5,7 @@ import torch
 
 from sparda_compile.kernels.gpu.append import SUMMARY_KERNELS, append_kv
 from sparda_compile.runtime.append import append_kv as append_kv_reference
-from sparda_compile.selectors import SUMMARIES, Geometry
+from sparda_compile.selectors import Geometry, summary_named
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -64,9 +64,9 @@ def check_summary(device, name, lengths, num_tokens, geometry, sizes, dtype, lay
     batch = len(lengths)
     want = [
         torch.full((batch, groups, *shape), float("nan"), dtype=dtype)
-        for shape in SUMMARIES[name].shapes(geometry, dim).values()
+        for shape in summary_named(name).shapes(geometry, dim).values()
     ]
-    SUMMARIES[name].reset(want)
+    summary_named(name).reset(want)
     for tensor in want if name == "pooled_keys" else []:
         # Where no window is complete the tensors' content is nobody's; it must stay.
         tensor.normal_()
@@ -74,7 +74,7 @@ def check_summary(device, name, lengths, num_tokens, geometry, sizes, dtype, lay
     length = torch.tensor(lengths, dtype=torch.int32)
     for _ in range(num_tokens):
         k = new_token(layout, batch, groups, dim, dtype)
-        SUMMARIES[name].extend(want, k, length, None, geometry)
+        summary_named(name).extend(want, k, length, None, geometry)
         SUMMARY_KERNELS[name](k.to(device), length.to(device), got, geometry)
         length += 1
     return got, want

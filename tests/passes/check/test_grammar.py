@@ -6,12 +6,10 @@ import dataclasses
 
 import pytest
 
-from sparda_compile.config import HINT_NAMES
 from sparda_compile.graph.nodes import copy_graph
 from sparda_compile.graph.op_index import OpIndex
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import (
-    HINT_OPS,
     hint_source,
     layers_of,
     wrong_counts,
@@ -142,6 +140,3 @@ class TestHintSource:
 
     def test_only_mode_exact_has_hints(self, source):
         assert source(mode="forecast") == [None] * 4
-
-    def test_every_hint_is_known(self):
-        assert set(HINT_OPS) == set(HINT_NAMES)

@@ -7,9 +7,9 @@ import pytest
 from sparda_compile.graph.effects import argument, set_argument
 from sparda_compile.graph.nodes import copy_graph, find_ops
 from sparda_compile.graph.op_index import OpIndex
+from sparda_compile.graph.tags import FACTS, SITE
 from sparda_compile.passes.check.grammar import layers_of
 from sparda_compile.passes.check.operands import wrong_operands
-from sparda_compile.passes.manager import FACTS_KEY
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def first_wrong(plan_of, context_of):
         change({node.name: node for node in graph.nodes})
         index = OpIndex(graph)
         layers = layers_of(index, context.layout)
-        facts = plan.graph_module.meta[FACTS_KEY]
+        facts = FACTS.of(plan.graph_module)
         return next(wrong_operands(index, layers, context, facts), None)
 
     return check
@@ -153,7 +153,7 @@ def test_wait_for_the_other_event(first_wrong):
 
 def test_site_that_another_node_carries(first_wrong):
     def change(nodes):
-        nodes["append_kv_1"].meta["sparda"] = nodes["attend_missing_1"].meta.pop("sparda")
+        SITE.put(nodes["append_kv_1"], nodes["attend_missing_1"].meta.pop("sparda"))
 
     assert first_wrong(change) == (
         "the site of layer 1 is carried by [append_kv_1], not by [attend_missing_1]"

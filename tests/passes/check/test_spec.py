@@ -8,6 +8,7 @@ import torch
 from sparda_compile.errors import GraphInvariantError
 from sparda_compile.graph.effects import set_argument
 from sparda_compile.graph.nodes import find_ops, snapshot
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.spec import check_spec
 
@@ -61,7 +62,7 @@ def test_value(graph, broken):
 
 
 def test_layer(graph, broken):
-    del named(graph, "prefetch_1").meta["sparda_layer"]
+    LAYER.drop(named(graph, "prefetch_1"))
     broken(graph, "prefetch_1 belongs to no layer")
 
 

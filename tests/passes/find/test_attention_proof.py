@@ -12,7 +12,6 @@ from torch.nn import functional
 from sparda_compile.capture.causal_lm import as_causal_lm
 from sparda_compile.capture.forward import capture
 from sparda_compile.config import SpardaConfig
-from sparda_compile.graph.evaluate import NotProvableError, evaluate
 from sparda_compile.graph.nodes import call_name
 from sparda_compile.graph.site import AttentionSite, sites_of
 from sparda_compile.passes.base import PassContext
@@ -71,8 +70,10 @@ def first_site(phase: str = "prefill") -> tuple[AttentionSite, dict[str, Tensor]
     model = PlainCausalLM(group_form="repeat_interleave", num_heads=6, num_groups=3)
     captured = capture(as_causal_lm(model), phase, last_logits_only=True)
     gm = captured.copy()
-    ctx = PassContext(SpardaConfig(), phase, {}, "Model", None, MACHINES["cpu"])
-    FindAttention(captured.weights)(gm, ctx)
+    ctx = PassContext(
+        SpardaConfig(), phase, {}, "Model", None, MACHINES["cpu"], 1, captured.weights
+    )
+    FindAttention()(gm, ctx)
     return sites_of(gm.graph)[0], captured.weights
 
 
@@ -139,34 +140,6 @@ def test_scale_near_a_usual_one_is_that_one(nice: float) -> None:
     assert measure_scale(scores, q, k, {k: k}, {}) == nice
     q, k, scores = scores_graph(nice * 1.001)
     assert measure_scale(scores, q, k, {k: k}, {}) == pytest.approx(nice * 1.001, rel=1e-6)
-
-
-def test_evaluate_computes_from_what_is_known_and_nothing_above() -> None:
-    q, _, scores = scores_graph(2.0)
-    middle = scores.args[0]
-    k_t = scores.args[1]
-    assert isinstance(middle, fx.Node)
-    assert isinstance(k_t, fx.Node)
-    one = torch.ones(1, 1, 1, 9)
-    got = evaluate(scores, {middle: one, k_t: one.transpose(-1, -2)}, {}, 2)
-    assert got.tolist() == [[[[9.0]]]]
-    assert evaluate(middle, {q: one}, {}, 2).tolist() == (2 * one).tolist()
-
-
-def test_evaluate_gives_inputs_their_positions_and_buffers_their_values() -> None:
-    graph = fx.Graph()
-    positions, table = graph.placeholder("l_position_ids_"), graph.placeholder("table")
-    total = graph.call_function(torch.add, (positions, table))
-    graph.output((total,))
-    positions.meta["val"] = torch.zeros(2, 4, dtype=torch.long)
-    table.meta["val"] = torch.zeros(4, dtype=torch.long)
-    weights = {"table": torch.tensor([10, 20, 30, 40])}
-    assert evaluate(total, {}, weights, 4).tolist() == [[10, 21, 32, 43]] * 2
-    with pytest.raises(NotProvableError, match="buffer table, which has no values"):
-        evaluate(total, {}, {"table": weights["table"].to("meta")}, 4)
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    with pytest.raises(NotProvableError, match="parameter table"):
-        evaluate(total, {}, {"table": parameter}, 4)
 
 
 def test_nodes_that_cannot_be_run_are_a_difference() -> None:

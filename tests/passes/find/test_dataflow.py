@@ -25,8 +25,10 @@ from sparda_compile.testing.plain import PlainAttention
 def sites_in(captures: Any, phase: str = "prefill") -> tuple[list[AttentionSite], CapturedGraph]:
     captured = captures.get(phase, last_logits_only=True)
     gm = captured.copy()
-    ctx = PassContext(SpardaConfig(), phase, captures.windows, "Model", None, MACHINES["cpu"])
-    FindAttention(captured.weights)(gm, ctx)
+    ctx = PassContext(
+        SpardaConfig(), phase, captures.windows, "Model", None, MACHINES["cpu"], 1, captured.weights
+    )
+    FindAttention()(gm, ctx)
     return sites_of(gm.graph), captured
 
 

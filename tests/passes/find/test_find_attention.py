@@ -13,10 +13,11 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import AttentionNotFoundError, PassError, UnsupportedInputError
 from sparda_compile.graph.nodes import call_name, fake_value, tensor_shape
 from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.graph.tags import FACTS, SITE
 from sparda_compile.passes.base import Fact, PassContext
 from sparda_compile.passes.find.find_attention import FindAttention
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.manager import FACTS_KEY, run_passes
+from sparda_compile.passes.manager import run_passes
 from sparda_compile.sizes import SAMPLES
 from sparda_compile.testing import PlainCausalLM
 from sparda_compile.testing.plain import PlainAttention
@@ -25,15 +26,18 @@ from sparda_compile.testing.unsupported import BidirectionalLM, InterleavedLM, P
 PHASES = ("prefill", "decode")
 
 
-def context(phase: str, windows: dict[int, int] | None = None) -> PassContext:
-    return PassContext(SpardaConfig(), phase, windows or {}, "Model", None, MACHINES["cpu"])
+def context(phase: str, windows: dict[int, int] | None = None, weights: Any = None) -> PassContext:
+    return PassContext(
+        SpardaConfig(), phase, windows or {}, "Model", None, MACHINES["cpu"], 1, weights or {}
+    )
 
 
 def find(
     captured: CapturedGraph, windows: dict[int, int] | None = None
 ) -> tuple[fx.GraphModule, dict[str, int]]:
     gm = captured.copy()
-    (record,) = run_passes(gm, [FindAttention(captured.weights)], context(captured.phase, windows))
+    ctx = context(captured.phase, windows, captured.weights)
+    (record,) = run_passes(gm, [FindAttention()], ctx)
     return gm, record.counts
 
 
@@ -53,11 +57,11 @@ def test_sites_are_tagged_and_counted(captures_of: Any, phase: str) -> None:
     captured = captures_of("llama").get(phase)
     gm, counts = find(captured)
     assert counts == {"sites": 2, "sparse": 2, "window": 0}
-    assert gm.meta[FACTS_KEY] == {Fact.SITES_TAGGED}
-    tagged = [node for node in gm.graph.nodes if "sparda" in node.meta]
+    assert FACTS.of(gm) == {Fact.SITES_TAGGED}
+    tagged = [node for node in gm.graph.nodes if SITE.on(node)]
     assert [call_name(node) for node in tagged] == ["scaled_dot_product_attention"] * 2
     for layer, (node, site) in enumerate(zip(tagged, sites_of(gm.graph), strict=True)):
-        assert node.meta["sparda"] is site
+        assert SITE.of(node) is site
         assert site.anchor is node
         assert (site.layer, site.module) == (layer, f"model.layers.{layer}.self_attn")
         assert (site.form, site.kind) == ("sdpa", "sparse")
@@ -102,7 +106,7 @@ def test_second_run_is_refused(captures_of: Any) -> None:
     captured = captures_of("llama").get("decode")
     gm, _ = find(captured)
     with pytest.raises(PassError, match="find_attention has already run"):
-        run_passes(gm, [FindAttention(captured.weights)], context("decode"))
+        run_passes(gm, [FindAttention()], context("decode", weights=captured.weights))
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -218,7 +222,7 @@ def test_attention_that_leaves_a_layer_out_is_refused(captures_of: Any) -> None:
     anchor.replace_all_uses_with(other)
     gm.graph.erase_node(anchor)
     with pytest.raises(AttentionNotFoundError, match=r"layer 0 .*its keys do not lead to"):
-        run_passes(gm, [FindAttention(captured.weights)], context("decode"))
+        run_passes(gm, [FindAttention()], context("decode", weights=captured.weights))
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])

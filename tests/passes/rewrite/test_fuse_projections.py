@@ -12,12 +12,13 @@ from sparda_compile.errors import PassError
 from sparda_compile.forecast.projection import to_inputs
 from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.graph.nodes import call_name, fake_value, module_path, program_order, snapshot
+from sparda_compile.graph.tags import FACTS, JOINED, LAYER
 from sparda_compile.graph.text import graph_text
 from sparda_compile.passes.base import Fact, PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.manager import FACTS_KEY, run_passes
+from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.rewrite import fuse_projections
-from sparda_compile.passes.rewrite.fuse_projections import JOINED_KEY, FuseProjections
+from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
 from sparda_compile.program.plan import forecast_shapes, make_plan
 from sparda_compile.program.program import Program
 from sparda_compile.runtime.kv_cache import KVCache
@@ -61,7 +62,7 @@ def record_of(plan):
 def joined_names(plan):
     """Return what each joined weight or bias is made of, as the names of the parts behind it."""
     gm = plan.graph_module
-    return {name: len(parts) for name, parts in gm.meta[JOINED_KEY].items()}
+    return {name: len(parts) for name, parts in JOINED.of(gm).items()}
 
 
 def parts_of(plan):
@@ -85,7 +86,7 @@ def _called(part):
 def test_nothing_to_do_on_the_cpu(planned, phase):
     plan = planned(phase=phase, mode="forecast")
     assert record_of(plan).counts == {"joined": 0, "into": 0}
-    assert plan.graph_module.meta[JOINED_KEY] == {}
+    assert JOINED.of(plan.graph_module) == {}
     before = plan.stage("insert_forecast")
     assert graph_text(before) == graph_text(record_of(plan).graph_module)
 
@@ -162,7 +163,7 @@ def test_biases_are_joined_with_their_weights(planned):
     biased = [n for n in graph.nodes if call_name(n) == "linear" and _bias_name(n)]
     both = [(n.args[1].name, _bias_name(n)) for n in biased if "joined" in _bias_name(n)]
     assert len(both) == 2
-    sources = plan.graph_module.meta[JOINED_KEY]
+    sources = JOINED.of(plan.graph_module)
     weights = plan.captured.weights
     for weight, bias in both:
         assert len(sources[weight]) == len(sources[bias]) == 3
@@ -210,15 +211,15 @@ def test_parts_take_the_place_of_what_they_stand_for(planned):
         assert {u.name for u in part.users} == {u.name for u in was.users}
         assert fake_value(part).shape == fake_value(was).shape
         assert {k for k in was.meta if k != "val"} == {k for k in part.meta if k != "val"}
-        assert part.meta.get("sparda_layer") == was.meta.get("sparda_layer")
+        assert LAYER.get(part) == LAYER.get(was)
         assert order[part] < min(order[u] for u in part.users)
-    for name, sources in plan.graph_module.meta[JOINED_KEY].items():
+    for name, sources in JOINED.of(plan.graph_module).items():
         node = next(n for n in after.nodes if n.name == name)
         shapes = [fake_value(old[source]).shape for source in sources]
         assert fake_value(node).shape == (sum(s[0] for s in shapes), *shapes[0][1:])
         (whole,) = node.users
         # It belongs to no layer: the scheduler neither moves it nor counts it as a forecast.
-        assert "sparda_layer" not in whole.meta
+        assert not LAYER.on(whole)
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -229,7 +230,7 @@ def test_joined_weight_has_the_rows_of_its_parts_in_order(planned):
     placeholders = [n.name for n in plan.graph_module.graph.nodes if n.op == "placeholder"]
     arguments = dict(zip(placeholders, program._arguments, strict=True))
     known = to_inputs(forecast) | plan.captured.weights
-    for name, sources in plan.graph_module.meta[JOINED_KEY].items():
+    for name, sources in JOINED.of(plan.graph_module).items():
         assert torch.equal(arguments[name], torch.cat([known[source] for source in sources]))
 
 
@@ -278,17 +279,15 @@ def test_exact_is_query_bit_for_bit(planned, hint):
 @pytest.mark.usefixtures("on_gpu")
 def test_two_plans_share_no_names(planned):
     first, second = planned(mode="forecast"), planned(mode="query")
-    assert len(first.graph_module.meta[JOINED_KEY]["joined_weight_0"]) == 5
-    assert len(second.graph_module.meta[JOINED_KEY]["joined_weight_0"]) == 3
+    assert len(JOINED.of(first.graph_module)["joined_weight_0"]) == 5
+    assert len(JOINED.of(second.graph_module)["joined_weight_0"]) == 3
 
 
 @pytest.mark.usefixtures("on_gpu")
 def test_second_run_is_refused(planned):
     plan = planned(mode="forecast")
     gm = snapshot(plan.stage("insert_forecast"))
-    gm.meta[FACTS_KEY] = frozenset(
-        {Fact.SITES_TAGGED, Fact.ATTENTION_REPLACED, Fact.FORECAST_INSERTED}
-    )
+    FACTS.put(gm, frozenset({Fact.SITES_TAGGED, Fact.ATTENTION_REPLACED, Fact.FORECAST_INSERTED}))
     machine = MACHINES["h200"]
     ctx = PassContext(plan.layout.config, "decode", {}, "Model", plan.layout, machine)
     (record,) = run_passes(gm, [FuseProjections()], ctx)

@@ -7,12 +7,12 @@ import pytest
 from sparda_compile.errors import PassError
 from sparda_compile.graph.effects import argument, set_argument
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, program_order, snapshot
+from sparda_compile.graph.tags import FACTS, HINTS, LAYER
 from sparda_compile.graph.text import graph_text
 from sparda_compile.passes.base import Fact, PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.manager import FACTS_KEY, run_passes
+from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.rewrite.fuse_selection import FuseSelection
-from sparda_compile.passes.rewrite.insert_forecast import HINT_KEY
 
 CASES = {
     "forecast": ({"mode": "forecast"}, (2, 0)),
@@ -75,7 +75,7 @@ def test_users_of_each_result_keep_its_meaning(stages, case):
         if item.args[1] == 0:
             old = named(before.graph, item.name.replace("picked_ids", "block_ids"))
             assert call_name(old) == "sparda.select_blocks"
-            assert item.meta.get(HINT_KEY) == old.meta.get(HINT_KEY)
+            assert HINTS.get(item) == HINTS.get(old)
             users = {u.name for u in old.users if call_name(u) != "sparda.plan_pages"}
         else:
             old = named(before.graph, item.name)
@@ -120,7 +120,7 @@ def test_fused_op_stands_where_the_plan_stood(stages):
         for name in earlier:
             if not name.startswith(("block_ids", "plan")):
                 assert place[named(after.graph, name)] < place[fused]
-        assert fused.meta["sparda_layer"] == layer
+        assert LAYER.of(fused) == layer
         assert fused.meta["stack_trace"] == named(before.graph, f"plan_{layer}").meta["stack_trace"]
 
 
@@ -153,12 +153,20 @@ def context(plan_of, **settings):
 def test_second_run_is_refused(stages, plan_of):
     before, _, counts = stages(mode="exact")
     gm = snapshot(before)
-    gm.meta[FACTS_KEY] = frozenset(
-        {Fact.SITES_TAGGED, Fact.ATTENTION_REPLACED, Fact.FORECAST_INSERTED, Fact.TRANSFERS_ASYNC}
+    FACTS.put(
+        gm,
+        frozenset(
+            {
+                Fact.SITES_TAGGED,
+                Fact.ATTENTION_REPLACED,
+                Fact.FORECAST_INSERTED,
+                Fact.TRANSFERS_ASYNC,
+            }
+        ),
     )
     (record,) = run_passes(gm, [FuseSelection()], context(plan_of))
     assert record.counts == counts
-    assert Fact.SELECTION_FUSED in gm.meta[FACTS_KEY]
+    assert Fact.SELECTION_FUSED in FACTS.of(gm)
     with pytest.raises(PassError, match="fuse_selection has already run"):
         run_passes(gm, [FuseSelection()], context(plan_of))
 

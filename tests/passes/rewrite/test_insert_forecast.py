@@ -15,8 +15,8 @@ from sparda_compile.graph.nodes import (
     tensor_shape,
 )
 from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import HINTS, LAYER
 from sparda_compile.graph.text import graph_text
-from sparda_compile.passes.rewrite.insert_forecast import HINT_KEY
 from sparda_compile.sizes import SAMPLES
 
 
@@ -106,7 +106,7 @@ def test_exact_leaves_selection_to_the_query_and_adds_a_hint(inserted):
         assert argument(guess, "selector") == "forecast"
         ids = named(graph, f"hint_block_ids_{layer}")
         assert argument(ids, "scores") is guess
-        assert ids.meta[HINT_KEY] == [layer]
+        assert HINTS.of(ids) == [layer]
         # Nobody takes the guess yet: it cannot change what is computed.
         assert list(ids.users) == []
 
@@ -117,7 +117,7 @@ def test_previous_step_remembers_and_recalls(inserted):
     order = program_order(graph)
     for layer, site in enumerate(sites_of(graph)):
         recalled, remembered = (
-            next(n for n in find_ops(graph, op) if n.meta["sparda_layer"] == layer)
+            next(n for n in find_ops(graph, op) if LAYER.of(n) == layer)
             for op in ("recall_ids", "remember_ids")
         )
         state = f"sparda_last_block_ids_{layer}"
@@ -125,15 +125,15 @@ def test_previous_step_remembers_and_recalls(inserted):
         assert remembered.args[0].name == f"block_ids_{layer}"
         projection = named(graph, site.projection.name)
         assert order[recalled] < order[projection] < order[remembered]
-        assert recalled.meta[HINT_KEY] == [layer]
+        assert HINTS.of(recalled) == [layer]
     assert not any("sparda_forecast" in n.name for n in graph.nodes)
 
 
 def test_previous_layer_has_no_hint_for_the_first(inserted):
     graph, counts = inserted(mode="exact", hint="previous_layer")
     assert counts["hints"] == 1
-    assert named(graph, "block_ids_0").meta[HINT_KEY] == [1]
-    assert HINT_KEY not in named(graph, "block_ids_1").meta
+    assert HINTS.of(named(graph, "block_ids_0")) == [1]
+    assert not HINTS.on(named(graph, "block_ids_1"))
 
 
 @pytest.mark.parametrize(
@@ -159,5 +159,5 @@ def test_new_nodes_are_for_the_target_and_have_values(inserted):
         forecast = named(graph, f"forecast_{layer}")
         scored = argument(named(graph, f"scores_{layer}"), "query")
         for node in {forecast, *nodes_between(forecast, scored)}:
-            assert node.meta["sparda_layer"] == layer
+            assert LAYER.of(node) == layer
             assert node.meta["val"] is not None

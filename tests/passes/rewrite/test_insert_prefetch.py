@@ -6,6 +6,7 @@ import pytest
 
 from sparda_compile.graph.effects import accesses, argument, is_state, stream_of
 from sparda_compile.graph.nodes import call_name, find_ops, program_order
+from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.graph.text import graph_text
 from sparda_compile.isa.streams import COPY
 
@@ -57,7 +58,7 @@ def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
         assert argument(wait, "ticket") is start
         assert order[fork] < order[start] < order[wait]
         assert stream_of(start) == COPY
-        layers = {n.meta["sparda_layer"] for n in (fork, start, wait)}
+        layers = {LAYER.of(n) for n in (fork, start, wait)}
         assert len(layers) == 1
         # So the fork depends on all that the copy must follow.
         taken = {n for n in start.all_input_nodes if n is not fork}
@@ -78,7 +79,7 @@ def test_wait_of_a_prefetch_stands_before_everything_that_uses_the_pages(inserte
     for layer, prefetch in enumerate(find_ops(graph, "prefetch_blocks")):
         (wait,) = prefetch.users
         users = find_ops(graph, "append_kv", "sparse_attention", "offload_blocks")
-        mine = [n for n in users if n.meta["sparda_layer"] == layer]
+        mine = [n for n in users if LAYER.of(n) == layer]
         assert order[wait] < min(order[n] for n in mine)
         written = {a.state for a in accesses(wait) if a.is_write}
         assert written == {f"sparda_{name}_{layer}" for name in USED}
@@ -89,7 +90,7 @@ def test_wait_of_an_offload_stands_at_the_end(inserted):
     (end,) = find_ops(graph, "advance_lengths")
     for offload in find_ops(graph, "offload_blocks"):
         (wait,) = offload.users
-        layer = wait.meta["sparda_layer"]
+        layer = LAYER.of(wait)
         assert [a.state for a in accesses(wait)] == [f"sparda_host_{layer}"]
         between = []
         node = wait.next
@@ -104,7 +105,7 @@ def test_exact_splits_attention_around_the_repair(inserted):
     order = program_order(graph)
     assert not find_ops(graph, "sparse_attention")
     for layer in (0, 1):
-        mine = [n for n in graph.nodes if n.meta.get("sparda_layer") == layer]
+        mine = [n for n in graph.nodes if LAYER.get(n) == layer]
         ops = [call_name(n).removeprefix("sparda.") for n in mine]
         repair = next(n for n in mine if n.name == f"prefetch_{layer}")
         resident, missing = (find_ops(graph, f"attend_{w}")[layer] for w in ("resident", "missing"))
@@ -113,7 +114,7 @@ def test_exact_splits_attention_around_the_repair(inserted):
         assert ops.index("append_kv") < ops.index("attend_resident")
         assert argument(missing, "partial_out").args == (resident, 0)
         assert argument(missing, "partial_lse").args == (resident, 1)
-        assert missing.meta["sparda"].layer == layer
+        assert SITE.of(missing).layer == layer
         for name in ("query", "page_ids", "block_ids", "is_miss", "scale", "softcap"):
             assert argument(missing, name) == argument(resident, name)
 

@@ -7,8 +7,8 @@ import pytest
 from sparda_compile.graph.effects import argument, is_state
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, is_sparda, module_path
 from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import FACTS, LAYER, SITE
 from sparda_compile.passes.base import Fact
-from sparda_compile.passes.manager import FACTS_KEY
 from sparda_compile.passes.rewrite.replace_attention import ReplaceAttention
 from sparda_compile.sizes import SAMPLES
 from sparda_compile.state.layout import state_name
@@ -36,7 +36,7 @@ def replaced(plan_of):
 
 def ops_of(gm, layer):
     nodes = [n for n in gm.graph.nodes if is_sparda(n)]
-    return [call_name(n).removeprefix("sparda.") for n in nodes if n.meta["sparda_layer"] == layer]
+    return [call_name(n).removeprefix("sparda.") for n in nodes if LAYER.of(n) == layer]
 
 
 def test_decode(replaced):
@@ -67,7 +67,7 @@ def test_what_was_there_is_gone(replaced, phase):
 
 def dead(graph):
     """Names of the model's nodes whose result nobody takes."""
-    own = (n for n in graph.nodes if n.op.startswith("call") and "sparda_layer" not in n.meta)
+    own = (n for n in graph.nodes if n.op.startswith("call") and not LAYER.on(n))
     return {n.name for n in own if not n.users}
 
 
@@ -109,7 +109,7 @@ def test_attention_takes_the_site_as_it_was_found(replaced):
         assert argument(attention, "query").name == site.query.name
         assert argument(attention, "scale") == site.scale
         assert argument(attention, "softcap") == site.softcap
-        assert attention.meta["sparda"].layer == site.layer
+        assert SITE.of(attention).layer == site.layer
         append = find_ops(gm.graph, "append_kv")[site.layer]
         assert [n.name for n in append.args[:2]] == [site.k.name, site.v.name]
 
@@ -143,12 +143,12 @@ def test_state_comes_as_inputs_of_the_layouts_shapes(replaced, phase):
 def test_new_nodes_have_metadata(replaced, phase):
     gm, _, plan = replaced(phase=phase)
     for node in gm.graph.nodes:
-        if is_sparda(node) and node.meta["sparda_layer"] >= 0:
-            layer = node.meta["sparda_layer"]
+        if is_sparda(node) and LAYER.of(node) >= 0:
+            layer = LAYER.of(node)
             assert module_path(node) == f"model.layers.{layer}.self_attn", node.name
             assert "stack_trace" in node.meta
             assert "val" in node.meta
-    assert Fact.ATTENTION_REPLACED in plan.graph_module.meta[FACTS_KEY]
+    assert Fact.ATTENTION_REPLACED in FACTS.of(plan.graph_module)
 
 
 def test_end_of_the_step_counts_real_tokens_only(replaced):

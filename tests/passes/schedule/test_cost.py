@@ -13,7 +13,8 @@ from sparda_compile.graph.nodes import call_name, find_ops, module_path
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import Cost, node_cost
-from sparda_compile.program.plan import Captures, make_plan
+from sparda_compile.program.captures import Captures
+from sparda_compile.program.plan import make_plan
 
 H200 = MACHINES["h200"]
 SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}

@@ -1,0 +1,10 @@
+"""What is counted on the device, and where each count stands in the tensor `counters`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["COUNTERS", "HITS", "MISSES", "OFFLOADED", "PREFETCHED", "REPAIRED"]
+
+COUNTERS: Final = ("hits", "misses", "prefetched_blocks", "repaired_blocks", "offloaded_blocks")
+HITS, MISSES, PREFETCHED, REPAIRED, OFFLOADED = range(len(COUNTERS))

@@ -1,0 +1,168 @@
+"""The traced forwards of one model, and where their attentions are.
+
+    model --trace--> captured --FindAttention--> sites      once for each phase and configuration
+
+Optimizing, training and benchmarks all begin here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sparda_compile.capture.forward import CapturedGraph, capture, share_weights
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.graph.nodes import copy_graph, fake_value, snapshot
+from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.passes import PIPELINE
+from sparda_compile.passes.base import PassContext
+from sparda_compile.passes.machine import machine_for
+from sparda_compile.passes.manager import StageRecord, run_passes
+from sparda_compile.progress import stage
+from sparda_compile.state.layout import CacheLayout, LayerShape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import fx, nn
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.program.joined_weight import JoinedWeight
+
+__all__ = ["Captures", "FoundSites"]
+
+
+class Captures:
+    """The traced forwards of one model; shared by every module optimized from it.
+
+    Args:
+        model: A causal LM of transformers.
+        windows: Sliding window of each layer, 0 for none.
+    """
+
+    def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
+        self.model = share_weights(model)
+        self.model_name = type(model).__name__
+        self.windows = dict(windows)
+        self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
+        self._found: dict[tuple[str, bool, SpardaConfig], FoundSites] = {}
+        self._joined: dict[tuple[int, ...], JoinedWeight] = {}
+
+    @property
+    def num_captures(self) -> int:
+        """Times that a forward was traced."""
+        return len(self._graphs)
+
+    def get(self, phase: str, *, last_logits_only: bool = True) -> CapturedGraph:
+        """Return a traced forward, for any number of sequences; traced when first asked for."""
+        key = (phase, last_logits_only)
+        if key not in self._graphs:
+            with stage("capture", f"the {phase}"):
+                captured = capture(self.model, phase, last_logits_only=last_logits_only)
+            self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
+        return self._graphs[key]
+
+    def sites(
+        self, phase: str, config: SpardaConfig, *, last_logits_only: bool = True
+    ) -> FoundSites:
+        """Return a traced forward whose attentions are found; no size of a cache changes that.
+
+        Args:
+            phase: `prefill` or `decode`.
+            config: What to build.
+            last_logits_only: Whether it returns the logits of the last token alone.
+
+        Raises:
+            AttentionNotFoundError: If the model has no attention, or one that is not implemented.
+            UnsupportedInputError: If the model's forward does not use position_ids.
+        """
+        key = (phase, last_logits_only, config)
+        if key not in self._found:
+            captured = self.get(phase, last_logits_only=last_logits_only)
+            ctx = PassContext(
+                config=config,
+                phase=phase,
+                windows=self.windows,
+                model=self.model_name,
+                layout=None,
+                machine=machine_for(config.machine, captured.device),
+                weights=captured.weights,
+            )
+            gm = captured.copy()
+            first = StageRecord(
+                "capture", lambda: captured.copy().graph, {"nodes": len(gm.graph.nodes)}, 0.0
+            )
+            stages = run_passes(gm, PIPELINE[:1], ctx)
+            _check_positions(captured, gm, ctx.model)
+            self._found[key] = FoundSites(captured, gm, (first, *stages), ctx)
+        return self._found[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundSites:
+    """A traced forward whose attentions are found.
+
+    Attributes:
+        captured: The forward.
+        graph_module: Its graph with every attention tagged; shared, so `copy` it to change it.
+        stages: How it came to be.
+        ctx: What the first pass knew; there is no cache yet.
+    """
+
+    captured: CapturedGraph
+    graph_module: fx.GraphModule
+    stages: tuple[StageRecord, ...]
+    ctx: PassContext
+
+    def copy(self) -> fx.GraphModule:
+        """Return the graph as a copy that passes may change."""
+        return snapshot(self.graph_module)
+
+    def records(self) -> list[StageRecord]:
+        """Return the stages for one more plan, which shares no graph with others."""
+        return [
+            dataclasses.replace(stage, rebuild=partial(_copy_of, stage)) for stage in self.stages
+        ]
+
+    def layout(self, batch_size: int, max_tokens: int, trace_steps: int = 0) -> CacheLayout:
+        """Return the KV cache of these attentions.
+
+        Args:
+            batch_size: Sequences.
+            max_tokens: Tokens per sequence.
+            trace_steps: For benchmarks: steps of the trace that selection follows, 0 for none.
+        """
+        shapes = tuple(_layer_shape(s, max_tokens) for s in sites_of(self.graph_module.graph))
+        return CacheLayout(self.ctx.config, shapes, batch_size, max_tokens, trace_steps)
+
+    def context(self, layout: CacheLayout) -> PassContext:
+        """Return what the passes behind the first one may know."""
+        return dataclasses.replace(
+            self.ctx,
+            layout=layout.traced(),
+            batch_size=layout.batch_size,
+            # Read again: it may have been calibrated since.
+            machine=machine_for(self.ctx.config.machine, self.captured.device),
+        )
+
+
+def _copy_of(record: StageRecord) -> fx.Graph:
+    return copy_graph(record.graph)
+
+
+def _layer_shape(site: AttentionSite, max_tokens: int) -> LayerShape:
+    window = min(site.window, max_tokens) if site.window else 0
+    dtype = fake_value(site.k).dtype
+    return LayerShape(site.layer, site.kind, site.num_groups, site.head_dim, window, dtype)
+
+
+def _check_positions(captured: CapturedGraph, gm: fx.GraphModule, model_name: str) -> None:
+    names = [name for name, role in captured.inputs.items() if role == "position_ids"]
+    used = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in names and n.users]
+    if not used:
+        raise UnsupportedInputError(
+            f"{model_name}: forward does not use position_ids, so a decode step cannot tell it "
+            "where its token stands. Give forward a position_ids argument (absolute positions, "
+            "[B, T] int64) and derive every position from it."
+        )

@@ -1,0 +1,131 @@
+"""What a mode means, worked out once from a configuration.
+
+| mode | blocks are selected by | the copy of a layer's blocks | hint |
+|---|---|---|---|
+| `dense` | nobody: all are read | none | none |
+| `query` | the layer's query | in line | none |
+| `forecast` | the Forecast | starts early, awaited late | none |
+| `exact` | the layer's query | of the hint's early; the rest beside attention, then repair | one |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from sparda_compile.registry import HINTS, SELECTORS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.selectors.base import Selector
+    from sparda_compile.state.layout import CacheLayout, LayerShape, TensorSpec
+
+__all__ = ["HintMethod", "Strategy", "strategy_of"]
+
+
+class HintMethod(Protocol):
+    """What a hint says of itself; `hints.base.Hint` also writes its nodes.
+
+    Attributes:
+        name: As in `SpardaConfig.hint`.
+        needs_forecast: Whether it takes Forecast weights.
+        ops: Ops that it adds to its layer, besides the plan, the copy and the wait of what it
+            guesses.
+        borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
+    """
+
+    name: ClassVar[str]
+    needs_forecast: ClassVar[bool] = False
+    ops: ClassVar[tuple[str, ...]] = ()
+    borrows_ids: ClassVar[bool] = False
+
+    def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:
+        """Return the state tensors that it keeps for a layer, by short name."""
+        del layout, layer
+        return {}
+
+    def source(self, target: LayerShape, layers: Sequence[LayerShape]) -> LayerShape | None:
+        """Return the layer that a layer's guess is made in; None if it has no guess.
+
+        The first layer has none before it, so its guess is made in its own.
+
+        Args:
+            target: The layer.
+            layers: All layers, in order.
+        """
+        before = [layer for layer in layers if layer.layer < target.layer]
+        return before[-1] if before else target
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What a mode means.
+
+    Attributes:
+        selector: Scores blocks against the layer's query; None where every block is read.
+        forecast_selector: Scores them against a Forecast; None where there is none.
+        selects_by_forecast: Whether the Forecast selects what attention reads.
+        hint: Guesses a layer's blocks early, None for nothing.
+        overlaps: Whether copies start before they are awaited.
+        repairs: Whether attention begins with what is there, and the rest is merged in later.
+    """
+
+    selector: Selector | None
+    forecast_selector: Selector | None
+    selects_by_forecast: bool
+    hint: HintMethod | None
+    overlaps: bool
+    repairs: bool
+
+    @property
+    def selects(self) -> bool:
+        """Whether attention reads selected blocks, and not all."""
+        return self.selector is not None
+
+    @property
+    def needs_forecast(self) -> bool:
+        """Whether programs take Forecast weights."""
+        return self.forecast_selector is not None
+
+    @property
+    def first_selector(self) -> str:
+        """Name of what scores a query until a Forecast takes its place, by the same summary."""
+        assert self.selector is not None
+        if not self.selects_by_forecast or self.selector.summary.name == self._forecast_summary:
+            return self.selector.name
+        same: str = next(s.name for s in SELECTORS if s.summary.name == self._forecast_summary)
+        return same
+
+    @property
+    def _forecast_summary(self) -> str:
+        assert self.forecast_selector is not None
+        return self.forecast_selector.summary.name
+
+    @property
+    def scorers(self) -> tuple[Selector, ...]:
+        """All selectors whose summaries a cache keeps, in decode."""
+        by_query = None if self.selects_by_forecast else self.selector
+        return tuple(s for s in (by_query, self.forecast_selector) if s is not None)
+
+
+@functools.lru_cache(maxsize=256)
+def strategy_of(config: SpardaConfig) -> Strategy:
+    """Return what a configuration's mode means."""
+    if config.mode == "dense":
+        return Strategy(None, None, selects_by_forecast=False, hint=None, overlaps=False,
+                        repairs=False)  # fmt: skip
+    selector = SELECTORS[config.selector]
+    hint = HINTS[config.hint] if config.mode == "exact" else None
+    by_forecast = config.mode == "forecast"
+    has_forecast = by_forecast or (hint is not None and hint.needs_forecast)
+    return Strategy(
+        selector=selector,
+        forecast_selector=SELECTORS[selector.forecast_selector] if has_forecast else None,
+        selects_by_forecast=by_forecast,
+        hint=hint,
+        overlaps=config.mode in ("forecast", "exact"),
+        repairs=config.mode == "exact",
+    )

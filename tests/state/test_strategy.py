@@ -1,0 +1,55 @@
+"""What each mode means."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparda_compile import SpardaConfig
+from sparda_compile.registry import HINTS
+from sparda_compile.state.strategy import strategy_of
+
+
+def strategy(**settings):
+    return strategy_of(SpardaConfig(**settings))
+
+
+def test_dense_reads_all():
+    dense = strategy(mode="dense", selector="quest")
+    flags = (dense.selects, dense.overlaps, dense.repairs, dense.needs_forecast)
+    assert not any(flags)
+    assert dense.hint is None
+    assert dense.scorers == ()
+
+
+def test_query_selects_in_line():
+    query = strategy(mode="query", selector="quest")
+    assert query.selects
+    assert not any((query.overlaps, query.repairs, query.needs_forecast))
+    assert [scorer.name for scorer in query.scorers] == ["quest"]
+    assert query.first_selector == "quest"
+
+
+@pytest.mark.parametrize(
+    ("selector", "first", "forecast"),
+    [("infllm2", "infllm2", "forecast"), ("quest", "infllm2", "forecast"),
+     ("nosa", "nosa", "nosa_forecast")],
+)  # fmt: skip
+def test_forecast_selects_early(selector, first, forecast):
+    by_forecast = strategy(mode="forecast", selector=selector)
+    assert by_forecast.selects_by_forecast
+    assert by_forecast.overlaps
+    assert not by_forecast.repairs
+    assert by_forecast.first_selector == first
+    assert [scorer.name for scorer in by_forecast.scorers] == [forecast]
+
+
+@pytest.mark.parametrize("hint", HINTS.names())
+def test_exact_selects_by_the_query_and_repairs(hint):
+    exact = strategy(mode="exact", hint=hint)
+    assert exact.selects
+    assert exact.overlaps
+    assert exact.repairs
+    assert not exact.selects_by_forecast
+    assert exact.hint is HINTS[hint]
+    assert exact.needs_forecast == (hint == "forecast")
+    assert SpardaConfig(mode="exact", hint=hint).needs_forecast == exact.needs_forecast
