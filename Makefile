@@ -42,9 +42,10 @@ test: $(STAMP) ## Run lint, types and tests; what the continuous integration run
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types
 	@$(MAKE) --no-print-directory tests
 
-lint: $(STAMP) ## Check style, format, the import contracts and spelling.
+lint: $(STAMP) ## Check style, format, the house rules, the import contracts and spelling.
 	@$(BIN)/ruff check -q --output-format concise .
 	@$(BIN)/ruff format -q --check .
+	@$(BIN)/python tools/house_rules.py
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/codespell
 

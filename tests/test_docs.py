@@ -20,6 +20,8 @@ from sparda_compile import errors, ops, optimize
 from sparda_compile.config import SpardaConfig
 from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.graph.text import graph_text
+from sparda_compile.isa.streams import STREAM_NAMES
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.program.plan import make_plan
@@ -115,15 +117,42 @@ def fact_table():
 
 def op_sections():
     sections = []
-    for name, op in ops.OPS.items():
-        schema = op._opoverload._schema
-        writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        first_line = op._init_fn.__doc__.splitlines()[0]
+    for name, op in sorted(ops.OPS.items(), key=lambda item: place(item[1])):
         sections.append(
-            f"### {name}\n\n{first_line} Writes {code(writes) or 'nothing'}.\n\n"
-            + fence(str(schema).removeprefix("sparda::"))
+            f"### {name}\n\n{op._init_fn.__doc__.splitlines()[0]}\n\n"
+            + fence(str(op._opoverload._schema).removeprefix("sparda::"))
+            + "\n"
+            + "".join(f"- {line}\n" for line in op_facts(INSTRUCTIONS[name]))
         )
     return "\n".join(sections)
+
+
+def place(op):
+    """Return where an op is defined: the order of the page, whoever imported what first."""
+    return op._init_fn.__module__, op._init_fn.__code__.co_firstlineno
+
+
+def op_facts(instruction):
+    """Yield what the table of instructions says of an op; what it does not have is left out."""
+    yield f"defined in `{instruction.op._init_fn.__module__.replace('.', '/')}.py`"
+    writes = [name for name, is_written, _ in instruction.arguments if is_written]
+    yield f"writes: {code(writes) or 'nothing'}"
+    named = "the one that its argument `stream` names"
+    yield f"stream: {named if instruction.stream is None else STREAM_NAMES[instruction.stream]}"
+    if instruction.starts:
+        yield "event: starts `event`"
+    if instruction.waits:
+        yield "event: awaits `event`"
+    if instruction.forks:
+        yield "event: lets a side stream go on from here"
+    if instruction.results:
+        yield f"results: {code(instruction.results)}"
+    if instruction.kernels:
+        yield f"kernels: {code(dict.fromkeys(instruction.kernels))}"
+    orders = {"before": instruction.before, "behind": instruction.behind}
+    order = "; ".join(f"{word} {code(names)}" for word, names in orders.items() if names)
+    if order:
+        yield f"order in its layer: {order}"
 
 
 def state_table():
@@ -156,7 +185,7 @@ def state_table():
 
 
 GENERATED = {
-    "data_path.md": {
+    "pass_by_pass.md": {
         stage: (lambda stage=stage: stage_text(stage))
         for stage in ("capture", *(p.name for p in PIPELINE))
     },
@@ -177,7 +206,7 @@ SHOWS_TRACED_GRAPHS = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=SHOWS_TRACED_GRAPHS if page == "data_path.md" else ())
+        pytest.param(page, marks=SHOWS_TRACED_GRAPHS if page == "pass_by_pass.md" else ())
         for page in GENERATED
     ],
 )
@@ -203,7 +232,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    targets += re.findall(r"^\[\w+\]: (?!https?:)(\S+)", text, re.MULTILINE)
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 

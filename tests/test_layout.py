@@ -79,7 +79,7 @@ def test_unmirrored_modules_exist():
     assert set(UNMIRRORED) <= set(MODULES)
 
 
-@pytest.mark.parametrize("folder", ["sparda_compile", "tests", "benchmarks", "examples"])
+@pytest.mark.parametrize("folder", ["tests", "tools", "benchmarks", "examples"])
 def test_python_files_are_short(folder):
     lengths = {
         path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8").count("\n")

@@ -22,7 +22,7 @@ import torch
 from transformers import StaticCache
 
 from sparda_compile.bench.memory import dense_kv_bytes, free_everything, too_big
-from sparda_compile.bench.timing import Spread, time_calls
+from sparda_compile.bench.timing import Spread, time_calls, wait_for
 from sparda_compile.capture.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
@@ -134,9 +134,9 @@ def fill_static(cache: StaticCache, model: nn.Module, batch_size: int) -> Static
         if cache.offloading:
             cache.offload(index, cache.only_non_sliding)
     if cache.offloading:
-        _wait()
+        wait_for(weight.device)
         cache.prefetch(0, cache.only_non_sliding)  # each step ends with this one for the next
-        _wait()
+        wait_for(weight.device)
     return cache
 
 
@@ -269,15 +269,10 @@ def _offloaded(
 
 def _turn_with(run: StaticDecode, repair: str, steps: int) -> list[float]:
     """Time a turn; what a damaged cache holds does not change its time."""
-    _wait()
+    wait_for(run.input_ids.device)
     assert isinstance(run.cache, OffloadedCache)
     run.cache.repair = repair
     return run.turn(steps)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _compiled(model: nn.Module) -> Callable[..., Any]:

@@ -17,7 +17,8 @@ import torch
 from sparda_compile.bench.memory import HOMES
 from sparda_compile.bench.programs import KNOBS, build_body, build_program
 from sparda_compile.bench.synthetic import fill, follow, rewind
-from sparda_compile.bench.timing import Spread, time_calls
+from sparda_compile.bench.timing import Spread, time_calls, wait_for
+from sparda_compile.config import MIB
 from sparda_compile.errors import ConfigError
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.pinned import PinnedMemory
@@ -28,13 +29,12 @@ if TYPE_CHECKING:
     from sparda_compile.program.captures import Captures
     from sparda_compile.program.program import Program
 
-__all__ = ["VARIANTS", "DecodeBench", "DecodeSetting", "memcpy_gbps"]
+__all__ = ["VARIANTS", "DecodeBench", "DecodeSetting", "build_variant", "memcpy_gbps"]
 
 VARIANTS: Final = (*KNOBS, "body")
 _TRACE_STEPS: Final = 96
 _CHECKED: Final = 3
 _WARM: Final = 4
-_MIB: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +90,22 @@ class DecodeSetting:
 
 def memcpy_gbps() -> float:
     """Return the rate of one copy of 64 MiB from pinned memory, 10^9 bytes per second."""
-    region = PinnedMemory(64 * _MIB)
-    room = torch.empty(64 * _MIB, dtype=torch.uint8, device="cuda")
+    region = PinnedMemory(64 * MIB)
+    room = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
     us = time_calls(lambda: room.copy_(region.tensor, non_blocking=True), 20)
     region.close()
-    return 64 * _MIB / Spread.of(us).median / 1e3
+    return 64 * MIB / Spread.of(us).median / 1e3
+
+
+def build_variant(captures: Captures, variant: str, setting: DecodeSetting) -> Program:
+    """Return the program of a variant, one of `VARIANTS`, as a setting has it."""
+    if variant == "body":
+        lowering = setting.settings.get("lowering", "inductor")
+        return build_body(captures, setting.batch_size, lowering)
+    return build_program(
+        captures, variant, setting.batch_size, setting.max_tokens, setting.trace_steps,
+        **setting.settings,
+    )  # fmt: skip
 
 
 class DecodeBench:
@@ -128,16 +139,7 @@ class DecodeBench:
         self.positions = torch.full(shape, self.start, device=self.device)
 
     def _build(self, captures: Captures, variant: str) -> None:
-        setting = self.setting
-        if variant == "body":
-            lowering = setting.settings.get("lowering", "inductor")
-            program = build_body(captures, setting.batch_size, lowering)
-        else:
-            program = build_program(
-                captures, variant, setting.batch_size, setting.max_tokens, setting.trace_steps,
-                **setting.settings,
-            )  # fmt: skip
-        self.programs[variant] = program
+        program = self.programs[variant] = build_variant(captures, variant, self.setting)
         home = HOMES.get(variant, variant)
         if home not in self.caches:
             before = torch.cuda.memory_allocated()
@@ -176,10 +178,6 @@ class DecodeBench:
         layers = self.caches[variant].stats().layers.values()
         return sum(layer.h2d_bytes for layer in layers) / self.setting.steps
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def check(self) -> None:
         """Compare what must be equal; this also compiles and captures everything."""
         self.prepare(0.9)
@@ -190,7 +188,7 @@ class DecodeBench:
             if variant != "body":
                 rewind(self.caches[variant], self.start)
             logits[variant] = torch.stack([self.run(variant) for _ in range(_CHECKED)])
-            self._wait()
+            wait_for(self.device)
             self.build_s[variant] = round(self.build_s[variant] + time.perf_counter() - begin, 1)
         for variant in ("inline", "resident") if "scheduled" in logits else ():
             if variant in logits and not torch.equal(logits[variant], logits["scheduled"]):
@@ -213,7 +211,7 @@ class DecodeBench:
         trace = self._trace_bytes(layout)
 
         def mib(num_bytes: int) -> float:
-            return round(num_bytes / _MIB / batch, 1)
+            return round(num_bytes / MIB / batch, 1)
 
         return {
             "device_mib_per_sequence": {name: mib(size) for name, size in self.memory.items()},

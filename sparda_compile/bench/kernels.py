@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from sparda_compile.bench.interference import bench_interference
 from sparda_compile.bench.memory import pinned_region_bytes
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
+from sparda_compile.config import MIB
 from sparda_compile.kernels.gpu import attention, copy, score, select
 from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.runtime.pinned import PinnedMemory
@@ -41,7 +42,6 @@ _BLOCKS = _TOKENS // _SIZE
 _SCALE = _DIM**-0.5
 _BLOCK_BYTES = 2 * _SIZE * _DIM * 2
 _L2_BYTES = 160 << 20
-_MIB = 1 << 20
 
 
 def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
 
     `programs` are those of a decode step.
     """
-    count = 8 * _MIB // _BLOCK_BYTES
+    count = 8 * MIB // _BLOCK_BYTES
     region = PinnedMemory(pinned_region_bytes() // (2 * _BLOCK_BYTES) * 2 * _BLOCK_BYTES)
     host = region.tensor.view(torch.bfloat16)
     blocks = host.view(2, -1, 2, _SIZE, _DIM)
@@ -95,7 +95,7 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
         got = pages[0, g, : count // 2].cpu()
         if not torch.equal(got.view(torch.int16), wanted.view(torch.int16)):  # NaN must match too
             raise AssertionError("gather copied something else")
-    flat = host[: 8 * _MIB // 2]
+    flat = host[: 8 * MIB // 2]
     room = torch.empty_like(flat, device=device)
     memcpy = graph_us([lambda: room.copy_(flat, non_blocking=True)] * 8)
     rows = {}
@@ -107,13 +107,13 @@ def bench_gather(device: torch.device) -> dict[str, Any]:
         us = graph_us([call(misses) for misses in lists])
         rows[programs] = {
             **us.to_dict(),
-            "gbps": round(8 * _MIB / us.median / 1e3, 2),
+            "gbps": round(8 * MIB / us.median / 1e3, 2),
             "of_memcpy": round(memcpy.median / us.median, 3),
         }
     region.close()
     return {
         "programs": copy.GATHER_PROGRAMS,
-        "memcpy": {**memcpy.to_dict(), "gbps": round(8 * _MIB / memcpy.median / 1e3, 2)},
+        "memcpy": {**memcpy.to_dict(), "gbps": round(8 * MIB / memcpy.median / 1e3, 2)},
         "by_programs": rows,
     }
 

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparda_compile.bench.decode import VARIANTS, DecodeSetting
-from sparda_compile.bench.programs import build_body, build_program
+from sparda_compile.bench.decode import VARIANTS, DecodeSetting, build_variant
 from sparda_compile.bench.shapes import SHAPES, ModelShape, build_model
 from sparda_compile.errors import ConfigError
 from sparda_compile.program.captures import Captures
@@ -91,15 +90,8 @@ def compile_here(targets: Sequence[Target], device: str, say: Callable[[str], No
             model = build_hollow_model(shape, torch.device(device), torch.bfloat16)
             captures[target.shape] = Captures(model, {})
         say(f"compiling {target}")
-        mine = captures[target.shape]
-        if target.variant == "body":
-            program = build_body(mine, target.batch_size)
-        else:
-            setting = DecodeSetting(target.batch_size, target.max_tokens)
-            program = build_program(
-                mine, target.variant, target.batch_size, target.max_tokens, setting.trace_steps
-            )
-        program.compile()
+        setting = DecodeSetting(target.batch_size, target.max_tokens)
+        build_variant(captures[target.shape], target.variant, setting).compile()
 
 
 def compile_apart(

@@ -112,13 +112,18 @@ def run_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
     tell({"import_s": dict(_imports(job))})
     import torch
 
+    from sparda_compile.bench.timing import wait_for
+
+    device = torch.device(job.device)
     begin = time.perf_counter()
     model = _build(job)
+    wait_for(device)
     tell({"model_s": time.perf_counter() - begin})
     if job.program == "sparda":
         with stage_times() as times:
             begin = time.perf_counter()
             model = _optimize(model, job)
+            wait_for(device)
             seconds = time.perf_counter() - begin
         tell({"optimize": {"total_s": seconds, **_stages(times), **_compilations(model)}})
     for index, text in enumerate(job.scenarios):
@@ -149,7 +154,7 @@ def _imports(job: Job) -> Iterator[tuple[str, float]]:
 
 
 def _build(job: Job) -> Any:
-    """Return the model, finished on its device: bf16 on a GPU, fp32 on a CPU."""
+    """Return the model on its device: bf16 on a GPU, fp32 on a CPU."""
     import torch
 
     from sparda_compile.bench.shapes import SHAPES, build_model
@@ -160,7 +165,6 @@ def _build(job: Job) -> Any:
     model: Any = build_model(shape, torch.device(job.device), dtype)
     # Random weights could name any token, also the one that ends a sequence.
     model.generation_config.eos_token_id = None
-    _wait(job.device)
     return model
 
 
@@ -168,9 +172,7 @@ def _optimize(model: Any, job: Job) -> Any:
     from sparda_compile import SpardaConfig, optimize
 
     config = SpardaConfig(mode=job.mode, lowering=job.lowering)  # type: ignore[arg-type]
-    fast = optimize(model, config)
-    _wait(job.device)
-    return fast
+    return optimize(model, config)
 
 
 def _measure(model: Any, job: Job, scenario: Scenario, seed: int) -> dict[str, Any]:
@@ -215,7 +217,9 @@ def _generate(model: Any, ids: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Return seconds to each token after the one before, and of the whole call."""
     import torch
 
-    _wait(ids.device.type)
+    from sparda_compile.bench.timing import wait_for
+
+    wait_for(ids.device)
     watch = _Stopwatch()
     model.generate(
         ids,
@@ -225,7 +229,7 @@ def _generate(model: Any, ids: Any, settings: dict[str, Any]) -> dict[str, Any]:
         streamer=watch,
         **settings,
     )
-    _wait(ids.device.type)
+    wait_for(ids.device)
     total = time.perf_counter() - watch.times[0]
     gaps = [after - before for before, after in pairwise(watch.times)]
     return {"token_s": dict(zip(TOKENS, gaps, strict=True)), "total_s": total}
@@ -239,13 +243,6 @@ def _compilations(model: Any) -> dict[str, Any]:
     """Return how many programs the library has compiled so far, as it says it itself."""
     sparda = getattr(model, "sparda", None)
     return {} if sparda is None else {"num_compilations": sparda.num_compilations}
-
-
-def _wait(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _free(device: str) -> None:

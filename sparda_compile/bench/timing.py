@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Spread", "graph_us", "time_calls"]
+__all__ = ["Spread", "graph_us", "time_calls", "wait_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Spread:
     def to_dict(self) -> dict[str, float]:
         """Return plain numbers."""
         return {k: round(v, 3) for k, v in dataclasses.asdict(self).items()}
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was told; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def time_calls(call: Callable[[], object], runs: int) -> list[float]:

@@ -14,12 +14,12 @@ from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["PlainCausalLM", "as_causal_lm", "sliding_windows"]
+__all__ = ["WrappedCausalLM", "as_causal_lm", "sliding_windows"]
 
 _TRACEABLE = ("sdpa", "eager")
 
 
-class PlainCausalLM(PreTrainedModel, GenerationMixin):
+class WrappedCausalLM(PreTrainedModel, GenerationMixin):
     """A module `forward(input_ids, position_ids) -> logits` with transformers' generate.
 
     Args:
@@ -60,7 +60,7 @@ def as_causal_lm(model: nn.Module) -> PreTrainedModel:
         raise AttentionNotFoundError(f"{name} has no parameters, so it has no attention.")
     if not isinstance(model, PreTrainedModel):
         # Under the module's own name, which every message then gives.
-        wrapped: PreTrainedModel = type(name, (PlainCausalLM,), {})(model)
+        wrapped: PreTrainedModel = type(name, (WrappedCausalLM,), {})(model)
         wrapped.eval()
         return wrapped
     if model.config.is_encoder_decoder:

@@ -10,6 +10,7 @@ import typer
 
 from sparda_compile.cli.console import (
     CANNOT,
+    AsJson,
     errors_as_sentences,
     fail,
     make_console,
@@ -46,7 +47,6 @@ bench_app.command("start")(bench_start)
 
 Out = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
 Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Turns of each program.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of one turn.")]

@@ -9,6 +9,7 @@ import typer
 
 from sparda_compile.cli.bench import require_gpu
 from sparda_compile.cli.console import (
+    AsJson,
     errors_as_sentences,
     make_console,
     print_json,
@@ -27,7 +28,7 @@ def calibrate_machine(
     commit: Annotated[
         str | None, typer.Option(help="Commit to note, where this is no git checkout.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure this GPU and its link, and keep the constants for every later plan."""
     with errors_as_sentences():

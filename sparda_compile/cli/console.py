@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CANNOT",
+    "AsJson",
     "errors_as_sentences",
     "fail",
     "make_console",
@@ -31,6 +32,8 @@ __all__ = [
 CANNOT: Final = 1
 _WRONG_USAGE: Final = 2
 _WIDTH: Final = 110
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
 def write_file(write: Callable[[Path], Path], path: Path | None) -> Path | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from sparda_compile.cli.console import (
+    AsJson,
     errors_as_sentences,
     make_console,
     print_json,
@@ -19,7 +20,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sparda_compile.evaluation.run import EvaluationRow
     from sparda_compile.forecast.weights import ForecastWeights
@@ -31,102 +32,87 @@ _TASKS: Final = ("single_needle", "multi_key", "key_value")
 _MODES: Final = ("dense", "query")
 _BUDGETS: Final = (0.1,)
 
+Model = Annotated[
+    str,
+    typer.Argument(help="A folder with a model of transformers, or small: the shipped one."),
+]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option(help="Mode to measure, may be given again. [default: dense, query]"),
+]
+Selectors = Annotated[
+    list[str] | None,
+    typer.Option(help="Selector of a query, may be given again. [default: infllm2]"),
+]
+ShortList = Annotated[
+    int,
+    typer.Option(min=0, help="Blocks that selector nosa picks by the query or the Forecast."),
+]
+Budgets = Annotated[
+    list[float] | None,
+    typer.Option(help="Share of blocks to read, may be given again. [default: 0.1]"),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Task, may be given again. [default: {', '.join(_TASKS)}]"),
+]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option(help="Tokens of a sequence, may be given again. [default: 4096]"),
+]
+PoolSize = Annotated[
+    int | None,
+    typer.Option(help="Tokens of one pooled key. [default: as the Forecast's, else 32]"),
+]
+PoolStride = Annotated[
+    int | None,
+    typer.Option(help="Tokens between pooled keys. [default: as the Forecast's, else 16]"),
+]
+ForecastFile = Annotated[Path | None, typer.Option(help="Safetensors file of Forecast weights.")]
+AsBytes = Annotated[bool, typer.Option("--bytes", help="The model's vocabulary is bytes.")]
+
 
 def evaluate_model(
-    model: Annotated[
-        str,
-        typer.Argument(help="A folder with a model of transformers, or small: the shipped one."),
-    ] = _SMALL,
-    mode: Annotated[
-        list[str] | None,
-        typer.Option(help="Mode to measure, may be given again. [default: dense, query]"),
-    ] = None,
-    selector: Annotated[
-        list[str] | None,
-        typer.Option(help="Selector of a query, may be given again. [default: infllm2]"),
-    ] = None,
-    short_list: Annotated[
-        int,
-        typer.Option(min=0, help="Blocks that selector nosa picks by the query or the Forecast."),
-    ] = SpardaConfig.short_list,
-    budget: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of blocks to read, may be given again. [default: 0.1]"),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Task, may be given again. [default: {', '.join(_TASKS)}]"),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens of a sequence, may be given again. [default: 4096]"),
-    ] = None,
+    model: Model = _SMALL,
+    mode: Modes = None,
+    selector: Selectors = None,
+    short_list: ShortList = SpardaConfig.short_list,
+    budget: Budgets = None,
+    task: Tasks = None,
+    tokens: Lengths = None,
     samples: Annotated[int, typer.Option(min=1, help="Sequences of each task and length.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences to run at once.")] = 4,
     local_blocks: Annotated[int, typer.Option(min=0, help="Most recent blocks, always read.")] = 2,
-    pool_size: Annotated[
-        int | None,
-        typer.Option(help="Tokens of one pooled key. [default: as the Forecast's, else 32]"),
-    ] = None,
-    pool_stride: Annotated[
-        int | None,
-        typer.Option(help="Tokens between pooled keys. [default: as the Forecast's, else 16]"),
-    ] = None,
-    forecast: Annotated[
-        Path | None, typer.Option(help="Safetensors file of Forecast weights.")
-    ] = None,
+    pool_size: PoolSize = None,
+    pool_stride: PoolStride = None,
+    forecast: ForecastFile = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sequences.")] = 0,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
-    as_bytes: Annotated[
-        bool, typer.Option("--bytes", help="The model's vocabulary is bytes.")
-    ] = False,
+    as_bytes: AsBytes = False,
     json_file: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as eval.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure accuracy and recall of modes, selectors and budgets against the dense model."""
     with errors_as_sentences():
-        modes, selectors = mode or _MODES, selector or ("infllm2",)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.run import Evaluation, evaluate
             from sparda_compile.evaluation.show import print_evaluation, write_json, write_plot
 
             weights = _forecast(model, forecast)
-            given = {"pool_size": pool_size, "pool_stride": pool_stride}
-            info = weights.info if weights is not None else None
-            sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
-            sizes |= {field: size for field, size in given.items() if size is not None}
-            bases = [
-                SpardaConfig(
-                    mode=name,  # type: ignore[arg-type]
-                    selector=rule,
-                    short_list=short_list,
-                    local_blocks=local_blocks,
-                    **sizes,
-                    # The budget sets it, once the length is known.
-                    top_k=None,
-                )
-                for name in modes
-                for rule in _selectors(name, selectors)
-            ]
+            fields = _sizes(weights, pool_size=pool_size, pool_stride=pool_stride)
+            fields |= {"short_list": short_list, "local_blocks": local_blocks}
+            bases = _bases(mode or _MODES, selector or ("infllm2",), fields)
             say(f"loading {model}")
             loaded = _load(model, device)
             rows: list[EvaluationRow] = []
             for length in tokens or (4096,):
-                configs = _configs(bases, tuple(budget or _BUDGETS), length)
                 found = evaluate(
-                    loaded,
-                    configs,
-                    tasks=task or _TASKS,
-                    length=length,
-                    num_samples=samples,
-                    batch_size=batch,
-                    forecast=weights,
-                    seed=seed,
-                    as_bytes=as_bytes,
-                    progress=say,
-                )
+                    loaded, _configs(bases, tuple(budget or _BUDGETS), length),
+                    tasks=task or _TASKS, length=length, num_samples=samples, batch_size=batch,
+                    forecast=weights, seed=seed, as_bytes=as_bytes, progress=say,
+                )  # fmt: skip
                 rows += found.rows
         evaluation = Evaluation(found.model, seed, tuple(rows))
         written = [
@@ -138,6 +124,24 @@ def evaluate_model(
         return
     print_evaluation(evaluation, make_console())
     print_paths(written)
+
+
+def _sizes(weights: ForecastWeights | None, **given: int | None) -> dict[str, int]:
+    """Return the sizes of blocks and pooled keys: as given, else as the Forecast's."""
+    info = weights.info if weights is not None else None
+    sizes = dict(info.sizes) if info is not None else {}
+    return sizes | {field: size for field, size in given.items() if size is not None}
+
+
+def _bases(
+    modes: Sequence[str], selectors: Sequence[str], fields: Mapping[str, int]
+) -> list[SpardaConfig]:
+    """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
+    return [
+        SpardaConfig(mode=mode, selector=rule, top_k=None, **fields)  # type: ignore[arg-type]
+        for mode in modes
+        for rule in _selectors(mode, selectors)
+    ]
 
 
 def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:

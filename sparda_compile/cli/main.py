@@ -22,6 +22,7 @@ from sparda_compile.cli.bench import bench_app
 from sparda_compile.cli.calibrate import calibrate_machine
 from sparda_compile.cli.console import (
     CANNOT,
+    AsJson,
     errors_as_sentences,
     fail,
     make_console,
@@ -39,6 +40,7 @@ from sparda_compile.registry import HINTS, SELECTORS
 if TYPE_CHECKING:
     from sparda_compile.demo.needles import NeedleDemo
     from sparda_compile.demo.run import Demo
+    from sparda_compile.report.model import Report
 
 __all__ = ["app", "main"]
 
@@ -50,8 +52,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
 def main() -> None:
@@ -130,14 +130,8 @@ def inspect_model(
             print_json(report.to_dict())
         if report.error:
             fail(report.error, CANNOT)
-        decode = next((s for s in report.schedules if s.phase == "decode"), None)
-        if trace is not None and decode is None:
-            raise ConfigError(
-                f"--trace {trace}: mode={mode!r} with offload={offload!r} has no decode schedule "
-                "to trace; use a mode that offloads."
-            )
-        written = [write_file(report.to_html, html or _default("sparda-report.html", as_json))]
-        written.append(write_file(decode.to_chrome_trace, trace) if decode else None)
+        html = html or _default("sparda-report.html", as_json)
+        written = _write_report(report, config, html, trace)
     if not as_json:
         from sparda_compile.cli.tables import print_report
 
@@ -227,6 +221,20 @@ def _parse_top_k(text: str) -> int | None:
         raise ConfigError(
             f"--top-k {text} is no number; pass one, or 'all' for every block."
         ) from None
+
+
+def _write_report(
+    report: Report, config: SpardaConfig, html: Path | None, trace: Path | None
+) -> list[Path | None]:
+    """Write what was asked for of a report: a page, and the trace of the decode schedule."""
+    decode = next((s for s in report.schedules if s.phase == "decode"), None)
+    if trace is not None and decode is None:
+        raise ConfigError(
+            f"--trace {trace}: mode={config.mode!r} with offload={config.offload!r} has no decode "
+            "schedule to trace; use a mode that offloads."
+        )
+    written = [write_file(report.to_html, html)]
+    return [*written, write_file(decode.to_chrome_trace, trace) if decode else None]
 
 
 def _default(name: str, as_json: bool) -> Path | None:

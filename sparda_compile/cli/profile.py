@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from sparda_compile.cli.console import (
+    AsJson,
     errors_as_sentences,
     make_console,
     print_json,
@@ -50,7 +51,7 @@ def bench_profile(
     commit: Annotated[
         str | None, typer.Option(help="Commit to note, where this is no git checkout.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure one decode step node by node, beside its schedule."""
     with errors_as_sentences():

@@ -11,6 +11,7 @@ import typer
 
 from sparda_compile.cli.console import (
     CANNOT,
+    AsJson,
     errors_as_sentences,
     fail,
     make_console,
@@ -55,7 +56,7 @@ def bench_start(
     commit: Annotated[
         str | None, typer.Option(help="Commit to note, where this is no git checkout.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what comes before the first tokens: imports, rewriting, compiling; cold and warm."""
     with errors_as_sentences():

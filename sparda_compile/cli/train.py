@@ -12,18 +12,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparda_compile.cli.console import errors_as_sentences, print_json, print_paths
+from sparda_compile.cli.console import AsJson, errors_as_sentences, print_json, print_paths
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+    from sparda_compile.forecast.weights import ForecastWeights
     from sparda_compile.training.report import StepReport
 
 __all__ = ["train_model"]
+
+DataSet = Annotated[
+    Path | None, typer.Option(help="A data set to train on, as save_to_disk wrote it.")
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="A tokenizer's folder, or 'bytes'. [default: the model's folder]"),
+]
+LastTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens at a sequence's end to learn from. [default: all]"),
+]
+TeacherName = Annotated[
+    str,
+    typer.Option(help="attention: where the attention goes. query: what the query chooses."),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank of a projection. [default: at most the size of 256 full rows]"),
+]
 
 
 def train_model(
@@ -34,40 +55,24 @@ def train_model(
         Path, typer.Option(help="Safetensors file to write; checkpoints are kept beside it.")
     ] = Path("forecast.safetensors"),
     text: Annotated[Path | None, typer.Option(help="A text file to train on.")] = None,
-    dataset: Annotated[
-        Path | None, typer.Option(help="A data set to train on, as save_to_disk wrote it.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="A tokenizer's folder, or 'bytes'. [default: the model's folder]"),
-    ] = None,
+    dataset: DataSet = None,
+    tokenizer: Tokenizer = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 65536,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of one batch.")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step and process.")] = 32,
-    last_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens at a sequence's end to learn from. [default: all]"),
-    ] = None,
-    teacher: Annotated[
-        str,
-        typer.Option(help="attention: where the attention goes. query: what the query chooses."),
-    ] = "attention",
+    last_tokens: LastTokens = None,
+    teacher: TeacherName = "attention",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 2000,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Blocks that the Forecast is to pick.")] = 62,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Rank of a projection. [default: at most the size of 256 full rows]"
-        ),
-    ] = None,
+    rank: Rank = None,
     block_size: Annotated[int, typer.Option(help="Tokens of one block.")] = 64,
     local_blocks: Annotated[int, typer.Option(help="Recent blocks that are always read.")] = 32,
     pool_size: Annotated[int, typer.Option(help="Tokens of one pooled key.")] = 32,
     pool_stride: Annotated[int, typer.Option(help="Tokens between pooled keys.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
     reports: list[StepReport] = []
@@ -93,16 +98,9 @@ def train_model(
     if rank_of_environment():
         return
     if as_json:
-        assert weights.info is not None
-        described = json.loads(weights.info.to_json())
-        history = [_described(report) for report in reports]
-        print_json({"out": str(out), "forecast": described, "steps": history})
+        print_json({"out": str(out), **_found(weights, reports)})
         return
-    first, last = reports[0], reports[-1]
-    typer.echo(
-        f"loss {first.loss:.4f} -> {last.loss:.4f}, recall {_share(first.recall)} -> "
-        f"{_share(last.recall)}, {last.num_tokens / last.seconds:.0f} tokens/s"
-    )
+    typer.echo(_summary(reports))
     print_paths([out])
 
 
@@ -129,6 +127,21 @@ def _check_writable(out: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
+
+
+def _found(weights: ForecastWeights, reports: Sequence[StepReport]) -> dict[str, Any]:
+    """Return what was trained and what each step saw, as plain data."""
+    assert weights.info is not None
+    described = json.loads(weights.info.to_json())
+    return {"forecast": described, "steps": [_described(report) for report in reports]}
+
+
+def _summary(reports: Sequence[StepReport]) -> str:
+    first, last = reports[0], reports[-1]
+    return (
+        f"loss {first.loss:.4f} -> {last.loss:.4f}, recall {_share(first.recall)} -> "
+        f"{_share(last.recall)}, {last.num_tokens / last.seconds:.0f} tokens/s"
+    )
 
 
 def _described(report: StepReport) -> dict[str, Any]:

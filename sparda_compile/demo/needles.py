@@ -169,7 +169,9 @@ def run_needle_demo(
             for row in rows
             if row.answers != right
         ),
-        report=build_report(model, fast.latest_plan("prefill"), fast.latest_plan("decode")),
+        report=build_report(
+            model, fast.programs.latest_plan("prefill"), fast.programs.latest_plan("decode")
+        ),
     )
 
 
@@ -248,7 +250,7 @@ def _row(
     recall: float | None,
     token_ms: float,
 ) -> NeedleRow:
-    layout = fast.latest_plan("decode").layout
+    layout = fast.programs.latest_plan("decode").layout
     num_steps = batch.ids_BT.shape[1] - 1 - batch.question_start
     h2d_bytes = fast.sparda.stats().total.h2d_bytes
     right = batch.answers_BA[0].tolist()

@@ -181,7 +181,9 @@ def _run(
         mismatches=tuple(_mismatches(rows, outputs)),
         num_captures=fast.sparda.num_captures,
         used_fresh_forecast=any(config.needs_forecast for config in configs),
-        report=build_report(model, fast.latest_plan("prefill"), fast.latest_plan("decode")),
+        report=build_report(
+            model, fast.programs.latest_plan("prefill"), fast.programs.latest_plan("decode")
+        ),
     )
 
 
@@ -273,7 +275,7 @@ def _agreement(tokens: Tensor, truth: Tensor) -> float:
 def _row(
     fast: OptimizedModule, config: SpardaConfig, agreement: float, times: tuple[float, float]
 ) -> DemoRow:
-    layout = fast.latest_plan("decode").layout
+    layout = fast.programs.latest_plan("decode").layout
     dense = dataclasses.replace(layout, config=config.replace(mode="dense"))
     total = fast.sparda.stats().total
     return DemoRow(

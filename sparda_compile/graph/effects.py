@@ -33,6 +33,7 @@ __all__ = [
     "stream_of",
     "takes",
     "uses_a_part",
+    "waits_of",
     "written",
 ]
 
@@ -144,6 +145,11 @@ def awaited_event(node: fx.Node) -> int | None:
     """Return the event that a node waits for, None if it waits for none."""
     it = instruction(node)
     return int(argument(node, "event")) if it is not None and it.waits else None
+
+
+def waits_of(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that wait for an event, in program order."""
+    return [node for node in graph.nodes if awaited_event(node) is not None]
 
 
 def is_disjoint(first: fx.Node, second: fx.Node) -> bool:

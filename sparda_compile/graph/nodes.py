@@ -23,6 +23,7 @@ __all__ = [
     "nodes_between",
     "program_order",
     "snapshot",
+    "tensor_shape",
 ]
 
 

@@ -2,7 +2,7 @@
 
     f = rope(W h)        h feeds the query projection of the layer before, W [G*D, hidden]
 
-W is one matrix or the product of two (`forecast_projection.py`), which are multiplied one by one.
+W is one matrix or the product of two (`forecast/projection.py`), which are multiplied one by one.
 The rotation is this layer's own, copied from its query's path, at the token's own position; no
 q/k norm, no bias. The first layer has no layer before: a projection of its own input stands in.
 Source: SparDA (arXiv 2606.04511), Forecast projection.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.module.cache import NO_BEAMS, NO_CROP
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["check_call", "check_generation"]
+__all__ = ["check_call", "check_generation", "positions_of", "token_mask"]
 
 
 def check_generation(config: Any, kwargs: dict[str, Any]) -> None:
@@ -63,3 +63,44 @@ def check_call(input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
             f"input_ids has shape {shape}; pass [batch, tokens] with at least one token."
         )
     return input_ids
+
+
+def token_mask(attention_mask: Tensor | None, num_columns: int, ids: Tensor) -> Tensor:
+    """Return which of the new tokens are real, [B, T] bool.
+
+    Args:
+        attention_mask: [B, T] or [B, columns + T], 0 for padding; None means no padding.
+        num_columns: Columns that earlier calls have passed.
+        ids: [B, T] int64, the new tokens.
+
+    Raises:
+        UnsupportedInputError: If the mask is of another shape.
+    """
+    if attention_mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    width = num_columns + ids.shape[1]
+    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (width, ids.shape[1]):
+        raise UnsupportedInputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; pass [batch, {width}], "
+            "one entry for each token of the cache and each new one, 0 for padding."
+        )
+    if attention_mask.shape[0] != ids.shape[0]:
+        raise UnsupportedInputError(
+            f"attention_mask is for {attention_mask.shape[0]} sequences, input_ids for "
+            f"{ids.shape[0]}."
+        )
+    return attention_mask[:, -ids.shape[1] :].bool()
+
+
+def positions_of(given: Tensor | None, mask: Tensor, lengths: Tensor) -> Tensor:
+    """Return the position of each new token, [B, T] int64.
+
+    Args:
+        given: What the caller passes; None counts the real tokens of each sequence.
+        mask: [B, T] bool, which tokens are real.
+        lengths: [B] int32, tokens before this call.
+    """
+    if given is not None:
+        return given.expand(mask.shape).long().contiguous()
+    past = lengths.long()[:, None]
+    return (past + mask.long().cumsum(1) - 1).clamp(min=0)

@@ -35,7 +35,7 @@ class Sparda:
         Raises:
             ConfigError: If there is no such stage.
         """
-        return self._owner.latest_plan(phase).stage(after)
+        return self._owner.programs.latest_plan(phase).stage(after)
 
     def schedule(self, phase: str) -> Schedule:
         """Return the schedule of a phase.
@@ -43,7 +43,7 @@ class Sparda:
         Raises:
             UnsupportedInputError: If `disable_passes` leaves scheduling out.
         """
-        schedule = self._owner.latest_plan(phase).schedule
+        schedule = self._owner.programs.latest_plan(phase).schedule
         if schedule is None:
             raise UnsupportedInputError(
                 "there is no schedule: disable_passes leaves schedule_transfers or insert_prefetch "
@@ -66,7 +66,7 @@ class Sparda:
     @property
     def num_compilations(self) -> dict[str, int]:
         """Programs compiled so far, by phase."""
-        return self._owner.num_programs()
+        return self._owner.programs.num_compiled()
 
     @property
     def num_captures(self) -> int:

@@ -8,7 +8,6 @@ sparda     graphs, schedules, counts
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +19,17 @@ from sparda_compile.capture.cache_name import (
     output_with_cache,
     take_cache,
 )
-from sparda_compile.config import round_up
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
 from sparda_compile.module.cache import SpardaCache, keys_and_values
-from sparda_compile.module.calls import check_call, check_generation
+from sparda_compile.module.calls import check_call, check_generation, positions_of, token_mask
 from sparda_compile.module.inspection import Sparda
-from sparda_compile.program.plan import Plan, make_plan, planned_capacity
-from sparda_compile.program.program import Program
-from sparda_compile.progress import showing, stage
-from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.module.pool import CachePool
+from sparda_compile.module.programs import Programs
+from sparda_compile.program.plan import planned_capacity
+from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
+from sparda_compile.state.layout import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,11 +40,10 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast.projection import Projection
     from sparda_compile.program.captures import Captures
+    from sparda_compile.program.plan import Plan
+    from sparda_compile.runtime.kv_cache import KVCache
 
 __all__ = ["OptimizedModule"]
-
-_SMALLEST_CAPACITY = 512
-_CAPACITY_STEP = 8192
 
 
 class OptimizedModule(nn.Module):
@@ -72,19 +70,17 @@ class OptimizedModule(nn.Module):
         self.sparda_config = config
         self.sparda = Sparda(self)
         self.last_cache: KVCache | None = None
-        self._programs: dict[tuple[str, int, int, bool], Program] = {}
-        self._idle: list[KVCache] = []
-        self._latest: dict[str, tuple[int, int, bool]] = {}
+        self._pool = CachePool()
         # The model's own children, under their own names: state_dict has the model's keys.
         self._modules.update(captures.model._modules)
         self._parameters.update(captures.model._parameters)
         self.sparda_forecast = nn.ParameterDict(
             {n: nn.Parameter(w, requires_grad=False) for n, w in to_tensors(forecast).items()}
         )
-        self._forecast = from_tensors(dict(self.sparda_forecast))
+        projections = from_tensors(dict(self.sparda_forecast))
+        self.programs = Programs(captures, config, projections)
         if decode is not None:
-            key = ("decode", 1, decode.layout.max_tokens, True)
-            self._programs[key] = Program(decode, self._forecast)
+            self.programs.put(decode)
         self.training = False
         driver = copy.copy(captures.model)
         driver.forward = self.forward
@@ -128,7 +124,7 @@ class OptimizedModule(nn.Module):
         cache = self._cache_for(given, ids)
         kv = self._ready(cache, ids)
         batch_size, num_tokens = ids.shape
-        mask = self._token_mask(attention_mask, kv, ids)
+        mask = token_mask(attention_mask, kv.num_columns, ids)
         num_real = num_tokens
         if num_tokens == 1 and kv.num_columns == 0 and not bool(mask.all()):
             raise UnsupportedInputError(
@@ -138,13 +134,13 @@ class OptimizedModule(nn.Module):
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
             kv.check_room(num_real)
-        positions = self._positions(position_ids, mask, kv)
+        positions = positions_of(position_ids, mask, kv.state[LENGTHS])
         phase = "decode" if num_tokens == 1 else "prefill"
         last_only = logits_to_keep == 1 or phase == "decode"
-        program = self.program(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
-        token_mask = None if phase == "decode" else mask
+        program = self.programs.get(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
+        real = None if phase == "decode" else mask
         with showing(self.sparda_config.progress):
-            logits = program(ids.contiguous(), positions, token_mask, kv)
+            logits = program(ids.contiguous(), positions, real, kv)
         kv.advance(num_tokens, num_real)
         self.last_cache = kv
         if logits_to_keep > 1:
@@ -177,7 +173,7 @@ class OptimizedModule(nn.Module):
         cache = take_cache(kwargs)
         if cache is None:
             self._check_reserved(total)
-            cache = SpardaCache(self, self.capacity(total))
+            cache = SpardaCache(self, self.programs.capacity(total))
         else:
             self._check_owner(cache)
             self._check_second_turn(cache, ids, total)
@@ -207,53 +203,11 @@ class OptimizedModule(nn.Module):
         tokens = past.get_seq_length() + 1 if past is not None else 1
         reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
         self._check_reserved(max(reserve, tokens))
-        cache = SpardaCache(self, self.capacity(max(reserve, tokens)))
+        cache = SpardaCache(self, self.programs.capacity(max(reserve, tokens)))
         if past is not None:
             keys_values, mask = keys_and_values(past, attention_mask)
             take_over(self._ready(cache, mask), keys_values, mask)
         return cache
-
-    def capacity(self, num_tokens: int) -> int:
-        """Return the capacity reserved for so many tokens: few sizes, so few compilations."""
-        config = self.sparda_config
-        if config.max_tokens is not None:
-            return config.max_tokens
-        if num_tokens <= _CAPACITY_STEP:
-            return max(_SMALLEST_CAPACITY, 1 << (num_tokens - 1).bit_length())
-        return round_up(num_tokens, _CAPACITY_STEP)
-
-    def program(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
-        """Return the program for a shape; built when first asked for."""
-        key = (phase, batch_size, max_tokens, last_only)
-        if key not in self._programs:
-            plan = make_plan(
-                self.captures,
-                phase,
-                self.sparda_config,
-                batch_size=batch_size,
-                max_tokens=max_tokens,
-                last_logits_only=last_only,
-            )
-            self._programs[key] = Program(plan, self._forecast)
-        self._latest[phase] = (batch_size, max_tokens, last_only)
-        return self._programs[key]
-
-    def latest_plan(self, phase: str) -> Plan:
-        """Return the plan of a phase that ran last; one for a single sequence before that.
-
-        Raises:
-            UnsupportedInputError: If there is no such phase.
-        """
-        if phase not in ("prefill", "decode"):
-            raise UnsupportedInputError(f"phase {phase!r} is not known; use prefill or decode.")
-        default = (1, planned_capacity(self.sparda_config), True)
-        batch_size, max_tokens, last_only = self._latest.get(phase, default)
-        return self.program(phase, batch_size, max_tokens, last_only=last_only).plan
-
-    def num_programs(self) -> dict[str, int]:
-        """Return how many programs were compiled, by phase."""
-        phases = [key[0] for key, program in self._programs.items() if program.is_compiled]
-        return {phase: phases.count(phase) for phase in ("prefill", "decode")}
 
     def train(self, mode: bool = True) -> OptimizedModule:
         """Refuse training mode: the rewritten graph has no gradient."""
@@ -331,7 +285,7 @@ class OptimizedModule(nn.Module):
     def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
         if cache is None:
             self._check_reserved(ids.shape[1])
-            return SpardaCache(self, self.capacity(ids.shape[1] + 1))
+            return SpardaCache(self, self.programs.capacity(ids.shape[1] + 1))
         self._check_owner(cache)
         return cache
 
@@ -339,8 +293,11 @@ class OptimizedModule(nn.Module):
         """Return the cache's state, made or grown if need be."""
         batch_size, num_tokens = ids.shape
         if cache.kv is None:
-            cache.kv = self._allocate(batch_size, cache.max_tokens)
-            weakref.finalize(cache, _give_back, weakref.ref(self), [cache.kv])
+            decode = self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
+            device, progress = next(self.parameters()).device, self.sparda_config.progress
+            cache.kv = self._pool.take(decode.plan.layout, device, progress=progress)
+            self._pool.lend(cache.kv, cache)
+            decode.compile_kernels()  # while the prompt is read
         kv = cache.kv
         if kv.layout.batch_size != batch_size:
             raise KVCacheError(
@@ -349,54 +306,11 @@ class OptimizedModule(nn.Module):
             )
         needed = kv.longest + num_tokens
         if needed > kv.layout.max_tokens and self.sparda_config.max_tokens is None:
-            plan = self.program(
-                "decode", batch_size, self.capacity(max(needed, 2 * kv.layout.max_tokens)),
+            plan = self.programs.get(
+                "decode", batch_size, self.programs.capacity(max(needed, 2 * kv.layout.max_tokens)),
                 last_only=True,
             ).plan  # fmt: skip
             kv = cache.kv = kv.grow(plan.layout)
         elif num_tokens == 1:
             kv.check_room(1)
         return kv
-
-    def _allocate(self, batch_size: int, max_tokens: int) -> KVCache:
-        decode = self.program("decode", batch_size, max_tokens, last_only=True)
-        layout = decode.plan.layout
-        for kv in self._idle:
-            if kv.layout == layout:
-                self._idle.remove(kv)
-                kv.reset()
-                return kv
-        self._idle.clear()
-        with showing(self.sparda_config.progress), stage("allocate"):
-            kv = KVCache(layout, next(self.parameters()).device)
-        decode.compile_kernels()  # while the prompt is read
-        return kv
-
-    def _token_mask(self, attention_mask: Tensor | None, kv: KVCache, ids: Tensor) -> Tensor:
-        if attention_mask is None:
-            return torch.ones_like(ids, dtype=torch.bool)
-        width = kv.num_columns + ids.shape[1]
-        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (width, ids.shape[1]):
-            raise UnsupportedInputError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; pass [batch, {width}], "
-                "one entry for each token of the cache and each new one, 0 for padding."
-            )
-        if attention_mask.shape[0] != ids.shape[0]:
-            raise UnsupportedInputError(
-                f"attention_mask is for {attention_mask.shape[0]} sequences, input_ids for "
-                f"{ids.shape[0]}."
-            )
-        return attention_mask[:, -ids.shape[1] :].bool()
-
-    def _positions(self, given: Tensor | None, mask: Tensor, kv: KVCache) -> Tensor:
-        if given is not None:
-            return given.expand(mask.shape).long().contiguous()
-        lengths = kv.state["sparda_lengths"].long()[:, None]
-        return (lengths + mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def _give_back(module: weakref.ref[OptimizedModule], held: list[KVCache]) -> None:
-    """Keep the memory of a cache that nobody uses any more for the next one."""
-    owner = module()
-    if owner is not None and not owner._idle:
-        owner._idle.append(held[0])

@@ -29,7 +29,7 @@ from sparda_compile.program.pieces import Piece, make_piece
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from sparda_compile.program.run_proof import Observer
+    from sparda_compile.program.recording import Observer
 
 __all__ = ["Call", "LoweredProgram", "lower", "split_graph"]
 

@@ -22,7 +22,8 @@ from sparda_compile.kernels.gpu.launch import compile_ahead
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
-from sparda_compile.program.run_proof import check_recording, record_run
+from sparda_compile.program.recording import record_run
+from sparda_compile.program.run_proof import check_recording
 from sparda_compile.program.step_graph import StepGraph
 from sparda_compile.progress import showing, stage
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS

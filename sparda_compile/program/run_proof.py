@@ -13,7 +13,7 @@ and which storages the program lets go of behind it. Then
 
 A run is as long as its graph, and calls in Python are the same whether a GPU does the work later,
 replays it or has no part in it, so one recorded run stands for all. Happens-before follows what
-`streams.Engine` promises, by vector clocks. Storages are known by the memory that they begin at,
+`isa.engines.Engine` promises, by vector clocks. Storages are known by the memory that they begin at,
 and owned by the registers of the program: what else may keep one alive is not counted on.
 """
 
@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.graph.effects import (
@@ -36,89 +34,19 @@ from sparda_compile.graph.effects import (
 )
 from sparda_compile.graph.fake_runner import leaves_of
 from sparda_compile.graph.nodes import call_name, is_sparda
-from sparda_compile.isa.engines import Engine, current_engine, use_engine
-from sparda_compile.isa.streams import BEHIND, COMPUTE, COPY, STREAM_NAMES
+from sparda_compile.isa.streams import BEHIND, COMPUTE, STREAM_NAMES
 from sparda_compile.isa.table import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import fx
 
-    from sparda_compile.program.lower import Call, LoweredProgram
+    from sparda_compile.program.recording import Record, Recording
 
-__all__ = ["Observer", "Recording", "RunProof", "check_recording", "record_run"]
+from sparda_compile.passes.check.clocks import Clock, join
 
-
-class Observer(Protocol):
-    """Is told of each call of a program."""
-
-    def begin(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Note a call that is about to be made."""
-
-    def end(self, call: Call, results: Sequence[Any]) -> None:
-        """Note what a call returned."""
-
-
-@dataclasses.dataclass
-class Record:
-    """One call as it ran.
-
-    Attributes:
-        name: Of the op's node, or of the piece.
-        node: Node of the op; None for a piece.
-        streams: Streams that work was submitted to.
-        starts: Events that were recorded, each with the stream that it marks.
-        waits: Events that were waited for, each with the stream that waits.
-        takes: Storages of each argument, by the argument's name; 0 for an empty tensor.
-        returns: Storages of the results, likewise.
-        frees: Storages that the program let go of behind the call.
-    """
-
-    name: str
-    node: fx.Node | None
-    streams: list[int] = dataclasses.field(default_factory=list)
-    starts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    waits: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    takes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    returns: list[int] = dataclasses.field(default_factory=list)
-    frees: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def stream(self) -> int:
-        """Where the work ran; of what only marks or waits, the stream that does."""
-        marked = [stream for _, stream in (*self.starts, *self.waits)]
-        return next(iter((*self.streams, *marked)), COMPUTE)
-
-    def accesses(self) -> dict[int, bool]:
-        """Return each storage that the work uses, and whether it writes it."""
-        if self.node is None:
-            mine = dict.fromkeys(itertools.chain(*self.takes.values()), False)
-            made = {storage: True for storage in self.returns if storage not in mine}
-            return _without_empty({**mine, **made})
-        it = instruction(self.node)
-        if it is not None and it.forks:
-            return {}
-        found: dict[int, bool] = {}
-        for name, is_write, _ in bound_arguments(self.node):
-            # A wait uses nothing: it names what is free to use behind it.
-            if name in ("keepalive", "ticket", "after"):
-                continue
-            for storage in self.takes.get(name, ()):
-                found[storage] = found.get(storage, False) or is_write
-        return _without_empty({**found, **dict.fromkeys(self.returns, True)})
-
-
-def _without_empty(storages: dict[int, bool]) -> dict[int, bool]:
-    return {storage: is_write for storage, is_write in storages.items() if storage}
-
-
-@dataclasses.dataclass
-class Recording:
-    """A run: its calls, and the storages of the state that it was given, by name."""
-
-    records: list[Record]
-    state: dict[str, int]
+__all__ = ["RunProof", "check_recording"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,86 +64,6 @@ class RunProof:
     pieces: int
     conflicts: int
     storages: int
-
-
-class _Recorder:
-    """An engine around the real one, and the observer of the calls."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.records: list[Record] = []
-        self._engine = engine
-        self._owners: dict[int, set[int]] = {}  # storage -> registers
-        self._storages: dict[int, int] = {}  # register -> storage
-
-    def submit(self, stream: int, work: Callable[[], None]) -> None:
-        """Note the stream and pass the work on."""
-        self.records[-1].streams.append(stream)
-        self._engine.submit(stream, work)
-
-    def record(self, event: int, stream: int = COPY) -> None:
-        """Note the event and pass it on."""
-        self.records[-1].starts.append((event, stream))
-        self._engine.record(event, stream)
-
-    def wait(self, event: int, stream: int = COMPUTE) -> None:
-        """Note the event and pass it on."""
-        self.records[-1].waits.append((event, stream))
-        self._engine.wait(event, stream)
-
-    def begin(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Note what a call takes."""
-        record = Record(call.name, call.node)
-        if call.node is None:
-            record.takes["inputs"] = [_storage(a) for a in args if isinstance(a, Tensor)]
-        else:
-            names = [name for name, _, _ in bound_arguments(call.node)]
-            for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-                record.takes[name] = [
-                    _storage(leaf) for leaf in leaves_of(value) if isinstance(leaf, Tensor)
-                ]
-        self.records.append(record)
-
-    def end(self, call: Call, results: Sequence[Any]) -> None:
-        """Note what a call returned, and what the program lets go of."""
-        record = self.records[-1]
-        for register, result in zip(call.results, results, strict=False):
-            storage = _storage(result) if isinstance(result, Tensor) else 0
-            record.returns.append(storage)
-            if storage:
-                self._storages[register] = storage
-                self._owners.setdefault(storage, set()).add(register)
-        for register in call.frees:
-            storage = self._storages.pop(register, 0)
-            if storage:
-                self._owners[storage].discard(register)
-                if not self._owners[storage]:
-                    record.frees.append(storage)
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return what tells a tensor's memory apart, 0 for an empty tensor."""
-    return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
-
-
-def record_run(program: LoweredProgram, inputs: Sequence[Any]) -> tuple[Tensor, Recording]:
-    """Run a program on the engine of the moment and record what it did.
-
-    Args:
-        program: What to run.
-        inputs: Its inputs.
-
-    Returns:
-        The logits, and the recording.
-    """
-    recorder = _Recorder(current_engine())
-    with use_engine(recorder):
-        logits = program.run(inputs, recorder)
-    state = {
-        name: _storage(value)
-        for name, value in zip(program.names, inputs, strict=False)
-        if isinstance(value, Tensor)
-    }
-    return logits, Recording(recorder.records, state)
 
 
 def check_recording(graph: fx.Graph, recording: Recording) -> RunProof:
@@ -306,9 +154,6 @@ def _note_results(node: fx.Node, record: Record, made: dict[str, int]) -> None:
         made[node.name] = record.returns[0]
 
 
-Clock = tuple[int, ...]
-
-
 def _clocks(records: Sequence[Record], runs: int) -> list[Clock]:
     """Return the clock of each call's work, for some runs after one another."""
     streams = range(len(STREAM_NAMES))
@@ -319,19 +164,14 @@ def _clocks(records: Sequence[Record], runs: int) -> list[Clock]:
         for record in records:
             mine = now[record.stream]
             for other in BEHIND[record.stream]:
-                _join(mine, now[other])
+                join(mine, now[other])
             for event, _ in record.waits:
-                _join(mine, events.get(event, ()))
+                join(mine, events.get(event, ()))
             mine[record.stream] += 1
             clocks.append(tuple(mine))
             for event, stream in record.starts:
                 events[event] = list(now[stream])
     return clocks
-
-
-def _join(mine: list[int], other: Sequence[int]) -> None:
-    for stream, count in enumerate(other):
-        mine[stream] = max(mine[stream], count)
 
 
 def _check_ordered(records: Sequence[Record], clocks: Sequence[Clock]) -> int:

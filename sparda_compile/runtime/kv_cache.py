@@ -5,7 +5,7 @@ Ownership:
     bytes in CPU memory          HostPool
     bytes on the device          DevicePool
     block -> page                block_table.py, the only writer of residency
-    streams, events, copies      streams.py and transfer.py
+    streams, events, copies      isa/engines.py and transfer.py
     who leaves                   eviction.py
     the whole                    KVCache
 """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["PooledKeys", "windows_to_blocks"]
+__all__ = ["PooledKeys", "existing_windows", "windows_to_blocks"]
 
 
 class PooledKeys:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["AttnImplementation", "build_from_transformers", "fill_weights"]
+__all__ = ["AttnImplementation", "build_from_config", "build_from_transformers", "fill_weights"]
 
 AttnImplementation = Literal["sdpa", "eager"]
 

@@ -32,7 +32,7 @@ class Checkpoint:
     Attributes:
         step: Optimizer steps done.
         num_batches: Batches used so far, by all processes together.
-        weights: Float32 master weights, by the names of `forecast_projection.py`.
+        weights: Float32 master weights, by the names of `forecast/projection.py`.
         optimizer: State of AdamW.
         rng: Random states of torch, on the CPU and, if there is one, on the GPU.
         info: What the weights are for.

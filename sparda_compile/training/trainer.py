@@ -8,7 +8,7 @@ eps 1e-6, weight decay 0.01, gradient norm clipped at 0.5, constant rate 5e-4, 2
 sequences of 64K tokens, every layer's loss with weight one.
 
 Differs from the released recipe: projections start from the model's own queries
-(`forecast_start.py`), master weights and moments are float32, and the model attends densely (there
+(`forecast/start.py`), master weights and moments are float32, and the model attends densely (there
 it reads the blocks that the teacher chose).
 """
 

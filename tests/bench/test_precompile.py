@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from sparda_compile.bench import precompile
+from sparda_compile.bench import decode, precompile
 from sparda_compile.bench.decode import DecodeSetting
 from sparda_compile.bench.precompile import (
     Target,
@@ -81,7 +81,7 @@ def test_programs_are_those_of_a_benchmark(monkeypatch):
         made.append(given)
         return Made()
 
-    monkeypatch.setattr(precompile, "build_program", build)
+    monkeypatch.setattr(decode, "build_program", build)
     compile_here([TINY], "cpu", lambda text: None)
     setting = DecodeSetting(2, TINY.max_tokens)
     assert made == [("scheduled", 2, TINY.max_tokens, setting.trace_steps), "compiled"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.bench.timing import Spread, graph_us, time_calls
+from sparda_compile.bench.timing import Spread, graph_us, time_calls, wait_for
 
 
 def test_spread():
@@ -21,6 +21,14 @@ def test_each_call_has_its_time():
     times = time_calls(lambda: calls.append(None), 5)
     assert len(calls) == len(times) == 5
     assert min(times) > 0
+
+
+def test_only_a_gpu_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cpu", "cuda"):
+        wait_for(torch.device(name))
+    assert waited == [torch.device("cuda")]
 
 
 @pytest.mark.gpu

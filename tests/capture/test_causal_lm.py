@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sparda_compile.capture.cache_name import CACHE_NAME, cache_of
-from sparda_compile.capture.causal_lm import PlainCausalLM, as_causal_lm, sliding_windows
+from sparda_compile.capture.causal_lm import WrappedCausalLM, as_causal_lm, sliding_windows
 from sparda_compile.capture.forward import share_weights
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
-from sparda_compile.testing import UNSUPPORTED_MODELS, build, tiny_llama
-from sparda_compile.testing import PlainCausalLM as Module
+from sparda_compile.testing import UNSUPPORTED_MODELS, PlainCausalLM, build, tiny_llama
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -23,9 +22,9 @@ def llama() -> Any:
 
 @torch.no_grad()
 def test_plain_module_is_wrapped_and_answers_the_same() -> None:
-    module = Module()
+    module = PlainCausalLM()
     model = as_causal_lm(module)
-    assert isinstance(model, PlainCausalLM)
+    assert isinstance(model, WrappedCausalLM)
     assert model.module is module
     assert not model.training
     assert model.can_generate()
@@ -37,15 +36,15 @@ def test_plain_module_is_wrapped_and_answers_the_same() -> None:
 
 
 def test_wrapper_goes_by_the_name_of_the_module() -> None:
-    model = as_causal_lm(Module())
+    model = as_causal_lm(PlainCausalLM())
     assert type(model).__name__ == "PlainCausalLM"
 
-    class Abacus(Module):
+    class Abacus(PlainCausalLM):
         pass
 
     wrapped = as_causal_lm(Abacus())
     assert type(wrapped).__name__ == "Abacus"
-    assert isinstance(wrapped, PlainCausalLM)
+    assert isinstance(wrapped, WrappedCausalLM)
     assert type(share_weights(wrapped)) is type(wrapped)
 
 
@@ -65,7 +64,7 @@ def test_module_may_take_tokens_alone_or_return_an_object() -> None:
 
     module = TokensAlone().eval()
     model = as_causal_lm(module)
-    assert isinstance(model, PlainCausalLM)
+    assert isinstance(model, WrappedCausalLM)
     assert not model.takes_positions
     out = model(input_ids=IDS, position_ids=IDS)
     assert torch.equal(out.logits, module.table(IDS))
@@ -126,4 +125,4 @@ def test_windows_that_are_not_in_use_do_not_count() -> None:
 
 
 def test_plain_modules_have_no_windows() -> None:
-    assert sliding_windows(as_causal_lm(Module())) == {}
+    assert sliding_windows(as_causal_lm(PlainCausalLM())) == {}

@@ -161,14 +161,13 @@ def test_late_copies_change_nothing_where_streams_do_not_overlap(lab, mode):
 
 def without_wait(module, index):
     """Take the `index`-th wait out of a module's decode program, behind the verifier's back."""
-    key = ("decode", len(PROMPT_LENGTHS), MAX_TOKENS, True)
-    plan = module.program(*key[:3], last_only=True).plan
+    plan = module.programs.get("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True).plan
     graph_module = plan.graph_module
     waits = [n for n in graph_module.graph.nodes if "wait_blocks" in str(n.target)]
     assert len(waits) == 4
     graph_module.graph.erase_node(waits[index])
     graph_module.recompile()
-    module._programs[key] = Program(dataclasses.replace(plan), module._forecast)
+    module.programs.put(plan, Program(dataclasses.replace(plan), module.programs.forecast))
     return waits[index].name
 
 

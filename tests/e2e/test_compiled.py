@@ -74,7 +74,7 @@ class Steps:
         eager(self.tokens[:, :PROMPT], past_key_values=self.cache)
         self.before = {name: t.clone() for name, t in self.cache.kv.state.items()}
         self.program, self.eager = (
-            module.program("decode", batch_size, SMALL["max_tokens"], last_only=True)
+            module.programs.get("decode", batch_size, SMALL["max_tokens"], last_only=True)
             for module in (fast, eager)
         )
 

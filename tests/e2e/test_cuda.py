@@ -118,7 +118,7 @@ def test_logits_do_not_depend_on_how_a_step_runs(lab, mode, change, lowering):
 
 
 def decode_of(module):
-    return module.program("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True)
+    return module.programs.get("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True)
 
 
 DELAYED = [
@@ -165,11 +165,10 @@ def run_without_waits():
     lab = Lab()
     module = lab.module("forecast", cuda_graph=False, page_ratio=1.0, lowering="eager")
     whole = decode_of(module)
-    key = ("decode", len(PROMPT_LENGTHS), MAX_TOKENS, True)
 
     def run(program):
         program._engine = SlowCopies(torch.device("cuda"))
-        module._programs[key] = program
+        module.programs.put(program.plan, program)
         return lab.run(module, steps)[1]
 
     wanted = lab.run(lab.module("forecast"), steps)[1]
@@ -180,7 +179,7 @@ def run_without_waits():
     for wait in [w for w in waits if "prefetch" in str(w.args[0])]:
         graph_module.graph.erase_node(wait)
     graph_module.recompile()
-    logits = run(Program(dataclasses.replace(whole.plan), module._forecast))
+    logits = run(Program(dataclasses.replace(whole.plan), module.programs.forecast))
     sys.stdout.write(f"without waits: {torch.equal(logits, wanted)}\n")
 
 
@@ -276,7 +275,7 @@ def test_no_recompilation_and_one_graph_over_many_lengths(lab):
     module = lab.module("forecast", lowering="inductor")
     for steps in (5, 70, 33):
         lab.run(module, steps)
-    assert module.num_programs() == {"prefill": 1, "decode": 1}
+    assert module.programs.num_compiled() == {"prefill": 1, "decode": 1}
     assert decode_of(module).num_graphs == 1
 
 
@@ -324,9 +323,9 @@ def test_kernel_too_large_for_the_gpu_is_named():
 
 def test_offload_auto_stays_on_the_gpu_while_it_fits(lab):
     roomy = lab.module("forecast", offload="auto", device_bytes=1 << 30)
-    assert roomy.latest_plan("decode").layout.offload is False
+    assert roomy.programs.latest_plan("decode").layout.offload is False
     tight = lab.module("forecast", offload="auto", device_bytes=1_000_000)
-    assert tight.latest_plan("decode").layout.offload is True
+    assert tight.programs.latest_plan("decode").layout.offload is True
 
 
 def test_pinned_memory_is_exact():

@@ -171,7 +171,7 @@ def test_full_budget_generates_the_same_tokens(
 
 @pytest.mark.parametrize("subject", subjects(tuple(TINY_MODELS), "sdpa"), indirect=True)
 def test_page_says_which_attentions_are_found(subject: Subject, models_page: Any) -> None:
-    sites = subject.fast("query").latest_plan("decode").sites
+    sites = subject.fast("query").programs.latest_plan("decode").sites
     row = models_page.rows()[type(subject.model).__name__]
     assert row[3] == models_page.sites(sites), "write docs/models.md: SPARDA_UPDATE_GOLDEN=1"
 
@@ -184,7 +184,7 @@ QUERY_WEIGHTS = ("q_proj.weight", "qkv_proj.weight", "attn.c_attn.weight", "quer
 @pytest.mark.parametrize("subject", subjects(LINEAR_QUERIES, "sdpa"), indirect=True)
 def test_untrained_forecast_is_the_mean_of_the_query_rows(subject: Subject) -> None:
     fast = subject.fast("forecast")
-    for site in fast.latest_plan("decode").sites:
+    for site in fast.programs.latest_plan("decode").sites:
         (rows,) = (
             weight.T if "c_attn" in name else weight
             for name, weight in subject.model.named_parameters()

@@ -76,7 +76,7 @@ def test_first_shape_is_found_and_generates_the_same_tokens(name: str) -> None:
     model = build(name, 1, attn_implementation=attn)
     fast = optimize(model, CONFIG)
     for phase in ("prefill", "decode"):
-        check(name, model, fast.latest_plan(phase).sites, attn)
+        check(name, model, fast.programs.latest_plan(phase).sites, attn)
     ids = torch.randint(0, 256, (1, 70), generator=torch.Generator().manual_seed(1))
     want = ids
     if hasattr(model, "generate"):

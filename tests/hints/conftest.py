@@ -40,7 +40,7 @@ class Lab:
 
     def decode_graph(self, after, **config):
         module = self.module(**config)
-        return module.program("decode", 1, 256, last_only=True).plan.stage(after).graph
+        return module.programs.get("decode", 1, 256, last_only=True).plan.stage(after).graph
 
     def ops(self, graph, name):
         """Return an op's nodes by layer."""

@@ -40,7 +40,7 @@ def test_own_selector_scores_every_layer_but_the_first(lab, selector):
 def test_it_is_the_layers_query_of_the_input_of_the_layer_before(lab):
     """On one and the same input, rehearsal and query are bit for bit the same."""
     module = lab.module(**CONFIG)
-    plan = module.program("decode", 1, 256, last_only=True).plan
+    plan = module.programs.get("decode", 1, 256, last_only=True).plan
     graph = plan.stage("insert_forecast").graph
     # A site's nodes are those of the last graph; a stage has copies under the same names.
     nodes = {n.name: n for n in graph.nodes}

@@ -17,9 +17,10 @@ from sparda_compile.graph.nodes import find_ops, snapshot
 from sparda_compile.graph.tags import LAYER
 from sparda_compile.isa.engines import DeferredEngine, ImmediateEngine, use_engine
 from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY
-from sparda_compile.passes.check.verify_transfers import check_program, extract_program
+from sparda_compile.passes.check.issued import extract_program
+from sparda_compile.passes.check.verify_transfers import check_program
 from sparda_compile.passes.schedule.cost import node_cost
-from sparda_compile.passes.schedule.schedule_transfers import simulate
+from sparda_compile.passes.schedule.simulate import simulate
 from sparda_compile.program.program import Program
 from sparda_compile.testing import tiny_llama
 
@@ -72,7 +73,7 @@ class Lab:
         self.cache = fast.new_cache()
         fast(self.tokens[:, :120], past_key_values=self.cache)
         self.before = {name: t.clone() for name, t in self.cache.kv.state.items()}
-        self.own = fast.program("decode", 2, 512, last_only=True)
+        self.own = fast.programs.get("decode", 2, 512, last_only=True)
 
     def graph_module(self, *, waits_itself=False):
         gm = snapshot(self.own.plan.graph_module)
@@ -81,7 +82,7 @@ class Lab:
 
     def program(self, gm):
         plan = dataclasses.replace(self.own.plan, graph_module=gm)
-        return Program(plan, self.fast._forecast)
+        return Program(plan, self.fast.programs.forecast)
 
     def run(self, program, engine):
         for name, tensor in self.cache.kv.state.items():

@@ -29,8 +29,9 @@ from sparda_compile.graph.nodes import (
 )
 from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import FACTS, LAYER, ORDER
+from sparda_compile.passes.check.issued import extract_program
 from sparda_compile.passes.check.spec import check_spec
-from sparda_compile.passes.check.verify_transfers import check_program, extract_program
+from sparda_compile.passes.check.verify_transfers import check_program
 from sparda_compile.registry import HINTS
 
 MODES = {

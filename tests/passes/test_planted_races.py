@@ -13,7 +13,8 @@ from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.tags import ORDER
 from sparda_compile.isa.streams import COPY, SELECT
-from sparda_compile.passes.check.verify_transfers import check_program, extract_program
+from sparda_compile.passes.check.issued import extract_program
+from sparda_compile.passes.check.verify_transfers import check_program
 
 assert ops.OPS  # registers the ops that the programs call
 

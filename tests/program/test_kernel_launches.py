@@ -38,7 +38,7 @@ def found(traced_llama, monkeypatch):
 
     def of(batch_size=1, max_tokens=512, **settings):
         fast = sparda_compile.optimize(traced_llama, CONFIG.replace(**settings))
-        program = fast.program("decode", batch_size, max_tokens, last_only=True)
+        program = fast.programs.get("decode", batch_size, max_tokens, last_only=True)
         return launches_of(program.plan.graph_module.graph, batch_size, torch.device("cpu"))
 
     return of

@@ -48,7 +48,7 @@ def _fast(traced, **changes):
 
 def _lowered(traced, phase, mode):
     fast = _fast(traced, mode=mode, lowering="eager", machine="h200")
-    graph_module = fast.latest_plan(phase).graph_module
+    graph_module = fast.programs.latest_plan(phase).graph_module
     return graph_module.graph, lower(graph_module, "eager")
 
 
@@ -85,7 +85,7 @@ class TestProgram:
     def test_split_graph_is_what_is_called(self, traced, phase, mode):
         graph, program = _lowered(traced, phase, mode)
         fast = _fast(traced, mode=mode, lowering="eager", machine="h200")
-        split = split_graph(fast.latest_plan(phase).graph_module)
+        split = split_graph(fast.programs.latest_plan(phase).graph_module)
         names = [n.target for n in split.graph.nodes if n.op == "call_module"]
         assert names == [call.name for call in program.calls if call.piece is not None]
         assert {n for n, _ in split.named_children()} == {piece.name for piece in program.pieces()}
@@ -144,7 +144,7 @@ def test_a_gpu_is_given_work_in_the_order_of_the_schedule(mode):
     model = tiny_llama(num_hidden_layers=3).to("cuda")
     fast = _fast(model, mode=mode, lowering="inductor", machine="h200", cuda_graph=False)
     engine, issued = _recording(CudaEngine, torch.device("cuda"))
-    fast.program("decode", 1, 512, last_only=True)._engine = engine
+    fast.programs.get("decode", 1, 512, last_only=True)._engine = engine
     ids = torch.randint(0, 256, (1, 70), device="cuda")
     fast.generate(ids, max_new_tokens=2, do_sample=False)
     assert issued == _starts_and_waits(fast) != []

@@ -33,7 +33,7 @@ def _fast(num_layers, **settings):
 
 
 def _keys(fast, phase, batch_size=1, max_tokens=512):
-    plan = fast.program(phase, batch_size, max_tokens, last_only=True).plan
+    plan = fast.programs.get(phase, batch_size, max_tokens, last_only=True).plan
     return [piece.key for piece in lower(plan.graph_module, "eager").pieces()]
 
 
@@ -55,7 +55,7 @@ def test_capacities_and_batch_sizes_share_pieces():
 
 def _compiled_by(fast):
     """Return how often each piece of a module's programs has been compiled in this process."""
-    programs = [program for program in fast._programs.values() if program.is_compiled]
+    programs = fast.programs.compiled()
     mine = {piece.key for program in programs for piece in program.lowered.pieces()}
     return {key: compiled_pieces()[key].num_variants for key in mine}
 
@@ -194,7 +194,7 @@ from sparda_compile import SpardaConfig, optimize
 from sparda_compile.testing import tiny_llama
 model = tiny_llama(num_hidden_layers=1, rms_norm_eps=float(sys.argv[1]))
 fast = optimize(model, SpardaConfig(mode="query", top_k=2, local_blocks=1))
-fast.program("decode", 1, 512, last_only=True).compile()
+fast.programs.get("decode", 1, 512, last_only=True).compile()
 counts = counters["aot_autograd"]
 print(*(counts["autograd_cache_" + what] for what in ("miss", "hit", "bypass")))
 """

@@ -18,7 +18,8 @@ from sparda_compile.graph.nodes import call_name
 from sparda_compile.isa.engines import ImmediateEngine, current_engine, use_engine
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.program.lower import LoweredProgram, Register, lower, set_frees
-from sparda_compile.program.run_proof import check_recording, record_run
+from sparda_compile.program.recording import record_run
+from sparda_compile.program.run_proof import check_recording
 
 SMALL = {
     "top_k": 2, "sink_blocks": 1, "local_blocks": 1, "block_size": 16, "pool_size": 8,
@@ -47,7 +48,7 @@ class Lab:
         fast(torch.randint(2, 250, (batch_size, 90)), past_key_values=cache)
         self.kv = cache.kv
         self.state = {name: tensor.clone() for name, tensor in cache.kv.state.items()}
-        self.program = fast.program(phase, batch_size, 512, last_only=True)
+        self.program = fast.programs.get(phase, batch_size, 512, last_only=True)
         self.graph = self.program.plan.graph_module.graph
         # Of each value its shape and dtype; nothing of one without memory, such as an op's token.
         self.forms = {

@@ -15,5 +15,5 @@ def test_it_is_causal_attention(softcap, window, monkeypatch):
     k, v = torch.randn(2, 2, 2, 70, 8, generator=generator)
     monkeypatch.setattr(attention, "_TILE_SCORES", 1)  # the smallest tiles, 16 queries
     got = attention.causal_attention(query, k, v, 0.5, softcap, window)
-    want = attention_proof.causal_attention(query, k, v, 0.5, softcap, window)
+    want = attention_proof.reference_attention(query, k, v, 0.5, softcap, window)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)

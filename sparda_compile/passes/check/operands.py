@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import fx
 
-from sparda_compile.graph.effects import is_state, results_of
-from sparda_compile.graph.op_index import result_of
+from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.isa.streams import SELECT
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hint_source
+from sparda_compile.passes.check.transfers import wrong_fork, wrong_wait
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -25,13 +25,11 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
-    from sparda_compile.passes.check.grammar import LayerOps
+from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of
+from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
 
-# Names of what arguments take; a pair is one result of a node, None is nothing.
-Operand = str | tuple[str, int] | None
-Operands = dict[str, "Operand | list[Operand]"]
 
 _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
@@ -65,7 +63,7 @@ def wrong_operands(
         yield from checks.operands()
         yield from checks.transfers()
     for end in index.by_name["advance_lengths"]:
-        yield from _compare(end, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
+        yield from compare(end, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
 
 
 class _Names(NamedTuple):
@@ -128,12 +126,12 @@ class _Layer:
         if plan.name == "plan_pages":
             chosen = self._index.ops.get(plan.args["block_ids"])
         if chosen is None or chosen.name not in _SELECTIONS or chosen.layer != number:
-            taken = _text(plan.args["block_ids"])
+            taken = words_of(plan.args["block_ids"])
             yield f"{plan.node.name} takes {taken} as its block_ids, no selection of layer {number}"
             return
         scored = self._index.ops.get(chosen.args.get("scores"))  # type: ignore[arg-type]
         if "scores" in chosen.args and (scored is None or scored.layer != number):
-            taken = _text(chosen.args["scores"])
+            taken = words_of(chosen.args["scores"])
             yield f"{chosen.node.name} takes {taken} as its scores, not those of layer {number}"
             return
         own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
@@ -164,8 +162,8 @@ class _Layer:
         sites = self._index.sites.get(number, [])
         ops = [op for op in self._layer.ops if op.name in _ATTENTIONS]
         if sites != [op.node for op in ops] or len(sites) != 1:
-            found = f"the site of layer {number} is carried by {_text(sites)}"
-            yield f"{found}, not by {_text([op.node for op in ops])}"
+            found = f"the site of layer {number} is carried by {words_of(sites)}"
+            yield f"{found}, not by {words_of([op.node for op in ops])}"
             return
         site = SITE.of(sites[0])
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
@@ -193,7 +191,7 @@ class _Layer:
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
-            yield from _compare(op, expected, self._mine)
+            yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
             yield f"{self._layer.title} updates {updated}, and not {sorted(self._summaries)}"
@@ -205,7 +203,7 @@ class _Layer:
         """What is scored before the layer's query exists was made for the layer."""
         query, number = scores.args["query"], self._layer.shape.layer
         if LAYER.get(query) != number:
-            yield f"{scores.node.name} scores by {_text(query)}, not made for layer {number}"
+            yield f"{scores.node.name} scores by {words_of(query)}, not made for layer {number}"
 
     def transfers(self) -> Iterator[str]:
         """Yield which wait or fork lacks something of its copy."""
@@ -214,41 +212,14 @@ class _Layer:
             started, joined = self._layer.one(copy), self._layer.one(wait)
             if started is None or joined is None:
                 continue
-            yield from self._wait(started, joined)
+            yield from wrong_wait(started, joined, self._buffers(started))
             first, work = self._side(started)
             forked.add(first.node)
-            yield from self._fork(first, work)
+            yield from wrong_fork(self._index, first, work)
         for op in self._layer.ops:
             if op.args.get("after") is not None and op.node not in forked:
-                yield f"{op.node.name} starts behind {_text(op.args['after'])}, the fork of others"
-
-    def _wait(self, copy: Op, wait: Op) -> Iterator[str]:
-        """Yield what a wait has not of its copy."""
-        yield from _compare(wait, {"ticket": copy.node.name})
-        if wait.args["event"] != copy.args["event"]:
-            yield f"{wait.node.name} waits for another event than {copy.node.name} records"
-        taken = {n.name for n in wait.args["buffers"]}
-        for name in self._buffers(copy):
-            if name not in taken:
-                yield f"{wait.node.name} does not take {name} among its buffers"
-
-    def _fork(self, first: Op, work: list[fx.Node]) -> Iterator[str]:
-        """Yield what is wrong with the fork that the first of a side stream's work waits for."""
-        after = first.args["after"]
-        fork = self._index.ops.get(after)
-        if fork is None or fork.name != "fork_stream" or fork.layer != first.layer:
-            yield f"{first.node.name} starts behind {_text(after)}, no fork of its layer"
-            return
-        if list(fork.node.users) != [first.node]:
-            users = _text([*fork.node.users])
-            yield f"{fork.node.name} goes to {users}, not to {first.node.name} alone"
-        known = {*fork.args["inputs"], fork.node, *work}
-        for node in (source for each in work for source in each.all_input_nodes):
-            if node in known or (node.op == "placeholder" and not is_state(node)):
-                continue
-            made = result_of(node)
-            if made is None or made[0] not in known:
-                yield f"{fork.node.name} does not take {node.name}, which the work behind it uses"
+                fork = words_of(op.args["after"])
+                yield f"{op.node.name} starts behind {fork}, the fork of others"
 
     def _side(self, copy: Op) -> tuple[Op, list[fx.Node]]:
         """Return the first op of a copy's chain that is on a side stream, and all that are."""
@@ -275,48 +246,3 @@ def _results(plan: Op) -> Operands:
 
 def _token_mask(ctx: PassContext) -> Operand:
     return None if ctx.is_decode else TOKEN_MASK
-
-
-def _compare(op: Op, expected: Operands, mine: frozenset[str] | None = None) -> Iterator[str]:
-    """Yield which argument takes something else than is expected.
-
-    Args:
-        op: The op.
-        expected: What arguments take, by name.
-        mine: State that the others may take, None for any.
-    """
-    for name in op.tensors:
-        value = op.args[name]
-        if name in expected:
-            wanted = expected[name]
-            if not _is(value, wanted):
-                yield f"{op.node.name} takes {_text(value)} as its {name}, not {_words(wanted)}"
-        elif value is not None and mine is not None:
-            for each in value if isinstance(value, (list, tuple)) else (value,):
-                if is_state(each) and each.name not in mine:
-                    yield f"{op.node.name} takes {each.name}, which is of another layer"
-
-
-def _is(value: Any, wanted: Operand | list[Operand]) -> bool:
-    if isinstance(wanted, list):
-        found = list(value) if isinstance(value, (list, tuple)) else [value]
-        return len(found) == len(wanted) and all(map(_is, found, wanted))
-    if isinstance(wanted, tuple):
-        made = result_of(value)
-        return made is not None and (made[0].name, made[1]) == wanted
-    return getattr(value, "name", None) == wanted
-
-
-def _text(value: Any) -> str:
-    made = result_of(value)
-    if made is not None:
-        return f"{value.name} (result {made[1]} of {made[0].name})"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_text, value))}]"
-    return str(getattr(value, "name", value))
-
-
-def _words(wanted: Operand | list[Operand]) -> str:
-    if isinstance(wanted, list):
-        return f"[{', '.join(map(_words, wanted))}]"
-    return f"result {wanted[1]} of {wanted[0]}" if isinstance(wanted, tuple) else str(wanted)

@@ -30,64 +30,20 @@ from sparda_compile.errors import TransferRaceError
 from sparda_compile.graph.dependences import mark_order
 from sparda_compile.graph.effects import (
     accesses,
-    argument,
-    awaited_event,
-    instruction,
     is_disjoint,
-    started_event,
-    stream_of,
-    takes,
 )
-from sparda_compile.graph.liveness import side_stream_uses
-from sparda_compile.graph.nodes import call_name, fake_value, is_sparda, tensor_shape
 from sparda_compile.graph.tags import ORDER
-from sparda_compile.isa.streams import COMPUTE, COPY, SELECT, STREAM_NAMES
-from sparda_compile.isa.table import Work
+from sparda_compile.isa.streams import COMPUTE, STREAM_NAMES
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
+from sparda_compile.passes.check.clocks import Clock, happens_before, vector_clocks
+from sparda_compile.passes.check.issued import Issued, extract_program
 
-__all__ = ["Issued", "VerifyTransfers", "check_program", "extract_program"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Issued:
-    """One node as the verifier sees it.
-
-    Attributes:
-        name: Name of the node.
-        stream: Stream that it runs on.
-        order: Place in the semantic program.
-        inputs: Temporaries that it takes, as the numbers of the instructions that make them.
-        keepalive: Those of `inputs` that it only keeps alive.
-        touches: Temporaries that it uses on a side stream.
-        forks: Whether it lets a side stream go on from here.
-        forked_by: Number of the fork that it waits for on its side stream.
-        selected_by: Selections whose results a copy without a fork takes; it starts behind them.
-        chosen_from: Number of the issued that it takes one result of; it is no work itself.
-        records: Event that it records when it ends.
-        waits: Event that its stream waits for.
-        allocates: Whether it makes a non-empty tensor.
-        node: The FX node, for state conflicts.
-    """
-
-    name: str
-    stream: int
-    order: int
-    inputs: tuple[int, ...]
-    keepalive: tuple[int, ...]
-    touches: tuple[int, ...]
-    forks: bool
-    forked_by: int | None
-    selected_by: tuple[int, ...]
-    chosen_from: int | None
-    records: int | None
-    waits: int | None
-    allocates: bool
-    node: fx.Node
+__all__ = ["VerifyTransfers", "check_program"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,119 +69,18 @@ class VerifyTransfers:
         return PassResult(gm, modified=False, counts=counts)
 
 
-def extract_program(graph: fx.Graph) -> list[Issued]:
-    """Return the graph as instructions, in program order."""
-    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
-    number = {node: i for i, node in enumerate(nodes)}
-
-    def numbers(sources: Sequence[fx.Node]) -> tuple[int, ...]:
-        return tuple(number[n] for n in sources if n in number)
-
-    program = []
-    for node in nodes:
-        it, stream = instruction(node), stream_of(node)
-        waits, starts = awaited_event(node), started_event(node)
-        fork = argument(node, "after") if stream != COMPUTE and takes(node, "after") else None
-        works = it is not None and it.work is not Work.NONE
-        uses = side_stream_uses(node) if stream != COMPUTE else []
-        program.append(
-            Issued(
-                name=node.name,
-                stream=stream_of(_made_by(node)),
-                order=ORDER.get(node, -1),
-                inputs=numbers(node.all_input_nodes),
-                keepalive=numbers(argument(node, "keepalive")) if waits is not None else (),
-                touches=numbers(uses) + ((number[node],) if _drops_a_result(node, uses) else ()),
-                forks=it is not None and it.forks,
-                forked_by=number[fork] if fork is not None else None,
-                selected_by=numbers(_selections(node)) if stream == COPY and not fork else (),
-                chosen_from=number[made] if (made := _made_by(node)) is not node else None,
-                records=starts,
-                waits=waits,
-                allocates=works and starts is None and tensor_shape(node) != (0,),
-                node=node,
-            )
-        )
-    return program
-
-
-def _selections(node: fx.Node) -> list[fx.Node]:
-    """Return the inputs of a copy that the select stream makes."""
-    return [n for n in node.all_input_nodes if stream_of(_made_by(n)) == SELECT]
-
-
-def _drops_a_result(node: fx.Node, uses: Sequence[fx.Node]) -> bool:
-    """Whether a side-stream op has a result that nobody takes, and so nobody keeps alive."""
-    value = fake_value(node)
-    taken = {u.args[1] for u in uses if call_name(u) == "getitem" and u.args[0] is node}
-    return bool(uses) and isinstance(value, (tuple, list)) and len(taken) < len(value)
-
-
-def _made_by(node: fx.Node) -> fx.Node:
-    """Return the sparda op that a node chooses one result of, else the node itself."""
-    sources = node.all_input_nodes
-    is_choice = call_name(node) == "getitem" and sources and is_sparda(sources[0])
-    return sources[0] if is_choice else node
-
-
 def check_program(program: Sequence[Issued]) -> int:
     """Check one step and two consecutive ones; returns the number of conflicting pairs.
 
     Raises:
         TransferRaceError: At the first pair that is not ordered.
     """
-    clocks = _vector_clocks(program, steps=2)
+    clocks = vector_clocks(program, steps=2)
     _check_join(program, clocks)
     _check_data(program, clocks)
     _check_keepalive(program, clocks)
     _check_allocation(program, clocks)
     return _check_state(program, clocks)
-
-
-Clock = tuple[int, ...]
-
-
-def _vector_clocks(program: Sequence[Issued], steps: int) -> list[Clock]:
-    """Return each issued's clock, for `steps` consecutive runs of the program."""
-    streams = range(len(STREAM_NAMES))
-    now = [[0 for _ in streams] for _ in streams]
-    clocks: list[Clock] = []
-    for step in range(steps):
-        begin = step * len(program)
-        forks: dict[int, list[int]] = {}
-        events: dict[int, list[int]] = {}
-        for i, issued in enumerate(program):
-            mine = now[issued.stream]
-            if issued.chosen_from is not None and issued.chosen_from < i:
-                clocks.append(clocks[begin + issued.chosen_from])
-                continue
-            if issued.forked_by is not None and issued.forked_by in forks:
-                _join(mine, forks[issued.forked_by])
-            for source in issued.selected_by:
-                if source < i:
-                    _join(mine, clocks[begin + source])
-            if issued.waits is not None and issued.waits in events:
-                _join(mine, events[issued.waits])
-            mine[issued.stream] += 1
-            clocks.append(tuple(mine))
-            if issued.forks:
-                forks[i] = list(mine)
-            if issued.records is not None:
-                events[issued.records] = list(mine)
-    return clocks
-
-
-def _join(mine: list[int], other: Sequence[int]) -> None:
-    for stream, count in enumerate(other):
-        mine[stream] = max(mine[stream], count)
-
-
-def _happens_before(
-    program: Sequence[Issued], clocks: Sequence[Clock], first: int, second: int
-) -> bool:
-    it = program[first % len(program)]
-    stream = it.stream if it.chosen_from is None else program[it.chosen_from].stream
-    return first != second and clocks[first][stream] <= clocks[second][stream]
 
 
 def _race(kind: str, first: Issued, second: Issued, detail: str) -> TransferRaceError:
@@ -262,7 +117,7 @@ def _check_data(program: Sequence[Issued], clocks: Sequence[Clock]) -> None:
         for source in issued.inputs:
             is_ticket = issued.waits is not None and program[source].records is not None
             only_kept = source in issued.keepalive
-            ordered = _happens_before(program, clocks, source, i)
+            ordered = happens_before(program, clocks, source, i)
             if source >= i or not (ordered or is_ticket or only_kept):
                 raise _race("data", program[source], issued, "the second uses the first's result")
             if is_ticket and program[source].records != issued.waits:
@@ -281,7 +136,7 @@ def _own_waits(program: Sequence[Issued], clocks: Sequence[Clock]) -> dict[int, 
     found = {}
     for i, issued in enumerate(program):
         if issued.stream != COMPUTE:
-            leads_to = (w for c, w in copies if c == i or _happens_before(program, clocks, i, c))
+            leads_to = (w for c, w in copies if c == i or happens_before(program, clocks, i, c))
             if (wait := next(leads_to, None)) is not None:
                 found[i] = wait
     return found
@@ -316,7 +171,7 @@ def _check_allocation(program: Sequence[Issued], clocks: Sequence[Clock]) -> Non
                 last_compute = i
             continue
         checked = issued.allocates and last_compute >= 0
-        if checked and not _happens_before(program, clocks, last_compute, i):
+        if checked and not happens_before(program, clocks, last_compute, i):
             raise _race(
                 "allocation", program[last_compute % len(program)], issued,
                 "the second may be given memory that the first has not finished with",
@@ -343,10 +198,10 @@ def _check_state(program: Sequence[Issued], clocks: Sequence[Clock]) -> int:
             if first != second and not is_disjoint(a.node, b.node):
                 found += 1
                 early, late = (first, second) if a.order < b.order else (second, first)
-                if not _happens_before(program, clocks, early, late):
+                if not happens_before(program, clocks, early, late):
                     raise _race("state", program[early], program[late], f"both use {state}")
             for early, late in {(first, second), (second, first)}:
-                if not _happens_before(program, clocks, early, late + size):
+                if not happens_before(program, clocks, early, late + size):
                     raise _race(
                         "state", program[early], program[late],
                         f"both use {state}, the second in the next step",

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparda_compile.graph.evaluate import PROOF_BATCH, NotProvableError, evaluate
 from sparda_compile.graph.nodes import fake_value, nodes_between
 from sparda_compile.sizes import concrete
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-from sparda_compile.graph.evaluate import PROOF_BATCH, NotProvableError, evaluate
 
-__all__ = ["causal_attention", "ends_in_one", "find_difference", "measure_scale"]
+__all__ = ["ends_in_one", "find_difference", "measure_scale", "reference_attention"]
 
 _PROOF_TOKENS = 24
 _WINDOW_MARGIN = 9
@@ -27,7 +27,7 @@ _LARGEST_WINDOW = 256
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def causal_attention(
+def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
 ) -> Tensor:
     """Plain causal attention of T tokens over themselves, in fp64.
@@ -132,7 +132,7 @@ def find_difference(
         return str(error)
     except Exception as error:  # noqa: BLE001 - whatever fails here, the site is not understood
         return f"its nodes cannot be run alone ({type(error).__name__}: {error})"
-    want = causal_attention(q, keys, values, scale, softcap, window)
+    want = reference_attention(q, keys, values, scale, softcap, window)
     if tuple(got.shape) != tuple(want.shape):
         return f"its output has shape {tuple(got.shape)}, not {tuple(want.shape)}"
     difference = float((got.double() - want).abs().max() / want.abs().max())

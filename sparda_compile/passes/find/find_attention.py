@@ -24,27 +24,29 @@ multi-head latent attention, sinks, biases, ALiBi, projections that are no linea
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import ClassVar, Final
 
-from torch import Tensor, fx
+from torch import fx
 
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
-from sparda_compile.graph.evaluate import evaluate
-from sparda_compile.graph.nodes import call_name, fake_value, find_ops, module_path, tensor_shape
+from sparda_compile.graph.nodes import find_ops, module_path, tensor_shape
 from sparda_compile.graph.site import AttentionSite
 from sparda_compile.graph.tags import SITE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.find.attention_proof import ends_in_one, find_difference, measure_scale
-from sparda_compile.passes.find.dataflow import LINEAR, MATMUL, Dataflow, RefusedAttentionError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from sparda_compile.passes.find.anchors import (
+    Anchor,
+    marker_of,
+    match_anchor,
+    scale_of,
+    softcap_of,
+    unrepeated,
+    why_unmatched,
+)
+from sparda_compile.passes.find.attention_proof import ends_in_one, find_difference
+from sparda_compile.passes.find.dataflow import Dataflow, RefusedAttentionError
 
 __all__ = ["FindAttention"]
 
-_SDPA: Final = "scaled_dot_product_attention"
-# A walk back from an anchor stops at these: what lies behind them is another computation.
-_STOPS: Final = frozenset({*MATMUL, *LINEAR, "embedding", "cat", "softmax", "sparda.kv_update"})
 _NOT_CACHED: Final = (
     "its keys are not those of the KV cache, as in multi-head latent attention (MLA) and "
     "cross-attention"
@@ -64,11 +66,11 @@ class FindAttention:
         """Tag sites; raise AttentionNotFoundError, or UnsupportedInputError for the selector."""
         flow = Dataflow(gm.graph)
         markers = find_ops(gm.graph, "kv_update")
-        anchors = [a for a in (_match_anchor(n, flow) for n in gm.graph.nodes) if a]
+        anchors = [a for a in (match_anchor(n, flow) for n in gm.graph.nodes) if a]
         sites: list[AttentionSite] = []
         claimed: set[fx.Node] = set()
         for anchor in anchors:
-            marker = _marker_of(anchor)
+            marker = marker_of(anchor)
             if markers and marker is None:
                 raise self._refusal(ctx, anchor.node, len(sites), _NOT_CACHED)
             layer = marker.args[2] if marker else len(sites)
@@ -87,7 +89,7 @@ class FindAttention:
             sites.append(site)
         for marker in markers:
             if marker not in claimed:
-                reason = _why_unmatched(marker)
+                reason = why_unmatched(marker)
                 raise self._refusal(ctx, marker, int(str(marker.args[2])), reason)
         if not sites:
             raise AttentionNotFoundError(
@@ -127,7 +129,7 @@ class FindAttention:
 
     def _site(
         self,
-        anchor: _Anchor,
+        anchor: Anchor,
         marker: fx.Node | None,
         layer: int,
         flow: Dataflow,
@@ -137,8 +139,8 @@ class FindAttention:
         _check_shapes(anchor.query, k, v)
         hidden, projection = flow.hidden(anchor.query, k, v)
         known_kv = _cached_nodes(marker, k, v)
-        softcap = _softcap(anchor, ctx.weights)
-        scale = _scale(anchor, k, known_kv, softcap, ctx.weights)
+        softcap = softcap_of(anchor, ctx.weights)
+        scale = scale_of(anchor, k, known_kv, softcap, ctx.weights)
         window = ctx.windows.get(layer, 0)
         difference = find_difference(
             anchor.node, anchor.query, k, v, known_kv, ctx.weights,
@@ -168,18 +170,6 @@ class FindAttention:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Anchor:
-    """An attention output and its operands; `path` are the nodes from Q K^T to the softmax."""
-
-    node: fx.Node
-    form: str
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    path: tuple[fx.Node, ...] = ()
-
-
 def _name_nodes(site: AttentionSite) -> None:
     """Give the nodes of a site names that say what they are."""
     for word in ("hidden", "query", "k", "v"):
@@ -188,58 +178,7 @@ def _name_nodes(site: AttentionSite) -> None:
             node._rename(f"{word}_{site.layer}")
 
 
-def _match_anchor(node: fx.Node, flow: Dataflow) -> _Anchor | None:
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if call_name(node) == _SDPA:
-        named = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
-        query, key, value = (named[n] for n in ("query", "key", "value"))
-        assert isinstance(query, fx.Node)
-        assert isinstance(key, fx.Node)
-        assert isinstance(value, fx.Node)
-        return _Anchor(node, "sdpa", query, key, value)
-    if call_name(node) not in MATMUL or len(node.all_input_nodes) != 2:
-        return None
-    weights, value = node.all_input_nodes
-    softmax = _walk_back(weights, "softmax", flow)
-    if softmax is None:
-        return None
-    scores = _walk_back(softmax[-1].all_input_nodes[0], "matmul", flow)
-    if scores is None or len(scores[-1].all_input_nodes) != 2:
-        return None
-    query, key = scores[-1].all_input_nodes
-    return _Anchor(node, "eager", query, key, value, tuple(scores))
-
-
-def _walk_back(start: fx.Node, wanted: str, flow: Dataflow) -> list[fx.Node] | None:
-    """Follow what depends on the input back to a call of `wanted`; None if there is none."""
-    path = [start]
-    while call_name(path[-1]) != wanted:
-        if call_name(path[-1]) in _STOPS or path[-1].op == "placeholder":
-            return None
-        inputs = [n for n in path[-1].all_input_nodes if n in flow.active]
-        if len(inputs) != 1:
-            return None
-        path.append(inputs[0])
-    return path
-
-
-def _operand_chain(node: fx.Node) -> list[fx.Node]:
-    """Return a key or value operand and what it was repeated or transposed from."""
-    chain = [node]
-    while chain[-1].op != "placeholder" and call_name(chain[-1]) not in _STOPS:
-        if not chain[-1].all_input_nodes:
-            break
-        chain.append(chain[-1].all_input_nodes[0])
-    return chain
-
-
-def _marker_of(anchor: _Anchor) -> fx.Node | None:
-    last = _operand_chain(anchor.key)[-1]
-    return last if call_name(last) == "sparda.kv_update" else None
-
-
-def _new_kv(anchor: _Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+def _new_kv(anchor: Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
     if marker is not None:
         k, v = marker.args[0], marker.args[1]
         assert isinstance(k, fx.Node)
@@ -251,23 +190,7 @@ def _new_kv(anchor: _Anchor, marker: fx.Node | None) -> tuple[fx.Node, fx.Node]:
     key = anchor.key
     if anchor.form == "eager" and tensor_shape(key)[-1] != query_shape[3]:
         key = key.all_input_nodes[0]  # K^T
-    return _unrepeated(key, query_shape[1]), _unrepeated(anchor.value, query_shape[1])
-
-
-def _unrepeated(operand: fx.Node, num_heads: Any) -> fx.Node:
-    """Return the [B, G, T, D] tensor that an operand with H heads repeats, or the operand."""
-    repeats = {"repeat_interleave", "repeat", "expand", "reshape", "view", "contiguous"}
-    repeats |= {"getitem", "flatten", "unsqueeze"}
-    node = candidate = operand
-    if tensor_shape(operand)[1] != num_heads:
-        return operand
-    while call_name(node) in repeats and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        shape = tensor_shape(node)
-        fits = len(shape) == 4 and shape[3] == tensor_shape(candidate)[3]
-        if fits and isinstance(shape[1], int) and shape[1] < num_heads:
-            candidate = node
-    return candidate
+    return unrepeated(key, query_shape[1]), unrepeated(anchor.value, query_shape[1])
 
 
 def _cached_nodes(marker: fx.Node | None, k: fx.Node, v: fx.Node) -> dict[fx.Node, fx.Node]:
@@ -297,58 +220,3 @@ def _check_shapes(query: fx.Node, k: fx.Node, v: fx.Node) -> None:
         raise RefusedAttentionError(
             f"{q_shape[1]} query heads do not divide into {k_shape[1]} KV heads"
         )
-
-
-def _softcap(anchor: _Anchor, weights: Mapping[str, Tensor]) -> float:
-    """Return the cap of scores = cap * tanh(x / cap), 0.0 when there is no tanh."""
-    for i, node in enumerate(anchor.path):
-        if call_name(node) == "tanh" and i > 0:
-            import torch
-
-            one = evaluate(anchor.path[i - 1], {node: torch.ones(1, 1, 1, 1)}, weights, 1)
-            return float(one.flatten()[0])
-    return 0.0
-
-
-def _scale(
-    anchor: _Anchor,
-    k: fx.Node,
-    known_kv: Mapping[fx.Node, fx.Node],
-    softcap: float,
-    weights: Mapping[str, Tensor],
-) -> float:
-    if anchor.form == "sdpa":
-        given = anchor.node.kwargs.get("scale")
-        return float(given) if isinstance(given, (int, float)) else fake_value(k).shape[3] ** -0.5
-    before_cap = anchor.path[0]
-    for i, node in enumerate(anchor.path):
-        if call_name(node) == "tanh":
-            before_cap = anchor.path[i + 1]
-    try:
-        factor = measure_scale(before_cap, anchor.query, k, known_kv, weights)
-    except Exception as error:  # noqa: BLE001 - whatever fails here, the site is not understood
-        raise RefusedAttentionError(f"its scores cannot be computed alone ({error})") from None
-    return factor * softcap if softcap else factor
-
-
-def _why_unmatched(marker: fx.Node) -> str:
-    """Say what the keys of an unmatched marker run into first."""
-    stack, seen = list(marker.users), set()
-    names = []
-    while stack:
-        node = stack.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if call_name(node) in (*_STOPS, _SDPA):
-            names.append(call_name(node))
-            if call_name(node) not in MATMUL or len(names) > 3:
-                continue
-        stack += list(node.users)
-        if len(seen) > 200:
-            break
-    path = " -> ".join(dict.fromkeys(names[:4])) or "nothing that is known"
-    return (
-        f"its keys do not lead to softmax(Q K^T) V but to {path}, as with attention sinks, "
-        "ALiBi biases or a latent cache"
-    )

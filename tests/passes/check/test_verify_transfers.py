@@ -13,11 +13,8 @@ from sparda_compile.graph.liveness import set_keepalives
 from sparda_compile.graph.nodes import find_ops, is_sparda, snapshot
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
 from sparda_compile.passes.base import Fact
-from sparda_compile.passes.check.verify_transfers import (
-    VerifyTransfers,
-    check_program,
-    extract_program,
-)
+from sparda_compile.passes.check.issued import extract_program
+from sparda_compile.passes.check.verify_transfers import VerifyTransfers, check_program
 from sparda_compile.testing import TINY_MODELS
 
 MODES = {

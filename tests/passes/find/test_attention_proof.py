@@ -16,10 +16,10 @@ from sparda_compile.graph.nodes import call_name
 from sparda_compile.graph.site import AttentionSite, sites_of
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.find.attention_proof import (
-    causal_attention,
     ends_in_one,
     find_difference,
     measure_scale,
+    reference_attention,
 )
 from sparda_compile.passes.find.find_attention import FindAttention
 from sparda_compile.passes.machine import MACHINES
@@ -33,18 +33,18 @@ def qkv(num_tokens: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def test_causal_attention_is_that_of_torch() -> None:
+def test_reference_attention_is_that_of_torch() -> None:
     q, k, v = qkv()
     want = functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True, scale=0.4
     )
-    torch.testing.assert_close(causal_attention(q, k, v, 0.4, 0.0, 0), want)
+    torch.testing.assert_close(reference_attention(q, k, v, 0.4, 0.0, 0), want)
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, 20])
 def test_window_counts_the_token_itself(window: int) -> None:
     q, k, v = qkv()
-    got = causal_attention(q, k, v, 0.4, 0.0, window)
+    got = reference_attention(q, k, v, 0.4, 0.0, window)
     for t in range(7):
         first = max(0, t - window + 1)
         seen = k[:, :, first : t + 1], v[:, :, first : t + 1]
@@ -56,7 +56,7 @@ def test_window_counts_the_token_itself(window: int) -> None:
 
 def test_soft_cap_bounds_the_scores() -> None:
     q, k, v = qkv(2)
-    got = causal_attention(q * 1000, k, v, 1.0, 0.5, 0)[0, 0, 1]
+    got = reference_attention(q * 1000, k, v, 1.0, 0.5, 0)[0, 0, 1]
     raw = 1000 * (k[0, 0] @ q[0, 0, 1])
     want = (0.5 * torch.tanh(raw / 0.5)).softmax(0) @ v[0, 0]
     torch.testing.assert_close(got, want)

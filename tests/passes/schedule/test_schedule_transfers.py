@@ -14,7 +14,7 @@ from sparda_compile.isa.streams import COMPUTE, SELECT, STREAM_NAMES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import node_cost
-from sparda_compile.passes.schedule.schedule_transfers import simulate
+from sparda_compile.passes.schedule.simulate import simulate
 
 CASES = {
     "forecast-h200": {"mode": "forecast", "machine": "h200"},

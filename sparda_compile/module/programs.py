@@ -1,0 +1,107 @@
+"""The programs of one module, by phase, shape and result; each built when first asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sparda_compile.config import round_up
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.program.plan import Plan, make_plan, planned_capacity
+from sparda_compile.program.program import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.forecast.projection import Projection
+    from sparda_compile.program.captures import Captures
+
+__all__ = ["PHASES", "Programs"]
+
+PHASES: Final = ("prefill", "decode")
+_SMALLEST_CAPACITY: Final = 512
+_CAPACITY_STEP: Final = 8192
+
+
+class Programs:
+    """The programs of one module.
+
+    Args:
+        captures: Traced forwards of the model.
+        config: What to build.
+        forecast: Forecast projections by target layer.
+
+    Attributes:
+        forecast: The same.
+    """
+
+    def __init__(
+        self, captures: Captures, config: SpardaConfig, forecast: Mapping[int, Projection]
+    ) -> None:
+        self._captures = captures
+        self._config = config
+        self.forecast = forecast
+        self._programs: dict[tuple[str, int, int, bool], Program] = {}
+        self._latest: dict[str, tuple[int, int, bool]] = {}
+
+    def get(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
+        """Return the program for a shape.
+
+        Args:
+            phase: `prefill` or `decode`.
+            batch_size: Sequences.
+            max_tokens: Tokens per sequence that its KV cache holds.
+            last_only: Whether it returns the logits of the last token alone.
+        """
+        key = (phase, batch_size, max_tokens, last_only)
+        if key not in self._programs:
+            plan = make_plan(
+                self._captures,
+                phase,
+                self._config,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                last_logits_only=last_only,
+            )
+            self._programs[key] = Program(plan, self.forecast)
+        self._latest[phase] = (batch_size, max_tokens, last_only)
+        return self._programs[key]
+
+    def put(self, plan: Plan, program: Program | None = None) -> Program:
+        """Enter a program for a plan's shape, in the place of any other; None makes one.
+
+        The plan is one that returns the logits of the last token alone.
+        """
+        layout = plan.layout
+        key = (plan.captured.phase, layout.batch_size, layout.max_tokens, True)
+        self._programs[key] = program or Program(plan, self.forecast)
+        return self._programs[key]
+
+    def latest_plan(self, phase: str) -> Plan:
+        """Return the plan of a phase that ran last; one for a single sequence before that.
+
+        Raises:
+            UnsupportedInputError: If there is no such phase.
+        """
+        if phase not in PHASES:
+            raise UnsupportedInputError(f"phase {phase!r} is not known; use {' or '.join(PHASES)}.")
+        default = (1, planned_capacity(self._config), True)
+        batch_size, max_tokens, last_only = self._latest.get(phase, default)
+        return self.get(phase, batch_size, max_tokens, last_only=last_only).plan
+
+    def compiled(self) -> list[Program]:
+        """Return those that have run, or were compiled ahead."""
+        return [program for program in self._programs.values() if program.is_compiled]
+
+    def num_compiled(self) -> dict[str, int]:
+        """Return how many programs were compiled, by phase."""
+        phases = [program.plan.captured.phase for program in self.compiled()]
+        return {phase: phases.count(phase) for phase in PHASES}
+
+    def capacity(self, num_tokens: int) -> int:
+        """Return the capacity reserved for so many tokens: few sizes, so few programs."""
+        if self._config.max_tokens is not None:
+            return self._config.max_tokens
+        if num_tokens <= _CAPACITY_STEP:
+            return max(_SMALLEST_CAPACITY, 1 << (num_tokens - 1).bit_length())
+        return round_up(num_tokens, _CAPACITY_STEP)

@@ -1,0 +1,71 @@
+"""What an argument takes, beside what it should take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparda_compile.graph.effects import is_state
+from sparda_compile.graph.op_index import result_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sparda_compile.graph.op_index import Op
+
+
+__all__ = ["Operand", "Operands", "compare", "wanted_words", "words_of"]
+
+
+# Names of what arguments take; a pair is one result of a node, None is nothing.
+Operand = str | tuple[str, int] | None
+
+
+Operands = dict[str, "Operand | list[Operand]"]
+
+
+def compare(op: Op, expected: Operands, mine: frozenset[str] | None = None) -> Iterator[str]:
+    """Yield which argument takes something else than is expected.
+
+    Args:
+        op: The op.
+        expected: What arguments take, by name.
+        mine: State that the others may take, None for any.
+    """
+    for name in op.tensors:
+        value = op.args[name]
+        if name in expected:
+            wanted = expected[name]
+            if not _is(value, wanted):
+                taken = f"takes {words_of(value)} as its {name}"
+                yield f"{op.node.name} {taken}, not {wanted_words(wanted)}"
+        elif value is not None and mine is not None:
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                if is_state(each) and each.name not in mine:
+                    yield f"{op.node.name} takes {each.name}, which is of another layer"
+
+
+def _is(value: Any, wanted: Operand | list[Operand]) -> bool:
+    if isinstance(wanted, list):
+        found = list(value) if isinstance(value, (list, tuple)) else [value]
+        return len(found) == len(wanted) and all(map(_is, found, wanted))
+    if isinstance(wanted, tuple):
+        made = result_of(value)
+        return made is not None and (made[0].name, made[1]) == wanted
+    return getattr(value, "name", None) == wanted
+
+
+def words_of(value: Any) -> str:
+    """Return in words what an argument takes."""
+    made = result_of(value)
+    if made is not None:
+        return f"{value.name} (result {made[1]} of {made[0].name})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(words_of, value))}]"
+    return str(getattr(value, "name", value))
+
+
+def wanted_words(wanted: Operand | list[Operand]) -> str:
+    """Return in words what an argument should take."""
+    if isinstance(wanted, list):
+        return f"[{', '.join(map(wanted_words, wanted))}]"
+    return f"result {wanted[1]} of {wanted[0]}" if isinstance(wanted, tuple) else str(wanted)

@@ -1,0 +1,168 @@
+"""Chains: what leads to one copy, and where in the program it could go.
+
+    forecast, scores, ids, plan, fork, prefetch
+
+A chain is moved as a whole. Its stages, which say themselves on which stream they run, may go to
+the select stream from any of them on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from sparda_compile.graph.effects import (
+    argument,
+    instruction,
+    set_argument,
+    waits_of,
+)
+from sparda_compile.graph.liveness import side_stream_inputs
+from sparda_compile.graph.nodes import call_name, program_order
+from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import LAYER
+from sparda_compile.isa.streams import COMPUTE, SELECT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import networkx as nx
+    from torch import fx
+
+
+__all__ = ["Chain", "Chains", "ordered", "set_streams"]
+
+
+@dataclasses.dataclass
+class Chain:
+    """The nodes that lead to one prefetch, in order, and where they could go.
+
+    `stages` are those of scores, ids and plan that belong to it; a cut of n puts the last n of
+    them on the select stream, all of them if there are fewer.
+    """
+
+    nodes: list[fx.Node]
+    prefetch: fx.Node
+    fork: fx.Node
+    stages: list[fx.Node]
+    places: list[tuple[str, fx.Node]]
+
+    def side(self, cut: int) -> list[fx.Node]:
+        """Return the stages that a cut puts on the select stream."""
+        return self.stages[max(len(self.stages) - cut, 0) :]
+
+
+class Chains:
+    """Finds chains in a program.
+
+    Args:
+        graph: The program.
+        dag: Its dependences.
+    """
+
+    def __init__(self, graph: fx.Graph, dag: nx.DiGraph) -> None:
+        self._graph = graph
+        self._dag = dag
+
+    def chain(self, prefetch: fx.Node) -> Chain | None:
+        """Return the chain that leads to a copy, None if it has to stay where it is."""
+        layer = LAYER.of(prefetch)
+        fork = argument(prefetch, "after")
+        mine = {prefetch}
+        stack = [prefetch]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                own = LAYER.get(source) == layer and source.op != "placeholder"
+                if own and source not in mine:
+                    mine.add(source)
+                    stack.append(source)
+        plan = argument(prefetch, "miss_blocks").args[0]
+        mine |= set(plan.users) & {n for n in plan.users if call_name(n) == "getitem"}
+        order = program_order(self._graph)
+        nodes = sorted(mine, key=lambda n: order[n])
+        inside = set(nodes)
+        needed = {p for n in nodes for p in self._dag.predecessors(n)} - inside
+        if needed & self._below(nodes[:-1], order, order[nodes[-1]]):
+            # Something outside needs the chain and is needed by it: a repair, behind its layer's
+            # own append. It stays where it is.
+            return None
+        earliest = self._earliest(nodes, order)
+        wait = self._previous_wait(prefetch, order, earliest)
+        # What says itself on which stream it runs.
+        stages = [n for n in nodes if (it := instruction(n)) is not None and it.stream is None]
+        places = [(f"behind {earliest.name}", earliest)]
+        if wait is not None:
+            behind = wait.prev
+            while LAYER.on(behind):  # may move itself; the model's nodes do not
+                behind = behind.prev
+            if order[behind] > order[earliest]:
+                places.append((f"before {wait.name}", behind))
+        return Chain(nodes, prefetch, fork, stages, places)
+
+    def _below(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int) -> set[fx.Node]:
+        """Return what depends on nodes and comes before a place in the program."""
+        found: set[fx.Node] = set()
+        stack = list(nodes)
+        while stack:
+            for user in self._dag.successors(stack.pop()):
+                if user not in found and order[user] < end:
+                    found.add(user)
+                    stack.append(user)
+        return found
+
+    def _earliest(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node:
+        """Return the last node that anything in the chain depends on."""
+        inside = set(nodes)
+        outside = {p for n in nodes for p in self._dag.predecessors(n)} - inside
+        last: fx.Node = max((p for p in outside), key=lambda p: order[p])
+        if last.op != "placeholder":
+            return last
+        # A chain without inputs may start anywhere; one layer ahead is enough.
+        layer = LAYER.of(nodes[-1])
+        before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
+        first: fx.Node = next(n for n in self._graph.nodes if n.op != "placeholder").prev
+        return before[-1] if before else first
+
+    def _previous_wait(
+        self, prefetch: fx.Node, order: dict[fx.Node, int], earliest: fx.Node
+    ) -> fx.Node | None:
+        """Return the first wait between the chain's earliest place and its prefetch."""
+        between = [w for w in waits_of(self._graph) if order[earliest] < order[w] < order[prefetch]]
+        return between[0] if between else None
+
+
+def set_streams(chain: Chain, side: Sequence[fx.Node]) -> None:
+    """Put stages on the select stream behind the fork, which comes before the first of them.
+
+    The copy then follows the selection: it takes the list of misses.
+    """
+    for stage in chain.stages:
+        set_argument(stage, "stream", SELECT if stage in side else COMPUTE)
+        set_argument(stage, "after", None)
+    if not side:
+        return
+    first = side[0]
+    set_argument(chain.prefetch, "after", None)
+    set_argument(chain.fork, "inputs", side_stream_inputs([*side, chain.prefetch]))
+    first.prepend(chain.fork)
+    set_argument(first, "after", chain.fork)
+
+
+def ordered(
+    graph: fx.Graph, chains: Sequence[Chain], decisions: Sequence[tuple[int, int]]
+) -> list[fx.Node]:
+    """Return the program with every chain at its place."""
+    moving = {n for chain in chains for n in chain.nodes}
+    behind: dict[fx.Node, list[fx.Node]] = {}
+    for chain, (place, _) in zip(chains, decisions, strict=True):
+        anchor = chain.places[min(place, len(chain.places) - 1)][1]
+        behind.setdefault(anchor, []).extend(chain.nodes)
+    result: list[fx.Node] = []
+
+    def add(nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            result.append(node)
+            add(behind.get(node, ()))
+
+    add(node for node in graph.nodes if node not in moving)
+    return result

@@ -1,0 +1,76 @@
+"""Chains: which nodes lead to a copy, where they may go, and on which stream."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparda_compile.graph.dependences import dependence_graph, mark_order
+from sparda_compile.graph.effects import argument, stream_of
+from sparda_compile.graph.nodes import call_name, find_ops, program_order, snapshot
+from sparda_compile.graph.tags import LAYER
+from sparda_compile.isa.streams import COMPUTE, SELECT
+from sparda_compile.passes.schedule.chains import Chains, ordered, set_streams
+
+UNSCHEDULED = {"disable_passes": ("schedule_transfers", "fuse_selection"), "machine": "h200"}
+
+
+@pytest.fixture
+def program(plan_of):
+    def of(**settings):
+        graph = snapshot(plan_of("llama", **UNSCHEDULED, **settings).graph_module).graph
+        mark_order(graph)
+        chains = Chains(graph, dependence_graph(graph))
+        return graph, [chains.chain(node) for node in find_ops(graph, "prefetch_blocks")]
+
+    return of
+
+
+def test_a_chain_leads_from_the_forecast_to_the_copy(program):
+    _, chains = program(mode="forecast")
+    for layer, chain in enumerate(chains):
+        names = [call_name(node).removeprefix("sparda.") for node in chain.nodes]
+        assert names[0] == "linear"
+        assert names[-1] == "prefetch_blocks"
+        assert [call_name(node).removeprefix("sparda.") for node in chain.stages] == [
+            "score_blocks", "select_blocks", "plan_pages",
+        ]  # fmt: skip
+        assert {LAYER.of(node) for node in chain.nodes} == {layer}
+        assert chain.fork in chain.nodes
+        assert [node.name for node in chain.side(2)] == [f"block_ids_{layer}", f"plan_{layer}"]
+        assert chain.side(9) == chain.stages
+        assert chain.side(0) == []
+
+
+def test_a_repair_stays_where_it_is(program):
+    graph, chains = program(mode="exact", hint="previous_step")
+    prefetches = find_ops(graph, "prefetch_blocks")
+    kinds = {node.name.startswith("hint"): chain for node, chain in zip(prefetches, chains,
+                                                                       strict=True)}  # fmt: skip
+    assert kinds[False] is None
+    assert kinds[True] is not None
+
+
+def test_a_chain_moves_as_a_whole(program):
+    graph, chains = program(mode="forecast")
+    chain = chains[1]
+    new = ordered(graph, [chain], [(0, 0)])
+    place = {node: i for i, node in enumerate(new)}
+    assert sorted(new, key=lambda n: n.name) == sorted(graph.nodes, key=lambda n: n.name)
+    at = [place[node] for node in chain.nodes]
+    assert at == list(range(at[0], at[0] + len(at)))
+    assert new[at[0] - 1] is chain.places[0][1]
+    assert program_order(graph)[chain.prefetch] > place[chain.prefetch]
+
+
+def test_a_cut_puts_stages_on_the_select_stream_behind_the_fork(program):
+    graph, chains = program(mode="forecast")
+    chain = chains[1]
+    side = chain.side(2)
+    set_streams(chain, side)
+    assert [stream_of(node) for node in chain.stages] == [COMPUTE, SELECT, SELECT]
+    assert argument(side[0], "after") is chain.fork
+    assert argument(side[1], "after") is None
+    assert argument(chain.prefetch, "after") is None
+    assert chain.fork.next is side[0]
+    assert set(side[0].all_input_nodes) <= {chain.fork, *argument(chain.fork, "inputs")}
+    graph.lint()
