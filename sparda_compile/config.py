@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import HINTS, SELECTORS
@@ -12,7 +12,18 @@ from sparda_compile.registry import HINTS, SELECTORS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["MACHINE_NAMES", "MIB", "Lowering", "Mode", "SpardaConfig", "round_up"]
+__all__ = [
+    "MACHINE_NAMES",
+    "MIB",
+    "Blocks",
+    "Execution",
+    "Lowering",
+    "Memory",
+    "Mode",
+    "Selection",
+    "SpardaConfig",
+    "round_up",
+]
 
 Mode = Literal["dense", "query", "forecast", "exact"]
 Eviction = Literal["lru", "fifo"]
@@ -20,13 +31,14 @@ Lowering = Literal["inductor", "eager"]
 Offload = Literal["auto", "always", "never"]
 
 _MODES: Final = get_args(Mode)
+G = TypeVar("G")
 MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpardaConfig:
-    """What `optimize` should build. Every default is SparDA's published constant.
+class Selection:
+    """Which blocks attention reads, and who says so.
 
     Attributes:
         mode: Who selects the KV blocks that attention reads. `dense`: nobody, all blocks.
@@ -50,30 +62,6 @@ class SpardaConfig:
             selector `nosa` alone.
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
-        block_size: Tokens of one KV block: a multiple of 16 from 16 to 128.
-        pool_size: Tokens averaged into one pooled key.
-        pool_stride: Tokens between the starts of neighbouring pooled keys.
-        max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
-            (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
-        offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the
-            device while it fits `device_bytes`.
-        device_bytes: Device memory that the KV cache may take; None is no limit.
-        host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
-        page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
-        eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
-        lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
-        cuda_graph: On a GPU, capture each decode step once and replay it for every token. False
-            launches every kernel from Python, which is slower and easier to look into.
-        machine: Whose constants the scheduler plans with: `cpu`, `h100`, `h200`, or None for
-            the machine that the model is on.
-        expected_overlap: Share of the blocks chosen by score that the step before chose too;
-            the scheduler's estimate of how many bytes a step moves.
-        disable_passes: Names of passes to leave out.
-        dump_dir: Folder to write the graph after each pass to.
-        progress: Whether long first calls show a line on a terminal.
-
-    Raises:
-        ConfigError: If a value is outside what is allowed.
     """
 
     mode: Mode = "forecast"
@@ -84,46 +72,17 @@ class SpardaConfig:
     short_list: int = 23
     sink_blocks: int = 1
     local_blocks: int = 32
-    block_size: int = 64
-    pool_size: int = 32
-    pool_stride: int = 16
-    max_tokens: int | None = None
-    offload: Offload = "always"
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    page_ratio: float = 1.5
-    eviction: Eviction = "lru"
-    lowering: Lowering = "inductor"
-    cuda_graph: bool = True
-    machine: str | None = None
-    expected_overlap: float = 0.9
-    disable_passes: tuple[str, ...] = ()
-    dump_dir: str | None = None
-    progress: bool = True
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, _MODES)
         _one_of("selector", self.selector, SELECTORS.choices())
         _one_of("hint", self.hint, HINTS.choices())
-        _one_of("offload", self.offload, get_args(Offload))
-        _one_of("eviction", self.eviction, get_args(Eviction))
-        _one_of("lowering", self.lowering, get_args(Lowering))
-        _one_of("cuda_graph", self.cuda_graph, (True, False))
-        _one_of("progress", self.progress, (True, False))
-        if self.machine is not None:
-            _one_of("machine", self.machine, MACHINE_NAMES)
         for name in ("sink_blocks", "local_blocks", "short_list"):
             _at_least(name, getattr(self, name), 0)
-        _at_least("pool_stride", self.pool_stride, 1)
         if self.top_k is not None:
             _at_least("top_k", self.top_k, 0)
         if self.forecast_rank is not None:
             _at_least("forecast_rank", self.forecast_rank, 1)
-        self._check_short_list()
-        self._check_geometry()
-        self._check_limits()
-
-    def _check_short_list(self) -> None:
         if self.top_k is None or self.short_list <= self.top_k:
             return
         if SELECTORS[self.selector].has_short_list:
@@ -133,7 +92,23 @@ class SpardaConfig:
                 "raise top_k (published: short_list=23, top_k=78)."
             )
 
-    def _check_geometry(self) -> None:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How a sequence is cut into blocks, and its keys into pooled windows.
+
+    Attributes:
+        block_size: Tokens of one KV block: a multiple of 16 from 16 to 128.
+        pool_size: Tokens averaged into one pooled key.
+        pool_stride: Tokens between the starts of neighbouring pooled keys.
+    """
+
+    block_size: int = 64
+    pool_size: int = 32
+    pool_stride: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least("pool_stride", self.pool_stride, 1)
         if self.block_size % 16 or not 16 <= self.block_size <= 128:
             raise ConfigError(
                 f"block_size={self.block_size} is not allowed; a page holds one block, so it must "
@@ -144,6 +119,151 @@ class SpardaConfig:
                 f"pool_stride={self.pool_stride} must divide block_size={self.block_size} and "
                 f"pool_size={self.pool_size}; use 16, the paper's value."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Where the KV cache lives, and how much of it there may be.
+
+    Attributes:
+        max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
+            (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
+        offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the
+            device while it fits `device_bytes`.
+        device_bytes: Device memory that the KV cache may take; None is no limit.
+        host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
+        page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
+        eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
+    """
+
+    max_tokens: int | None = None
+    offload: Offload = "always"
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    page_ratio: float = 1.5
+    eviction: Eviction = "lru"
+
+    def __post_init__(self) -> None:
+        _one_of("offload", self.offload, get_args(Offload))
+        _one_of("eviction", self.eviction, get_args(Eviction))
+        if not self.page_ratio >= 1.0:
+            raise ConfigError(
+                f"page_ratio={self.page_ratio} is less than 1.0, so the selected blocks would not "
+                "fit the device pages; use 1.0 or more (default 1.5)."
+            )
+        for name in ("device_bytes", "host_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a program is made, scheduled and run.
+
+    Attributes:
+        lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
+        cuda_graph: On a GPU, capture each decode step once and replay it for every token. False
+            launches every kernel from Python, which is slower and easier to look into.
+        machine: Whose constants the scheduler plans with: `cpu`, `h100`, `h200`, or None for
+            the machine that the model is on.
+        expected_overlap: Share of the blocks chosen by score that the step before chose too;
+            the scheduler's estimate of how many bytes a step moves.
+        disable_passes: Names of passes to leave out.
+        dump_dir: Folder to write the graph after each pass to.
+        progress: Whether long first calls show a line on a terminal.
+    """
+
+    lowering: Lowering = "inductor"
+    cuda_graph: bool = True
+    machine: str | None = None
+    expected_overlap: float = 0.9
+    disable_passes: tuple[str, ...] = ()
+    dump_dir: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("lowering", self.lowering, get_args(Lowering))
+        _one_of("cuda_graph", self.cuda_graph, (True, False))
+        _one_of("progress", self.progress, (True, False))
+        if self.machine is not None:
+            _one_of("machine", self.machine, MACHINE_NAMES)
+        if not 0.0 <= self.expected_overlap <= 1.0:
+            raise ConfigError(
+                f"expected_overlap={self.expected_overlap} is not a share; use 0.0 to 1.0."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpardaConfig(Selection, Blocks, Memory, Execution):
+    """What `optimize` should build. Every default is SparDA's published constant.
+
+    Its fields are those of four groups, each said and checked where its class is: `Selection`,
+    `Blocks`, `Memory` and `Execution`. All are given by keyword,
+
+        SpardaConfig(mode="query", block_size=64, offload="never")
+
+    or by the group, which `config.memory` and the like give back:
+
+        SpardaConfig.of(Memory(offload="never"), mode="query")
+
+    Raises:
+        ConfigError: If a value is outside what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        Selection.__post_init__(self)
+        Blocks.__post_init__(self)
+        Memory.__post_init__(self)
+        Execution.__post_init__(self)
+        self._check_capacity()
+
+    @classmethod
+    def of(cls, *groups: Selection | Blocks | Memory | Execution, **changes: Any) -> SpardaConfig:
+        """Return a configuration made of groups.
+
+        Args:
+            *groups: At most one of each kind; what is not given has its defaults.
+            **changes: Single fields; they win.
+
+        Raises:
+            ConfigError: If two groups are of one kind, or a value is not allowed.
+        """
+        given: dict[str, Any] = {}
+        for group in groups:
+            mine = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+            if mine.keys() & given.keys():
+                raise ConfigError(
+                    f"two groups of the kind {type(group).__name__} were given; give one of each."
+                )
+            given |= mine
+        return cls(**(given | changes))
+
+    @property
+    def selection(self) -> Selection:
+        """Which blocks attention reads."""
+        return self._group(Selection)
+
+    @property
+    def blocks(self) -> Blocks:
+        """How a sequence is cut."""
+        return self._group(Blocks)
+
+    @property
+    def memory(self) -> Memory:
+        """Where the KV cache lives."""
+        return self._group(Memory)
+
+    @property
+    def execution(self) -> Execution:
+        """How a program is made and run."""
+        return self._group(Execution)
+
+    def _group(self, kind: type[G]) -> G:
+        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names})
+
+    def _check_capacity(self) -> None:
         if self.max_tokens is None:
             return
         _at_least("max_tokens", self.max_tokens, self.block_size)
@@ -160,21 +280,6 @@ class SpardaConfig:
                 f"max_tokens={self.max_tokens}; lower top_k to at most {num_blocks}, raise "
                 "max_tokens, or use top_k=None for every block."
             )
-
-    def _check_limits(self) -> None:
-        if not self.page_ratio >= 1.0:
-            raise ConfigError(
-                f"page_ratio={self.page_ratio} is less than 1.0, so the selected blocks would not "
-                "fit the device pages; use 1.0 or more (default 1.5)."
-            )
-        if not 0.0 <= self.expected_overlap <= 1.0:
-            raise ConfigError(
-                f"expected_overlap={self.expected_overlap} is not a share; use 0.0 to 1.0."
-            )
-        for name in ("device_bytes", "host_bytes"):
-            value = getattr(self, name)
-            if value is not None:
-                _at_least(name, value, 1)
 
     @property
     def num_forced(self) -> int:

@@ -8,7 +8,14 @@ import pickle
 import pytest
 
 from sparda_compile import SpardaConfig
-from sparda_compile.config import MACHINE_NAMES, round_up
+from sparda_compile.config import (
+    MACHINE_NAMES,
+    Blocks,
+    Execution,
+    Memory,
+    Selection,
+    round_up,
+)
 from sparda_compile.errors import ConfigError
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.registry import SELECTORS
@@ -221,3 +228,37 @@ def test_model_without_block_sizes():
     for model_config in (object(), CheckpointConfig()):
         with pytest.raises(ConfigError, match="has no sparse_config"):
             SpardaConfig.from_model(model_config)
+
+
+class TestGroups:
+    def test_fields_are_those_of_the_groups_once_each(self):
+        groups = (Selection, Blocks, Memory, Execution)
+        names = [field.name for group in groups for field in dataclasses.fields(group)]
+        assert len(names) == len(set(names))
+        assert set(names) == {field.name for field in dataclasses.fields(SpardaConfig)}
+
+    def test_groups_are_given_and_given_back(self):
+        memory = Memory(offload="never", page_ratio=2.0)
+        config = SpardaConfig.of(memory, Selection(mode="query"), top_k=5)
+        assert config == SpardaConfig(mode="query", offload="never", page_ratio=2.0, top_k=5)
+        assert config.memory == memory
+        assert config.selection == Selection(mode="query", top_k=5)
+        assert config.blocks == Blocks()
+        assert config.execution == Execution()
+
+    def test_two_of_a_kind_are_refused(self):
+        with pytest.raises(ConfigError, match="two groups of the kind Memory"):
+            SpardaConfig.of(Memory(), Memory())
+
+    @pytest.mark.parametrize(
+        ("group", "fields"),
+        [
+            (Selection, {"mode": "qery"}), (Selection, {"top_k": -1}), (Blocks, {"block_size": 60}),
+            (Memory, {"page_ratio": 0.5}), (Execution, {"lowering": "fast"}),
+        ],
+    )  # fmt: skip
+    def test_a_group_checks_its_own(self, group, fields):
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            group(**fields)
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            SpardaConfig(**fields)
