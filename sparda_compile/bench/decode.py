@@ -16,7 +16,7 @@ import torch
 
 from sparda_compile.bench.memory import HOMES
 from sparda_compile.bench.programs import KNOBS, build_body, build_program
-from sparda_compile.bench.synthetic import fill, follow, rewind
+from sparda_compile.bench.synthetic import fill, follow, rewind, trace_steps_of
 from sparda_compile.bench.timing import Spread, time_calls, wait_for
 from sparda_compile.config import MIB
 from sparda_compile.errors import ConfigError
@@ -157,7 +157,7 @@ class DecodeBench:
         """Give every cache the trace of an overlap, and start again."""
         for variant, cache in self.caches.items():
             if variant in ("scheduled", "resident"):
-                if cache.layout.trace_steps:
+                if trace_steps_of(cache.layout):
                     follow(cache, self.start, overlap)
                 rewind(cache, self.start)
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sparda_compile.bench.programs import KNOBS
-from sparda_compile.config import SpardaConfig
+from sparda_compile.bench.programs import variant_config
 from sparda_compile.runtime.host_pool import free_host_bytes
 from sparda_compile.state.layout import CacheLayout, LayerShape
 
@@ -108,13 +107,12 @@ def layout_of(
         trace_steps: Steps of the trace, which only benchmarks have.
         **settings: Further fields of SpardaConfig.
     """
-    config = SpardaConfig(**{**KNOBS[variant], "max_tokens": max_tokens, **settings})
+    config = variant_config(variant, max_tokens, trace_steps, **settings)
     layers = tuple(
         LayerShape(layer, "sparse", shape.num_groups, shape.head_dim, 0, torch.bfloat16)
         for layer in range(shape.num_layers)
     )
-    steps = 0 if config.mode == "dense" else trace_steps
-    return CacheLayout(config, layers, batch_size, max_tokens, steps)
+    return CacheLayout(config, layers, batch_size, max_tokens)
 
 
 def dense_kv_bytes(shape: ModelShape, batch_size: int, max_tokens: int) -> int:

@@ -11,10 +11,11 @@ Each variant is a name that results are listed by:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from sparda_compile.bench.trace import following
 from sparda_compile.config import Lowering, SpardaConfig
 from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.graph.emit import Emitter
@@ -30,7 +31,7 @@ from sparda_compile.state.layout import CacheLayout
 if TYPE_CHECKING:
     from sparda_compile.program.captures import Captures
 
-__all__ = ["KNOBS", "build_body", "build_program"]
+__all__ = ["KNOBS", "build_body", "build_program", "variant_config"]
 
 _COPIES: Final = ("insert_prefetch", "schedule_transfers")
 KNOBS: Final[dict[str, dict[str, object]]] = {
@@ -39,6 +40,21 @@ KNOBS: Final[dict[str, dict[str, object]]] = {
     "resident": {"mode": "forecast", "offload": "never"},
     "dense": {"mode": "dense", "offload": "never"},
 }
+
+
+def variant_config(
+    variant: str, max_tokens: int, trace_steps: int, **settings: object
+) -> SpardaConfig:
+    """Return the configuration of a variant, whose selection follows a trace.
+
+    Args:
+        variant: A key of `KNOBS`.
+        max_tokens: Tokens per sequence that the KV cache holds.
+        trace_steps: Steps of the trace, 0 for none.
+        **settings: Further fields of SpardaConfig.
+    """
+    fields: dict[str, Any] = {**KNOBS[variant], "max_tokens": max_tokens, **settings}
+    return following(SpardaConfig(**fields), trace_steps)
 
 
 def build_program(
@@ -59,14 +75,13 @@ def build_program(
         trace_steps: Steps of the trace that selection follows.
         **settings: Further fields of SpardaConfig.
     """
-    config = SpardaConfig(**{**KNOBS[variant], "max_tokens": max_tokens, **settings})  # type: ignore[arg-type]
+    config = variant_config(variant, max_tokens, trace_steps, **settings)
     plan = make_plan(
         captures,
         "decode",
         config,
         batch_size=batch_size,
         max_tokens=max_tokens,
-        trace_steps=0 if config.mode == "dense" else trace_steps,
     )
     dtype = next(captures.model.parameters()).dtype
     forecast = initial_forecast(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sparda_compile.bench.trace import TRACE
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparda_compile.runtime.kv_cache import KVCache
+    from sparda_compile.state.layout import CacheLayout
 
-__all__ = ["fill", "follow", "rewind"]
+__all__ = ["fill", "follow", "rewind", "trace_steps_of"]
 
 _TABLES = ("block_table", "page_block", "page_stamp")
 
@@ -88,8 +90,17 @@ def rewind(kv: KVCache, num_tokens: int) -> None:
     kv.longest = kv.num_columns = num_tokens
 
 
+def trace_steps_of(layout: CacheLayout) -> int:
+    """Return the steps of the trace that a cache has room for, 0 for none."""
+    for shape in layout.layers:
+        spec = layout.tensors(shape).get(TRACE)
+        if spec is not None:
+            return spec.shape[2]
+    return 0
+
+
 def follow(kv: KVCache, num_tokens: int, overlap: float, seed: int = 0) -> None:
-    """Write a trace into a cache that was laid out with `trace_steps`.
+    """Write a trace into a cache whose selection follows one; see `bench.trace`.
 
     Args:
         kv: The cache.
@@ -97,7 +108,7 @@ def follow(kv: KVCache, num_tokens: int, overlap: float, seed: int = 0) -> None:
         overlap: Share of a step's scored blocks that the step before selected too, 0.0 to 1.0.
         seed: Of the choice.
     """
-    config, steps = kv.layout.config, kv.layout.trace_steps
+    config, steps = kv.layout.config, trace_steps_of(kv.layout)
     device = kv.state[LENGTHS].device
     scored = kv.layout.num_selected - config.num_forced
     first = config.sink_blocks
@@ -106,7 +117,7 @@ def follow(kv: KVCache, num_tokens: int, overlap: float, seed: int = 0) -> None:
     if steps <= 0 or end - first < 2 * scored:
         raise ValueError(f"a trace of {scored} of {end - first} blocks in {steps} steps cannot be")
     for shape in kv.layout.layers:
-        trace = kv.state[state_name("trace", shape.layer)]
+        trace = kv.state[state_name(TRACE, shape.layer)]
         generator = torch.Generator(device=device).manual_seed(seed * 1000 + shape.layer)
         trace.zero_()
         size = (*trace.shape[:2], end - first)

@@ -118,8 +118,6 @@ def select_by_score(
     if layout.geometry.short_list:
         for name in ("short_list", "sink_blocks", "local_blocks"):
             set_argument(scores, name, getattr(layout.geometry, name))
-    if layout.trace_steps:
-        set_argument(scores, "trace", state.get("trace", shape.layer))
     return emit.call(
         "select_blocks", scores, state.lengths, layout.num_selected, config.block_size,
         config.sink_blocks, config.local_blocks, name=f"{prefix}block_ids_{shape.layer}",

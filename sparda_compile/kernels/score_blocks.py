@@ -9,7 +9,7 @@ has a Triton kernel in `gpu/score.py`, or its `score` runs there as it stands.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from sparda_compile.selectors import SELECTORS, Geometry
 
 __all__ = ["score_blocks"]
 
-_BEST: Final = 1e30
-_TRACE_KERNELS: Final = ("_raise_scores",)
-
 
 def _kernel(selector: str) -> Callable[..., None] | None:
     from sparda_compile.kernels.gpu.score import SCORE_KERNELS
@@ -30,28 +27,15 @@ def _kernel(selector: str) -> Callable[..., None] | None:
     return SCORE_KERNELS.get(selector)
 
 
-def follow_trace(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor) -> None:
-    """Raise the scores of the blocks that a recorded or generated trace names for this step."""
-    if scores_BGN.is_cuda:
-        from sparda_compile.kernels.gpu.score import raise_scores
-
-        raise_scores(trace_BGSN, lengths_B, scores_BGN, _BEST)
-        return
-    rows = torch.arange(len(lengths_B))
-    named_BGN = trace_BGSN[rows, :, lengths_B.long() % trace_BGSN.shape[2]]
-    scores_BGN.masked_fill_(named_BGN, _BEST)
-
-
 def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
     del batch_size
-    followed = _TRACE_KERNELS if arguments["trace"] is not None else ()
     own: tuple[str, ...] = SELECTORS[arguments["selector"]].kernels
-    return own + followed
+    return own
 
 
 @define(
     fake=lambda a: a.query.new_empty((*a.summary[0].shape[:2], a.num_blocks), dtype=torch.float32),
-    kernels=(*(k for s in SELECTORS for k in s.kernels), *_TRACE_KERNELS),
+    kernels=[name for selector in SELECTORS for name in selector.kernels],
     launched=_launched,
     before=("update_summary",),  # the new token's block is selected whatever its score
 )
@@ -67,7 +51,6 @@ def score_blocks(
     pool_stride: int,
     stream: int = 0,
     after: Tensor | None = None,
-    trace: Tensor | None = None,
     short_list: int = 0,
     sink_blocks: int = 0,
     local_blocks: int = 0,
@@ -86,7 +69,6 @@ def score_blocks(
         pool_stride: Tokens between pooled keys.
         stream: 0 compute, 2 select.
         after: Result of the fork that starts the select stream's work, if this op is first on it.
-        trace: [B, G, S, N] bool, for benchmarks: blocks that step length % S shall find best.
         short_list: Blocks that the query picks; for selectors that rank the rest otherwise.
         sink_blocks: First blocks, which are not on the short list.
         local_blocks: Blocks before the current one, which are not on the short list either.
@@ -107,8 +89,6 @@ def score_blocks(
             kernel(query, summary, lengths, scale, geometry, scores)
         else:
             scores.copy_(SELECTORS[selector].score(query, summary, lengths, scale, geometry))
-        if trace is not None:
-            follow_trace(trace, lengths, scores)
 
     current_engine().submit(stream, work)
     return scores

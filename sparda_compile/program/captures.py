@@ -125,16 +125,15 @@ class FoundSites:
             dataclasses.replace(stage, rebuild=partial(_copy_of, stage)) for stage in self.stages
         ]
 
-    def layout(self, batch_size: int, max_tokens: int, trace_steps: int = 0) -> CacheLayout:
+    def layout(self, batch_size: int, max_tokens: int) -> CacheLayout:
         """Return the KV cache of these attentions.
 
         Args:
             batch_size: Sequences.
             max_tokens: Tokens per sequence.
-            trace_steps: For benchmarks: steps of the trace that selection follows, 0 for none.
         """
         shapes = tuple(_layer_shape(s, max_tokens) for s in sites_of(self.graph_module.graph))
-        return CacheLayout(self.ctx.config, shapes, batch_size, max_tokens, trace_steps)
+        return CacheLayout(self.ctx.config, shapes, batch_size, max_tokens)
 
     def context(self, layout: CacheLayout) -> PassContext:
         """Return what the passes behind the first one may know."""

@@ -93,7 +93,6 @@ def make_plan(
     batch_size: int,
     max_tokens: int,
     last_logits_only: bool = True,
-    trace_steps: int = 0,
 ) -> Plan:
     """Run the pipeline on a captured forward.
 
@@ -104,7 +103,6 @@ def make_plan(
         batch_size: Sequences.
         max_tokens: Tokens per sequence that the KV cache holds.
         last_logits_only: Whether the program returns the logits of the last token alone.
-        trace_steps: For benchmarks: steps of the trace that selection follows, 0 for none.
 
     Raises:
         AttentionNotFoundError: If the model has no attention, or one that is not implemented.
@@ -112,7 +110,7 @@ def make_plan(
         PassError: If a pass fails.
     """
     with showing(config.progress):
-        return _plan(captures, phase, config, batch_size, max_tokens, last_logits_only, trace_steps)
+        return _plan(captures, phase, config, batch_size, max_tokens, last_logits_only)
 
 
 def _plan(
@@ -122,10 +120,9 @@ def _plan(
     batch_size: int,
     max_tokens: int,
     last_logits_only: bool,
-    trace_steps: int,
 ) -> Plan:
     found = captures.sites(phase, config, last_logits_only=last_logits_only)
-    layout = found.layout(batch_size, max_tokens, trace_steps)
+    layout = found.layout(batch_size, max_tokens)
     ctx = found.context(layout)
     gm = found.copy()
     sites = tuple(sites_of(gm.graph))

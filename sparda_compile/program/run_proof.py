@@ -13,7 +13,7 @@ and which storages the program lets go of behind it. Then
 
 A run is as long as its graph, and calls in Python are the same whether a GPU does the work later,
 replays it or has no part in it, so one recorded run stands for all. Happens-before follows what
-`isa.engines.Engine` promises, by vector clocks. Storages are known by the memory that they begin at,
+`engines.Engine` promises, by vector clocks. Storages are known by the memory that they begin at,
 and owned by the registers of the program: what else may keep one alive is not counted on.
 """
 

@@ -67,10 +67,14 @@ class Summary(Protocol):
     Attributes:
         name: Its name.
         kernels: Triton kernels that take in a token in a decode step; empty where it has none.
+        dtypes: Of tensors that have another dtype than the keys.
+        uncounted: Tensors that scoring does not read as a whole; a plan does not count their bytes.
     """
 
     name: ClassVar[str]
     kernels: ClassVar[tuple[str, ...]]
+    dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    uncounted: ClassVar[frozenset[str]] = frozenset()
 
     def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor behind [B, G], by name."""

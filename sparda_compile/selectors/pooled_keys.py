@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sparda_compile.selectors.base import Geometry, valid_tokens
+from sparda_compile.selectors.base import Geometry, Summary, valid_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PooledKeys", "existing_windows", "windows_to_blocks"]
 
 
-class PooledKeys:
+class PooledKeys(Summary):
     """Two tensors: `pooled_k` [B, G, W, D] and `recent_k`, the last `size` raw keys as a ring."""
 
     name: ClassVar[str] = "pooled_keys"

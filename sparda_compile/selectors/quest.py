@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["KeyBounds", "Quest"]
 
 
-class KeyBounds:
+class KeyBounds(Summary):
     """One tensor, `key_bounds` [B, G, N, 2, D]: the smallest and the largest key per channel."""
 
     name: ClassVar[str] = "key_bounds"

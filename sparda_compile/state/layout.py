@@ -79,17 +79,12 @@ LENGTHS: Final = "sparda_lengths"
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens.
-
-    With `trace_steps`, for benchmarks, each sparse layer also has `trace` [B, G, S, N] bool: the
-    blocks that selection shall follow in step length % S, whatever their scores are.
-    """
+    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens."""
 
     config: SpardaConfig
     layers: tuple[LayerShape, ...]
     batch_size: int
     max_tokens: int
-    trace_steps: int = 0
 
     @property
     def strategy(self) -> Strategy:
@@ -161,12 +156,13 @@ class CacheLayout:
             "counters": TensorSpec((len(COUNTERS),), torch.int64),
         }
         for summary in self.summaries():
-            shapes = summary_named(summary).shapes(self.geometry, layer.head_dim)
-            specs |= {name: TensorSpec((*batch, *s), layer.dtype) for name, s in shapes.items()}
+            found = summary_named(summary)
+            specs |= {
+                name: TensorSpec((*batch, *size), found.dtypes.get(name, layer.dtype))
+                for name, size in found.shapes(self.geometry, layer.head_dim).items()
+            }
         if self.strategy.hint is not None:
             specs |= self.strategy.hint.state(self, layer)
-        if self.trace_steps:
-            specs["trace"] = TensorSpec((*batch, self.trace_steps, blocks), torch.bool)
         return specs
 
     def all_tensors(self) -> dict[str, TensorSpec]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.bench.programs import KNOBS, build_body, build_program
+from sparda_compile.bench.synthetic import trace_steps_of
 from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.runtime.kv_cache import KVCache
 
@@ -22,8 +23,8 @@ def test_variants_differ_in_where_blocks_are_and_when_they_move(lab):
     assert {variant: layout.offload for variant, layout in layouts.items()} == {
         "scheduled": True, "inline": True, "resident": False, "dense": False,
     }  # fmt: skip
-    assert layouts["dense"].trace_steps == 0
-    assert layouts["scheduled"].trace_steps == 8
+    assert trace_steps_of(layouts["dense"]) == 0
+    assert trace_steps_of(layouts["scheduled"]) == 8
     assert found["scheduled"].plan.schedule is not None
     assert found["inline"].plan.schedule is None
     assert any("prefetch" in name for name in names(found["scheduled"]))

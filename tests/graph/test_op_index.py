@@ -40,7 +40,7 @@ def test_arguments_are_those_of_the_schema_with_defaults(graph):
         assert given <= set(op.args)
         assert set(op.tensors) <= set(op.args)
     scores = OpIndex(graph).ops[named(graph, "scores_0")]
-    assert set(scores.tensors) == {"query", "summary", "lengths", "after", "trace"}
+    assert set(scores.tensors) == {"query", "summary", "lengths", "after"}
 
 
 def test_sites_by_layer(graph):

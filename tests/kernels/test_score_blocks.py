@@ -23,9 +23,9 @@ def sample(selector, num_blocks, dtype, dim=60):
     return query, tensors, lengths, geometry
 
 
-def score(selector, query, tensors, lengths, geometry, *, stream=0, trace=None):
+def score(selector, query, tensors, lengths, geometry, *, stream=0):
     sizes = (geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride)
-    return score_blocks(query, tensors, lengths, selector, 0.2, *sizes, stream, trace=trace)
+    return score_blocks(query, tensors, lengths, selector, 0.2, *sizes, stream)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -64,56 +64,14 @@ def test_copy_stream_scores_when_it_runs():
     assert torch.equal(late, want)
 
 
-@pytest.mark.parametrize("selector", SELECTORS.names())
-def test_trace_raises_what_it_names_for_the_step_of_each_row(selector):
-    query, tensors, lengths, geometry = sample(selector, 37, torch.float32)
-    args = (selector, query, tensors, lengths, geometry)
-    plain = score(*args)
-    # Lengths 591 and 296: rows 0 and 1 are at steps 1 and 6 of 10.
-    trace = torch.zeros(2, 3, 10, 37, dtype=torch.bool)
-    trace[0, :, 1, [4, 20, 36]] = True
-    trace[1, 2, 6, 36] = True
-    trace[0, :, 6] = trace[1, :, 1] = True
-    before = trace.clone()
-    got = score(*args, trace=trace)
-    named = torch.zeros_like(plain, dtype=torch.bool)
-    named[0, :, [4, 20, 36]] = True
-    named[1, 2, 36] = True
-    best = plain[plain.isfinite()].max()
-    assert torch.equal(got[~named], plain[~named])
-    assert (got[named] > best).all()
-    assert got[named].isfinite().all()
-    assert torch.equal(trace, before)
-
-
-def test_blocks_that_a_trace_names_are_selected():
-    query, tensors, lengths, geometry = sample("quest", 37, torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    trace = torch.zeros(2, 3, 4, 37, dtype=torch.bool)
-    for row, length in enumerate(lengths.tolist()):
-        for group in range(3):
-            for step in range(4):
-                blocks = 1 + torch.randperm(length // 16 - 3, generator=generator)[:5]
-                trace[row, group, step, blocks] = True
-    scores = score("quest", query, tensors, lengths, geometry, trace=trace)
-    ids = select_blocks(scores, lengths, 8, 16, 1, 1)
-    for row, length in enumerate(lengths.tolist()):
-        for group in range(3):
-            named = trace[row, group, length % 4].nonzero().flatten().tolist()
-            forced = {0, length // 16 - 1, length // 16}
-            assert set(ids[row, group].tolist()) == forced | set(named)
-
-
 @pytest.mark.parametrize("selector", ["nosa", "nosa_forecast"])
-def test_short_list_is_above_the_rest_and_below_a_trace(selector):
+def test_short_list_is_above_the_rest(selector):
     query, tensors, lengths, geometry = sample(selector, 37, torch.float32)
     sizes = (geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride)
     chosen = {"short_list": 5, "sink_blocks": 2, "local_blocks": 3}
-    trace = torch.zeros(2, 3, 1, 37, dtype=torch.bool)
-    trace[..., 1] = True
-    got, kept, traced = (
+    got, kept = (
         score_blocks(query, tensors, lengths, selector, 0.2, *sizes, **more)
-        for more in (chosen, {}, chosen | {"trace": trace})
+        for more in (chosen, {})
     )
     listed = got != kept
     assert listed.sum(-1).eq(5).all()
@@ -122,20 +80,6 @@ def test_short_list_is_above_the_rest_and_below_a_trace(selector):
         assert not listed[row, :, length // 16 - 3 :].any()
     assert got[listed].isfinite().all()
     assert got[listed].min() > kept[kept.isfinite()].max()
-    assert traced[..., 1].min() > got.max()
     ids = select_blocks(got, lengths, 2 + 3 + 1 + 5, 16, 2, 3)
     assert all(listed[b, g, m] or m < 2 or m >= int(lengths[b]) // 16 - 3
                for b in range(2) for g in range(3) for m in ids[b, g].tolist())  # fmt: skip
-
-
-def test_trace_on_the_copy_stream_is_followed_behind_its_scores():
-    args = sample("quest", 5, torch.float32)
-    trace = torch.zeros(2, 3, 1, 5, dtype=torch.bool)
-    trace[..., 2] = True
-    want = score("quest", *args, trace=trace)
-    with use_engine(DeferredEngine()) as engine:
-        late = score("quest", *args, stream=1, trace=trace)
-        assert late.isnan().all()
-        engine.record(0)
-        engine.wait(0)
-    assert torch.equal(late, want)

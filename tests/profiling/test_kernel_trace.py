@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sparda_compile.bench.trace import following
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
@@ -76,8 +77,8 @@ def plan(trace_steps=0, top_k=4, **settings):
     captures = captures_of(shared_model())
     sizes = {"block_size": 16, "top_k": top_k, "local_blocks": 2, "machine": "h200"}
     return make_plan(
-        captures, "decode", SpardaConfig(**sizes, **settings), batch_size=1, max_tokens=2048,
-        trace_steps=trace_steps,
+        captures, "decode", following(SpardaConfig(**sizes, **settings), trace_steps),
+        batch_size=1, max_tokens=2048,
     )  # fmt: skip
 
 

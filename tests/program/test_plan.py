@@ -30,7 +30,6 @@ def plan_of(
     captures: Captures,
     phase: str = "decode",
     batch_size: int = 1,
-    trace_steps: int = 0,
     **changes: Any,
 ) -> Plan:
     return make_plan(
@@ -39,7 +38,6 @@ def plan_of(
         CONFIG.replace(**changes),
         batch_size=batch_size,
         max_tokens=64,
-        trace_steps=trace_steps,
     )
 
 

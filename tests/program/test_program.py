@@ -35,7 +35,6 @@ def plan_of(
     captures: Captures,
     phase: str = "decode",
     batch_size: int = 1,
-    trace_steps: int = 0,
     **changes: Any,
 ) -> Plan:
     return make_plan(
@@ -44,7 +43,6 @@ def plan_of(
         CONFIG.replace(**changes),
         batch_size=batch_size,
         max_tokens=64,
-        trace_steps=trace_steps,
     )
 
 
@@ -149,22 +147,3 @@ def test_programs_of_one_model_share_their_joined_weights(
     # Both layers' forecasts are made from the first one's input: only that copy is another.
     another = [weight.tensor.data_ptr() for weight in Program(plans[1], other)._joined]
     assert [one == two for one, two in zip(joined[0], another, strict=True)].count(False) == 1
-
-
-def test_traced_program_reads_the_blocks_that_its_trace_names(captures: Captures) -> None:
-    settings: dict[str, Any] = {"mode": "query", "top_k": 1, "sink_blocks": 0, "local_blocks": 0}
-    plan = plan_of(captures, trace_steps=2, **settings)
-    assert {"sparda_trace_0", "sparda_trace_1"} <= set(placeholders(plan))
-    assert "sparda_trace_0" not in placeholders(plan_of(captures, **settings))
-    kv = KVCache(plan.layout, torch.device("cpu"))
-    kv.state["sparda_lengths"].fill_(50)
-    trace = kv.state["sparda_trace_1"]
-    trace[:, 0, 0, 1] = trace[:, 1, 0, 2] = trace[:, :, 1, 0] = True
-    one = torch.ones(1, 1, dtype=torch.long)
-    program = Program(plan, {})
-    for step, blocks in enumerate([({1}, {2}), ({0}, {0})]):
-        program(one, one * (50 + step), None, kv)
-        for group, named in enumerate(blocks):
-            stamps = kv.state["sparda_page_stamp_1"][0, group]
-            touched = kv.state["sparda_page_block_1"][0, group][stamps == 50 + step]
-            assert set(touched.tolist()) == {3} | named

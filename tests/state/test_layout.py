@@ -79,18 +79,6 @@ def test_previous_step_remembers_its_ids():
     assert spec == TensorSpec((3, 2, 96), torch.int32, fill=-1)
 
 
-def test_trace_is_there_only_when_asked_for():
-    plain = layout()
-    assert plain.trace_steps == 0
-    assert "trace" not in plain.tensors(SPARSE)
-    traced = CacheLayout(plain.config, (SPARSE, WINDOW), 3, 64 * 200, trace_steps=50)
-    spec = traced.tensors(SPARSE)["trace"]
-    assert spec == TensorSpec((3, 2, 50, 200), torch.bool)
-    assert set(traced.tensors(SPARSE)) - {"trace"} == set(plain.tensors(SPARSE))
-    assert "trace" not in traced.tensors(WINDOW)
-    assert traced.all_tensors()[state_name("trace", 0)] == spec
-
-
 def test_window_layers_have_a_ring_only():
     tensors = layout(layers=(SPARSE, WINDOW)).tensors(WINDOW)
     ring = TensorSpec((3, 2, 100, 64), torch.bfloat16)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["SCORE_KERNELS", "raise_scores"]
+__all__ = ["SCORE_KERNELS"]
 
 # Blocks of one program; a Forecast's measured on one H200, of 8 to 64, and of 2 to 8 warps.
 _BLOCKS: Final = 32
@@ -257,25 +257,3 @@ SCORE_KERNELS: Final[dict[str, Callable[..., None]]] = {
     "infllm2": _infllm2,
     "quest": _quest,
 }
-
-
-@triton.jit
-def _raise_scores(
-    trace, lengths, scores, best, groups, num_steps, num_blocks, BLOCKS: tl.constexpr
-):
-    pair, part = tl.program_id(0), tl.program_id(1)
-    step = tl.load(lengths + pair // groups) % num_steps
-    block = part * BLOCKS + tl.arange(0, BLOCKS)
-    place = (pair.to(tl.int64) * num_steps + step) * num_blocks + block
-    named = tl.load(trace + place, mask=block < num_blocks, other=0) != 0
-    rows = tl.zeros([BLOCKS], dtype=tl.float32) + best
-    tl.store(scores + pair * num_blocks + block, rows, mask=named)
-
-
-def raise_scores(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor, best: float) -> None:
-    """Set the scores that a trace names for the present step; see `kernels.score_blocks`."""
-    batch, groups, num_steps, num_blocks = trace_BGSN.shape
-    launch(_raise_scores, (batch * groups, triton.cdiv(num_blocks, 1024)))(
-        trace_BGSN.view(torch.int8), lengths_B, scores_BGN, best, groups, num_steps, num_blocks,
-        1024, num_warps=4,
-    )  # fmt: skip

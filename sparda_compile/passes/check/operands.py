@@ -167,10 +167,8 @@ class _Layer:
             return
         site = SITE.of(sites[0])
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
-        self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name, "trace": None}
+        self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
-        if "trace" in self._state:
-            self._own["trace"] = self._state["trace"]
         if not self._ctx.is_decode:
             self._own["tail_page"] = None
         partial = self._layer.one("attend_resident")

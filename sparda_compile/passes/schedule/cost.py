@@ -22,8 +22,11 @@ from torch import Tensor, fx
 
 from sparda_compile.graph.effects import argument, instruction, takes
 from sparda_compile.graph.nodes import call_name, fake_value
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.isa.table import Work
+from sparda_compile.registry import SELECTORS
 from sparda_compile.sizes import concrete
+from sparda_compile.state.layout import state_name
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
@@ -103,13 +106,22 @@ def _sparda_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         new = [argument(node, name) for name in ("k", "v") if takes(node, name)]
         return 2 * sum(_size(fake_value(n), ctx) for n in new)
     total = _size(fake_value(node), ctx)
+    uncounted = _uncounted(node)
     for source in node.all_input_nodes:
         value = fake_value(source)
-        if source.name.startswith("sparda_trace"):  # a benchmark's; one step of it is read
+        if source.name in uncounted:
             continue
         is_pool = isinstance(value, Tensor) and value.dim() == 6
         total += _selected_bytes(value, ctx) if is_pool else _size(value, ctx)
     return total
+
+
+def _uncounted(node: fx.Node) -> set[str]:
+    """Return the state that a node's selector does not read as a whole."""
+    if not takes(node, "selector"):
+        return set()
+    names = SELECTORS[argument(node, "selector")].summary.uncounted
+    return {state_name(name, LAYER.of(node)) for name in names}
 
 
 def _selected_bytes(pool: Tensor, ctx: PassContext, *, forced: bool = True) -> int:

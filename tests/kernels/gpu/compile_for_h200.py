@@ -57,6 +57,7 @@ def compile_only(kernel, grid):
 
 JITFunction.__getitem__ = compile_only
 
+from sparda_compile.bench.trace_kernel import raise_scores  # noqa: E402
 from sparda_compile.kernels.gpu import append, attention, copy, score, select  # noqa: E402
 from sparda_compile.selectors import Geometry, summary_named  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
@@ -92,7 +93,7 @@ def run_all(dtype, dim, size):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
         kernel(asked, tensors, lengths, 1.0, geometry, scores)
     trace = torch.zeros(BATCH, GROUPS, 3, BLOCKS, dtype=torch.bool)
-    score.raise_scores(trace, lengths, scores, 1e30)
+    raise_scores(trace, lengths, scores, 1e30)
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)

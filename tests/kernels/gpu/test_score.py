@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.kernels.gpu.score import SCORE_KERNELS, raise_scores
-from sparda_compile.kernels.score_blocks import follow_trace
+from sparda_compile.kernels.gpu.score import SCORE_KERNELS
 from sparda_compile.selectors import SELECTORS, Geometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -113,24 +112,6 @@ def test_extreme_logits_do_not_overflow(device, assert_close):
     assert (got.cpu().clamp(min=-1) - want.clamp(min=-1)).abs().max() < 1e-2
 
 
-def check_trace(device, lengths, groups, num_steps, num_blocks):
-    batch = len(lengths)
-    trace = torch.rand(batch, groups, num_steps, num_blocks) < 0.3
-    length = torch.tensor(lengths, dtype=torch.int32)
-    want = torch.randn(batch, groups, num_blocks)
-    want[..., ::3] = float("-inf")
-    got = want.clone().to(device)
-    follow_trace(trace, length, want)
-    raise_scores(trace.to(device), length.to(device), got, 1e30)
-    assert torch.equal(got.cpu(), want)
-    assert want.eq(1e30).any()
-
-
-@pytest.mark.parametrize("num_blocks", [5, 1030])
-def test_trace_raises_the_scores_that_it_names_for_the_step(device, num_blocks):
-    check_trace(device, [0, 1, 2, 3, 1000], 2, 3, num_blocks)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("repeat", "dim"), [(1, 64), (3, 96), (7, 128), (8, 64), (16, 256)])
@@ -152,8 +133,3 @@ def test_2048_blocks(device, assert_close, name, size, dtype):
     geometry = Geometry(2048, size, pool, pool // 2)
     lengths = [2048 * size - 1, 700 * size + 3, pool]
     check_scores(device, assert_close, name, lengths, (2, 7, 128), geometry, dtype)
-
-
-@pytest.mark.gpu
-def test_long_trace():
-    check_trace("cuda", [0, 63, 64, 100_000], 8, 64, 2048)

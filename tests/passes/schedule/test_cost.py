@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparda_compile.bench.shapes import ModelShape, build_model
+from sparda_compile.bench.trace import following
 from sparda_compile.config import SpardaConfig
 from sparda_compile.graph.nodes import call_name, find_ops, module_path
 from sparda_compile.passes.base import PassContext
@@ -189,10 +190,9 @@ def test_trace_of_a_benchmark_costs_nothing(captures_of):
         plan = make_plan(
             captures,
             "decode",
-            SpardaConfig(**SETTINGS),
+            following(SpardaConfig(**SETTINGS), trace_steps),
             batch_size=3,
             max_tokens=8192,
-            trace_steps=trace_steps,
         )
         costs.append(cost(plan, "scores_1"))
     assert costs[0] == costs[1]
