@@ -90,9 +90,12 @@ def optimize(
     fast = OptimizedModule(captures, config, weights, decode)
     plans = [fast.programs.latest_plan(phase) for phase in ("prefill", "decode")]
     _log.info(
-        "%s: mode %s, %d attentions, %d left dense", captures.model_name, config.mode,
-        len(plans[1].sites), sum(bool(site.window) for site in plans[1].sites),
-    )  # fmt: skip
+        "%s: mode %s, %d attentions, %d left dense",
+        captures.model_name,
+        config.mode,
+        len(plans[1].sites),
+        sum(bool(site.window) for site in plans[1].sites),
+    )
     return fast
 
 

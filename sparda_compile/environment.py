@@ -46,8 +46,10 @@ def _commit() -> str:
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return run.stdout.strip() or "unknown"
 
 

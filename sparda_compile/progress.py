@@ -218,9 +218,11 @@ class showing:  # noqa: N801 - reads as the function that it is used as
             _line.silence(1)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """End."""
         if not self.enabled:
             _line.silence(-1)

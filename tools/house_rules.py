@@ -1,6 +1,8 @@
 """The house rules on size and privacy, checked by the syntax trees of the package.
 
     size      a file has at most 400 lines, one below `passes` 250; a function 60 and its docstring
+    format    the formatter formats all but Triton kernels and their launches, whose arguments keep
+              the order and the lines of the kernel's
     private   what a module imports from another of the package is in that one's `__all__`, or a
               submodule; nobody imports or uses a name of another module that begins with `_`
 
@@ -61,7 +63,7 @@ def broken_rules(package: Path, long_functions: Mapping[str, str]) -> list[str]:
     broken = []
     unused = dict(long_functions)
     for path, tree in trees.items():
-        found = [*_long_file(path, sources[path])]
+        found = [*_long_file(path, sources[path]), *_unformatted(path, sources[path])]
         for node, name in _functions(tree):
             length = _length(node)
             if length <= MAX_FUNCTION:
@@ -83,6 +85,15 @@ def _long_file(path: str, text: str) -> Iterator[tuple[int, str]]:
     lines, most = text.count("\n"), MAX_PASS if path.startswith("passes/") else MAX_FILE
     if lines > most:
         yield 1, f"the file has {lines} lines, more than {most}"
+
+
+def _unformatted(path: str, text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines that keep the formatter off, but for Triton kernels and their launches."""
+    if "kernels/gpu/" in path or path.endswith("_kernel.py"):
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.rstrip().endswith("# fmt: skip"):
+            yield number, "keeps the formatter off; let it format the line"
 
 
 def _functions(

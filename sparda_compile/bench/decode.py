@@ -103,9 +103,13 @@ def build_variant(captures: Captures, variant: str, setting: DecodeSetting) -> P
         lowering = setting.settings.get("lowering", "inductor")
         return build_body(captures, setting.batch_size, lowering)
     return build_program(
-        captures, variant, setting.batch_size, setting.max_tokens, setting.trace_steps,
+        captures,
+        variant,
+        setting.batch_size,
+        setting.max_tokens,
+        setting.trace_steps,
         **setting.settings,
-    )  # fmt: skip
+    )
 
 
 class DecodeBench:

@@ -143,8 +143,10 @@ def bench_latencies(device: torch.device, rate: float) -> dict[str, float]:
     calls["attend_resident"] = [partial(_partials, *operands, blocks) for operands in data]
     calls["sparse_attention"] = [partial(_sparse, *operands, blocks) for operands in data]
     num_bytes = {
-        "score_blocks": pooled_bytes, "attend_resident": kv_bytes, "sparse_attention": kv_bytes
-    }  # fmt: skip
+        "score_blocks": pooled_bytes,
+        "attend_resident": kv_bytes,
+        "sparse_attention": kv_bytes,
+    }
     latencies = {}
     for op, each in calls.items():
         us = graph_us(each).median - num_bytes.get(op, 0) / (rate * 1e3)
@@ -175,9 +177,12 @@ def _selection(
         counters = torch.zeros(5, dtype=torch.int64, device=device)
         tables = select.Tables(table, owner, owner.clone(), counters)
         out = select.Planned(
-            ids.clone(), torch.empty_like(ids, dtype=torch.bool), ids.clone(), ids.clone(),
+            ids.clone(),
+            torch.empty_like(ids, dtype=torch.bool),
+            ids.clone(),
+            ids.clone(),
             ids[:, :, 0].clone(),
-        )  # fmt: skip
+        )
         picked, found = (scores, lengths, ids), (tables, out)
         new = {
             "score_blocks": partial(

@@ -143,18 +143,25 @@ class Lab:
         """
         layouts = {
             variant: layout_of(
-                self.shape, variant, setting.batch_size, setting.max_tokens, setting.trace_steps,
+                self.shape,
+                variant,
+                setting.batch_size,
+                setting.max_tokens,
+                setting.trace_steps,
                 **setting.settings,
             )
-            for variant in setting.variants if variant in KNOBS
-        }  # fmt: skip
+            for variant in setting.variants
+            if variant in KNOBS
+        }
         skipped = misfits(setting.variants, layouts, self.free())
         for variant, reason in skipped.items():
             self.say(f"batch {setting.batch_size}: {variant} is left out: {reason}")
         result: dict[str, Any] = {
-            "batch_size": setting.batch_size, "max_tokens": setting.max_tokens, "by_overlap": {},
+            "batch_size": setting.batch_size,
+            "max_tokens": setting.max_tokens,
+            "by_overlap": {},
             "skipped": skipped,
-        }  # fmt: skip
+        }
         if "scheduled" in skipped:
             save(result)
             return result

@@ -19,11 +19,11 @@ from sparda_compile.bench.trace import following
 from sparda_compile.config import Lowering, SpardaConfig
 from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.graph.emit import Emitter
+from sparda_compile.graph.nodes import replace_and_erase
 from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import FACTS
 from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
-from sparda_compile.passes.rewrite.replace_attention import replace_and_erase
 from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
 from sparda_compile.program.program import Program
 from sparda_compile.state.layout import CacheLayout

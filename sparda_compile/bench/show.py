@@ -53,12 +53,15 @@ def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None
                 *(_ms(row[name]["median"]) if name in row else "-" for name in names),
                 *(
                     _ratio(row.get(name))
-                    for name in ("scheduled_over_body", "inline_over_scheduled",
-                                 "scheduled_over_floor")
+                    for name in (
+                        "scheduled_over_body",
+                        "inline_over_scheduled",
+                        "scheduled_over_floor",
+                    )
                 ),
                 f"{row['tokens_per_s']:.0f}",
                 f"{row['scheduled']['h2d_bytes'] / 1e6:.1f}",
-            )  # fmt: skip
+            )
     console.print(table)
     console.print(_DECODE_NOTE, markup=False)
     for result in results:
@@ -70,8 +73,18 @@ def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None
 
 def print_budget(results: Iterable[Mapping[str, Any]], console: Console) -> None:
     """Print budgets: batch sizes, what limited them, and throughput."""
-    columns = ("budget", "overlap", "side", "batch", "limited by", "device GiB", "CPU GiB", "ms",
-               "tokens/s", "ratio")  # fmt: skip
+    columns = (
+        "budget",
+        "overlap",
+        "side",
+        "batch",
+        "limited by",
+        "device GiB",
+        "CPU GiB",
+        "ms",
+        "tokens/s",
+        "ratio",
+    )
     table = _table("", columns, 0)
     for result in results:
         for overlap, row in (result["by_overlap"] or {"-": {}}).items():

@@ -143,9 +143,13 @@ def _run(
     command = _command(job, found)
     with log.open("wb") as output, found.open(encoding="utf-8") as lines:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-            env=_environment(folder / job.program), start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=_environment(folder / job.program),
+            start_new_session=True,
+        )
         end = time.monotonic() + timeout
         try:
             while (code := process.poll()) is None and time.monotonic() < end:

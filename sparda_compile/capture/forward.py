@@ -246,9 +246,12 @@ class _Writer:
 
     def _weight_placeholders(self) -> None:
         """Make an input of every tensor that the run read, in the order of first use."""
-        read = {id(leaf) for call in self._trace.calls
-                for leaf in leaves_of((call.args, call.kwargs))
-                if isinstance(leaf, Tensor)}  # fmt: skip
+        read = {
+            id(leaf)
+            for call in self._trace.calls
+            for leaf in leaves_of((call.args, call.kwargs))
+            if isinstance(leaf, Tensor)
+        }
         for number, (fake, tensor) in self._trace.tensors.items():
             if number in read:
                 path = self._names.get(id(tensor), f"constant_{len(self._weights)}")

@@ -143,9 +143,21 @@ def _is_in_place(name: str) -> bool:
 
 
 _IN_PLACE: Final = frozenset(
-    {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift",
-     "rshift"}
-)  # fmt: skip
+    {
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    }
+)
 
 
 def _caller() -> str:
@@ -265,9 +277,10 @@ def _restore(model: nn.Module, before: _State) -> str:
     """
     after = _state(model)
     changed = [
-        key for key in {**before, **after}
+        key
+        for key in {**before, **after}
         if key not in before or key not in after or _differs(before[key], after[key])
-    ]  # fmt: skip
+    ]
     modules = dict(model.named_modules())
     for path, place, name in changed:
         holder = getattr(modules[path], place)

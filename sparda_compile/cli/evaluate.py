@@ -109,10 +109,17 @@ def evaluate_model(
             rows: list[EvaluationRow] = []
             for length in tokens or (4096,):
                 found = evaluate(
-                    loaded, _configs(bases, tuple(budget or _BUDGETS), length),
-                    tasks=task or _TASKS, length=length, num_samples=samples, batch_size=batch,
-                    forecast=weights, seed=seed, as_bytes=as_bytes, progress=say,
-                )  # fmt: skip
+                    loaded,
+                    _configs(bases, tuple(budget or _BUDGETS), length),
+                    tasks=task or _TASKS,
+                    length=length,
+                    num_samples=samples,
+                    batch_size=batch,
+                    forecast=weights,
+                    seed=seed,
+                    as_bytes=as_bytes,
+                    progress=say,
+                )
                 rows += found.rows
         evaluation = Evaluation(found.model, seed, tuple(rows))
         written = [

@@ -81,10 +81,20 @@ def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
     table = _table(
         f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written; all keys and "
         f"values: {format_bytes(demo.rows[0].full_bytes)}",
-        ("mode", "blocks", "agree", "hits", "misses", "H2D", "D2H", "on device", "prefill",
-         "per token"),
+        (
+            "mode",
+            "blocks",
+            "agree",
+            "hits",
+            "misses",
+            "H2D",
+            "D2H",
+            "on device",
+            "prefill",
+            "per token",
+        ),
         left=1,
-    )  # fmt: skip
+    )
     for row in demo.rows:
         table.add_row(*_demo_cells(row), style=None if row.is_right else "red")
     console.print(table)
@@ -109,8 +119,11 @@ def print_measured(
     )
     for name, unit, value in _TOTALS:
         planned, found = value(measured.predicted), value(measured.measured)
-        table.add_row(name, *(f"{each:.1f}{unit}" for each in (planned, found)),
-                      f"{found - planned:+.1f}{unit}")  # fmt: skip
+        table.add_row(
+            name,
+            *(f"{each:.1f}{unit}" for each in (planned, found)),
+            f"{found - planned:+.1f}{unit}",
+        )
     console.print(table)
     console.print(_times("Per op, microseconds", "op", measured.ops()))
     for stream, name in enumerate(STREAM_NAMES):
@@ -140,10 +153,18 @@ def _print_needles(demo: NeedleDemo, console: Console) -> None:
         console.print(f"  {key}: {value}, at token {place}", markup=False, highlight=False)
     table = _table(
         "",
-        ("mode", "answers", "blocks", "recall", "over the link", "per step", "on device",
-         "per token"),
+        (
+            "mode",
+            "answers",
+            "blocks",
+            "recall",
+            "over the link",
+            "per step",
+            "on device",
+            "per token",
+        ),
         left=2,
-    )  # fmt: skip
+    )
     for row in demo.rows:
         is_right = row.answers == demo.right_answers
         table.add_row(*_needle_cells(row), style=None if is_right else "red")
@@ -195,10 +216,20 @@ def _sites(sites: Iterable[SiteSummary]) -> Table:
     """Return the attentions; those that differ in nothing but their layer share a row."""
     table = _table(
         "Attentions",
-        ("layers", "becomes", "form", "heads", "KV heads", "head dim", "scale", "soft cap",
-         "position", "module"),
+        (
+            "layers",
+            "becomes",
+            "form",
+            "heads",
+            "KV heads",
+            "head dim",
+            "scale",
+            "soft cap",
+            "position",
+            "module",
+        ),
         left=10,
-    )  # fmt: skip
+    )
     layers: dict[tuple[str, ...], list[int]] = {}
     for site in sites:
         cells: tuple[str, ...] = (

@@ -19,7 +19,7 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sparda_compile.forecast.weights import ForecastWeights
     from sparda_compile.training.report import StepReport
@@ -78,23 +78,49 @@ def train_model(
     reports: list[StepReport] = []
     with errors_as_sentences():
         config = SpardaConfig(
-            top_k=top_k, block_size=block_size, local_blocks=local_blocks, pool_size=pool_size,
-            pool_stride=pool_stride, forecast_rank=rank,
-        )  # fmt: skip
-        source = tokenizer or ("bytes" if target.startswith("tiny-") else target)
+            top_k=top_k,
+            block_size=block_size,
+            local_blocks=local_blocks,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            forecast_rank=rank,
+        )
         _check_writable(out)
+        source = tokenizer or ("bytes" if target.startswith("tiny-") else target)
         batches = _batches(text, dataset, source, length, batch)
-        from sparda_compile.cli.targets import load_target
-        from sparda_compile.training.parallel import local_device, rank_of_environment
         from sparda_compile.training.trainer import train_forecast
 
         weights = train_forecast(
-            load_target(target).to(local_device()), batches, config=config, steps=steps, lr=lr,
-            accumulate=accumulate, last_tokens=last_tokens,
+            _model(target),
+            batches,
+            config=config,
+            steps=steps,
+            lr=lr,
+            accumulate=accumulate,
+            last_tokens=last_tokens,
             teacher=teacher,  # type: ignore[arg-type]
-            out=out, resume=resume, save_every=save_every, on_step=reports.append,
+            out=out,
+            resume=resume,
+            save_every=save_every,
+            on_step=reports.append,
             progress=not as_json,
-        )  # fmt: skip
+        )
+    _show(out, weights, reports, as_json=as_json)
+
+
+def _model(target: str) -> nn.Module:
+    from sparda_compile.cli.targets import load_target
+    from sparda_compile.training.parallel import local_device
+
+    return load_target(target).to(local_device())
+
+
+def _show(
+    out: Path, weights: ForecastWeights, reports: Sequence[StepReport], *, as_json: bool
+) -> None:
+    """Show what was trained; of several processes, the first one does."""
+    from sparda_compile.training.parallel import rank_of_environment
+
     if rank_of_environment():
         return
     if as_json:

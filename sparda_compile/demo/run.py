@@ -171,9 +171,16 @@ def _run(
     assert fast is not None
     full_bytes, num_blocks = rows[0].full_bytes, rows[0].num_blocks
     original = DemoRow(
-        mode="original", blocks=num_blocks, num_blocks=num_blocks, agreement=1.0, must_agree=True,
-        prefill_ms=times[0], token_ms=times[1], device_bytes=full_bytes, full_bytes=full_bytes,
-    )  # fmt: skip
+        mode="original",
+        blocks=num_blocks,
+        num_blocks=num_blocks,
+        agreement=1.0,
+        must_agree=True,
+        prefill_ms=times[0],
+        token_ms=times[1],
+        device_bytes=full_bytes,
+        full_bytes=full_bytes,
+    )
     return Demo(
         num_tokens=num_tokens,
         new_tokens=new_tokens,

@@ -282,9 +282,13 @@ class _Decoder:
         scores_BGN = rule.score(query, tensors, lengths_B, scale, self.geometry)
         config = self.config
         ids_BGK = select_blocks_reference(
-            scores_BGN, lengths_B, self.budget, config.block_size, config.sink_blocks,
+            scores_BGN,
+            lengths_B,
+            self.budget,
+            config.block_size,
+            config.sink_blocks,
             config.local_blocks,
-        ).long()  # fmt: skip
+        ).long()
         mask = torch.zeros(
             *scores_BGN.shape[:2], scores_BGN.shape[2] + 1, dtype=torch.bool, device=query.device
         )

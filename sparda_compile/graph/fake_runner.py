@@ -12,8 +12,19 @@ if TYPE_CHECKING:
 
 __all__ = ["FakeRunner", "freeze", "leaves_of", "map_leaves"]
 
-_PLAIN: Final = (int, float, bool, str, type(None), torch.dtype, torch.device,
-                 torch.memory_format, torch.layout, complex, type(Ellipsis))  # fmt: skip
+_PLAIN: Final = (
+    int,
+    float,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+    complex,
+    type(Ellipsis),
+)
 
 
 def leaves_of(value: Any) -> list[Any]:

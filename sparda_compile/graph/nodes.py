@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from sparda_compile.graph.tags import SITE
 from sparda_compile.isa.table import op_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "as_module",
@@ -22,6 +25,7 @@ __all__ = [
     "module_path",
     "nodes_between",
     "program_order",
+    "replace_and_erase",
     "snapshot",
     "tensor_shape",
 ]
@@ -55,9 +59,10 @@ def find_ops(graph: fx.Graph, *names: str) -> list[fx.Node]:
     packets = [getattr(torch.ops.sparda, name) for name in names]
     targets = [target for packet in packets for target in (packet, packet.default)]
     found = [
-        node for target in targets
+        node
+        for target in targets
         for node in graph.find_nodes(op="call_function", target=target, sort=False)
-    ]  # fmt: skip
+    ]
     return sorted(found)
 
 
@@ -138,3 +143,34 @@ def as_module(graph: fx.Graph) -> fx.GraphModule:
     from torch.fx._lazy_graph_module import _LazyGraphModule
 
     return _LazyGraphModule({}, graph)
+
+
+def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
+    """Put `new` in the place of `old` and erase what only `old` needed; returns how many nodes."""
+    ancestors: set[fx.Node] = set()
+    stack = [old]
+    while stack:
+        node = stack.pop()
+        if node not in ancestors and node.op != "placeholder":
+            ancestors.add(node)
+            stack += node.all_input_nodes
+    old.replace_all_uses_with(new)
+    erased = 0
+    for node in _backwards(graph, ancestors):
+        if (
+            not node.users
+            and not changes_in_place(node)
+            and not call_name(node).startswith("sparda.")
+        ):
+            graph.erase_node(node)
+            erased += 1
+    for marker in find_ops(graph, "kv_update"):
+        if not marker.users:
+            graph.erase_node(marker)
+            erased += 1
+    return erased
+
+
+def _backwards(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    wanted = set(nodes)
+    return [n for n in reversed(graph.nodes) if n in wanted]

@@ -87,9 +87,15 @@ def plan_pages(
     tables = [state.get(name, emit.layer) for name in names]
     prefix = "hint_" if is_hint else ""
     node = emit.call(
-        "plan_pages", block_ids, state.lengths, *tables, layout.config.block_size,
-        layout.config.eviction, is_hint, name=f"{prefix}plan_{emit.layer}",
-    )  # fmt: skip
+        "plan_pages",
+        block_ids,
+        state.lengths,
+        *tables,
+        layout.config.block_size,
+        layout.config.eviction,
+        is_hint,
+        name=f"{prefix}plan_{emit.layer}",
+    )
     items = {
         name: emit.item(node, i, f"{prefix}{name}_{emit.layer}")
         for i, name in enumerate(results_of(node))
@@ -112,16 +118,28 @@ def select_by_score(
     summary = SELECTORS[selector].summary.name
     tensors = [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)]
     scores = emit.call(
-        "score_blocks", query, tensors, state.lengths, selector, scale, *geometry_of(layout),
+        "score_blocks",
+        query,
+        tensors,
+        state.lengths,
+        selector,
+        scale,
+        *geometry_of(layout),
         name=f"{prefix}scores_{shape.layer}",
-    )  # fmt: skip
+    )
     if layout.geometry.short_list:
         for name in ("short_list", "sink_blocks", "local_blocks"):
             set_argument(scores, name, getattr(layout.geometry, name))
     return emit.call(
-        "select_blocks", scores, state.lengths, layout.num_selected, config.block_size,
-        config.sink_blocks, config.local_blocks, name=f"{prefix}block_ids_{shape.layer}",
-    )  # fmt: skip
+        "select_blocks",
+        scores,
+        state.lengths,
+        layout.num_selected,
+        config.block_size,
+        config.sink_blocks,
+        config.local_blocks,
+        name=f"{prefix}block_ids_{shape.layer}",
+    )
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

@@ -84,6 +84,12 @@ class ForecastHint(Hint):
         forecast = emit_forecast(point)
         selector = point.layout.config.forecast_selector
         return select_by_score(
-            point.after(forecast), forecast, selector, 1.0, point.shape, point.state,
-            point.layout, prefix="hint_",
-        )  # fmt: skip
+            point.after(forecast),
+            forecast,
+            selector,
+            1.0,
+            point.shape,
+            point.state,
+            point.layout,
+            prefix="hint_",
+        )

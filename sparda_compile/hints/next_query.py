@@ -66,6 +66,12 @@ class NextQueryHint(Hint):
         emit = point.after(source.hidden)
         query = clone_region(region, order, {target.hidden: source.hidden}, emit)[target.query]
         return select_by_score(
-            point.after(query), query, point.layout.config.selector, target.scale, point.shape,
-            point.state, point.layout, prefix="hint_",
-        )  # fmt: skip
+            point.after(query),
+            query,
+            point.layout.config.selector,
+            target.scale,
+            point.shape,
+            point.state,
+            point.layout,
+            prefix="hint_",
+        )

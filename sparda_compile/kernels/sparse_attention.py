@@ -323,9 +323,17 @@ def attend_missing(
             from sparda_compile.kernels.gpu import attention
 
             late = attention.partials(
-                query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks,
+                query,
+                pages,
+                page_ids,
+                block_ids,
+                is_miss,
+                lengths,
+                scale,
+                softcap,
+                blocks,
                 missing=True,
-            )  # fmt: skip
+            )
             return attention.merge(partial_out, partial_lse, late, query.dtype)
         is_late = _in_splits(is_miss, blocks, 0).any(-1)
         missing = block_ids.masked_fill(~_in_late_split(is_miss, blocks), -1)

@@ -307,9 +307,11 @@ class OptimizedModule(nn.Module):
         needed = kv.longest + num_tokens
         if needed > kv.layout.max_tokens and self.sparda_config.max_tokens is None:
             plan = self.programs.get(
-                "decode", batch_size, self.programs.capacity(max(needed, 2 * kv.layout.max_tokens)),
+                "decode",
+                batch_size,
+                self.programs.capacity(max(needed, 2 * kv.layout.max_tokens)),
                 last_only=True,
-            ).plan  # fmt: skip
+            ).plan
             kv = cache.kv = kv.grow(plan.layout)
         elif num_tokens == 1:
             kv.check_room(1)

@@ -132,10 +132,15 @@ def planned_nodes(graph: fx.Graph, batch_size: int) -> tuple[PlannedNode, ...]:
         layer = int(LAYER.get(node, -1))
         planned.append(
             PlannedNode(
-                node.name, call_name(node), layer, stream_of(node), kernels, _event(node),
+                node.name,
+                call_name(node),
+                layer,
+                stream_of(node),
+                kernels,
+                _event(node),
                 behind[node],
             )
-        )  # fmt: skip
+        )
         if kernels:
             behind[node] = frozenset((node.name,))
     return tuple(planned)

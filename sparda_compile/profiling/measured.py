@@ -139,10 +139,14 @@ def _sums(nodes: Iterable[NodeTimes], name: Callable[[NodeTimes], str]) -> list[
     for each in nodes:
         groups.setdefault(name(each), []).append(each)
     return [
-        Times(key, len(group), sum(each.predicted_us for each in group),
-              sum(each.measured_us for each in group))
+        Times(
+            key,
+            len(group),
+            sum(each.predicted_us for each in group),
+            sum(each.measured_us for each in group),
+        )
         for key, group in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 def measure_step(

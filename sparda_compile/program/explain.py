@@ -47,9 +47,18 @@ def refused_report(
     """Return the report of a model that cannot be rewritten."""
     parameters = sum(p.numel() for p in model.parameters())
     return Report(
-        type(model).__name__, config.mode, batch_size, max_tokens, (), (), (), (), 0, parameters,
+        type(model).__name__,
+        config.mode,
+        batch_size,
+        max_tokens,
+        (),
+        (),
+        (),
+        (),
+        0,
+        parameters,
         error,
-    )  # fmt: skip
+    )
 
 
 def _site(site: AttentionSite) -> SiteSummary:

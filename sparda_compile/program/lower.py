@@ -125,11 +125,13 @@ class LoweredProgram:
 def _filled(args: tuple[Any, ...], values: list[Any]) -> list[Any]:
     """Return arguments with values in the place of registers; lists of them are one level deep."""
     return [
-        values[a] if type(a) is Register
-        else [values[x] if type(x) is Register else x for x in a] if type(a) is list
+        values[a]
+        if type(a) is Register
+        else [values[x] if type(x) is Register else x for x in a]
+        if type(a) is list
         else a
         for a in args
-    ]  # fmt: skip
+    ]
 
 
 def lower(gm: fx.GraphModule, lowering: str) -> LoweredProgram:

@@ -35,11 +35,37 @@ __all__ = ["Piece", "compiled_pieces", "make_piece"]
 
 # What may share the memory of its first input.
 _VIEWS: Final = frozenset(
-    {"chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float",
-     "getattr", "getitem", "movedim", "narrow", "permute", "reshape", "reshape_as", "select",
-     "split", "squeeze", "swapaxes", "t", "to", "transpose", "type", "unbind", "unflatten",
-     "unsqueeze", "view", "view_as"}
-)  # fmt: skip
+    {
+        "chunk",
+        "contiguous",
+        "detach",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "flatten",
+        "float",
+        "getattr",
+        "getitem",
+        "movedim",
+        "narrow",
+        "permute",
+        "reshape",
+        "reshape_as",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "t",
+        "to",
+        "transpose",
+        "type",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "view_as",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)

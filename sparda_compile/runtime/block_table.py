@@ -144,8 +144,15 @@ def plan_pages(
         if block_ids.is_cuda:
             from sparda_compile.kernels.gpu.select import Planned, Tables, plan
 
-            plan(block_ids, lengths, Tables(*tables), Planned(*out), block_size, eviction,
-                 is_hint=is_hint)  # fmt: skip
+            plan(
+                block_ids,
+                lengths,
+                Tables(*tables),
+                Planned(*out),
+                block_size,
+                eviction,
+                is_hint=is_hint,
+            )
         else:
             _plan(block_ids, lengths, tables, out, block_size, eviction, is_hint=is_hint)
 
@@ -252,8 +259,16 @@ def select_pages(
         if scores.is_cuda:
             from sparda_compile.kernels.gpu.select import Choice, Planned, Tables, select_and_plan
 
-            select_and_plan(scores, lengths, ids, Tables(*tables), Planned(*out), Choice(*choice),
-                            eviction, is_hint=is_hint)  # fmt: skip
+            select_and_plan(
+                scores,
+                lengths,
+                ids,
+                Tables(*tables),
+                Planned(*out),
+                Choice(*choice),
+                eviction,
+                is_hint=is_hint,
+            )
         else:
             ids.copy_(select_blocks_reference(scores, lengths, *choice))
             _plan(ids, lengths, tables, out, block_size, eviction, is_hint=is_hint)

@@ -92,15 +92,31 @@ def _take_blocks(kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, mask_BT: 
     config, geometry = kv.layout.config, kv.layout.geometry
     lengths, pages, table = kv.state[LENGTHS], state("pages"), state("block_table")
     extend_kv(
-        k, v, mask_BT, lengths, pages, table, state("page_block"), state("page_stamp"),
-        config.sink_blocks, config.local_blocks, config.eviction,
-    )  # fmt: skip
+        k,
+        v,
+        mask_BT,
+        lengths,
+        pages,
+        table,
+        state("page_block"),
+        state("page_stamp"),
+        config.sink_blocks,
+        config.local_blocks,
+        config.eviction,
+    )
     for summary in kv.layout.summaries():
         tensors = [state(name) for name in kv.layout.summary_tensors(summary, shape)]
         update_summary(
-            k, lengths, mask_BT, tensors, summary,
-            geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
-        )  # fmt: skip
+            k,
+            lengths,
+            mask_BT,
+            tensors,
+            summary,
+            geometry.num_blocks,
+            geometry.block_size,
+            geometry.pool_size,
+            geometry.pool_stride,
+        )
     if kv.layout.offload:
         counters = state("counters")
         store_blocks([k, v], None, mask_BT, lengths, table, pages, state("host"), counters)

@@ -115,8 +115,9 @@ class Strategy:
 def strategy_of(config: SpardaConfig) -> Strategy:
     """Return what a configuration's mode means."""
     if config.mode == "dense":
-        return Strategy(None, None, selects_by_forecast=False, hint=None, overlaps=False,
-                        repairs=False)  # fmt: skip
+        return Strategy(
+            None, None, selects_by_forecast=False, hint=None, overlaps=False, repairs=False
+        )
     selector = SELECTORS[config.selector]
     hint = HINTS[config.hint] if config.mode == "exact" else None
     by_forecast = config.mode == "forecast"

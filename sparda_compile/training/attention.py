@@ -54,10 +54,14 @@ def causal_attention(
         first = max(start - window + 1, 0) if window else 0
         tiles.append(
             _tile(
-                query_BHTD[:, :, start:stop], k_BGTD[:, :, first:stop], v_BGTD[:, :, first:stop],
-                scale, softcap, window,
+                query_BHTD[:, :, start:stop],
+                k_BGTD[:, :, first:stop],
+                v_BGTD[:, :, first:stop],
+                scale,
+                softcap,
+                window,
             )
-        )  # fmt: skip
+        )
     return torch.cat(tiles, dim=2)
 
 

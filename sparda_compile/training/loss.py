@@ -118,9 +118,14 @@ def backward_loss(
         target_of = partial(query_teacher, query_BHTD, pooled_BGWD, pool=pool, scale=scale)
     else:
         target_of = partial(
-            aligned_teacher, query_BHTD, fine_keys(k_BGTD), pool=pool, scale=scale,
-            softcap=softcap, backend=backend,
-        )  # fmt: skip
+            aligned_teacher,
+            query_BHTD,
+            fine_keys(k_BGTD),
+            pool=pool,
+            scale=scale,
+            softcap=softcap,
+            backend=backend,
+        )
     pooled_BGWD = pooled_BGWD.float()
     width = num_windows(num_tokens, *pool)
     step = max(1, _TILE_ELEMENTS // max(batch * groups * width, 1))

@@ -115,9 +115,12 @@ class ForecastTrainer:
         self._forwards: dict[int, TappedForward] = {}
         forward = self._forward(1)
         start = initial_forecast(
-            forward.graph_module.graph, forward.sites, forward.shapes,
-            self.captures.get("prefill", last_logits_only=True), torch.float32,
-        )  # fmt: skip
+            forward.graph_module.graph,
+            forward.sites,
+            forward.shapes,
+            self.captures.get("prefill", last_logits_only=True),
+            torch.float32,
+        )
         self.weights = {layer: weight.map(nn.Parameter) for layer, weight in start.items()}
         self.parameters = to_tensors(self.weights)
         self.optimizer = torch.optim.AdamW(
@@ -179,16 +182,28 @@ class ForecastTrainer:
 
         def listen(site: AttentionSite, forecast: Tensor, query: Tensor, k: Tensor) -> None:
             loss = backward_loss(
-                forecast, query, k, self.config, site.scale,
-                softcap=site.softcap, weight=share, last_tokens=self._last_tokens,
-                teacher=self._teacher, backend=self._backend,
-            )  # fmt: skip
+                forecast,
+                query,
+                k,
+                self.config,
+                site.scale,
+                softcap=site.softcap,
+                weight=share,
+                last_tokens=self._last_tokens,
+                teacher=self._teacher,
+                backend=self._backend,
+            )
             losses[site.layer] = losses[site.layer] + loss * share
             if recalls is not None:
                 recalls[site.layer] = block_recall(
-                    forecast.detach(), query, k, self.config, site.scale, self._recall_queries,
+                    forecast.detach(),
+                    query,
+                    k,
+                    self.config,
+                    site.scale,
+                    self._recall_queries,
                     last_tokens=self._last_tokens,
-                )  # fmt: skip
+                )
 
         self.run(ids, listen)
 
@@ -232,9 +247,13 @@ class ForecastTrainer:
         """Return the state of the run."""
         weights = {name: weight.detach() for name, weight in self.parameters.items()}
         return Checkpoint(
-            self.steps_done, num_batches, weights, self.optimizer.state_dict(),
-            random_states(self.device), self.info(),
-        )  # fmt: skip
+            self.steps_done,
+            num_batches,
+            weights,
+            self.optimizer.state_dict(),
+            random_states(self.device),
+            self.info(),
+        )
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -344,6 +344,6 @@ def test_selections_run_beside_copies():
         COPY, lambda: (torch.cuda._sleep(400_000_000), done.record(torch.cuda.current_stream()))
     )
     engine.submit(SELECT, lambda: flag.fill_(1))
-    engine._select.synchronize()
+    engine._stream(SELECT).synchronize()
     assert flag.item() == 1
     assert not done.query()

@@ -48,6 +48,14 @@ def test_length_of_a_file(tmp_path, path, most):
     assert found == [f"pkg/{path}:1: the file has {most + 1} lines, more than {most}"]
 
 
+@pytest.mark.parametrize("path", ["a/new.py", "kernels/new.py"])
+def test_the_formatter_is_kept_off_by_kernels_alone(tmp_path, path):
+    line = "x = [1,2]  # fmt: skip\n"
+    found = broken(tmp_path, {path: "\n" + line})
+    assert found == [f"pkg/{path}:2: keeps the formatter off; let it format the line"]
+    assert broken(tmp_path, {path: "", "kernels/gpu/new.py": line, "a/new_kernel.py": line}) == []
+
+
 def test_length_of_a_function_is_without_its_docstring(tmp_path):
     assert broken(tmp_path, {"new.py": "@deco\n" + lines_of(60, docstring=9)}) == []
     found = broken(tmp_path, {"new.py": lines_of(61, docstring=9)})

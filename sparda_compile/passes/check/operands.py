@@ -35,8 +35,11 @@ _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _HINT_ROLES: Final = ("hint plan", "hint prefetch_blocks", "hint wait_blocks")
 _ATTENTIONS: Final = (
-    "sparse_attention", "attend_missing", "prefill_attention", "window_attention",
-)  # fmt: skip
+    "sparse_attention",
+    "attend_missing",
+    "prefill_attention",
+    "window_attention",
+)
 _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
     "hint wait_blocks": "hint prefetch_blocks",

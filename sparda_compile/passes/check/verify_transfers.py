@@ -173,9 +173,11 @@ def _check_allocation(program: Sequence[Issued], clocks: Sequence[Clock]) -> Non
         checked = issued.allocates and last_compute >= 0
         if checked and not happens_before(program, clocks, last_compute, i):
             raise _race(
-                "allocation", program[last_compute % len(program)], issued,
+                "allocation",
+                program[last_compute % len(program)],
+                issued,
                 "the second may be given memory that the first has not finished with",
-            )  # fmt: skip
+            )
 
 
 def _users(program: Sequence[Issued]) -> dict[str, dict[int, bool]]:
@@ -203,7 +205,9 @@ def _check_state(program: Sequence[Issued], clocks: Sequence[Clock]) -> int:
             for early, late in {(first, second), (second, first)}:
                 if not happens_before(program, clocks, early, late + size):
                     raise _race(
-                        "state", program[early], program[late],
+                        "state",
+                        program[early],
+                        program[late],
                         f"both use {state}, the second in the next step",
-                    )  # fmt: skip
+                    )
     return found

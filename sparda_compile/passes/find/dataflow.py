@@ -76,9 +76,10 @@ class Dataflow:
         """Return where positions begin to mix into the query, and the nodes from there on."""
         region = nodes_between(hidden, query)
         mixing = {
-            n for n in region
+            n
+            for n in region
             if any(i in self._positional and _is_float(i) for i in n.all_input_nodes)
-        }  # fmt: skip
+        }
         if not mixing:
             return query, ()
         for candidate in self._dominator_chain(query)[1:]:

@@ -143,9 +143,16 @@ class FindAttention:
         scale = scale_of(anchor, k, known_kv, softcap, ctx.weights)
         window = ctx.windows.get(layer, 0)
         difference = find_difference(
-            anchor.node, anchor.query, k, v, known_kv, ctx.weights,
-            scale=scale, softcap=softcap, window=window,
-        )  # fmt: skip
+            anchor.node,
+            anchor.query,
+            k,
+            v,
+            known_kv,
+            ctx.weights,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        )
         if difference:
             raise RefusedAttentionError(difference)
         rotation_input, rotation = flow.rotation(hidden, anchor.query)

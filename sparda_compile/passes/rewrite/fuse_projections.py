@@ -58,9 +58,10 @@ class FuseProjections:
                     groups.setdefault((node.args[0], _bias(node) is None, apart), []).append(node)
         small = ctx.machine.memory_gbps * 1e3 * ctx.machine.launch_us
         found = [
-            nodes for nodes in groups.values()
+            nodes
+            for nodes in groups.values()
             if len(nodes) > 1 and min(map(_weight_bytes, nodes)) < small
-        ]  # fmt: skip
+        ]
         joined = JOINED.get(gm, {})
         JOINED.put(gm, joined)
         for nodes in found:

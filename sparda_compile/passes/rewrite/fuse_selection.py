@@ -72,10 +72,16 @@ def _fuse(graph: fx.Graph, plan: fx.Node, order: dict[fx.Node, int]) -> bool:
     emit = Emitter(graph, plan, plan, LAYER.of(plan))
     sizes = [argument(ids, n) for n in ("num_selected", "block_size", "sink_blocks")]
     fused = emit.call(
-        "select_pages", argument(ids, "scores"), lengths, *tables, *sizes,
-        argument(ids, "local_blocks"), argument(plan, "eviction"), argument(plan, "is_hint"),
+        "select_pages",
+        argument(ids, "scores"),
+        lengths,
+        *tables,
+        *sizes,
+        argument(ids, "local_blocks"),
+        argument(plan, "eviction"),
+        argument(plan, "is_hint"),
         name=plan.name.replace("plan", "select_pages"),
-    )  # fmt: skip
+    )
     fused_results, results = results_of(fused), results_of(plan)
     place = fused_results.index("block_ids")
     picked = emit.item(fused, place, ids.name.replace("block_ids", "picked_ids"))

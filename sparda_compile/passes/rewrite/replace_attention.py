@@ -33,18 +33,16 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import fx
 
 from sparda_compile.graph.emit import Emitter
-from sparda_compile.graph.nodes import call_name, changes_in_place, find_ops
 from sparda_compile.graph.site import AttentionSite, sites_of
 from sparda_compile.graph.tags import SITE
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from sparda_compile.state.layout import CacheLayout, LayerShape
+from sparda_compile.graph.nodes import replace_and_erase
 from sparda_compile.graph.writer import StateInputs, geometry_of, plan_pages, select_by_score
 
-__all__ = ["ReplaceAttention", "replace_and_erase"]
+__all__ = ["ReplaceAttention"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +89,16 @@ class _Rewrite:
         mask = None if self.ctx.is_decode else state.token_mask()
         rings = (state.get("ring_k", site.layer), state.get("ring_v", site.layer))
         return self.emitter.call(
-            "window_attention", site.query, site.k, site.v, mask, state.lengths, *rings,
-            site.scale, site.softcap,
-        )  # fmt: skip
+            "window_attention",
+            site.query,
+            site.k,
+            site.v,
+            mask,
+            state.lengths,
+            *rings,
+            site.scale,
+            site.softcap,
+        )
 
     def sparse(self) -> fx.Node:
         return self._decode() if self.ctx.is_decode else self._prefill()
@@ -104,17 +109,37 @@ class _Rewrite:
         block_ids = self._select()
         plan = plan_pages(emit, block_ids, self.state, layout, is_hint=False)
         if layout.offload:
-            emit.call("fetch_blocks", plan.miss_blocks, plan.miss_pages,
-                      self._get("host"), self._get("pages"))  # fmt: skip
+            emit.call(
+                "fetch_blocks",
+                plan.miss_blocks,
+                plan.miss_pages,
+                self._get("host"),
+                self._get("pages"),
+            )
         emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
         self._update_summaries(None)
         out = emit.call(
-            "sparse_attention", site.query, self._get("pages"), plan.page_ids, block_ids, lengths,
-            site.scale, site.softcap,
-        )  # fmt: skip
+            "sparse_attention",
+            site.query,
+            self._get("pages"),
+            plan.page_ids,
+            block_ids,
+            lengths,
+            site.scale,
+            site.softcap,
+        )
         if layout.offload:
-            emit.call("store_blocks", [], plan.tail_page, None, lengths, None,
-                      self._get("pages"), self._get("host"), self._get("counters"))  # fmt: skip
+            emit.call(
+                "store_blocks",
+                [],
+                plan.tail_page,
+                None,
+                lengths,
+                None,
+                self._get("pages"),
+                self._get("host"),
+                self._get("counters"),
+            )
         return out
 
     def _prefill(self) -> fx.Node:
@@ -126,13 +151,29 @@ class _Rewrite:
             "prefill_attention", site.query, *new, pages, host, table, site.scale, site.softcap
         )
         emit.call(
-            "extend_kv", *new, pages, table, self._get("page_block"), self._get("page_stamp"),
-            config.sink_blocks, config.local_blocks, config.eviction,
-        )  # fmt: skip
+            "extend_kv",
+            *new,
+            pages,
+            table,
+            self._get("page_block"),
+            self._get("page_stamp"),
+            config.sink_blocks,
+            config.local_blocks,
+            config.eviction,
+        )
         self._update_summaries(mask)
         if self._layout.offload:
-            emit.call("store_blocks", [site.k, site.v], None, mask, lengths, table, pages, host,
-                      self._get("counters"))  # fmt: skip
+            emit.call(
+                "store_blocks",
+                [site.k, site.v],
+                None,
+                mask,
+                lengths,
+                table,
+                pages,
+                host,
+                self._get("counters"),
+            )
         return out
 
     def _select(self) -> fx.Node:
@@ -140,9 +181,12 @@ class _Rewrite:
         strategy = self.ctx.strategy
         if strategy.selector is None:
             return self.emitter.call(
-                "all_blocks", self._get("block_table"), self.state.lengths, config.block_size,
+                "all_blocks",
+                self._get("block_table"),
+                self.state.lengths,
+                config.block_size,
                 name=f"block_ids_{site.layer}",
-            )  # fmt: skip
+            )
         return select_by_score(
             self.emitter,
             site.query,
@@ -157,9 +201,14 @@ class _Rewrite:
         for summary in self._layout.summaries():
             tensors = [self._get(n) for n in self._layout.summary_tensors(summary, self.shape)]
             self.emitter.call(
-                "update_summary", self.site.k, self.state.lengths, mask, tensors, summary,
+                "update_summary",
+                self.site.k,
+                self.state.lengths,
+                mask,
+                tensors,
+                summary,
                 *geometry_of(self._layout),
-            )  # fmt: skip
+            )
 
     @property
     def _layout(self) -> CacheLayout:
@@ -168,34 +217,3 @@ class _Rewrite:
 
     def _get(self, tensor: str) -> fx.Node:
         return self.state.get(tensor, self.site.layer)
-
-
-def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
-    """Put `new` in the place of `old` and erase what only `old` needed; returns how many nodes."""
-    ancestors: set[fx.Node] = set()
-    stack = [old]
-    while stack:
-        node = stack.pop()
-        if node not in ancestors and node.op != "placeholder":
-            ancestors.add(node)
-            stack += node.all_input_nodes
-    old.replace_all_uses_with(new)
-    erased = 0
-    for node in _backwards(graph, ancestors):
-        if (
-            not node.users
-            and not changes_in_place(node)
-            and not call_name(node).startswith("sparda.")
-        ):
-            graph.erase_node(node)
-            erased += 1
-    for marker in find_ops(graph, "kv_update"):
-        if not marker.users:
-            graph.erase_node(marker)
-            erased += 1
-    return erased
-
-
-def _backwards(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    wanted = set(nodes)
-    return [n for n in reversed(graph.nodes) if n in wanted]

@@ -35,13 +35,44 @@ __all__ = ["Cost", "node_cost"]
 
 _EXAMPLE_TOKENS: Final = 1024
 _FREE: Final = frozenset(
-    {"getitem", "view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze",
-     "contiguous", "to", "float", "size", "split", "chunk", "flatten", "unflatten", "detach"}
-)  # fmt: skip
+    {
+        "getitem",
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "contiguous",
+        "to",
+        "float",
+        "size",
+        "split",
+        "chunk",
+        "flatten",
+        "unflatten",
+        "detach",
+    }
+)
 _KERNELS: Final = frozenset(
-    {"linear", "addmm", "matmul", "bmm", "baddbmm", "einsum", "embedding", "softmax", "topk",
-     "scaled_dot_product_attention", "grouped_mm", "_grouped_mm", "sort", "index_add_"}
-)  # fmt: skip
+    {
+        "linear",
+        "addmm",
+        "matmul",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "embedding",
+        "softmax",
+        "topk",
+        "scaled_dot_product_attention",
+        "grouped_mm",
+        "_grouped_mm",
+        "sort",
+        "index_add_",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,16 @@ def simulate(
         if cost.us or is_sparda(node):
             layer = int(LAYER.get(node, -1))
             rows.append(
-                ScheduleRow(node.name, name, layer, stream, start, end,
-                            cost.hbm_bytes, cost.link_bytes, exposed)
-            )  # fmt: skip
+                ScheduleRow(
+                    node.name,
+                    name,
+                    layer,
+                    stream,
+                    start,
+                    end,
+                    cost.hbm_bytes,
+                    cost.link_bytes,
+                    exposed,
+                )
+            )
     return rows
