@@ -19,6 +19,7 @@ from sparda_compile.errors import (
 )
 from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
+from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled
@@ -37,6 +38,7 @@ __all__ = ["explain", "optimize"]
 _log = logging.getLogger(__name__)
 
 
+@neutral()
 def optimize(
     model: nn.Module,
     config: SpardaConfig | None = None,
@@ -99,6 +101,7 @@ def optimize(
     return fast
 
 
+@neutral()
 def explain(
     model: nn.Module,
     config: SpardaConfig | None = None,

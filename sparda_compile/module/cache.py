@@ -27,6 +27,10 @@ NO_CROP: Final = (
 )
 
 
+# Calls that are remembered one by one before they are put together.
+_MOST_PARTS: Final = 256
+
+
 class SpardaCache(Cache):
     """A conversation's KV cache, as transformers passes it around.
 
@@ -42,7 +46,81 @@ class SpardaCache(Cache):
         super().__init__(layers=[])
         self.owner = weakref.ref(owner)
         self.max_tokens = max_tokens
-        self.kv: KVCache | None = None
+        self._held: list[KVCache] = []  # the pool's finalizer holds the same list
+        self._passed: list[tuple[Tensor | None, Tensor]] = []
+
+    @property
+    def kv(self) -> KVCache | None:
+        """The memory, None before the first call."""
+        return self._held[0] if self._held else None
+
+    def hold(self, kv: KVCache) -> list[KVCache]:
+        """Take over memory, in the place of any other; returns the list that holds it."""
+        self._held[:] = [kv]
+        return self._held
+
+    def note(self, ids: Tensor | None, mask: Tensor) -> None:
+        """Remember the tokens of a call that has ended.
+
+        Args:
+            ids: [B, T] int64; None where they are not known.
+            mask: [B, T] bool, which of them are real.
+        """
+        self._passed.append((ids, mask))
+        if len(self._passed) > _MOST_PARTS:
+            known = self._passed if all(i is not None for i, _ in self._passed) else []
+            if known:
+                parts = [torch.cat([part[k] for part in known], dim=1) for k in (0, 1)]  # type: ignore[misc]
+                self._passed = [(parts[0], parts[1])]
+
+    def check_mask(self, attention_mask: Tensor) -> None:
+        """Refuse a mask that hides, or shows, tokens of earlier calls otherwise than they did.
+
+        Args:
+            attention_mask: [B, columns + T].
+
+        Raises:
+            UnsupportedInputError: If it does.
+        """
+        begin = 0
+        for _, mask in self._passed:
+            end = begin + mask.shape[1]
+            if not torch.equal(attention_mask[:, begin:end].bool().to(mask.device), mask):
+                raise UnsupportedInputError(
+                    f"attention_mask changes what columns {begin} to {end - 1} were when they were "
+                    "passed in; keys in the cache cannot be hidden or shown later. Pass the same "
+                    "entries again, or start a new cache."
+                )
+            begin = end
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse a conversation whose earlier tokens are not those of the cache.
+
+        Args:
+            ids: [B, columns or more] int64, the whole conversation.
+
+        Raises:
+            KVCacheError: If a token differs.
+        """
+        begin = 0
+        for known, mask in self._passed:
+            end = begin + mask.shape[1]
+            if known is not None:
+                differs = (ids[:, begin:end].to(known.device) != known) & mask
+                if bool(differs.any()):
+                    row, column = (int(n) for n in differs.nonzero()[0])
+                    raise KVCacheError(
+                        f"input_ids differs from the tokens of the cache, first at token "
+                        f"{begin + column} of sequence {row}; the cache belongs to another text. "
+                        "Pass the conversation as it was, or start a new cache."
+                    )
+            begin = end
+
+    def reset(self) -> None:
+        """Forget every token; memory stays."""
+        self._passed.clear()
+        if self.kv is not None:
+            self.kv.reset()
 
     @property
     def is_linear(self) -> list[bool]:

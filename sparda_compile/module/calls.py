@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,7 +10,19 @@ from torch import Tensor
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.module.cache import NO_BEAMS, NO_CROP
 
-__all__ = ["check_call", "check_generation", "positions_of", "token_mask"]
+__all__ = [
+    "check_call",
+    "check_generation",
+    "check_ids",
+    "check_padding",
+    "is_last",
+    "kept_logits",
+    "positions_of",
+    "token_mask",
+]
+
+# What transformers leaves among the arguments of a forward, and no forward reads.
+_WITHOUT_EFFECT: Final = frozenset({"tokenizer", "assistant_tokenizer"})
 
 
 def check_generation(config: Any, kwargs: dict[str, Any]) -> None:
@@ -52,15 +64,15 @@ def check_call(input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         UnsupportedInputError: If something else is given, or there are no tokens.
     """
     for name, value in kwargs.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and name not in _WITHOUT_EFFECT:
             raise UnsupportedInputError(
                 f"{name} is not supported by an optimized module; it takes input_ids, "
                 "attention_mask, position_ids, past_key_values or cache, and logits_to_keep."
             )
-    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] < 1:
-        shape = None if input_ids is None else tuple(input_ids.shape)
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else input_ids
         raise UnsupportedInputError(
-            f"input_ids has shape {shape}; pass [batch, tokens] with at least one token."
+            f"input_ids has shape {shape}; pass [batch, tokens] with at least one of each."
         )
     return input_ids
 
@@ -92,15 +104,77 @@ def token_mask(attention_mask: Tensor | None, num_columns: int, ids: Tensor) -> 
     return attention_mask[:, -ids.shape[1] :].bool()
 
 
-def positions_of(given: Tensor | None, mask: Tensor, lengths: Tensor) -> Tensor:
+def positions_of(given: Tensor | None, mask: Tensor, num_columns: int) -> Tensor:
     """Return the position of each new token, [B, T] int64.
 
     Args:
-        given: What the caller passes; None counts the real tokens of each sequence.
+        given: What the caller passes; None counts columns, padding too, as the model itself does.
         mask: [B, T] bool, which tokens are real.
-        lengths: [B] int32, tokens before this call.
+        num_columns: Columns that earlier calls have passed.
     """
     if given is not None:
         return given.expand(mask.shape).long().contiguous()
-    past = lengths.long()[:, None]
-    return (past + mask.long().cumsum(1) - 1).clamp(min=0)
+    columns = torch.arange(num_columns, num_columns + mask.shape[1], device=mask.device)
+    return columns.expand(mask.shape).contiguous()
+
+
+def check_ids(ids: Tensor, vocabulary: int | None) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    The ids of one decode step on a GPU are not looked at: that would wait for the device.
+
+    Raises:
+        UnsupportedInputError: If they are not whole numbers, or outside the vocabulary.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise UnsupportedInputError(f"input_ids are {ids.dtype}; pass int64.")
+    if ids.is_cuda and ids.shape[1] == 1:
+        return
+    low, high = (int(n) for n in torch.aminmax(ids))
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        most = "the size of its embedding" if vocabulary is None else vocabulary - 1
+        raise UnsupportedInputError(
+            f"input_ids hold {low if low < 0 else high}; this model's vocabulary is 0 to "
+            f"{most}. Check that the tokenizer is the model's own."
+        )
+
+
+def check_padding(attention_mask: Tensor) -> None:
+    """Refuse a prompt that ends in padding: the next token would be that of the padding.
+
+    Raises:
+        UnsupportedInputError: If a sequence's last token is hidden.
+    """
+    if not bool(attention_mask[:, -1].all()):
+        raise UnsupportedInputError(
+            "a sequence ends in padding, so generate would go on from the padding and not from "
+            "the text. Pad on the left: tokenizer.padding_side = 'left'."
+        )
+
+
+def is_last(logits_to_keep: int | Tensor) -> bool:
+    """Whether the logits of the last token alone are asked for."""
+    return isinstance(logits_to_keep, int) and logits_to_keep == 1
+
+
+def kept_logits(logits: Tensor, logits_to_keep: int | Tensor, *, is_cut: bool) -> Tensor:
+    """Return the logits that are asked for, as the model itself would.
+
+    Args:
+        logits: [B, T, vocabulary], or [B, 1, vocabulary] where it is cut.
+        logits_to_keep: 0 for all, n for those of the last n tokens, or indices [n] int64.
+        is_cut: Whether only those of the last token are there, because only they are asked for.
+
+    Raises:
+        UnsupportedInputError: If it is neither a number nor indices.
+    """
+    if is_cut or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        return logits
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise UnsupportedInputError(
+                f"logits_to_keep has shape {tuple(logits_to_keep.shape)} and dtype "
+                f"{logits_to_keep.dtype}; pass a number, or indices of tokens [n] int64."
+            )
+        return logits[:, logits_to_keep.to(logits.device)]
+    return logits[:, -logits_to_keep:]

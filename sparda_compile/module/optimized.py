@@ -8,6 +8,9 @@ sparda     graphs, schedules, counts
 from __future__ import annotations
 
 import copy
+import functools
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +24,24 @@ from sparda_compile.capture.cache_name import (
 )
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
+from sparda_compile.module.ambient import check_autocast, neutral
 from sparda_compile.module.cache import SpardaCache, keys_and_values
-from sparda_compile.module.calls import check_call, check_generation, positions_of, token_mask
+from sparda_compile.module.calls import (
+    check_call,
+    check_generation,
+    check_ids,
+    check_padding,
+    is_last,
+    kept_logits,
+    positions_of,
+    token_mask,
+)
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
 from sparda_compile.module.programs import Programs
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
-from sparda_compile.state.layout import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +53,7 @@ if TYPE_CHECKING:
     from sparda_compile.forecast.projection import Projection
     from sparda_compile.program.captures import Captures
     from sparda_compile.program.plan import Plan
+    from sparda_compile.program.program import Program
     from sparda_compile.runtime.kv_cache import KVCache
 
 __all__ = ["OptimizedModule"]
@@ -82,8 +95,13 @@ class OptimizedModule(nn.Module):
         if decode is not None:
             self.programs.put(decode)
         self.training = False
+        self._lock = threading.RLock()
         driver = copy.copy(captures.model)
-        driver.forward = self.forward
+        # transformers passes on what the signature of forward names.
+        driver.forward = functools.update_wrapper(functools.partial(self._generating), self.forward)
+        # Hooks of the model were traced; around the driver they would run once more.
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            setattr(driver, name, OrderedDict())
         object.__setattr__(self, "_driver", driver)
 
     def forward(
@@ -94,58 +112,79 @@ class OptimizedModule(nn.Module):
         past_key_values: SpardaCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: SpardaCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run one step; the contract of the model's own forward.
 
         Args:
             input_ids: [B, T] int64, the new tokens.
-            attention_mask: [B, past + T], 0 for padding; None means no padding.
-            position_ids: [B, T] int64; None counts the real tokens of each sequence.
+            attention_mask: [B, past + T], 0 for padding; None means no padding. What it says of
+                tokens that are in the cache has to be what it said when they were passed in.
+            position_ids: [B, T] int64; None counts on from the columns that were passed in.
             past_key_values: A cache of this module; None starts a new one.
             cache: The same, by the name that transformers gives it from 5.24 on.
-            use_cache: Accepted for compatibility; a cache is always kept.
-            return_dict: Accepted for compatibility; a dataclass is always returned.
-            logits_to_keep: 0 for all logits, n for those of the last n tokens.
-            **kwargs: Anything else must be None or False.
+            use_cache: Whether to return the cache; None does.
+            return_dict: Whether to return an output object and not a tuple; None does.
+            logits_to_keep: 0 for all logits, n for those of the last n tokens, or the indices of
+                tokens [n] int64.
+            **kwargs: Anything else must be None or False, or say nothing to a forward.
 
         Returns:
             Logits [B, T or n, vocabulary] and the cache.
 
         Raises:
             UnsupportedInputError: If an argument is not supported.
-            KVCacheError: If the cache is another module's, of another batch size, or full.
+            KVCacheError: If the cache is another module's, of another batch size, broken or full.
         """
-        del use_cache, return_dict
+        weight = next(self.parameters())
+        check_autocast(weight.device.type, weight.dtype)
         ids = check_call(input_ids, kwargs)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
-        cache = self._cache_for(given, ids)
+        with self._lock, neutral():
+            check_ids(ids, self.captures.vocabulary)
+            held = self._cache_for(given, ids)
+            logits = self._step(held, ids, attention_mask, position_ids, logits_to_keep)
+        output = output_with_cache(logits, None if use_cache is False else held)
+        return output.to_tuple() if return_dict is False else output
+
+    def _step(
+        self,
+        cache: SpardaCache,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        """Take in tokens and return the logits that are asked for."""
         kv = self._ready(cache, ids)
         batch_size, num_tokens = ids.shape
         mask = token_mask(attention_mask, kv.num_columns, ids)
+        if attention_mask is not None and attention_mask.shape[1] > num_tokens:
+            cache.check_mask(attention_mask)
         num_real = num_tokens
-        if num_tokens == 1 and kv.num_columns == 0 and not bool(mask.all()):
+        if num_tokens == 1 and attention_mask is not None and not bool(mask.all()):
             raise UnsupportedInputError(
-                "attention_mask hides the only token of a sequence; pass at least one real token "
-                "for each."
+                "attention_mask hides the only new token of a sequence; pass at least one real "
+                "token for each."
             )
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
             kv.check_room(num_real)
-        positions = positions_of(position_ids, mask, kv.state[LENGTHS])
+        positions = positions_of(position_ids, mask, kv.num_columns)
         phase = "decode" if num_tokens == 1 else "prefill"
-        last_only = logits_to_keep == 1 or phase == "decode"
+        last_only = phase == "decode" or is_last(logits_to_keep)
         program = self.programs.get(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
         real = None if phase == "decode" else mask
+        kv.is_broken = True  # until the step has ended
         with showing(self.sparda_config.progress):
             logits = program(ids.contiguous(), positions, real, kv)
         kv.advance(num_tokens, num_real)
+        kv.is_broken = False
+        cache.note(ids, mask)
         self.last_cache = kv
-        if logits_to_keep > 1:
-            logits = logits[:, -logits_to_keep:]
-        return output_with_cache(logits, cache)
+        return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`.
@@ -162,7 +201,7 @@ class OptimizedModule(nn.Module):
             UnsupportedInputError: For beam search, assisted generation and input embeddings.
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
-        config = kwargs.get("generation_config") or self._driver.generation_config
+        config = kwargs.get("generation_config") or self.generation_config
         check_generation(config, kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         num_tokens = 1 if ids is None else ids.shape[1]
@@ -177,10 +216,42 @@ class OptimizedModule(nn.Module):
         else:
             self._check_owner(cache)
             self._check_second_turn(cache, ids, total)
+            mask = kwargs.get("attention_mask")
+            if mask is not None and mask.shape[1] > cache.get_seq_length():
+                cache.check_mask(mask)
         if inputs is not None:
             kwargs["inputs"] = inputs
-        kwargs |= {CACHE_NAME: cache, "disable_compile": True}
-        return self._driver.generate(**kwargs)
+        # Tokens do not depend on use_cache; without it transformers would send them all each step.
+        wants_cache = kwargs.get("use_cache", config.use_cache) is not False
+        kwargs |= {CACHE_NAME: cache, "disable_compile": True, "use_cache": True}
+        output = self._driver.generate(**kwargs)
+        if not wants_cache and isinstance(output, dict):
+            output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME] = None
+        return output
+
+    @property
+    def generation_config(self) -> Any:
+        """What `generate` takes where a call does not say; the model's own until it is assigned."""
+        return self._driver.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._driver.generation_config = config
+
+    def program(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
+        """Return the program for a shape; see `Programs.get`."""
+        return self.programs.get(phase, batch_size, max_tokens, last_only=last_only)
+
+    def _generating(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step of `generate`, which takes its next token behind the last column."""
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        if mask is not None and ids is not None:
+            if ids.shape[1] > 1:
+                check_padding(mask)
+            else:
+                # The token that was just chosen; to look at its mask would wait for the device.
+                del kwargs["attention_mask"]
+        return self.forward(*args, **kwargs)
 
     def new_cache(
         self,
@@ -205,8 +276,10 @@ class OptimizedModule(nn.Module):
         self._check_reserved(max(reserve, tokens))
         cache = SpardaCache(self, self.programs.capacity(max(reserve, tokens)))
         if past is not None:
-            keys_values, mask = keys_and_values(past, attention_mask)
-            take_over(self._ready(cache, mask), keys_values, mask)
+            with self._lock, neutral():
+                keys_values, mask = keys_and_values(past, attention_mask)
+                take_over(self._ready(cache, mask), keys_values, mask)
+                cache.note(None, mask)
         return cache
 
     def train(self, mode: bool = True) -> OptimizedModule:
@@ -258,6 +331,11 @@ class OptimizedModule(nn.Module):
                 f"module returned: {CACHE_NAME} of an earlier output, new_cache(), or "
                 "new_cache(past=...) with one that the model filled."
             )
+        if cache.kv is not None and cache.kv.is_broken:
+            raise KVCacheError(
+                "the last step on this cache began and did not end, so nobody knows what it holds. "
+                "Call its reset() and pass the whole text again, or start a new cache."
+            )
         if cache.owner() is not self:
             raise KVCacheError(
                 "the cache given is that of another model; a cache holds the keys of the "
@@ -281,6 +359,8 @@ class OptimizedModule(nn.Module):
                 f"input_ids has {ids.shape[1]} tokens but the cache holds {past}; on a second turn "
                 "pass the whole conversation: the tokens of the cache and then the new ones."
             )
+        if ids is not None and past:
+            cache.check_ids(ids)
 
     def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
         if cache is None:
@@ -295,9 +375,10 @@ class OptimizedModule(nn.Module):
         if cache.kv is None:
             decode = self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
             device, progress = next(self.parameters()).device, self.sparda_config.progress
-            cache.kv = self._pool.take(decode.plan.layout, device, progress=progress)
-            self._pool.lend(cache.kv, cache)
+            taken = self._pool.take(decode.plan.layout, device, progress=progress)
+            self._pool.lend(taken, cache)
             decode.compile_kernels()  # while the prompt is read
+        assert cache.kv is not None
         kv = cache.kv
         if kv.layout.batch_size != batch_size:
             raise KVCacheError(
@@ -312,7 +393,8 @@ class OptimizedModule(nn.Module):
                 self.programs.capacity(max(needed, 2 * kv.layout.max_tokens)),
                 last_only=True,
             ).plan
-            kv = cache.kv = kv.grow(plan.layout)
+            kv = kv.grow(plan.layout)
+            cache.hold(kv)
         elif num_tokens == 1:
             kv.check_room(1)
         return kv

@@ -41,8 +41,8 @@ class CachePool:
             return KVCache(layout, device)
 
     def lend(self, kv: KVCache, to: SpardaCache) -> None:
-        """Let a cache come back when what holds it is gone."""
-        weakref.finalize(to, _give_back, weakref.ref(self), [kv])
+        """Let a cache hold memory that comes back when it is gone; that may have grown by then."""
+        weakref.finalize(to, _give_back, weakref.ref(self), to.hold(kv))
 
 
 def _give_back(pool: weakref.ref[CachePool], held: list[KVCache]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparda_compile.capture.forward import CapturedGraph, capture, share_weights
 from sparda_compile.errors import UnsupportedInputError
@@ -48,6 +48,15 @@ class Captures:
         self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
         self._found: dict[tuple[str, bool, SpardaConfig], FoundSites] = {}
         self._joined: dict[tuple[int, ...], JoinedWeight] = {}
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids that the model has an embedding of; None if it does not say where that is."""
+        model: Any = self.model
+        try:
+            return int(model.get_input_embeddings().weight.shape[0])
+        except (AttributeError, NotImplementedError):
+            return None
 
     @property
     def num_captures(self) -> int:

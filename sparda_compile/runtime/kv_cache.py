@@ -49,6 +49,7 @@ class KVCache:
         host_blocks: The blocks in CPU memory, [B, G, N, 2, P, D] each, by graph input name. On the
             CPU they are in `state` too; on CUDA `state` has their addresses, [B, G] int64.
         num_columns: Tokens per sequence that were passed in, padding included.
+        is_broken: Whether a step began and did not end, so that nobody knows what is here.
         longest: Tokens of the longest sequence, padding left out.
 
     Raises:
@@ -79,6 +80,7 @@ class KVCache:
                 self.state[name] = self.device_pool.allocate(spec)
         self.num_columns = 0
         self.longest = 0
+        self.is_broken = False
         self._reset_summaries()
 
     def reset(self) -> None:
@@ -89,6 +91,7 @@ class KVCache:
         self._reset_summaries()
         self.num_columns = 0
         self.longest = 0
+        self.is_broken = False
 
     def advance(self, num_columns: int, num_tokens: int) -> None:
         """Note that a step has taken in tokens.
