@@ -22,7 +22,7 @@ from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
 from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
-from sparda_compile.passes.manager import check_disabled
+from sparda_compile.passes.manager import check_disabled, check_dump_dir
 from sparda_compile.program.plan import Plan, forecast_shapes, make_plan, planned_capacity
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def optimize(
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+    check_dump_dir(config.dump_dir)
     given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
     if given is not None and config.forecast_rank is None:
         config = config.replace(forecast_rank=rank_of(given))
@@ -128,6 +129,7 @@ def explain(
 
     config = config or SpardaConfig()
     check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+    check_dump_dir(config.dump_dir)
     max_tokens = max_tokens or planned_capacity(config)
     try:
         captures = captures_of(model)

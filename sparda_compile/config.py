@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
+from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import HINTS, SELECTORS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = [
     "MACHINE_NAMES",
@@ -34,6 +31,8 @@ _MODES: Final = get_args(Mode)
 G = TypeVar("G")
 MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
+# Lengths are counted in 32 bits.
+_MOST_TOKENS: Final = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,15 +73,15 @@ class Selection:
     local_blocks: int = 32
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, _MODES)
-        _one_of("selector", self.selector, SELECTORS.choices())
-        _one_of("hint", self.hint, HINTS.choices())
+        one_of("mode", self.mode, _MODES)
+        one_of("selector", self.selector, SELECTORS.choices())
+        one_of("hint", self.hint, HINTS.choices())
         for name in ("sink_blocks", "local_blocks", "short_list"):
-            _at_least(name, getattr(self, name), 0)
+            whole(name, getattr(self, name), 0)
         if self.top_k is not None:
-            _at_least("top_k", self.top_k, 0)
+            whole("top_k", self.top_k, 0)
         if self.forecast_rank is not None:
-            _at_least("forecast_rank", self.forecast_rank, 1)
+            whole("forecast_rank", self.forecast_rank, 1)
         if self.top_k is None or self.short_list <= self.top_k:
             return
         if SELECTORS[self.selector].has_short_list:
@@ -108,7 +107,8 @@ class Blocks:
     pool_stride: int = 16
 
     def __post_init__(self) -> None:
-        _at_least("pool_stride", self.pool_stride, 1)
+        for name in ("block_size", "pool_size", "pool_stride"):
+            whole(name, getattr(self, name), 1)
         if self.block_size % 16 or not 16 <= self.block_size <= 128:
             raise ConfigError(
                 f"block_size={self.block_size} is not allowed; a page holds one block, so it must "
@@ -144,17 +144,20 @@ class Memory:
     eviction: Eviction = "lru"
 
     def __post_init__(self) -> None:
-        _one_of("offload", self.offload, get_args(Offload))
-        _one_of("eviction", self.eviction, get_args(Eviction))
-        if not self.page_ratio >= 1.0:
+        one_of("offload", self.offload, get_args(Offload))
+        one_of("eviction", self.eviction, get_args(Eviction))
+        number("page_ratio", self.page_ratio)
+        if self.page_ratio < 1.0:
             raise ConfigError(
                 f"page_ratio={self.page_ratio} is less than 1.0, so the selected blocks would not "
                 "fit the device pages; use 1.0 or more (default 1.5)."
             )
+        if self.max_tokens is not None:
+            whole("max_tokens", self.max_tokens, 1, _MOST_TOKENS)
         for name in ("device_bytes", "host_bytes"):
             value = getattr(self, name)
             if value is not None:
-                _at_least(name, value, 1)
+                whole(name, value, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,11 +186,15 @@ class Execution:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("lowering", self.lowering, get_args(Lowering))
-        _one_of("cuda_graph", self.cuda_graph, (True, False))
-        _one_of("progress", self.progress, (True, False))
+        one_of("lowering", self.lowering, get_args(Lowering))
+        one_of("cuda_graph", self.cuda_graph, (True, False))
+        one_of("progress", self.progress, (True, False))
+        names("disable_passes", self.disable_passes)
+        if self.dump_dir is not None and (not isinstance(self.dump_dir, str) or not self.dump_dir):
+            raise ConfigError(f"dump_dir={self.dump_dir!r} is no folder's path; use one, or None.")
         if self.machine is not None:
-            _one_of("machine", self.machine, MACHINE_NAMES)
+            one_of("machine", self.machine, MACHINE_NAMES)
+        number("expected_overlap", self.expected_overlap)
         if not 0.0 <= self.expected_overlap <= 1.0:
             raise ConfigError(
                 f"expected_overlap={self.expected_overlap} is not a share; use 0.0 to 1.0."
@@ -266,7 +273,7 @@ class SpardaConfig(Selection, Blocks, Memory, Execution):
     def _check_capacity(self) -> None:
         if self.max_tokens is None:
             return
-        _at_least("max_tokens", self.max_tokens, self.block_size)
+        whole("max_tokens", self.max_tokens, self.block_size)
         if self.max_tokens % self.block_size:
             raise ConfigError(
                 f"max_tokens={self.max_tokens} is not a whole number of pages of "
@@ -367,18 +374,3 @@ def _sparse_fields(model_config: Any) -> dict[str, Any]:
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
-
-
-def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:
-    allowed = tuple(allowed)
-    if value in allowed:
-        return
-    names = [str(name) for name in allowed]
-    close = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(names)}.{hint}")
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ConfigError(f"{name}={value} is too small; use {low} or more.")

@@ -397,3 +397,11 @@ def test_default_configuration_is_the_papers_and_needs_no_weights_to_explain():
     assert (report.mode, report.max_tokens, report.batch_size) == ("forecast", 4096, 3)
     assert report.forecast_parameters == 2 * ROWS * HIDDEN
     assert len(report.sites) == 2
+
+
+@pytest.mark.parametrize("call", [optimize, explain])
+def test_a_folder_for_graphs_that_cannot_be_made_is_refused_first(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = SpardaConfig(mode="query", dump_dir=str(tmp_path / "file" / "folder"))
+    with pytest.raises(ConfigError, match=r"dump_dir=.* cannot be made"):
+        call(None, config)

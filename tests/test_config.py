@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 
@@ -262,3 +263,38 @@ class TestGroups:
             group(**fields)
         with pytest.raises(ConfigError, match=next(iter(fields))):
             SpardaConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("top_k", "3", "is not a whole number; use 0 or more"),
+        ("top_k", 2.5, "is not a whole number"),
+        ("top_k", True, "is not a whole number"),
+        ("block_size", 64.0, "is not a whole number"),
+        ("pool_size", 0, "is too small; use 1 or more"),
+        ("pool_stride", "16", "is not a whole number"),
+        ("sink_blocks", None, "is not a whole number"),
+        ("short_list", -1, "is too small"),
+        ("forecast_rank", 1.0, "is not a whole number"),
+        ("max_tokens", 1 << 62, "is too large; use 1 to 2147483647"),
+        ("max_tokens", "many", "is not a whole number"),
+        ("device_bytes", 1e9, "is not a whole number"),
+        ("host_bytes", float("nan"), "is not a whole number"),
+        ("page_ratio", float("inf"), "is not a finite number"),
+        ("page_ratio", float("nan"), "is not a finite number"),
+        ("page_ratio", "2", "is not a finite number"),
+        ("expected_overlap", None, "is not a finite number"),
+        ("disable_passes", "fuse_selection", "is not a tuple of names"),
+        ("disable_passes", ["fuse_selection"], "is not a tuple of names"),
+        ("disable_passes", (1,), "is not a tuple of names"),
+        ("dump_dir", "", "is no folder's path"),
+        ("dump_dir", 3, "is no folder's path"),
+        ("mode", None, "is not known"),
+        ("selector", ["quest"], "is not known"),
+        ("machine", 7, "is not known"),
+    ],
+)
+def test_every_field_is_checked_for_type_and_range(field, value, words):
+    with pytest.raises(ConfigError, match=rf"^{field}=.*{re.escape(words)}"):
+        SpardaConfig(**{field: value})

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import logging
+import os
 import time
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 from sparda_compile.graph.nodes import as_module
 from sparda_compile.graph.text import graph_text
 
-__all__ = ["StageRecord", "check_disabled", "run_passes"]
+__all__ = ["StageRecord", "check_disabled", "check_dump_dir", "run_passes"]
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +133,22 @@ def _check_facts(graph_pass: GraphPass, facts: frozenset[Fact]) -> None:
             f"{graph_pass.name} requires {', '.join(sorted(f.name for f in missing))}, which does "
             "not hold; run the pass that ensures it first."
         )
+
+
+def check_dump_dir(folder: str | None) -> None:
+    """Check that graphs can be written to a folder, and make it.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"dump_dir={folder!r} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"dump_dir={folder!r} cannot be written to; use another folder.")
 
 
 def check_disabled(

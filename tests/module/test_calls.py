@@ -147,7 +147,7 @@ class TestRefused:
     def test_ids_of_another_form(self, fast, ids):
         with pytest.raises(UnsupportedInputError, match="input_ids has shape"):
             fast(ids)
-        with pytest.raises(UnsupportedInputError, match="input_ids are torch.float32"):
+        with pytest.raises(UnsupportedInputError, match=r"input_ids are torch\.float32"):
             fast(torch.ones(1, 3))
 
     def test_right_padding_in_generate(self, fast):

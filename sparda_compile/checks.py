@@ -1,0 +1,66 @@
+"""Checks of single values, each with an error that names the field and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from typing import TYPE_CHECKING
+
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["names", "number", "one_of", "whole"]
+
+
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Refuse what is none of the names that are allowed.
+
+    Raises:
+        ConfigError: If it is not; the text names the field and what is allowed.
+    """
+    allowed = tuple(allowed)
+    if value in allowed:
+        return
+    names = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(names)}.{hint}")
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse what is no whole number of a range.
+
+    Raises:
+        ConfigError: If it is not; the text names the field and what is allowed.
+    """
+    limits = f"{low} or more" if high is None else f"{low} to {high}"
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not a whole number; use {limits}.")
+    if int(value) < low:
+        raise ConfigError(f"{name}={value} is too small; use {limits}.")
+    if high is not None and int(value) > high:
+        raise ConfigError(f"{name}={value} is too large; use {limits}.")
+
+
+def number(name: str, value: object) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        ConfigError: If it is not; the text names the field and what is allowed.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+        raise ConfigError(f"{name}={value!r} is not a finite number.")
+
+
+def names(name: str, value: object) -> None:
+    """Refuse what is no tuple of names.
+
+    Raises:
+        ConfigError: If it is not; the text names the field and what is allowed.
+    """
+    if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+        raise ConfigError(f"{name}={value!r} is not a tuple of names; use for example ('a', 'b').")
