@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "AttentionNotFoundError",
     "BackendUnavailableError",
+    "BypassError",
     "CaptureError",
     "ConfigError",
     "DevicePoolFullError",
@@ -51,6 +52,10 @@ class TransferRaceError(GraphInvariantError):
 
 class UnsupportedInputError(SpardaError, ValueError):
     """An argument of a call is outside what the optimized module accepts."""
+
+
+class BypassError(UnsupportedInputError, AttributeError):
+    """Something was asked of the module that would run or change the model behind its back."""
 
 
 class BackendUnavailableError(SpardaError, ImportError):

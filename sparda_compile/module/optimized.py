@@ -8,12 +8,12 @@ sparda     graphs, schedules, counts
 from __future__ import annotations
 
 import copy
-import functools
+import inspect
 import threading
+import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from sparda_compile.capture.cache_name import (
@@ -25,6 +25,7 @@ from sparda_compile.capture.cache_name import (
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
 from sparda_compile.module.ambient import check_autocast, neutral
+from sparda_compile.module.bypasses import check_bypass
 from sparda_compile.module.cache import SpardaCache, keys_and_values
 from sparda_compile.module.calls import (
     check_call,
@@ -36,6 +37,7 @@ from sparda_compile.module.calls import (
     positions_of,
     token_mask,
 )
+from sparda_compile.module.frozen import FrozenModule
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
 from sparda_compile.module.programs import Programs
@@ -44,7 +46,7 @@ from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import DynamicCache
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 __all__ = ["OptimizedModule"]
 
 
-class OptimizedModule(nn.Module):
+class OptimizedModule(FrozenModule):
     """A causal LM whose KV cache is paged, offloaded and read in selected blocks.
 
     Its parameters are the model's own, under the same names. Made by `sparda_compile.optimize`.
@@ -97,8 +99,7 @@ class OptimizedModule(nn.Module):
         self.training = False
         self._lock = threading.RLock()
         driver = copy.copy(captures.model)
-        # transformers passes on what the signature of forward names.
-        driver.forward = functools.update_wrapper(functools.partial(self._generating), self.forward)
+        driver.forward = _step_of(self)
         # Hooks of the model were traced; around the driver they would run once more.
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             setattr(driver, name, OrderedDict())
@@ -282,39 +283,6 @@ class OptimizedModule(nn.Module):
                 cache.note(None, mask)
         return cache
 
-    def train(self, mode: bool = True) -> OptimizedModule:
-        """Refuse training mode: the rewritten graph has no gradient."""
-        if mode:
-            raise UnsupportedInputError(
-                "an optimized module cannot be trained; train the model and optimize it again."
-            )
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> OptimizedModule:
-        """Return self when device and dtype are as they are; refuse any other."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        weight = next(self.parameters())
-        same_device = device is None or torch.device(device).type == weight.device.type
-        if same_device and dtype in (None, weight.dtype):
-            return self
-        raise UnsupportedInputError(
-            "an optimized module cannot be moved or cast: its graphs and its KV cache are made "
-            f"for {weight.device} and {weight.dtype}. Move the model and optimize it again."
-        )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
-        del fn, recurse
-        raise UnsupportedInputError(
-            "an optimized module cannot be moved or cast; move the model and optimize it again."
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse pickling: compiled programs and live caches do not survive it."""
-        raise UnsupportedInputError(
-            "an optimized module cannot be pickled or deep-copied; save the model with "
-            "save_pretrained and optimize it again after loading."
-        )
-
     def __getattr__(self, name: str) -> Any:
         """Return what the model itself has: config, generation_config, device, ..."""
         try:
@@ -322,6 +290,7 @@ class OptimizedModule(nn.Module):
         except AttributeError:
             if name in ("captures", "_driver"):
                 raise
+            check_bypass(name)
             return getattr(self.captures.model, name)
 
     def _check_owner(self, cache: Any) -> None:
@@ -398,3 +367,17 @@ class OptimizedModule(nn.Module):
         elif num_tokens == 1:
             kv.check_room(1)
         return kv
+
+
+def _step_of(module: OptimizedModule) -> Callable[..., Any]:
+    """Return what the driver calls as its forward; it does not keep the module alive."""
+    owner = weakref.ref(module)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        mine = owner()
+        assert mine is not None
+        return mine._generating(*args, **kwargs)
+
+    # transformers passes on what the signature of forward names.
+    step.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
+    return step

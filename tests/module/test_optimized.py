@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -392,3 +393,29 @@ class TestModule:
             assert set(seen) == {int(not shows)}
             seen.clear()
         assert progress._line.num_silent == 0
+
+
+def test_memory_returns_with_the_last_reference():
+    """No cycle holds a module: its pools go when it goes, not when Python looks for garbage."""
+    fast = optimize(tiny_llama(num_hidden_layers=1), CONFIG)
+    fast.generate(torch.arange(2, 32)[None], max_new_tokens=3, do_sample=False)
+    gc.collect()
+    gc.disable()
+    try:
+        module, memory = weakref.ref(fast), weakref.ref(fast.last_cache)
+        del fast
+        assert module() is None
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
+def test_the_pool_of_a_cache_that_has_grown_is_let_go_of():
+    fast = optimize(tiny_llama(num_hidden_layers=1), CONFIG)
+    cache = fast.new_cache(max_tokens=512)
+    fast(torch.zeros(1, 500, dtype=torch.long), past_key_values=cache)
+    first = weakref.ref(cache.kv)
+    fast(torch.zeros(1, 100, dtype=torch.long), past_key_values=cache)
+    gc.collect()
+    assert first() is None
+    assert fast.last_cache is cache.kv
