@@ -189,7 +189,8 @@ def load_forecast(path: str | Path) -> ForecastWeights:
             return ForecastWeights(projections_of(released), is_release=True)
         text = metadata.get(_METADATA_KEY)
         info = None if text is None else ForecastInfo.from_json(text)
-        return ForecastWeights(from_tensors(tensors), info)
+        checked = {name: _checked_file(name, tensor) for name, tensor in tensors.items()}
+        return ForecastWeights(from_tensors(checked), info)
     except Exception as error:
         raise ConfigError(
             f"forecast={str(path)!r} cannot be read as Forecast weights ({error}); it must be a "
@@ -199,14 +200,23 @@ def load_forecast(path: str | Path) -> ForecastWeights:
         ) from error
 
 
+def _checked_file(name: str, tensor: Tensor) -> Tensor:
+    number = name.partition("_")[0]
+    return _checked(int(number) if number.isdecimal() else 0, tensor)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a file by name, and its metadata."""
     if path.suffix in _TORCH_SUFFIXES:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        opened: list[Any] = []
         while isinstance(loaded, Mapping):
             wrapped = next((loaded[key] for key in _WRAPPERS if key in loaded), None)
             if not isinstance(wrapped, Mapping):
                 break
+            if any(wrapped is each for each in opened):
+                raise ValueError("a wrapper in it holds itself")
+            opened.append(wrapped)
             loaded = wrapped
         if not isinstance(loaded, Mapping):
             raise ValueError(f"it holds a {type(loaded).__name__}, not named tensors")
@@ -242,11 +252,27 @@ def projections_of(given: Mapping[int, Tensor]) -> dict[int, Projection]:
     """Return the projections of Forecast weights; bare tensors are full ones.
 
     Raises:
-        ConfigError: If a tensor is no matrix.
+        ConfigError: If a tensor is no matrix of finite real numbers.
     """
     if isinstance(given, ForecastWeights):
         return given.projections
-    return {layer: Projection((tensor,)) for layer, tensor in given.items()}
+    return {layer: Projection((_checked(layer, tensor),)) for layer, tensor in given.items()}
+
+
+def _checked(layer: int, tensor: Tensor) -> Tensor:
+    """Return a matrix of a layer's projection after a look at its numbers."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        raise ConfigError(
+            f"forecast weights of layer {layer} are {kind}; a projection has floating-point "
+            "numbers, such as float32 or bfloat16."
+        )
+    if not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
+        raise ConfigError(
+            f"forecast weights of layer {layer} hold NaN or infinity; the file is damaged, or its "
+            "training has diverged. Use an earlier checkpoint."
+        )
+    return tensor
 
 
 def rank_of(given: Mapping[int, Tensor]) -> int | None:

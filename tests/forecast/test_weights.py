@@ -212,3 +212,39 @@ def test_weights_of_another_model():
 def test_other_block_sizes_are_warned_of():
     with pytest.warns(UserWarning, match=r"block_size=32 \(trained with 64\).*less well"):
         fit(make(), block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.masked_fill(t > 1, float("nan")), "hold NaN or infinity"),
+        (lambda t: t.masked_fill(t > 1, float("inf")), "hold NaN or infinity"),
+        (lambda t: t.long(), "are torch.int64"),
+        (lambda t: t > 0, "are torch.bool"),
+        (lambda t: t.to(torch.complex64), "are torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", None])
+def test_numbers_that_no_projection_has_are_refused(tmp_path, change, words, suffix):
+    damaged = {0: torch.randn(8, 6), 1: change(torch.linspace(-2, 2, 48).view(8, 6))}
+    if suffix is None:
+        with pytest.raises(ConfigError, match=f"layer 1 .*{words}"):
+            fit(damaged)
+        return
+    path = tmp_path / f"damaged{suffix}"
+    if suffix == ".pt":
+        names = {1: "layers.0.self_attn.q_future_proj.weight",
+                 0: "layers.0.self_attn.q_curr_proj.weight"}  # fmt: skip
+        torch.save({names[layer]: tensor for layer, tensor in damaged.items()}, path)
+    else:
+        save_file({str(layer): tensor for layer, tensor in damaged.items()}, path)
+    with pytest.raises(ConfigError, match=words):
+        load_forecast(path)
+
+
+def test_a_wrapper_that_holds_itself_is_refused(tmp_path):
+    wrapper = {}
+    wrapper["state_dict"] = wrapper
+    torch.save({"state_dict": wrapper}, tmp_path / "loop.pt")
+    with pytest.raises(ConfigError, match="a wrapper in it holds itself"):
+        load_forecast(tmp_path / "loop.pt")
