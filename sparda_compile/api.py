@@ -38,7 +38,6 @@ __all__ = ["explain", "optimize"]
 _log = logging.getLogger(__name__)
 
 
-@neutral()
 def optimize(
     model: nn.Module,
     config: SpardaConfig | None = None,
@@ -70,39 +69,40 @@ def optimize(
     """
     from sparda_compile.module.optimized import OptimizedModule
 
-    config = config or SpardaConfig()
-    check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
-    check_dump_dir(config.dump_dir)
-    given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
-    if given is not None and config.forecast_rank is None:
-        config = config.replace(forecast_rank=rank_of(given))
-    captures = captures_of(model)
-    device = next(captures.model.parameters()).device
-    if device.type not in ("cpu", "cuda"):
-        raise UnsupportedInputError(
-            f"the model is on {device}; optimize runs on cpu and cuda. Call model.to('cuda') first."
+    with neutral():
+        config = config or SpardaConfig()
+        check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+        check_dump_dir(config.dump_dir)
+        given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
+        if given is not None and config.forecast_rank is None:
+            config = config.replace(forecast_rank=rank_of(given))
+        captures = captures_of(model)
+        device = next(captures.model.parameters()).device
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedInputError(
+                f"the model is on {device}; optimize runs on cpu and cuda. "
+                "Call model.to('cuda') first."
+            )
+        decode = make_plan(
+            captures,
+            "decode",
+            config,
+            batch_size=1,
+            max_tokens=planned_capacity(config),
         )
-    decode = make_plan(
-        captures,
-        "decode",
-        config,
-        batch_size=1,
-        max_tokens=planned_capacity(config),
-    )
-    weights = _forecast_weights(captures, decode, given)
-    fast = OptimizedModule(captures, config, weights, decode)
-    plans = [fast.programs.latest_plan(phase) for phase in ("prefill", "decode")]
-    _log.info(
-        "%s: mode %s, %d attentions, %d left dense",
-        captures.model_name,
-        config.mode,
-        len(plans[1].sites),
-        sum(bool(site.window) for site in plans[1].sites),
-    )
-    return fast
+        weights = _forecast_weights(captures, decode, given)
+        fast = OptimizedModule(captures, config, weights, decode)
+        plans = [fast.programs.latest_plan(phase) for phase in ("prefill", "decode")]
+        _log.info(
+            "%s: mode %s, %d attentions, %d left dense",
+            captures.model_name,
+            config.mode,
+            len(plans[1].sites),
+            sum(bool(site.window) for site in plans[1].sites),
+        )
+        return fast
 
 
-@neutral()
 def explain(
     model: nn.Module,
     config: SpardaConfig | None = None,
@@ -127,26 +127,27 @@ def explain(
     """
     from sparda_compile.program.explain import build_report, refused_report
 
-    config = config or SpardaConfig()
-    check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
-    check_dump_dir(config.dump_dir)
-    max_tokens = max_tokens or planned_capacity(config)
-    try:
-        captures = captures_of(model)
-        plans = [
-            make_plan(
-                captures,
-                phase,
-                config,
-                batch_size=batch_size,
-                max_tokens=max_tokens,
-            )
-            for phase in ("prefill", "decode")
-        ]
-    except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
-        return refused_report(model, config, batch_size, max_tokens, str(error))
-    is_optimized = hasattr(model, "sparda_config")
-    return build_report(captures.model if is_optimized else model, plans[0], plans[1])
+    with neutral():
+        config = config or SpardaConfig()
+        check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+        check_dump_dir(config.dump_dir)
+        max_tokens = max_tokens or planned_capacity(config)
+        try:
+            captures = captures_of(model)
+            plans = [
+                make_plan(
+                    captures,
+                    phase,
+                    config,
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                )
+                for phase in ("prefill", "decode")
+            ]
+        except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
+            return refused_report(model, config, batch_size, max_tokens, str(error))
+        is_optimized = hasattr(model, "sparda_config")
+        return build_report(captures.model if is_optimized else model, plans[0], plans[1])
 
 
 def _forecast_weights(

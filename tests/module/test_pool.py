@@ -17,6 +17,10 @@ CPU = torch.device("cpu")
 class Holder:
     """Stands for what a caller holds."""
 
+    def hold(self, kv):
+        self.held = [kv]
+        return self.held
+
 
 @pytest.fixture
 def layout():

@@ -42,9 +42,13 @@ def prompt(model):
 
 
 @torch.no_grad()
+def positions_of(mask):
+    """Return positions as `generate` counts them: real tokens alone."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 def fill(model, ids, mask):
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return model(ids, attention_mask=mask, position_ids=positions).past_key_values
+    return model(ids, attention_mask=mask, position_ids=positions_of(mask)).past_key_values
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def test_cache_is_what_a_prefill_leaves(model, fast, prompt, past, mode, offload
     module = optimize(fast, BASE.replace(mode=mode, offload=offload))
     ids, mask = prompt
     taken = module.new_cache(past=past, attention_mask=mask)
-    read = module(ids, attention_mask=mask).past_key_values
+    read = module(ids, attention_mask=mask, position_ids=positions_of(mask)).past_key_values
     assert taken.kv.lengths() == [COLUMNS - padding for padding in PADDING]
     assert taken.get_seq_length() == COLUMNS
     assert taken.kv.longest == read.kv.longest
@@ -88,7 +92,7 @@ def test_windows_keep_their_last_tokens(windowed):
     past = fill(model, ids, mask)
     assert any(layer.keys.shape[2] < 90 for layer in past.layers)
     taken = module.new_cache(past=past, attention_mask=mask)
-    read = module(ids, attention_mask=mask).past_key_values
+    read = module(ids, attention_mask=mask, position_ids=positions_of(mask)).past_key_values
     for token in ids[:, :40].split(1, dim=1):
         one = module(token, past_key_values=taken).logits
         torch.testing.assert_close(one, module(token, past_key_values=read).logits)
