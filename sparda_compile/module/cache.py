@@ -66,7 +66,8 @@ class SpardaCache(Cache):
             ids: [B, T] int64; None where they are not known.
             mask: [B, T] bool, which of them are real.
         """
-        self._passed.append((ids, mask))
+        # A view would keep the whole text alive, once for each step.
+        self._passed.append((ids if ids is None or ids._base is None else ids.clone(), mask))
         if len(self._passed) > _MOST_PARTS:
             known = self._passed if all(i is not None for i, _ in self._passed) else []
             if known:

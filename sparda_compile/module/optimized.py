@@ -245,13 +245,13 @@ class OptimizedModule(FrozenModule):
 
     def _generating(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step of `generate`, which takes its next token behind the last column."""
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-        if mask is not None and ids is not None:
-            if ids.shape[1] > 1:
-                check_padding(mask)
-            else:
-                # The token that was just chosen; to look at its mask would wait for the device.
-                del kwargs["attention_mask"]
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE_NAME)
+        is_first = cache is None or not cache.get_seq_length()
+        if mask is not None and (is_first or kwargs["input_ids"].shape[1] > 1):
+            check_padding(mask)
+        elif mask is not None:
+            # The token that was just chosen; to look at its mask would wait for the device.
+            del kwargs["attention_mask"]
         return self.forward(*args, **kwargs)
 
     def new_cache(

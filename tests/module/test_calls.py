@@ -193,3 +193,14 @@ class TestRefused:
         wrong[0, 3] += 1
         with pytest.raises(KVCacheError, match="first at token 3"):
             cache.check_ids(wrong)
+
+    def test_a_hidden_prompt_of_one_token(self, fast):
+        mask = torch.tensor([[1], [0]])
+        with pytest.raises(UnsupportedInputError, match="ends in padding"):
+            fast.generate(self.ids(2, 1), attention_mask=mask, max_new_tokens=2)
+
+    def test_what_is_remembered_keeps_no_text_alive(self, fast):
+        cache = fast.new_cache()
+        fast.generate(self.ids(1, 200), past_key_values=cache, max_new_tokens=9, do_sample=False)
+        sizes = [ids.untyped_storage().nbytes() for ids, _ in cache._passed]
+        assert sizes == [200 * 8] + [8] * 8
