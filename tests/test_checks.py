@@ -21,7 +21,7 @@ def test_what_is_allowed_passes():
 @pytest.mark.parametrize(
     ("check", "words"),
     [
-        (lambda: one_of("mode", "qery", ("query", "exact")), "mode='qery' .* mean 'query'"),
+        (lambda: one_of("mode", "forcast", ("forecast",)), "mode='forcast' .* mean 'forecast'"),
         (lambda: one_of("mode", 3, ("query",)), "mode=3 is not known; use one of query"),
         (lambda: whole("n", 2, 3), "n=2 is too small; use 3 or more"),
         (lambda: whole("n", 9, 3, 8), "n=9 is too large; use 3 to 8"),

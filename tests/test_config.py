@@ -256,8 +256,9 @@ class TestGroups:
     @pytest.mark.parametrize(
         ("group", "fields"),
         [
-            (Selection, {"mode": "qery"}), (Selection, {"top_k": -1}), (Blocks, {"block_size": 60}),
-            (Memory, {"page_ratio": 0.5}), (Execution, {"lowering": "fast"}),
+            (Selection, {"mode": "forcast"}), (Selection, {"top_k": -1}),
+            (Blocks, {"block_size": 60}), (Memory, {"page_ratio": 0.5}),
+            (Execution, {"lowering": "fast"}),
         ],
     )  # fmt: skip
     def test_a_group_checks_its_own(self, group, fields):
