@@ -2,7 +2,7 @@
 
 A forward is traced with sample numbers in the place of the prompt's length and of the number of
 sequences. Both are primes that divide no size of a model, so a size in the graph
-says what it is made of: 10009 * 64 is the prompt's length times 64. Numbers, not symbols, since
+says what it is made of: 524309 * 64 is the prompt's length times 64. Numbers, not symbols, since
 shapes of plain numbers are computed a hundred times faster.
 
     sizes of values    sample numbers, in `meta["val"]`
@@ -47,11 +47,11 @@ class Samples:
         return self if phase == "prefill" else Samples(self.batch, 1)
 
 
-# More tokens than most sliding windows: transformers drops the mask of a prompt that one holds.
-SAMPLES: Final = Samples(10007, 10009)
+# More tokens than any sliding window: transformers drops the mask of a prompt that one holds.
+SAMPLES: Final = Samples(10007, 524309)
 # A second trace with other numbers shows what depends on them: of a single sequence, for that is
 # what a forward may treat otherwise.
-OTHER_SAMPLES: Final = Samples(1, 30011)
+OTHER_SAMPLES: Final = Samples(1, 1572869)
 
 
 # More than any constant that is added to a size, and less than any sample.

@@ -88,9 +88,14 @@ def as_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def sliding_windows(model: PreTrainedModel) -> dict[int, int]:
-    """Return the sliding window of each layer in tokens, 0 for none."""
+    """Return the sliding window of each layer in tokens, 0 for none.
+
+    A window that holds all the positions that a model has is none.
+    """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
+    if window >= (getattr(config, "max_position_embeddings", None) or window + 1):
+        window = 0
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return {i: window if kind == "sliding_attention" else 0 for i, kind in enumerate(kinds)}

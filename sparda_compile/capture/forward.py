@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparda_compile.capture.cache_name import CACHE_NAME
+from sparda_compile.capture.longrope import choosing_by_positions
 from sparda_compile.capture.tracing import Trace, record
 from sparda_compile.errors import CaptureError
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
@@ -31,7 +32,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, OTHER_SAMPLES, SAMPLES, common_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from sparda_compile.capture.tracing import Call
     from sparda_compile.sizes import Samples, Size
@@ -96,13 +97,16 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def capture(model: nn.Module, phase: str, *, last_logits_only: bool) -> CapturedGraph:
+def capture(
+    model: nn.Module, phase: str, *, last_logits_only: bool, limits: Collection[int] = ()
+) -> CapturedGraph:
     """Trace a causal LM's forward, for any number of sequences.
 
     Args:
         model: A causal LM of transformers; its attention implementation is `sdpa` or `eager`.
         phase: `prefill`, many tokens, or `decode`, one token per sequence.
         last_logits_only: Whether the graph returns the logits of the last token alone.
+        limits: Sliding windows in tokens: forwards drop their mask for a prompt that one holds.
 
     Returns:
         The graph with its inputs told apart.
@@ -113,7 +117,11 @@ def capture(model: nn.Module, phase: str, *, last_logits_only: bool) -> Captured
     """
     ours, theirs = (samples.of(phase) for samples in (SAMPLES, OTHER_SAMPLES))
     step = _step(model, last_logits_only)
-    trace, other = (record(step, model, _inputs(model, samples)) for samples in (ours, theirs))
+    with choosing_by_positions(model):
+        trace, other = (
+            record(step, model, _inputs(model, s), tokens=s.tokens, limits=limits)
+            for s in (ours, theirs)
+        )
     sizes = _open_sizes(trace, other, ours, theirs, model)
     return _Writer(model, trace, sizes, ours).captured(phase)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparda_compile.capture import lengths
+from sparda_compile.capture.lengths import Length, Lengths
 from sparda_compile.errors import CaptureError
 from sparda_compile.graph import fake_runner
 from sparda_compile.graph.fake_runner import FakeRunner, leaves_of, map_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 __all__ = ["Call", "Trace", "record"]
 
@@ -84,11 +87,12 @@ class Trace:
 class _Recorder(TorchFunctionMode):
     """Notes every torch function that is called."""
 
-    def __init__(self, runner: FakeRunner) -> None:
+    def __init__(self, runner: FakeRunner, tokens: int) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self.modules: list[tuple[str, type]] = []
+        self.lengths = Lengths(tokens, _caller)
         self._runner = runner
         self._fakes: dict[int, Tensor] = {}
 
@@ -113,8 +117,10 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = map_leaves((args, kwargs or {}), self._stand_in)
         assert kwargs is not None
         if name == "__get__" and func.__self__.__name__ in ("shape", "dtype", "device"):
-            return func(*args)
+            return self.lengths.wrap(func(*args))
         result = self._runner.run(func, args, kwargs)
+        if name == "size":
+            return self.lengths.wrap(result)
         changes = name == "__setitem__" or "out" in kwargs or _is_in_place(name)
         results = [r for r in leaves_of(result) if isinstance(r, Tensor)]
         if name == "__set__":
@@ -128,7 +134,9 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _stand_in(self, leaf: Any) -> Any:
-        return self.fake(leaf) if isinstance(leaf, Tensor) else leaf
+        if isinstance(leaf, Tensor):
+            return self.fake(leaf)
+        return int(leaf) if isinstance(leaf, Length) else leaf
 
     def _check_autocast(self, args: Any) -> None:
         for leaf in args:
@@ -163,14 +171,20 @@ _IN_PLACE: Final = frozenset(
 def _caller() -> str:
     """Return the file and line, outside of torch, that made the present call."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCH_FOLDER):
+    passed = (_TORCH_FOLDER, lengths.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(passed):
         frame = frame.f_back
     code = frame.f_code
     return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
 
 
 def record(
-    step: Callable[..., Any], model: nn.Module, inputs: Callable[[Any], list[Tensor]]
+    step: Callable[..., Any],
+    model: nn.Module,
+    inputs: Callable[[Any], list[Tensor]],
+    *,
+    tokens: int = 1,
+    limits: Collection[int] = (),
 ) -> Trace:
     """Run a forward on fake tensors.
 
@@ -178,6 +192,9 @@ def record(
         step: Calls the model.
         model: Its modules give the calls their paths.
         inputs: Makes the fake inputs, given the fake mode.
+        tokens: Tokens of the prompt.
+        limits: Lengths with which the prompt's may be compared: sliding windows, which mean the
+            same for a prompt that fits.
 
     Raises:
         CaptureError: If it depends on values of tensors, or changes state of its modules.
@@ -185,17 +202,24 @@ def record(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     runner = FakeRunner.of(FakeTensorMode(allow_non_fake_inputs=False))
-    recorder = _Recorder(runner)
+    recorder = _Recorder(runner, tokens)
     given = inputs(runner.fake_mode)
     before = _state(model)
     reason, cause = "", None
     try:
-        with _paths(model, recorder), _as_compiling(), torch.no_grad(), runner.fake_mode, recorder:
+        with (
+            _paths(model, recorder),
+            _as_compiling(),
+            _quiet(),
+            torch.no_grad(),
+            runner.fake_mode,
+            recorder,
+        ):
             result = step(*given)
     except Exception as error:  # noqa: BLE001 - whatever it is, there is no graph
-        reason, cause = _reason(error), error
+        reason, cause = _reason(error, tokens), error
     changed = _restore(model, before)
-    reason = reason or changed
+    reason = reason or changed or _by_length(recorder.lengths, limits)
     if reason:
         raise CaptureError(
             f"{type(model).__name__}: cannot trace forward as one graph: {reason.rstrip('.')}."
@@ -203,7 +227,18 @@ def record(
     return Trace(recorder.calls, recorder.tensors, given, result, runner)
 
 
-def _reason(error: Exception) -> str:
+def _by_length(lengths: Lengths, limits: Collection[int]) -> str:
+    """Say with what a forward compares the prompt's length; empty for nothing that matters."""
+    for limit, where in lengths.compared.items():
+        if not any(abs(limit - known) <= 1 for known in limits):
+            return (
+                f"it decides by the prompt's length, with a limit at {limit} tokens ({where}), and "
+                "one graph serves every length"
+            )
+    return ""
+
+
+def _reason(error: Exception, tokens: int) -> str:
     kind = type(error).__name__
     line = next((x for x in str(error).splitlines() if x.strip()), kind)
     if kind in ("DataDependentOutputException", "DynamicOutputShapeException"):
@@ -216,6 +251,11 @@ def _reason(error: Exception) -> str:
             frames.append(f"{code.co_filename}:{trace.tb_lineno}")
         trace = trace.tb_next
     where = f" ({frames[-1]})" if frames else ""
+    if tokens > 1 and str(tokens) in line:
+        line += (
+            f". A prompt of {tokens} tokens stands for one of any length: a table of positions has "
+            "to be gathered by position_ids, not cut to the prompt's length"
+        )
     return f"{line}{where}"
 
 
@@ -252,6 +292,21 @@ def _as_compiling() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging an error that is raised anyway, as a sentence."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 _State = dict[tuple[str, str, str], Any]

@@ -11,10 +11,10 @@ from sparda_compile.graph.nodes import fake_value
 from sparda_compile.sizes import NUM_TOKENS, concrete
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 
-__all__ = ["PROOF_BATCH", "NotProvableError", "evaluate"]
+__all__ = ["PROOF_BATCH", "NotProvableError", "ancestors", "evaluate", "tensor_value"]
 
 
 # Sequences, where a graph is for any number of them.
@@ -27,6 +27,18 @@ class NotProvableError(Exception):
 
 def _on_cpu(argument: Any) -> Any:
     return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+def ancestors(target: fx.Node, known: Collection[fx.Node]) -> set[fx.Node]:
+    """Return a node and all that it is computed from, but what lies behind known nodes."""
+    found: set[fx.Node] = set()
+    stack = [target]
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in known:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def evaluate(
@@ -48,13 +60,7 @@ def evaluate(
     Raises:
         NotProvableError: If a weight, or a buffer without a value, is needed.
     """
-    needed: set[fx.Node] = set()
-    stack = [target]
-    while stack:
-        node = stack.pop()
-        if node not in needed and node not in known:
-            needed.add(node)
-            stack += node.all_input_nodes
+    needed = ancestors(target, known)
     values: dict[fx.Node, Any] = dict(known)
 
     def value(arg: Any) -> Any:
@@ -82,6 +88,15 @@ def _placeholder(node: fx.Node, weights: Mapping[str, Tensor], num_tokens: int) 
     if node.name not in weights:
         shape = concrete(fake.shape, PROOF_BATCH, num_tokens)
         return torch.arange(shape[-1]).expand(shape)
+    return tensor_value(node, weights)
+
+
+def tensor_value(node: fx.Node, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor of a placeholder, on the CPU.
+
+    Raises:
+        NotProvableError: If it is a weight, or has no value.
+    """
     weight = weights[node.name]
     if isinstance(weight, nn.Parameter):
         raise NotProvableError(f"it reads the parameter {node.name}")

@@ -68,7 +68,12 @@ class Captures:
         key = (phase, last_logits_only)
         if key not in self._graphs:
             with stage("capture", f"the {phase}"):
-                captured = capture(self.model, phase, last_logits_only=last_logits_only)
+                captured = capture(
+                    self.model,
+                    phase,
+                    last_logits_only=last_logits_only,
+                    limits=set(self.windows.values()),
+                )
             self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
         return self._graphs[key]
 

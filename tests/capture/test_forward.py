@@ -188,7 +188,7 @@ class Squeezing(PlainCausalLM):
         (Undecided, "needs the values of a tensor.*test_forward"),
         (Counting, "changes module.calls of its module"),
         (Caching, "changes module.last of its module"),
-        (ByLength, "for another prompt length or number of sequences it calls something else"),
+        (ByLength, "decides by the prompt.s length, with a limit at 20000 tokens .*test_forward"),
         (ByCount, "for another prompt length or number of sequences it calls something else"),
         (Squeezing, "number of sequences it gets tensors of other dimensions"),
         (ByRoot, "for another prompt length or number of sequences it passes"),

@@ -161,7 +161,7 @@ def test_open_sizes_are_passed_in_and_any_number_will_do():
 def test_a_sample_passed_as_a_number_is_refused():
     written = Written()
     node = written.method("view", written.input("x", 1, SAMPLES.tokens * 4), SAMPLES.tokens, 4)
-    with pytest.raises(PassError, match="10009 stands for T in the graph"):
+    with pytest.raises(PassError, match="524309 stands for T in the graph"):
         make_piece([node], [node])
 
 

@@ -16,7 +16,8 @@ Before, and after (only names and metadata change):
     %attn : call_function[scaled_dot_product_attention](%query_0, %key, %value, ...)
     %SITE.put(attn, AttentionSite(layer=0, query=query_0, hidden=hidden_0, ...))
 
-Every site is proved by running its nodes (`attention_proof.py`). Attention that this library does
+Every site is proved by running its nodes (`attention_proof.py`), and its mask at every distance
+(`mask_proof.py`). Attention that this library does
 not implement raises AttentionNotFoundError with the layer, the module and what was in the way:
 multi-head latent attention, sinks, biases, ALiBi, projections that are no linear.
 """
@@ -44,6 +45,7 @@ from sparda_compile.passes.find.anchors import (
 )
 from sparda_compile.passes.find.attention_proof import ends_in_one, find_difference
 from sparda_compile.passes.find.dataflow import Dataflow, RefusedAttentionError
+from sparda_compile.passes.find.mask_proof import MaskProof, changed_by_position
 
 __all__ = ["FindAttention"]
 
@@ -65,6 +67,7 @@ class FindAttention:
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Tag sites; raise AttentionNotFoundError, or UnsupportedInputError for the selector."""
         flow = Dataflow(gm.graph)
+        masks = None if ctx.is_decode else MaskProof(flow, ctx.weights)
         markers = find_ops(gm.graph, "kv_update")
         anchors = [a for a in (match_anchor(n, flow) for n in gm.graph.nodes) if a]
         sites: list[AttentionSite] = []
@@ -77,6 +80,7 @@ class FindAttention:
             assert isinstance(layer, int)
             try:
                 site = self._site(anchor, marker, layer, flow, ctx)
+                _check_mask(anchor, site, marker, flow, masks)
             except RefusedAttentionError as refused:
                 raise self._refusal(ctx, anchor.node, layer, str(refused)) from None
             if marker is not None:
@@ -175,6 +179,22 @@ class FindAttention:
             softcap=softcap,
             window=window,
         )
+
+
+def _check_mask(
+    anchor: Anchor,
+    site: AttentionSite,
+    marker: fx.Node | None,
+    flow: Dataflow,
+    masks: MaskProof | None,
+) -> None:
+    """Refuse an attention whose mask, at some distance, is not the one that the rewrite has."""
+    cached = (site.query, *_cached_nodes(marker, site.k, site.v))
+    reason = changed_by_position(anchor, flow, cached)
+    if masks is not None:  # the one token of a decode sees itself
+        reason = reason or masks.difference(anchor, site.window)
+    if reason:
+        raise RefusedAttentionError(reason)
 
 
 def _name_nodes(site: AttentionSite) -> None:

@@ -95,17 +95,13 @@ def test_what_is_true_has_no_difference(phase: str) -> None:
         ({"scale": 0.2501}, "scale 0.2501"),
         ({"softcap": 5.0}, "soft cap 5"),
         ({"window": 8}, "window 8"),
-        ({"window": 256}, "window 256"),
+        ({"window": 23}, "window 23"),
     ],
 )
 def test_what_is_false_is_named(claims: dict[str, float], words: str) -> None:
     message = difference(*first_site(), **claims)
     assert words in message
     assert "relative difference" in message
-
-
-def test_long_windows_are_proved_only_on_tokens_that_they_hold() -> None:
-    assert difference(*first_site(), window=100_000) == ""
 
 
 def test_keys_and_values_are_not_confused() -> None:
