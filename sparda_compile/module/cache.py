@@ -143,12 +143,14 @@ class SpardaCache(Cache):
         """
         if self.kv is None:
             return
+        self.kv.is_broken = True  # until every row is where it belongs
         self.kv.reorder(beam_idx)
         self._join_parts()
         self._passed = [
             (None if ids is None else ids[beam_idx.to(ids.device)], mask[beam_idx.to(mask.device)])
             for ids, mask in self._passed
         ]
+        self.kv.is_broken = False
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: blocks that were offloaded are not taken back."""

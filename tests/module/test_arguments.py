@@ -380,8 +380,6 @@ class TestGenerate:
 
     @pytest.mark.parametrize("name", IDLE)
     def test_without_effect(self, model, fast, name, batch_size):
-        if name == "assistant_tokenizer" and IS_OLD:
-            pytest.skip("transformers 5.17 gives it to the model, which refuses it")
         if name in CONFIG and name not in named(CONFIG)[0]:
             pytest.skip("this version of transformers has no such attribute")
         base, with_it = resolved(batch_size, {}), resolved(batch_size, {name: IDLE[name]})

@@ -125,3 +125,17 @@ def test_an_empty_cache_is_reordered(fast):
     cache = fast.new_cache(100)
     cache.reorder_cache(torch.tensor([0, 0]))
     assert cache.kv is None
+
+
+def test_a_reorder_that_did_not_end_breaks_the_cache(fast, monkeypatch):
+    cache = fast.new_cache(100)
+    fast(tokens(9, 2), past_key_values=cache)
+
+    def stop(rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.kv, "reorder", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(KVCacheError, match="began and did not end"):
+        fast(tokens(1, 2), past_key_values=cache)

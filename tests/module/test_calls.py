@@ -124,6 +124,11 @@ class TestHonoured:
         assert fast.last_cache.lengths() == [37] * batch_size
         assert getattr(fast(ids, use_cache=False), CACHE_NAME) is None
 
+    def test_the_last_cache_is_that_of_the_text(self, pair):
+        _, fast = pair
+        fast.generate(self.ids(), guidance_scale=2.0, max_new_tokens=3)
+        assert fast.last_cache.lengths() == [32]
+
     def test_an_assigned_generation_config_is_used(self, pair):
         model, fast = pair
         before = fast.generation_config
