@@ -22,6 +22,7 @@ from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.graph.text import graph_text
 from sparda_compile.isa.streams import STREAM_NAMES
 from sparda_compile.isa.table import INSTRUCTIONS
+from sparda_compile.module import arguments
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.program.plan import make_plan
@@ -184,7 +185,26 @@ def state_table():
     return table(("tensor", "shape", "dtype", "where"), list(rows.values()))
 
 
+def argument_table(rows):
+    """Return what happens to each argument; names that share a row stand together."""
+    groups = {}
+    for name, row in rows.items():
+        groups.setdefault((row.kind, row.only, row.what), []).append(name)
+    lines = []
+    for kind in ("used", "no effect", "refused"):
+        for (of, only, what), names in groups.items():
+            if of == kind:
+                mark = f" (transformers {only})" if only else ""
+                lines.append((code(names) + mark, kind, what))
+    return table(("argument", "kind", "what happens"), lines)
+
+
 GENERATED = {
+    "arguments.md": {
+        "forward": lambda: argument_table(arguments.FORWARD),
+        "generate": lambda: argument_table(arguments.GENERATE),
+        "config": lambda: argument_table(arguments.CONFIG),
+    },
     "pass_by_pass.md": {
         stage: (lambda stage=stage: stage_text(stage))
         for stage in ("capture", *(p.name for p in PIPELINE))

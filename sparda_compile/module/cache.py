@@ -9,23 +9,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.module.arguments import CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparda_compile.runtime.kv_cache import KVCache
 
-__all__ = ["NO_BEAMS", "NO_CROP", "SpardaCache", "keys_and_values"]
-
-NO_BEAMS: Final = (
-    "beam search is not supported (num_beams must be 1): beams would copy KV blocks between "
-    "sequences. Use sampling with num_return_sequences instead."
-)
-NO_CROP: Final = (
-    "assisted and prompt-lookup generation are not supported: they take tokens back from the KV "
-    "cache. Leave assistant_model and prompt_lookup_num_tokens unset."
-)
-
+__all__ = ["SpardaCache", "keys_and_values"]
 
 # Calls that are remembered one by one before they are put together.
 _MOST_PARTS: Final = 256
@@ -69,10 +60,14 @@ class SpardaCache(Cache):
         # A view would keep the whole text alive, once for each step.
         self._passed.append((ids if ids is None or ids._base is None else ids.clone(), mask))
         if len(self._passed) > _MOST_PARTS:
-            known = self._passed if all(i is not None for i, _ in self._passed) else []
-            if known:
-                parts = [torch.cat([part[k] for part in known], dim=1) for k in (0, 1)]  # type: ignore[misc]
-                self._passed = [(parts[0], parts[1])]
+            self._join_parts()
+
+    def _join_parts(self) -> None:
+        """Put what is remembered together, if all of it is known."""
+        known = [(ids, mask) for ids, mask in self._passed if ids is not None]
+        if known and len(known) == len(self._passed):
+            ids, masks = (torch.cat(parts, dim=1) for parts in zip(*known, strict=True))
+            self._passed = [(ids, masks)]
 
     def check_mask(self, attention_mask: Tensor) -> None:
         """Refuse a mask that hides, or shows, tokens of earlier calls otherwise than they did.
@@ -141,13 +136,27 @@ class SpardaCache(Cache):
     get_max_length = get_max_cache_shape
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuse: beams would have to copy KV blocks."""
-        del beam_idx
-        raise UnsupportedInputError(NO_BEAMS)
+        """Let each sequence go on from another one's tokens; beam search calls it in each step.
+
+        Args:
+            beam_idx: [B] int64, the sequence whose tokens each one takes over.
+        """
+        if self.kv is None:
+            return
+        self.kv.is_broken = True  # until every row is where it belongs
+        self.kv.reorder(beam_idx)
+        self._join_parts()
+        self._passed = [
+            (None if ids is None else ids[beam_idx.to(ids.device)], mask[beam_idx.to(mask.device)])
+            for ids, mask in self._passed
+        ]
+        self.kv.is_broken = False
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: blocks that were offloaded are not taken back."""
-        raise UnsupportedInputError(NO_CROP)
+        raise UnsupportedInputError(
+            f"crop is not supported: {CONFIG['prompt_lookup_num_tokens'].what}."
+        )
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refuse: only an optimized module writes to this cache."""

@@ -31,9 +31,11 @@ from sparda_compile.module.calls import (
     check_call,
     check_generation,
     check_ids,
-    check_padding,
+    check_prompt,
     is_last,
     kept_logits,
+    length_of,
+    named_as,
     positions_of,
     token_mask,
 )
@@ -105,6 +107,7 @@ class OptimizedModule(FrozenModule):
             setattr(driver, name, OrderedDict())
         object.__setattr__(self, "_driver", driver)
 
+    @named_as(lambda module: module.captures.model.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -117,7 +120,7 @@ class OptimizedModule(FrozenModule):
         cache: SpardaCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run one step; the contract of the model's own forward.
+        """Run one step; the contract of the model's own forward, and its order by position.
 
         Args:
             input_ids: [B, T] int64, the new tokens.
@@ -126,11 +129,12 @@ class OptimizedModule(FrozenModule):
             position_ids: [B, T] int64; None counts on from the columns that were passed in.
             past_key_values: A cache of this module; None starts a new one.
             cache: The same, by the name that transformers gives it from 5.24 on.
-            use_cache: Whether to return the cache; None does.
+            use_cache: Whether to return a cache that is not given; None is what the model's config
+                says.
             return_dict: Whether to return an output object and not a tuple; None does.
             logits_to_keep: 0 for all logits, n for those of the last n tokens, or the indices of
                 tokens [n] int64.
-            **kwargs: Anything else must be None or False, or say nothing to a forward.
+            **kwargs: Whatever else docs/arguments.md lists, with a value that is not refused.
 
         Returns:
             Logits [B, T or n, vocabulary] and the cache.
@@ -141,13 +145,17 @@ class OptimizedModule(FrozenModule):
         """
         weight = next(self.parameters())
         check_autocast(weight.device.type, weight.dtype)
-        ids = check_call(input_ids, kwargs)
+        config = self.captures.model.config
+        ids = check_call(input_ids, kwargs, config)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
         with self._lock, neutral():
             check_ids(ids, self.captures.vocabulary)
             held = self._cache_for(given, ids)
             logits = self._step(held, ids, attention_mask, position_ids, logits_to_keep)
-        output = output_with_cache(logits, None if use_cache is False else held)
+        if use_cache is None:
+            use_cache = getattr(config, "use_cache", True)
+        is_returned = use_cache is not False or given is not None
+        output = output_with_cache(logits, held if is_returned else None)
         return output.to_tuple() if return_dict is False else output
 
     def _step(
@@ -187,8 +195,9 @@ class OptimizedModule(FrozenModule):
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 
+    @named_as(lambda module: module.captures.model.generate)
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generate tokens; the contract of the model's own `generate`.
+        """Generate tokens; the contract of the model's own `generate`, and its order by position.
 
         Args:
             inputs: [B, T] int64 prompt; or pass `input_ids`.
@@ -199,19 +208,16 @@ class OptimizedModule(FrozenModule):
             As transformers' `generate`.
 
         Raises:
-            UnsupportedInputError: For beam search, assisted generation and input embeddings.
+            UnsupportedInputError: If docs/arguments.md refuses an argument, wherever it is set.
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
-        config = kwargs.get("generation_config") or self.generation_config
-        check_generation(config, kwargs)
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        settings = check_generation(self.generation_config, kwargs)
+        ids = check_prompt(inputs, kwargs, settings)
         num_tokens = 1 if ids is None else ids.shape[1]
-        new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
-        total = kwargs.get("max_length", config.max_length) or 20
-        if new_tokens is not None:
-            total = num_tokens + int(new_tokens)
+        total = length_of(num_tokens, settings, self.captures.model.config)
         cache = take_cache(kwargs)
-        if cache is None:
+        is_given = cache is not None
+        if not is_given:
             self._check_reserved(total)
             cache = SpardaCache(self, self.programs.capacity(total))
         else:
@@ -223,9 +229,10 @@ class OptimizedModule(FrozenModule):
         if inputs is not None:
             kwargs["inputs"] = inputs
         # Tokens do not depend on use_cache; without it transformers would send them all each step.
-        wants_cache = kwargs.get("use_cache", config.use_cache) is not False
+        wants_cache = settings.get("use_cache") is not False or is_given
         kwargs |= {CACHE_NAME: cache, "disable_compile": True, "use_cache": True}
         output = self._driver.generate(**kwargs)
+        self.last_cache = cache.kv  # a second text of guidance_scale has another
         if not wants_cache and isinstance(output, dict):
             output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME] = None
         return output
@@ -243,16 +250,17 @@ class OptimizedModule(FrozenModule):
         """Return the program for a shape; see `Programs.get`."""
         return self.programs.get(phase, batch_size, max_tokens, last_only=last_only)
 
-    def _generating(self, *args: Any, **kwargs: Any) -> Any:
+    def _generating(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Run one step of `generate`, which takes its next token behind the last column."""
-        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE_NAME)
-        is_first = cache is None or not cache.get_seq_length()
-        if mask is not None and (is_first or kwargs["input_ids"].shape[1] > 1):
-            check_padding(mask)
-        elif mask is not None:
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)  # left by transformers; no forward reads them
+        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+            kwargs.setdefault(name, False)  # generate returns what its own config asks for
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and cache.get_seq_length() and input_ids.shape[1] == 1:
             # The token that was just chosen; to look at its mask would wait for the device.
-            del kwargs["attention_mask"]
-        return self.forward(*args, **kwargs)
+            kwargs.pop("attention_mask", None)
+        return self.forward(input_ids, **kwargs)
 
     def new_cache(
         self,
@@ -321,14 +329,14 @@ class OptimizedModule(FrozenModule):
             )
 
     def _check_second_turn(self, cache: SpardaCache, ids: Tensor | None, total: int) -> None:
-        past = cache.get_seq_length()
+        past, num_tokens = cache.get_seq_length(), 0 if ids is None else ids.shape[1]
         self._check_reserved(total)
-        if ids is not None and past and ids.shape[1] <= past:
+        if past and num_tokens <= past:
             raise KVCacheError(
-                f"input_ids has {ids.shape[1]} tokens but the cache holds {past}; on a second turn "
+                f"input_ids has {num_tokens} tokens but the cache holds {past}; on a second turn "
                 "pass the whole conversation: the tokens of the cache and then the new ones."
             )
-        if ids is not None and past:
+        if past and ids is not None:
             cache.check_ids(ids)
 
     def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:

@@ -136,6 +136,28 @@ class KVCache:
         larger.num_columns, larger.longest = self.num_columns, self.longest
         return larger
 
+    def reorder(self, rows: Tensor) -> None:
+        """Let sequences go on from what others hold, as beams do; waits for the device.
+
+        Only sequences that change are copied, in place: addresses never change.
+
+        Args:
+            rows: [B] int64, the sequence whose keys each one takes over.
+        """
+        device = self.state[LENGTHS].device
+        rows = rows.to(device)
+        changed = torch.where(rows != torch.arange(len(rows), device=device))[0]
+        if not len(changed):
+            return
+        taken = rows[changed]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the CPU is about to read what the GPU wrote
+        shared = {state_name("counters", shape.layer) for shape in self.layout.layers}
+        # On CUDA the state has the addresses of the blocks in CPU memory; those stay.
+        for name, tensor in (self.state | self.host_blocks).items():
+            if name not in shared and tensor.numel():
+                tensor[changed.to(tensor.device)] = tensor[taken.to(tensor.device)]
+
     def lengths(self) -> list[int]:
         """Return the tokens of each sequence; waits for the device."""
         return [int(n) for n in self.state[LENGTHS].tolist()]

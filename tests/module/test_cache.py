@@ -75,8 +75,6 @@ def test_fixed_capacity(fast):
 
 def test_what_it_refuses(fast, model):
     cache = fast.new_cache(100)
-    with pytest.raises(UnsupportedInputError, match="beam search"):
-        cache.reorder_cache(torch.zeros(1, dtype=torch.long))
     with pytest.raises(UnsupportedInputError, match="assisted"):
         cache.crop(-1)
     with pytest.raises(KVCacheError, match="pass it to the module that made it"):
@@ -91,3 +89,53 @@ def test_it_does_not_keep_its_module_alive():
     cache = SpardaCache(module, 64)
     del module
     assert cache.owner() is None
+
+
+@pytest.mark.parametrize("mode", ["query", "exact", "forecast", "dense"])
+@pytest.mark.parametrize("rows", [[1, 1, 0], [0, 1, 2], [2, 0, 0]])
+def test_sequences_go_on_from_others(traced_llama, mode, rows):
+    settings = {"local_blocks": 1, "top_k": 2, "hint": "previous_step", "offload": "always"}
+    if mode == "dense":
+        settings = {"top_k": None}
+    sparse = optimize(traced_llama, CONFIG.replace(mode=mode, **settings))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 250, (3, 130), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = mask[2, :70] = 0
+    caches, rows = [], torch.tensor(rows)
+    for order in (torch.arange(3), rows):
+        caches.append(sparse.new_cache())
+        sparse(ids[order, :120], attention_mask=mask[order, :120], past_key_values=caches[-1])
+    for column in range(120, 130):
+        if column == 123:
+            caches[0].reorder_cache(rows)
+        order = rows if column >= 123 else torch.arange(3)
+        got = sparse(ids[order, column, None], past_key_values=caches[0]).logits
+        want = sparse(ids[rows, column, None], past_key_values=caches[1]).logits
+        if column >= 123:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert caches[0].kv.lengths() == [[130, 110, 60][row] for row in rows]
+    caches[0].check_mask(mask[rows])
+    caches[0].check_ids(ids[rows])
+    with pytest.raises(KVCacheError, match="differs from the tokens of the cache"):
+        caches[0].check_ids(ids[rows.flip(0)])
+
+
+def test_an_empty_cache_is_reordered(fast):
+    cache = fast.new_cache(100)
+    cache.reorder_cache(torch.tensor([0, 0]))
+    assert cache.kv is None
+
+
+def test_a_reorder_that_did_not_end_breaks_the_cache(fast, monkeypatch):
+    cache = fast.new_cache(100)
+    fast(tokens(9, 2), past_key_values=cache)
+
+    def stop(rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.kv, "reorder", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(KVCacheError, match="began and did not end"):
+        fast(tokens(1, 2), past_key_values=cache)

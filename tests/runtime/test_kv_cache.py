@@ -134,6 +134,34 @@ def test_reset_forgets_all_and_keeps_the_memory():
     assert (kv.num_columns, kv.longest) == (0, 0)
 
 
+@pytest.mark.parametrize("offload", ["always", "never"])
+def test_sequences_take_over_what_others_hold(offload):
+    kv = make(batch_size=5, offload=offload)  # as many as there are counters
+    fill(kv, [40, 20, 33, 7, 1])
+    addresses = {name: tensor.data_ptr() for name, tensor in kv.state.items()}
+    before = {name: tensor.clone() for name, tensor in kv.state.items()}
+    kv.state["sparda_counters_0"].copy_(torch.arange(5))
+    rows = torch.tensor([1, 1, 4, 0, 4])
+    kv.reorder(rows)
+    assert {name: tensor.data_ptr() for name, tensor in kv.state.items()} == addresses
+    assert kv.state.pop("sparda_counters_0").tolist() == [0, 1, 2, 3, 4]
+    assert kv.lengths() == [20, 20, 1, 40, 1]
+    for name, tensor in kv.state.items():
+        want = before[name][rows] if tensor.numel() else before[name]
+        torch.testing.assert_close(tensor, want, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_addresses_of_blocks_in_cpu_memory_stay():
+    kv = make()
+    fill(kv, [40, 40])
+    blocks = kv.host_blocks["sparda_host_0"]
+    addresses = kv.state["sparda_host_0"] = torch.tensor([[1, 2], [3, 4]])
+    first = blocks[0].clone()
+    kv.reorder(torch.tensor([0, 0]))
+    assert addresses.tolist() == [[1, 2], [3, 4]]
+    assert torch.equal(blocks[1][:, :2], first[:, :2])
+
+
 def test_room_is_that_of_the_longest_sequence():
     kv = make()
     kv.advance(60, 50)
