@@ -17,7 +17,6 @@ __all__ = [
     "check_padding",
     "is_last",
     "kept_logits",
-    "positions_of",
     "token_mask",
 ]
 
@@ -102,20 +101,6 @@ def token_mask(attention_mask: Tensor | None, num_columns: int, ids: Tensor) -> 
             f"{ids.shape[0]}."
         )
     return attention_mask[:, -ids.shape[1] :].bool()
-
-
-def positions_of(given: Tensor | None, mask: Tensor, num_columns: int) -> Tensor:
-    """Return the position of each new token, [B, T] int64.
-
-    Args:
-        given: What the caller passes; None counts columns, padding too, as the model itself does.
-        mask: [B, T] bool, which tokens are real.
-        num_columns: Columns that earlier calls have passed.
-    """
-    if given is not None:
-        return given.expand(mask.shape).long().contiguous()
-    columns = torch.arange(num_columns, num_columns + mask.shape[1], device=mask.device)
-    return columns.expand(mask.shape).contiguous()
 
 
 def check_ids(ids: Tensor, vocabulary: int | None) -> None:

@@ -34,9 +34,9 @@ from sparda_compile.module.calls import (
     check_padding,
     is_last,
     kept_logits,
-    positions_of,
     token_mask,
 )
+from sparda_compile.module.default_positions import DefaultPositions
 from sparda_compile.module.frozen import FrozenModule
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
@@ -44,6 +44,7 @@ from sparda_compile.module.programs import Programs
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
+from sparda_compile.state.layout import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -86,6 +87,7 @@ class OptimizedModule(FrozenModule):
         self.sparda = Sparda(self)
         self.last_cache: KVCache | None = None
         self._pool = CachePool()
+        self._default_positions = DefaultPositions(captures.model)
         # The model's own children, under their own names: state_dict has the model's keys.
         self._modules.update(captures.model._modules)
         self._parameters.update(captures.model._parameters)
@@ -173,7 +175,7 @@ class OptimizedModule(FrozenModule):
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
             kv.check_room(num_real)
-        positions = positions_of(position_ids, mask, kv.num_columns)
+        positions = self._positions(position_ids, mask, cache, is_masked=attention_mask is not None)
         phase = "decode" if num_tokens == 1 else "prefill"
         last_only = phase == "decode" or is_last(logits_to_keep)
         program = self.programs.get(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
@@ -186,6 +188,16 @@ class OptimizedModule(FrozenModule):
         cache.note(ids, mask)
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
+
+    def _positions(
+        self, given: Tensor | None, mask: Tensor, cache: SpardaCache, *, is_masked: bool
+    ) -> Tensor:
+        if given is not None:
+            return given.expand(mask.shape).long().contiguous()
+        assert cache.kv is not None
+        is_padded = cache.has_padding or (is_masked and not bool(mask.all()))
+        lengths = cache.kv.state[LENGTHS] if is_padded else None
+        return self._default_positions.of(mask, cache.kv.num_columns, lengths)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`.
