@@ -145,10 +145,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "Cohere2",
         "sliding layers with RoPE beside full ones without positions",
         {**_GROUPED, "head_dim": 16, **_SLIDING_FIRST, "logit_scale": 0.25},
-        {
-            "wider": {"sliding_window": 48},
-            "full": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
-        },
+        {"wider": {"sliding_window": 48}, "full": {"layer_types": ["full_attention"] * 2}},
     ),
     "olmo": Family(
         "Olmo",

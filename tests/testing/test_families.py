@@ -6,10 +6,17 @@ import torch
 from sparda_compile.testing import FAMILIES, TINY_MODELS, build_form
 
 FORMS = [(name, form) for name, family in FAMILIES.items() for form in ("", *family.forms)]
+
+
+def fields_of(name, form):
+    return FAMILIES[name].fields | (FAMILIES[name].forms[form] if form else {})
+
+
 WINDOWED = [
     (name, form)
     for name, form in FORMS
-    if (FAMILIES[name].fields | (FAMILIES[name].forms[form] if form else {})).get("sliding_window")
+    if fields_of(name, form).get("sliding_window")
+    and "sliding_attention" in fields_of(name, form).get("layer_types", ["sliding_attention"])
 ]
 
 
