@@ -313,6 +313,18 @@ FAMILIES: Final[Mapping[str, Family]] = {
         _SHAPE,
         {"unscaled": {"scale_embedding": False}},
     ),
+    "afmoe": Family(
+        "Afmoe",
+        "sliding layers with RoPE beside full ones without, gated attention, experts",
+        {
+            **_GROUPED,
+            "head_dim": 16,
+            **_SLIDING_FIRST,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+    ),
     "gemma": Family("Gemma", "norms of 1 + weight, scaled embeddings", _WIDE),
     "gemma2": Family(
         "Gemma2",

@@ -64,6 +64,7 @@ def test_windows_are_narrower_than_the_prompts(name, form):
 def test_every_family_with_windows_is_among_them():
     assert {name for name, _ in WINDOWED} == {
         "starcoder2", "cohere2", "olmo3", "smollm3", "exaone4", "qwen2_moe", "dots1", "gemma2",
+        "afmoe",
     }  # fmt: skip
 
 
