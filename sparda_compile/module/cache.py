@@ -40,6 +40,7 @@ class SpardaCache(Cache):
 
     Attributes:
         has_padding: Whether some token that was passed in is hidden.
+        is_generating: Whether `generate` runs on it, which looks at masks once for all its steps.
     """
 
     is_compileable = False
@@ -52,6 +53,7 @@ class SpardaCache(Cache):
         self._held: list[KVCache] = []  # the pool's finalizer holds the same list
         self._passed: list[tuple[Tensor | None, Tensor]] = []
         self.has_padding = False
+        self.is_generating = False
 
     @property
     def kv(self) -> KVCache | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -10,11 +10,16 @@ from torch import Tensor
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.module.cache import NO_BEAMS, NO_CROP
 
+if TYPE_CHECKING:
+    from sparda_compile.module.cache import SpardaCache
+
 __all__ = [
     "check_call",
     "check_generation",
     "check_ids",
+    "check_kept",
     "check_padding",
+    "given_positions",
     "is_last",
     "kept_logits",
     "token_mask",
@@ -76,21 +81,28 @@ def check_call(input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
     return input_ids
 
 
-def token_mask(attention_mask: Tensor | None, num_columns: int, ids: Tensor) -> Tensor:
+def token_mask(attention_mask: Tensor | None, cache: SpardaCache, ids: Tensor) -> Tensor:
     """Return which of the new tokens are real, [B, T] bool.
 
     Args:
-        attention_mask: [B, T] or [B, columns + T], 0 for padding; None means no padding.
-        num_columns: Columns that earlier calls have passed.
+        attention_mask: [B, columns + T], 0 for padding; None means no padding.
+        cache: What holds the tokens of earlier calls.
         ids: [B, T] int64, the new tokens.
 
     Raises:
-        UnsupportedInputError: If the mask is of another shape.
+        UnsupportedInputError: If the mask is of another form, or says of tokens of earlier calls
+            what was not said of them then.
     """
+    width = cache.get_seq_length() + ids.shape[1]
     if attention_mask is None:
+        if cache.has_padding and not cache.is_generating:
+            raise UnsupportedInputError(
+                "the cache holds padding, and without attention_mask it would be text; pass "
+                f"[batch, {width}], 0 for padding, as in the call that passed it in."
+            )
         return torch.ones_like(ids, dtype=torch.bool)
-    width = num_columns + ids.shape[1]
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (width, ids.shape[1]):
+    _check_tensor("attention_mask", attention_mask, ids)
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != width:
         raise UnsupportedInputError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; pass [batch, {width}], "
             "one entry for each token of the cache and each new one, 0 for padding."
@@ -100,7 +112,37 @@ def token_mask(attention_mask: Tensor | None, num_columns: int, ids: Tensor) -> 
             f"attention_mask is for {attention_mask.shape[0]} sequences, input_ids for "
             f"{ids.shape[0]}."
         )
+    cache.check_mask(attention_mask)
     return attention_mask[:, -ids.shape[1] :].bool()
+
+
+def given_positions(positions: Tensor, mask: Tensor) -> Tensor:
+    """Return the position of each new token, [B, T] int64, as the caller gave them.
+
+    Args:
+        positions: [B, T] or [1, T] whole numbers.
+        mask: [B, T] bool.
+
+    Raises:
+        UnsupportedInputError: If they are something else.
+    """
+    _check_tensor("position_ids", positions, mask)
+    shapes = (tuple(mask.shape), (1, mask.shape[1]))
+    if tuple(positions.shape) not in shapes or positions.dtype not in (torch.int64, torch.int32):
+        raise UnsupportedInputError(
+            f"position_ids have shape {tuple(positions.shape)} and dtype {positions.dtype}; pass "
+            f"{shapes[0]} int64, one whole number for each new token."
+        )
+    return positions.expand(mask.shape).long().contiguous()
+
+
+def _check_tensor(name: str, value: Any, beside: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise UnsupportedInputError(f"{name} is a {type(value).__name__}; pass a tensor.")
+    if value.device.type == "meta":
+        raise UnsupportedInputError(
+            f"{name} is on the meta device, so it has no values; pass a tensor on {beside.device}."
+        )
 
 
 def check_ids(ids: Tensor, vocabulary: int | None) -> None:
@@ -113,6 +155,8 @@ def check_ids(ids: Tensor, vocabulary: int | None) -> None:
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise UnsupportedInputError(f"input_ids are {ids.dtype}; pass int64.")
+    if ids.device.type == "meta":
+        raise UnsupportedInputError("input_ids are on the meta device, so they have no values.")
     if ids.is_cuda and ids.shape[1] == 1:
         return
     low, high = (int(n) for n in torch.aminmax(ids))
@@ -142,6 +186,26 @@ def is_last(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 1
 
 
+def check_kept(logits_to_keep: int | Tensor) -> None:
+    """Refuse what is neither a number of tokens nor indices of tokens.
+
+    Raises:
+        UnsupportedInputError: If it is not.
+    """
+    if isinstance(logits_to_keep, int):
+        return
+    if not isinstance(logits_to_keep, Tensor):
+        raise UnsupportedInputError(
+            f"logits_to_keep={logits_to_keep!r} is neither a whole number nor a tensor; pass 0 for "
+            "all, n for the last n tokens, or indices of tokens [n] int64."
+        )
+    if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+        raise UnsupportedInputError(
+            f"logits_to_keep has shape {tuple(logits_to_keep.shape)} and dtype "
+            f"{logits_to_keep.dtype}; pass a number, or indices of tokens [n] int64."
+        )
+
+
 def kept_logits(logits: Tensor, logits_to_keep: int | Tensor, *, is_cut: bool) -> Tensor:
     """Return the logits that are asked for, as the model itself would.
 
@@ -149,17 +213,9 @@ def kept_logits(logits: Tensor, logits_to_keep: int | Tensor, *, is_cut: bool) -
         logits: [B, T, vocabulary], or [B, 1, vocabulary] where it is cut.
         logits_to_keep: 0 for all, n for those of the last n tokens, or indices [n] int64.
         is_cut: Whether only those of the last token are there, because only they are asked for.
-
-    Raises:
-        UnsupportedInputError: If it is neither a number nor indices.
     """
     if is_cut or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         return logits
     if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
-            raise UnsupportedInputError(
-                f"logits_to_keep has shape {tuple(logits_to_keep.shape)} and dtype "
-                f"{logits_to_keep.dtype}; pass a number, or indices of tokens [n] int64."
-            )
         return logits[:, logits_to_keep.to(logits.device)]
     return logits[:, -logits_to_keep:]

@@ -31,20 +31,20 @@ from sparda_compile.module.calls import (
     check_call,
     check_generation,
     check_ids,
+    check_kept,
     check_padding,
     is_last,
     kept_logits,
     token_mask,
 )
-from sparda_compile.module.default_positions import DefaultPositions
 from sparda_compile.module.frozen import FrozenModule
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
+from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
-from sparda_compile.state.layout import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -87,7 +87,7 @@ class OptimizedModule(FrozenModule):
         self.sparda = Sparda(self)
         self.last_cache: KVCache | None = None
         self._pool = CachePool()
-        self._default_positions = DefaultPositions(captures.model)
+        self._positions = Positions(captures)
         # The model's own children, under their own names: state_dict has the model's keys.
         self._modules.update(captures.model._modules)
         self._parameters.update(captures.model._parameters)
@@ -144,6 +144,7 @@ class OptimizedModule(FrozenModule):
         weight = next(self.parameters())
         check_autocast(weight.device.type, weight.dtype)
         ids = check_call(input_ids, kwargs)
+        check_kept(logits_to_keep)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
         with self._lock, neutral():
             check_ids(ids, self.captures.vocabulary)
@@ -163,9 +164,7 @@ class OptimizedModule(FrozenModule):
         """Take in tokens and return the logits that are asked for."""
         kv = self._ready(cache, ids)
         batch_size, num_tokens = ids.shape
-        mask = token_mask(attention_mask, kv.num_columns, ids)
-        if attention_mask is not None and attention_mask.shape[1] > num_tokens:
-            cache.check_mask(attention_mask)
+        mask = token_mask(attention_mask, cache, ids)
         num_real = num_tokens
         if num_tokens == 1 and attention_mask is not None and not bool(mask.all()):
             raise UnsupportedInputError(
@@ -175,7 +174,9 @@ class OptimizedModule(FrozenModule):
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
             kv.check_room(num_real)
-        positions = self._positions(position_ids, mask, cache, is_masked=attention_mask is not None)
+        positions = self._positions.of(
+            position_ids, mask, cache, is_masked=attention_mask is not None
+        )
         phase = "decode" if num_tokens == 1 else "prefill"
         last_only = phase == "decode" or is_last(logits_to_keep)
         program = self.programs.get(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
@@ -188,16 +189,6 @@ class OptimizedModule(FrozenModule):
         cache.note(ids, mask)
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
-
-    def _positions(
-        self, given: Tensor | None, mask: Tensor, cache: SpardaCache, *, is_masked: bool
-    ) -> Tensor:
-        if given is not None:
-            return given.expand(mask.shape).long().contiguous()
-        assert cache.kv is not None
-        is_padded = cache.has_padding or (is_masked and not bool(mask.all()))
-        lengths = cache.kv.state[LENGTHS] if is_padded else None
-        return self._default_positions.of(mask, cache.kv.num_columns, lengths)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`.
@@ -229,15 +220,18 @@ class OptimizedModule(FrozenModule):
         else:
             self._check_owner(cache)
             self._check_second_turn(cache, ids, total)
-            mask = kwargs.get("attention_mask")
-            if mask is not None and mask.shape[1] > cache.get_seq_length():
-                cache.check_mask(mask)
+            if ids is not None:
+                token_mask(kwargs.get("attention_mask"), cache, ids[:, cache.get_seq_length() :])
         if inputs is not None:
             kwargs["inputs"] = inputs
         # Tokens do not depend on use_cache; without it transformers would send them all each step.
         wants_cache = kwargs.get("use_cache", config.use_cache) is not False
         kwargs |= {CACHE_NAME: cache, "disable_compile": True, "use_cache": True}
-        output = self._driver.generate(**kwargs)
+        cache.is_generating = True
+        try:
+            output = self._driver.generate(**kwargs)
+        finally:
+            cache.is_generating = False
         if not wants_cache and isinstance(output, dict):
             output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME] = None
         return output

@@ -9,7 +9,7 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.module.default_positions import counts_real_tokens
+from sparda_compile.module.positions import counts_real_tokens, num_positions
 from sparda_compile.testing import PlainCausalLM, build
 from sparda_compile.testing.families import build_form
 
@@ -77,3 +77,16 @@ def test_another_way_of_counting_is_refused() -> None:
         fast(ids, attention_mask=mask)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     fast(ids, attention_mask=mask, position_ids=positions)
+
+
+def test_a_table_of_positions_ends_where_the_models_ends() -> None:
+    for name, limit in (("opt", 4096), ("gpt2", 4096), ("biogpt", 4096), ("phi", None)):
+        fast = optimize(make(name), CONFIG)
+        assert num_positions(fast.captures.get("decode")) == limit
+        if limit is None:
+            continue
+        ids, last = torch.ones(1, 2, dtype=torch.int64), torch.tensor([[limit - 2, limit - 1]])
+        fast(ids, position_ids=last)
+        for wrong in (last + 1, last - limit):
+            with pytest.raises(UnsupportedInputError, match="a table of positions 0 to 4095"):
+                fast(ids, position_ids=wrong)
