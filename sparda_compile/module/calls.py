@@ -11,11 +11,14 @@ from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.module.cache import NO_BEAMS, NO_CROP
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sparda_compile.module.cache import SpardaCache
 
 __all__ = [
     "check_call",
     "check_generation",
+    "check_holes",
     "check_ids",
     "check_kept",
     "check_padding",
@@ -114,6 +117,32 @@ def token_mask(attention_mask: Tensor | None, cache: SpardaCache, ids: Tensor) -
         )
     cache.check_mask(attention_mask)
     return attention_mask[:, -ids.shape[1] :].bool()
+
+
+def check_holes(attention_mask: Tensor | None, windows: Iterable[int]) -> None:
+    """Refuse hidden tokens between real ones where a window of the model would count them.
+
+    A sliding window counts columns, hidden ones too; the KV cache holds real tokens alone. Padding
+    before and behind a sequence makes no difference.
+
+    Args:
+        attention_mask: [B, columns + T]; None means no padding.
+        windows: Sliding window of each layer in tokens, 0 for none.
+
+    Raises:
+        UnsupportedInputError: If there are such tokens, and more columns than a window.
+    """
+    narrowest = min((window for window in windows if window), default=0)
+    if attention_mask is None or not narrowest or attention_mask.shape[1] <= narrowest:
+        return
+    real = attention_mask.bool()
+    before, behind = real.cumsum(1) > 0, real.flip(1).cumsum(1).flip(1) > 0
+    if bool((before & behind & ~real).any()):
+        raise UnsupportedInputError(
+            "attention_mask hides tokens between real ones, and this model has layers with a "
+            f"sliding window of {narrowest} tokens, which would count them. Leave those tokens "
+            "out, and pad on the left."
+        )
 
 
 def given_positions(positions: Tensor, mask: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from sparda_compile.module.cache import SpardaCache, keys_and_values
 from sparda_compile.module.calls import (
     check_call,
     check_generation,
+    check_holes,
     check_ids,
     check_kept,
     check_padding,
@@ -165,6 +166,7 @@ class OptimizedModule(FrozenModule):
         kv = self._ready(cache, ids)
         batch_size, num_tokens = ids.shape
         mask = token_mask(attention_mask, cache, ids)
+        check_holes(attention_mask, self.captures.windows.values())
         num_real = num_tokens
         if num_tokens == 1 and attention_mask is not None and not bool(mask.all()):
             raise UnsupportedInputError(
@@ -285,6 +287,7 @@ class OptimizedModule(FrozenModule):
         if past is not None:
             with self._lock, neutral():
                 keys_values, mask = keys_and_values(past, attention_mask)
+                check_holes(mask, self.captures.windows.values())
                 take_over(self._ready(cache, mask), keys_values, mask)
                 cache.note(None, mask)
         return cache

@@ -1,7 +1,9 @@
 """The positions of new tokens: those given, or as the model numbers them.
 
-A caller may give a mask with padding and no positions. Most count columns, padding too; a few (OPT) count real tokens. No config says which, so the model
-is asked: six tokens, three of them padding, run without positions and with each way of counting.
+A caller may give a mask with padding and no positions. Most models count columns then, padding too;
+a few (OPT) count real tokens. No config says which, so the model is asked: six tokens,
+three of them padding, run without positions and with each way of counting.
+
 A model with a table of positions has no number for those beyond its end.
 """
 

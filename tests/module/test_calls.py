@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
-from sparda_compile.module.calls import check_generation
+from sparda_compile.module.calls import check_generation, check_holes
 from sparda_compile.testing import build, tiny_llama
 
 
@@ -204,3 +204,12 @@ class TestRefused:
         fast.generate(self.ids(1, 200), past_key_values=cache, max_new_tokens=9, do_sample=False)
         sizes = [ids.untyped_storage().nbytes() for ids, _ in cache._passed]
         assert sizes == [200 * 8] + [8] * 8
+
+
+def test_holes_are_refused_where_a_window_would_count_them() -> None:
+    holes = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    around = torch.tensor([[0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    with pytest.raises(UnsupportedInputError, match="sliding window of 4 tokens"):
+        check_holes(holes, (0, 8, 4))
+    for mask, windows in ((holes, (0, 0)), (holes, (6,)), (around, (4,)), (None, (4,))):
+        check_holes(mask, windows)
