@@ -1,7 +1,7 @@
 """docs/models.md is generated from the models that are tested, so it says no more than they do.
 
 What only a traced model tells, its sites or the reason of its refusal, is compared where the models
-are traced anyway: in tests/e2e/test_models.py and tests/e2e/test_unsupported.py.
+are traced anyway: in tests/e2e/test_models.py, test_families.py and test_unsupported.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from sparda_compile import SpardaConfig, explain
 from sparda_compile.config import Mode
-from sparda_compile.testing import TINY_MODELS, UNSUPPORTED_MODELS, build
+from sparda_compile.testing import FAMILIES, TINY_MODELS, UNSUPPORTED_MODELS, build, build_form
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,6 +44,7 @@ ODDITIES = {
     "bloom": "ALiBi biases",
     "falcon": "a fused projection of its own form",
     "qwen3_next": "layers of linear attention",
+    "lfm2": "layers of short convolutions",
     "mamba": "a state space, no attention",
     "t5": "encoder and decoder",
     "bart": "encoder and decoder",
@@ -65,9 +66,11 @@ refused with its reason. `sparda_compile.explain(model)` says which of the two i
 ## Covered
 
 With a full budget each generates the tokens of the original model, in each mode named here, for
-prompts of 1 to 700 tokens and ragged batches (`tests/e2e/test_models.py`). *Sparse* attentions
-read selected blocks; *window* ones are dense over their sliding window. Sites are those of the
-tiny model.
+prompts of 1 to 700 tokens and ragged batches (`tests/e2e/test_models.py`). Those with mode `query`
+alone have the original's logits and tokens in that mode (`tests/e2e/test_families.py`); with
+`SPARDA_MATRIX=all` that test tries every mode, and what their configs can switch. *Sparse*
+attentions read selected blocks; *window* ones are dense over their sliding window. Sites are those
+of the tiny model.
 """
 
 RETENTION = """
@@ -111,6 +114,19 @@ def covered_row(page: Any, name: str) -> tuple[str, ...]:
     return (f"`{type(model).__name__}`", forms, DIFFERENCES[name], sites, ", ".join(get_args(Mode)))
 
 
+def family_row(page: Any, name: str) -> tuple[str, ...]:
+    family = FAMILIES[name]
+    model = build_form(name, attn_implementation=family.attentions[0])
+    if UPDATE:
+        report = explain(model, SpardaConfig(mode="query", lowering="eager"))
+        assert report.error == ""
+        sites = page.sites(report.sites)
+    else:
+        sites = page.rows()[type(model).__name__][3]
+    forms = ", ".join(family.attentions)
+    return f"`{type(model).__name__}`", forms, family.brings, sites, "query"
+
+
 def refused_row(page: Any, name: str) -> tuple[str, ...]:
     make, _ = UNSUPPORTED_MODELS[name]
     model = make()
@@ -123,7 +139,8 @@ def refused_row(page: Any, name: str) -> tuple[str, ...]:
 
 def document(page: Any) -> str:
     header = ("Model", "Attention forms", "What differs", "Sites", "Modes")
-    covered = table(header, [covered_row(page, name) for name in TINY_MODELS])
+    rows = [covered_row(page, name) for name in TINY_MODELS]
+    covered = table(header, rows + [family_row(page, name) for name in FAMILIES])
     refused = table(
         ("Model", "What it has", "Reason given"),
         [refused_row(page, name) for name in UNSUPPORTED_MODELS],

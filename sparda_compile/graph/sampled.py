@@ -208,6 +208,8 @@ class _Run:
         if not isinstance(source, Tensor):
             return source[index]
         given = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(part, Tensor) for part in given):
+            return self._gathered(source, given)
         num_dims = sum(part is not None and part is not Ellipsis for part in given)
         dim, result, size = 0, source, len(self._positions)
         for part in given:
@@ -225,6 +227,21 @@ class _Run:
                 raise NotProvableError("its mask is gathered by an index")
             dim += 1
         return result
+
+    def _gathered(self, source: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+        """Return elements at indices, which are positions where a dimension is of tokens."""
+        places = []
+        for dim, rows in enumerate(index):
+            if rows.dtype == torch.bool:
+                raise NotProvableError("its mask is gathered by another mask")
+            if source.shape[dim] == len(self._positions):
+                values = self._positions.values
+                found = torch.searchsorted(values, rows).clamp(max=len(values) - 1)
+                if not torch.equal(values[found], rows):
+                    raise NotProvableError("its mask is gathered by an index")
+                rows = found
+            places.append(rows)
+        return source[tuple(places)]
 
     def _slice(self, tensor: Tensor, dim: int, part: slice) -> Tensor:
         size, length = len(self._positions), tensor.shape[dim]

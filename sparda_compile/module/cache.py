@@ -28,6 +28,10 @@ class SpardaCache(Cache):
     Args:
         owner: The optimized module that it belongs to.
         max_tokens: Tokens per sequence to reserve.
+
+    Attributes:
+        has_padding: Whether some token that was passed in is hidden.
+        is_generating: Whether `generate` runs on it, which looks at masks once for all its steps.
     """
 
     is_compileable = False
@@ -39,6 +43,8 @@ class SpardaCache(Cache):
         self.max_tokens = max_tokens
         self._held: list[KVCache] = []  # the pool's finalizer holds the same list
         self._passed: list[tuple[Tensor | None, Tensor]] = []
+        self.has_padding = False
+        self.is_generating = False
 
     @property
     def kv(self) -> KVCache | None:
@@ -57,6 +63,8 @@ class SpardaCache(Cache):
             ids: [B, T] int64; None where they are not known.
             mask: [B, T] bool, which of them are real.
         """
+        if mask.shape[1] > 1 and not self.has_padding:
+            self.has_padding = not bool(mask.all())  # host-sync: a prompt has been read
         # A view would keep the whole text alive, once for each step.
         self._passed.append((ids if ids is None or ids._base is None else ids.clone(), mask))
         if len(self._passed) > _MOST_PARTS:
@@ -115,6 +123,7 @@ class SpardaCache(Cache):
     def reset(self) -> None:
         """Forget every token; memory stays."""
         self._passed.clear()
+        self.has_padding = False
         if self.kv is not None:
             self.kv.reset()
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.module.arguments import CONFIG, FORWARD, GENERATE, Argument
+from sparda_compile.module.inputs import check_padding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -20,15 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "check_call",
     "check_generation",
-    "check_ids",
-    "check_padding",
     "check_prompt",
-    "is_last",
-    "kept_logits",
     "length_of",
     "named_as",
-    "positions_of",
-    "token_mask",
 ]
 
 # Outputs that a model's config may ask for, too.
@@ -218,106 +213,3 @@ def _check_form(ids: Any) -> None:
             f"{got}; pass a tensor [batch, tokens] with at least one of each, or what a tokenizer "
             "returns as **encoded."
         )
-
-
-def token_mask(attention_mask: Tensor | None, num_columns: int, ids: Tensor) -> Tensor:
-    """Return which of the new tokens are real, [B, T] bool.
-
-    Args:
-        attention_mask: [B, T] or [B, columns + T], 0 for padding; None means no padding.
-        num_columns: Columns that earlier calls have passed.
-        ids: [B, T] int64, the new tokens.
-
-    Raises:
-        UnsupportedInputError: If the mask is of another shape.
-    """
-    if attention_mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    width = num_columns + ids.shape[1]
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (width, ids.shape[1]):
-        raise UnsupportedInputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; pass [batch, {width}], "
-            "one entry for each token of the cache and each new one, 0 for padding."
-        )
-    if attention_mask.shape[0] != ids.shape[0]:
-        raise UnsupportedInputError(
-            f"attention_mask is for {attention_mask.shape[0]} sequences, input_ids for "
-            f"{ids.shape[0]}."
-        )
-    return attention_mask[:, -ids.shape[1] :].bool()
-
-
-def positions_of(given: Tensor | None, mask: Tensor, num_columns: int) -> Tensor:
-    """Return the position of each new token, [B, T] int64.
-
-    Args:
-        given: What the caller passes; None counts columns, padding too, as the model itself does.
-        mask: [B, T] bool, which tokens are real.
-        num_columns: Columns that earlier calls have passed.
-    """
-    if given is not None:
-        return given.expand(mask.shape).long().contiguous()
-    columns = torch.arange(num_columns, num_columns + mask.shape[1], device=mask.device)
-    return columns.expand(mask.shape).contiguous()
-
-
-def check_ids(ids: Tensor, vocabulary: int | None) -> None:
-    """Refuse token ids that the model has no embedding of.
-
-    The ids of one decode step on a GPU are not looked at: that would wait for the device.
-
-    Raises:
-        UnsupportedInputError: If they are not whole numbers, or outside the vocabulary.
-    """
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise UnsupportedInputError(f"input_ids are {ids.dtype}; pass int64.")
-    if ids.is_cuda and ids.shape[1] == 1:
-        return
-    low, high = (int(n) for n in torch.aminmax(ids))
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        most = "the size of its embedding" if vocabulary is None else vocabulary - 1
-        raise UnsupportedInputError(
-            f"input_ids hold {low if low < 0 else high}; this model's vocabulary is 0 to "
-            f"{most}. Check that the tokenizer is the model's own."
-        )
-
-
-def check_padding(attention_mask: Tensor) -> None:
-    """Refuse a prompt that ends in padding: the next token would be that of the padding.
-
-    Raises:
-        UnsupportedInputError: If a sequence's last token is hidden.
-    """
-    if attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all()):
-        raise UnsupportedInputError(
-            "a sequence ends in padding, so generate would go on from the padding and not from "
-            "the text. Pad on the left: tokenizer.padding_side = 'left'."
-        )
-
-
-def is_last(logits_to_keep: int | Tensor) -> bool:
-    """Whether the logits of the last token alone are asked for."""
-    return isinstance(logits_to_keep, int) and logits_to_keep == 1
-
-
-def kept_logits(logits: Tensor, logits_to_keep: int | Tensor, *, is_cut: bool) -> Tensor:
-    """Return the logits that are asked for, as the model itself would.
-
-    Args:
-        logits: [B, T, vocabulary], or [B, 1, vocabulary] where it is cut.
-        logits_to_keep: 0 for all, n for those of the last n tokens, or indices [n] int64.
-        is_cut: Whether only those of the last token are there, because only they are asked for.
-
-    Raises:
-        UnsupportedInputError: If it is neither a number nor indices.
-    """
-    if is_cut or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-        return logits
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
-            raise UnsupportedInputError(
-                f"logits_to_keep has shape {tuple(logits_to_keep.shape)} and dtype "
-                f"{logits_to_keep.dtype}; pass a number, or indices of tokens [n] int64."
-            )
-        return logits[:, logits_to_keep.to(logits.device)]
-    return logits[:, -logits_to_keep:]

@@ -7,11 +7,7 @@ sparda     graphs, schedules, counts
 
 from __future__ import annotations
 
-import copy
-import inspect
 import threading
-import weakref
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -30,25 +26,30 @@ from sparda_compile.module.cache import SpardaCache, keys_and_values
 from sparda_compile.module.calls import (
     check_call,
     check_generation,
-    check_ids,
     check_prompt,
-    is_last,
-    kept_logits,
     length_of,
     named_as,
-    positions_of,
+)
+from sparda_compile.module.driver import drive, make_driver
+from sparda_compile.module.frozen import FrozenModule
+from sparda_compile.module.inputs import (
+    check_holes,
+    check_ids,
+    check_kept,
+    is_last,
+    kept_logits,
     token_mask,
 )
-from sparda_compile.module.frozen import FrozenModule
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
+from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from transformers import DynamicCache
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -88,6 +89,7 @@ class OptimizedModule(FrozenModule):
         self.sparda = Sparda(self)
         self.last_cache: KVCache | None = None
         self._pool = CachePool()
+        self._positions = Positions(captures)
         # The model's own children, under their own names: state_dict has the model's keys.
         self._modules.update(captures.model._modules)
         self._parameters.update(captures.model._parameters)
@@ -100,12 +102,7 @@ class OptimizedModule(FrozenModule):
             self.programs.put(decode)
         self.training = False
         self._lock = threading.RLock()
-        driver = copy.copy(captures.model)
-        driver.forward = _step_of(self)
-        # Hooks of the model were traced; around the driver they would run once more.
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            setattr(driver, name, OrderedDict())
-        object.__setattr__(self, "_driver", driver)
+        object.__setattr__(self, "_driver", make_driver(self, captures.model))
 
     @named_as(lambda module: module.captures.model.forward)
     def forward(
@@ -147,6 +144,7 @@ class OptimizedModule(FrozenModule):
         check_autocast(weight.device.type, weight.dtype)
         config = self.captures.model.config
         ids = check_call(input_ids, kwargs, config)
+        check_kept(logits_to_keep)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
         with self._lock, neutral():
             check_ids(ids, self.captures.vocabulary)
@@ -169,9 +167,8 @@ class OptimizedModule(FrozenModule):
         """Take in tokens and return the logits that are asked for."""
         kv = self._ready(cache, ids)
         batch_size, num_tokens = ids.shape
-        mask = token_mask(attention_mask, kv.num_columns, ids)
-        if attention_mask is not None and attention_mask.shape[1] > num_tokens:
-            cache.check_mask(attention_mask)
+        mask = token_mask(attention_mask, cache, ids)
+        check_holes(attention_mask, self.captures.windows.values())
         num_real = num_tokens
         if num_tokens == 1 and attention_mask is not None and not bool(mask.all()):
             raise UnsupportedInputError(
@@ -181,7 +178,9 @@ class OptimizedModule(FrozenModule):
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
             kv.check_room(num_real)
-        positions = positions_of(position_ids, mask, kv.num_columns)
+        positions = self._positions.of(
+            position_ids, mask, cache, is_masked=attention_mask is not None
+        )
         phase = "decode" if num_tokens == 1 else "prefill"
         last_only = phase == "decode" or is_last(logits_to_keep)
         program = self.programs.get(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
@@ -224,17 +223,13 @@ class OptimizedModule(FrozenModule):
             self._check_owner(cache)
             self._check_second_turn(cache, ids, total)
             mask = kwargs.get("attention_mask")
-            if mask is not None and mask.shape[1] > cache.get_seq_length():
-                cache.check_mask(mask)
+            if mask is not None and ids is not None:
+                token_mask(mask, cache, ids[:, cache.get_seq_length() :])
         if inputs is not None:
             kwargs["inputs"] = inputs
-        # Tokens do not depend on use_cache; without it transformers would send them all each step.
         wants_cache = settings.get("use_cache") is not False or is_given
-        kwargs |= {CACHE_NAME: cache, "disable_compile": True, "use_cache": True}
-        output = self._driver.generate(**kwargs)
+        output = drive(self._driver, cache, wants_cache, kwargs)
         self.last_cache = cache.kv  # a second text of guidance_scale has another
-        if not wants_cache and isinstance(output, dict):
-            output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME] = None
         return output
 
     @property
@@ -249,18 +244,6 @@ class OptimizedModule(FrozenModule):
     def program(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
         """Return the program for a shape; see `Programs.get`."""
         return self.programs.get(phase, batch_size, max_tokens, last_only=last_only)
-
-    def _generating(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """Run one step of `generate`, which takes its next token behind the last column."""
-        for name in ("tokenizer", "assistant_tokenizer"):
-            kwargs.pop(name, None)  # left by transformers; no forward reads them
-        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
-            kwargs.setdefault(name, False)  # generate returns what its own config asks for
-        cache = kwargs.get(CACHE_NAME)
-        if cache is not None and cache.get_seq_length() and input_ids.shape[1] == 1:
-            # The token that was just chosen; to look at its mask would wait for the device.
-            kwargs.pop("attention_mask", None)
-        return self.forward(input_ids, **kwargs)
 
     def new_cache(
         self,
@@ -287,6 +270,7 @@ class OptimizedModule(FrozenModule):
         if past is not None:
             with self._lock, neutral():
                 keys_values, mask = keys_and_values(past, attention_mask)
+                check_holes(mask, self.captures.windows.values())
                 take_over(self._ready(cache, mask), keys_values, mask)
                 cache.note(None, mask)
         return cache
@@ -375,17 +359,3 @@ class OptimizedModule(FrozenModule):
         elif num_tokens == 1:
             kv.check_room(1)
         return kv
-
-
-def _step_of(module: OptimizedModule) -> Callable[..., Any]:
-    """Return what the driver calls as its forward; it does not keep the module alive."""
-    owner = weakref.ref(module)
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        mine = owner()
-        assert mine is not None
-        return mine._generating(*args, **kwargs)
-
-    # transformers passes on what the signature of forward names.
-    step.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
-    return step

@@ -1,7 +1,13 @@
-"""The programs of one module, by phase, shape and result; each built when first asked for."""
+"""The programs of one module, by phase, shape and result; each built when first asked for.
+
+A module that meets ever new shapes does not keep all that it built: the program that was asked for
+longest ago makes room. One that runs is held by its caller until it has ended.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.config import round_up
@@ -16,8 +22,10 @@ if TYPE_CHECKING:
     from sparda_compile.forecast.projection import Projection
     from sparda_compile.program.captures import Captures
 
-__all__ = ["PHASES", "Programs"]
+__all__ = ["MOST_PROGRAMS", "PHASES", "Programs"]
 
+MOST_PROGRAMS: Final = 16
+"""Programs that one module keeps: a prefill and a decode for each of eight shapes."""
 PHASES: Final = ("prefill", "decode")
 _SMALLEST_CAPACITY: Final = 512
 _CAPACITY_STEP: Final = 8192
@@ -41,7 +49,10 @@ class Programs:
         self._captures = captures
         self._config = config
         self.forecast = forecast
+        # In the order in which they were asked for last.
         self._programs: dict[tuple[str, int, int, bool], Program] = {}
+        self._num_dropped: Counter[str] = Counter()
+        self._lock = threading.RLock()
         self._latest: dict[str, tuple[int, int, bool]] = {}
 
     def get(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
@@ -54,18 +65,21 @@ class Programs:
             last_only: Whether it returns the logits of the last token alone.
         """
         key = (phase, batch_size, max_tokens, last_only)
-        if key not in self._programs:
-            plan = make_plan(
-                self._captures,
-                phase,
-                self._config,
-                batch_size=batch_size,
-                max_tokens=max_tokens,
-                last_logits_only=last_only,
-            )
-            self._programs[key] = Program(plan, self.forecast)
-        self._latest[phase] = (batch_size, max_tokens, last_only)
-        return self._programs[key]
+        with self._lock:
+            program = self._programs.pop(key, None)
+            if program is None:
+                plan = make_plan(
+                    self._captures,
+                    phase,
+                    self._config,
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                    last_logits_only=last_only,
+                )
+                program = Program(plan, self.forecast)
+            self._keep(key, program)
+            self._latest[phase] = (batch_size, max_tokens, last_only)
+        return program
 
     def put(self, plan: Plan, program: Program | None = None) -> Program:
         """Enter a program for a plan's shape, in the place of any other; None makes one.
@@ -74,8 +88,19 @@ class Programs:
         """
         layout = plan.layout
         key = (plan.captured.phase, layout.batch_size, layout.max_tokens, True)
-        self._programs[key] = program or Program(plan, self.forecast)
-        return self._programs[key]
+        program = program or Program(plan, self.forecast)
+        with self._lock:
+            self._programs.pop(key, None)
+            self._keep(key, program)
+        return program
+
+    def _keep(self, key: tuple[str, int, int, bool], program: Program) -> None:
+        """Enter a program as the newest, and let the oldest go where there are too many."""
+        self._programs[key] = program
+        if len(self._programs) > MOST_PROGRAMS:
+            oldest = next(iter(self._programs))
+            if self._programs.pop(oldest).is_compiled:
+                self._num_dropped[oldest[0]] += 1
 
     def latest_plan(self, phase: str) -> Plan:
         """Return the plan of a phase that ran last; one for a single sequence before that.
@@ -90,13 +115,15 @@ class Programs:
         return self.get(phase, batch_size, max_tokens, last_only=last_only).plan
 
     def compiled(self) -> list[Program]:
-        """Return those that have run, or were compiled ahead."""
-        return [program for program in self._programs.values() if program.is_compiled]
+        """Return those at hand that have run, or were compiled ahead."""
+        with self._lock:
+            return [program for program in self._programs.values() if program.is_compiled]
 
     def num_compiled(self) -> dict[str, int]:
-        """Return how many programs were compiled, by phase."""
-        phases = [program.plan.captured.phase for program in self.compiled()]
-        return {phase: phases.count(phase) for phase in PHASES}
+        """Return how many programs were compiled so far, by phase; those let go count too."""
+        with self._lock:
+            phases = [program.plan.captured.phase for program in self.compiled()]
+            return {phase: phases.count(phase) + self._num_dropped[phase] for phase in PHASES}
 
     def capacity(self, num_tokens: int) -> int:
         """Return the capacity reserved for so many tokens: few sizes, so few programs."""

@@ -21,6 +21,7 @@ _SPREAD: Final = 1.6
 _EMBEDDING_SHARE: Final = 0.4
 _VECTOR_NOISE: Final = 0.1
 _QUERY_NORM_LIFT: Final = 1.5
+_QUERY_NORMS: Final = ("q_norm", "q_layernorm", "query_layernorm")
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def fill_weights(
         elif parameter.ndim >= 2:
             parameter.copy_(noise * deviation)
         else:
-            lift = _QUERY_NORM_LIFT if "q_norm" in name else 0.0
+            lift = _QUERY_NORM_LIFT if any(norm in name for norm in _QUERY_NORMS) else 0.0
             parameter.add_(noise * _VECTOR_NOISE + lift)
 
 

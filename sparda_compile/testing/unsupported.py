@@ -204,6 +204,10 @@ UNSUPPORTED_MODELS: Final[Mapping[str, tuple[Callable[[], nn.Module], str]]] = {
         _refused("Mamba", {**_COMMON, "num_hidden_layers": 2, "state_size": 8}, attn="eager"),
         "Mamba",
     ),
+    "lfm2": (
+        _refused("Lfm2", {**_GROUPED, "layer_types": ["conv", "full_attention"]}),
+        "Lfm2",
+    ),
     "t5": (
         _refused(
             "T5",

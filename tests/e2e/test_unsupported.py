@@ -23,6 +23,7 @@ REASONS = {
     "falcon": "linear projection",
     "qwen3_next": "linear_attention",
     "mamba": "linear_attention",
+    "lfm2": "layers of kind conv",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
     "bidirectional": "not causal attention",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.module.programs import MOST_PROGRAMS
 from sparda_compile.program.program import Program
 from sparda_compile.testing import tiny_llama
 
@@ -63,3 +67,21 @@ def test_capacities_are_few(programs, num_tokens, capacity):
 def test_a_fixed_capacity_is_kept(model):
     fast = optimize(model, SpardaConfig(mode="query", lowering="eager", max_tokens=128, top_k=1))
     assert fast.programs.capacity(1) == fast.programs.capacity(5000) == 128
+
+
+def test_programs_of_many_shapes_are_let_go(programs):
+    """The one asked for longest ago goes; what a caller holds lives on, and can be built again."""
+    held = programs.get("prefill", 1, 512, last_only=True)
+    held.compile()
+    before = programs.num_compiled()
+    refs = [weakref.ref(programs.get("decode", 1, 512, last_only=True))]
+    for batch_size in range(2, MOST_PROGRAMS + 6):
+        refs.append(weakref.ref(programs.get("decode", batch_size, 512, last_only=True)))
+        assert programs.get("decode", 1, 512, last_only=True) is refs[0]()
+    gc.collect()
+    alive = [number for number, ref in enumerate(refs, start=1) if ref() is not None]
+    assert alive == [1, *range(7, MOST_PROGRAMS + 6)]
+    assert programs.num_compiled() == before
+    again = programs.get("prefill", 1, 512, last_only=True)
+    assert again is not held
+    assert held.is_compiled

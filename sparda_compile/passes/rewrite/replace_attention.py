@@ -28,8 +28,9 @@ graph is `sparda.advance_lengths`. Masks that nobody reads any more are erased.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
+import torch
 from torch import fx
 
 from sparda_compile.graph.emit import Emitter
@@ -67,11 +68,30 @@ class ReplaceAttention:
             SITE.put(new, site)
             counts[site.kind] += 1
             counts["erased"] += replace_and_erase(gm.graph, site.anchor, new)
+            _loosen_views(new)
         output = next(n for n in gm.graph.nodes if n.op == "output")
         mask = None if ctx.is_decode else state.token_mask()
         last = Emitter(gm.graph, output, sites_of(gm.graph)[-1].query, -1)
         last.call("advance_lengths", mask, state.lengths, name="advance_lengths")
         return PassResult(gm, modified=True, counts=counts)
+
+
+# What changes the shape or the order of an attention's output, and no number in it.
+_LAYOUT: Final = ("transpose", "permute", "contiguous", "reshape", "view", "flatten")
+
+
+def _loosen_views(node: fx.Node) -> None:
+    """Let what views the output of an attention copy it instead, where its strides are others.
+
+    Our ops return [B, H, T, D] as it lies in memory; the attention that they stand for had the
+    strides of its query, and a model may count on them.
+    """
+    for user in node.users:
+        if user.op != "call_method" or user.target not in _LAYOUT:
+            continue
+        if user.target == "view" and not isinstance(user.args[1], torch.dtype):
+            user.target = "reshape"
+        _loosen_views(user)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.module.inputs import check_holes
+
+
+def test_holes_are_refused_where_a_window_would_count_them() -> None:
+    holes = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    around = torch.tensor([[0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    with pytest.raises(UnsupportedInputError, match="sliding window of 4 tokens"):
+        check_holes(holes, (0, 8, 4))
+    for mask, windows in ((holes, (0, 0)), (holes, (6,)), (around, (4,)), (None, (4,))):
+        check_holes(mask, windows)
