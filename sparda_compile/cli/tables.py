@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparda_compile.isa.streams import STREAM_NAMES
+from sparda_compile.report.text import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
     from sparda_compile.report import Report, SiteSummary
     from sparda_compile.report.schedule import Schedule
 
-__all__ = ["format_bytes", "format_layers", "print_demo", "print_measured", "print_report"]
+__all__ = ["format_layers", "print_demo", "print_measured", "print_report"]
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 _DEMO_NOTES = """\
 blocks: of all blocks, those that a step reads for each KV head. agree: new tokens that are the \
@@ -66,6 +66,7 @@ def print_report(report: Report, console: Console) -> None:
     for reason, layers in _reasons(report).items():
         console.print(f"Layers {format_layers(layers)} stay dense: {reason}.", markup=False)
     console.print(_bytes(report))
+    console.print(report.selection, markup=False)
     console.print(_passes(report))
     if report.schedules:
         console.print(_schedules(report.schedules))
@@ -183,14 +184,6 @@ def _needle_cells(row: NeedleRow) -> list[str]:
         format_bytes(row.device_bytes),
         f"{row.token_ms:.0f} ms",
     ]
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Return a size in the largest unit that leaves at least 1 of it: `1.5 MiB`."""
-    size, unit = float(num_bytes), 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
 
 
 def format_layers(layers: Iterable[int]) -> str:

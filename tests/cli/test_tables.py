@@ -9,7 +9,6 @@ from rich.console import Console
 
 from sparda_compile import explain
 from sparda_compile.cli.tables import (
-    format_bytes,
     format_layers,
     print_demo,
     print_measured,
@@ -18,14 +17,6 @@ from sparda_compile.cli.tables import (
 from sparda_compile.demo.run import Demo, DemoRow
 from sparda_compile.profiling.measured import measure
 from sparda_compile.testing import tiny_llama
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")],
-)
-def test_format_bytes(num_bytes, text):
-    assert format_bytes(num_bytes) == text
 
 
 @pytest.mark.parametrize(
