@@ -83,7 +83,7 @@ def write_plot(content: Mapping[str, Any], path: str | Path) -> Path:
     figure = Figure(figsize=(_WIDTH, 2.6 * num_rows + 3.3), layout="constrained")
     figure.suptitle(_title(content), fontsize=11)
     if measured:
-        parts = figure.subfigures(2, 1, height_ratios=(2.6 * num_rows, 2.5))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(2.6 * num_rows, 2.5))
         _draw_times(parts[0], measured, num_rows, num_columns)
         _draw_rates(parts[1], measured)
     else:

@@ -198,30 +198,41 @@ def format_layers(layers: Iterable[int]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], *, left: int) -> Table:
-    """Return an empty table whose first `left` columns are text and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    """Return an empty table whose first `left` columns are text and the others numbers.
+
+    On a narrow terminal headings break between words alone, and long cells go on in a next line.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right")
+        table.add_column(
+            column,
+            justify="left" if i < left else "right",
+            overflow="fold",
+            min_width=max(map(len, column.split()), default=0),
+        )
     return table
 
 
 def _sites(sites: Iterable[SiteSummary]) -> Table:
     """Return the attentions; those that differ in nothing but their layer share a row."""
-    table = _table(
-        "Attentions",
-        (
-            "layers",
-            "becomes",
-            "form",
-            "heads",
-            "KV heads",
-            "head dim",
-            "scale",
-            "soft cap",
-            "position",
-            "module",
-        ),
-        left=10,
+    names = (
+        "layers",
+        "becomes",
+        "form",
+        "heads",
+        "KV heads",
+        "head dim",
+        "scale",
+        "soft cap",
+        "position",
+        "module",
     )
     layers: dict[tuple[str, ...], list[int]] = {}
     for site in sites:
@@ -237,8 +248,12 @@ def _sites(sites: Iterable[SiteSummary]) -> Table:
             _LAYER_NUMBER.sub(".*.", site.module),
         )
         layers.setdefault(cells, []).append(site.layer)
-    for same, numbers in layers.items():
-        table.add_row(format_layers(numbers), *same)
+    rows = [(format_layers(numbers), *same) for same, numbers in layers.items()]
+    # A column without a word is left out: few models have a soft cap.
+    used = [i for i in range(len(names)) if not rows or any(row[i] for row in rows)]
+    table = _table("Attentions", [names[i] for i in used], left=len(used))
+    for row in rows:
+        table.add_row(*(row[i] for i in used))
     return table
 
 
