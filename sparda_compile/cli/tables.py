@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparda_compile.demo.table import table_of
 from sparda_compile.isa.streams import STREAM_NAMES
 from sparda_compile.report.text import format_bytes
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from sparda_compile.demo.needles import NeedleDemo, NeedleRow
-    from sparda_compile.demo.run import Demo, DemoRow
+    from sparda_compile.demo.needles import NeedleDemo
+    from sparda_compile.demo.run import Demo
     from sparda_compile.profiling.measured import MeasuredSchedule, Times
     from sparda_compile.profiling.replay import Totals
     from sparda_compile.report import Report, SiteSummary
@@ -27,18 +28,6 @@ __all__ = ["format_layers", "print_demo", "print_measured", "print_report"]
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
-_DEMO_NOTES = """\
-blocks: of all blocks, those that a step reads for each KV head. agree: new tokens that are the \
-original's. With all blocks read it has to be 100%; with a small budget a model with random \
-weights goes its own way, which is no measure of quality. on device: device memory of the KV \
-cache, tables and summaries included, against all keys and values. Times are of the reference \
-runtime on one CPU thread with lowering="eager", where nothing overlaps."""
-_NEEDLE_NOTES = """\
-blocks: of all blocks, those that a step reads for each KV head. recall: of the attention that the \
-questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
-copied to the device by all steps; mode dense keeps everything there. on device: device memory of \
-the KV cache, tables and summaries included. Times are of the reference \
-runtime on the CPU with lowering="eager", where nothing overlaps."""
 _MEASURED_NOTES = """\
 model: all that is not ours, which the compiler fuses as it likes. wait_blocks: the time that the \
 compute stream stood still for a copy. overlap: share of the copy stream's work that lies under \
@@ -51,8 +40,6 @@ _TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
     ("compute waits for copies", " us", lambda totals: totals.exposed_us),
     ("overlap", "%", lambda totals: 100 * totals.overlap),
 )
-_FRESH_FORECAST = """\
-The Forecast weights are not trained: they start from the mean of each group's query heads."""
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -74,38 +61,15 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
     """Print the comparison of modes and what to make of it."""
-    from sparda_compile.demo.needles import NeedleDemo
-
-    if isinstance(demo, NeedleDemo):
-        _print_needles(demo, console)
-        return
-    table = _table(
-        f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written; all keys and "
-        f"values: {format_bytes(demo.rows[0].full_bytes)}",
-        (
-            "mode",
-            "blocks",
-            "agree",
-            "hits",
-            "misses",
-            "H2D",
-            "D2H",
-            "on device",
-            "prefill",
-            "per token",
-        ),
-        left=1,
-    )
-    for row in demo.rows:
-        table.add_row(*_demo_cells(row), style=None if row.is_right else "red")
+    shown = table_of(demo)
+    for line in shown.before:
+        console.print(line, markup=False, highlight=False)
+    table = _table(shown.title, shown.columns, left=shown.num_text)
+    for cells, is_wrong in zip(shown.rows, shown.wrong, strict=True):
+        table.add_row(*cells, style="red" if is_wrong else None)
     console.print(table)
-    console.print(_DEMO_NOTES, markup=False)
-    if demo.used_fresh_forecast:
-        console.print(_FRESH_FORECAST, markup=False)
-    console.print(
-        f"The model was traced {demo.num_captures} times (prefill, decode) for all modes together.",
-        markup=False,
-    )
+    for note in shown.notes:
+        console.print(note, markup=False)
 
 
 def print_measured(
@@ -143,47 +107,6 @@ def _times(title: str, what: str, entries: Sequence[Times]) -> Table:
         numbers = (f"{each.predicted_us:.1f}", f"{each.measured_us:.1f}")
         table.add_row(name, str(each.count), *numbers, f"{each.difference_us:+.1f}")
     return table
-
-
-def _print_needles(demo: NeedleDemo, console: Console) -> None:
-    console.print(
-        f"{demo.num_tokens} tokens read once by the original model, in "
-        f"{demo.reading_ms / 1e3:.1f} s; 4 of the 32 needles in them are asked for:"
-    )
-    for key, value, place in zip(demo.questions, demo.right_answers, demo.places, strict=True):
-        console.print(f"  {key}: {value}, at token {place}", markup=False, highlight=False)
-    table = _table(
-        "",
-        (
-            "mode",
-            "answers",
-            "blocks",
-            "recall",
-            "over the link",
-            "per step",
-            "on device",
-            "per token",
-        ),
-        left=2,
-    )
-    for row in demo.rows:
-        is_right = row.answers == demo.right_answers
-        table.add_row(*_needle_cells(row), style=None if is_right else "red")
-    console.print(table)
-    console.print(_NEEDLE_NOTES, markup=False)
-
-
-def _needle_cells(row: NeedleRow) -> list[str]:
-    return [
-        row.mode,
-        " ".join(row.answers),
-        f"{row.blocks}/{row.num_blocks}",
-        "" if row.recall is None else f"{100 * row.recall:.0f}%",
-        format_bytes(row.h2d_bytes),
-        format_bytes(row.step_bytes),
-        format_bytes(row.device_bytes),
-        f"{row.token_ms:.0f} ms",
-    ]
 
 
 def format_layers(layers: Iterable[int]) -> str:
@@ -315,18 +238,3 @@ def _schedules(schedules: Sequence[Schedule]) -> Table:
             format_bytes(schedule.link_bytes),
         )
     return table
-
-
-def _demo_cells(row: DemoRow) -> list[str]:
-    return [
-        row.mode,
-        f"{row.blocks}/{row.num_blocks}",
-        f"{100 * row.agreement:.0f}%",
-        "" if row.hit_rate is None else f"{100 * row.hit_rate:.0f}%",
-        "" if row.misses is None else str(row.misses),
-        "" if row.h2d_bytes is None else format_bytes(row.h2d_bytes),
-        "" if row.d2h_bytes is None else format_bytes(row.d2h_bytes),
-        f"{100 * row.device_bytes / row.full_bytes:.0f}%",
-        f"{row.prefill_ms:.0f} ms",
-        f"{row.token_ms:.1f} ms",
-    ]

@@ -43,6 +43,7 @@ def write_html(
     schedules: Sequence[Schedule],
     report: Report | None = None,
     measured: Mapping[str, Sequence[ScheduleRow]] | None = None,
+    demo: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write schedules, and a report if there is one, as one self-contained HTML file.
 
@@ -54,6 +55,9 @@ def write_html(
             schedules are not drawn.
         measured: Rows of runs, by phase; drawn below the schedule of that phase. Their bytes are
             not shown.
+        demo: A comparison of modes to show first: texts `title`, `before` and `notes`, names of
+            `columns`, of which the first `num_text` hold text, `rows` of cells, and whether each
+            is `wrong`.
 
     Returns:
         The path.
@@ -64,8 +68,9 @@ def write_html(
     """
     target = check_writable(path)
     template = resources.files("sparda_compile.report").joinpath("template.html")
+    payload = _payload(title, schedules, report, measured or {}) | {"demo": demo}
     page = _Page(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title), payload=_embed(_payload(title, schedules, report, measured or {}))
+        title=html.escape(title), payload=_embed(payload)
     )
     with replacing(target) as partial:
         partial.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
