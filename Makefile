@@ -18,6 +18,9 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
   MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
+# Says on standard error what is being done: results are on standard output.
+say = @echo 'make: $(1)' >&2
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -32,11 +35,15 @@ venv: $(STAMP) ## Build .venv, or bring it up to date with pyproject.toml.
 # brings gigabytes of CUDA packages. Python compiles what it imports; pip would compile all of it.
 $(STAMP): pyproject.toml
 	$(if $(PYTHON),,$(error needs Python 3.10 or newer; set PYTHON to one))
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -qq --no-compile torch==$(TORCH)
-	echo 'torch==$(TORCH)' >$(VENV)/constraints.txt
-	$(BIN)/pip install -qq --no-compile -c $(VENV)/constraints.txt -e '.[gpu,plot,dev]'
-	touch $@
+	$(call say,making $(VENV) with $(PYTHON) (1 of 3))
+	@$(PYTHON) -m venv $(VENV)
+	$(call say,installing torch $(TORCH) and what it needs (2 of 3))
+	@$(BIN)/pip install -qq --no-compile torch==$(TORCH)
+	@echo 'torch==$(TORCH)' >$(VENV)/constraints.txt
+	$(call say,installing transformers and the tools (3 of 3))
+	@$(BIN)/pip install -qq --no-compile -c $(VENV)/constraints.txt -e '.[gpu,plot,dev]'
+	@touch $@
+	$(call say,$(VENV) is ready)
 
 test: $(STAMP) ## Run lint, types and tests; what the continuous integration runs.
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import SpardaError
+from sparda_compile.logs import show_logs_from_environment
 
 if TYPE_CHECKING:
     from sparda_compile.api import explain, optimize
@@ -23,6 +24,8 @@ try:
     __version__ = version("sparda-compile")
 except PackageNotFoundError:
     __version__ = "0.0.0"
+
+show_logs_from_environment()
 
 
 def __getattr__(name: str) -> Any:

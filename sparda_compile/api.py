@@ -24,6 +24,7 @@ from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled, check_dump_dir
 from sparda_compile.program.plan import Plan, forecast_shapes, make_plan, planned_capacity
+from sparda_compile.report.text import selection_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,6 +101,7 @@ def optimize(
             len(plans[1].sites),
             sum(bool(site.window) for site in plans[1].sites),
         )
+        _log.info("%s", selection_sentence(config, config.max_tokens))
         return fast
 
 

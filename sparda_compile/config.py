@@ -300,6 +300,13 @@ class SpardaConfig(Selection, Blocks, Memory, Execution):
         return min(num_blocks, self.num_forced + self.top_k)
 
     @property
+    def selection_starts_at(self) -> int | None:
+        """Tokens of a sequence from which on a decode step leaves blocks out; None for never."""
+        if self.mode == "dense" or self.top_k is None:
+            return None
+        return (self.num_forced + self.top_k) * self.block_size + 1
+
+    @property
     def needs_forecast(self) -> bool:
         """Whether this configuration uses Forecast weights."""
         is_hint = self.mode == "exact" and HINTS[self.hint].needs_forecast

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sparda_compile.files import replacing
+
 __all__ = ["describe", "write_result"]
 
 
@@ -54,7 +56,11 @@ def _commit() -> str:
 
 
 def write_result(path: Path, result: dict[str, Any], commit: str | None = None) -> None:
-    """Write a result with its environment as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": describe(commit), **result}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write a result with its environment as JSON.
+
+    Raises:
+        ConfigError: If the file cannot be written; an old one stays as it was then.
+    """
+    with replacing(path) as partial:
+        text = json.dumps({"environment": describe(commit), **result}, indent=1)
+        partial.write_text(text + "\n", encoding="utf-8")

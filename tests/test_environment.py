@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 
+import pytest
 import torch
 
 from sparda_compile import environment
 from sparda_compile.environment import describe, write_result
+from sparda_compile.errors import ConfigError
 
 
 def test_describes_versions_and_commit():
@@ -27,3 +29,17 @@ def test_result_is_written_with_its_environment(tmp_path):
     write_result(path, {"name": "x", "value": 1}, "abc123")
     found = json.loads(path.read_text())
     assert found == {"environment": describe("abc123"), "name": "x", "value": 1}
+
+
+def test_result_on_a_bad_path_is_a_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="it is a folder"):
+        write_result(tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_result_that_json_cannot_hold_leaves_the_old_one(tmp_path):
+    write_result(tmp_path / "x.json", {"value": 1}, "abc123")
+    with pytest.raises(TypeError):
+        write_result(tmp_path / "x.json", {"value": object()}, "abc123")
+    assert json.loads((tmp_path / "x.json").read_text())["value"] == 1
+    assert len(list(tmp_path.iterdir())) == 1

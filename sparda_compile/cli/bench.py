@@ -112,7 +112,7 @@ def bench_decode(
         from sparda_compile.bench.plots import write_plot
         from sparda_compile.bench.show import print_decode
 
-        written = write_file(lambda path: write_plot(file.results, path), plot)
+        written = write_file(lambda path: write_plot(file.content(), path), plot)
     if as_json:
         print_json(file.content())
         return

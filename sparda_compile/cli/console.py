@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -64,9 +65,9 @@ def print_paths(paths: list[Path | None]) -> None:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console; what is no terminal gets room enough for the tables."""
+    """Return a console; what is no terminal, nor has COLUMNS, gets room enough for the tables."""
     console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH
     return console
 

@@ -187,7 +187,10 @@ def demo(
                     seed=seed,
                     progress=say,
                 )
-        written = write_file(result.report.to_html, html or _default("sparda-demo.html", as_json))
+        from sparda_compile.demo.table import write_demo
+
+        html = html or _default("sparda-demo.html", as_json)
+        written = write_file(lambda path: write_demo(result, path), html)
     if as_json:
         print_json(result.to_dict())
     else:

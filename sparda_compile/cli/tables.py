@@ -8,37 +8,26 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparda_compile.demo.table import table_of
 from sparda_compile.isa.streams import STREAM_NAMES
+from sparda_compile.report.text import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Console
 
-    from sparda_compile.demo.needles import NeedleDemo, NeedleRow
-    from sparda_compile.demo.run import Demo, DemoRow
+    from sparda_compile.demo.needles import NeedleDemo
+    from sparda_compile.demo.run import Demo
     from sparda_compile.profiling.measured import MeasuredSchedule, Times
     from sparda_compile.profiling.replay import Totals
     from sparda_compile.report import Report, SiteSummary
     from sparda_compile.report.schedule import Schedule
 
-__all__ = ["format_bytes", "format_layers", "print_demo", "print_measured", "print_report"]
+__all__ = ["format_layers", "print_demo", "print_measured", "print_report"]
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
-_DEMO_NOTES = """\
-blocks: of all blocks, those that a step reads for each KV head. agree: new tokens that are the \
-original's. With all blocks read it has to be 100%; with a small budget a model with random \
-weights goes its own way, which is no measure of quality. on device: device memory of the KV \
-cache, tables and summaries included, against all keys and values. Times are of the reference \
-runtime on one CPU thread with lowering="eager", where nothing overlaps."""
-_NEEDLE_NOTES = """\
-blocks: of all blocks, those that a step reads for each KV head. recall: of the attention that the \
-questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
-copied to the device by all steps; mode dense keeps everything there. on device: device memory of \
-the KV cache, tables and summaries included. Times are of the reference \
-runtime on the CPU with lowering="eager", where nothing overlaps."""
 _MEASURED_NOTES = """\
 model: all that is not ours, which the compiler fuses as it likes. wait_blocks: the time that the \
 compute stream stood still for a copy. overlap: share of the copy stream's work that lies under \
@@ -51,8 +40,6 @@ _TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
     ("compute waits for copies", " us", lambda totals: totals.exposed_us),
     ("overlap", "%", lambda totals: 100 * totals.overlap),
 )
-_FRESH_FORECAST = """\
-The Forecast weights are not trained: they start from the mean of each group's query heads."""
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -66,6 +53,7 @@ def print_report(report: Report, console: Console) -> None:
     for reason, layers in _reasons(report).items():
         console.print(f"Layers {format_layers(layers)} stay dense: {reason}.", markup=False)
     console.print(_bytes(report))
+    console.print(report.selection, markup=False)
     console.print(_passes(report))
     if report.schedules:
         console.print(_schedules(report.schedules))
@@ -73,38 +61,15 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
     """Print the comparison of modes and what to make of it."""
-    from sparda_compile.demo.needles import NeedleDemo
-
-    if isinstance(demo, NeedleDemo):
-        _print_needles(demo, console)
-        return
-    table = _table(
-        f"{demo.num_tokens} bytes of text read, {demo.new_tokens} tokens written; all keys and "
-        f"values: {format_bytes(demo.rows[0].full_bytes)}",
-        (
-            "mode",
-            "blocks",
-            "agree",
-            "hits",
-            "misses",
-            "H2D",
-            "D2H",
-            "on device",
-            "prefill",
-            "per token",
-        ),
-        left=1,
-    )
-    for row in demo.rows:
-        table.add_row(*_demo_cells(row), style=None if row.is_right else "red")
+    shown = table_of(demo)
+    for line in shown.before:
+        console.print(line, markup=False, highlight=False)
+    table = _table(shown.title, shown.columns, left=shown.num_text)
+    for cells, is_wrong in zip(shown.rows, shown.wrong, strict=True):
+        table.add_row(*cells, style="red" if is_wrong else None)
     console.print(table)
-    console.print(_DEMO_NOTES, markup=False)
-    if demo.used_fresh_forecast:
-        console.print(_FRESH_FORECAST, markup=False)
-    console.print(
-        f"The model was traced {demo.num_captures} times (prefill, decode) for all modes together.",
-        markup=False,
-    )
+    for note in shown.notes:
+        console.print(note, markup=False)
 
 
 def print_measured(
@@ -144,55 +109,6 @@ def _times(title: str, what: str, entries: Sequence[Times]) -> Table:
     return table
 
 
-def _print_needles(demo: NeedleDemo, console: Console) -> None:
-    console.print(
-        f"{demo.num_tokens} tokens read once by the original model, in "
-        f"{demo.reading_ms / 1e3:.1f} s; 4 of the 32 needles in them are asked for:"
-    )
-    for key, value, place in zip(demo.questions, demo.right_answers, demo.places, strict=True):
-        console.print(f"  {key}: {value}, at token {place}", markup=False, highlight=False)
-    table = _table(
-        "",
-        (
-            "mode",
-            "answers",
-            "blocks",
-            "recall",
-            "over the link",
-            "per step",
-            "on device",
-            "per token",
-        ),
-        left=2,
-    )
-    for row in demo.rows:
-        is_right = row.answers == demo.right_answers
-        table.add_row(*_needle_cells(row), style=None if is_right else "red")
-    console.print(table)
-    console.print(_NEEDLE_NOTES, markup=False)
-
-
-def _needle_cells(row: NeedleRow) -> list[str]:
-    return [
-        row.mode,
-        " ".join(row.answers),
-        f"{row.blocks}/{row.num_blocks}",
-        "" if row.recall is None else f"{100 * row.recall:.0f}%",
-        format_bytes(row.h2d_bytes),
-        format_bytes(row.step_bytes),
-        format_bytes(row.device_bytes),
-        f"{row.token_ms:.0f} ms",
-    ]
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Return a size in the largest unit that leaves at least 1 of it: `1.5 MiB`."""
-    size, unit = float(num_bytes), 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
-
-
 def format_layers(layers: Iterable[int]) -> str:
     """Return layer numbers as ranges: `0-4, 6`."""
     runs: list[list[int]] = []
@@ -205,30 +121,41 @@ def format_layers(layers: Iterable[int]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], *, left: int) -> Table:
-    """Return an empty table whose first `left` columns are text and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    """Return an empty table whose first `left` columns are text and the others numbers.
+
+    On a narrow terminal headings break between words alone, and long cells go on in a next line.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right")
+        table.add_column(
+            column,
+            justify="left" if i < left else "right",
+            overflow="fold",
+            min_width=max(map(len, column.split()), default=0),
+        )
     return table
 
 
 def _sites(sites: Iterable[SiteSummary]) -> Table:
     """Return the attentions; those that differ in nothing but their layer share a row."""
-    table = _table(
-        "Attentions",
-        (
-            "layers",
-            "becomes",
-            "form",
-            "heads",
-            "KV heads",
-            "head dim",
-            "scale",
-            "soft cap",
-            "position",
-            "module",
-        ),
-        left=10,
+    names = (
+        "layers",
+        "becomes",
+        "form",
+        "heads",
+        "KV heads",
+        "head dim",
+        "scale",
+        "soft cap",
+        "position",
+        "module",
     )
     layers: dict[tuple[str, ...], list[int]] = {}
     for site in sites:
@@ -244,8 +171,12 @@ def _sites(sites: Iterable[SiteSummary]) -> Table:
             _LAYER_NUMBER.sub(".*.", site.module),
         )
         layers.setdefault(cells, []).append(site.layer)
-    for same, numbers in layers.items():
-        table.add_row(format_layers(numbers), *same)
+    rows = [(format_layers(numbers), *same) for same, numbers in layers.items()]
+    # A column without a word is left out: few models have a soft cap.
+    used = [i for i in range(len(names)) if not rows or any(row[i] for row in rows)]
+    table = _table("Attentions", [names[i] for i in used], left=len(used))
+    for row in rows:
+        table.add_row(*(row[i] for i in used))
     return table
 
 
@@ -307,18 +238,3 @@ def _schedules(schedules: Sequence[Schedule]) -> Table:
             format_bytes(schedule.link_bytes),
         )
     return table
-
-
-def _demo_cells(row: DemoRow) -> list[str]:
-    return [
-        row.mode,
-        f"{row.blocks}/{row.num_blocks}",
-        f"{100 * row.agreement:.0f}%",
-        "" if row.hit_rate is None else f"{100 * row.hit_rate:.0f}%",
-        "" if row.misses is None else str(row.misses),
-        "" if row.h2d_bytes is None else format_bytes(row.h2d_bytes),
-        "" if row.d2h_bytes is None else format_bytes(row.d2h_bytes),
-        f"{100 * row.device_bytes / row.full_bytes:.0f}%",
-        f"{row.prefill_ms:.0f} ms",
-        f"{row.token_ms:.1f} ms",
-    ]

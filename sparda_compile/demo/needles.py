@@ -95,7 +95,7 @@ class NeedleDemo:
     reading_ms: float
     rows: tuple[NeedleRow, ...]
     mismatches: tuple[str, ...]
-    report: Report
+    report: Report = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -108,7 +108,7 @@ class Demo:
     mismatches: tuple[str, ...]
     num_captures: int
     used_fresh_forecast: bool
-    report: Report
+    report: Report = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

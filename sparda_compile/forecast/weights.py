@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.files import check_writable, replacing
 from sparda_compile.forecast.projection import Projection, ProjectionShape, from_tensors, to_tensors
 
 if TYPE_CHECKING:
@@ -147,11 +148,13 @@ class ForecastWeights(Mapping[int, Tensor]):
 
         Returns:
             The path.
+
+        Raises:
+            ConfigError: If the file cannot be written; an old one stays as it was then.
         """
         from safetensors.torch import save_file
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = check_writable(path)
         metadata = {"format": "pt"}
         if self.info is not None:
             metadata[_METADATA_KEY] = self.info.to_json()
@@ -159,9 +162,8 @@ class ForecastWeights(Mapping[int, Tensor]):
             name: tensor.detach().cpu().contiguous()
             for name, tensor in to_tensors(self.projections).items()
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(named, partial, metadata=metadata)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(named, partial, metadata=metadata)
         return path
 
 

@@ -73,7 +73,7 @@ class Times:
         return self.measured_us - self.predicted_us
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MeasuredSchedule:
     """A replay of a decode step beside its schedule.
 
@@ -96,6 +96,14 @@ class MeasuredSchedule:
     measured: Totals
     replays_us: tuple[float, ...]
     step_us: float | None = None
+
+    def __repr__(self) -> str:
+        """Return what was planned and measured in one line."""
+        return (
+            f"<MeasuredSchedule of {self.schedule.phase} on {self.device}: {len(self.nodes)} "
+            f"nodes, {self.predicted.step_us:.1f} us predicted, {self.measured.step_us:.1f} us "
+            "measured>"
+        )
 
     def ops(self) -> list[Times]:
         """Return the sums by op, the model first."""

@@ -8,6 +8,7 @@ from sparda_compile.graph.nodes import module_path
 from sparda_compile.graph.text import graph_text
 from sparda_compile.program.plan import forecast_shapes
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
+from sparda_compile.report.text import selection_sentence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,8 @@ def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
         schedules=tuple(schedules),
         forecast_parameters=sum(shape.num_weights for shape in shapes.values()),
         model_parameters=sum(p.numel() for p in model.parameters()),
+        selection_starts_at=layout.config.selection_starts_at,
+        selection=selection_sentence(layout.config, layout.max_tokens),
     )
 
 

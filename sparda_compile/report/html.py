@@ -20,6 +20,7 @@ import string
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.files import check_writable, replacing
 from sparda_compile.isa.streams import COMPUTE, SELECT, STREAM_NAMES
 from sparda_compile.report.schedule import ScheduleRow
 
@@ -36,12 +37,13 @@ _ROW_FIELDS: Final = tuple(field.name for field in dataclasses.fields(ScheduleRo
 
 
 def write_html(
-    path: Path,
+    path: str | Path,
     *,
     title: str,
     schedules: Sequence[Schedule],
     report: Report | None = None,
     measured: Mapping[str, Sequence[ScheduleRow]] | None = None,
+    demo: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write schedules, and a report if there is one, as one self-contained HTML file.
 
@@ -53,20 +55,26 @@ def write_html(
             schedules are not drawn.
         measured: Rows of runs, by phase; drawn below the schedule of that phase. Their bytes are
             not shown.
+        demo: A comparison of modes to show first: texts `title`, `before` and `notes`, names of
+            `columns`, of which the first `num_text` hold text, `rows` of cells, and whether each
+            is `wrong`.
 
     Returns:
-        The path, as given.
+        The path.
 
     Raises:
+        ConfigError: If the file cannot be written; nothing of it is left then.
         ValueError: If a number is infinite or not a number, which JSON cannot hold.
     """
+    target = check_writable(path)
     template = resources.files("sparda_compile.report").joinpath("template.html")
+    payload = _payload(title, schedules, report, measured or {}) | {"demo": demo}
     page = _Page(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title), payload=_embed(_payload(title, schedules, report, measured or {}))
+        title=html.escape(title), payload=_embed(payload)
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
-    return path
+    with replacing(target) as partial:
+        partial.write_text(page, encoding="ascii", errors="xmlcharrefreplace")
+    return target
 
 
 class _Page(string.Template):

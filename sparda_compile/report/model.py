@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import html
+from typing import TYPE_CHECKING, Any, Final
+
+from sparda_compile.report.text import format_bytes, html_table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparda_compile.report.schedule import Schedule
 
 __all__ = ["LayerPlan", "PassSummary", "Report", "SiteSummary"]
+
+_MORE: Final = "print() shows passes and attentions, to_html(path) writes a page with all."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +75,8 @@ class PassSummary:
         ms: Milliseconds that it took.
         nodes_before: Nodes of the graph before it.
         nodes_after: Nodes of the graph after it.
-        before: Text of the graph before it.
-        after: Text of the graph after it.
+        before: Text of the graph before it; left out of `repr`.
+        after: Text of the graph after it; left out of `repr`.
     """
 
     phase: str
@@ -79,11 +85,11 @@ class PassSummary:
     ms: float
     nodes_before: int
     nodes_after: int
-    before: str
-    after: str
+    before: str = dataclasses.field(repr=False)
+    after: str = dataclasses.field(repr=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """What `explain` returns; `str()` prints it, `to_html` writes the whole of it.
 
@@ -99,6 +105,9 @@ class Report:
         forecast_parameters: Number of Forecast weights that the mode needs.
         model_parameters: Number of weights of the model.
         error: Why the model cannot be rewritten; empty when it can.
+        selection_starts_at: Tokens of a sequence from which on a step leaves blocks out; None if
+            it never does.
+        selection: The same as a sentence.
     """
 
     model: str
@@ -112,6 +121,8 @@ class Report:
     forecast_parameters: int
     model_parameters: int
     error: str = ""
+    selection_starts_at: int | None = None
+    selection: str = ""
 
     @property
     def host_bytes(self) -> int:
@@ -134,18 +145,12 @@ class Report:
         return tuple(site for site in self.sites if site.kind != "sparse")
 
     def __str__(self) -> str:
-        """Return the report as text."""
+        """Return the report as text: a line for each pass, attention and schedule."""
         if self.error:
-            return f"{self.model}: cannot be rewritten. {self.error}"
-        mib = 1 << 20
-        share = self.forecast_parameters / max(self.model_parameters, 1)
+            return self._refusal
         lines = [
-            f"{self.model}, mode {self.mode}: {len(self.sparse_sites)} attentions rewritten, "
-            f"{len(self.dense_sites)} left dense",
-            f"KV cache of {self.batch_size} x {self.max_tokens} tokens: "
-            f"{self.host_bytes / mib:.1f} MiB in CPU memory, "
-            f"{self.device_bytes / mib:.1f} MiB on the device",
-            f"Forecast: {self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
+            f"{self.model}, {self._rewritten}",
+            *self._known,
         ]
         lines += [f"  {p.phase:7} {p.name}: {_counts(p.counts)}" for p in self.passes]
         lines += [
@@ -153,8 +158,55 @@ class Report:
             f"{site.head_dim}, {site.kind}" + (f" ({site.reason})" if site.reason else "")
             for site in self.sites
         ]
-        lines += [str(schedule).split("\n", maxsplit=1)[0] for schedule in self.schedules]
+        return "\n".join([*lines, *(schedule.summary for schedule in self.schedules)])
+
+    def __repr__(self) -> str:
+        """Return what is known of the whole model: one screen, however deep it is."""
+        if self.error:
+            return f"<Report of {self._refusal}>"
+        lines = [
+            f"<Report of {self.model}, {self._rewritten}>",
+            *self._known,
+            *(schedule.summary for schedule in self.schedules),
+            _MORE,
+        ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        if self.error:
+            return f"<p>{html.escape(self._refusal)}</p>"
+        rows = [*self._facts.items(), ("Selection", self.selection)]
+        rows += [("Step", schedule.summary) for schedule in self.schedules]
+        table = html_table(f"Report of {self.model}, {self._rewritten}", (), rows)
+        return f"{table}<p>{html.escape(_MORE)}</p>"
+
+    @property
+    def _refusal(self) -> str:
+        return f"{self.model}: cannot be rewritten. {self.error}"
+
+    @property
+    def _rewritten(self) -> str:
+        return (
+            f"mode {self.mode}: {len(self.sparse_sites)} attentions rewritten, "
+            f"{len(self.dense_sites)} left dense"
+        )
+
+    @property
+    def _known(self) -> list[str]:
+        lines = [f"{name}: {value}" for name, value in self._facts.items()]
+        return [*lines, self.selection] if self.selection else lines
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        share = self.forecast_parameters / max(self.model_parameters, 1)
+        return {
+            f"KV cache of {self.batch_size} x {self.max_tokens} tokens": (
+                f"{format_bytes(self.host_bytes)} in CPU memory, "
+                f"{format_bytes(self.device_bytes)} on the device"
+            ),
+            "Forecast": f"{self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; graph texts are left out."""
@@ -167,11 +219,15 @@ class Report:
         return plain
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the whole report as one self-contained HTML file and return its path."""
+        """Write the whole report as one self-contained HTML file and return its path.
+
+        Raises:
+            ConfigError: If the file cannot be written; nothing of it is left then.
+        """
         from sparda_compile.report.html import write_html
 
         return write_html(
-            Path(path), title=f"sparda: {self.model}", schedules=self.schedules, report=self
+            path, title=f"sparda: {self.model}", schedules=self.schedules, report=self
         )
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from sparda_compile.files import check_writable, replacing
+from sparda_compile.isa.streams import STREAM_NAMES
+from sparda_compile.report.text import columns, html_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-from sparda_compile.isa.streams import STREAM_NAMES
+    from pathlib import Path
 
 __all__ = ["Schedule", "ScheduleRow"]
+
+_HEAD: Final = ("start us", "end us", "stream", "layer", "link KiB", "exposed", "op", "node")
+_OP_HEAD: Final = ("nodes", "us in all", "exposed us", "op")
+# What an interactive prompt shows at most: ops, and letters of a name.
+_NUM_OPS: Final = 12
+_OP_WIDTH: Final = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +51,7 @@ class ScheduleRow:
     exposed_us: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Schedule:
     """The order, the stream and the predicted time of every node of one step.
 
@@ -74,10 +84,18 @@ class Schedule:
         """Bytes that one step is expected to move between CPU and device."""
         return sum(row.link_bytes for row in self.rows)
 
+    @property
+    def summary(self) -> str:
+        """What there is to know in one line."""
+        return (
+            f"{self.phase} on {self.machine}: {self.total_us:.1f} us predicted, "
+            f"{self.baseline_us:.1f} us with copies in line, {self.exposed_us:.1f} us exposed, "
+            f"{self.link_bytes / 1024:.0f} KiB over the link"
+        )
+
     def __str__(self) -> str:
-        """Return a table of the sparda nodes and a summary line."""
-        head = ("start us", "end us", "stream", "layer", "link KiB", "exposed", "op", "node")
-        lines = [
+        """Return a summary line and a table of the sparda nodes, one line each."""
+        lines = (
             (
                 f"{row.start_us:.1f}",
                 f"{row.end_us:.1f}",
@@ -90,13 +108,40 @@ class Schedule:
             )
             for row in self.rows
             if row.op.startswith("sparda.")
-        ]
-        summary = (
-            f"{self.phase} on {self.machine}: {self.total_us:.1f} us predicted, "
-            f"{self.baseline_us:.1f} us with copies in line, {self.exposed_us:.1f} us exposed, "
-            f"{self.link_bytes / 1024:.0f} KiB over the link"
         )
-        return "\n".join([summary, *_columns([head, *lines])])
+        return f"{self.summary}\n{columns(_HEAD, lines, text=2)}"
+
+    def __repr__(self) -> str:
+        """Return the summary and the ops that take longest: one screen, however deep the model."""
+        ops = columns(_OP_HEAD, self._longest_ops(), text=1)
+        return f"<Schedule of {self.summary}>\n{ops}\n{self._more}"
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        table = html_table(f"Schedule of {self.summary}", _OP_HEAD, self._longest_ops())
+        return f"{table}<p>{html.escape(self._more)}</p>"
+
+    @property
+    def _more(self) -> str:
+        return f"{len(self.rows)} nodes; print() shows those of sparda, to_html(path) draws all."
+
+    def _longest_ops(self) -> list[tuple[str, ...]]:
+        """Return count, time, exposed time and name of the ops that take longest."""
+        ops: dict[str, list[ScheduleRow]] = {}
+        for row in self.rows:
+            ops.setdefault(row.op, []).append(row)
+        times = {op: sum(row.end_us - row.start_us for row in rows) for op, rows in ops.items()}
+        longest = sorted(times, key=lambda op: -times[op])[:_NUM_OPS]
+        exposed = {op: sum(row.exposed_us for row in ops[op]) for op in longest}
+        return [
+            (
+                str(len(ops[op])),
+                f"{times[op]:.1f}",
+                f"{exposed[op]:.1f}" if exposed[op] else "",
+                _shortened(op),
+            )
+            for op in longest
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -117,15 +162,23 @@ class Schedule:
         Args:
             path: File to write.
             measured: Rows of a run, drawn below those of the schedule.
+
+        Raises:
+            ConfigError: If the file cannot be written; nothing of it is left then.
         """
         from sparda_compile.report.html import write_html
 
         title = f"sparda {self.phase} schedule"
         rows = {self.phase: measured} if measured else {}
-        return write_html(Path(path), title=title, schedules=[self], measured=rows)
+        return write_html(path, title=title, schedules=[self], measured=rows)
 
     def to_chrome_trace(self, path: str | Path) -> Path:
-        """Write a trace for chrome://tracing or Perfetto and return its path."""
+        """Write a trace for chrome://tracing or Perfetto and return its path.
+
+        Raises:
+            ConfigError: If the file cannot be written; nothing of it is left then.
+        """
+        target = check_writable(path)
         names = [
             {"ph": "M", "pid": 0, "tid": tid, "name": "thread_name", "args": {"name": name}}
             for tid, name in enumerate(STREAM_NAMES)
@@ -149,17 +202,10 @@ class Schedule:
             for row in self.rows
             if row.end_us > row.start_us
         ]
-        target = Path(path)
-        target.write_text(json.dumps({"traceEvents": [*names, *slices]}))
+        with replacing(target) as partial:
+            partial.write_text(json.dumps({"traceEvents": [*names, *slices]}))
         return target
 
 
-def _columns(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i >= 6 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
+def _shortened(op: str) -> str:
+    return op if len(op) <= _OP_WIDTH else f"{op[: _OP_WIDTH - 3]}..."

@@ -19,6 +19,7 @@ import torch
 
 from sparda_compile.errors import KVCacheError
 from sparda_compile.isa.counters import COUNTERS
+from sparda_compile.report.text import selection_sentence
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.host_pool import HostPool
@@ -179,7 +180,8 @@ class KVCache:
                 h2d_bytes=fetched * block_bytes if self.layout.offload else 0,
                 d2h_bytes=count["offloaded_blocks"] * block_bytes,
             )
-        return CacheStats(layers)
+        layout = self.layout
+        return CacheStats(layers, selection_sentence(layout.config, layout.max_tokens))
 
     def reset_stats(self) -> None:
         """Zero the counters."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Final
+
+from sparda_compile.report.text import format_bytes, html_table
 
 __all__ = ["CacheStats", "LayerStats"]
+
+# What a notebook shows at most.
+_NUM_LAYERS: Final = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +36,17 @@ class LayerStats:
         return self.hits / selected if selected else 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CacheStats:
-    """Counts of a cache since it was made or reset, by layer."""
+    """Counts of a cache since it was made or reset.
+
+    Attributes:
+        layers: Counts by layer.
+        selection: A sentence that says from which length on steps leave blocks out.
+    """
 
     layers: dict[int, LayerStats]
+    selection: str = ""
 
     @property
     def total(self) -> LayerStats:
@@ -51,10 +62,40 @@ class CacheStats:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         layers = {str(i): dataclasses.asdict(s) for i, s in self.layers.items()}
-        return {"layers": layers, "total": dataclasses.asdict(self.total)}
+        total = dataclasses.asdict(self.total)
+        return {"layers": layers, "total": total, "selection": self.selection}
 
     def __str__(self) -> str:
-        """Return the totals in one line."""
+        """Return the totals in one line, and below it from which length on blocks are left out."""
+        return f"{self._counts}\n{self.selection}" if self.selection else self._counts
+
+    def __repr__(self) -> str:
+        """Return the same; layers are named by their number alone."""
+        return f"<CacheStats of {self._what}: {self}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook: the totals, and each layer up to a screen of them."""
+        rows = [("all", self.total), *list(self.layers.items())[:_NUM_LAYERS]]
+        cells = [
+            (
+                str(layer),
+                str(each.hits),
+                str(each.misses),
+                f"{100 * each.hit_rate:.1f}%",
+                format_bytes(each.h2d_bytes),
+                format_bytes(each.d2h_bytes),
+            )
+            for layer, each in rows
+        ]
+        text = f"CacheStats of {self._what}. {self.selection}".rstrip()
+        return html_table(text, ("layer", "hits", "misses", "hit rate", "H2D", "D2H"), cells)
+
+    @property
+    def _what(self) -> str:
+        return f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+
+    @property
+    def _counts(self) -> str:
         total = self.total
         return (
             f"{total.hits} hits, {total.misses} misses ({100 * total.hit_rate:.1f}% hits), "

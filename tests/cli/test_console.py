@@ -80,5 +80,11 @@ def test_json_is_one_line(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": [1, None]}
 
 
-def test_console_is_wide_enough_for_tables():
+def test_console_is_wide_enough_for_tables(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert console.make_console().width == 110
+
+
+def test_console_is_as_wide_as_columns_says(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert console.make_console().width == 80

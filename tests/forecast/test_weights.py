@@ -248,3 +248,11 @@ def test_a_wrapper_that_holds_itself_is_refused(tmp_path):
     torch.save({"state_dict": wrapper}, tmp_path / "loop.pt")
     with pytest.raises(ConfigError, match="a wrapper in it holds itself"):
         load_forecast(tmp_path / "loop.pt")
+
+
+def test_bad_path_is_a_sentence_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "f.safetensors", ""):
+        with pytest.raises(ConfigError, match=r"cannot be written|is no path"):
+            make().save(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

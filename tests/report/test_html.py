@@ -338,3 +338,17 @@ def test_browser_answers_pointer_and_keys(report, browse, page, tmp_path):
     assert shown.having("found")[0]["title"] == "true"
     assert [row.get("class") or "" for row in shown.having("pass-row")] == [""] * 5 + ["chosen"]
     assert shown.texts["diff-place"] == ["matching line 1 of 1"]
+
+
+@pytest.mark.browser
+def test_browser_shows_every_mode_of_a_demo_first(browse, report, tmp_path):
+    demo = {
+        "title": "t", "before": [HOSTILE], "columns": ["mode", "speed"], "num_text": 1,
+        "rows": [["query", HOSTILE], ["exact", "3 ms"]], "wrong": [False, True], "notes": ["n"],
+    }  # fmt: skip
+    path = write_html(tmp_path / "p.html", title="t", schedules=[], report=report, demo=demo)
+    shown = browse(path)
+    assert shown.texts["demo-row"] == [f"query{HOSTILE}", "exact3 ms"]
+    assert [row.get("class") or "" for row in shown.having("demo-row")] == ["", "wrong"]
+    assert shown.num("b") == 0
+    assert "the last mode, forecast." in shown.texts["demo"][0]

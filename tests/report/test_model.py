@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sparda_compile.errors import SpardaError
 from sparda_compile.isa.streams import COPY
 from sparda_compile.report import LayerPlan, PassSummary, Report, SiteSummary
 from sparda_compile.report.schedule import Schedule, ScheduleRow
@@ -105,3 +106,41 @@ def test_to_dict_leaves_the_report_as_it_was(report):
     report.to_dict()["passes"][0]["counts"].clear()
     assert report.passes[0].counts == {"sites": 2, "dense": 1}
     assert [summary.before for summary in report.passes] == ["a", "a"]
+
+
+def deep(report, num_layers=300):
+    summary = dataclasses.replace(report.passes[0], before="b" * 1000, after="a" * 1000)
+    return dataclasses.replace(
+        report,
+        sites=tuple(dataclasses.replace(report.sites[0], layer=i) for i in range(num_layers)),
+        layers=tuple(LayerPlan(i, MIB, MIB, 0, 256) for i in range(num_layers)),
+        passes=(summary,) * 30,
+        selection="Selection begins at 6,145 tokens.",
+    )
+
+
+def test_shown_at_a_prompt_it_is_one_screen_however_deep_the_model(report):
+    many = deep(report)
+    lines = repr(many).split("\n")
+    assert len(lines) <= 10
+    assert lines[0] == (
+        "<Report of TinyForCausalLM, mode forecast: 300 attentions rewritten, 0 left dense>"
+    )
+    assert "Selection begins at 6,145 tokens." in lines
+    page = many._repr_html_()
+    assert page.count("<tr>") == 4
+    assert "<td>Selection begins at 6,145 tokens.</td>" in page
+    assert "bbb" not in repr(many.passes)
+
+
+def test_shown_at_a_prompt_a_refusal_is_its_sentence(report):
+    refused = dataclasses.replace(report, error="No <attention>.")
+    assert repr(refused) == "<Report of TinyForCausalLM: cannot be rewritten. No <attention>.>"
+    assert "cannot be rewritten. No &lt;attention&gt;." in refused._repr_html_()
+
+
+def test_bad_path_is_refused_before_the_page_is_made(report, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparda_compile.report.html._payload", None)
+    with pytest.raises(SpardaError, match="it is a folder"):
+        report.to_html(tmp_path)
+    assert list(tmp_path.iterdir()) == []

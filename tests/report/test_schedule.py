@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sparda_compile.errors import SpardaError
 from sparda_compile.isa.streams import COMPUTE, COPY, STREAM_NAMES
 from sparda_compile.report.schedule import Schedule, ScheduleRow
 
@@ -102,3 +103,56 @@ def test_chrome_trace_has_a_slice_per_row_that_takes_time(schedule, tmp_path):
 def test_chrome_trace_of_nothing_has_the_streams_only(empty, tmp_path):
     path = empty.to_chrome_trace(tmp_path / "trace.json")
     assert {event["ph"] for event in json.loads(path.read_text())["traceEvents"]} == {"M"}
+
+
+def deep(schedule, num_layers=500):
+    rows = tuple(
+        dataclasses.replace(row, op=f"{row.op}_{layer % 40}", node=f"{row.node}_{layer}")
+        for layer in range(num_layers)
+        for row in schedule.rows
+    )
+    return dataclasses.replace(schedule, rows=rows)
+
+
+def test_repr_is_the_summary_and_the_longest_ops(schedule):
+    assert repr(schedule).split("\n") == [
+        f"<Schedule of {schedule.summary}>",
+        "nodes  us in all  exposed us  op",
+        "    1       32.5              sparda.prefetch_blocks",
+        "    1       10.0              linear",
+        "    1        2.5         2.5  sparda.wait_blocks",
+        "    1        1.5              sparda.score_blocks",
+        "    1        0.0              view",
+        "5 nodes; print() shows those of sparda, to_html(path) draws all.",
+    ]
+
+
+def test_shown_at_a_prompt_it_is_one_screen_however_deep_the_model(schedule):
+    many = deep(schedule)
+    assert len(str(many)) > 100_000
+    lines = repr(many).split("\n")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 130
+    assert many._repr_html_().count("<tr>") == 13
+
+
+def test_name_of_an_op_cannot_break_a_prompt_or_a_notebook(schedule):
+    hostile = dataclasses.replace(schedule.rows[0], op="<b>[red]" + "x" * 500)
+    shown = dataclasses.replace(schedule, rows=(hostile,))
+    assert max(map(len, repr(shown).split("\n"))) <= 130
+    assert "[red]xx" in repr(shown)
+    assert "<b>" not in shown._repr_html_()
+
+
+@pytest.mark.parametrize("write", ["to_html", "to_chrome_trace"])
+def test_bad_path_is_a_sentence_and_leaves_nothing(schedule, tmp_path, write):
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path, tmp_path / "file" / "page", "", None, tmp_path / ("n" * 300), "a\0b"):
+        with pytest.raises(SpardaError, match=r"cannot be written|no path"):
+            getattr(schedule, write)(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_chrome_trace_makes_its_folders(schedule, tmp_path):
+    assert schedule.to_chrome_trace(tmp_path / "a" / "b" / "t.json").is_file()

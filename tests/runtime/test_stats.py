@@ -20,5 +20,26 @@ def test_total_is_the_sum_over_layers():
 def test_plain_values_and_text():
     stats = CacheStats({7: LayerStats(3, 1, 30, 40)})
     layer = {"hits": 3, "misses": 1, "h2d_bytes": 30, "d2h_bytes": 40}
-    assert json.loads(json.dumps(stats.to_dict())) == {"layers": {"7": layer}, "total": layer}
+    assert json.loads(json.dumps(stats.to_dict())) == {
+        "layers": {"7": layer},
+        "total": layer,
+        "selection": "",
+    }
     assert str(stats) == "3 hits, 1 misses (75.0% hits), 30 bytes H2D, 40 bytes D2H"
+
+
+def test_selection_is_a_second_line():
+    stats = CacheStats({7: LayerStats(3, 1, 30, 40)}, "Nothing is selected.")
+    assert str(stats).split("\n")[1:] == ["Nothing is selected."]
+    assert stats.to_dict()["selection"] == "Nothing is selected."
+
+
+def test_shown_at_a_prompt_it_is_short_however_deep_the_model():
+    layers = {layer: LayerStats(1000 + layer, 1, 1 << 30, 40) for layer in range(200)}
+    stats = CacheStats(layers, "Selection <begins>.")
+    assert repr(stats) == f"<CacheStats of 200 layers: {stats}>"
+    assert len(repr(stats)) < 300
+    page = stats._repr_html_()
+    assert page.count("<tr>") == 1 + 1 + 16
+    assert "<td>200.0 GiB</td>" in page
+    assert "Selection &lt;begins&gt;." in page

@@ -1,0 +1,57 @@
+"""Sizes, tables, and the sentence that says from which length on blocks are left out."""
+
+import pytest
+
+from sparda_compile import SpardaConfig
+from sparda_compile.report.text import columns, format_bytes, html_table, selection_sentence
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (5 << 30, "5.0 GiB"),
+        (3 << 50, "3072.0 TiB"),
+    ],
+)
+def test_format_bytes(num_bytes, text):
+    assert format_bytes(num_bytes) == text
+
+
+def test_columns_are_as_wide_as_their_cells():
+    text = columns(("n", "name"), [("12345", "[red]x"), ("1", "")], text=1)
+    assert text.split("\n") == ["    n  name", "12345  [red]x", "    1"]
+
+
+def test_html_table_escapes():
+    text = html_table("<a>", ("<b>",), [("<c>",)])
+    assert text == (
+        "<p>&lt;a&gt;</p><table><thead><tr><th>&lt;b&gt;</th></tr></thead>"
+        "<tbody><tr><td>&lt;c&gt;</td></tr></tbody></table>"
+    )
+
+
+def test_default_configuration_selects_from_6145_tokens_on():
+    assert selection_sentence(SpardaConfig()) == (
+        "Selection begins at 6,145 tokens: a step reads all blocks of a sequence up to 6,144 "
+        "(1 + 32 + 1 + 62 blocks of 64)."
+    )
+
+
+@pytest.mark.parametrize(("max_tokens", "is_short"), [(6144, True), (6208, False)])
+def test_cache_that_ends_before_selection_begins_says_so(max_tokens, is_short):
+    text = selection_sentence(SpardaConfig(), max_tokens)
+    assert text.endswith("so nothing is selected.") == is_short
+    assert (f"At most {max_tokens:,} are held here" in text) == is_short
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [(SpardaConfig(mode="dense"), "mode dense"), (SpardaConfig(top_k=None), "top_k=None")],
+)
+def test_what_never_selects_says_so(config, why):
+    assert config.selection_starts_at is None
+    assert selection_sentence(config) == f"Nothing is selected: {why} reads all blocks."
