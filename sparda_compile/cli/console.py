@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -15,11 +16,11 @@ from sparda_compile.progress import showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 __all__ = [
     "CANNOT",
     "AsJson",
+    "default_page",
     "errors_as_sentences",
     "fail",
     "make_console",
@@ -49,6 +50,11 @@ def write_file(write: Callable[[Path], Path], path: Path | None) -> Path | None:
         return write(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def default_page(name: str, as_json: bool) -> Path | None:
+    """Return the page to write when none was named: none beside JSON."""
+    return None if as_json else Path(name)
 
 
 def print_json(value: dict[str, Any]) -> None:

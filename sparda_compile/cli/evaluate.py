@@ -16,6 +16,15 @@ from sparda_compile.cli.console import (
     progress,
     write_file,
 )
+from sparda_compile.cli.options import (
+    LARGEST_SEED,
+    MOST_BLOCKS,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    Mode,
+    Selector,
+    Task,
+)
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -29,7 +38,9 @@ __all__ = ["evaluate_model"]
 
 _SMALL: Final = "small"
 _TASKS: Final = ("single_needle", "multi_key", "key_value")
-_MODES: Final = ("dense", "query")
+_DEFAULT_MODES: Final[tuple[Mode, ...]] = ("dense", "query")
+_SELECTOR: Final = "infllm2"
+_LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
 
 Model = Annotated[
@@ -37,37 +48,72 @@ Model = Annotated[
     typer.Argument(help="A folder with a model of transformers, or small: the shipped one."),
 ]
 Modes = Annotated[
-    list[str] | None,
-    typer.Option(help="Mode to measure, may be given again. [default: dense, query]"),
+    list[Mode] | None,
+    typer.Option(
+        help="Mode to measure, may be given again.", show_default=", ".join(_DEFAULT_MODES)
+    ),
 ]
 Selectors = Annotated[
-    list[str] | None,
-    typer.Option(help="Selector of a query, may be given again. [default: infllm2]"),
+    list[Selector] | None,
+    typer.Option(help="Selector of a query, may be given again.", show_default=_SELECTOR),
 ]
 ShortList = Annotated[
     int,
-    typer.Option(min=0, help="Blocks that selector nosa picks by the query or the Forecast."),
+    typer.Option(
+        min=0,
+        max=MOST_BLOCKS,
+        help="Blocks that selector nosa picks by the query or the Forecast.",
+    ),
 ]
 Budgets = Annotated[
     list[float] | None,
-    typer.Option(help="Share of blocks to read, may be given again. [default: 0.1]"),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of blocks to read, may be given again.",
+        show_default=", ".join(map(str, _BUDGETS)),
+    ),
 ]
 Tasks = Annotated[
-    list[str] | None,
-    typer.Option(help=f"Task, may be given again. [default: {', '.join(_TASKS)}]"),
+    list[Task] | None,
+    typer.Option(help="Task, may be given again.", show_default=", ".join(_TASKS)),
 ]
 Lengths = Annotated[
     list[int] | None,
-    typer.Option(help="Tokens of a sequence, may be given again. [default: 4096]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens of a sequence, may be given again.",
+        show_default=str(_LENGTH),
+    ),
 ]
 PoolSize = Annotated[
     int | None,
-    typer.Option(help="Tokens of one pooled key. [default: as the Forecast's, else 32]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens of one pooled key.",
+        show_default=f"as the Forecast's, else {SpardaConfig.pool_size}",
+    ),
 ]
 PoolStride = Annotated[
     int | None,
-    typer.Option(help="Tokens between pooled keys. [default: as the Forecast's, else 16]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens between pooled keys.",
+        show_default=f"as the Forecast's, else {SpardaConfig.pool_stride}",
+    ),
 ]
+Samples = Annotated[
+    int,
+    typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of each task and length."),
+]
+Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences to run at once.")]
+LocalBlocks = Annotated[
+    int, typer.Option(min=0, max=MOST_BLOCKS, help="Most recent blocks, always read.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sequences.")]
 ForecastFile = Annotated[Path | None, typer.Option(help="Safetensors file of Forecast weights.")]
 AsBytes = Annotated[bool, typer.Option("--bytes", help="The model's vocabulary is bytes.")]
 
@@ -80,13 +126,13 @@ def evaluate_model(
     budget: Budgets = None,
     task: Tasks = None,
     tokens: Lengths = None,
-    samples: Annotated[int, typer.Option(min=1, help="Sequences of each task and length.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences to run at once.")] = 4,
-    local_blocks: Annotated[int, typer.Option(min=0, help="Most recent blocks, always read.")] = 2,
+    samples: Samples = 32,
+    batch: Batch = 4,
+    local_blocks: LocalBlocks = 2,
     pool_size: PoolSize = None,
     pool_stride: PoolStride = None,
     forecast: ForecastFile = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sequences.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
     as_bytes: AsBytes = False,
     json_file: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -103,11 +149,11 @@ def evaluate_model(
             weights = _forecast(model, forecast)
             fields = _sizes(weights, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
-            bases = _bases(mode or _MODES, selector or ("infllm2",), fields)
+            bases = _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields)
             say(f"loading {model}")
             loaded = _load(model, device)
             rows: list[EvaluationRow] = []
-            for length in tokens or (4096,):
+            for length in tokens or (_LENGTH,):
                 found = evaluate(
                     loaded,
                     _configs(bases, tuple(budget or _BUDGETS), length),
@@ -141,7 +187,7 @@ def _sizes(weights: ForecastWeights | None, **given: int | None) -> dict[str, in
 
 
 def _bases(
-    modes: Sequence[str], selectors: Sequence[str], fields: Mapping[str, int]
+    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, int]
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
     return [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparda_compile.cli.console import AsJson, errors_as_sentences, print_json, print_paths
+from sparda_compile.cli.options import MOST_TOKENS, Teacher
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -31,19 +32,29 @@ DataSet = Annotated[
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="A tokenizer's folder, or 'bytes'. [default: the model's folder]"),
+    typer.Option(help="A tokenizer's folder, or 'bytes'.", show_default="the model's folder"),
 ]
 LastTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens at a sequence's end to learn from. [default: all]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens at a sequence's end to learn from.",
+        show_default="all",
+    ),
 ]
 TeacherName = Annotated[
-    str,
+    Teacher,
     typer.Option(help="attention: where the attention goes. query: what the query chooses."),
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(min=1, help="Rank of a projection. [default: at most the size of 256 full rows]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Rank of a projection.",
+        show_default="at most the size of 256 full rows",
+    ),
 ]
 
 
@@ -98,7 +109,7 @@ def train_model(
             lr=lr,
             accumulate=accumulate,
             last_tokens=last_tokens,
-            teacher=teacher,  # type: ignore[arg-type]
+            teacher=teacher,
             out=out,
             resume=resume,
             save_every=save_every,

@@ -40,10 +40,10 @@ from sparda_compile.training.checkpoint import (
 )
 from sparda_compile.training.data import check_batch, endless
 from sparda_compile.training.loss import backward_loss
+from sparda_compile.training.names import Teacher
 from sparda_compile.training.recall import block_recall
 from sparda_compile.training.report import StepReport
 from sparda_compile.training.taps import TappedForward, tap_forward
-from sparda_compile.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -86,9 +86,10 @@ def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path)
     ("arguments", "words"),
     [
         (["--pool-stride", "24"], "pool_stride=24 must divide"),
-        (["--mode", "fast"], "use one of dense"),
-        (["--budget", "2"], "is not a share"),
-        (["--task", "poetry"], "use some of single_needle"),
+        (["--mode", "fast"], "is not one of 'dense'"),
+        (["--budget", "2"], "less than or equal to 1"),
+        (["--budget", "0"], "is not a share"),
+        (["--task", "poetry"], "is not one of 'single_needle'"),
         (["--tokens", "8"], "local_blocks"),
         (["--selector", "nosa"], "short_list=23 is more than the top_k=2"),
     ],
@@ -96,7 +97,7 @@ def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path)
 def test_wrong_usage(folder, arguments, words):
     result = run(folder, *arguments)
     assert result.exit_code == 2, result.output
-    assert words in " ".join(result.stderr.split())
+    assert words in " ".join(result.stderr.replace("\u2502", " ").split())
 
 
 def test_model_without_retention(folder):

@@ -24,7 +24,7 @@ def run(*arguments):
 
 
 def words(text):
-    return " ".join(text.split())
+    return " ".join(text.replace("\u2502", " ").split())
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,10 @@ def _no_git(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--shape", "70b"), "--shape 70b is not known; use one of 8b, 8b-8kv, tiny."),
-        (("--device", "tpu"), "--device tpu is not known; use cuda or cpu."),
-        (("--mode", "forcast"), "Did you mean 'forecast'?"),
-        (("--lowering", "aot"), "use one of inductor, eager"),
+        (("--shape", "70b"), "'70b' is not one of '8b', '8b-8kv', 'tiny'"),
+        (("--device", "tpu"), "'tpu' is not one of 'cuda', 'cpu'"),
+        (("--mode", "forcast"), "'forcast' is not one of 'dense'"),
+        (("--lowering", "aot"), "'aot' is not one of 'inductor', 'eager'"),
         (("--scenario", "4"), "--scenario 4 is not known"),
         (("--scenario", "1x9", "--scenario", "0x9"), "--scenario 0x9 is empty"),
         (("--layers", 0), "--layers"),
