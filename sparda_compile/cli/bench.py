@@ -17,7 +17,6 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
 from sparda_compile.cli.options import (
     MOST_GIB,
@@ -30,6 +29,7 @@ from sparda_compile.cli.options import (
     ShapeOption,
     Variant,
 )
+from sparda_compile.cli.outputs import check_folder, check_plot, write_file
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.start import bench_start
 from sparda_compile.errors import ConfigError
@@ -118,14 +118,12 @@ def bench_decode(
     as_json: AsJson = False,
 ) -> None:
     """Measure decode of one token: programs interleaved, outputs compared first."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
             settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
-            if plot is not None:
-                from sparda_compile.bench.plots import check_matplotlib
-
-                check_matplotlib()
+            check_plot(plot)
+            check_folder(out)
             require_gpu("sparda bench decode")
             lab = _lab(shape, say, max_host_gib)
             file = _decode_file(out, shape, tokens, commit)
@@ -154,7 +152,7 @@ def bench_compile(
     jobs: Annotated[int, typer.Option(min=1, max=_MOST_JOBS, help="Processes at a time.")] = 4,
 ) -> None:
     """Compile the programs of decode ahead, several at a time; a benchmark then finds them."""
-    with errors_as_sentences(), progress() as say:
+    with errors_as_sentences(bench_compile), progress() as say:
         say("importing torch and transformers")
         from itertools import product
 
@@ -200,13 +198,14 @@ def bench_budget(
     as_json: AsJson = False,
 ) -> None:
     """Spend the same device memory on KV in two ways: resident, and offloaded."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_budget):
         budgets = gib or _BUDGETS
         if min(budgets) <= 0:
             raise ConfigError(f"--gib {min(budgets):g} is too small; use more than 0.")
         with progress() as say:
             say("importing torch and transformers")
             setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps)
+            check_folder(out)
             require_gpu("sparda bench budget")
             lab = _lab(shape, say, max_host_gib)
             file = _budget_file(out, shape, tokens, commit)
@@ -225,7 +224,8 @@ def bench_kernels(
     out: OutFolder = Path("bench-results"), commit: Commit = None, as_json: AsJson = False
 ) -> None:
     """Measure the kernels alone, beside their floors and what else could do the same."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_kernels):
+        check_folder(out)
         require_gpu("sparda bench kernels")
         with progress() as say:
             result = _measure_kernels(out / "kernels.json", commit, say)
@@ -248,7 +248,8 @@ def bench_all(
     as_json: AsJson = False,
 ) -> None:
     """Run everything, the most important part first, and stop before the time is over."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_all):
+        check_folder(out)
         require_gpu("sparda bench all")
         with progress() as say:
             from sparda_compile.bench.suite import run_parts

@@ -17,9 +17,10 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
+from sparda_compile.cli.devices import check_memory, find_device
 from sparda_compile.cli.options import LARGEST_SEED, MOST_TOKENS, Mode, choices
+from sparda_compile.cli.outputs import check_outputs, write_file
 
 if TYPE_CHECKING:
     from sparda_compile.demo.needles import NeedleDemo
@@ -33,6 +34,7 @@ __all__ = ["demo"]
 
 _PAGE: Final = "sparda-demo.html"
 _RANDOM_TOKENS: Final = 8192
+_MOST_NEW: Final = 1 << 16
 
 Modes = Annotated[
     list[Mode] | None,
@@ -55,7 +57,7 @@ Tokens = Annotated[
     ),
 ]
 NewTokens = Annotated[
-    int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens that the random model generates.")
+    int, typer.Option(min=2, max=_MOST_NEW, help="Tokens that the random model generates.")
 ]
 Seed = Annotated[
     int,
@@ -75,13 +77,17 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run a small model in every mode on the CPU: what is right, what is equal, what moves."""
-    with errors_as_sentences():
+    with errors_as_sentences(demo):
+        page = html or default_page(_PAGE, as_json)
+        check_outputs(html=page)
         result: Demo | NeedleDemo
         with progress() as say:
             say("importing torch and transformers")
             if model == "small":
                 from sparda_compile.demo.needles import run_shipped_model
+                from sparda_compile.demo.small_model import small_model_config
 
+                check_memory(small_model_config(), 1, tokens or 1, find_device("cpu"))
                 result = run_shipped_model(modes=mode, num_tokens=tokens, seed=seed, progress=say)
             else:
                 from sparda_compile.demo.run import MODES, run_demo
@@ -93,7 +99,7 @@ def demo(
                     seed=seed,
                     progress=say,
                 )
-        written = write_file(result.report.to_html, html or default_page(_PAGE, as_json))
+        written = write_file(result.report.to_html, page)
     if as_json:
         print_json(result.to_dict())
     else:

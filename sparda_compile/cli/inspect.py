@@ -17,18 +17,20 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
 from sparda_compile.cli.options import (
     MOST_BLOCKS,
     MOST_SEQUENCES,
     MOST_TOKENS,
     Hint,
+    LocalBlocks,
     Machine,
     Mode,
     Offload,
     Selector,
+    ShortList,
 )
+from sparda_compile.cli.outputs import check_outputs, write_file
 from sparda_compile.config import SpardaConfig, round_up
 from sparda_compile.errors import ConfigError
 
@@ -56,6 +58,8 @@ def inspect_model(
     selector: Annotated[Selector, typer.Option(help="How a query scores blocks.")] = "infllm2",
     hint: Annotated[Hint, typer.Option(help="What mode exact prefetches by.")] = "forecast",
     top_k: TopK = "62",
+    short_list: ShortList = SpardaConfig.short_list,
+    local_blocks: LocalBlocks = SpardaConfig.local_blocks,
     batch: Annotated[
         int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences to plan for.")
     ] = 1,
@@ -73,15 +77,20 @@ def inspect_model(
     as_json: AsJson = False,
 ) -> None:
     """Say what `optimize` would do to a model, without running it."""
-    with errors_as_sentences():
+    with errors_as_sentences(inspect_model):
         config = SpardaConfig(
             mode=mode,
             selector=selector,
             hint=hint,
             top_k=_parse_top_k(top_k),
+            short_list=short_list,
+            local_blocks=local_blocks,
             machine=machine,
             offload=offload,
         )
+        html = html or default_page(_PAGE, as_json)
+        check_outputs(html=html, trace=trace)
+        _check_trace(config, trace)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.api import explain
@@ -96,7 +105,6 @@ def inspect_model(
             print_json(report.to_dict())
         if report.error:
             fail(report.error, CANNOT)
-        html = html or default_page(_PAGE, as_json)
         written = _write_report(report, config, html, trace)
     if not as_json:
         from sparda_compile.cli.tables import print_report
@@ -122,15 +130,24 @@ def _parse_top_k(text: str) -> int | None:
     return count
 
 
+def _check_trace(config: SpardaConfig, trace: Path | None) -> None:
+    if trace is not None and (config.mode == "dense" or config.offload == "never"):
+        raise _no_schedule(config, trace)
+
+
+def _no_schedule(config: SpardaConfig, trace: Path) -> ConfigError:
+    return ConfigError(
+        f"--trace {trace}: mode={config.mode!r} with offload={config.offload!r} has no decode "
+        "schedule to trace; use --mode forecast, query or exact with --offload always."
+    )
+
+
 def _write_report(
     report: Report, config: SpardaConfig, html: Path | None, trace: Path | None
 ) -> list[Path | None]:
     """Write what was asked for of a report: a page, and the trace of the decode schedule."""
     decode = next((s for s in report.schedules if s.phase == "decode"), None)
     if trace is not None and decode is None:
-        raise ConfigError(
-            f"--trace {trace}: mode={config.mode!r} with offload={config.offload!r} has no decode "
-            "schedule to trace; use a mode that offloads."
-        )
+        raise _no_schedule(config, trace)
     written = [write_file(report.to_html, html)]
     return [*written, write_file(decode.to_chrome_trace, trace) if decode else None]

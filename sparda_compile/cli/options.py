@@ -34,6 +34,7 @@ __all__ = [
     "CopyingMode",
     "Device",
     "Hint",
+    "LocalBlocks",
     "Lowering",
     "Machine",
     "Mode",
@@ -42,6 +43,7 @@ __all__ = [
     "Selector",
     "Shape",
     "ShapeOption",
+    "ShortList",
     "Task",
     "Teacher",
     "Variant",
@@ -102,5 +104,16 @@ else:
     Variant = choices("Variant", get_args(bench_names.VariantName))
 
 Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
+LocalBlocks = Annotated[
+    int, typer.Option(min=0, max=MOST_BLOCKS, help="Most recent blocks, always read.")
+]
+ShortList = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=MOST_BLOCKS,
+        help="Blocks that selector nosa picks by the query or the Forecast.",
+    ),
+]
 OutFolder = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
 ShapeOption = Annotated[Shape, typer.Option(help="Model to make.")]

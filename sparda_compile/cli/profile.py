@@ -14,7 +14,6 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
 from sparda_compile.cli.options import (
     MOST_SEQUENCES,
@@ -23,6 +22,7 @@ from sparda_compile.cli.options import (
     CopyingMode,
     ShapeOption,
 )
+from sparda_compile.cli.outputs import check_folder, write_file
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -62,8 +62,9 @@ def bench_profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure one decode step node by node, beside its schedule."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_profile):
         _check(tokens, mode)
+        check_folder(out)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.cli.bench import require_gpu

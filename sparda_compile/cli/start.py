@@ -19,6 +19,7 @@ from sparda_compile.cli.console import (
     print_paths,
     progress,
 )
+from sparda_compile.cli.devices import find_device
 from sparda_compile.cli.options import (
     MOST_MINUTES,
     Commit,
@@ -28,7 +29,7 @@ from sparda_compile.cli.options import (
     Shape,
     ShapeOption,
 )
-from sparda_compile.errors import ConfigError
+from sparda_compile.cli.outputs import check_folder
 
 if TYPE_CHECKING:
     from sparda_compile.bench.start_child import Job
@@ -81,13 +82,14 @@ def bench_start(
     as_json: AsJson = False,
 ) -> None:
     """Measure what comes before the first tokens: imports, rewriting, compiling; cold and warm."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_start):
         with progress() as say:
             say("importing torch")
             from sparda_compile.bench.lab import ResultFile
             from sparda_compile.bench.start import measure_start, plan_runs
 
             job = _job(shape, layers, device, scenario, mode, lowering)
+            check_folder(out)
             path = out / f"start-{job.device}-{shape}.json"
             file = ResultFile(path, _head(job), "run", commit)
             runs = plan_runs(job.device, with_baselines=baseline)
@@ -119,11 +121,7 @@ def _job(
     from sparda_compile.bench.start_child import Job, Scenario
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device cuda needs a CUDA GPU, and torch {torch.__version__} sees none; use "
-            "--device cpu, or run it on a machine with one."
-        )
+    find_device(device)
     scenarios = tuple(str(Scenario.parse(s)) for s in scenario or DEFAULT_SCENARIOS[device])
     own = _TINY_LAYERS if shape == "tiny" else SHAPES[shape].num_layers
     return Job("", str(shape), layers or own, str(device), str(mode), str(lowering), scenarios)

@@ -8,12 +8,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from sparda_compile.cli.console import AsJson, errors_as_sentences, print_json, print_paths
-from sparda_compile.cli.options import MOST_TOKENS, Teacher
+from sparda_compile.cli.options import (
+    MOST_BLOCKS,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    MOST_TOKENS,
+    LocalBlocks,
+    Teacher,
+)
+from sparda_compile.cli.outputs import check_outputs
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -27,6 +35,24 @@ if TYPE_CHECKING:
 
 __all__ = ["train_model"]
 
+_LARGEST_RATE: Final = 1e3
+
+Length = Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of one sequence.")]
+Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of one batch.")]
+Accumulate = Annotated[
+    int, typer.Option(min=1, max=MOST_SEQUENCES, help="Batches per step and process.")
+]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Optimizer steps in all.")]
+Rate = Annotated[float, typer.Option(min=0.0, max=_LARGEST_RATE, help="Learning rate.")]
+SaveEvery = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Steps between checkpoints.")]
+TopK = Annotated[
+    int, typer.Option(min=1, max=MOST_BLOCKS, help="Blocks that the Forecast is to pick.")
+]
+BlockSize = Annotated[int, typer.Option(min=16, max=128, help="Tokens of one block.")]
+PoolSize = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of one pooled key.")]
+PoolStride = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens between pooled keys.")
+]
 DataSet = Annotated[
     Path | None, typer.Option(help="A data set to train on, as save_to_disk wrote it.")
 ]
@@ -68,26 +94,26 @@ def train_model(
     text: Annotated[Path | None, typer.Option(help="A text file to train on.")] = None,
     dataset: DataSet = None,
     tokenizer: Tokenizer = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 65536,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of one batch.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step and process.")] = 32,
+    length: Length = 65536,
+    batch: Batch = 1,
+    accumulate: Accumulate = 32,
     last_tokens: LastTokens = None,
     teacher: TeacherName = "attention",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 2000,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    steps: Steps = 2000,
+    lr: Rate = 5e-4,
+    save_every: SaveEvery = 50,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Blocks that the Forecast is to pick.")] = 62,
+    top_k: TopK = 62,
     rank: Rank = None,
-    block_size: Annotated[int, typer.Option(help="Tokens of one block.")] = 64,
-    local_blocks: Annotated[int, typer.Option(help="Recent blocks that are always read.")] = 32,
-    pool_size: Annotated[int, typer.Option(help="Tokens of one pooled key.")] = 32,
-    pool_stride: Annotated[int, typer.Option(help="Tokens between pooled keys.")] = 16,
+    block_size: BlockSize = 64,
+    local_blocks: LocalBlocks = 32,
+    pool_size: PoolSize = 32,
+    pool_stride: PoolStride = 16,
     as_json: AsJson = False,
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
     reports: list[StepReport] = []
-    with errors_as_sentences():
+    with errors_as_sentences(train_model):
         config = SpardaConfig(
             top_k=top_k,
             block_size=block_size,
@@ -96,7 +122,8 @@ def train_model(
             pool_stride=pool_stride,
             forecast_rank=rank,
         )
-        _check_writable(out)
+        check_outputs(out=out)
+        _check_length(length, config)
         source = tokenizer or ("bytes" if target.startswith("tiny-") else target)
         batches = _batches(text, dataset, source, length, batch)
         from sparda_compile.training.trainer import train_forecast
@@ -155,15 +182,17 @@ def _batches(
     return load_dataset(dataset, load_tokenizer(tokenizer), **sizes)
 
 
-def _check_writable(out: Path) -> None:
-    """Find out now, not after hours of training."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.with_name(out.name + ".partial")
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
+def _check_length(length: int, config: SpardaConfig) -> None:
+    """Find out now, not after the model was traced."""
+    from sparda_compile.training.data import shortest_sequence
+
+    least = shortest_sequence(config)
+    if length < least:
+        raise ConfigError(
+            f"--length {length} is too short: sink, local and current blocks cover the first "
+            f"{least - 1} tokens, so a Forecast has nothing to choose; use {least} or more, or "
+            "lower --local-blocks or --block-size."
+        )
 
 
 def _found(weights: ForecastWeights, reports: Sequence[StepReport]) -> dict[str, Any]:

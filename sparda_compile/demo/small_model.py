@@ -17,13 +17,14 @@ from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.forecast.weights import ForecastWeights, load_forecast
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 __all__ = [
     "SMALL_CONFIG",
     "has_small_model",
     "load_small_forecast",
     "load_small_model",
+    "small_model_config",
     "small_model_folder",
 ]
 
@@ -42,6 +43,14 @@ def small_model_folder() -> Path:
 def has_small_model() -> bool:
     """Whether the weights are where the package has them."""
     return (small_model_folder() / _WEIGHTS).is_file()
+
+
+def small_model_config() -> LlamaConfig:
+    """Return the model's configuration, as transformers reads it."""
+    from transformers import LlamaConfig
+
+    config: LlamaConfig = LlamaConfig.from_pretrained(small_model_folder())
+    return config
 
 
 def load_small_model() -> LlamaForCausalLM:

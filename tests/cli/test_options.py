@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from typer.main import get_command
@@ -97,6 +99,36 @@ def test_names_are_choices(path, name):
     result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*path, *target, wrong])
     assert result.exit_code == 2, result.output
     assert f"'nothing' is not one of {', '.join(map(repr, offered))}." in words(result.stderr)
+
+
+def is_number(path, param):
+    hints = get_type_hints(inspect.unwrap(COMMANDS[path].callback))
+    return re.search(r"\b(int|float)\b", str(hints[param.name])) or param.name == "top_k"
+
+
+def invoke(path, param, value):
+    target = ["tiny-llama"] if path in (("inspect",), ("train",)) else []
+    runner = CliRunner(env={"COLUMNS": "300"})
+    return runner.invoke(app, [*path, *target, f"{param.opts[0]}={value}"])
+
+
+NUMBERS = [
+    pytest.param(path, param, id=" ".join([*path, param.opts[0]]))
+    for path, command in COMMANDS.items()
+    for param in command.params
+    if param.name != "help" and is_number(path, param)
+]
+HOSTILE = ["-1", "-99999999999999999999", str(1 << 40), "9" * 30, "nan", "inf", "-inf", "1e400"]
+
+
+@pytest.mark.parametrize(("path", "param"), NUMBERS)
+def test_hostile_numbers_are_refused_before_any_work(path, param):
+    """Either typer refuses them, or a sentence of ours does, which names the option."""
+    for value in HOSTILE:
+        result = invoke(path, param, value)
+        assert result.exit_code == 2, f"{value}: {result.output}"
+        assert isinstance(result.exception, SystemExit), f"{value}: {result.exception!r}"
+        assert param.opts[0] in result.stderr
 
 
 def complete(*given):
