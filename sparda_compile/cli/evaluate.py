@@ -217,9 +217,9 @@ def _folder_of(name: str) -> Path:
         ConfigError: If there is none of that name.
     """
     if name == _SMALL:
-        from sparda_compile.demo.small_model import small_model_folder
+        from sparda_compile.demo.small_model import checked_folder
 
-        return small_model_folder()
+        return checked_folder()
     if not (Path(name) / "config.json").is_file():
         raise ConfigError(
             f"{name!r} is no folder with a config.json; pass one with a model of "

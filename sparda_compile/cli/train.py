@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
-from sparda_compile.cli.console import AsJson, errors_as_sentences, print_json, print_paths
+from sparda_compile.cli.console import (
+    INTERRUPTED,
+    AsJson,
+    errors_as_sentences,
+    fail,
+    make_console,
+    print_json,
+    print_paths,
+)
 from sparda_compile.cli.options import (
     MOST_BLOCKS,
     MOST_SEQUENCES,
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["train_model"]
 
 _LARGEST_RATE: Final = 1e3
+_LINE_EVERY_S: Final = 5.0
 
 Length = Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of one sequence.")]
 Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of one batch.")]
@@ -85,6 +96,7 @@ Rank = Annotated[
 
 
 def train_model(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(help="A folder with a model's weights, or a tiny model (tiny-llama).")
     ],
@@ -112,7 +124,7 @@ def train_model(
     as_json: AsJson = False,
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
-    reports: list[StepReport] = []
+    lines = _Lines(steps, accumulate)
     with errors_as_sentences(train_model):
         config = SpardaConfig(
             top_k=top_k,
@@ -124,26 +136,97 @@ def train_model(
         )
         check_outputs(out=out)
         _check_length(length, config)
-        source = tokenizer or ("bytes" if target.startswith("tiny-") else target)
-        batches = _batches(text, dataset, source, length, batch)
-        from sparda_compile.training.trainer import train_forecast
+        batches = _batches(text, dataset, tokenizer or _source(target), length, batch)
+        try:
+            weights = _train(
+                target,
+                batches,
+                lines,
+                config=config,
+                steps=steps,
+                lr=lr,
+                accumulate=accumulate,
+                last_tokens=last_tokens,
+                teacher=teacher,
+                out=out,
+                resume=resume,
+                save_every=save_every,
+                progress=not as_json,
+            )
+        except KeyboardInterrupt:
+            _stop(context, out, lines.reports)
+    _show(out, weights, lines.reports, as_json=as_json)
 
-        weights = train_forecast(
-            _model(target),
-            batches,
-            config=config,
-            steps=steps,
-            lr=lr,
-            accumulate=accumulate,
-            last_tokens=last_tokens,
-            teacher=teacher,
-            out=out,
-            resume=resume,
-            save_every=save_every,
-            on_step=reports.append,
-            progress=not as_json,
+
+def _source(target: str) -> str:
+    """Return the tokenizer that goes with a model."""
+    return "bytes" if target.startswith("tiny-") else target
+
+
+def _train(target: str, batches: Iterable[Tensor], lines: _Lines, **settings: Any) -> Any:
+    from sparda_compile.training.trainer import train_forecast
+
+    lines.say(f"loading {target}")
+    model = _model(target)
+    lines.say(f"tracing {type(model).__name__}")
+    return train_forecast(model, batches, on_step=lines.step, on_batch=lines.batch, **settings)
+
+
+class _Lines:
+    """Says where a training is, on stderr, where there is no terminal for a progress bar."""
+
+    def __init__(self, steps: int, accumulate: int) -> None:
+        self.steps = steps
+        self.accumulate = accumulate
+        self.reports: list[StepReport] = []
+        self.console = make_console(stderr=True)
+        self.last = time.monotonic()
+        self.say("importing torch and transformers")
+
+    def say(self, text: str) -> None:
+        """Print a line at once."""
+        from sparda_compile.training.parallel import rank_of_environment
+
+        self.last = time.monotonic()
+        if not self.console.is_terminal and not rank_of_environment():
+            self.console.print(f"{text} ...", markup=False, style="dim", soft_wrap=True)
+
+    def batch(self, done: int, steps_before: int) -> None:
+        """Say how far a step is, if nothing was said for a while."""
+        if time.monotonic() - self.last >= _LINE_EVERY_S and done < self.accumulate:
+            self.say(f"step {steps_before + 1} of {self.steps}, batch {done} of {self.accumulate}")
+
+    def step(self, report: StepReport) -> None:
+        """Keep what a step saw; say it of the first, the last, and from time to time."""
+        self.reports.append(report)
+        is_end = len(self.reports) == 1 or report.step == self.steps
+        if not is_end and time.monotonic() - self.last < _LINE_EVERY_S:
+            return
+        mean = sum(each.seconds for each in self.reports) / len(self.reports)
+        left = round(mean * (self.steps - report.step))
+        self.say(
+            f"step {report.step} of {self.steps}: loss {report.loss:.4f}, recall "
+            f"{_share(report.recall)}, {report.seconds:.1f} s a step, about {left} s left"
         )
-    _show(out, weights, reports, as_json=as_json)
+
+
+def _stop(context: typer.Context, out: Path, reports: Sequence[StepReport]) -> NoReturn:
+    """Say what an interrupted training has left, and how to go on from it."""
+    from sparda_compile.training.checkpoint import checkpoint_path
+
+    given = context.params["resume"]
+    if not reports and given is None:
+        fail("stopped before the first step was done; there is nothing to go on from.", INTERRUPTED)
+    saved = checkpoint_path(out) if reports else given
+    words = ["sparda", "train", context.params["target"]]
+    for param in context.command.params:
+        value = context.params.get(str(param.name))
+        if param.name in ("target", "resume", None) or value in (None, False, param.default):
+            continue
+        words += [param.opts[0]] if value is True else [param.opts[0], str(value)]
+    command = shlex.join([*words, "--resume", str(saved)])
+    where = f"after step {reports[-1].step}" if reports else "before another step was done"
+    fail(f"stopped {where}; {saved} is kept. go on with: {command}", INTERRUPTED)
 
 
 def _model(target: str) -> nn.Module:

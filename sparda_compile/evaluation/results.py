@@ -39,7 +39,8 @@ class EvaluationFile:
         self.rows: list[EvaluationRow] = []
         head = {"model": model, "seed": seed, "settings": settings}
         found = kept_result(path, head) if path is not None else None
-        self._kept = [_row(plain) for plain in found["rows"]] if found else []
+        rows = found.get("rows") if found else None
+        self._kept = [_row(plain) for plain in rows] if isinstance(rows, list) else []
 
     def keep(self, task: str, length: int, names: Iterable[str]) -> bool:
         """Take over a part that the file has: a row for each configuration, and no other."""

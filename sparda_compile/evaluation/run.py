@@ -19,6 +19,7 @@ from sparda_compile.evaluation.metrics import (
     wilson_interval,
 )
 from sparda_compile.evaluation.tasks import TASKS, make_batch
+from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,12 @@ def budget_config(config: SpardaConfig, length: int, share: float) -> SpardaConf
             f"budget={share} of {num_blocks} blocks is fewer than the {forced} that are always "
             f"read; lower local_blocks, raise length, or use a budget of "
             f"{min(forced / num_blocks, 1.0):.2f} or more."
+        )
+    if SELECTORS[config.selector].has_short_list and config.short_list > top_k:
+        raise ConfigError(
+            f"short_list={config.short_list} is more than the {top_k} blocks that budget={share} "
+            f"of {num_blocks} blocks leaves to selector {config.selector!r}; use short_list of 0 "
+            f"to {top_k}, a larger budget, or raise length."
         )
     return config.replace(top_k=top_k)
 
