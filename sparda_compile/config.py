@@ -12,11 +12,13 @@ from sparda_compile.registry import HINTS, SELECTORS
 __all__ = [
     "MACHINE_NAMES",
     "MIB",
+    "MOST_TOKENS",
     "Blocks",
     "Execution",
     "Lowering",
     "Memory",
     "Mode",
+    "Offload",
     "Selection",
     "SpardaConfig",
     "round_up",
@@ -32,7 +34,7 @@ G = TypeVar("G")
 MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
 # Lengths are counted in 32 bits.
-_MOST_TOKENS: Final = (1 << 31) - 1
+MOST_TOKENS: Final = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ class Memory:
                 "fit the device pages; use 1.0 or more (default 1.5)."
             )
         if self.max_tokens is not None:
-            whole("max_tokens", self.max_tokens, 1, _MOST_TOKENS)
+            whole("max_tokens", self.max_tokens, 1, MOST_TOKENS)
         for name in ("device_bytes", "host_bytes"):
             value = getattr(self, name)
             if value is not None:

@@ -15,7 +15,7 @@ import torch
 
 from sparda_compile.files import replacing
 
-__all__ = ["describe", "write_result"]
+__all__ = ["describe", "kept_result", "write_result"]
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
@@ -64,3 +64,28 @@ def write_result(path: Path, result: dict[str, Any], commit: str | None = None) 
     with replacing(path) as partial:
         text = json.dumps({"environment": describe(commit), **result}, indent=1)
         partial.write_text(text + "\n", encoding="utf-8")
+
+
+def kept_result(
+    path: Path, head: dict[str, Any], commit: str | None = None
+) -> dict[str, Any] | None:
+    """Return a result that was written in this environment, the date aside.
+
+    Args:
+        path: Its file.
+        head: Fields that it must have as they are here.
+        commit: Of this package, where it is not a git checkout.
+
+    Returns:
+        What `write_result` was given; None if there is no file, or one of something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    then, now = found.pop("environment", {}), describe(commit)
+    same = isinstance(then, dict) and all(then.get(n) == now[n] for n in now if n != "date")
+    same &= all(found.get(name) == value for name, value in head.items())
+    return found if same else None

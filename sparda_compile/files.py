@@ -70,6 +70,8 @@ def replacing(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         if not in_place:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
             partial.replace(target)
     except OSError as error:
         raise _cannot(path, error.strerror or str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,25 @@ def test_what_is_no_regular_file_is_written_in_place(tmp_path):
     with replacing(Path("/dev/null")) as partial:
         partial.write_text("x")
     assert Path("/dev/null").is_char_device()
+
+
+def test_no_two_writers_share_a_path(tmp_path):
+    path = tmp_path / "file"
+    partials = []
+    barrier = threading.Barrier(8)
+
+    def write(number):
+        with replacing(path) as partial:
+            partials.append(partial)
+            barrier.wait()
+            partial.write_text(str(number) * 1000)
+            barrier.wait()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(partials)) == 8
+    assert len(set(path.read_text())) == 1
+    assert list(tmp_path.iterdir()) == [path]

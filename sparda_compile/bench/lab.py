@@ -8,7 +8,6 @@ environment that a file holds already are kept.
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from sparda_compile.bench.decode import DecodeBench, DecodeSetting
 from sparda_compile.bench.memory import GIB, FreeMemory, free_everything, layout_of, misfits
 from sparda_compile.bench.programs import KNOBS
 from sparda_compile.bench.shapes import SHAPES, build_model
-from sparda_compile.environment import describe, write_result
+from sparda_compile.environment import kept_result, write_result
 from sparda_compile.program.captures import Captures
 
 if TYPE_CHECKING:
@@ -55,16 +54,8 @@ class ResultFile:
         self.results: list[dict[str, Any]] = self._kept()
 
     def _kept(self) -> list[dict[str, Any]]:
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
-        if not isinstance(found, dict):
-            return []
-        then, now = found.get("environment", {}), describe(self.commit)
-        same = all(then.get(name) == now[name] for name in now if name != "date")
-        same &= all(found.get(name) == value for name, value in self.head.items())
-        return list(found.get("results", [])) if same else []
+        found = kept_result(self.path, self.head, self.commit) or {}
+        return list(found.get("results", []))
 
     def has(self, value: object) -> bool:
         """Return whether there is a result of this key with everything in it."""

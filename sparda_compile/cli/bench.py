@@ -17,8 +17,19 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
+from sparda_compile.cli.options import (
+    MOST_GIB,
+    MOST_MINUTES,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    Commit,
+    OutFolder,
+    Shape,
+    ShapeOption,
+    Variant,
+)
+from sparda_compile.cli.outputs import check_folder, check_plot, write_file
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.start import bench_start
 from sparda_compile.errors import ConfigError
@@ -31,6 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_app", "require_gpu"]
 
+_SHAPES: Final[tuple[Shape, ...]] = ("8b",)
+_MOST_TURNS: Final = 1_000_000
+_MOST_JOBS: Final = 1024
 _OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
@@ -39,19 +53,38 @@ _LEAST_TOKENS: Final = 10176
 _KERNEL_MINUTES: Final = 2.0
 _BUDGET_MINUTES: Final = 5.0
 
-bench_app = typer.Typer(
-    help="Measure decode and its kernels on this GPU.", no_args_is_help=True, add_completion=False
-)
+bench_app = typer.Typer(help="Measure decode and its kernels on this GPU.", no_args_is_help=True)
 bench_app.command("profile")(bench_profile)
 bench_app.command("start")(bench_start)
 
-Out = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
-Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Turns of each program.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of one turn.")]
+Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
+Rounds = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Turns of each program.")]
+Steps = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Steps of one turn.")]
 HostGib = Annotated[
-    float | None, typer.Option(help="Most CPU memory for KV, GiB. [default: what is free]")
+    float | None,
+    typer.Option(
+        min=0.0, max=MOST_GIB, help="Most CPU memory for KV, GiB.", show_default="what is free"
+    ),
+]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1, max=MOST_SEQUENCES, help="Sequences, may be given again.", show_default="1"
+    ),
+]
+Overlaps = Annotated[
+    list[float] | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of scored blocks that a step has in common with the one before, may be given "
+        "again.",
+        show_default=", ".join(map(str, _OVERLAPS)),
+    ),
+]
+Variants = Annotated[
+    list[Variant] | None,
+    typer.Option(help="Program, may be given again.", show_default="all of them"),
 ]
 
 
@@ -68,42 +101,29 @@ def require_gpu(command: str) -> None:
 
 @bench_app.command("decode")
 def bench_decode(
-    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
-    batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences, may be given again. [default: 1]")
-    ] = None,
+    shape: ShapeOption = "8b",
+    batch: Batches = None,
     tokens: Tokens = _TOKENS,
-    overlap: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Share of scored blocks that a step has in common with the one before, may be "
-            "given again. [default: 0.5, 0.7, 0.9, 0.97]"
-        ),
-    ] = None,
-    variant: Annotated[
-        list[str] | None, typer.Option(help="Program, may be given again. [default: all of them]")
-    ] = None,
+    overlap: Overlaps = None,
+    variant: Variants = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
     baseline: Annotated[
         bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' caches too.")
     ] = True,
-    out: Out = Path("bench-results"),
+    out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
     max_host_gib: HostGib = None,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure decode of one token: programs interleaved, outputs compared first."""
-    with errors_as_sentences():
-        _check_shape(shape)
+    with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
             settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
-            if plot is not None:
-                from sparda_compile.bench.plots import check_matplotlib
-
-                check_matplotlib()
+            check_plot(plot)
+            check_folder(out)
             require_gpu("sparda bench decode")
             lab = _lab(shape, say, max_host_gib)
             file = _decode_file(out, shape, tokens, commit)
@@ -123,36 +143,30 @@ def bench_decode(
 @bench_app.command("compile")
 def bench_compile(
     shape: Annotated[
-        list[str] | None, typer.Option(help="Model, may be given again. [default: 8b]")
+        list[Shape] | None,
+        typer.Option(help="Model, may be given again.", show_default=_SHAPES[0]),
     ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences, may be given again. [default: 1]")
-    ] = None,
-    variant: Annotated[
-        list[str] | None, typer.Option(help="Program, may be given again. [default: all of them]")
-    ] = None,
+    batch: Batches = None,
+    variant: Variants = None,
     tokens: Tokens = _TOKENS,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
+    jobs: Annotated[int, typer.Option(min=1, max=_MOST_JOBS, help="Processes at a time.")] = 4,
 ) -> None:
     """Compile the programs of decode ahead, several at a time; a benchmark then finds them."""
-    with errors_as_sentences():
-        for each in shape or ("8b",):
-            _check_shape(each)
-        with progress() as say:
-            say("importing torch and transformers")
-            from itertools import product
+    with errors_as_sentences(bench_compile), progress() as say:
+        say("importing torch and transformers")
+        from itertools import product
 
-            from sparda_compile.bench.decode import VARIANTS
-            from sparda_compile.bench.precompile import Target, compile_apart, compile_here
+        from sparda_compile.bench.decode import VARIANTS
+        from sparda_compile.bench.precompile import Target, compile_apart, compile_here
 
-            sizes = product(shape or ("8b",), batch or (1,), variant or VARIANTS)
-            targets = [Target(*each, tokens) for each in sizes]
-            require_gpu("sparda bench compile")
-            failed = []
-            if jobs == 1 or len(targets) == 1:
-                compile_here(targets, "cuda", say)
-            else:
-                failed = [found for found in compile_apart(targets, jobs, say) if found[2]]
+        sizes = product(shape or _SHAPES, batch or (1,), variant or VARIANTS)
+        targets = [Target(*each, tokens) for each in sizes]
+        require_gpu("sparda bench compile")
+        failed = []
+        if jobs == 1 or len(targets) == 1:
+            compile_here(targets, "cuda", say)
+        else:
+            failed = [found for found in compile_apart(targets, jobs, say) if found[2]]
     if failed:
         target, _, output = failed[0]
         names = ", ".join(str(each[0]) for each in failed)
@@ -161,31 +175,37 @@ def bench_compile(
 
 @bench_app.command("budget")
 def bench_budget(
-    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
+    shape: ShapeOption = "8b",
     gib: Annotated[
         list[float] | None,
-        typer.Option(help="Device memory for KV, GiB, may be given again. [default: 8, 16]"),
+        typer.Option(
+            min=0.0,
+            max=MOST_GIB,
+            help="Device memory for KV, GiB, may be given again.",
+            show_default=", ".join(f"{gib:g}" for gib in _BUDGETS),
+        ),
     ] = None,
     tokens: Tokens = _TOKENS,
     overlap: Annotated[
-        list[float] | None, typer.Option(help="As for decode. [default: 0.9]")
+        list[float] | None,
+        typer.Option(min=0.0, max=1.0, help="As for decode.", show_default="0.9"),
     ] = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
-    out: Out = Path("bench-results"),
+    out: OutFolder = Path("bench-results"),
     max_host_gib: HostGib = None,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
     """Spend the same device memory on KV in two ways: resident, and offloaded."""
-    with errors_as_sentences():
-        _check_shape(shape)
+    with errors_as_sentences(bench_budget):
         budgets = gib or _BUDGETS
         if min(budgets) <= 0:
             raise ConfigError(f"--gib {min(budgets):g} is too small; use more than 0.")
         with progress() as say:
             say("importing torch and transformers")
             setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps)
+            check_folder(out)
             require_gpu("sparda bench budget")
             lab = _lab(shape, say, max_host_gib)
             file = _budget_file(out, shape, tokens, commit)
@@ -201,10 +221,11 @@ def bench_budget(
 
 @bench_app.command("kernels")
 def bench_kernels(
-    out: Out = Path("bench-results"), commit: Commit = None, as_json: AsJson = False
+    out: OutFolder = Path("bench-results"), commit: Commit = None, as_json: AsJson = False
 ) -> None:
     """Measure the kernels alone, beside their floors and what else could do the same."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_kernels):
+        check_folder(out)
         require_gpu("sparda bench kernels")
         with progress() as say:
             result = _measure_kernels(out / "kernels.json", commit, say)
@@ -218,14 +239,17 @@ def bench_kernels(
 
 @bench_app.command("all")
 def bench_all(
-    out: Out = Path("bench-results"),
-    minutes: Annotated[float, typer.Option(min=0, help="Time for everything.")] = 60.0,
+    out: OutFolder = Path("bench-results"),
+    minutes: Annotated[
+        float, typer.Option(min=0, max=MOST_MINUTES, help="Time for everything.")
+    ] = 60.0,
     max_host_gib: HostGib = None,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
     """Run everything, the most important part first, and stop before the time is over."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_all):
+        check_folder(out)
         require_gpu("sparda bench all")
         with progress() as say:
             from sparda_compile.bench.suite import run_parts
@@ -311,7 +335,7 @@ def _setting(
     batch: int,
     tokens: int,
     overlap: list[float] | None,
-    variant: list[str] | None,
+    variant: list[Variant] | None,
     rounds: int,
     steps: int,
 ) -> Any:
@@ -332,13 +356,6 @@ def _setting(
     return DecodeSetting(
         batch, tokens, tuple(overlap or _OVERLAPS), variants, rounds=rounds, steps=steps
     )
-
-
-def _check_shape(shape: str) -> None:
-    from sparda_compile.bench.shapes import SHAPES
-
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape {shape} is not known; use one of {', '.join(SHAPES)}.")
 
 
 def _lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:

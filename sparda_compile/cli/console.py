@@ -3,53 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
 
+from sparda_compile.cli.wording import in_options
 from sparda_compile.errors import ConfigError, SpardaError
 from sparda_compile.progress import showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 __all__ = [
     "CANNOT",
+    "INTERRUPTED",
     "AsJson",
+    "default_page",
     "errors_as_sentences",
     "fail",
     "make_console",
     "print_json",
     "print_paths",
     "progress",
-    "write_file",
 ]
 
 CANNOT: Final = 1
+INTERRUPTED: Final = 130
 _WRONG_USAGE: Final = 2
 _WIDTH: Final = 110
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
-def write_file(write: Callable[[Path], Path], path: Path | None) -> Path | None:
-    """Write a file with `write`, its folder too; None is no file.
-
-    Raises:
-        ConfigError: If it cannot be written.
-    """
-    if path is None:
-        return None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+def default_page(name: str, as_json: bool) -> Path | None:
+    """Return the page to write when none was named: none beside JSON."""
+    return None if as_json else Path(name)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -72,21 +66,25 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Print an error and exit with a code."""
     make_console(stderr=True).print(f"Error: {message}", markup=False, style="red", soft_wrap=True)
     raise typer.Exit(code)
 
 
 @contextlib.contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Print the sentence of an error of ours, and nothing else, and exit."""
+def errors_as_sentences(command: Callable[..., None] | None = None) -> Iterator[None]:
+    """Print the sentence of an error of ours, and nothing else, and exit.
+
+    Args:
+        command: Whose options stand in the sentence for what the library calls them.
+    """
+    options = inspect.signature(command).parameters if command is not None else {}
     try:
         yield
-    except ConfigError as error:
-        fail(str(error), _WRONG_USAGE)
     except SpardaError as error:
-        fail(str(error), CANNOT)
+        code = _WRONG_USAGE if isinstance(error, ConfigError) else CANNOT
+        fail(in_options(str(error), options), code)
 
 
 class _PassNames(logging.Handler):

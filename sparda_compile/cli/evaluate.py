@@ -14,22 +14,37 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
+from sparda_compile.cli.devices import find_device
+from sparda_compile.cli.evaluation_parts import EvaluationParts
+from sparda_compile.cli.options import (
+    LARGEST_SEED,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    LocalBlocks,
+    Mode,
+    Selector,
+    ShortList,
+    Task,
+)
+from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sparda_compile.evaluation.run import EvaluationRow
+    import torch
+
     from sparda_compile.forecast.weights import ForecastWeights
 
 __all__ = ["evaluate_model"]
 
 _SMALL: Final = "small"
 _TASKS: Final = ("single_needle", "multi_key", "key_value")
-_MODES: Final = ("dense", "query")
+_DEFAULT_MODES: Final[tuple[Mode, ...]] = ("dense", "query")
+_SELECTOR: Final = "infllm2"
+_LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
 
 Model = Annotated[
@@ -37,38 +52,66 @@ Model = Annotated[
     typer.Argument(help="A folder with a model of transformers, or small: the shipped one."),
 ]
 Modes = Annotated[
-    list[str] | None,
-    typer.Option(help="Mode to measure, may be given again. [default: dense, query]"),
+    list[Mode] | None,
+    typer.Option(
+        help="Mode to measure, may be given again.", show_default=", ".join(_DEFAULT_MODES)
+    ),
 ]
 Selectors = Annotated[
-    list[str] | None,
-    typer.Option(help="Selector of a query, may be given again. [default: infllm2]"),
-]
-ShortList = Annotated[
-    int,
-    typer.Option(min=0, help="Blocks that selector nosa picks by the query or the Forecast."),
+    list[Selector] | None,
+    typer.Option(help="Selector of a query, may be given again.", show_default=_SELECTOR),
 ]
 Budgets = Annotated[
     list[float] | None,
-    typer.Option(help="Share of blocks to read, may be given again. [default: 0.1]"),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of blocks to read, may be given again.",
+        show_default=", ".join(map(str, _BUDGETS)),
+    ),
 ]
 Tasks = Annotated[
-    list[str] | None,
-    typer.Option(help=f"Task, may be given again. [default: {', '.join(_TASKS)}]"),
+    list[Task] | None,
+    typer.Option(help="Task, may be given again.", show_default=", ".join(_TASKS)),
 ]
 Lengths = Annotated[
     list[int] | None,
-    typer.Option(help="Tokens of a sequence, may be given again. [default: 4096]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens of a sequence, may be given again.",
+        show_default=str(_LENGTH),
+    ),
 ]
 PoolSize = Annotated[
     int | None,
-    typer.Option(help="Tokens of one pooled key. [default: as the Forecast's, else 32]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens of one pooled key.",
+        show_default=f"as the Forecast's, else {SpardaConfig.pool_size}",
+    ),
 ]
 PoolStride = Annotated[
     int | None,
-    typer.Option(help="Tokens between pooled keys. [default: as the Forecast's, else 16]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens between pooled keys.",
+        show_default=f"as the Forecast's, else {SpardaConfig.pool_stride}",
+    ),
 ]
+Samples = Annotated[
+    int,
+    typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of each task and length."),
+]
+Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences to run at once.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sequences.")]
 ForecastFile = Annotated[Path | None, typer.Option(help="Safetensors file of Forecast weights.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(help="JSON file to write as results come, and to go on from if it is there."),
+]
 AsBytes = Annotated[bool, typer.Option("--bytes", help="The model's vocabulary is bytes.")]
 
 
@@ -80,52 +123,50 @@ def evaluate_model(
     budget: Budgets = None,
     task: Tasks = None,
     tokens: Lengths = None,
-    samples: Annotated[int, typer.Option(min=1, help="Sequences of each task and length.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences to run at once.")] = 4,
-    local_blocks: Annotated[int, typer.Option(min=0, help="Most recent blocks, always read.")] = 2,
+    samples: Samples = 32,
+    batch: Batch = 4,
+    local_blocks: LocalBlocks = 2,
     pool_size: PoolSize = None,
     pool_stride: PoolStride = None,
     forecast: ForecastFile = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sequences.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
     as_bytes: AsBytes = False,
-    json_file: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as eval.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy and recall of modes, selectors and budgets against the dense model."""
-    with errors_as_sentences():
+    with errors_as_sentences(evaluate_model):
+        check_outputs(json_file=json_file)
+        check_plot(plot)
         with progress() as say:
             say("importing torch and transformers")
-            from sparda_compile.evaluation.run import Evaluation, evaluate
-            from sparda_compile.evaluation.show import print_evaluation, write_json, write_plot
+            from sparda_compile.evaluation.results import EvaluationFile
+            from sparda_compile.evaluation.show import print_evaluation, write_plot
 
+            where = find_device(device)
             weights = _forecast(model, forecast)
             fields = _sizes(weights, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
-            bases = _bases(mode or _MODES, selector or ("infllm2",), fields)
+            parts = EvaluationParts(
+                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
+                tuple(budget or _BUDGETS),
+                tuple(map(str, task or _TASKS)),
+                tuple(tokens or (_LENGTH,)),
+                num_samples=samples,
+                batch_size=batch,
+                seed=seed,
+                as_bytes=as_bytes,
+            )
+            parts.check(_config_of(model), where)
             say(f"loading {model}")
-            loaded = _load(model, device)
-            rows: list[EvaluationRow] = []
-            for length in tokens or (4096,):
-                found = evaluate(
-                    loaded,
-                    _configs(bases, tuple(budget or _BUDGETS), length),
-                    tasks=task or _TASKS,
-                    length=length,
-                    num_samples=samples,
-                    batch_size=batch,
-                    forecast=weights,
-                    seed=seed,
-                    as_bytes=as_bytes,
-                    progress=say,
-                )
-                rows += found.rows
-        evaluation = Evaluation(found.model, seed, tuple(rows))
-        written = [
-            write_file(lambda path: write_json(evaluation, path), json_file),
-            write_file(lambda path: write_plot(evaluation, path), plot),
-        ]
+            loaded = _load(model, where)
+            settings = {**parts.settings(), **fields, **_sources(model, forecast), "device": device}
+            file = EvaluationFile(json_file, type(loaded).__name__, seed, settings)
+            parts.measure(loaded, weights, file, say)
+        evaluation = file.evaluation()
+        written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
     if as_json:
         print_json(evaluation.to_dict())
         return
@@ -141,7 +182,7 @@ def _sizes(weights: ForecastWeights | None, **given: int | None) -> dict[str, in
 
 
 def _bases(
-    modes: Sequence[str], selectors: Sequence[str], fields: Mapping[str, int]
+    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, int]
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
     return [
@@ -159,22 +200,6 @@ def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(rules))
 
 
-def _configs(
-    bases: list[SpardaConfig], budgets: tuple[float, ...], length: int
-) -> dict[str, SpardaConfig]:
-    """Return the configurations by name: dense once, every other at each budget."""
-    from sparda_compile.evaluation.run import budget_config
-
-    configs: dict[str, SpardaConfig] = {}
-    for base in bases:
-        rule = base.mode if base.selector == "infllm2" else f"{base.mode} {base.selector}"
-        for share in budgets:
-            config = budget_config(base, length, share)
-            name = base.mode if base.mode == "dense" else f"{rule} {100 * share:g}%"
-            configs.setdefault(name, config)
-    return configs
-
-
 def _forecast(name: str, path: Path | None) -> ForecastWeights | None:
     """Return the weights of a file; without one, those of the shipped model."""
     from sparda_compile.demo.small_model import load_small_forecast
@@ -185,25 +210,48 @@ def _forecast(name: str, path: Path | None) -> ForecastWeights | None:
     return load_small_forecast() if name == _SMALL else None
 
 
-def _load(name: str, device: str) -> Any:
-    """Return the model in eval mode on its device."""
-    import torch
+def _folder_of(name: str) -> Path:
+    """Return the folder of a model.
 
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if name == _SMALL:
+        from sparda_compile.demo.small_model import checked_folder
+
+        return checked_folder()
+    if not (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"{name!r} is no folder with a config.json; pass one with a model of "
+            f"transformers, or {_SMALL!r}."
+        )
+    return Path(name)
+
+
+def _config_of(name: str) -> Any:
+    """Return the configuration of a model; its weights are not read."""
+    from sparda_compile.cli.targets import folder_config
+
+    return folder_config(_folder_of(name))
+
+
+def _sources(name: str, forecast: Path | None) -> dict[str, Any]:
+    """Return what tells the weights from those of another day."""
+    from sparda_compile.evaluation.results import fingerprint
+
+    files = {"weights": fingerprint(_folder_of(name))}
+    return files if forecast is None else {**files, "forecast": fingerprint(forecast)}
+
+
+def _load(name: str, device: torch.device) -> Any:
+    """Return the model in eval mode on its device."""
+    from sparda_compile.cli.targets import load_target
     from sparda_compile.demo.small_model import load_small_model
 
+    model: Any = load_small_model() if name == _SMALL else load_target(str(_folder_of(name)))
     # Only half precision has a fast attention kernel on a GPU; a CPU computes in float32.
-    is_cpu = torch.device(device).type == "cpu"
-    model: Any
-    if name == _SMALL:
-        model = load_small_model() if is_cpu else load_small_model().half()
-    else:
-        from transformers import AutoModelForCausalLM
-
-        if not (Path(name) / "config.json").is_file():
-            raise ConfigError(
-                f"{name!r} is no folder with a config.json; pass one with a model of "
-                f"transformers, or {_SMALL!r}."
-            )
-        dtype = torch.float32 if is_cpu else "auto"
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-    return model.to(torch.device(device))
+    if device.type == "cpu":
+        model = model.float()
+    elif name == _SMALL:
+        model = model.half()
+    return model.to(device)

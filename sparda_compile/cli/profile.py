@@ -14,8 +14,16 @@ from sparda_compile.cli.console import (
     print_json,
     print_paths,
     progress,
-    write_file,
 )
+from sparda_compile.cli.options import (
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    Commit,
+    CopyingMode,
+    ShapeOption,
+)
+from sparda_compile.cli.outputs import check_folder, write_file
+from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +38,11 @@ _TRACE_STEPS: Final = 96
 
 
 def bench_profile(
-    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 131072,
+    shape: ShapeOption = "8b",
+    batch: Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")
+    ] = 131072,
     overlap: Annotated[
         float,
         typer.Option(
@@ -41,21 +51,20 @@ def bench_profile(
             help="Share of scored blocks that a step has in common with the one before.",
         ),
     ] = 0.9,
-    mode: Annotated[str, typer.Option(help="forecast, query or exact.")] = "forecast",
+    mode: Annotated[CopyingMode, typer.Option(help="Who selects the blocks.")] = "forecast",
     nodes: Annotated[bool, typer.Option("--nodes", help="Print every node, not sums alone.")] = (
         False
     ),
     out: Annotated[
         Path, typer.Option(help="Folder for profile.json, profile.html and trace.json.")
     ] = Path("bench-results"),
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to note, where this is no git checkout.")
-    ] = None,
+    commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure one decode step node by node, beside its schedule."""
-    with errors_as_sentences():
-        _check(shape, tokens, mode)
+    with errors_as_sentences(bench_profile):
+        _check(tokens, mode)
+        check_folder(out)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.cli.bench import require_gpu
@@ -80,18 +89,8 @@ def bench_profile(
     print_paths(written)
 
 
-def _check(shape: str, tokens: int, mode: str) -> None:
-    from sparda_compile.bench.shapes import SHAPES
-    from sparda_compile.config import SpardaConfig
-
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape {shape} is not known; use one of {', '.join(SHAPES)}.")
-    config = SpardaConfig(mode=mode)  # type: ignore[arg-type]
-    if mode == "dense":
-        raise ConfigError(
-            "--mode dense reads every block from the device: nothing is copied, so there is no "
-            "schedule to measure against; use forecast, query or exact."
-        )
+def _check(tokens: int, mode: CopyingMode) -> None:
+    config = SpardaConfig(mode=mode)
     # A trace names other blocks in every step, beside those that are always read.
     scored = config.top_k or 0
     least = (config.sink_blocks + config.local_blocks + 2 * scored) * config.block_size + _ROOM

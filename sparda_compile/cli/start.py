@@ -19,7 +19,17 @@ from sparda_compile.cli.console import (
     print_paths,
     progress,
 )
-from sparda_compile.errors import ConfigError
+from sparda_compile.cli.devices import find_device
+from sparda_compile.cli.options import (
+    MOST_MINUTES,
+    Commit,
+    Device,
+    Lowering,
+    Mode,
+    Shape,
+    ShapeOption,
+)
+from sparda_compile.cli.outputs import check_folder
 
 if TYPE_CHECKING:
     from sparda_compile.bench.start_child import Job
@@ -27,45 +37,59 @@ if TYPE_CHECKING:
 __all__ = ["bench_start"]
 
 _TINY_LAYERS: Final = 32
+_MOST_LAYERS: Final = 1024
+
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=_MOST_LAYERS,
+        help="Layers.",
+        show_default=f"the shape's own; tiny: {_TINY_LAYERS}",
+    ),
+]
+DeviceOption = Annotated[
+    Device | None,
+    typer.Option(help="Device to run on.", show_default="cuda if there is one"),
+]
+Scenarios = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Sequences x tokens of a prompt, such as 4x1024, may be given again; they run in this "
+        "order.",
+        show_default="six on a GPU, four on a CPU",
+    ),
+]
 
 
 def bench_start(
-    shape: Annotated[str, typer.Option(help="Model to make: 8b, 8b-8kv or tiny.")] = "8b",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers. [default: the shape's own; tiny: 32]")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda or cpu. [default: cuda if there is one]")
-    ] = None,
-    scenario: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Sequences x tokens of a prompt, such as 4x1024, may be given again; they run in "
-            "this order. [default: six on a GPU, four on a CPU]"
-        ),
-    ] = None,
-    mode: Annotated[str, typer.Option(help="dense, query, forecast or exact.")] = "forecast",
+    shape: ShapeOption = "8b",
+    layers: Layers = None,
+    device: DeviceOption = None,
+    scenario: Scenarios = None,
+    mode: Annotated[Mode, typer.Option(help="Who selects the blocks.")] = "forecast",
     lowering: Annotated[
-        str, typer.Option(help="inductor, or eager, which compiles nothing.")
+        Lowering, typer.Option(help="How programs are made; eager compiles nothing.")
     ] = "inductor",
     baseline: Annotated[
         bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' caches too.")
     ] = True,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each process.")] = 1800.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=60 * MOST_MINUTES, help="Seconds for each process.")
+    ] = 1800.0,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = Path("bench-results"),
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to note, where this is no git checkout.")
-    ] = None,
+    commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what comes before the first tokens: imports, rewriting, compiling; cold and warm."""
-    with errors_as_sentences():
+    with errors_as_sentences(bench_start):
         with progress() as say:
             say("importing torch")
             from sparda_compile.bench.lab import ResultFile
             from sparda_compile.bench.start import measure_start, plan_runs
 
             job = _job(shape, layers, device, scenario, mode, lowering)
+            check_folder(out)
             path = out / f"start-{job.device}-{shape}.json"
             file = ResultFile(path, _head(job), "run", commit)
             runs = plan_runs(job.device, with_baselines=baseline)
@@ -82,12 +106,12 @@ def bench_start(
 
 
 def _job(
-    shape: str,
+    shape: Shape,
     layers: int | None,
-    device: str | None,
+    device: Device | None,
     scenario: list[str] | None,
-    mode: str,
-    lowering: str,
+    mode: Mode,
+    lowering: Lowering,
 ) -> Job:
     """Return a checked job; each process gets its own program."""
     import torch
@@ -95,22 +119,12 @@ def _job(
     from sparda_compile.bench.shapes import SHAPES
     from sparda_compile.bench.start import DEFAULT_SCENARIOS
     from sparda_compile.bench.start_child import Job, Scenario
-    from sparda_compile.config import SpardaConfig
 
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape {shape} is not known; use one of {', '.join(SHAPES)}.")
-    SpardaConfig(mode=mode, lowering=lowering)  # type: ignore[arg-type]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in DEFAULT_SCENARIOS:
-        raise ConfigError(f"--device {device} is not known; use cuda or cpu.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device cuda needs a CUDA GPU, and torch {torch.__version__} sees none; use "
-            "--device cpu, or run it on a machine with one."
-        )
+    find_device(device)
     scenarios = tuple(str(Scenario.parse(s)) for s in scenario or DEFAULT_SCENARIOS[device])
     own = _TINY_LAYERS if shape == "tiny" else SHAPES[shape].num_layers
-    return Job("", shape, layers or own, device, mode, lowering, scenarios)
+    return Job("", str(shape), layers or own, str(device), str(mode), str(lowering), scenarios)
 
 
 def _head(job: Job) -> dict[str, Any]:

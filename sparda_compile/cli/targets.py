@@ -20,7 +20,7 @@ from sparda_compile.testing import TINY_MODELS, build
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TINY_PREFIX", "build_target", "load_target"]
+__all__ = ["TINY_PREFIX", "build_target", "folder_config", "load_target"]
 
 TINY_PREFIX: Final = "tiny-"
 
@@ -42,7 +42,7 @@ def build_target(target: str) -> nn.Module:
     if target.startswith(TINY_PREFIX):
         return _tiny(target)
     if os.sep in target or Path(target).exists():
-        return _on_meta(_folder_config(Path(target)), target)
+        return _on_meta(folder_config(Path(target)), target)
     return _on_meta(_default_config(target), target)
 
 
@@ -66,7 +66,7 @@ def load_target(target: str) -> nn.Module:
             f"{target!r} is no folder; pass a folder with a model's weights, or a tiny model such "
             f"as {TINY_PREFIX}llama."
         )
-    _folder_config(Path(target))
+    folder_config(Path(target))
     from transformers import AutoModelForCausalLM
 
     try:
@@ -87,7 +87,12 @@ def _tiny(target: str) -> nn.Module:
     return build(family)
 
 
-def _folder_config(folder: Path) -> Any:
+def folder_config(folder: Path) -> Any:
+    """Return the configuration in a folder, as transformers reads it.
+
+    Raises:
+        ConfigError: If it has none, or transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():

@@ -7,12 +7,31 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
-from sparda_compile.cli.console import AsJson, errors_as_sentences, print_json, print_paths
+from sparda_compile.cli.console import (
+    INTERRUPTED,
+    AsJson,
+    errors_as_sentences,
+    fail,
+    make_console,
+    print_json,
+    print_paths,
+)
+from sparda_compile.cli.options import (
+    MOST_BLOCKS,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    MOST_TOKENS,
+    LocalBlocks,
+    Teacher,
+)
+from sparda_compile.cli.outputs import check_outputs
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -26,28 +45,58 @@ if TYPE_CHECKING:
 
 __all__ = ["train_model"]
 
+_LARGEST_RATE: Final = 1e3
+_LINE_EVERY_S: Final = 5.0
+
+Length = Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of one sequence.")]
+Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of one batch.")]
+Accumulate = Annotated[
+    int, typer.Option(min=1, max=MOST_SEQUENCES, help="Batches per step and process.")
+]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Optimizer steps in all.")]
+Rate = Annotated[float, typer.Option(min=0.0, max=_LARGEST_RATE, help="Learning rate.")]
+SaveEvery = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Steps between checkpoints.")]
+TopK = Annotated[
+    int, typer.Option(min=1, max=MOST_BLOCKS, help="Blocks that the Forecast is to pick.")
+]
+BlockSize = Annotated[int, typer.Option(min=16, max=128, help="Tokens of one block.")]
+PoolSize = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of one pooled key.")]
+PoolStride = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens between pooled keys.")
+]
 DataSet = Annotated[
     Path | None, typer.Option(help="A data set to train on, as save_to_disk wrote it.")
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="A tokenizer's folder, or 'bytes'. [default: the model's folder]"),
+    typer.Option(help="A tokenizer's folder, or 'bytes'.", show_default="the model's folder"),
 ]
 LastTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens at a sequence's end to learn from. [default: all]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens at a sequence's end to learn from.",
+        show_default="all",
+    ),
 ]
 TeacherName = Annotated[
-    str,
+    Teacher,
     typer.Option(help="attention: where the attention goes. query: what the query chooses."),
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(min=1, help="Rank of a projection. [default: at most the size of 256 full rows]"),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Rank of a projection.",
+        show_default="at most the size of 256 full rows",
+    ),
 ]
 
 
 def train_model(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(help="A folder with a model's weights, or a tiny model (tiny-llama).")
     ],
@@ -57,26 +106,26 @@ def train_model(
     text: Annotated[Path | None, typer.Option(help="A text file to train on.")] = None,
     dataset: DataSet = None,
     tokenizer: Tokenizer = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 65536,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of one batch.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step and process.")] = 32,
+    length: Length = 65536,
+    batch: Batch = 1,
+    accumulate: Accumulate = 32,
     last_tokens: LastTokens = None,
     teacher: TeacherName = "attention",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 2000,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    steps: Steps = 2000,
+    lr: Rate = 5e-4,
+    save_every: SaveEvery = 50,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Blocks that the Forecast is to pick.")] = 62,
+    top_k: TopK = 62,
     rank: Rank = None,
-    block_size: Annotated[int, typer.Option(help="Tokens of one block.")] = 64,
-    local_blocks: Annotated[int, typer.Option(help="Recent blocks that are always read.")] = 32,
-    pool_size: Annotated[int, typer.Option(help="Tokens of one pooled key.")] = 32,
-    pool_stride: Annotated[int, typer.Option(help="Tokens between pooled keys.")] = 16,
+    block_size: BlockSize = 64,
+    local_blocks: LocalBlocks = 32,
+    pool_size: PoolSize = 32,
+    pool_stride: PoolStride = 16,
     as_json: AsJson = False,
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
-    reports: list[StepReport] = []
-    with errors_as_sentences():
+    lines = _Lines(steps, accumulate)
+    with errors_as_sentences(train_model):
         config = SpardaConfig(
             top_k=top_k,
             block_size=block_size,
@@ -85,27 +134,99 @@ def train_model(
             pool_stride=pool_stride,
             forecast_rank=rank,
         )
-        _check_writable(out)
-        source = tokenizer or ("bytes" if target.startswith("tiny-") else target)
-        batches = _batches(text, dataset, source, length, batch)
-        from sparda_compile.training.trainer import train_forecast
+        check_outputs(out=out)
+        _check_length(length, config)
+        batches = _batches(text, dataset, tokenizer or _source(target), length, batch)
+        try:
+            weights = _train(
+                target,
+                batches,
+                lines,
+                config=config,
+                steps=steps,
+                lr=lr,
+                accumulate=accumulate,
+                last_tokens=last_tokens,
+                teacher=teacher,
+                out=out,
+                resume=resume,
+                save_every=save_every,
+                progress=not as_json,
+            )
+        except KeyboardInterrupt:
+            _stop(context, out, lines.reports)
+    _show(out, weights, lines.reports, as_json=as_json)
 
-        weights = train_forecast(
-            _model(target),
-            batches,
-            config=config,
-            steps=steps,
-            lr=lr,
-            accumulate=accumulate,
-            last_tokens=last_tokens,
-            teacher=teacher,  # type: ignore[arg-type]
-            out=out,
-            resume=resume,
-            save_every=save_every,
-            on_step=reports.append,
-            progress=not as_json,
+
+def _source(target: str) -> str:
+    """Return the tokenizer that goes with a model."""
+    return "bytes" if target.startswith("tiny-") else target
+
+
+def _train(target: str, batches: Iterable[Tensor], lines: _Lines, **settings: Any) -> Any:
+    from sparda_compile.training.trainer import train_forecast
+
+    lines.say(f"loading {target}")
+    model = _model(target)
+    lines.say(f"tracing {type(model).__name__}")
+    return train_forecast(model, batches, on_step=lines.step, on_batch=lines.batch, **settings)
+
+
+class _Lines:
+    """Says where a training is, on stderr, where there is no terminal for a progress bar."""
+
+    def __init__(self, steps: int, accumulate: int) -> None:
+        self.steps = steps
+        self.accumulate = accumulate
+        self.reports: list[StepReport] = []
+        self.console = make_console(stderr=True)
+        self.last = time.monotonic()
+        self.say("importing torch and transformers")
+
+    def say(self, text: str) -> None:
+        """Print a line at once."""
+        from sparda_compile.training.parallel import rank_of_environment
+
+        self.last = time.monotonic()
+        if not self.console.is_terminal and not rank_of_environment():
+            self.console.print(f"{text} ...", markup=False, style="dim", soft_wrap=True)
+
+    def batch(self, done: int, steps_before: int) -> None:
+        """Say how far a step is, if nothing was said for a while."""
+        if time.monotonic() - self.last >= _LINE_EVERY_S and done < self.accumulate:
+            self.say(f"step {steps_before + 1} of {self.steps}, batch {done} of {self.accumulate}")
+
+    def step(self, report: StepReport) -> None:
+        """Keep what a step saw; say it of the first, the last, and from time to time."""
+        self.reports.append(report)
+        is_end = len(self.reports) == 1 or report.step == self.steps
+        if not is_end and time.monotonic() - self.last < _LINE_EVERY_S:
+            return
+        mean = sum(each.seconds for each in self.reports) / len(self.reports)
+        left = round(mean * (self.steps - report.step))
+        self.say(
+            f"step {report.step} of {self.steps}: loss {report.loss:.4f}, recall "
+            f"{_share(report.recall)}, {report.seconds:.1f} s a step, about {left} s left"
         )
-    _show(out, weights, reports, as_json=as_json)
+
+
+def _stop(context: typer.Context, out: Path, reports: Sequence[StepReport]) -> NoReturn:
+    """Say what an interrupted training has left, and how to go on from it."""
+    from sparda_compile.training.checkpoint import checkpoint_path
+
+    given = context.params["resume"]
+    if not reports and given is None:
+        fail("stopped before the first step was done; there is nothing to go on from.", INTERRUPTED)
+    saved = checkpoint_path(out) if reports else given
+    words = ["sparda", "train", context.params["target"]]
+    for param in context.command.params:
+        value = context.params.get(str(param.name))
+        if param.name in ("target", "resume", None) or value in (None, False, param.default):
+            continue
+        words += [param.opts[0]] if value is True else [param.opts[0], str(value)]
+    command = shlex.join([*words, "--resume", str(saved)])
+    where = f"after step {reports[-1].step}" if reports else "before another step was done"
+    fail(f"stopped {where}; {saved} is kept. go on with: {command}", INTERRUPTED)
 
 
 def _model(target: str) -> nn.Module:
@@ -144,15 +265,17 @@ def _batches(
     return load_dataset(dataset, load_tokenizer(tokenizer), **sizes)
 
 
-def _check_writable(out: Path) -> None:
-    """Find out now, not after hours of training."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.with_name(out.name + ".partial")
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
+def _check_length(length: int, config: SpardaConfig) -> None:
+    """Find out now, not after the model was traced."""
+    from sparda_compile.training.data import shortest_sequence
+
+    least = shortest_sequence(config)
+    if length < least:
+        raise ConfigError(
+            f"--length {length} is too short: sink, local and current blocks cover the first "
+            f"{least - 1} tokens, so a Forecast has nothing to choose; use {least} or more, or "
+            "lower --local-blocks or --block-size."
+        )
 
 
 def _found(weights: ForecastWeights, reports: Sequence[StepReport]) -> dict[str, Any]:

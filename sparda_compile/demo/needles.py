@@ -8,6 +8,7 @@ compared with the right ones. A wrong one is an error.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -18,6 +19,7 @@ from sparda_compile.api import optimize
 from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import Mode, SpardaConfig, round_up
 from sparda_compile.demo.small_model import SMALL_CONFIG, load_small_forecast, load_small_model
+from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.decode import Reading, decode
 from sparda_compile.evaluation.metrics import RecallSums
 from sparda_compile.evaluation.run import budget_config
@@ -41,6 +43,9 @@ NEEDLE_MODES: Final[tuple[str, ...]] = get_args(Mode)
 _TASK: Final = "multi_query"
 _SHARE: Final = 0.1
 _NUM_TOKENS: Final = 16448
+# With fewer blocks the share, rounded, would be less than those that are always read.
+_LEAST_BLOCKS: Final = math.ceil((SMALL_CONFIG.num_forced - 0.5) / _SHARE)
+_LEAST_TOKENS: Final = (_LEAST_BLOCKS - 1) * SMALL_CONFIG.block_size + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,12 @@ def run_needle_demo(
     Raises:
         ConfigError: If a mode is not known, or the length too small for the task or the budget.
     """
+    if num_tokens < _LEAST_TOKENS:
+        raise ConfigError(
+            f"num_tokens={num_tokens} is too small for a budget of {_SHARE:.0%}, which has to hold "
+            f"the {SMALL_CONFIG.num_forced} blocks that are always read; use {_LEAST_TOKENS} or "
+            "more."
+        )
     configs = [_config(mode, num_tokens, has_forecast=bool(forecast)) for mode in modes]
     batch = make_batch(_TASK, batch_size=1, length=num_tokens, seed=seed)
     progress(f"reading {batch.question_start} tokens with the original model")

@@ -17,13 +17,15 @@ from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.forecast.weights import ForecastWeights, load_forecast
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 __all__ = [
     "SMALL_CONFIG",
+    "checked_folder",
     "has_small_model",
     "load_small_forecast",
     "load_small_model",
+    "small_model_config",
     "small_model_folder",
 ]
 
@@ -44,8 +46,8 @@ def has_small_model() -> bool:
     return (small_model_folder() / _WEIGHTS).is_file()
 
 
-def load_small_model() -> LlamaForCausalLM:
-    """Return the model in eval mode, float32, on the CPU.
+def checked_folder() -> Path:
+    """Return the folder of the model's files.
 
     Raises:
         BackendUnavailableError: If its weights are not there.
@@ -57,6 +59,24 @@ def load_small_model() -> LlamaForCausalLM:
             "files of this package. Install a release, or train it with "
             "examples/train_small_model.py and put its model/ there."
         )
+    return folder
+
+
+def small_model_config() -> LlamaConfig:
+    """Return the model's configuration, as transformers reads it."""
+    from transformers import LlamaConfig
+
+    config: LlamaConfig = LlamaConfig.from_pretrained(checked_folder())
+    return config
+
+
+def load_small_model() -> LlamaForCausalLM:
+    """Return the model in eval mode, float32, on the CPU.
+
+    Raises:
+        BackendUnavailableError: If its weights are not there.
+    """
+    folder = checked_folder()
     import torch
     from transformers import LlamaForCausalLM
     from transformers.utils import logging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from sparda_compile.evaluation.metrics import (
     wilson_interval,
 )
 from sparda_compile.evaluation.tasks import TASKS, make_batch
+from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -135,7 +137,14 @@ def budget_config(config: SpardaConfig, length: int, share: float) -> SpardaConf
     if top_k < 0:
         raise ConfigError(
             f"budget={share} of {num_blocks} blocks is fewer than the {forced} that are always "
-            f"read; lower local_blocks, or use {min(forced / num_blocks, 1.0):.2f} or more."
+            f"read; lower local_blocks, raise length, or use a budget of "
+            f"{min(forced / num_blocks, 1.0):.2f} or more."
+        )
+    if SELECTORS[config.selector].has_short_list and config.short_list > top_k:
+        raise ConfigError(
+            f"short_list={config.short_list} is more than the {top_k} blocks that budget={share} "
+            f"of {num_blocks} blocks leaves to selector {config.selector!r}; use short_list of 0 "
+            f"to {top_k}, a larger budget, or raise length."
         )
     return config.replace(top_k=top_k)
 
@@ -153,6 +162,7 @@ def evaluate(
     seed: int = 0,
     as_bytes: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """Measure configurations on sequences that all of them see.
 
@@ -171,7 +181,8 @@ def evaluate(
         forecast: Forecast weights by target layer.
         seed: Seed of the sequences.
         as_bytes: Whether the model's vocabulary is bytes.
-        progress: Called with what is being done.
+        progress: Called with what is being done: reading, and each configuration.
+        on_batch: Called with the number of sequences of each batch that all have seen.
 
     Raises:
         ConfigError: If a task is not known, the length too small for it, or there is nothing to
@@ -190,12 +201,13 @@ def evaluate(
     for task in tasks:
         tallies = {name: _Tally() for name in configs}
         for first in range(0, num_samples, batch_size):
-            progress(f"{task}, {length} tokens, sample {first + 1} of {num_samples}")
             size = min(batch_size, num_samples - first)
             batch = make_batch(
                 task, batch_size=size, length=length, seed=seed + first, as_bytes=as_bytes
             )
-            _measure(model, configs, batch, forecast, tallies)
+            what = f"{task}, {length} tokens, sample {first + 1} of {num_samples}"
+            _measure(model, configs, batch, forecast, tallies, partial(_say, progress, what))
+            on_batch(size)
         rows += [tallies[name].row(name, configs[name], task, length) for name in configs]
     return Evaluation(type(model).__name__, seed, tuple(rows))
 
@@ -206,8 +218,10 @@ def _measure(
     batch: TaskBatch,
     forecast: Mapping[int, Tensor] | None,
     tallies: dict[str, _Tally],
+    say: Callable[[str], None],
 ) -> None:
     """Run every configuration on one batch."""
+    say("reading")
     device = next(model.parameters()).device
     ids_BT = batch.ids_BT.to(device)
     # Step s predicts the token behind the one it feeds; the last answer is fed to nobody.
@@ -217,12 +231,17 @@ def _measure(
     tail_BS = ids_BT[:, batch.question_start : last]
     answers_BA = ids_BT[:, batch.answer_positions_A.to(device)]
     for name, config in configs.items():
+        say(name)
         decoded = decode(model, reading, tail_BS, config, forecast=forecast)
         tallies[name].add(
             decoded.logits_BSV[:, steps_A], truth_BSV[:, steps_A], answers_BA, batch.any_order
         )
         if config.top_k is not None:
             tallies[name].recalls.add(decoded.records[step] for step in steps_A)
+
+
+def _say(progress: Callable[[str], None], what: str, part: str) -> None:
+    progress(f"{what}, {part}")
 
 
 class _Tally:

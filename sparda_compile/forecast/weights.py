@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from sparda_compile.checks import whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.files import check_writable, replacing
 from sparda_compile.forecast.projection import Projection, ProjectionShape, from_tensors, to_tensors
@@ -114,7 +115,35 @@ class ForecastInfo:
         if set(fields) != names:
             raise ValueError(f"its fields are {sorted(fields)}, not {sorted(names)}")
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**(fields | lists))
+        info = cls(**(fields | lists))
+        info.check()
+        return info
+
+    def check(self) -> None:
+        """Look at the type and the range of each field.
+
+        Raises:
+            ConfigError: If one is not what a training writes; the text names it.
+        """
+        for name in ("block_size", "pool_size", "pool_stride"):
+            whole(name, getattr(self, name), 1)
+        for name in ("top_k", "steps", "num_tokens"):
+            whole(name, getattr(self, name), 0)
+        per_layer = ("layers", "groups", "head_dim", "hidden", "ranks")
+        for name in per_layer:
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != len(self.layers):
+                raise ConfigError(f"{name}={values!r:.80} is not one number for each layer.")
+            for value in values:
+                if name != "ranks" or value is not None:
+                    whole(name, value, 0 if name == "layers" else 1)
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"layers={self.layers!r:.80} are not ascending.")
+        texts = [self.model]
+        if isinstance(self.versions, dict):
+            texts += [*self.versions, *self.versions.values()]
+        if not isinstance(self.versions, dict) or not all(isinstance(t, str) for t in texts):
+            raise ConfigError(f"model={self.model!r:.80} or versions has what is no text.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.training.names import Teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,6 @@ __all__ = [
     "visible_windows",
 ]
 
-Teacher = Literal["attention", "query"]
 Backend = Literal["auto", "plain", "triton"]
 # Scores that are held at once, over all heads: 64 Mi of them are 256 MiB of float32.
 _TILE_SCORES: Final = 1 << 26

@@ -14,7 +14,6 @@ it reads the blocks that the teacher chose).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -39,14 +38,16 @@ from sparda_compile.training.checkpoint import (
     restore_random_states,
 )
 from sparda_compile.training.data import check_batch, endless
+from sparda_compile.training.fields import check_fits
 from sparda_compile.training.loss import backward_loss
+from sparda_compile.training.names import Teacher
+from sparda_compile.training.progress import step_bar, uninterrupted
 from sparda_compile.training.recall import block_recall
 from sparda_compile.training.report import StepReport
 from sparda_compile.training.taps import TappedForward, tap_forward
-from sparda_compile.training.teacher import Teacher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from sparda_compile.graph.site import AttentionSite
@@ -127,11 +128,14 @@ class ForecastTrainer:
             list(self.parameters.values()), lr, betas=_BETAS, eps=_EPS, weight_decay=_WEIGHT_DECAY
         )
 
-    def step(self, batches: Sequence[Tensor]) -> StepReport:
+    def step(
+        self, batches: Sequence[Tensor], on_batch: Callable[[int, int], None] | None = None
+    ) -> StepReport:
         """Take one optimizer step.
 
         Args:
             batches: This process's token ids, [B, T] each; their gradients are averaged.
+            on_batch: Called after each of them, with how many are done and the steps before.
 
         Returns:
             What the step saw; waits for the device.
@@ -146,6 +150,8 @@ class ForecastTrainer:
         for number, ids in enumerate(batches):
             is_last = number == len(batches) - 1
             self._accumulate(ids, 1.0 / len(batches), losses, recalls if is_last else None)
+            if on_batch is not None:
+                on_batch(number + 1, self.steps_done)
         gradients = [w.grad for w in self.parameters.values() if w.grad is not None]
         parallel.average_([*gradients, *losses.values(), *recalls.values()])
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), _LARGEST_NORM)
@@ -157,8 +163,10 @@ class ForecastTrainer:
                 f"{bad}): the model computes NaN or infinity on this batch. Check its weights, "
                 "and run it in bfloat16 or float32 rather than float16."
             )
-        self.optimizer.step()
-        self.steps_done += 1
+        # A checkpoint must not have half of a step.
+        with uninterrupted():
+            self.optimizer.step()
+            self.steps_done += 1
         count = len(losses)
         return StepReport(
             self.steps_done,
@@ -262,21 +270,13 @@ class ForecastTrainer:
         Raises:
             ConfigError: If it is the state of another model or of other sizes.
         """
-        names = ("model", "layers", "groups", "head_dim", "hidden", "ranks")
-        sizes = ("block_size", "pool_size", "pool_stride", "top_k")
-        here, there = self.info(), checkpoint.info
-        for name in (*names, *sizes):
-            if getattr(here, name) != getattr(there, name):
-                raise ConfigError(
-                    f"the checkpoint was trained with {name}={getattr(there, name)}, this run has "
-                    f"{name}={getattr(here, name)}; resume with the same model and configuration."
-                )
+        check_fits(checkpoint, self.info(), self.parameters, self.optimizer.state_dict())
         for name, weight in self.parameters.items():
             weight.copy_(checkpoint.weights[name])
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr
-        self.steps_done, self.longest = checkpoint.step, there.num_tokens
+        groups = self.optimizer.state_dict()["param_groups"]
+        state = {"state": checkpoint.optimizer["state"], "param_groups": groups}
+        self.optimizer.load_state_dict(state)
+        self.steps_done, self.longest = checkpoint.step, checkpoint.info.num_tokens
         restore_random_states(checkpoint.rng, self.device)
 
     def _forward(self, batch_size: int) -> TappedForward:
@@ -304,6 +304,7 @@ def train_forecast(
     resume: str | Path | None = None,
     save_every: int = 50,
     on_step: Callable[[StepReport], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
     progress: bool = True,
 ) -> ForecastWeights:
     """Train the Forecast projections of a model; the model itself is left as it is.
@@ -327,10 +328,12 @@ def train_forecast(
             the ones that will be decoded, where a Forecast is used. Fewer make a cheaper step.
         teacher: What to learn: `attention`, where the layer's attention goes, as in SparDA, or
             `query`, what its own query would choose, for a hint of mode `exact`.
-        out: Safetensors file to write; a checkpoint is kept beside it.
+        out: Safetensors file to write; a checkpoint is kept beside it, and written before a
+            KeyboardInterrupt goes on to the caller.
         resume: Checkpoint to go on from.
         save_every: Steps between checkpoints.
         on_step: Called after each step, on the first process.
+        on_batch: Called after each batch, with how many of the step are done and the steps before.
         progress: Whether to show a progress bar, on a terminal.
 
     Returns:
@@ -349,50 +352,48 @@ def train_forecast(
     trainer = ForecastTrainer(
         model, config or SpardaConfig(), lr, last_tokens=last_tokens, teacher=teacher
     )
-    num_used = 0
-    if resume is not None:
-        checkpoint = Checkpoint.load(resume)
-        trainer.restore(checkpoint)
-        num_used = checkpoint.num_batches
-        if trainer.steps_done >= steps:
-            raise ConfigError(
-                f"resume={str(resume)!r} has done {trainer.steps_done} steps, so there are none "
-                f"left of steps={steps}; raise steps."
-            )
-    with parallel.process_group(trainer.device), _bar(steps, shown=progress) as advance:
-        per_step = accumulate * parallel.world_size()
+    num_used = _resume(trainer, resume, steps)
+    first = trainer.steps_done
+
+    def save() -> None:
+        if out is not None and parallel.rank() == 0 and trainer.steps_done > first:
+            used = num_used + (trainer.steps_done - first) * accumulate * parallel.world_size()
+            trainer.checkpoint(used).save(checkpoint_path(out))
+
+    with parallel.process_group(trainer.device), step_bar(steps, shown=progress) as advance:
         batches = endless(token_batches, num_used, parallel.rank(), parallel.world_size())
-        while trainer.steps_done < steps:
-            report = trainer.step([next(batches) for _ in range(accumulate)])
-            num_used += per_step
-            if parallel.rank():
-                continue
-            _log.debug("step %d: loss %.4f, recall %.3f", report.step, report.loss, report.recall)
-            advance(report)
-            if on_step is not None:
-                on_step(report)
-            if out is not None and (report.step % save_every == 0 or report.step == steps):
-                trainer.checkpoint(num_used).save(checkpoint_path(out))
+        try:
+            while trainer.steps_done < steps:
+                taken = [next(batches) for _ in range(accumulate)]
+                report = trainer.step(taken, on_batch)
+                if parallel.rank():
+                    continue
+                _log.debug(
+                    "step %d: loss %.4f, recall %.3f", report.step, report.loss, report.recall
+                )
+                advance(report)
+                if on_step is not None:
+                    on_step(report)
+                if report.step % save_every == 0 or report.step == steps:
+                    save()
+        except KeyboardInterrupt:
+            save()
+            raise
         weights = trainer.forecast()
         if out is not None and parallel.rank() == 0:
             weights.save(out)
     return weights
 
 
-@contextlib.contextmanager
-def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[StepReport], None]]:
-    """Yield what shows a step on a terminal's progress bar, or does nothing."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not shown or parallel.rank() or not console.is_terminal:
-        yield lambda report: None
-        return
-    text = TextColumn("loss {task.fields[loss]:.4f}  recall {task.fields[recall]:.3f}")
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), text)
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("training", total=steps, loss=math.nan, recall=math.nan)
-        yield lambda report: bar.update(
-            task, completed=report.step, loss=report.loss, recall=report.recall
+def _resume(trainer: ForecastTrainer, resume: str | Path | None, steps: int) -> int:
+    """Go on from a checkpoint, if one is given; returns the batches used before."""
+    if resume is None:
+        return 0
+    checkpoint = Checkpoint.load(resume)
+    if checkpoint.step >= steps:
+        raise ConfigError(
+            f"resume={str(resume)!r} has done {checkpoint.step} steps, so there are none left of "
+            f"steps={steps}; raise steps."
         )
+    trainer.restore(checkpoint)
+    return checkpoint.num_batches

@@ -26,7 +26,7 @@ def run(*arguments):
 
 
 def words(text):
-    return " ".join(text.split())
+    return " ".join(text.replace("\u2502", " ").split())
 
 
 class FakeLab:
@@ -175,18 +175,18 @@ def test_all_stops_in_time(asked, kernels, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["decode", "--shape", "70b"], "use one of 8b, 8b-8kv, tiny"),
+        (["decode", "--shape", "70b"], "not one of '8b', '8b-8kv', 'tiny'"),
         (["decode", "--tokens", 1000], "multiple of 64 from 10176 on"),
         (["decode", "--tokens", 10300], "multiple of 64 from 10176 on"),
         (["decode", "--variant", "inline"], "add --variant scheduled"),
-        (["decode", "--variant", "scheduled", "--variant", "fast"], "use some of scheduled"),
-        (["decode", "--overlap", 2], "use 0.0 to 1.0"),
+        (["decode", "--variant", "scheduled", "--variant", "fast"], "not one of 'scheduled'"),
+        (["decode", "--overlap", 2], "less than or equal to 1"),
         (["decode", "--steps", 93], "use 1 to 92"),
-        (["decode", "--batch", 0], "batch_size=0 is too small"),
-        (["compile", "--shape", "70b"], "use one of 8b, 8b-8kv, tiny"),
-        (["compile", "--variant", "fast"], "use one of scheduled"),
+        (["decode", "--batch", 0], "greater than or equal to 1"),
+        (["compile", "--shape", "70b"], "not one of '8b', '8b-8kv', 'tiny'"),
+        (["compile", "--variant", "fast"], "not one of 'scheduled'"),
         (["budget", "--gib", 0], "use more than 0"),
-        (["budget", "--shape", "70b"], "use one of 8b"),
+        (["budget", "--shape", "70b"], "not one of '8b'"),
     ],
 )
 def test_wrong_usage(asked, arguments, expected):

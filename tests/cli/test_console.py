@@ -56,23 +56,24 @@ def test_progress_has_the_terminal_to_itself(monkeypatch):
     assert progress._line.num_silent == 0
 
 
-def test_files_are_written_with_their_folder(tmp_path, capsys):
-    path = tmp_path / "new" / "file.txt"
-
-    def write(target):
-        target.write_text("x")
-        return target
-
-    written = [console.write_file(write, path), console.write_file(write, None)]
-    console.print_paths(written)
-    assert path.read_text() == "x"
-    assert capsys.readouterr().out == f"Wrote {path}\n"
+def test_written_files_are_named(tmp_path, capsys):
+    console.print_paths([tmp_path, None])
+    assert capsys.readouterr().out == f"Wrote {tmp_path}\n"
 
 
-def test_file_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        console.write_file(lambda path: path, tmp_path / "file" / "below")
+def test_no_page_beside_json():
+    assert console.default_page("a.html", as_json=True) is None
+    assert str(console.default_page("a.html", as_json=False)) == "a.html"
+
+
+def test_errors_name_the_options_of_their_command(capsys):
+    def command(local_blocks: int, tokens: int) -> None:
+        del local_blocks, tokens
+
+    with pytest.raises(typer.Exit), console.errors_as_sentences(command):
+        raise ConfigError("max_tokens=3 is odd; lower local_blocks or pool_size.")
+    said = capsys.readouterr().err
+    assert said == "Error: --tokens 3 is odd; lower --local-blocks or pool_size.\n"
 
 
 def test_json_is_one_line(capsys):

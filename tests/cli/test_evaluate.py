@@ -85,18 +85,21 @@ def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--pool-stride", "24"], "pool_stride=24 must divide"),
-        (["--mode", "fast"], "use one of dense"),
-        (["--budget", "2"], "is not a share"),
-        (["--task", "poetry"], "use some of single_needle"),
-        (["--tokens", "8"], "local_blocks"),
-        (["--selector", "nosa"], "short_list=23 is more than the top_k=2"),
+        (["--pool-stride", "24"], "--pool-stride 24 must divide"),
+        (["--mode", "fast"], "is not one of 'dense'"),
+        (["--budget", "2"], "less than or equal to 1"),
+        (["--budget", "0"], "is not a share"),
+        (["--task", "poetry"], "is not one of 'single_needle'"),
+        (["--tokens", "10"], "--tokens 10 is too small: the haystack needs"),
+        (["--tokens", "640"], "lower --local-blocks, raise --tokens, or use a budget of 0.40"),
+        (["--device", "abc"], "--device 'abc' is no device; use cpu"),
+        (["--selector", "nosa"], "--short-list 23 is more than the 2 blocks that --budget 0.1"),
     ],
 )
 def test_wrong_usage(folder, arguments, words):
     result = run(folder, *arguments)
     assert result.exit_code == 2, result.output
-    assert words in " ".join(result.stderr.split())
+    assert words in " ".join(result.stderr.replace("\u2502", " ").split())
 
 
 def test_model_without_retention(folder):
@@ -123,3 +126,45 @@ def test_small_model_without_weights(monkeypatch, tmp_path):
     result = run()
     assert result.exit_code == 1
     assert "weights are missing" in " ".join(result.stderr.split())
+
+
+def test_an_interrupted_evaluation_keeps_its_parts_and_goes_on(folder, tmp_path, monkeypatch):
+    from sparda_compile.evaluation import run as evaluation
+
+    path = tmp_path / "found.json"
+    tasks = ("--task", "single_needle", "--task", "multi_key", "--mode", "query")
+    arguments = (folder, *SMALL, "--batch", 1, *tasks, "--json-file", path)
+    measure, asked = evaluation.evaluate, []
+
+    def interrupted(*args, tasks, **settings):
+        asked.append(tasks[0])
+        if asked == ["single_needle", "multi_key"]:
+            raise KeyboardInterrupt
+        return measure(*args, tasks=tasks, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    result = run(*arguments)
+    assert result.exit_code == 130, result.output
+    said = " ".join(result.stderr.split())
+    assert "stopped after 1 of 2 parts" in said
+    assert "the same command goes on with the others" in said
+    assert "s left" in said
+    assert [row["task"] for row in json.loads(path.read_text())["rows"]] == ["single_needle"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert asked == ["single_needle", "multi_key", "multi_key"]
+    assert "single_needle, 640 tokens: kept from" in " ".join(result.stderr.split())
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["task"] for row in rows] == ["single_needle", "multi_key"]
+    monkeypatch.undo()
+    assert json.loads(run(*arguments[:-2], "--json").stdout)["rows"] == rows
+
+
+def test_without_a_file_an_interrupt_says_what_would_have_kept(folder, monkeypatch):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparda_compile.evaluation.run.evaluate", interrupted)
+    result = run(folder, *SMALL)
+    assert result.exit_code == 130
+    assert "with --json-file they are, part by part" in " ".join(result.stderr.split())

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from sparda_compile.cli import train
 from sparda_compile.cli.main import app
 from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.training import trainer
-from sparda_compile.training.checkpoint import checkpoint_path
+from sparda_compile.training.checkpoint import Checkpoint, checkpoint_path
 
 SIZES = [
     "--length", "100", "--accumulate", "2", "--top-k", "2", "--block-size", "16",
@@ -80,10 +83,10 @@ def test_json_and_resumption(text, tmp_path):
     [
         ([], 2, "missing or given twice; pass --text or --dataset"),
         (["--text", "no.txt", "--dataset", "no"], 2, "given twice"),
-        (["--text", "no.txt"], 2, "no.txt"),
-        (["--dataset", "nowhere"], 2, "dataset='nowhere' is no folder"),
-        (["--tokenizer", "nowhere", "--text", "no.txt"], 2, "tokenizer='nowhere'"),
-        (["--block-size", "17", "--text", "no.txt"], 2, "block_size=17 is not allowed"),
+        (["--text", "no.txt"], 2, "--text no.txt cannot be read"),
+        (["--dataset", "nowhere"], 2, "--dataset nowhere is no folder"),
+        (["--tokenizer", "nowhere", "--text", "no.txt"], 2, "--tokenizer nowhere"),
+        (["--block-size", "17", "--text", "no.txt"], 2, "--block-size 17 is not allowed"),
         (["--steps", "0"], 2, "--steps"),
     ],
 )
@@ -99,7 +102,7 @@ def test_text_too_short_for_the_length_and_length_for_the_blocks(text, tmp_path)
     result = run("--text", text, *out)
     assert (result.exit_code, "sequences of 65536 tokens" in result.output) == (2, True)
     result = run("--text", text, "--length", 200, "--steps", 1, *out)
-    assert (result.exit_code, "pass 2177 or more" in result.output) == (1, True)
+    assert (result.exit_code, "use 2177 or more" in result.output) == (2, True)
 
 
 def test_output_that_cannot_be_written_is_found_at_once(text, tmp_path):
@@ -110,9 +113,58 @@ def test_output_that_cannot_be_written_is_found_at_once(text, tmp_path):
 
 
 def test_model_that_is_none(text, tmp_path):
-    result = CliRunner().invoke(
-        app, ["train", "llama", "--text", str(text), "--tokenizer", "bytes", "--length", "100",
-              "--out", str(tmp_path / "forecast.safetensors")]
-    )  # fmt: skip
+    sizes = ["--length", "100", "--block-size", "16", "--local-blocks", "1"]
+    out = ["--out", str(tmp_path / "forecast.safetensors")]
+    arguments = ["train", "llama", "--text", str(text), "--tokenizer", "bytes", *sizes, *out]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "'llama' is no folder" in result.output
+
+
+def test_lines_say_what_is_done_where_there_is_no_terminal(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_LINE_EVERY_S", 0.0)
+    result = run("--text", text, "--out", tmp_path / "f.safetensors", "--steps", 2, *SIZES)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert "loading tiny-plain ..." in lines
+    assert "step 1 of 2, batch 1 of 2 ..." in lines
+    assert any(re.match(r"step 1 of 2: loss \d.*, about \d+ s left", line) for line in lines)
+    assert any(re.match(r"step 2 of 2: loss \d", line) for line in lines)
+
+
+def test_an_interrupt_saves_and_names_the_command_that_resumes(text, tmp_path, monkeypatch):
+    out = tmp_path / "the forecast.safetensors"
+    arguments = ["--text", text, "--out", out, "--steps", 4, *SIZES]
+    step = trainer.ForecastTrainer.step
+
+    def interrupted(self, batches, *rest):
+        if self.steps_done == 2:
+            raise KeyboardInterrupt
+        return step(self, batches, *rest)
+
+    monkeypatch.setattr(trainer.ForecastTrainer, "step", interrupted)
+    result = run(*arguments)
+    assert result.exit_code == 130, result.output
+    assert Checkpoint.load(checkpoint_path(out)).step == 2
+    assert not out.exists()
+    command = shlex.split(result.stderr.split("go on with: ")[1])
+    assert command[:3] == ["sparda", "train", "tiny-plain"]
+    assert command[-2:] == ["--resume", str(checkpoint_path(out))]
+    monkeypatch.undo()
+    resumed = CliRunner().invoke(app, command[1:])
+    assert resumed.exit_code == 0, resumed.output
+    whole = tmp_path / "whole.safetensors"
+    assert run("--text", text, "--out", whole, "--steps", 4, *SIZES).exit_code == 0
+    assert torch.equal(load_forecast(out)[0], load_forecast(whole)[0])
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_was_done(text, tmp_path, monkeypatch):
+    def interrupted(self, batches, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.ForecastTrainer, "step", interrupted)
+    out = tmp_path / "f.safetensors"
+    result = run("--text", text, "--out", out, "--steps", 4, *SIZES)
+    assert result.exit_code == 130
+    assert "before the first step was done" in result.stderr
+    assert not checkpoint_path(out).exists()

@@ -61,3 +61,83 @@ def test_files_that_are_none(tmp_path):
     for path in (noise, other):
         with pytest.raises(ConfigError, match=rf"{path.name}.*cannot be read as a training"):
             Checkpoint.load(path)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "run.checkpoint"
+    make().save(path)
+    good = path.read_bytes()
+    for place in [*range(0, len(good), len(good) // 200), *range(len(good) - 100, len(good))]:
+        flipped = bytearray(good)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ConfigError, match=r"run.checkpoint.*checksum"):
+            Checkpoint.load(path)
+    for damaged in (good[:-1], good[: len(good) // 2], good + b"x", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"run.checkpoint.*checksum"):
+            Checkpoint.load(path)
+    path.write_bytes(good)
+    assert Checkpoint.load(path).step == 3
+
+
+def test_what_torch_wrote_without_a_checksum_is_refused(tmp_path):
+    path = tmp_path / "run.checkpoint"
+    make().save(path)
+    loaded = torch.load(path, weights_only=True)
+    torch.save(loaded, path)
+    with pytest.raises(ConfigError, match="no checksum"):
+        Checkpoint.load(path)
+
+
+def broken(name, value):
+    checkpoint = make()
+    object.__setattr__(checkpoint, name, value)
+    return checkpoint
+
+
+LOOP = {}
+LOOP["state"] = LOOP
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("step", -5, "step is -5, less than 0"),
+        ("step", "3", "step is str, not a whole number"),
+        ("num_batches", 1, "num_batches is 1, less than 3"),
+        ("weights", {"0": torch.full((3, 2), float("nan"))}, "NaN"),
+        ("weights", {"0": torch.ones(1)}, r"exp_avg has shape \(3, 2\), not \(1,\)"),
+        ("weights", LOOP, "weights.*is dict"),
+        ("optimizer", LOOP, "optimizer has"),
+        ("optimizer", {"state": LOOP, "param_groups": []}, "param_groups"),
+        ("rng", {"cpu": torch.zeros(3)}, "rng.cpu"),
+    ],
+)
+def test_damaged_fields_are_named_though_the_checksum_is_right(tmp_path, name, value, words):
+    path = tmp_path / "run.checkpoint"
+    broken(name, value).save(path)
+    with pytest.raises(ConfigError, match=rf"run.checkpoint.*{words}"):
+        Checkpoint.load(path)
+
+
+def test_fields_missing_or_unknown_are_named(tmp_path, monkeypatch):
+    from sparda_compile.training import checkpoint
+
+    path = tmp_path / "run.checkpoint"
+    monkeypatch.setattr(checkpoint, "_FIELDS", checkpoint._FIELDS[:-1])
+    make().save(path)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"fields \['rng'\] are missing"):
+        Checkpoint.load(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.checkpoint"
+    make().save(path)
+    monkeypatch.setattr("pathlib.Path.replace", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make().save(path)
+    monkeypatch.undo()
+    assert Checkpoint.load(path).step == 3
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,137 @@
+"""The parts of `sparda eval`: each task at each length, checked before the first one begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from sparda_compile.cli.console import INTERRUPTED, fail
+from sparda_compile.cli.devices import check_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.evaluation.results import EvaluationFile
+    from sparda_compile.forecast.weights import ForecastWeights
+
+__all__ = ["EvaluationParts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationParts:
+    """What is to be measured.
+
+    Attributes:
+        bases: A configuration for each mode and selector, without a budget.
+        budgets: Shares of the blocks.
+        tasks: Names of tasks.
+        lengths: Tokens of a sequence, or bytes.
+        num_samples: Sequences of each task and length.
+        batch_size: Sequences at once.
+        seed: Seed of the sequences.
+        as_bytes: Whether the model's vocabulary is bytes.
+    """
+
+    bases: list[SpardaConfig]
+    budgets: tuple[float, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    num_samples: int
+    batch_size: int
+    seed: int
+    as_bytes: bool
+
+    def configs(self, length: int) -> dict[str, SpardaConfig]:
+        """Return the configurations by name: dense once, every other at each budget.
+
+        Raises:
+            ConfigError: If a budget does not hold the blocks that are always read.
+        """
+        from sparda_compile.evaluation.run import budget_config
+
+        configs: dict[str, SpardaConfig] = {}
+        for base in self.bases:
+            rule = base.mode if base.selector == "infllm2" else f"{base.mode} {base.selector}"
+            for share in self.budgets:
+                is_dense = base.mode == "dense"
+                config = base if is_dense else budget_config(base, length, share)
+                name = base.mode if base.mode == "dense" else f"{rule} {100 * share:g}%"
+                configs.setdefault(name, config)
+        return configs
+
+    def check(self, model_config: Any, device: torch.device) -> None:
+        """Refuse what a part would find out after hours.
+
+        Raises:
+            ConfigError: If a length is too small for a task or a budget, or too large for the
+                device's memory.
+        """
+        from sparda_compile.evaluation.tasks import make_batch
+
+        size = min(self.batch_size, self.num_samples)
+        for length in self.lengths:
+            check_memory(model_config, size, length, device)
+            for task in self.tasks:
+                make_batch(task, batch_size=1, length=length, as_bytes=self.as_bytes)
+            self.configs(length)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers of a part, beside its configurations, as plain data."""
+        names = ("num_samples", "batch_size", "as_bytes")
+        return {name: getattr(self, name) for name in names}
+
+    def measure(
+        self,
+        model: Any,
+        weights: ForecastWeights | None,
+        file: EvaluationFile,
+        say: Callable[[str], None],
+    ) -> None:
+        """Measure each part that the file does not have, and save it.
+
+        Args:
+            model: In eval mode, on its device.
+            weights: Of its Forecast.
+            file: Where rows are kept.
+            say: Told what is being done, and how long it will take.
+        """
+        from sparda_compile.evaluation.pace import Pace
+        from sparda_compile.evaluation.run import evaluate
+
+        parts = [(length, task) for length in self.lengths for task in self.tasks]
+        pace = Pace(float(self.num_samples * len(self.tasks) * sum(self.lengths)))
+        for number, (length, task) in enumerate(parts):
+            configs = self.configs(length)
+            if file.keep(task, length, configs):
+                say(f"{task}, {length} tokens: kept from {file.path}")
+                pace.leave_out(self.num_samples * length)
+                continue
+            try:
+                found = evaluate(
+                    model,
+                    configs,
+                    tasks=[task],
+                    length=length,
+                    num_samples=self.num_samples,
+                    batch_size=self.batch_size,
+                    forecast=weights,
+                    seed=self.seed,
+                    as_bytes=self.as_bytes,
+                    progress=lambda text: say(", ".join(filter(None, (text, str(pace))))),
+                    on_batch=lambda size, length=length: pace.add(size * length),  # type: ignore[misc]
+                )
+            except KeyboardInterrupt:
+                fail(_stopped(number, len(parts), file), INTERRUPTED)
+            file.save(found.rows)
+
+
+def _stopped(done: int, total: int, file: EvaluationFile) -> str:
+    found = f"stopped after {done} of {total} parts (a task at a length each)"
+    if file.path is None:
+        return f"{found}, which were not kept; with --json-file they are, part by part."
+    if not done:
+        return f"{found}; the same command begins again."
+    return f"{found}; they are in {file.path}, and the same command goes on with the others."

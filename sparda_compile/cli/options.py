@@ -1,0 +1,119 @@
+"""What options of several commands share: names to choose from, and how large a number may be.
+
+Names come from where the library has them, so a new selector is offered without a change here.
+A number beyond its limit is refused before any work begins.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, get_args
+
+import typer
+
+from sparda_compile import config
+from sparda_compile.bench import names as bench_names
+from sparda_compile.evaluation import names as task_names
+from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.training import names as teacher_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "LARGEST_SEED",
+    "MOST_BLOCKS",
+    "MOST_GIB",
+    "MOST_MINUTES",
+    "MOST_SEQUENCES",
+    "MOST_STEPS",
+    "MOST_TOKENS",
+    "Choice",
+    "Commit",
+    "CopyingMode",
+    "Device",
+    "Hint",
+    "LocalBlocks",
+    "Lowering",
+    "Machine",
+    "Mode",
+    "Offload",
+    "OutFolder",
+    "Selector",
+    "Shape",
+    "ShapeOption",
+    "ShortList",
+    "Task",
+    "Teacher",
+    "Variant",
+    "choices",
+]
+
+# Whole blocks of every size.
+MOST_TOKENS: Final = config.MOST_TOKENS // 128 * 128
+MOST_BLOCKS: Final = MOST_TOKENS // 16
+MOST_SEQUENCES: Final = 1 << 16
+MOST_STEPS: Final = 1 << 31
+MOST_MINUTES: Final = 1e6
+MOST_GIB: Final = 1e6
+LARGEST_SEED: Final = (1 << 32) - 1
+
+
+class Choice(str, enum.Enum):
+    """A name out of a list; typer knows enums as choices, the library takes it for the string."""
+
+    __str__ = str.__str__
+    __repr__ = str.__repr__
+    __format__ = str.__format__  # type: ignore[assignment]
+    __hash__ = str.__hash__
+
+
+def choices(title: str, names: Iterable[str]) -> type[Choice]:
+    """Return a class whose members are the names, for the annotation of an option."""
+    made: type[Choice] = Choice(title, {name: name for name in names})  # type: ignore[call-overload]
+    return made
+
+
+if TYPE_CHECKING:
+    # What typer makes of them are strings.
+    Hint = str
+    Machine = str
+    Selector = str
+    Mode = config.Mode
+    CopyingMode = config.Mode
+    Lowering = config.Lowering
+    Offload = config.Offload
+    Device = bench_names.DeviceName
+    Shape = bench_names.ShapeName
+    Task = task_names.TaskName
+    Teacher = teacher_names.Teacher
+    Variant = bench_names.VariantName
+else:
+    Hint = choices("Hint", HINTS.choices())
+    Machine = choices("Machine", config.MACHINE_NAMES)
+    Selector = choices("Selector", SELECTORS.choices())
+    Mode = choices("Mode", get_args(config.Mode))
+    CopyingMode = choices("CopyingMode", (m for m in get_args(config.Mode) if m != "dense"))
+    Lowering = choices("Lowering", get_args(config.Lowering))
+    Offload = choices("Offload", get_args(config.Offload))
+    Device = choices("Device", get_args(bench_names.DeviceName))
+    Shape = choices("Shape", get_args(bench_names.ShapeName))
+    Task = choices("Task", get_args(task_names.TaskName))
+    Teacher = choices("Teacher", get_args(teacher_names.Teacher))
+    Variant = choices("Variant", get_args(bench_names.VariantName))
+
+Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
+LocalBlocks = Annotated[
+    int, typer.Option(min=0, max=MOST_BLOCKS, help="Most recent blocks, always read.")
+]
+ShortList = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=MOST_BLOCKS,
+        help="Blocks that selector nosa picks by the query or the Forecast.",
+    ),
+]
+OutFolder = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
+ShapeOption = Annotated[Shape, typer.Option(help="Model to make.")]

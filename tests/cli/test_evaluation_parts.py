@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from sparda_compile import SpardaConfig
+from sparda_compile.cli.evaluation_parts import EvaluationParts
+from sparda_compile.errors import ConfigError
+
+CPU = torch.device("cpu")
+MODEL = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+
+
+def parts(**changes):
+    fields = {
+        "bases": [SpardaConfig(mode="dense"), SpardaConfig(mode="query", local_blocks=1)],
+        "budgets": (0.4, 0.5), "tasks": ("multi_key",), "lengths": (640,), "num_samples": 2,
+        "batch_size": 2, "seed": 0, "as_bytes": False,
+    }  # fmt: skip
+    return EvaluationParts(**{**fields, **changes})
+
+
+def test_dense_is_measured_once_and_others_at_each_budget():
+    assert list(parts().configs(640)) == ["dense", "query 40%", "query 50%"]
+    parts().check(MODEL, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lengths": (640, 10)}, "length=10 is too small"),
+        ({"budgets": (0.1,)}, "lower local_blocks, raise length"),
+        ({"lengths": (1 << 40,), "bases": []}, "GiB free"),
+    ],
+)
+def test_what_a_later_part_would_find_is_found_at_once(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        parts(**changes).check(MODEL, CPU)
