@@ -242,18 +242,22 @@ def programs(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_program_is_short_and_runs(capsys, monkeypatch):
+def test_readme_program_is_short_and_prints_the_right_answer(capsys):
     (program,) = programs(ROOT / "README.md")
     assert len([line for line in program.splitlines() if line.strip()]) <= 10
-    # The same program without the compiler, which takes most of the time.
-    shown = SpardaConfig
-
-    def eager(**settings):
-        return shown(lowering="eager", **settings)
-
-    monkeypatch.setattr("sparda_compile.SpardaConfig", eager)
-    exec(compile(program, "README.md", "exec"), {})
-    assert "hits" in capsys.readouterr().out
+    scope = {}
+    exec(compile(program, "README.md", "exec"), scope)
+    answer, stats = capsys.readouterr().out.splitlines()
+    shown = re.search(r"```text\n(found: .*)\n```", (ROOT / "README.md").read_text())[1]
+    assert answer == shown
+    found, right = re.findall(r"\[[\d, ]+\]", answer)
+    assert found == right
+    # What README says of it: most of the answer is found by steps that read few blocks.
+    layout = scope["fast"].programs.latest_plan("decode").layout
+    assert f"reads {layout.num_selected} of {layout.num_blocks} blocks" in (
+        " ".join((ROOT / "README.md").read_text().split())
+    )
+    assert re.search(r"[1-9]\d* hits, [1-9]\d* misses", stats)
 
 
 def test_quickstart_programs_run(tmp_path, monkeypatch):
