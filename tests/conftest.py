@@ -10,6 +10,7 @@ import os
 import random
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,16 @@ def transformers_log() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(keeper)
         transformers_logging.set_verbosity(before)
+
+
+@pytest.fixture
+def no_deprecations(transformers_log: list[str]) -> Iterator[None]:
+    """Fail where a test meets a name that is going away, or a warning of transformers."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("error", category)
+        yield
+    assert transformers_log == []
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import torch
 
 from sparda_compile import errors, ops, optimize
 from sparda_compile.config import SpardaConfig
+from sparda_compile.demo.small_model import small_model_folder
 from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.graph.text import graph_text
 from sparda_compile.isa.streams import STREAM_NAMES
@@ -242,6 +243,7 @@ def programs(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.usefixtures("no_deprecations")
 def test_readme_program_is_short_and_prints_the_right_answer(capsys):
     (program,) = programs(ROOT / "README.md")
     assert len([line for line in program.splitlines() if line.strip()]) <= 10
@@ -260,14 +262,52 @@ def test_readme_program_is_short_and_prints_the_right_answer(capsys):
     assert re.search(r"[1-9]\d* hits, [1-9]\d* misses", stats)
 
 
-def test_quickstart_programs_run(tmp_path, monkeypatch):
+# What a page's programs need in place of what they name, and what they have from the page.
+IN_PLACE = {
+    "gpu.md": {'"path/to/model"': repr(str(small_model_folder())), '"cuda"': '"cpu"'},
+    "training.md": {"steps=20": "steps=2"},
+}
+
+
+def given(page):
+    if page != "debugging.md":
+        return {}
+    config = SpardaConfig(mode="query", top_k=2, local_blocks=1, lowering="eager")
+    return {"fast": optimize(tiny_llama(), config), "ids": torch.randint(0, 256, (1, 300))}
+
+
+@pytest.mark.usefixtures("no_deprecations")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if programs(page)], ids=lambda p: p.name
+)
+def test_programs_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scope = {}
-    for program in programs(DOCS / "quickstart.md"):
-        exec(compile(program, "quickstart.md", "exec"), scope)
-    assert (tmp_path / "decode.html").exists()
+    scope = given(page.name)
+    for program in programs(page):
+        for shown, used in IN_PLACE.get(page.name, {}).items():
+            assert shown in program
+            program = program.replace(shown, used)
+        exec(compile(program, page.name, "exec"), scope)
+    made = {"quickstart.md": "decode.html", "training.md": "forecast.safetensors"}
+    assert (tmp_path / made.get(page.name, ".")).exists()
 
 
+# Pages whose program is no program for a CPU.
+NEEDS_A_GPU = {"profiling.md"}
+
+
+def test_python_of_pages_is_run():
+    """No page hides a program from the test above in a fence of another name."""
+    hidden = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if name != "python" and re.search(r"^(from|import) ", body, re.MULTILINE):
+                hidden.add(page.name)
+    assert hidden == NEEDS_A_GPU
+
+
+@pytest.mark.usefixtures("no_deprecations")
 def test_example_runs(capsys):
     path = ROOT / "examples" / "optimize_tiny_llama.py"
     spec = importlib.util.spec_from_file_location("example", path)
