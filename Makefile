@@ -46,6 +46,7 @@ lint: $(STAMP) ## Check style, format, the house rules, the import contracts and
 	@$(BIN)/ruff check -q --output-format concise .
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/python tools/house_rules.py
+	@$(BIN)/python tools/dependencies.py
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/codespell
 
