@@ -173,6 +173,9 @@ def evaluate(
         as_bytes: Whether the model's vocabulary is bytes.
         progress: Called with what is being done.
 
+    Returns:
+        What was measured: a row for each configuration and task.
+
     Raises:
         ConfigError: If a task is not known, the length too small for it, or there is nothing to
             measure.

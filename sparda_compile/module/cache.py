@@ -141,16 +141,31 @@ class SpardaCache(Cache):
     get_max_length = get_max_cache_shape
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuse: beams would have to copy KV blocks."""
+        """Refuse: beams would have to copy KV blocks.
+
+        Args:
+            beam_idx: Not used.
+
+        Raises:
+            UnsupportedInputError: Always.
+        """
         del beam_idx
         raise UnsupportedInputError(NO_BEAMS)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: blocks that were offloaded are not taken back."""
+        """Refuse: blocks that were offloaded are not taken back.
+
+        Raises:
+            UnsupportedInputError: Always.
+        """
         raise UnsupportedInputError(NO_CROP)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse: only an optimized module writes to this cache."""
+        """Refuse: only an optimized module writes to this cache.
+
+        Raises:
+            KVCacheError: Always.
+        """
         raise KVCacheError(
             "a SpardaCache was passed to a model that is not optimized; pass it to the module "
             "that made it."
