@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from sparda_compile import errors, ops, optimize
+from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import SpardaConfig
 from sparda_compile.demo.small_model import small_model_folder
 from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.graph.text import graph_text
 from sparda_compile.isa.streams import STREAM_NAMES
 from sparda_compile.isa.table import INSTRUCTIONS
+from sparda_compile.module.bypasses import BYPASSES
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.program.plan import make_plan
@@ -185,11 +187,20 @@ def state_table():
     return table(("tensor", "shape", "dtype", "where"), list(rows.values()))
 
 
+def bypass_table():
+    """Return what an optimized module refuses to hand on, by why."""
+    names = {}
+    for name, why in BYPASSES.items():
+        names.setdefault(why, []).append(name)
+    return table(("names", "why, and what to do"), [(code(n), why) for why, n in names.items()])
+
+
 GENERATED = {
     "pass_by_pass.md": {
         stage: (lambda stage=stage: stage_text(stage))
         for stage in ("capture", *(p.name for p in PIPELINE))
     },
+    "limits.md": {"bypasses": bypass_table},
     "passes.md": {"passes": pass_table, "facts": fact_table},
     "ops.md": {"ops": op_sections},
     "kv_cache.md": {"tensors": state_table},
@@ -353,6 +364,20 @@ def test_example_runs(capsys):
     out = capsys.readouterr().out
     assert "all blocks, same tokens: True" in out
     assert "times traced: 2" in out
+
+
+def test_loglikelihoods_are_dense_as_limits_says():
+    model = tiny_llama()
+    ids = torch.randint(0, 256, (1, 300))
+    config = SpardaConfig(mode="query", block_size=16, top_k=1, local_blocks=1, lowering="eager")
+    fast = optimize(model, config)
+    dense = model(ids).logits.log_softmax(-1)
+    whole = fast(ids)
+    torch.testing.assert_close(whole.logits.log_softmax(-1), dense, rtol=1e-4, atol=1e-4)
+    # One token at a time, the same text reads few blocks, and its scores differ.
+    cache = cache_of(fast(ids[:, :-1]))
+    last = fast(ids[:, -1:], cache=cache).logits.log_softmax(-1)
+    assert (last[0, -1] - dense[0, -1]).abs().max() > 1e-3
 
 
 def test_capacity_is_as_kv_cache_says():
