@@ -366,6 +366,26 @@ def test_example_runs(capsys):
     assert "times traced: 2" in out
 
 
+def test_lengths_that_are_read_whole_are_as_quickstart_says():
+    text = " ".join((DOCS / "quickstart.md").read_text().split())
+    (shown,) = re.findall(r"SpardaConfig\((mode=.*?)\)", text)
+    configs = (eval(f"SpardaConfig({shown})", {"SpardaConfig": SpardaConfig}), SpardaConfig())
+    for config in configs:
+        assert config.num_forced == config.sink_blocks + config.local_blocks + 1
+        blocks = config.num_forced + config.top_k
+        assert f"after {blocks} blocks, {blocks * config.block_size} tokens" in text
+
+
+def test_names_of_the_glossary_are_in_the_code():
+    rows = re.findall(
+        r"^\| [^|]+ \| [^|]+ \| ([^|]*) \|$", (DOCS / "glossary.md").read_text(), re.M
+    )
+    names = {name for row in rows for name in re.findall(r"`(\w+)(?:=[^`]*)?`", row)}
+    source = " ".join(path.read_text() for path in (ROOT / "sparda_compile").rglob("*.py"))
+    assert len(names) > 30
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", source)) == []
+
+
 def test_loglikelihoods_are_dense_as_limits_says():
     model = tiny_llama()
     ids = torch.randint(0, 256, (1, 300))
