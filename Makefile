@@ -24,7 +24,7 @@ say = @echo 'make: $(1)' >&2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help venv test lint types tests demo format test-gpu bench clean
+.PHONY: help venv test lint types tests demo docs format test-gpu bench clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,7 @@ lint: $(STAMP) ## Check style, format, the house rules, the import contracts and
 	@$(BIN)/ruff check -q --output-format concise .
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/python tools/house_rules.py
+	@$(BIN)/python tools/dependencies.py
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/codespell
 
@@ -70,6 +71,11 @@ bench: $(STAMP) ## Run all benchmarks on the CUDA GPU of this machine; results i
 
 demo: $(STAMP) ## Let the small trained model find needles in 16K tokens, in every mode; on the CPU.
 	@$(BIN)/python -m sparda_compile demo
+
+docs: $(STAMP) ## Build the reference from the docstrings, into build/docs.
+	@$(BIN)/pip install -qq --no-compile -c $(VENV)/constraints.txt -e '.[docs]'
+	@$(BIN)/sphinx-build -q -W --keep-going -b html docs/api build/docs
+	@echo build/docs/index.html
 
 format: $(STAMP) ## Rewrite the sources in the house format.
 	@$(BIN)/ruff check -q --fix --output-format concise .

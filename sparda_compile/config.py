@@ -176,7 +176,8 @@ class Execution:
             the scheduler's estimate of how many bytes a step moves.
         disable_passes: Names of passes to leave out.
         dump_dir: Folder to write the graph after each pass to.
-        progress: Whether long first calls show a line on a terminal.
+        progress: Whether long first calls show a line on a terminal, and one every ten seconds
+            where standard error is no terminal.
     """
 
     lowering: Lowering = "inductor"

@@ -59,7 +59,7 @@ class BypassError(UnsupportedInputError, AttributeError):
 
 
 class BackendUnavailableError(SpardaError, ImportError):
-    """A package or a device that this call needs is not there."""
+    """A package, a device or a compiler that this call needs is not there or does not work."""
 
 
 class KVCacheError(SpardaError):

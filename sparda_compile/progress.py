@@ -5,7 +5,8 @@
 
 On a terminal this shows `sparda: compiling piece 3 of 6 of the decode step` on standard error, in
 one line that is rewritten in place and gone when the work is done; short work shows nothing. What
-is no terminal gets nothing. Every stage that ends is logged, and counted by `stage_times`.
+is no terminal, as a notebook or a file, gets a plain line every ten seconds of long work. Every
+stage that ends is logged, and counted by `stage_times`.
 
 Imports neither torch nor rich; rich is imported by the first line that is shown.
 """
@@ -38,6 +39,8 @@ _WORDS: Final = {
 }
 # Work shorter than this shows nothing; stages less apart than this are one piece of work.
 _QUIET_S: Final = 0.3
+# What is no terminal keeps all lines, so it gets few: one each time that so much has passed.
+_PLAIN_S: Final = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class _Line:
         self.open: list[_Stage] = []
         self.num_silent = 0
         self.began = 0.0
+        self.said = float("-inf")
         self.ended = float("-inf")
         self.status: Any = None
         self.timer: threading.Timer | None = None
@@ -104,14 +108,30 @@ class _Line:
 
     def _draw(self) -> None:
         """Make the terminal show what it should; if that is too early, do it again in time."""
-        if not self.open or self.num_silent or sys.stderr is None or not sys.stderr.isatty():
+        if not self.open or self.num_silent or sys.stderr is None:
             self._erase()
+            return
+        if not sys.stderr.isatty():
+            self._say()
             return
         wait = self.began + _QUIET_S - time.monotonic()
         if wait <= 0 or self.status is not None:
             self._write(self.open[-1].text)
-        elif self.timer is None:
-            self.timer = threading.Timer(wait, self._draw_later)
+        else:
+            self._draw_in(wait)
+
+    def _say(self) -> None:
+        """Write a plain line, if the last one, or the begin of the work, is long enough ago."""
+        now = time.monotonic()
+        if now >= max(self.began, self.said) + _PLAIN_S:
+            self.said = now
+            sys.stderr.write(f"sparda: {self.open[-1].text}, {now - self.began:.0f} s so far\n")
+            sys.stderr.flush()
+        self._draw_in(max(self.began, self.said) + _PLAIN_S - now)
+
+    def _draw_in(self, seconds: float) -> None:
+        if self.timer is None:
+            self.timer = threading.Timer(seconds, self._draw_later)
             self.timer.daemon = True
             self.timer.start()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 import os
 import random
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -99,6 +101,42 @@ def traced_llama(shared_llama: nn.Module) -> Any:
     from sparda_compile import SpardaConfig, optimize
 
     return optimize(shared_llama, SpardaConfig(mode="dense", lowering="eager"))
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[list[str]]:
+    """Return what transformers logs as a warning or worse, which it does not propagate."""
+    from transformers.utils import logging as transformers_logging
+
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    keeper = Keep(logging.WARNING)
+    logger = logging.getLogger("transformers")
+    # What is said once in a process is to be said to each test.
+    for name in ("warning_once", "warning_advice"):
+        getattr(getattr(logging.Logger, name, None), "cache_clear", lambda: None)()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    logger.addHandler(keeper)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(keeper)
+        transformers_logging.set_verbosity(before)
+
+
+@pytest.fixture
+def no_deprecations(transformers_log: list[str]) -> Iterator[None]:
+    """Fail where a test meets a name that is going away, or a warning of transformers."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("error", category)
+        yield
+    assert transformers_log == []
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,15 @@ import pytest
 import torch
 
 from sparda_compile import errors, ops, optimize
+from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import SpardaConfig
+from sparda_compile.demo.small_model import small_model_folder
 from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.graph.text import graph_text
 from sparda_compile.isa.streams import STREAM_NAMES
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.module import arguments
+from sparda_compile.module.bypasses import BYPASSES
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.program.plan import make_plan
@@ -199,6 +202,14 @@ def argument_table(rows):
     return table(("argument", "kind", "what happens"), lines)
 
 
+def bypass_table():
+    """Return what an optimized module refuses to hand on, by why."""
+    names = {}
+    for name, why in BYPASSES.items():
+        names.setdefault(why, []).append(name)
+    return table(("names", "why, and what to do"), [(code(n), why) for why, n in names.items()])
+
+
 GENERATED = {
     "arguments.md": {
         "forward": lambda: argument_table(arguments.FORWARD),
@@ -209,6 +220,7 @@ GENERATED = {
         stage: (lambda stage=stage: stage_text(stage))
         for stage in ("capture", *(p.name for p in PIPELINE))
     },
+    "limits.md": {"bypasses": bypass_table},
     "passes.md": {"passes": pass_table, "facts": fact_table},
     "ops.md": {"ops": op_sections},
     "kv_cache.md": {"tensors": state_table},
@@ -250,40 +262,75 @@ def test_every_error_is_explained():
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-    targets += re.findall(r"^\[\w+\]: (?!https?:)(\S+)", text, re.MULTILINE)
-    assert [t for t in targets if not (page.parent / t).exists()] == []
-
-
 def programs(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_program_is_short_and_runs(capsys, monkeypatch):
+@pytest.mark.usefixtures("no_deprecations")
+def test_readme_program_is_short_and_prints_the_right_answer(capsys):
     (program,) = programs(ROOT / "README.md")
     assert len([line for line in program.splitlines() if line.strip()]) <= 10
-    # The same program without the compiler, which takes most of the time.
-    shown = SpardaConfig
-
-    def eager(**settings):
-        return shown(lowering="eager", **settings)
-
-    monkeypatch.setattr("sparda_compile.SpardaConfig", eager)
-    exec(compile(program, "README.md", "exec"), {})
-    assert "hits" in capsys.readouterr().out
-
-
-def test_quickstart_programs_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     scope = {}
-    for program in programs(DOCS / "quickstart.md"):
-        exec(compile(program, "quickstart.md", "exec"), scope)
-    assert (tmp_path / "decode.html").exists()
+    exec(compile(program, "README.md", "exec"), scope)
+    answer, stats = capsys.readouterr().out.splitlines()
+    shown = re.search(r"```text\n(found: .*)\n```", (ROOT / "README.md").read_text())[1]
+    assert answer == shown
+    found, right = re.findall(r"\[[\d, ]+\]", answer)
+    assert found == right
+    # What README says of it: most of the answer is found by steps that read few blocks.
+    layout = scope["fast"].programs.latest_plan("decode").layout
+    assert f"reads {layout.num_selected} of {layout.num_blocks} blocks" in (
+        " ".join((ROOT / "README.md").read_text().split())
+    )
+    assert re.search(r"[1-9]\d* hits, [1-9]\d* misses", stats)
 
 
+# What a page's programs need in place of what they name, and what they have from the page.
+IN_PLACE = {
+    "gpu.md": {'"path/to/model"': repr(str(small_model_folder())), '"cuda"': '"cpu"'},
+    "training.md": {"steps=20": "steps=2"},
+}
+
+
+def given(page):
+    if page != "debugging.md":
+        return {}
+    config = SpardaConfig(mode="query", top_k=2, local_blocks=1, lowering="eager")
+    return {"fast": optimize(tiny_llama(), config), "ids": torch.randint(0, 256, (1, 300))}
+
+
+@pytest.mark.usefixtures("no_deprecations")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if programs(page)], ids=lambda p: p.name
+)
+def test_programs_of_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = given(page.name)
+    for program in programs(page):
+        for shown, used in IN_PLACE.get(page.name, {}).items():
+            assert shown in program
+            program = program.replace(shown, used)
+        exec(compile(program, page.name, "exec"), scope)
+    made = {"quickstart.md": "decode.html", "training.md": "forecast.safetensors"}
+    assert (tmp_path / made.get(page.name, ".")).exists()
+
+
+# Pages whose program is no program for a CPU.
+NEEDS_A_GPU = {"profiling.md"}
+
+
+def test_python_of_pages_is_run():
+    """No page hides a program from the test above in a fence of another name."""
+    hidden = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if name != "python" and re.search(r"^(from|import) ", body, re.MULTILINE):
+                hidden.add(page.name)
+    assert hidden == NEEDS_A_GPU
+
+
+@pytest.mark.usefixtures("no_deprecations")
 def test_example_runs(capsys):
     path = ROOT / "examples" / "optimize_tiny_llama.py"
     spec = importlib.util.spec_from_file_location("example", path)
@@ -295,6 +342,40 @@ def test_example_runs(capsys):
     out = capsys.readouterr().out
     assert "all blocks, same tokens: True" in out
     assert "times traced: 2" in out
+
+
+def test_lengths_that_are_read_whole_are_as_quickstart_says():
+    text = " ".join((DOCS / "quickstart.md").read_text().split())
+    (shown,) = re.findall(r"SpardaConfig\((mode=.*?)\)", text)
+    configs = (eval(f"SpardaConfig({shown})", {"SpardaConfig": SpardaConfig}), SpardaConfig())
+    for config in configs:
+        assert config.num_forced == config.sink_blocks + config.local_blocks + 1
+        blocks = config.num_forced + config.top_k
+        assert f"after {blocks} blocks, {blocks * config.block_size} tokens" in text
+
+
+def test_names_of_the_glossary_are_in_the_code():
+    rows = re.findall(
+        r"^\| [^|]+ \| [^|]+ \| ([^|]*) \|$", (DOCS / "glossary.md").read_text(), re.M
+    )
+    names = {name for row in rows for name in re.findall(r"`(\w+)(?:=[^`]*)?`", row)}
+    source = " ".join(path.read_text() for path in (ROOT / "sparda_compile").rglob("*.py"))
+    assert len(names) > 30
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", source)) == []
+
+
+def test_loglikelihoods_are_dense_as_limits_says():
+    model = tiny_llama()
+    ids = torch.randint(0, 256, (1, 300))
+    config = SpardaConfig(mode="query", block_size=16, top_k=1, local_blocks=1, lowering="eager")
+    fast = optimize(model, config)
+    dense = model(ids).logits.log_softmax(-1)
+    whole = fast(ids)
+    torch.testing.assert_close(whole.logits.log_softmax(-1), dense, rtol=1e-4, atol=1e-4)
+    # One token at a time, the same text reads few blocks, and its scores differ.
+    cache = cache_of(fast(ids[:, :-1]))
+    last = fast(ids[:, -1:], cache=cache).logits.log_softmax(-1)
+    assert (last[0, -1] - dense[0, -1]).abs().max() > 1e-3
 
 
 def test_capacity_is_as_kv_cache_says():

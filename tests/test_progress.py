@@ -259,14 +259,54 @@ def test_silence_erases_a_line_that_is_there(open_terminal):
     assert_clean(terminal)
 
 
-def test_nothing_is_shown_where_there_is_no_terminal(monkeypatch):
-    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
-    for place in (io.StringIO(), None):
-        monkeypatch.setattr(sys, "stderr", place)
-        with stage("compile"):
+@pytest.fixture
+def file_in_place_of_stderr(monkeypatch):
+    """Return a function that puts a file there, which gets a line for so many seconds of work."""
+
+    def open_(plain_s):
+        monkeypatch.setattr(progress, "_PLAIN_S", plain_s)
+        monkeypatch.setattr(progress, "_line", progress._Line())
+        found = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", found)
+        return found
+
+    return open_
+
+
+def test_short_work_shows_nothing_where_there_is_no_terminal(file_in_place_of_stderr):
+    file = file_in_place_of_stderr(60)
+    for _ in range(2):
+        with stage("compile", "decode"), stage("verify"):
             assert progress._line.status is None
-            assert progress._line.timer is None
-        assert place is None or place.getvalue() == ""
+        assert progress._line.timer is None
+    assert file.getvalue() == ""
+
+
+def test_long_work_shows_plain_lines_where_there_is_no_terminal(file_in_place_of_stderr):
+    file = file_in_place_of_stderr(0.2)
+    with stage("compile", "piece of the decode step", done=2, total=6):
+        end = time.monotonic() + 20
+        while file.getvalue().count("\n") < 2:  # nothing else begins or ends meanwhile
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert progress._line.timer is None
+    line = r"sparda: compiling piece 2 of 6 of the decode step, \d+ s so far\n"
+    assert re.fullmatch(f"(?:{line}){{2,}}", file.getvalue())
+
+
+def test_silence_holds_where_there_is_no_terminal(file_in_place_of_stderr):
+    file = file_in_place_of_stderr(0.0)
+    with showing(False), stage("compile"):
+        assert progress._line.timer is None
+    assert file.getvalue() == ""
+
+
+def test_work_goes_on_without_standard_error(monkeypatch):
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", None)
+    with stage("compile"):
+        assert progress._line.status is None
+        assert progress._line.timer is None
 
 
 def test_import_and_use_need_neither_torch_nor_rich():

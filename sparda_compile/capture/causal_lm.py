@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from sparda_compile.capture.cache_name import output_with_cache, take_cache
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
@@ -14,7 +14,7 @@ from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["WrappedCausalLM", "as_causal_lm", "sliding_windows"]
+__all__ = ["WrappedCausalLM", "as_causal_lm", "register_causal_lm", "sliding_windows"]
 
 _TRACEABLE = ("sdpa", "eager")
 
@@ -45,6 +45,20 @@ class WrappedCausalLM(PreTrainedModel, GenerationMixin):
         out = self.module(input_ids, **given)
         logits = out if isinstance(out, Tensor) else out.logits
         return output_with_cache(logits, take_cache(kwargs))
+
+
+class _RegisteredConfig(PretrainedConfig):
+    """What transformers registers a class under. No model has it."""
+
+    model_type = "sparda_compile"
+
+
+def register_causal_lm(module_class: type[nn.Module]) -> None:
+    """Tell transformers that a class is a causal LM, so that its pipelines take it without a word.
+
+    Else `pipeline(model=...)` logs an error with the names of all classes that it knows.
+    """
+    AutoModelForCausalLM.register(_RegisteredConfig, module_class, exist_ok=True)
 
 
 def as_causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -63,7 +63,9 @@ class _Chooser:
             return inner(module, x, position_ids, **_named(layer_type))
         short, long, limit = self._sets[layer_type]
         is_long = torch.max(position_ids) + 1 > limit
-        view = _View(module, {_attribute("inv_freq", layer_type): torch.where(is_long, long, short)})
+        view = _View(
+            module, {_attribute("inv_freq", layer_type): torch.where(is_long, long, short)}
+        )
         return inner(view, x, position_ids, **_named(layer_type))
 
 

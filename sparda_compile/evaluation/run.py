@@ -184,6 +184,9 @@ def evaluate(
         progress: Called with what is being done: reading, and each configuration.
         on_batch: Called with the number of sequences of each batch that all have seen.
 
+    Returns:
+        What was measured: a row for each configuration and task.
+
     Raises:
         ConfigError: If a task is not known, the length too small for it, or there is nothing to
             measure.

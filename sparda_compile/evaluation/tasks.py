@@ -110,7 +110,15 @@ def make_batch(
 
 
 def spell_batch(batch: TaskBatch, length: int) -> TaskBatch:
-    """Return the batch with every token spelled in bytes, spaces before it up to `length`."""
+    """Return the batch with every token spelled in bytes, spaces before it up to `length`.
+
+    Args:
+        batch: Sequences of integers.
+        length: Bytes of each spelled sequence.
+
+    Raises:
+        ConfigError: If the tokens do not fit.
+    """
     padding = length - batch.ids_BT.shape[1] * SPELLING_BYTES
     if padding < 0:
         raise ConfigError(

@@ -162,13 +162,21 @@ class SpardaCache(Cache):
         self.kv.is_broken = False
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: blocks that were offloaded are not taken back."""
+        """Refuse: blocks that were offloaded are not taken back.
+
+        Raises:
+            UnsupportedInputError: Always.
+        """
         raise UnsupportedInputError(
             f"crop is not supported: {CONFIG['prompt_lookup_num_tokens'].what}."
         )
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse: only an optimized module writes to this cache."""
+        """Refuse: only an optimized module writes to this cache.
+
+        Raises:
+            KVCacheError: Always.
+        """
         raise KVCacheError(
             "a SpardaCache was passed to a model that is not optimized; pass it to the module "
             "that made it."

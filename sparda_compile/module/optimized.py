@@ -18,6 +18,7 @@ from sparda_compile.capture.cache_name import (
     output_with_cache,
     take_cache,
 )
+from sparda_compile.capture.causal_lm import register_causal_lm
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
 from sparda_compile.module.ambient import check_autocast, neutral
@@ -84,6 +85,7 @@ class OptimizedModule(FrozenModule):
         decode: Plan | None = None,
     ) -> None:
         super().__init__()
+        register_causal_lm(OptimizedModule)
         self.captures = captures
         self.sparda_config = config
         self.sparda = Sparda(self)

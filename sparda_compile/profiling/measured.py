@@ -168,6 +168,9 @@ def measure_step(
         replays: Steps to profile.
         trace: Where to keep the profiler's Chrome trace; None keeps none.
 
+    Returns:
+        The step as measured, node by node.
+
     Raises:
         BackendUnavailableError: If there is no CUDA device.
         UnsupportedInputError: If the plan has no schedule, or the step does not replay a CUDA
@@ -228,6 +231,9 @@ def measure(
         nodes: The sparda nodes of the same plan.
         device: What it ran on.
         step_us: Time of a step without a profiler.
+
+    Returns:
+        The step as measured, node by node.
 
     Raises:
         UnsupportedInputError: If there is no replay, or one of something else.

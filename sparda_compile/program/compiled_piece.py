@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sparda_compile.errors import PassError
+from sparda_compile.program.compiler_errors import compiler_errors
 from sparda_compile.progress import stage
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of
 
@@ -69,7 +70,11 @@ class CompiledPiece:
         self._chosen: dict[tuple[int, ...], Callable[..., Any]] = {}
 
     def compile(self) -> None:
-        """Compile now, for usual sizes."""
+        """Compile now, for usual sizes.
+
+        Raises:
+            BackendUnavailableError: If there is no compiler that works.
+        """
         with _LOCK:
             if not self._variants:
                 self._add({name: _EXAMPLE[name] for name in self._sizes})
@@ -95,7 +100,8 @@ class CompiledPiece:
         return function
 
     def _add(self, sizes: dict[str, int]) -> Callable[..., Any]:
-        function, guards = _compile(self._graph_module, sizes, self._values)
+        with compiler_errors():
+            function, guards = _compile(self._graph_module, sizes, self._values)
         if not guards.hold(sizes):
             raise PassError(f"{self.name} was compiled for {sizes} and refuses these sizes.")
         self._variants.append((function, guards))

@@ -19,6 +19,7 @@ from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.isa.engines import CudaEngine, use_engine
 from sparda_compile.kernels.gpu.launch import compile_ahead
+from sparda_compile.program.compiler_errors import compiler_errors
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
@@ -81,7 +82,11 @@ class Program:
         return "lowered" in self.__dict__
 
     def compile(self) -> None:
-        """Compile now, not at the first step."""
+        """Compile now, not at the first step.
+
+        Raises:
+            BackendUnavailableError: If there is no compiler that works.
+        """
         pieces, config = self.lowered.pieces(), self.plan.layout.config
         with showing(config.progress):
             for i, piece in enumerate(pieces):
@@ -113,6 +118,7 @@ class Program:
             torch.cuda.device(self.plan.captured.device),
             use_engine(self._engine),
             _launch_errors(self.plan.layout),
+            compiler_errors(),
         ):
             return self._run(args)
 

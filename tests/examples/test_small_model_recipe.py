@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
+from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.evaluation.haystack import Maker
 from sparda_compile.evaluation.lookup import lookup
 
 PATH = Path(__file__).parents[2] / "examples" / "small_model_recipe.py"
+
+pytestmark = pytest.mark.usefixtures("no_deprecations")
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +72,11 @@ def test_questions_attend_as_the_optimized_model_does(recipe, arch):
     trained = recipe.answer_logits(model, batch, positions_of(batch), None, CONFIG)
     fast = optimize(model, CONFIG)
     with torch.no_grad():
-        past = fast(batch.ids_BT[:, : batch.question_start], use_cache=True).past_key_values
+        past = cache_of(fast(batch.ids_BT[:, : batch.question_start], use_cache=True))
         rows = []
         for ids in batch.ids_BT[:, batch.question_start :].split(1, dim=1):
-            out = fast(ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = fast(ids, cache=past, use_cache=True)
+            past = cache_of(out)
             rows.append(out.logits[:, -1])
     decoded = torch.stack(rows, dim=1)[:, batch.answer_positions_A - 1 - batch.question_start]
     torch.testing.assert_close(trained, decoded, rtol=1e-3, atol=1e-3)

@@ -11,6 +11,8 @@ import torch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("small_model_recipe", "train_small_model")
 
+pytestmark = pytest.mark.usefixtures("no_deprecations")
+
 
 @pytest.fixture
 def script(monkeypatch):

@@ -110,7 +110,9 @@ def test_sequences_go_on_from_others(traced_llama, mode, rows):
         if column == 123:
             caches[0].reorder_cache(rows)
         found = []
-        for order, cache in zip((rows if column >= 123 else torch.arange(3), rows), caches, strict=True):
+        for order, cache in zip(
+            (rows if column >= 123 else torch.arange(3), rows), caches, strict=True
+        ):
             seen = mask[order, : column + 1]
             step = sparse(ids[order, column, None], attention_mask=seen, past_key_values=cache)
             found.append(step.logits)

@@ -90,8 +90,10 @@ class MaskProof:
     def _key(self, anchor: Anchor) -> Hashable:
         """Return what an attention's mask is made of: the same for layers that share it."""
         if anchor.form == "sdpa":
-            return anchor.form, _given(anchor.node, 3, "attn_mask"), _given(
-                anchor.node, 5, "is_causal"
+            return (
+                anchor.form,
+                _given(anchor.node, 3, "attn_mask"),
+                _given(anchor.node, 5, "is_causal"),
             )
         scores, weights = anchor.path[-1], anchor.node.all_input_nodes[0]
         region = sorted({*nodes_between(scores, weights)})

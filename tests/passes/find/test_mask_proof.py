@@ -141,7 +141,10 @@ def test_masks_that_leave_it_far_away_are_refused_by_position(
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        (lambda n: torch.ones(n).cumsum(0)[:, None] >= torch.ones(n).cumsum(0), "cumsum mixes tokens"),
+        (
+            lambda n: torch.ones(n).cumsum(0)[:, None] >= torch.ones(n).cumsum(0),
+            "cumsum mixes tokens",
+        ),
         (lambda n: causal(n).flip(0).flip(0), "flip mixes tokens"),
         (lambda n: torch.cat([causal(n)[:, :30], causal(n)[:, 30:]], 1), "cuts off tokens"),
     ],
