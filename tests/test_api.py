@@ -9,14 +9,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
 from transformers import DynamicCache
 
 from sparda_compile import SpardaConfig, SpardaError, explain, optimize
 from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.errors import (
-    AttentionNotFoundError,
-    CaptureError,
     ConfigError,
     DevicePoolFullError,
     HostPoolFullError,
@@ -72,74 +69,6 @@ def refuses(error, call, *words):
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
     assert message.endswith((".", "?"))
-
-
-class Perceptron(nn.Module):
-    """A language model without attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(256, 32)
-        self.positions = nn.Embedding(128, 32)
-        self.head = nn.Linear(32, 256)
-
-    def forward(self, input_ids, position_ids):
-        return self.head(torch.relu(self.embedding(input_ids) + self.positions(position_ids)))
-
-
-class Branching(Perceptron):
-    """A forward that decides by a value, which no graph can hold."""
-
-    def forward(self, input_ids, position_ids):
-        hidden = self.embedding(input_ids)
-        if hidden.sum() > 0:
-            hidden = hidden + self.positions(position_ids)
-        return self.head(hidden)
-
-
-class TestModels:
-    def test_without_attention(self):
-        words = ("Perceptron", "no attention", "no KV cache")
-        refuses(AttentionNotFoundError, lambda: optimize(Perceptron().eval(), CONFIG), *words)
-
-    def test_that_cannot_be_traced(self):
-        words = ("cannot trace", "needs the values of a tensor", "test_api.py")
-        refuses(CaptureError, lambda: optimize(Branching().eval(), CONFIG), *words)
-
-    def test_encoder_decoder(self):
-        config = transformers.T5Config(
-            vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-        )
-        t5 = transformers.T5ForConditionalGeneration(config).eval()
-        words = ("T5ForConditionalGeneration", "encoder-decoder", "decoder-only")
-        refuses(UnsupportedInputError, lambda: optimize(t5, CONFIG), *words)
-
-    def test_without_a_head(self, model):
-        words = ("LlamaModel", "no causal LM head", "AutoModelForCausalLM")
-        refuses(UnsupportedInputError, lambda: optimize(model.model, CONFIG), *words)
-
-    def test_in_training_mode(self):
-        words = ("LlamaForCausalLM", "training mode", "model.eval()")
-        refuses(UnsupportedInputError, lambda: optimize(tiny_llama().train(), CONFIG), *words)
-
-    def test_that_is_no_module(self):
-        words = ("str", "torch.nn.Module", "from_pretrained")
-        refuses(UnsupportedInputError, lambda: optimize("llama", CONFIG), *words)
-
-    def test_on_another_device(self):
-        words = ("cpu and cuda", "meta", "model.to('cuda')")
-        refuses(UnsupportedInputError, lambda: optimize(tiny_llama().to("meta"), CONFIG), *words)
-
-    def test_with_a_kernel_that_is_not_in_the_graph(self):
-        llama = tiny_llama()
-        llama.config._attn_implementation = "flash_attention_2"
-        words = ("flash_attention_2", "set_attn_implementation('sdpa')")
-        refuses(UnsupportedInputError, lambda: optimize(llama, CONFIG), *words)
-
-    def test_explain_reports_what_optimize_refuses(self):
-        report = explain(Perceptron().eval(), CONFIG)
-        assert "no attention" in report.error
-        assert report.sites == ()
 
 
 class TestConfiguration:

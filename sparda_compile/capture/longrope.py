@@ -2,8 +2,8 @@
 
 A model with LongRoPE has two sets of frequencies: short ones while every position of a call is
 within the length that it was first trained for, long ones beyond it. transformers changes the set
-inside forward, as state of the module, which a graph does not have. For a trace the module's forward
-is therefore its own, without that change, on frequencies that `torch.where` chooses.
+inside forward, as state of the module, which a graph does not have. For a trace the module's
+forward is therefore its own, without that change, on frequencies that `torch.where` chooses.
 
 Source: LongRoPE (arXiv 2402.13753); `modeling_rope_utils.py` of transformers says when it switches.
 """

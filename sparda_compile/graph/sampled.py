@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -28,20 +29,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Positions", "constants_of", "evaluate_at"]
 
-_POINTWISE: Final = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
+
+
+_POINTWISE: Final = _names(
     """abs add and bitwise_and bitwise_not bitwise_or bitwise_xor bool bitwise_left_shift
     bitwise_right_shift ceil clamp clamp_max clamp_min clone contiguous copy cos detach div divide
     double dropout eq exp float floor floor_divide floordiv fmod ge greater greater_equal gt half
     int invert isfinite isinf isnan le less less_equal log log1p log2 logical_and logical_not
     logical_or logical_xor long lshift lt masked_fill max maximum min minimum mod mul multiply
     nan_to_num ne neg not_equal or pow relu remainder rsub round rshift sigmoid sign sin sqrt square
-    sub subtract tanh to truediv true_divide trunc type type_as where xor""".split()
+    sub subtract tanh to truediv true_divide trunc type type_as where xor"""
 )
-_SHAPED: Final = frozenset(
+_SHAPED: Final = _names(
     """broadcast_to empty empty_like expand expand_as flatten full full_like new_empty new_full
     new_ones new_zeros ones ones_like permute repeat reshape scalar_tensor squeeze swapaxes t tensor
     transpose unflatten unsqueeze view view_as zeros zeros_like rand_like movedim numpy_T
-    as_tensor""".split()
+    as_tensor"""
 )
 _OVER_KEYS: Final = frozenset({"softmax", "log_softmax"})
 _TRIANGLES: Final = {"tril": operator.le, "triu": operator.ge}
@@ -163,7 +169,7 @@ class _Run:
             found = self._values[arg] if isinstance(arg, fx.Node) else arg
             return getattr(found, kind) if isinstance(found, _Size) else found
 
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
         return args, kwargs
 
     @staticmethod
@@ -198,6 +204,8 @@ class _Run:
 
     def _triangle(self, name: str, matrix: Tensor, diagonal: int = 0, **_: Any) -> Tensor:
         size = len(self._positions)
+        if size not in matrix.shape[-2:]:
+            return getattr(torch, name)(matrix, diagonal)
         if tuple(matrix.shape[-2:]) != (size, size):
             raise NotProvableError(f"its mask takes {name} of {tuple(matrix.shape)}")
         index = self._positions.values

@@ -24,7 +24,7 @@ _LEFT_OVER = ("tokenizer", "assistant_tokenizer")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
-def make_driver(module: OptimizedModule, model: nn.Module) -> nn.Module:
+def make_driver(module: OptimizedModule, model: nn.Module) -> Any:
     """Return a model whose `generate` calls an optimized module; it does not keep it alive.
 
     Args:
@@ -48,7 +48,7 @@ def make_driver(module: OptimizedModule, model: nn.Module) -> nn.Module:
     return driver
 
 
-def drive(driver: nn.Module, cache: SpardaCache, wants_cache: bool, kwargs: dict[str, Any]) -> Any:
+def drive(driver: Any, cache: SpardaCache, wants_cache: bool, kwargs: dict[str, Any]) -> Any:
     """Generate; the output has a cache only if that is wanted."""
     # Tokens do not depend on use_cache; without it transformers would send them all each step.
     kwargs |= {CACHE_NAME: cache, "disable_compile": True, "use_cache": True}

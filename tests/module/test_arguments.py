@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-from pathlib import Path
-
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, models
 from transformers import (
     CompileConfig,
@@ -20,9 +14,6 @@ from transformers import (
     StoppingCriteriaList,
     WatermarkingConfig,
 )
-from transformers.generation import GenerationMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.generic import TransformersKwargs
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.capture.cache_name import CACHE_NAME, cache_of
@@ -34,75 +25,7 @@ DENSE = SpardaConfig(mode="query", top_k=None, lowering="eager", block_size=16)
 LENGTH = 20
 IS_OLD = CACHE_NAME != "cache"
 INF = float("inf")
-
-
-def named(table):
-    """Return what this version of transformers has to have, and what it may have."""
-    must = {n for n, row in table.items() if row.only in ("", "5.17" if IS_OLD else "5.24")}
-    return must, set(table) if IS_OLD else must
-
-
-def compare(table, found):
-    must, may = named(table)
-    assert must - found == set(), "rows of nothing"
-    assert found - may == set(), "arguments without a row"
-
-
-def forward_arguments():
-    """Return the arguments of every causal LM's forward; imports none of them."""
-    names = {
-        n
-        for v in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for n in ([v] if isinstance(v, str) else v)
-    }
-    found, one_class = set(), r"^class (\w+)\(.*?(?=^(?:class|def|@|[A-Z_]+ =|__all__)|\Z)"
-    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        for match in re.finditer(one_class, path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
-            name = match[1]
-            is_text = name in names and not name.endswith("ForConditionalGeneration")
-            if not (is_text or name.endswith("ForCausalLM")):
-                continue
-            for node in ast.walk(ast.parse(match[0])):
-                if isinstance(node, ast.FunctionDef) and node.name == "forward":
-                    found |= {a.arg for a in node.args.args + node.args.kwonlyargs} - {"self"}
-    return found
-
-
-class TestComplete:
-    """A new version of transformers that adds an argument fails here."""
-
-    def test_forward(self):
-        compare(FORWARD, forward_arguments() | set(TransformersKwargs.__annotations__))
-
-    def test_generate(self):
-        found = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
-        source = inspect.getsource(GenerationMixin.generate)
-        source += inspect.getsource(GenerationMixin._extract_generation_mode_kwargs)
-        found |= set(re.findall(r'[^_]kwargs\.pop\("(\w+)"', source))
-        compare(GENERATE, found | {"return_dict"})
-        assert "return_dict" in FORWARD
-        read = set(re.findall(r'[^_]kwargs\.get\("(\w+)"', source))
-        assert read <= FORWARD.keys() | CONFIG.keys() | GENERATE.keys()
-
-    def test_config(self):
-        compare(CONFIG, set(vars(GenerationConfig())))
-
-    def test_an_attribute_that_only_a_newer_version_has(self, fast, monkeypatch):
-        monkeypatch.delitem(CONFIG, "top_h")
-        for settings in ({"top_h": 0.5}, {"generation_config": GenerationConfig(top_h=0.5)}):
-            with pytest.raises(UnsupportedInputError, match=r"^top_h is no argument"):
-                fast.generate(prompt(1)["input_ids"], **settings)
-        fast.generate(**prompt(1), max_new_tokens=2, generation_config=GenerationConfig(note="x"))
-
-    @pytest.mark.parametrize(
-        ("name", "near"),
-        [("attention_masc", "attention_mask"), ("max_new_token", "max_new_tokens")],
-    )
-    def test_a_misspelled_name(self, fast, name, near):
-        with pytest.raises(UnsupportedInputError, match=rf"^{name} is no .*did you mean {near}"):
-            fast.generate(**prompt(1), **{name: None})
-        with pytest.raises(UnsupportedInputError, match=r"^quux is no argument of forward"):
-            fast(prompt(1)["input_ids"], quux=None)
+NOT_HERE = "5.24" if IS_OLD else "5.17"
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +303,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("name", IDLE)
     def test_without_effect(self, model, fast, name, batch_size):
-        if name in CONFIG and name not in named(CONFIG)[0]:
+        if name in CONFIG and CONFIG[name].only == NOT_HERE:
             pytest.skip("this version of transformers has no such attribute")
         base, with_it = resolved(batch_size, {}), resolved(batch_size, {name: IDLE[name]})
         want = generated(fast, base)
