@@ -205,7 +205,7 @@ class _Run:
     def _triangle(self, name: str, matrix: Tensor, diagonal: int = 0, **_: Any) -> Tensor:
         size = len(self._positions)
         if size not in matrix.shape[-2:]:
-            return getattr(torch, name)(matrix, diagonal)
+            return torch.tril(matrix, diagonal) if name == "tril" else torch.triu(matrix, diagonal)
         if tuple(matrix.shape[-2:]) != (size, size):
             raise NotProvableError(f"its mask takes {name} of {tuple(matrix.shape)}")
         index = self._positions.values
