@@ -23,7 +23,13 @@ from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled, check_dump_dir
-from sparda_compile.program.plan import Plan, forecast_shapes, make_plan, planned_capacity
+from sparda_compile.program.plan import (
+    Plan,
+    forecast_shapes,
+    make_plan,
+    planned_capacity,
+    prompt_phase,
+)
 from sparda_compile.report.text import selection_sentence
 
 if TYPE_CHECKING:
@@ -93,7 +99,8 @@ def optimize(
         )
         weights = _forecast_weights(captures, decode, given)
         fast = OptimizedModule(captures, config, weights, decode)
-        plans = [fast.programs.latest_plan(phase) for phase in ("prefill", "decode")]
+        phases = (prompt_phase(config), "decode")
+        plans = [fast.programs.latest_plan(phase) for phase in phases]
         _log.info(
             "%s: mode %s, %d attentions, %d left dense",
             captures.model_name,
@@ -144,7 +151,7 @@ def explain(
                     batch_size=batch_size,
                     max_tokens=max_tokens,
                 )
-                for phase in ("prefill", "decode")
+                for phase in (prompt_phase(config), "decode")
             ]
         except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
             return refused_report(model, config, batch_size, max_tokens, str(error))

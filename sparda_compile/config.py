@@ -19,6 +19,7 @@ __all__ = [
     "Memory",
     "Mode",
     "Offload",
+    "Prefill",
     "Selection",
     "SpardaConfig",
     "round_up",
@@ -28,6 +29,7 @@ Mode = Literal["dense", "query", "forecast", "exact"]
 Eviction = Literal["lru", "fifo"]
 Lowering = Literal["inductor", "eager"]
 Offload = Literal["auto", "always", "never"]
+Prefill = Literal["auto", "sparse", "dense"]
 
 _MODES: Final = get_args(Mode)
 G = TypeVar("G")
@@ -63,6 +65,9 @@ class Selection:
             selector `nosa` alone.
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
+        prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
+            its own blocks, those that a decode step would select there. `auto`: the one that the
+            cost model says is faster.
     """
 
     mode: Mode = "forecast"
@@ -73,11 +78,13 @@ class Selection:
     short_list: int = 23
     sink_blocks: int = 1
     local_blocks: int = 32
+    prefill: Prefill = "auto"
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, _MODES)
         one_of("selector", self.selector, SELECTORS.choices())
         one_of("hint", self.hint, HINTS.choices())
+        one_of("prefill", self.prefill, get_args(Prefill))
         for name in ("sink_blocks", "local_blocks", "short_list"):
             whole(name, getattr(self, name), 0)
         if self.top_k is not None:
@@ -128,6 +135,8 @@ class Memory:
     """Where the KV cache lives, and how much of it there may be.
 
     Attributes:
+        chunk_tokens: Columns of a prompt that are read at once; None reads it in one piece. Less
+            memory is used for less; the result is the same but for rounding.
         max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
             (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
         offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the
@@ -138,6 +147,7 @@ class Memory:
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
     """
 
+    chunk_tokens: int | None = None
     max_tokens: int | None = None
     offload: Offload = "always"
     device_bytes: int | None = None
@@ -156,7 +166,7 @@ class Memory:
             )
         if self.max_tokens is not None:
             whole("max_tokens", self.max_tokens, 1, MOST_TOKENS)
-        for name in ("device_bytes", "host_bytes"):
+        for name in ("chunk_tokens", "device_bytes", "host_bytes"):
             value = getattr(self, name)
             if value is not None:
                 whole(name, value, 1)

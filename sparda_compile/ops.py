@@ -28,6 +28,7 @@ from sparda_compile.kernels import (  # noqa: F401 - fills the table
     prefill_attention,
     score_blocks,
     select_blocks,
+    select_tokens,
     sparse_attention,
     window_attention,
 )

@@ -109,4 +109,4 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
     FACTS.put(gm, FACTS.of(gm) | FuseProjections.requires)  # it needs only to come behind that pass
     layout = CacheLayout(config, (), batch_size, config.block_size)
     stages += run_passes(gm, [FuseProjections()], found.context(layout))
-    return Program(Plan(found.captured, layout, sites, tuple(stages), gm), {})
+    return Program(Plan(found.captured, "decode", layout, sites, tuple(stages), gm), {})

@@ -14,7 +14,15 @@ from sparda_compile.graph.nodes import fake_value
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
-__all__ = ["TOKEN_MASK", "PagePlan", "StateInputs", "geometry_of", "plan_pages", "select_by_score"]
+__all__ = [
+    "TOKEN_MASK",
+    "PagePlan",
+    "StateInputs",
+    "geometry_of",
+    "plan_pages",
+    "select_by_score",
+    "select_for_tokens",
+]
 
 
 TOKEN_MASK = "sparda_token_mask"
@@ -140,6 +148,37 @@ def select_by_score(
         config.local_blocks,
         name=f"{prefix}block_ids_{shape.layer}",
     )
+
+
+def select_for_tokens(
+    emit: Emitter,
+    query: fx.Node,
+    selector: str,
+    scale: float,
+    shape: LayerShape,
+    state: StateInputs,
+    layout: CacheLayout,
+) -> fx.Node:
+    """Add `select_tokens`, which picks the blocks of each token of a prompt; returns the ids."""
+    config = layout.config
+    summary = SELECTORS[selector].summary.name
+    ids = emit.call(
+        "select_tokens",
+        query,
+        [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)],
+        state.token_mask(),
+        state.lengths,
+        selector,
+        scale,
+        *geometry_of(layout),
+        layout.num_selected,
+        config.sink_blocks,
+        config.local_blocks,
+        name=f"block_ids_{shape.layer}",
+    )
+    if layout.geometry.short_list:
+        set_argument(ids, "short_list", layout.geometry.short_list)
+    return ids
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

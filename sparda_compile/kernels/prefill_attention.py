@@ -1,11 +1,14 @@
-"""Dense causal attention of many new tokens over the cache and themselves.
+"""Causal attention of many new tokens over the cache and themselves, dense or over selected blocks.
 
-    token at position p attends to every position <= p of its own sequence
+    prefill_attention    a token at position p attends to every position <= p of its own sequence
+    attend_tokens        ... of the blocks that it has selected
 
 Past keys come from the host pool where a block is full, else from its device page.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from sparda_compile.isa.define import define
 
-__all__ = ["masked_attention", "prefill_attention", "token_positions"]
+__all__ = ["attend_tokens", "masked_attention", "prefill_attention", "token_positions"]
 
 _QUERY_CHUNK = 256
 
@@ -35,11 +38,13 @@ def masked_attention(
     scale: float,
     softcap: float,
     window: int,
+    blocks: SelectedBlocks | None = None,
 ) -> Tensor:
     """Attend by position: keys at 0 <= position <= the query's, inside the window if there is one.
 
     The last T keys are those of the query's own tokens, in their order. Computed in the query's
-    dtype for chunks of queries, so memory is linear in T.
+    dtype for chunks of queries, so memory is linear in T. With `blocks`, keys of a token's own
+    blocks alone.
     """
     groups = k_BGSD.shape[1]
     num_past = k_BGSD.shape[2] - query_BHTD.shape[2]
@@ -57,18 +62,52 @@ def masked_attention(
         # Padding attends to everything, so that no row is empty, and is zeroed below.
         padding = position < 0
         seen |= padding
+        seen = seen[:, None]
+        if blocks is not None:
+            seen = seen & blocks.hold(key_position, start, start + _QUERY_CHUNK)
+            seen = (seen | padding[:, None]).repeat_interleave(repeat, dim=1)
         query = query_BHTD[:, :, start : start + _QUERY_CHUNK]
         if softcap:
             scores = query.float() @ keys[:, :, :end].float().transpose(-1, -2) * scale
             scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~seen[:, None], float("-inf"))
+            scores = scores.masked_fill(~seen, float("-inf"))
             out = (scores.softmax(-1) @ values[:, :, :end].float()).to(query.dtype)
         else:
             out = F.scaled_dot_product_attention(
-                query, keys[:, :, :end], values[:, :, :end], attn_mask=seen[:, None], scale=scale
+                query, keys[:, :, :end], values[:, :, :end], attn_mask=seen, scale=scale
             )
         chunks.append(out.masked_fill(padding[:, None], 0.0))
     return torch.cat(chunks, dim=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedBlocks:
+    """The blocks that each new token reads.
+
+    Attributes:
+        ids_BGTK: [B, G, T, K] int32, -1 for none.
+        num_blocks: N.
+        size: Tokens of one block.
+    """
+
+    ids_BGTK: Tensor
+    num_blocks: int
+    size: int
+
+    def hold(self, key_position_B1S: Tensor, start: int, end: int) -> Tensor:
+        """Whether keys lie in the blocks of tokens `start` to `end`, [B, G, t, S] bool.
+
+        Args:
+            key_position_B1S: Position of each key; what is negative belongs to no block.
+            start: First token.
+            end: Token behind the last one; there may be fewer.
+        """
+        ids = self.ids_BGTK[:, :, start:end].long()
+        ids = ids.masked_fill(ids < 0, self.num_blocks)
+        chosen = ids.new_zeros(*ids.shape[:3], self.num_blocks + 1, dtype=torch.bool)
+        chosen.scatter_(-1, ids, True)
+        block = (key_position_B1S // self.size).clamp(min=0)[:, None]
+        return chosen.gather(-1, block.expand(*ids.shape[:3], block.shape[-1]))
 
 
 def past_keys_values(
@@ -131,11 +170,67 @@ def prefill_attention(
             query, k, v, is_causal=True, scale=scale, enable_gqa=True
         )
         return out.contiguous()
+    past = (pages, host, block_table)
+    return _attend(query, (k, v), token_mask, lengths, past, scale, softcap, None)
+
+
+@define(
+    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    before=("extend_kv",),  # which may evict what attention reads of the past
+)
+def attend_tokens(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor,
+    token_mask: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    host: Tensor,
+    block_table: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend to the selected blocks of the past and of the new tokens, causally.
+
+    Args:
+        query: [B, H, T, D].
+        k: [B, G, T, D] new keys, not in the cache yet.
+        v: [B, G, T, D] new values.
+        block_ids: [B, G, T, K] int32 blocks that each token reads, -1 for none.
+        token_mask: [B, T] bool, which tokens are real.
+        lengths: [B] int32, tokens in the cache.
+        pages: [B, G, C, 2, P, D].
+        host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
+        block_table: [B, G, N] int32.
+        scale: Factor on q . k.
+        softcap: Soft cap on the scores, 0.0 for none.
+
+    Returns:
+        [B, H, T, D]; zero for tokens that are not real.
+    """
+    blocks = SelectedBlocks(block_ids, block_table.shape[2], pages.shape[4])
+    past = (pages, host, block_table)
+    return _attend(query, (k, v), token_mask, lengths, past, scale, softcap, blocks)
+
+
+def _attend(
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    token_mask: Tensor,
+    lengths: Tensor,
+    past: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    softcap: float,
+    blocks: SelectedBlocks | None,
+) -> Tensor:
+    """Attend to the whole past and the new tokens, or to the selected blocks of both."""
+    (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    num_blocks = -(-longest // pages.shape[4])
+    num_blocks = -(-int(lengths.max()) // pages.shape[4])  # host-sync: as above
     past_k, past_v = past_keys_values(pages, host, block_table, num_blocks)
-    past = torch.arange(past_k.shape[2], device=k.device)
-    past_BS = past.where(past < lengths[:, None], -1)
+    index = torch.arange(past_k.shape[2], device=k.device)
+    past_BS = index.where(index < lengths[:, None], -1)
     # What lies past a sequence's end may be anything, NaN too: weight 0 must win.
     empty = (past_BS < 0)[:, None, :, None]
     return masked_attention(
@@ -147,4 +242,5 @@ def prefill_attention(
         scale,
         softcap,
         0,
+        blocks,
     )

@@ -45,6 +45,7 @@ from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
 from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
+from sparda_compile.module.prompt import read_prompt
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
@@ -183,13 +184,15 @@ class OptimizedModule(FrozenModule):
         positions = self._positions.of(
             position_ids, mask, cache, is_masked=attention_mask is not None
         )
-        phase = "decode" if num_tokens == 1 else "prefill"
-        last_only = phase == "decode" or is_last(logits_to_keep)
-        program = self.programs.get(phase, batch_size, kv.layout.max_tokens, last_only=last_only)
-        real = None if phase == "decode" else mask
+        is_decode = num_tokens == 1
+        last_only = is_decode or is_last(logits_to_keep)
         kv.is_broken = True  # until the step has ended
         with showing(self.sparda_config.progress):
-            logits = program(ids.contiguous(), positions, real, kv)
+            if is_decode:
+                step = self.programs.get("decode", batch_size, kv.layout.max_tokens, last_only=True)
+                logits = step(ids.contiguous(), positions, None, kv)
+            else:
+                logits = read_prompt(self.programs, kv, ids, positions, mask, last_only=last_only)
         kv.advance(num_tokens, num_real)
         kv.is_broken = False
         cache.note(ids, mask)

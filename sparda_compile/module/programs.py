@@ -26,7 +26,7 @@ __all__ = ["MOST_PROGRAMS", "PHASES", "Programs"]
 
 MOST_PROGRAMS: Final = 16
 """Programs that one module keeps: a prefill and a decode for each of eight shapes."""
-PHASES: Final = ("prefill", "decode")
+PHASES: Final = ("prefill", "sparse_prefill", "decode")
 _SMALLEST_CAPACITY: Final = 512
 _CAPACITY_STEP: Final = 8192
 
@@ -59,7 +59,7 @@ class Programs:
         """Return the program for a shape.
 
         Args:
-            phase: `prefill` or `decode`.
+            phase: One of `PHASES`.
             batch_size: Sequences.
             max_tokens: Tokens per sequence that its KV cache holds.
             last_only: Whether it returns the logits of the last token alone.
@@ -87,7 +87,7 @@ class Programs:
         The plan is one that returns the logits of the last token alone.
         """
         layout = plan.layout
-        key = (plan.captured.phase, layout.batch_size, layout.max_tokens, True)
+        key = (plan.phase, layout.batch_size, layout.max_tokens, True)
         program = program or Program(plan, self.forecast)
         with self._lock:
             self._programs.pop(key, None)
@@ -122,8 +122,14 @@ class Programs:
     def num_compiled(self) -> dict[str, int]:
         """Return how many programs were compiled so far, by phase; those let go count too."""
         with self._lock:
-            phases = [program.plan.captured.phase for program in self.compiled()]
-            return {phase: phases.count(phase) + self._num_dropped[phase] for phase in PHASES}
+            phases = [program.plan.phase for program in self.compiled()]
+            counts = {phase: phases.count(phase) + self._num_dropped[phase] for phase in PHASES}
+        return {phase: n for phase, n in counts.items() if n or phase != "sparse_prefill"}
+
+    @property
+    def config(self) -> SpardaConfig:
+        """What is built."""
+        return self._config
 
     def capacity(self, num_tokens: int) -> int:
         """Return the capacity reserved for so many tokens: few sizes, so few programs."""

@@ -42,7 +42,7 @@ class PassContext:
 
     Attributes:
         config: The user's configuration.
-        phase: `prefill` or `decode`.
+        phase: `prefill`, `sparse_prefill` or `decode`.
         windows: Sliding window of each layer from the model's config, 0 for none; a layer that
             is not named has none.
         model: Class name of the model, for messages.
@@ -71,6 +71,11 @@ class PassContext:
     def is_decode(self) -> bool:
         """Whether the graph takes one token per sequence."""
         return self.phase == "decode"
+
+    @property
+    def is_sparse_prefill(self) -> bool:
+        """Whether each token of a prompt reads blocks of its own."""
+        return self.phase == "sparse_prefill"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _passes(plan: Plan) -> list[PassSummary]:
         text = graph_text(stage.graph_module)
         summaries.append(
             PassSummary(
-                phase=plan.captured.phase,
+                phase=plan.phase,
                 name=stage.name,
                 counts=stage.counts,
                 ms=stage.ms,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparda_compile.report.schedule import Schedule
     from sparda_compile.state.layout import CacheLayout
 
-__all__ = ["Plan", "forecast_shapes", "make_plan", "planned_capacity"]
+__all__ = ["Plan", "forecast_shapes", "make_plan", "planned_capacity", "prompt_phase"]
 
 assert ops.OPS  # registers every op before a pass emits one
 
@@ -46,6 +46,7 @@ class Plan:
 
     Attributes:
         captured: Where it began.
+        phase: `prefill`, `sparse_prefill` or `decode`.
         layout: Sizes of the KV cache that it takes.
         sites: The model's attentions.
         stages: Graphs after capture and after each pass.
@@ -53,6 +54,7 @@ class Plan:
     """
 
     captured: CapturedGraph
+    phase: str
     layout: CacheLayout
     sites: tuple[AttentionSite, ...]
     stages: tuple[StageRecord, ...]
@@ -85,6 +87,12 @@ def planned_capacity(config: SpardaConfig) -> int:
     return config.max_tokens or _PLANNED_TOKENS
 
 
+def prompt_phase(config: SpardaConfig) -> str:
+    """Return the phase in which a prompt is read that has more blocks than a token may read."""
+    may_leave_out = config.selection_starts_at is not None
+    return "sparse_prefill" if config.prefill == "sparse" and may_leave_out else "prefill"
+
+
 def make_plan(
     captures: Captures,
     phase: str,
@@ -98,7 +106,7 @@ def make_plan(
 
     Args:
         captures: The model's traced forwards.
-        phase: `prefill` or `decode`.
+        phase: `prefill`, `sparse_prefill` or `decode`.
         config: What to build.
         batch_size: Sequences.
         max_tokens: Tokens per sequence that the KV cache holds.
@@ -121,9 +129,10 @@ def _plan(
     max_tokens: int,
     last_logits_only: bool,
 ) -> Plan:
-    found = captures.sites(phase, config, last_logits_only=last_logits_only)
+    traced = "decode" if phase == "decode" else "prefill"
+    found = captures.sites(traced, config, last_logits_only=last_logits_only)
     layout = found.layout(batch_size, max_tokens)
-    ctx = found.context(layout)
+    ctx = dataclasses.replace(found.context(layout), phase=phase)
     gm = found.copy()
     sites = tuple(sites_of(gm.graph))
 
@@ -133,7 +142,7 @@ def _plan(
         return again.graph
 
     stages = run_passes(gm, PIPELINE[1:], ctx, graph_after)
-    return Plan(found.captured, layout, sites, (*found.records(), *stages), gm)
+    return Plan(found.captured, phase, layout, sites, (*found.records(), *stages), gm)
 
 
 def _place(name: str) -> int:

@@ -90,7 +90,7 @@ class Program:
         pieces, config = self.lowered.pieces(), self.plan.layout.config
         with showing(config.progress):
             for i, piece in enumerate(pieces):
-                what = f"piece of the {self.plan.captured.phase}"
+                what = f"piece of the {self.plan.phase.replace('_', ' ')}"
                 with stage("compile", what, done=i + 1, total=len(pieces)):
                     piece.compile(config.lowering)
 

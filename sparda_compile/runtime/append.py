@@ -60,6 +60,7 @@ def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: T
 def extend_kv(
     k: Tensor,
     v: Tensor,
+    block_ids: Tensor | None,
     token_mask: Tensor,
     lengths: Tensor,
     pages: Tensor,
@@ -73,12 +74,14 @@ def extend_kv(
     """Give pages to the blocks that should stay resident and write the new tokens into them.
 
     Resident are, of the blocks that get new tokens: the first `sink_blocks`, the last
-    `local_blocks` + 1, and the first of them, because its older tokens are only in its page.
-    With a page for every block, all of them.
+    `local_blocks` + 1, the first of them, because its older tokens are only in its page, and what
+    the last token has selected, which the next token will want too. With a page for every block,
+    all of them.
 
     Args:
         k: [B, G, T, D] new keys, after rotation.
         v: [B, G, T, D] new values.
+        block_ids: [B, G, T, K] int32 blocks that each token has selected; None for a dense prefill.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens before this step.
         pages: [B, G, C, 2, P, D], updated.
@@ -95,16 +98,16 @@ def extend_kv(
     total_B = lengths.long() + token_mask.sum(1)
     block_N = torch.arange(num_blocks, device=k.device)
     first, last = (lengths.long() // size)[:, None], ((total_B - 1) // size)[:, None]
-    touched = (block_N >= first) & (block_N <= last)
+    touched = ((block_N >= first) & (block_N <= last))[:, None]
     if num_pages == num_blocks:
         kept = touched
     else:
         kept = (block_N < sink_blocks) | (block_N >= last - local_blocks) | (block_N == first)
-        kept &= touched
+        kept = (kept[:, None] | _last_selected(block_ids, position_BT, num_blocks)) & touched
     most = min(num_blocks, num_pages)
-    ids = block_N.where(kept, num_blocks).sort(1).values[:, :most]
+    ids = block_N.where(kept, num_blocks).sort(-1).values[..., :most]
     ids = ids.masked_fill(ids == num_blocks, -1).int()
-    ids_BGK = ids[:, None].expand(-1, groups, -1).contiguous()
+    ids_BGK = ids.expand(-1, groups, -1).contiguous()
     stamp_B = (total_B - 1).clamp(min=0).int()
     assign_pages(ids_BGK, stamp_B, block_table, page_block, page_stamp, eviction)
 
@@ -116,6 +119,19 @@ def extend_kv(
     page = page_ng[token, head].long()
     pages[row, head, page, 0, offset] = k[row, head, column]
     pages[row, head, page, 1, offset] = v[row, head, column]
+
+
+def _last_selected(
+    block_ids_BGTK: Tensor | None, position_BT: Tensor, num_blocks: int
+) -> Tensor | bool:
+    """Return the blocks that the last real token of each sequence has selected, [B, G, N] bool."""
+    if block_ids_BGTK is None:
+        return False
+    rows_B = torch.arange(len(position_BT), device=position_BT.device)
+    last_BGK = block_ids_BGTK[rows_B, :, position_BT.argmax(1)].long()
+    found = last_BGK.new_zeros(*last_BGK.shape[:2], num_blocks + 1, dtype=torch.bool)
+    found.scatter_(-1, last_BGK.masked_fill(last_BGK < 0, num_blocks), True)
+    return found[..., :-1]
 
 
 def _kernel(summary: str) -> Callable[..., None] | None:

@@ -94,6 +94,7 @@ def _take_blocks(kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, mask_BT: 
     extend_kv(
         k,
         v,
+        None,
         mask_BT,
         lengths,
         pages,

@@ -24,7 +24,7 @@ def empty(rows, groups, num_blocks, num_pages, dim=3):
 
 def extend(state, k, v, mask, lengths, sink=1, local=1):
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    extend_kv(k, v, mask, lengths, *state, sink, local, "lru")
+    extend_kv(k, v, None, mask, lengths, *state, sink, local, "lru")
 
 
 def test_append_writes_one_slot_per_row_and_group():

@@ -48,7 +48,7 @@ def fill(kv, token_counts):
     new = torch.randn(2, len(token_counts), 2, width, 4)
     mask = torch.arange(width) < torch.tensor(token_counts)[:, None]
     tables = (state["block_table"], state["page_block"], state["page_stamp"])
-    extend_kv(*new, mask, state["lengths"], state["pages"], *tables, 1, 1, "lru")
+    extend_kv(*new, None, mask, state["lengths"], state["pages"], *tables, 1, 1, "lru")
     store_blocks(
         list(new), None, mask, state["lengths"], tables[0], state["pages"], state["host"],
         state["counters"],

@@ -107,7 +107,10 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
     if layout.offload:
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else ["store_blocks"]
     if not ctx.is_decode:
-        return Counter([*roles, "prefill_attention", "extend_kv", *["fork_stream"] * len(copies)])
+        roles += ["extend_kv", *["fork_stream"] * len(copies)]
+        is_sparse = ctx.is_sparse_prefill
+        roles += ["select_tokens", "attend_tokens"] if is_sparse else ["prefill_attention"]
+        return Counter(roles)
     roles += ["plan", "append_kv"]
     roles += ["all_blocks"] if not strategy.selects else ["score_blocks", "select_blocks"]
     if Fact.FORECAST_INSERTED in facts and hint_source(shape, ctx):

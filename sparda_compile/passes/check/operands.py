@@ -38,6 +38,7 @@ _ATTENTIONS: Final = (
     "sparse_attention",
     "attend_missing",
     "prefill_attention",
+    "attend_tokens",
     "window_attention",
 )
 _COPY_OF: Final = {
@@ -174,6 +175,8 @@ class _Layer:
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
         if not self._ctx.is_decode:
             self._own["tail_page"] = None
+            picked = self._layer.one("select_tokens")
+            self._own["block_ids"] = picked.node.name if picked is not None else None
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)
@@ -183,7 +186,7 @@ class _Layer:
         hints = {**self._own, **self._hint}
         for op in self._layer.ops:
             expected = hints if op in self._of_hint else self._own
-            if op.name == "score_blocks":
+            if op.name in ("score_blocks", "select_tokens"):
                 expected = {**expected, "summary": self._summary_of(op)}
                 if self._is_forecast or op in self._of_hint:
                     del expected["query"]

@@ -17,8 +17,9 @@ InsertPrefetch to fetch early:
     %hint_scores_1 = score_blocks(%f_1, ..., "forecast")
     %hint_block_ids_1 = select_blocks(%hint_scores_1, ...)
 
-Decode only: prefill attends densely. The layer behind a window layer takes its input from that
-one. Modes `query` and `dense` are left alone.
+In a sparse prefill each token's Forecast selects, and a hint has nothing to do: what is selected is
+the same without. A dense prefill, and modes `query` and `dense`, are left alone. The layer behind a
+window layer takes its input from that one.
 """
 
 from __future__ import annotations
@@ -54,15 +55,19 @@ class InsertForecast:
         """Rewrite the graph in place."""
         counts = {"forecasts": 0, "bootstraps": 0, "hints": 0}
         strategy = ctx.strategy
-        if not ctx.is_decode or not (strategy.selects_by_forecast or strategy.hint):
+        is_guessed = ctx.is_decode and strategy.hint is not None
+        selects = ctx.is_decode or ctx.is_sparse_prefill
+        if not is_guessed and not (selects and strategy.selects_by_forecast):
             return PassResult(gm, modified=False, counts=counts)
         assert ctx.layout is not None
-        block_ids = {LAYER.of(n): n for n in find_ops(gm.graph, "select_blocks")}
+        selection = "select_blocks" if ctx.is_decode else "select_tokens"
+        block_ids = {LAYER.of(n): n for n in find_ops(gm.graph, selection)}
         for point in hint_points(gm.graph, ctx.layout, block_ids):
             is_first = point.source is point.target
             if strategy.selects_by_forecast:
                 assert strategy.forecast_selector is not None
-                scores = point.block_ids[point.target.layer].args[0]
+                ids = point.block_ids[point.target.layer]
+                scores = ids.args[0] if ctx.is_decode else ids
                 forecast = emit_forecast(point)
                 set_argument(scores, "query", forecast)  # type: ignore[arg-type]
                 set_argument(scores, "selector", strategy.forecast_selector.name)  # type: ignore[arg-type]

@@ -19,7 +19,14 @@ after (every copy still in line, so the graph is correct as it stands):
 Prefill attends densely, then extends the cache:
 
     %attn = sparda.prefill_attention(%q, %k, %v, %token_mask, %lengths, %pages, %host, ...)
-    sparda.extend_kv(%k, %v, %token_mask, %lengths, %pages, %block_table, ...)
+    sparda.extend_kv(%k, %v, None, %token_mask, %lengths, %pages, %block_table, ...)
+
+Sparse prefill selects for each token what a decode step would select there:
+
+    sparda.update_summary(%k, %lengths, %token_mask, [%pooled_k, %recent_k], "pooled_keys", ...)
+    %block_ids = sparda.select_tokens(%q, [%pooled_k, %recent_k], %token_mask, %lengths, ...)
+    %attn = sparda.attend_tokens(%q, %k, %v, %block_ids, %token_mask, %lengths, %pages, ...)
+    sparda.extend_kv(%k, %v, %block_ids, %token_mask, %lengths, %pages, %block_table, ...)
 
 A layer with a sliding window becomes `sparda.window_attention` over a ring. The last node of the
 graph is `sparda.advance_lengths`. Masks that nobody reads any more are erased.
@@ -41,7 +48,13 @@ from sparda_compile.passes.base import Fact, PassContext, PassResult
 if TYPE_CHECKING:
     from sparda_compile.state.layout import CacheLayout, LayerShape
 from sparda_compile.graph.nodes import replace_and_erase
-from sparda_compile.graph.writer import StateInputs, geometry_of, plan_pages, select_by_score
+from sparda_compile.graph.writer import (
+    StateInputs,
+    geometry_of,
+    plan_pages,
+    select_by_score,
+    select_for_tokens,
+)
 
 __all__ = ["ReplaceAttention"]
 
@@ -165,14 +178,22 @@ class _Rewrite:
     def _prefill(self) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
         config, mask = self.ctx.config, self.state.token_mask()
-        new = (site.k, site.v, mask, lengths)
         pages, host, table = self._get("pages"), self._get("host"), self._get("block_table")
-        out = emit.call(
-            "prefill_attention", site.query, *new, pages, host, table, site.scale, site.softcap
-        )
+        past = (mask, lengths, pages, host, table, site.scale, site.softcap)
+        block_ids = None
+        if self.ctx.is_sparse_prefill:
+            self._update_summaries(mask)
+            block_ids = self._select_for_tokens()
+            out = emit.call("attend_tokens", site.query, site.k, site.v, block_ids, *past)
+        else:
+            out = emit.call("prefill_attention", site.query, site.k, site.v, *past)
         emit.call(
             "extend_kv",
-            *new,
+            site.k,
+            site.v,
+            block_ids,
+            mask,
+            lengths,
             pages,
             table,
             self._get("page_block"),
@@ -181,7 +202,8 @@ class _Rewrite:
             config.local_blocks,
             config.eviction,
         )
-        self._update_summaries(mask)
+        if block_ids is None:
+            self._update_summaries(mask)
         if self._layout.offload:
             emit.call(
                 "store_blocks",
@@ -195,6 +217,12 @@ class _Rewrite:
                 self._get("counters"),
             )
         return out
+
+    def _select_for_tokens(self) -> fx.Node:
+        site, first = self.site, self.ctx.strategy.first_selector
+        return select_for_tokens(
+            self.emitter, site.query, first, site.scale, self.shape, self.state, self._layout
+        )
 
     def _select(self) -> fx.Node:
         config, site = self.ctx.config, self.site

@@ -1,0 +1,80 @@
+"""Reading a prompt: in which program, and in how many pieces.
+
+    forward of T columns -> chunks of `SpardaConfig.chunk_tokens` -> one call of a program each
+
+A chunk is a turn: it attends to what the cache holds, then the cache takes it in. So selections are
+the same however a prompt is cut.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparda_compile.program.plan import prompt_phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.module.programs import Programs
+    from sparda_compile.runtime.kv_cache import KVCache
+
+__all__ = ["chunks_of", "read_prompt"]
+
+
+def chunks_of(num_columns: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
+    """Return where each chunk of a prompt begins and ends.
+
+    Args:
+        num_columns: T, two or more.
+        chunk_tokens: Columns of one chunk; None is all of them.
+    """
+    step = chunk_tokens or num_columns
+    return [(begin, min(begin + step, num_columns)) for begin in range(0, num_columns, step)]
+
+
+def read_prompt(
+    programs: Programs,
+    kv: KVCache,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    *,
+    last_only: bool,
+) -> Tensor:
+    """Take in a prompt, or a later turn of two tokens or more.
+
+    Args:
+        programs: The module's programs.
+        kv: The cache; it has room for the tokens.
+        ids: [B, T] int64.
+        positions: [B, T] int64.
+        mask: [B, T] bool, which tokens are real.
+        last_only: Whether the logits of the last token alone are wanted.
+
+    Returns:
+        Logits [B, T or 1, vocabulary].
+    """
+    found: list[Tensor] = []
+    longest = kv.longest
+    for begin, end in chunks_of(ids.shape[1], programs.config.chunk_tokens):
+        longest += end - begin
+        phase = _phase(programs.config, longest)
+        program = programs.get(phase, ids.shape[0], kv.layout.max_tokens, last_only=last_only)
+        parts = [part[:, begin:end].contiguous() for part in (ids, positions, mask)]
+        if end - begin == 1:
+            # A program for prompts takes two columns or more; what is 0 is hidden.
+            parts = [torch.cat([torch.zeros_like(part), part], dim=1) for part in parts]
+        logits = program(*parts, kv)
+        found.append(logits[:, begin - end :])
+    return found[-1] if last_only else torch.cat(found, dim=1)
+
+
+def _phase(config: SpardaConfig, longest: int) -> str:
+    """Return the program for a chunk behind which a sequence has so many tokens, at most."""
+    begins = config.selection_starts_at
+    if begins is None or longest < begins:
+        return "prefill"  # each token reads all blocks: both are the same
+    return prompt_phase(config)
