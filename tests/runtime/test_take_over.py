@@ -47,6 +47,17 @@ def positions_of(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def check_steps(module, taken, read, ids, mask):
+    """Check that two caches go on alike, token by token."""
+    for token in ids.split(1, dim=1):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        one, other = (
+            module(token, attention_mask=mask, past_key_values=cache).logits
+            for cache in (taken, read)
+        )
+        torch.testing.assert_close(one, other)
+
+
 def fill(model, ids, mask):
     return model(ids, attention_mask=mask, position_ids=positions_of(mask)).past_key_values
 
@@ -72,9 +83,7 @@ def test_cache_is_what_a_prefill_leaves(model, fast, prompt, past, mode, offload
     for name in names:
         ours = (taken.kv.state | taken.kv.host_blocks)[name]
         torch.testing.assert_close(ours, (read.kv.state | read.kv.host_blocks)[name])
-    for token in ids[:, -3:].split(1, dim=1):
-        one = module(token, past_key_values=taken).logits
-        torch.testing.assert_close(one, module(token, past_key_values=read).logits)
+    check_steps(module, taken, read, ids[:, -3:], mask)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +102,7 @@ def test_windows_keep_their_last_tokens(windowed):
     assert any(layer.keys.shape[2] < 90 for layer in past.layers)
     taken = module.new_cache(past=past, attention_mask=mask)
     read = module(ids, attention_mask=mask, position_ids=positions_of(mask)).past_key_values
-    for token in ids[:, :40].split(1, dim=1):
-        one = module(token, past_key_values=taken).logits
-        torch.testing.assert_close(one, module(token, past_key_values=read).logits)
+    check_steps(module, taken, read, ids[:, :40], mask)
 
 
 def test_windows_refuse_padding_behind_tokens(windowed):
