@@ -300,7 +300,7 @@ def context_of():
     from sparda_compile.passes.machine import MACHINES
 
     def context(plan):
-        layout, phase = plan.layout, plan.captured.phase
+        layout, phase = plan.layout, plan.phase
         return PassContext(layout.config, phase, {}, "Model", layout, MACHINES["h200"])
 
     return context

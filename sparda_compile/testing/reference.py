@@ -44,6 +44,7 @@ class _Rules:
     pool_size: int
     pool_stride: int
     short_list: int = 23
+    is_prompt_sparse: bool = False
 
 
 @dataclasses.dataclass
@@ -70,13 +71,14 @@ def reference_decode(
     pool_size: int = 32,
     pool_stride: int = 16,
     short_list: int = 23,
+    prefill: Literal["dense", "sparse"] = "dense",
     forecast: Mapping[int | str, Tensor] | None = None,
     trace: list[BlockIds] | None = None,
 ) -> tuple[list[int], list[Tensor]]:
     """Decode greedily, reading only the selected blocks of each layer and group.
 
-    The prompt is dense and its last logits give the first token. Every later token is a decode
-    step at position p. It may read blocks 0 .. p // block_size. The first `sink_blocks`, the
+    The prompt is dense, or each of its tokens is as one of a decode; its last logits give the first
+    token. Every later token is a decode step at position p. It may read blocks 0 .. p // block_size. The first `sink_blocks`, the
     current block and the `local_blocks` before it are always read; `top_k` more are picked by
     score, highest first, ties to the lower id. Scores know only the keys of earlier tokens;
     attention also reads the key of the token itself.
@@ -98,6 +100,7 @@ def reference_decode(
         pool_size: Tokens of a pooled key.
         pool_stride: Tokens between the starts of neighbouring pooled keys.
         short_list: For `nosa`: of the `top_k` blocks, those that the query or forecast picks.
+        prefill: Whether tokens of the prompt read all earlier ones, or select blocks too.
         forecast: For `forecast`: under the key l the projection [G * D, C] of layer l's
             attention input that selects for layer l + 1; under `bootstrap` the projection of
             layer 0's attention input that selects for layer 0.
@@ -120,10 +123,11 @@ def reference_decode(
         pool_size=pool_size,
         pool_stride=pool_stride,
         short_list=short_list,
+        is_prompt_sparse=prefill == "sparse",
     )
     decoder = _Decoder(model, rules, forecast or {})
     for token in torch.as_tensor(prompt_ids).reshape(-1).tolist():
-        logits_V, _ = decoder.forward(token, is_prefill=True)
+        logits_V, _ = decoder.forward(token, is_prefill=not rules.is_prompt_sparse)
     tokens, logits = [int(logits_V.argmax())], [logits_V]
     while len(tokens) < num_steps:
         logits_V, block_ids = decoder.forward(tokens[-1], is_prefill=False)
@@ -187,7 +191,7 @@ class _Decoder:
     def forward(self, token: int, *, is_prefill: bool) -> tuple[Tensor, BlockIds]:
         """Run one token; return its logits [V] and the block ids by layer and group.
 
-        A prompt token reads all earlier ones and gives no ids.
+        A token of a dense prompt reads all earlier ones and gives no ids.
         """
         x_C = self.model.model.embed_tokens.weight[token]
         previous_input_C: Tensor | None = None

@@ -25,7 +25,8 @@ SETTINGS = {
 }  # fmt: skip
 # VerifyTransfers changes nothing: its graph is that of the pass before.
 PASSES = [graph_pass.name for graph_pass in PIPELINE if graph_pass.name != "verify_transfers"]
-CASES = [(m, p, n) for m in ("forecast", "exact") for p in ("decode", "prefill") for n in PASSES]
+PHASES = ("decode", "prefill", "sparse_prefill")
+CASES = [(m, p, n) for m in ("forecast", "exact") for p in PHASES for n in PASSES]
 
 
 def readable(gm):

@@ -55,6 +55,8 @@ def cases():
         yield from ((mode, "decode", "always", disabled) for disabled in (UNSCHEDULED, IN_LINE))
     for mode in ("dense", "query", "exact-forecast"):
         yield from ((mode, "prefill", offload, ()) for offload in ("always", "never"))
+    for mode in ("query", "forecast"):
+        yield from ((mode, "sparse_prefill", offload, ()) for offload in ("always", "never"))
 
 
 CASES = [case for case in cases() if case[0] != "dense" or case[2] == "never"]

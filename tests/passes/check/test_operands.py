@@ -46,7 +46,7 @@ def put_at(op, name, place, value):
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma3"])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", ["decode", "prefill", "sparse_prefill"])
 def test_right_graphs(first_wrong, model, phase):
     assert first_wrong(lambda _: None, model, phase, hint="previous_step") is None
 

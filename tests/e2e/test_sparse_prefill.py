@@ -1,0 +1,251 @@
+"""Each token of a prompt reads the blocks that a decode step would select there.
+
+Against the mathematics written a second time, against the module's own decode steps, and against
+itself with the prompt cut otherwise, copies late, and the KV cache elsewhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.errors import KVCacheError
+from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.program.program import Program
+from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama, tiny_nosa
+
+SMALL = {
+    "block_size": 16, "pool_size": 8, "pool_stride": 4, "sink_blocks": 1, "local_blocks": 1,
+    "top_k": 2, "lowering": "eager", "prefill": "sparse",
+}  # fmt: skip
+MODES = {
+    "query": {"mode": "query"},
+    "quest": {"mode": "query", "selector": "quest"},
+    "forecast": {"mode": "forecast"},
+    "exact": {"mode": "exact", "hint": "previous_step"},
+}
+
+
+def ragged(*lengths):
+    """Return left-padded tokens and their mask."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    width = max(lengths)
+    ids = torch.randint(2, 250, (len(lengths), width), generator=generator)
+    mask = torch.stack([torch.arange(width) >= width - n for n in lengths]).long()
+    return ids, mask
+
+
+def generated(fast, ids, mask, num_new):
+    out = fast.generate(
+        ids, attention_mask=mask, max_new_tokens=num_new, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def by_target(projections):
+    return {0 if name == "bootstrap" else name + 1: w for name, w in projections.items()}
+
+
+@pytest.fixture(scope="module")
+def llama(shared_llama):
+    return shared_llama
+
+
+@pytest.fixture(scope="module")
+def forecast(llama):
+    return random_forecast(llama, seed=1)
+
+
+@pytest.fixture(scope="module")
+def module_of(traced_llama, forecast):
+    """Return what makes the module of a configuration; the model is traced once."""
+
+    def make(**settings):
+        config = SpardaConfig(**{**SMALL, **settings})
+        given = by_target(forecast) if config.needs_forecast else None
+        return optimize(traced_llama, config, forecast=given)
+
+    return make
+
+
+class TestReference:
+    """The same tokens and logits as the plain decoder, which reads one token at a time."""
+
+    def check(self, model, fast, forecast, lengths, num_new, **rules):
+        ids, mask = ragged(*lengths)
+        tokens, logits = generated(fast, ids, mask, num_new)
+        rules = {"pool_size": 8, "pool_stride": 4, "block_size": 16, **rules}
+        for row, length in enumerate(lengths):
+            want, want_logits = reference_decode(
+                model, ids[row, -length:], num_new, top_k=2, sink_blocks=1, local_blocks=1,
+                prefill="sparse", forecast=forecast, **rules,
+            )  # fmt: skip
+            assert tokens[row].tolist() == want
+            torch.testing.assert_close(logits[row], torch.stack(want_logits), rtol=0, atol=1e-3)
+
+    @pytest.mark.parametrize("name", MODES)
+    def test_modes(self, llama, module_of, forecast, name):
+        settings = MODES[name]
+        rules = {k: v for k, v in settings.items() if k != "hint"}
+        self.check(llama, module_of(**settings), forecast, (150, 37), 12, **rules)
+
+    @pytest.mark.parametrize("length", [1, 63, 64, 65, 81])
+    def test_lengths_around_the_budget(self, llama, module_of, forecast, length):
+        """Five blocks of 16 are read: 80 tokens is exactly the budget."""
+        self.check(llama, module_of(mode="query"), forecast, (length,), 4, mode="query")
+
+    @pytest.mark.parametrize("groups", [1, 2, 8])
+    def test_groups(self, groups):
+        """With the model of two groups of two heads: 8, 4 and 1 heads a group."""
+        model = tiny_llama(
+            num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=groups, seed=3
+        )
+        forecast = random_forecast(model)
+        fast = optimize(
+            model, SpardaConfig(**SMALL, mode="forecast"), forecast=by_target(forecast)
+        )
+        self.check(model, fast, forecast, (120, 90), 5, mode="forecast")
+
+    @pytest.mark.parametrize("mode", ["query", "forecast"])
+    def test_nosa(self, mode):
+        model = tiny_nosa()
+        forecast = random_forecast(model)
+        config = SpardaConfig(**SMALL, mode=mode, selector="nosa", short_list=1)
+        fast = optimize(model, config, forecast=by_target(forecast) if mode == "forecast" else None)
+        self.check(
+            model, fast, forecast, (120, 90), 5, mode=mode, selector="nosa", short_list=1
+        )
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_equals_decode_steps(module_of, name):
+    fast = module_of(**MODES[name])
+    ids, _ = ragged(130)
+    whole, cache, steps = fast(ids).logits, fast.new_cache(256), []
+    for column in range(130):
+        steps.append(fast(ids[:, column, None], past_key_values=cache).logits)
+    torch.testing.assert_close(whole, torch.cat(steps, dim=1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_however_a_prompt_is_cut(module_of, mode, chunk):
+    ids, mask = ragged(*((17, 12) if chunk == 1 else (150, 37, 93)))
+    one_piece, cut = module_of(mode=mode), module_of(mode=mode, chunk_tokens=chunk)
+    tokens, logits = generated(one_piece, ids, mask, 40)
+    got_tokens, got_logits = generated(cut, ids, mask, 40)
+    assert torch.equal(got_tokens, tokens)
+    torch.testing.assert_close(got_logits, logits, rtol=0, atol=1e-4)
+    every = cut(ids, attention_mask=mask).logits
+    want = one_piece(ids, attention_mask=mask).logits
+    torch.testing.assert_close(every[mask.bool()], want[mask.bool()], rtol=0, atol=1e-4)
+
+
+def test_turns_are_chunks(module_of):
+    fast = module_of(mode="forecast")
+    ids, _ = ragged(150)
+    cache, parts, begin = fast.new_cache(256), [], 0
+    for length in (70, 1, 33, 2, 44):
+        part = ids[:, begin : begin + length]
+        parts.append(fast(part, past_key_values=cache).logits)
+        begin += length
+    torch.testing.assert_close(torch.cat(parts, dim=1), fast(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_dense_prefill_is_cut_too(llama, module_of):
+    ids, mask = ragged(90, 41)
+    fast = module_of(mode="query", prefill="dense", chunk_tokens=7)
+    want = llama(ids, attention_mask=mask).logits
+    got = fast(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-3)
+    assert set(fast.sparda.num_compilations) == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("mode", ["forecast", "query"])
+@pytest.mark.parametrize("chunk", [None, 33])
+def test_what_moves_bytes_changes_nothing(module_of, mode, chunk):
+    """Bit-equal with the cache on the device, with few pages, and with copies done late."""
+    ids, mask = ragged(150, 37, 93)
+
+    def run(**settings):
+        fast = module_of(mode=mode, chunk_tokens=chunk, machine="h200", **settings)
+        return generated(fast, ids, mask, 17)[1]
+
+    want = run()
+    for settings in ({"offload": "never"}, {"page_ratio": 1.0}, {"eviction": "fifo"}):
+        assert torch.equal(run(**settings), want), settings
+    for seed in range(3):
+        with use_engine(DeferredEngine(seed)):
+            assert torch.equal(run(page_ratio=1.0), want), seed
+
+
+@pytest.mark.slow
+def test_compiled(traced_llama, module_of):
+    ids, mask = ragged(120, 60)
+    plain = generated(module_of(mode="forecast"), ids, mask, 9)
+    compiled = generated(module_of(mode="forecast", lowering="inductor"), ids, mask, 9)
+    assert torch.equal(plain[0], compiled[0])
+    torch.testing.assert_close(plain[1], compiled[1], rtol=0, atol=1e-3)
+
+
+def test_full_budget_equals_the_original(llama, module_of):
+    ids, mask = ragged(150, 37)
+    fast = module_of(mode="query", top_k=None)
+    got, want = fast(ids, attention_mask=mask).logits, llama(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-3)
+    assert set(fast.sparda.num_compilations) == {"prefill", "decode"}
+
+
+def test_layers_with_windows():
+    model = build("gemma3")
+    ids, mask = ragged(130, 70)
+    fast = optimize(model, SpardaConfig(**SMALL, mode="query"))
+    tokens, logits = generated(fast, ids, mask, 10)
+    for chunk in (7, 50):
+        cut = optimize(fast, SpardaConfig(**SMALL, mode="query", chunk_tokens=chunk))
+        got = generated(cut, ids, mask, 10)
+        assert torch.equal(got[0], tokens)
+        torch.testing.assert_close(got[1], logits, rtol=0, atol=1e-4)
+
+
+def test_decode_finds_what_the_last_token_has_read(module_of):
+    """The first step after a sparse prompt fetches what is new to it, and not all that it reads."""
+
+    def misses_of_the_first_step(prefill):
+        fast = module_of(mode="query", prefill=prefill)
+        ids, _ = ragged(150)
+        cache = fast(ids).past_key_values
+        fast.sparda.reset_stats()
+        fast(ids[:, :1], past_key_values=cache)
+        return fast.sparda.stats().total.misses
+
+    assert misses_of_the_first_step("sparse") < misses_of_the_first_step("dense")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_chunk_breaks_the_cache_alone(module_of, monkeypatch, error):
+    fast = module_of(mode="query", chunk_tokens=40)
+    ids, _ = ragged(150)
+    want = fast(ids).logits
+    cache, calls = fast.new_cache(256), []
+    run = Program.__call__
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return run(self, *args)
+
+    monkeypatch.setattr(Program, "__call__", interrupted)
+    with pytest.raises(error):
+        fast(ids, past_key_values=cache)
+    monkeypatch.undo()
+    with pytest.raises(KVCacheError, match="began and did not end"):
+        fast(ids[:, :1], past_key_values=cache)
+    cache.reset()
+    assert torch.equal(fast(ids, past_key_values=cache).logits, want)
+    assert torch.equal(fast(ids).logits, want)
+
+
