@@ -71,7 +71,10 @@ def samples():
         "store_blocks": ([], tail, None, int32([79, 64]), None, pages, host, counters),
         "offload_blocks": (prompt, None, mask, int32([73, 64]), *stored, 2, ticket),
         "append_kv": (*new, tail, lengths, pages),
-        "extend_kv": (*prompt, ids[:, :, None].repeat(1, 1, 7, 1), mask, int32([60, 50]), pages, *tables(), 1, 1, "lru"),
+        "extend_kv": (
+            *prompt, ids[:, :, None].repeat(1, 1, 7, 1), mask, int32([60, 50]), pages, *tables(),
+            1, 1, "lru",
+        ),
         "update_summary": (prompt[0], lengths, mask, pooled, "pooled_keys", *GEOMETRY),
         "remember_ids": (ids, torch.full_like(ids, -1)),
         "recall_ids": (ids,),

@@ -23,6 +23,7 @@ from sparda_compile.cli.options import (
     MOST_TOKENS,
     LocalBlocks,
     Mode,
+    Prompt,
     Selector,
     ShortList,
     Task,
@@ -46,6 +47,7 @@ _DEFAULT_MODES: Final[tuple[Mode, ...]] = ("dense", "query")
 _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
+_PROMPT: Final = "dense"
 
 Model = Annotated[
     str,
@@ -68,6 +70,15 @@ Budgets = Annotated[
         max=1.0,
         help="Share of blocks to read, may be given again.",
         show_default=", ".join(map(str, _BUDGETS)),
+    ),
+]
+Prompts = Annotated[
+    list[Prompt] | None,
+    typer.Option(
+        "--prefill",
+        help="What selects blocks: dense: the decode steps alone; sparse: the prompt's tokens too; "
+        "alone: the prompt's tokens alone. May be given again.",
+        show_default=_PROMPT,
     ),
 ]
 Tasks = Annotated[
@@ -121,6 +132,7 @@ def evaluate_model(
     selector: Selectors = None,
     short_list: ShortList = SpardaConfig.short_list,
     budget: Budgets = None,
+    prefill: Prompts = None,
     task: Tasks = None,
     tokens: Lengths = None,
     samples: Samples = 32,
@@ -152,6 +164,7 @@ def evaluate_model(
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
                 tuple(budget or _BUDGETS),
+                tuple(map(str, prefill or (_PROMPT,))),
                 tuple(map(str, task or _TASKS)),
                 tuple(tokens or (_LENGTH,)),
                 num_samples=samples,

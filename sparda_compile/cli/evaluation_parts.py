@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.cli.console import INTERRUPTED, fail
 from sparda_compile.cli.devices import check_memory
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationParts"]
 
+# What selects -> how a configuration's name ends.
+_ENDINGS: Final = {"dense": "", "sparse": ", and its prompt", "alone": ", its prompt alone"}
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationParts:
@@ -27,6 +30,7 @@ class EvaluationParts:
     Attributes:
         bases: A configuration for each mode and selector, without a budget.
         budgets: Shares of the blocks.
+        prompts: What selects: `dense`, `sparse` or `alone` (`evaluation/names.py`).
         tasks: Names of tasks.
         lengths: Tokens of a sequence, or bytes.
         num_samples: Sequences of each task and length.
@@ -37,6 +41,7 @@ class EvaluationParts:
 
     bases: list[SpardaConfig]
     budgets: tuple[float, ...]
+    prompts: tuple[str, ...]
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     num_samples: int
@@ -45,22 +50,39 @@ class EvaluationParts:
     as_bytes: bool
 
     def configs(self, length: int) -> dict[str, SpardaConfig]:
-        """Return the configurations by name: dense once, every other at each budget.
+        """Return the configurations by name: dense once, every other at each budget and prompt.
 
         Raises:
             ConfigError: If a budget does not hold the blocks that are always read.
         """
+        configs: dict[str, SpardaConfig] = {}
+        for name, config, prompt in self._variants(length):
+            is_read = prompt == "alone"
+            configs[name] = config.replace(mode="dense", top_k=None) if is_read else config
+        return configs
+
+    def prompt_configs(self, length: int) -> dict[str, SpardaConfig]:
+        """Return those by which a prompt is read, for the names whose prompt selects."""
+        return {name: config for name, config, prompt in self._variants(length) if prompt}
+
+    def _variants(self, length: int) -> list[tuple[str, SpardaConfig, str]]:
+        """Return a name, a configuration, and `sparse`, `alone` or nothing for a dense prompt."""
         from sparda_compile.evaluation.run import budget_config
 
-        configs: dict[str, SpardaConfig] = {}
+        found: dict[str, tuple[str, SpardaConfig, str]] = {}
         for base in self.bases:
+            if base.mode == "dense":
+                found.setdefault("dense", ("dense", base, ""))
+                continue
             rule = base.mode if base.selector == "infllm2" else f"{base.mode} {base.selector}"
             for share in self.budgets:
-                is_dense = base.mode == "dense"
-                config = base if is_dense else budget_config(base, length, share)
-                name = base.mode if base.mode == "dense" else f"{rule} {100 * share:g}%"
-                configs.setdefault(name, config)
-        return configs
+                config = budget_config(base, length, share)
+                for prompt, ending in _ENDINGS.items():
+                    name = f"{rule} {100 * share:g}%{ending}"
+                    if prompt in self.prompts:
+                        kind = "" if prompt == "dense" else prompt
+                        found.setdefault(name, (name, config, kind))
+        return list(found.values())
 
     def check(self, model_config: Any, device: torch.device) -> None:
         """Refuse what a part would find out after hours.
@@ -118,6 +140,7 @@ class EvaluationParts:
                     num_samples=self.num_samples,
                     batch_size=self.batch_size,
                     forecast=weights,
+                    prompts=self.prompt_configs(length),
                     seed=self.seed,
                     as_bytes=self.as_bytes,
                     progress=lambda text: say(", ".join(filter(None, (text, str(pace))))),

@@ -40,6 +40,7 @@ __all__ = [
     "Mode",
     "Offload",
     "OutFolder",
+    "Prompt",
     "Selector",
     "Shape",
     "ShapeOption",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     Offload = config.Offload
     Device = bench_names.DeviceName
     Shape = bench_names.ShapeName
+    Prompt = task_names.PromptName
     Task = task_names.TaskName
     Teacher = teacher_names.Teacher
     Variant = bench_names.VariantName
@@ -99,6 +101,7 @@ else:
     Offload = choices("Offload", get_args(config.Offload))
     Device = choices("Device", get_args(bench_names.DeviceName))
     Shape = choices("Shape", get_args(bench_names.ShapeName))
+    Prompt = choices("Prompt", get_args(task_names.PromptName))
     Task = choices("Task", get_args(task_names.TaskName))
     Teacher = choices("Teacher", get_args(teacher_names.Teacher))
     Variant = choices("Variant", get_args(bench_names.VariantName))

@@ -20,8 +20,9 @@ from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import Mode, SpardaConfig, round_up
 from sparda_compile.demo.small_model import SMALL_CONFIG, load_small_forecast, load_small_model
 from sparda_compile.errors import ConfigError
-from sparda_compile.evaluation.decode import Reading, decode
+from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.metrics import RecallSums
+from sparda_compile.evaluation.reading import Reading
 from sparda_compile.evaluation.run import budget_config
 from sparda_compile.evaluation.tasks import make_batch
 from sparda_compile.evaluation.vocabulary import spell

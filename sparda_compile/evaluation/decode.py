@@ -1,6 +1,6 @@
 """Decoding as the modes define it, in plain PyTorch, with everything on record that they decide.
 
-The haystack is read densely, by the model itself. Each later token is a decode step: every layer
+The haystack was read before (`reading.py`). Each later token is a decode step: every layer
 picks its blocks by the configuration's mode and selector and attends to those alone. What other
 predictors would have picked, and where the layer's attention really goes, is recorded beside it.
 For models built like Llama, on any device; their keys may carry a retention score, as selector
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional as F
 
-from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import round_up
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
 from sparda_compile.forecast.weights import projections_of
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS, Geometry
@@ -32,28 +32,9 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["PREDICTORS", "Decoded", "LayerRecord", "Reading", "decode", "read", "read_ahead"]
+__all__ = ["PREDICTORS", "Decoded", "LayerRecord", "decode"]
 
 PREDICTORS: Final = ("forecast", "previous_layer", "previous_step", "next_query")
-_PARTS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A haystack that was read: keys and values by layer, [B, G, T, D] each."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @property
-    def length(self) -> int:
-        """T, tokens that were read."""
-        return self.keys[0].shape[2]
-
-    @classmethod
-    def of(cls, past: Any) -> Reading:
-        """Return what a DynamicCache of transformers holds; nothing is copied."""
-        return cls(tuple(x.keys for x in past.layers), tuple(x.values for x in past.layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,44 +62,6 @@ class Decoded:
 
     logits_BSV: Tensor
     records: list[list[LayerRecord]]
-
-
-@torch.no_grad()
-def read(model: Any, ids_BT: Tensor) -> Reading:
-    """Read tokens densely.
-
-    Args:
-        model: A causal LM of transformers built like Llama, Mistral without a window, Qwen2 or
-            Qwen3, in eval mode, on any device.
-        ids_BT: [B, T] int64 tokens without padding.
-
-    Raises:
-        UnsupportedInputError: If the model is not built like Llama.
-    """
-    _check_model(model)
-    return Reading.of(cache_of(model.model(ids_BT, use_cache=True)))
-
-
-@torch.no_grad()
-def read_ahead(model: Any, ids_BT: Tensor, length: int) -> tuple[Reading, Tensor]:
-    """Read all tokens densely, and keep what `read` keeps of the first ones.
-
-    Args:
-        model: As for `read`.
-        ids_BT: [B, T] int64 tokens without padding.
-        length: Tokens to keep, fewer than T.
-
-    Returns:
-        The reading, and the logits [B, T - length, vocabulary] of the others, float32.
-
-    Raises:
-        UnsupportedInputError: If the model is not built like Llama.
-    """
-    _check_model(model)
-    output = model(ids_BT, use_cache=True, logits_to_keep=ids_BT.shape[1] - length)
-    reading = Reading.of(cache_of(output))
-    parts = ([part[:, :, :length] for part in parts] for parts in (reading.keys, reading.values))
-    return Reading(*map(tuple, parts)), output.logits.float()
 
 
 @torch.no_grad()
@@ -158,18 +101,6 @@ def decode(
         logits.append(logits_BV)
         records.append(layers)
     return Decoded(torch.stack(logits, dim=1), records)
-
-
-def _check_model(model: Any) -> None:
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    attention = getattr(layers[0], "self_attn", None) if layers is not None else None
-    windowed = getattr(getattr(model, "config", None), "sliding_window", None)
-    if attention is None or windowed or not all(hasattr(attention, part) for part in _PARTS):
-        raise UnsupportedInputError(
-            f"{type(model).__name__} cannot be evaluated offline: that takes a model with "
-            "model.layers, separate q_proj, k_proj, v_proj and o_proj, and no sliding window, "
-            "such as Llama, Qwen2 or Qwen3. Run it through optimize() instead."
-        )
 
 
 def _check_retention(model: Any, reading: Reading, config: SpardaConfig) -> None:
@@ -222,15 +153,15 @@ class _Decoder:
         for number, layer in enumerate(body.layers):
             hidden_B1C = layer.input_layernorm(x_B1C)
             attention = layer.self_attn
-            q_BH1D = self._wide(_rotated(attention, "q", hidden_B1C, rotation), 1.0)
+            q_BH1D = widened(self.width, rotated(attention, "q", hidden_B1C, rotation), 1.0)
             chosen = self._choices(number, q_BH1D, hidden_B1C, rotation, before)
             # Scores know the keys of earlier tokens only; attention also reads the token's own.
-            v_BG1D = _heads(attention, attention.v_proj(hidden_B1C))
-            k_BG1D = _rotated(attention, "k", hidden_B1C, rotation)
+            v_BG1D = heads_of(attention, attention.v_proj(hidden_B1C))
+            k_BG1D = rotated(attention, "k", hidden_B1C, rotation)
             if self.width > k_BG1D.shape[-1]:
                 retention_BG11 = attention.retention(v_BG1D)[..., None]
-                k_BG1D = self._wide(k_BG1D, retention_BG11 / attention.scaling)
-            self._append(number, k_BG1D, self._wide(v_BG1D, 0.0))
+                k_BG1D = widened(self.width, k_BG1D, retention_BG11 / attention.scaling)
+            self._append(number, k_BG1D, widened(self.width, v_BG1D, 0.0))
             exists_N, forced_N = self._existing()
             shape = chosen["query"].shape
             read_BGN = exists_N.expand(shape)
@@ -261,11 +192,11 @@ class _Decoder:
         source_B1C = hidden_B1C if before is None else before[0]
         if number in self.forecast:
             projection = self.forecast[number].to(source_B1C)
-            f_BG1D = _rotate(_heads(attention, projection(source_B1C)), rotation)
+            f_BG1D = rotate(heads_of(attention, projection(source_B1C)), rotation)
             rule = self.config.forecast_selector
-            chosen["forecast"] = self._select(number, rule, self._wide(f_BG1D, 1.0), scale)
+            chosen["forecast"] = self._select(number, rule, widened(self.width, f_BG1D, 1.0), scale)
         if before is not None:
-            next_BH1D = self._wide(_rotated(attention, "q", source_B1C, rotation), 1.0)
+            next_BH1D = widened(self.width, rotated(attention, "q", source_B1C, rotation), 1.0)
             chosen["next_query"] = self._select(number, self.config.selector, next_BH1D, scale)
             if before[1].shape == chosen["query"].shape:
                 chosen["previous_layer"] = before[1]
@@ -345,37 +276,5 @@ class _Decoder:
         names = (self.config.selector, self.config.forecast_selector)
         return {SELECTORS[name].summary.name: SELECTORS[name].summary for name in names}
 
-    def _wide(self, heads_BH1D: Tensor, last: Tensor | float) -> Tensor:
-        """Return heads in the width of the model's keys, with `last` in the last channel."""
-        missing = self.width - heads_BH1D.shape[-1]
-        if not missing:
-            return heads_BH1D
-        wide = F.pad(heads_BH1D, (0, missing))
-        wide[..., -1:] = last
-        return wide
-
     def _lengths(self, like: Tensor) -> Tensor:
         return torch.full((like.shape[0],), self.length, dtype=torch.int32, device=like.device)
-
-
-def _heads(attention: Any, projected_B1C: Tensor) -> Tensor:
-    """Return [B, heads, 1, D]."""
-    heads: Tensor = projected_B1C.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    return heads
-
-
-def _rotated(
-    attention: Any, part: str, hidden_B1C: Tensor, rotation: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return the query or the key as attention sees it, [B, heads, 1, D]."""
-    heads = _heads(attention, getattr(attention, f"{part}_proj")(hidden_B1C))
-    norm = getattr(attention, f"{part}_norm", None)
-    return _rotate(heads if norm is None else norm(heads), rotation)
-
-
-def _rotate(heads_BH1D: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    cos_B1D, sin_B1D = rotation
-    left, right = heads_BH1D.chunk(2, dim=-1)
-    turned = torch.cat((-right, left), dim=-1)
-    rotated: Tensor = heads_BH1D * cos_B1D[:, None] + turned * sin_B1D[:, None]
-    return rotated

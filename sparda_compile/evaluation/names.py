@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["TaskName"]
+__all__ = ["PromptName", "TaskName"]
 
 TaskName = Literal[
     "single_needle",
@@ -16,3 +16,6 @@ TaskName = Literal[
     "frequent_words",
     "key_value",
 ]
+
+PromptName = Literal["dense", "sparse", "alone"]
+"""What selects blocks: the decode steps alone, the prompt's tokens too, or the prompt's alone."""

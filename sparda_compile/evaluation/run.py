@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.evaluation.decode import decode, read_ahead
+from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.metrics import (
     RecallSums,
     bootstrap_interval,
@@ -18,6 +18,7 @@ from sparda_compile.evaluation.metrics import (
     right_answers,
     wilson_interval,
 )
+from sparda_compile.evaluation.reading import read_ahead, read_selected
 from sparda_compile.evaluation.tasks import TASKS, make_batch
 from sparda_compile.registry import SELECTORS
 
@@ -65,6 +66,7 @@ class EvaluationRow:
         name: Name of the configuration.
         mode: Its mode.
         selector: Its selector.
+        prompt: Mode by which the tokens of the prompt selected; `dense` if they read everything.
         task: Task.
         length: Tokens of a sequence; bytes for a model of bytes.
         budget: Share of the blocks that a step may read, forced ones included.
@@ -82,6 +84,7 @@ class EvaluationRow:
     name: str
     mode: str
     selector: str
+    prompt: str
     task: str
     length: int
     budget: float
@@ -159,6 +162,7 @@ def evaluate(
     num_samples: int,
     batch_size: int = 8,
     forecast: Mapping[int, Tensor] | None = None,
+    prompts: Mapping[str, SpardaConfig] | None = None,
     seed: int = 0,
     as_bytes: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -166,9 +170,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure configurations on sequences that all of them see.
 
-    The haystack is read densely; every token of the questions is a decode step, fed with the
-    right tokens. A sequence counts as right if each answer token is the likeliest one where it
-    stands (or, in tasks whose answers count in any order, where another one does). Greedy
+    The haystack is read densely, or by `prompts`; every token of the questions is a decode step,
+    fed with the right tokens. A sequence counts as right if each answer token is the likeliest one
+    where it stands (or, in tasks whose answers count in any order, where another one does). Greedy
     decoding gives such answers, and where their order counts no others.
 
     Args:
@@ -179,6 +183,7 @@ def evaluate(
         num_samples: Sequences of each task.
         batch_size: Sequences to run at once.
         forecast: Forecast weights by target layer.
+        prompts: Configurations by which the haystack is read, for some of the names.
         seed: Seed of the sequences.
         as_bytes: Whether the model's vocabulary is bytes.
         progress: Called with what is being done: reading, and each configuration.
@@ -209,15 +214,19 @@ def evaluate(
                 task, batch_size=size, length=length, seed=seed + first, as_bytes=as_bytes
             )
             what = f"{task}, {length} tokens, sample {first + 1} of {num_samples}"
-            _measure(model, configs, batch, forecast, tallies, partial(_say, progress, what))
+            say = partial(_say, progress, what)
+            _measure(model, configs, prompts or {}, batch, forecast, tallies, say)
             on_batch(size)
-        rows += [tallies[name].row(name, configs[name], task, length) for name in configs]
+        for name, config in configs.items():
+            prompt = prompts[name].mode if prompts and name in prompts else "dense"
+            rows.append(tallies[name].row(name, config, prompt, task, length))
     return Evaluation(type(model).__name__, seed, tuple(rows))
 
 
 def _measure(
     model: Any,
     configs: Mapping[str, SpardaConfig],
+    prompts: Mapping[str, SpardaConfig],
     batch: TaskBatch,
     forecast: Mapping[int, Tensor] | None,
     tallies: dict[str, _Tally],
@@ -230,11 +239,15 @@ def _measure(
     # Step s predicts the token behind the one it feeds; the last answer is fed to nobody.
     last = int(batch.answer_positions_A[-1])
     steps_A = (batch.answer_positions_A - 1 - batch.question_start).tolist()
-    reading, truth_BSV = read_ahead(model, ids_BT[:, :last], batch.question_start)
+    dense, truth_BSV = read_ahead(model, ids_BT[:, :last], batch.question_start)
+    haystack_BT = ids_BT[:, : batch.question_start]
     tail_BS = ids_BT[:, batch.question_start : last]
     answers_BA = ids_BT[:, batch.answer_positions_A.to(device)]
     for name, config in configs.items():
         say(name)
+        reading = dense
+        if name in prompts:
+            reading = read_selected(model, haystack_BT, prompts[name], forecast=forecast)
         decoded = decode(model, reading, tail_BS, config, forecast=forecast)
         tallies[name].add(
             decoded.logits_BSV[:, steps_A], truth_BSV[:, steps_A], answers_BA, batch.any_order
@@ -267,13 +280,16 @@ class _Tally:
         self.kls.append(kl_divergence(truth_BAV, logits_BAV).flatten())
         self.agreements.append((predicted_BA == truth_BAV.argmax(-1)).float().flatten())
 
-    def row(self, name: str, config: SpardaConfig, task: str, length: int) -> EvaluationRow:
+    def row(
+        self, name: str, config: SpardaConfig, prompt: str, task: str, length: int
+    ) -> EvaluationRow:
         num_blocks = -(-length // config.block_size)
         low, high = wilson_interval(self.num_right, self.num_samples)
         return EvaluationRow(
             name=name,
             mode=config.mode,
             selector=config.selector,
+            prompt=prompt,
             task=task,
             length=length,
             budget=config.num_selected(num_blocks) / num_blocks,

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from sparda_compile.isa.define import define
 
-__all__ = ["attend_tokens", "masked_attention", "prefill_attention", "token_positions"]
+__all__ = [
+    "SelectedBlocks",
+    "attend_tokens",
+    "masked_attention",
+    "prefill_attention",
+    "token_positions",
+]
 
 _QUERY_CHUNK = 256
 
@@ -85,12 +91,12 @@ class SelectedBlocks:
     """The blocks that each new token reads.
 
     Attributes:
-        ids_BGTK: [B, G, T, K] int32, -1 for none.
+        ids: [B, G, T, K] int32, -1 for none.
         num_blocks: N.
         size: Tokens of one block.
     """
 
-    ids_BGTK: Tensor
+    ids: Tensor
     num_blocks: int
     size: int
 
@@ -102,7 +108,7 @@ class SelectedBlocks:
             start: First token.
             end: Token behind the last one; there may be fewer.
         """
-        ids = self.ids_BGTK[:, :, start:end].long()
+        ids = self.ids[:, :, start:end].long()
         ids = ids.masked_fill(ids < 0, self.num_blocks)
         chosen = ids.new_zeros(*ids.shape[:3], self.num_blocks + 1, dtype=torch.bool)
         chosen.scatter_(-1, ids, True)

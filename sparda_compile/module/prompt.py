@@ -63,13 +63,21 @@ def read_prompt(
         longest += end - begin
         phase = _phase(programs.config, longest)
         program = programs.get(phase, ids.shape[0], kv.layout.max_tokens, last_only=last_only)
-        parts = [part[:, begin:end].contiguous() for part in (ids, positions, mask)]
-        if end - begin == 1:
-            # A program for prompts takes two columns or more; what is 0 is hidden.
-            parts = [torch.cat([torch.zeros_like(part), part], dim=1) for part in parts]
-        logits = program(*parts, kv)
+        chunk = [_columns(part, begin, end) for part in (ids, positions, mask)]
+        logits = program(chunk[0], chunk[1], chunk[2], kv)
         found.append(logits[:, begin - end :])
     return found[-1] if last_only else torch.cat(found, dim=1)
+
+
+def _columns(part_BT: Tensor, begin: int, end: int) -> Tensor:
+    """Return some columns; a single one gets a hidden one beside it, which is 0 in all parts.
+
+    A program for prompts takes two columns or more.
+    """
+    columns = part_BT[:, begin:end]
+    if end - begin == 1:
+        columns = torch.cat([torch.zeros_like(columns), columns], dim=1)
+    return columns.contiguous()
 
 
 def _phase(config: SpardaConfig, longest: int) -> str:

@@ -78,9 +78,10 @@ def reference_decode(
     """Decode greedily, reading only the selected blocks of each layer and group.
 
     The prompt is dense, or each of its tokens is as one of a decode; its last logits give the first
-    token. Every later token is a decode step at position p. It may read blocks 0 .. p // block_size. The first `sink_blocks`, the
-    current block and the `local_blocks` before it are always read; `top_k` more are picked by
-    score, highest first, ties to the lower id. Scores know only the keys of earlier tokens;
+    token. Every later token is a decode step at position p. It may read blocks
+    0 .. p // block_size. The first `sink_blocks`, the current block and the `local_blocks` before
+    it are always read; `top_k` more are picked by score, highest first, ties to the lower id.
+    Scores know only the keys of earlier tokens;
     attention also reads the key of the token itself.
 
     Args:

@@ -15,7 +15,8 @@ MODEL = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
 def parts(**changes):
     fields = {
         "bases": [SpardaConfig(mode="dense"), SpardaConfig(mode="query", local_blocks=1)],
-        "budgets": (0.4, 0.5), "tasks": ("multi_key",), "lengths": (640,), "num_samples": 2,
+        "budgets": (0.4, 0.5), "prompts": ("dense",),
+        "tasks": ("multi_key",), "lengths": (640,), "num_samples": 2,
         "batch_size": 2, "seed": 0, "as_bytes": False,
     }  # fmt: skip
     return EvaluationParts(**{**fields, **changes})

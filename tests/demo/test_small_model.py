@@ -6,7 +6,8 @@ from safetensors import safe_open
 
 from sparda_compile.demo import small_model
 from sparda_compile.errors import BackendUnavailableError
-from sparda_compile.evaluation.decode import decode, read
+from sparda_compile.evaluation.decode import decode
+from sparda_compile.evaluation.reading import read
 from sparda_compile.evaluation.tasks import make_batch
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
 

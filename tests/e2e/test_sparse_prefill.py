@@ -103,9 +103,7 @@ class TestReference:
             num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=groups, seed=3
         )
         forecast = random_forecast(model)
-        fast = optimize(
-            model, SpardaConfig(**SMALL, mode="forecast"), forecast=by_target(forecast)
-        )
+        fast = optimize(model, SpardaConfig(**SMALL, mode="forecast"), forecast=by_target(forecast))
         self.check(model, fast, forecast, (120, 90), 5, mode="forecast")
 
     @pytest.mark.parametrize("mode", ["query", "forecast"])
@@ -114,18 +112,15 @@ class TestReference:
         forecast = random_forecast(model)
         config = SpardaConfig(**SMALL, mode=mode, selector="nosa", short_list=1)
         fast = optimize(model, config, forecast=by_target(forecast) if mode == "forecast" else None)
-        self.check(
-            model, fast, forecast, (120, 90), 5, mode=mode, selector="nosa", short_list=1
-        )
+        self.check(model, fast, forecast, (120, 90), 5, mode=mode, selector="nosa", short_list=1)
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_equals_decode_steps(module_of, name):
     fast = module_of(**MODES[name])
     ids, _ = ragged(130)
-    whole, cache, steps = fast(ids).logits, fast.new_cache(256), []
-    for column in range(130):
-        steps.append(fast(ids[:, column, None], past_key_values=cache).logits)
+    whole, cache = fast(ids).logits, fast.new_cache(256)
+    steps = [fast(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
     torch.testing.assert_close(whole, torch.cat(steps, dim=1), rtol=0, atol=1e-4)
 
 
@@ -247,5 +242,3 @@ def test_an_interrupted_chunk_breaks_the_cache_alone(module_of, monkeypatch, err
     cache.reset()
     assert torch.equal(fast(ids, past_key_values=cache).logits, want)
     assert torch.equal(fast(ids).logits, want)
-
-

@@ -5,7 +5,8 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, UnsupportedInputError
-from sparda_compile.evaluation.decode import decode, read, read_ahead
+from sparda_compile.evaluation.decode import decode
+from sparda_compile.evaluation.reading import read, read_ahead
 from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama, tiny_nosa
 
 START, STEPS = 300, 12

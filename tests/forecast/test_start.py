@@ -9,8 +9,9 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.demo.small_model import SMALL_CONFIG, load_small_model
-from sparda_compile.evaluation.decode import decode, read
+from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.metrics import RecallSums
+from sparda_compile.evaluation.reading import read
 from sparda_compile.evaluation.tasks import make_batch
 from sparda_compile.forecast.projection import ProjectionShape
 from sparda_compile.forecast.start import initial_forecast

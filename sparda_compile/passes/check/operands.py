@@ -174,9 +174,8 @@ class _Layer:
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
         if not self._ctx.is_decode:
-            self._own["tail_page"] = None
             picked = self._layer.one("select_tokens")
-            self._own["block_ids"] = picked.node.name if picked is not None else None
+            self._own |= {"tail_page": None, "block_ids": picked.node.name if picked else None}
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)

@@ -66,8 +66,8 @@ class InsertForecast:
             is_first = point.source is point.target
             if strategy.selects_by_forecast:
                 assert strategy.forecast_selector is not None
-                ids = point.block_ids[point.target.layer]
-                scores = ids.args[0] if ctx.is_decode else ids
+                selection_of = point.block_ids[point.target.layer]
+                scores = selection_of.args[0] if ctx.is_decode else selection_of
                 forecast = emit_forecast(point)
                 set_argument(scores, "query", forecast)  # type: ignore[arg-type]
                 set_argument(scores, "selector", strategy.forecast_selector.name)  # type: ignore[arg-type]

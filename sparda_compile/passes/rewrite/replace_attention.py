@@ -35,26 +35,18 @@ graph is `sparda.advance_lengths`. Masks that nobody reads any more are erased.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 import torch
 from torch import fx
 
 from sparda_compile.graph.emit import Emitter
-from sparda_compile.graph.site import AttentionSite, sites_of
-from sparda_compile.graph.tags import SITE
-from sparda_compile.passes.base import Fact, PassContext, PassResult
-
-if TYPE_CHECKING:
-    from sparda_compile.state.layout import CacheLayout, LayerShape
 from sparda_compile.graph.nodes import replace_and_erase
-from sparda_compile.graph.writer import (
-    StateInputs,
-    geometry_of,
-    plan_pages,
-    select_by_score,
-    select_for_tokens,
-)
+from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import SITE
+from sparda_compile.graph.writer import StateInputs
+from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.rewrite.site_rewrite import SiteRewrite
 
 __all__ = ["ReplaceAttention"]
 
@@ -76,7 +68,7 @@ class ReplaceAttention:
         counts = {"sparse": 0, "window": 0, "erased": 0}
         for site in sites_of(gm.graph):
             emitter = Emitter(gm.graph, site.anchor, site.anchor, site.layer)
-            rewrite = _Rewrite(site, shapes[site.layer], emitter, state, ctx)
+            rewrite = SiteRewrite(site, shapes[site.layer], emitter, state, ctx)
             new = rewrite.window() if site.window else rewrite.sparse()
             SITE.put(new, site)
             counts[site.kind] += 1
@@ -105,163 +97,3 @@ def _loosen_views(node: fx.Node) -> None:
         if user.target == "view" and not isinstance(user.args[1], torch.dtype):
             user.target = "reshape"
         _loosen_views(user)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rewrite:
-    """One site being rewritten."""
-
-    site: AttentionSite
-    shape: LayerShape
-    emitter: Emitter
-    state: StateInputs
-    ctx: PassContext
-
-    def window(self) -> fx.Node:
-        site, state = self.site, self.state
-        mask = None if self.ctx.is_decode else state.token_mask()
-        rings = (state.get("ring_k", site.layer), state.get("ring_v", site.layer))
-        return self.emitter.call(
-            "window_attention",
-            site.query,
-            site.k,
-            site.v,
-            mask,
-            state.lengths,
-            *rings,
-            site.scale,
-            site.softcap,
-        )
-
-    def sparse(self) -> fx.Node:
-        return self._decode() if self.ctx.is_decode else self._prefill()
-
-    def _decode(self) -> fx.Node:
-        site, emit, lengths = self.site, self.emitter, self.state.lengths
-        layout = self._layout
-        block_ids = self._select()
-        plan = plan_pages(emit, block_ids, self.state, layout, is_hint=False)
-        if layout.offload:
-            emit.call(
-                "fetch_blocks",
-                plan.miss_blocks,
-                plan.miss_pages,
-                self._get("host"),
-                self._get("pages"),
-            )
-        emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
-        self._update_summaries(None)
-        out = emit.call(
-            "sparse_attention",
-            site.query,
-            self._get("pages"),
-            plan.page_ids,
-            block_ids,
-            lengths,
-            site.scale,
-            site.softcap,
-        )
-        if layout.offload:
-            emit.call(
-                "store_blocks",
-                [],
-                plan.tail_page,
-                None,
-                lengths,
-                None,
-                self._get("pages"),
-                self._get("host"),
-                self._get("counters"),
-            )
-        return out
-
-    def _prefill(self) -> fx.Node:
-        site, emit, lengths = self.site, self.emitter, self.state.lengths
-        config, mask = self.ctx.config, self.state.token_mask()
-        pages, host, table = self._get("pages"), self._get("host"), self._get("block_table")
-        past = (mask, lengths, pages, host, table, site.scale, site.softcap)
-        block_ids = None
-        if self.ctx.is_sparse_prefill:
-            self._update_summaries(mask)
-            block_ids = self._select_for_tokens()
-            out = emit.call("attend_tokens", site.query, site.k, site.v, block_ids, *past)
-        else:
-            out = emit.call("prefill_attention", site.query, site.k, site.v, *past)
-        emit.call(
-            "extend_kv",
-            site.k,
-            site.v,
-            block_ids,
-            mask,
-            lengths,
-            pages,
-            table,
-            self._get("page_block"),
-            self._get("page_stamp"),
-            config.sink_blocks,
-            config.local_blocks,
-            config.eviction,
-        )
-        if block_ids is None:
-            self._update_summaries(mask)
-        if self._layout.offload:
-            emit.call(
-                "store_blocks",
-                [site.k, site.v],
-                None,
-                mask,
-                lengths,
-                table,
-                pages,
-                host,
-                self._get("counters"),
-            )
-        return out
-
-    def _select_for_tokens(self) -> fx.Node:
-        site, first = self.site, self.ctx.strategy.first_selector
-        return select_for_tokens(
-            self.emitter, site.query, first, site.scale, self.shape, self.state, self._layout
-        )
-
-    def _select(self) -> fx.Node:
-        config, site = self.ctx.config, self.site
-        strategy = self.ctx.strategy
-        if strategy.selector is None:
-            return self.emitter.call(
-                "all_blocks",
-                self._get("block_table"),
-                self.state.lengths,
-                config.block_size,
-                name=f"block_ids_{site.layer}",
-            )
-        return select_by_score(
-            self.emitter,
-            site.query,
-            strategy.first_selector,
-            site.scale,
-            self.shape,
-            self.state,
-            self._layout,
-        )
-
-    def _update_summaries(self, mask: fx.Node | None) -> None:
-        for summary in self._layout.summaries():
-            tensors = [self._get(n) for n in self._layout.summary_tensors(summary, self.shape)]
-            self.emitter.call(
-                "update_summary",
-                self.site.k,
-                self.state.lengths,
-                mask,
-                tensors,
-                summary,
-                *geometry_of(self._layout),
-            )
-
-    @property
-    def _layout(self) -> CacheLayout:
-        assert self.ctx.layout is not None
-        return self.ctx.layout
-
-    def _get(self, tensor: str) -> fx.Node:
-        return self.state.get(tensor, self.site.layer)
