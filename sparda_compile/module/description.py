@@ -201,7 +201,7 @@ def fields_of(value: Any, code: ReadNames) -> Iterator[str]:
     aliases = getattr(type(value), "attribute_map", {})
     aliased = {own for name, own in aliases.items() if name in code.names}
     for name in list(vars(value)):
-        if name not in _LIVE and (name in aliased or name in code.names):
+        if name.lstrip("_") not in _LIVE and (name in aliased or name in code.names):
             yield name
 
 

@@ -41,6 +41,7 @@ _AROUND: Final = (
     "transformers.generation",
     "transformers.distributed",
     "transformers.utils.hub",
+    "transformers.utils.output_capturing",
     "transformers.integrations.peft",
     "transformers.configuration_utils",
 )
@@ -107,7 +108,10 @@ class ReadNames:
     def _function(self, function: types.FunctionType) -> None:
         if function.__code__ in self._seen:
             return
-        self._code(function.__code__, function.__globals__)
+        self._seen.add(function.__code__)
+        # A wrapper goes by the name of what it wraps; where it was written, its globals know.
+        if not str(function.__globals__.get("__name__")).startswith(_AROUND):
+            self._code(function.__code__, function.__globals__)
         for cell in function.__closure__ or ():
             try:
                 inner = cell.cell_contents

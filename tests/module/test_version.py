@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ModelChangedError, UnsupportedInputError
 from sparda_compile.module.version import Version
-from sparda_compile.testing import PlainCausalLM, tiny_llama
+from sparda_compile.testing import PlainCausalLM, build, tiny_llama
 
 CONFIG = SpardaConfig(mode="dense", lowering="eager", block_size=16)
 IDS = torch.randint(2, 256, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -341,6 +341,14 @@ def test_what_changes_nothing_is_no_alarm(model, name):
     version.check(thorough=True)
     version.check()
     version.check_hooks()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gemma3", "gpt2"])
+def test_calls_of_other_models_raise_no_alarm(name):
+    model = build(name)
+    version = Version(model)
+    call_it(model)
+    version.check(thorough=True)
 
 
 def test_state_that_longrope_changes_itself_is_no_alarm():
