@@ -88,7 +88,7 @@ class ReadNames:
             for name, value in vars(base).items():
                 if isinstance(value, property) and name in self.names:
                     for function in _functions(value):
-                        self._function(function)
+                        self._code(function.__code__, function.__globals__)
         self._reads.clear()
 
     def _class(self, cls: type) -> None:

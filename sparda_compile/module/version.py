@@ -13,8 +13,7 @@ versions of buffers, and the Python values that the code of the forward mentions
 `thorough` adds values of buffers, dtypes, strides and the tables of hooks themselves: what one
 changes through `.data`, or by putting another dict in the place of one. Only where one of these
 differs is the model described anew and compared by values (`description.py`), so what was put back
-counts as unchanged. Measured for a Llama of 32 layers, 423 modules, on one core of a CPU that
-others used: see docs/limits.md.
+counts as unchanged. What that costs is in docs/limits.md.
 """
 
 from __future__ import annotations
