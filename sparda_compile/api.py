@@ -92,7 +92,8 @@ def optimize(
             max_tokens=planned_capacity(config),
         )
         weights = _forecast_weights(captures, decode, given)
-        fast = OptimizedModule(captures, config, weights, decode)
+        version = model.version if isinstance(model, OptimizedModule) else None
+        fast = OptimizedModule(captures, config, weights, decode, version)
         plans = [fast.programs.latest_plan(phase) for phase in ("prefill", "decode")]
         _log.info(
             "%s: mode %s, %d attentions, %d left dense",
