@@ -98,7 +98,8 @@ def optimize(
             max_tokens=planned_capacity(config),
         )
         weights = _forecast_weights(captures, decode, given)
-        fast = OptimizedModule(captures, config, weights, decode)
+        version = model.version if isinstance(model, OptimizedModule) else None
+        fast = OptimizedModule(captures, config, weights, decode, version)
         phases = (prompt_phase(config), "decode")
         plans = [fast.programs.latest_plan(phase) for phase in phases]
         _log.info(

@@ -15,6 +15,7 @@ __all__ = [
     "GraphInvariantError",
     "HostPoolFullError",
     "KVCacheError",
+    "ModelChangedError",
     "PassError",
     "SpardaError",
     "TransferRaceError",
@@ -56,6 +57,10 @@ class UnsupportedInputError(SpardaError, ValueError):
 
 class BypassError(UnsupportedInputError, AttributeError):
     """Something was asked of the module that would run or change the model behind its back."""
+
+
+class ModelChangedError(UnsupportedInputError):
+    """The model is no longer what it was when it was optimized; names what changed."""
 
 
 class BackendUnavailableError(SpardaError, ImportError):

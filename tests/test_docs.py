@@ -272,7 +272,7 @@ def test_readme_program_is_short_and_prints_the_right_answer(capsys):
     assert len([line for line in program.splitlines() if line.strip()]) <= 10
     scope = {}
     exec(compile(program, "README.md", "exec"), scope)
-    answer, stats = capsys.readouterr().out.splitlines()
+    answer, stats, selection = capsys.readouterr().out.splitlines()
     shown = re.search(r"```text\n(found: .*)\n```", (ROOT / "README.md").read_text())[1]
     assert answer == shown
     found, right = re.findall(r"\[[\d, ]+\]", answer)
@@ -283,6 +283,7 @@ def test_readme_program_is_short_and_prints_the_right_answer(capsys):
         " ".join((ROOT / "README.md").read_text().split())
     )
     assert re.search(r"[1-9]\d* hits, [1-9]\d* misses", stats)
+    assert selection.startswith("Selection begins at ")
 
 
 # What a page's programs need in place of what they name, and what they have from the page.

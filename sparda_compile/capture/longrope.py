@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["choosing_by_positions"]
+__all__ = ["choosing_by_positions", "has_longrope", "long_frequencies"]
 
 
 @contextlib.contextmanager
 def choosing_by_positions(model: nn.Module) -> Iterator[None]:
     """Let a model's LongRoPE choose its frequencies without changing the model."""
-    changed = [module for module in model.modules() if _has_longrope(module)]
+    changed = [module for module in model.modules() if has_longrope(module)]
     for module in changed:
         module.__dict__["forward"] = _Chooser(module)
     try:
@@ -36,12 +36,23 @@ def choosing_by_positions(model: nn.Module) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def _has_longrope(module: nn.Module) -> bool:
+def has_longrope(module: nn.Module) -> bool:
+    """Whether a module's forward rotates by LongRoPE."""
     kind = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, dict) else (kind,)
     # What transformers decorates keeps the forward that it wraps.
     is_switched = hasattr(type(module).forward, "__wrapped__")
     return is_switched and "longrope" in kinds and "forward" not in module.__dict__
+
+
+def long_frequencies(module: Any) -> dict[str, Tensor]:
+    """Return the long frequencies of a module with LongRoPE, by the buffer they are copied to."""
+    kinds = module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
+    return {
+        _attribute("inv_freq", layer_type): _frequencies(module, layer_type)[1]
+        for layer_type, kind in kinds.items()
+        if kind == "longrope"
+    }
 
 
 class _Chooser:

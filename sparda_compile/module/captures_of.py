@@ -18,6 +18,7 @@ def captures_of(model: nn.Module) -> Captures:
     """Return the traced forwards of a model, or of what `optimize` returned.
 
     Raises:
+        ModelChangedError: If the model was changed after it was optimized.
         UnsupportedInputError: If it is no module, in training mode, or no causal LM.
         AttentionNotFoundError: If it has layers that are not implemented.
     """
@@ -26,6 +27,7 @@ def captures_of(model: nn.Module) -> Captures:
     from sparda_compile.program.captures import Captures
 
     if isinstance(model, OptimizedModule):
+        model.version.check(thorough=True)
         return model.captures
     if not isinstance(model, nn.Module):
         raise UnsupportedInputError(

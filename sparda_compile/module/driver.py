@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from sparda_compile.module.cache import SpardaCache
     from sparda_compile.module.optimized import OptimizedModule
 
-__all__ = ["drive", "make_driver"]
+__all__ = ["drive", "follow", "make_driver"]
 
 # Left by transformers among the arguments of a step; no forward reads them.
 _LEFT_OVER = ("tokenizer", "assistant_tokenizer")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # generate returns what its own config asks for.
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -43,9 +44,16 @@ def make_driver(module: OptimizedModule, model: nn.Module) -> Any:
     step.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
     driver.forward = step
     # Hooks of the model were traced; around the driver they would run once more.
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
+    for name in _HOOKS:
         setattr(driver, name, OrderedDict())
     return driver
+
+
+def follow(driver: Any, model: nn.Module, generation_config: Any) -> None:
+    """Give a driver the attributes that its model has now, and a generation config."""
+    own = ("forward", *_HOOKS)
+    now = {name: value for name, value in vars(model).items() if name not in own}
+    vars(driver).update(now | {"generation_config": generation_config})
 
 
 def drive(driver: Any, cache: SpardaCache, wants_cache: bool, kwargs: dict[str, Any]) -> Any:
@@ -71,6 +79,6 @@ def _step(module: OptimizedModule, input_ids: Any, **kwargs: Any) -> Any:
     if cache is not None and cache.is_generating and input_ids.shape[1] == 1:
         # The token that was just chosen; to look at its mask would wait for the device.
         kwargs.pop("attention_mask", None)
-    output = module.forward(input_ids, **kwargs)
+    output = module(input_ids, **kwargs)  # with hooks that were put on it
     output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME].is_generating = True
     return output

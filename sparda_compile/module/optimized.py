@@ -31,7 +31,7 @@ from sparda_compile.module.calls import (
     length_of,
     named_as,
 )
-from sparda_compile.module.driver import drive, make_driver
+from sparda_compile.module.driver import drive, follow, make_driver
 from sparda_compile.module.frozen import FrozenModule
 from sparda_compile.module.inputs import (
     check_holes,
@@ -46,6 +46,7 @@ from sparda_compile.module.pool import CachePool
 from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
 from sparda_compile.module.prompt import read_prompt
+from sparda_compile.module.version import Version
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
 from sparda_compile.runtime.take_over import take_over
@@ -76,6 +77,7 @@ class OptimizedModule(FrozenModule):
         config: What to build.
         forecast: Forecast projections by target layer.
         decode: A plan for the decode of one sequence, if there is one already.
+        version: What the model was when it was traced; None is what it is now.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class OptimizedModule(FrozenModule):
         config: SpardaConfig,
         forecast: Mapping[int, Projection],
         decode: Plan | None = None,
+        version: Version | None = None,
     ) -> None:
         super().__init__()
         register_causal_lm(OptimizedModule)
@@ -93,9 +96,10 @@ class OptimizedModule(FrozenModule):
         self.last_cache: KVCache | None = None
         self._pool = CachePool()
         self._positions = Positions(captures)
+        self.version = version or Version(captures.original)
         # The model's own children, under their own names: state_dict has the model's keys.
-        self._modules.update(captures.model._modules)
-        self._parameters.update(captures.model._parameters)
+        self._modules.update(captures.original._modules)
+        self._parameters.update(captures.original._parameters)
         self.sparda_forecast = nn.ParameterDict(
             {n: nn.Parameter(w, requires_grad=False) for n, w in to_tensors(forecast).items()}
         )
@@ -105,9 +109,10 @@ class OptimizedModule(FrozenModule):
             self.programs.put(decode)
         self.training = False
         self._lock = threading.RLock()
-        object.__setattr__(self, "_driver", make_driver(self, captures.model))
+        self._generation_config: Any = None
+        object.__setattr__(self, "_driver", make_driver(self, captures.original))
 
-    @named_as(lambda module: module.captures.model.forward)
+    @named_as(lambda module: module.captures.original.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -145,19 +150,33 @@ class OptimizedModule(FrozenModule):
         """
         weight = next(self.parameters())
         check_autocast(weight.device.type, weight.dtype)
-        config = self.captures.model.config
+        config = self.config
         ids = check_call(input_ids, kwargs, config)
         check_kept(logits_to_keep)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
         with self._lock, neutral():
             check_ids(ids, self.captures.vocabulary)
             held = self._cache_for(given, ids)
+            self._check_model(held, ids)
             logits = self._step(held, ids, attention_mask, position_ids, logits_to_keep)
         if use_cache is None:
             use_cache = getattr(config, "use_cache", True)
         is_returned = use_cache is not False or given is not None
         output = output_with_cache(logits, held if is_returned else None)
+        if return_dict is None:
+            return_dict = getattr(config, "return_dict", True)
         return output.to_tuple() if return_dict is False else output
+
+    def _check_model(self, cache: SpardaCache, ids: Tensor) -> None:
+        """Refuse a step of a model that has changed; see `Version`."""
+        is_prefill = ids.shape[1] > 1
+        if cache.is_generating and not is_prefill:
+            self.version.check_hooks()
+            return
+        self.version.check(thorough=is_prefill)
+        self.version.check_view(self)
+        if is_prefill:
+            self.captures.refresh_joined()
 
     def _step(
         self,
@@ -199,7 +218,7 @@ class OptimizedModule(FrozenModule):
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 
-    @named_as(lambda module: module.captures.model.generate)
+    @named_as(lambda module: module.captures.original.generate)
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`, and its order by position.
 
@@ -215,10 +234,13 @@ class OptimizedModule(FrozenModule):
             UnsupportedInputError: If docs/arguments.md refuses an argument, wherever it is set.
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
+        with self._lock, neutral():
+            self.version.check(thorough=True)
+            self.version.check_view(self)
         settings = check_generation(self.generation_config, kwargs)
         ids = check_prompt(inputs, kwargs, settings)
         num_tokens = 1 if ids is None else ids.shape[1]
-        total = length_of(num_tokens, settings, self.captures.model.config)
+        total = length_of(num_tokens, settings, self.config)
         cache = take_cache(kwargs)
         is_given = cache is not None
         if not is_given:
@@ -233,6 +255,7 @@ class OptimizedModule(FrozenModule):
         if inputs is not None:
             kwargs["inputs"] = inputs
         wants_cache = settings.get("use_cache") is not False or is_given
+        follow(self._driver, self.captures.original, self.generation_config)
         output = drive(self._driver, cache, wants_cache, kwargs)
         self.last_cache = cache.kv  # a second text of guidance_scale has another
         return output
@@ -240,11 +263,22 @@ class OptimizedModule(FrozenModule):
     @property
     def generation_config(self) -> Any:
         """What `generate` takes where a call does not say; the model's own until it is assigned."""
-        return self._driver.generation_config
+        own = self._generation_config
+        return self.captures.original.generation_config if own is None else own
 
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
-        self._driver.generation_config = config
+        is_models = config is self.captures.original.generation_config
+        self._generation_config = None if is_models else config
+
+    @property
+    def config(self) -> Any:
+        """The model's own config; to assign one is to assign it to the model."""
+        return self.captures.original.config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.captures.original.config = config
 
     def program(self, phase: str, batch_size: int, max_tokens: int, *, last_only: bool) -> Program:
         """Return the program for a shape; see `Programs.get`."""
@@ -288,7 +322,7 @@ class OptimizedModule(FrozenModule):
             if name in ("captures", "_driver"):
                 raise
             check_bypass(name)
-            return getattr(self.captures.model, name)
+            return getattr(self.captures.original, name)
 
     def _check_owner(self, cache: Any) -> None:
         if not isinstance(cache, SpardaCache):

@@ -69,12 +69,12 @@ def read_prompt(
     return found[-1] if last_only else torch.cat(found, dim=1)
 
 
-def _columns(part_BT: Tensor, begin: int, end: int) -> Tensor:
+def _columns(part: Tensor, begin: int, end: int) -> Tensor:
     """Return some columns; a single one gets a hidden one beside it, which is 0 in all parts.
 
     A program for prompts takes two columns or more.
     """
-    columns = part_BT[:, begin:end]
+    columns = part[:, begin:end]
     if end - begin == 1:
         columns = torch.cat([torch.zeros_like(columns), columns], dim=1)
     return columns.contiguous()

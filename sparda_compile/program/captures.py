@@ -39,9 +39,14 @@ class Captures:
     Args:
         model: A causal LM of transformers.
         windows: Sliding window of each layer, 0 for none.
+
+    Attributes:
+        original: The model as it was given, which its owner may change.
+        model: A copy of its modules that nobody changes; the weights are the same.
     """
 
     def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
+        self.original = model
         self.model = share_weights(model)
         self.model_name = type(model).__name__
         self.windows = dict(windows)
@@ -76,6 +81,11 @@ class Captures:
                 )
             self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
         return self._graphs[key]
+
+    def refresh_joined(self) -> None:
+        """Copy the weights that are joined again, whether or not torch counted a change."""
+        for weight in list(self._joined.values()):
+            weight.refresh(is_sure=True)
 
     def sites(
         self, phase: str, config: SpardaConfig, *, last_logits_only: bool = True

@@ -35,8 +35,13 @@ class JoinedWeight:
         # A tensor made in inference mode counts no versions, and cannot be changed outside of it.
         return [0 if source.is_inference() else source._version for source in self._sources]
 
-    def refresh(self) -> None:
-        """Copy the sources again if one of them has changed."""
-        if self._now() != self._versions:
+    def refresh(self, *, is_sure: bool = False) -> None:
+        """Copy the sources again if one of them has changed.
+
+        Args:
+            is_sure: Whether to copy them anyway: torch counts no change that is made through
+                `.data`.
+        """
+        if is_sure or self._now() != self._versions:
             self._versions = self._now()
             self.tensor.copy_(torch.cat([source.detach() for source in self._sources]))

@@ -322,7 +322,7 @@ class TestGenerate:
             with pytest.raises(UnsupportedInputError, match=words):
                 fast.generate(**prompt(batch_size), **base, **kwargs)
         saved = GenerationConfig(**{name: REFUSED[name]})
-        monkeypatch.setattr(fast.captures.model, "generation_config", saved)
+        monkeypatch.setattr(fast.captures.original, "generation_config", saved)
         fresh = optimize(fast, DENSE)
         for kwargs in ({}, {"generation_config": GenerationConfig(**base)}):
             with pytest.raises(UnsupportedInputError, match=words):

@@ -32,3 +32,14 @@ def test_joined_weight_is_copied_only_when_a_source_has_changed() -> None:
     weight.tensor.fill_(7.0)
     weight.refresh()
     assert weight.tensor.eq(7.0).all()
+
+
+def test_joined_weight_is_copied_for_sure_where_torch_counts_no_change() -> None:
+    source = torch.nn.Parameter(torch.randn(3, 5))
+    weight = JoinedWeight([source, source])
+    weight.tensor  # noqa: B018 - made when first asked for
+    source.data.mul_(2.0)
+    weight.refresh()
+    assert not torch.equal(weight.tensor[:3], source)
+    weight.refresh(is_sure=True)
+    assert torch.equal(weight.tensor[:3], source)
