@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparda_compile.capture.cache_name import CACHE_NAME
-from sparda_compile.capture.longrope import choosing_by_positions
+from sparda_compile.capture.longrope import check_ropes, choosing_by_positions
+from sparda_compile.capture.marker_cache import marker_cache
 from sparda_compile.capture.tracing import Trace, record
 from sparda_compile.errors import CaptureError
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
-from sparda_compile.graph.nodes import as_module, snapshot
+from sparda_compile.graph.nodes import as_module, call_name, changed_root, snapshot
 from sparda_compile.isa.define import define
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, OTHER_SAMPLES, SAMPLES, common_size
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["CapturedGraph", "capture", "kv_update", "share_weights"]
 
 INPUT_NAMES: Final = ("input_ids", "position_ids")
+_CUTS: Final = ("sparda.kv_update", "scaled_dot_product_attention")
 
 
 @define(fake=lambda a: (torch.empty_like(a.k), torch.empty_like(a.v)), is_marker=True)
@@ -117,6 +119,7 @@ def capture(
     """
     ours, theirs = (samples.of(phase) for samples in (SAMPLES, OTHER_SAMPLES))
     step = _step(model, last_logits_only)
+    check_ropes(model)
     with choosing_by_positions(model):
         trace, other = (
             record(step, model, _inputs(model, s), tokens=s.tokens, limits=limits)
@@ -137,7 +140,7 @@ def _step(model: nn.Module, last_logits_only: bool) -> Callable[..., Tensor]:
     def step(input_ids: Tensor, position_ids: Tensor) -> Tensor:
         out = model(
             input_ids=input_ids,
-            **{CACHE_NAME: _marker_cache(model)},
+            **{CACHE_NAME: marker_cache(model)},
             use_cache=True,
             return_dict=True,
             **({"position_ids": position_ids} if takes_positions else {}),
@@ -281,14 +284,31 @@ class _Writer:
         op, target, args = _target(call.function, args)
         node = self._graph.create_node(op, target, args, kwargs)
         node.meta = {**meta, "val": call.result}
-        if call.changes:
-            changed = call.args[0] if "out" not in call.kwargs else call.kwargs["out"]
-            if isinstance(changed, Tensor) and isinstance(call.result, Tensor):
-                self._nodes[id(changed)] = node
+        if call.changed is not None:
+            self._check_in_place(node)
+            if isinstance(call.result, Tensor):
+                self._nodes[id(call.changed)] = node
         elif isinstance(call.result, Tensor):
             self._nodes[id(call.result)] = node
         else:
             self._items(node, call.result, meta)
+
+    def _check_in_place(self, node: fx.Node) -> None:
+        """Refuse a change of what was made before an attention: a program is cut there.
+
+        Raises:
+            CaptureError: If a node makes one.
+        """
+        root = changed_root(node)
+        above = node.prev
+        while above is not root and above.op != "root":
+            if call_name(above) in _CUTS:
+                raise CaptureError(
+                    f"{type(self._model).__name__}: {call_name(node)} "
+                    f"({node.meta['stack_trace']}) changes a tensor in place that was made "
+                    "before an attention; use the form that returns a new tensor."
+                )
+            above = above.prev
 
     def _items(self, node: fx.Node, result: Any, meta: dict[str, Any]) -> None:
         for index, part in enumerate(result):
@@ -335,6 +355,8 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
 
 
 _OPERATORS: Final = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
+# Methods that bear another name than the one they are called by.
+_POWERS: Final = {Tensor.__pow__: "pow", Tensor.__ipow__: "pow_"}
 
 
 def _target(function: Any, args: Any) -> tuple[str, Any, Any]:
@@ -346,42 +368,8 @@ def _target(function: Any, args: Any) -> tuple[str, Any, Any]:
         return "call_function", _OPERATORS[name], args
     if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"{name[3:-2]}_"):
         return "call_method", f"{name[3:-2]}_", args
+    if function in _POWERS:
+        return "call_method", _POWERS[function], args
     if getattr(Tensor, name, None) is function:
         return "call_method", name, args
     return "call_function", function, args
-
-
-def _marker_cache(model: nn.Module) -> Any:
-    """Return a transformers cache whose `update` is the marker op."""
-    from transformers.cache_utils import Cache, CacheLayerMixin
-
-    class MarkerLayer(CacheLayerMixin):
-        is_compileable = True
-        is_sliding = False
-
-        def __init__(self, layer: int) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.layer = layer
-            self.is_initialized = True
-
-        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-            return torch.ops.sparda.kv_update(key_states, value_states, self.layer)
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return query_length, 0
-
-        def get_seq_length(self) -> int:
-            return 0
-
-        def get_max_length(self) -> int:
-            return -1
-
-        get_max_cache_shape = get_max_length
-
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    num_layers = getattr(text, "num_hidden_layers", None) or 0
-    return Cache(layers=[MarkerLayer(i) for i in range(num_layers)])

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparda_compile.errors import CaptureError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
-__all__ = ["choosing_by_positions", "has_longrope", "long_frequencies"]
+__all__ = ["check_ropes", "choosing_by_positions", "has_longrope", "long_frequencies"]
 
 
 @contextlib.contextmanager
@@ -36,13 +38,35 @@ def choosing_by_positions(model: nn.Module) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def has_longrope(module: nn.Module) -> bool:
-    """Whether a module's forward rotates by LongRoPE."""
+def check_ropes(model: nn.Module) -> None:
+    """Refuse rotations that depend on texts of earlier calls.
+
+    Raises:
+        CaptureError: If a module has dynamic NTK rotations.
+    """
+    for path, module in model.named_modules():
+        if "dynamic" in _kinds(module):
+            raise CaptureError(
+                f"{type(model).__name__}: cannot trace forward as one graph: {path} has the "
+                "rope_type 'dynamic' (dynamic NTK), whose frequencies depend on the longest text "
+                "that the module has seen so far, in earlier calls too. Use rope_type 'yarn', "
+                "'linear' or 'longrope', which do not."
+            )
+
+
+def _kinds(module: nn.Module) -> tuple[Any, ...]:
+    """Return the kinds of rotation that transformers switches in a module's forward."""
     kind = getattr(module, "rope_type", None)
-    kinds = kind.values() if isinstance(kind, dict) else (kind,)
     # What transformers decorates keeps the forward that it wraps.
     is_switched = hasattr(type(module).forward, "__wrapped__")
-    return is_switched and "longrope" in kinds and "forward" not in module.__dict__
+    if not is_switched:
+        return ()
+    return tuple(kind.values()) if isinstance(kind, dict) else (kind,)
+
+
+def has_longrope(module: nn.Module) -> bool:
+    """Whether a module's forward rotates by LongRoPE."""
+    return "longrope" in _kinds(module) and "forward" not in module.__dict__
 
 
 def long_frequencies(module: Any) -> dict[str, Tensor]:

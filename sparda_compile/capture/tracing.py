@@ -23,9 +23,16 @@ from torch.overrides import TorchFunctionMode
 
 from sparda_compile.capture import lengths
 from sparda_compile.capture.lengths import Length, Lengths
+from sparda_compile.capture.module_state import ModuleState
 from sparda_compile.errors import CaptureError
 from sparda_compile.graph import fake_runner
-from sparda_compile.graph.fake_runner import FakeRunner, leaves_of, map_leaves
+from sparda_compile.graph.fake_runner import (
+    FakeRunner,
+    leaves_of,
+    map_leaves,
+    share_memory,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -49,7 +56,7 @@ class Call:
         args: Positional arguments, with fake tensors.
         kwargs: Named arguments.
         result: What came back.
-        changes: Whether it changed its first argument in place.
+        changed: The tensor that it changed in place, None for none.
         path: Path of the module whose forward made the call.
         module: Class of that module.
         where: File and line of the call.
@@ -59,7 +66,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
-    changes: bool
+    changed: Tensor | None
     path: str
     module: type
     where: str
@@ -95,6 +102,7 @@ class _Recorder(TorchFunctionMode):
         self.lengths = Lengths(tokens, _caller)
         self._runner = runner
         self._fakes: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
 
     def fake(self, tensor: Tensor) -> Tensor:
         """Return what stands for a tensor in the run."""
@@ -105,6 +113,7 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) not in self._fakes:
             fake = self._runner.fake_mode.from_tensor(tensor, static_shapes=True)
             self._fakes[id(tensor)] = fake
+            self._versions[id(fake)] = version_of(fake)
             self.tensors[id(fake)] = (fake, tensor)
         return self._fakes[id(tensor)]
 
@@ -118,20 +127,37 @@ class _Recorder(TorchFunctionMode):
         assert kwargs is not None
         if name == "__get__" and func.__self__.__name__ in ("shape", "dtype", "device"):
             return self.lengths.wrap(func(*args))
+        given = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [version_of(tensor) for tensor in given]
         result = self._runner.run(func, args, kwargs)
         if name == "size":
             return self.lengths.wrap(result)
-        changes = name == "__setitem__" or "out" in kwargs or _is_in_place(name)
         results = [r for r in leaves_of(result) if isinstance(r, Tensor)]
         if name == "__set__":
             raise CaptureError(f"it sets {func.__self__.__name__} of a tensor")
-        given = {id(leaf) for leaf in leaves_of((args, kwargs))}
-        is_new = any(id(r) not in given for r in results)
-        if changes or is_new:
+        written = [t for t, v in zip(given, versions, strict=True) if version_of(t) != v]
+        if not written and _is_in_place(name):
+            written = [args[0]]
+        changed = _changed(name, written, given, results)
+        given_ids = {id(tensor) for tensor in given}
+        is_new = any(id(r) not in given_ids for r in results)
+        if changed is not None or is_new:
             self._check_autocast(args)
             path, module = self.modules[-1] if self.modules else ("", nn.Module)
-            self.calls.append(Call(func, args, kwargs, result, changes, path, module, _caller()))
+            self.calls.append(Call(func, args, kwargs, result, changed, path, module, _caller()))
         return result
+
+    def changed_weight(self, model: nn.Module) -> str:
+        """Say which parameter, buffer or constant the run changed in place; empty for none."""
+        names = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
+        for fake, tensor in self.tensors.values():
+            if version_of(fake) != self._versions[id(fake)]:
+                name = names.get(id(tensor), "a tensor that it keeps")
+                return (
+                    f"it changes {name} in place, which a compiled program would not do again; "
+                    "compute what it needs from the arguments"
+                )
+        return ""
 
     def _stand_in(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -143,6 +169,28 @@ class _Recorder(TorchFunctionMode):
             kind = leaf.device.type if isinstance(leaf, Tensor) else ""
             if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
                 raise CaptureError("it computes under torch.autocast, which is not traced")
+
+
+def _changed(
+    name: str, written: list[Tensor], given: list[Tensor], results: list[Tensor]
+) -> Tensor | None:
+    """Return the one tensor that a call changed in place, None for none.
+
+    Args:
+        name: Of the function.
+        written: What it was given and has changed; a view of what it changed is there too.
+        given: All that it was given.
+        results: What it returned.
+
+    Raises:
+        CaptureError: If there are several, or it changed one and returned another.
+    """
+    if not written:
+        return None
+    changed = given[0] if name == "__setitem__" else next(iter(results), None)
+    if changed is None or any(not share_memory(tensor, changed) for tensor in written):
+        raise CaptureError(f"{name} changes tensors in place beside the one that it returns")
+    return changed
 
 
 def _is_in_place(name: str) -> bool:
@@ -204,7 +252,7 @@ def record(
     runner = FakeRunner.of(FakeTensorMode(allow_non_fake_inputs=False))
     recorder = _Recorder(runner, tokens)
     given = inputs(runner.fake_mode)
-    before = _state(model)
+    before = ModuleState(model)
     reason, cause = "", None
     try:
         with (
@@ -218,7 +266,7 @@ def record(
             result = step(*given)
     except Exception as error:  # noqa: BLE001 - whatever it is, there is no graph
         reason, cause = _reason(error, tokens), error
-    changed = _restore(model, before)
+    changed = before.restore() or recorder.changed_weight(model)
     reason = reason or changed or _by_length(recorder.lengths, limits)
     if reason:
         raise CaptureError(
@@ -307,52 +355,3 @@ def _quiet() -> Iterator[None]:
 
 def _nothing(_: logging.LogRecord) -> bool:
     return False
-
-
-_State = dict[tuple[str, str, str], Any]
-_PLACES: Final = ("__dict__", "_parameters", "_buffers")
-
-
-def _state(model: nn.Module) -> _State:
-    """Return every number, text and tensor that the modules hold."""
-    found: _State = {}
-    for path, module in model.named_modules():
-        for place in _PLACES:
-            for name, value in getattr(module, place).items():
-                if isinstance(value, (int, float, str, type(None), Tensor)):
-                    found[path, place, name] = value
-    return found
-
-
-def _restore(model: nn.Module, before: _State) -> str:
-    """Undo what a run on fake tensors did to the modules; returns what it did, in words.
-
-    A flag that is set once would do no harm, a counter or a buffer that is replaced would; nobody
-    can tell which it is, and a program that ran on would never do either again.
-    """
-    after = _state(model)
-    changed = [
-        key
-        for key in {**before, **after}
-        if key not in before or key not in after or _differs(before[key], after[key])
-    ]
-    modules = dict(model.named_modules())
-    for path, place, name in changed:
-        holder = getattr(modules[path], place)
-        if (path, place, name) in before:
-            holder[name] = before[path, place, name]
-        else:
-            del holder[name]
-    if not changed:
-        return ""
-    path, _, name = changed[0]
-    return (
-        f"it changes {path + '.' if path else ''}{name} of its module, which a compiled program "
-        "would not do again. Keep such state outside of the module, or derive it from the arguments"
-    )
-
-
-def _differs(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is not other
-    return type(one) is not type(other) or bool(one != other)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FakeRunner", "freeze", "leaves_of", "map_leaves"]
+__all__ = ["FakeRunner", "freeze", "leaves_of", "map_leaves", "share_memory", "version_of"]
 
 _PLAIN: Final = (
     int,
@@ -63,6 +64,40 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often the memory of a fake tensor was changed in place."""
+    return _own_version(_root(tensor))
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two fake tensors stand for parts of one memory."""
+    return _root(one) is _root(other)
+
+
+def _root(tensor: Tensor) -> Tensor:
+    """Return the tensor that a view is of; what is made from memory shares no storage with it."""
+    root: Tensor = getattr(tensor, "sparda_root", tensor)
+    return root
+
+
+def _own_version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def _note_views(result: Any, tensors: list[Tensor]) -> dict[int, int]:
+    """Note what results are views of; returns the index of that tensor by the result's id."""
+    found: dict[int, int] = {}
+    by_storage = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(tensors)}
+    for value in leaves_of(result):
+        if not isinstance(value, Tensor) or any(value is tensor for tensor in tensors):
+            continue
+        of = by_storage.get(value.untyped_storage()._cdata)
+        if of is not None:
+            value.sparda_root = _root(tensors[of])  # type: ignore[attr-defined]
+            found[id(value)] = of
+    return found
+
+
 class FakeRunner:
     """Runs functions on fake tensors, and remembers what comes of which shapes.
 
@@ -92,16 +127,26 @@ class FakeRunner:
         known = freeze((args, kwargs), parts, tensors) and bool(tensors)
         key = tuple(parts)
         if known and key in self._seen:
-            return self._made(self._seen[key], tensors)
+            made, changed = self._seen[key]
+            for i in changed:
+                increment_version(_root(tensors[i]))
+            return self._made(made, tensors)
+        if not known:
+            tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [_own_version(tensor) for tensor in tensors]
         with self.fake_mode:
             result = function(*args, **kwargs)
-        if known:
-            made = self._recipe(result, tensors)
-            if made is not None:
-                self._seen[key] = made
+        changed = [i for i, t in enumerate(tensors) if _own_version(t) != versions[i]]
+        for i in changed:
+            if _root(tensors[i]) is not tensors[i]:
+                increment_version(_root(tensors[i]))
+        views = _note_views(result, tensors)
+        made = self._recipe(result, tensors, views) if known else None
+        if made is not None:
+            self._seen[key] = made, changed
         return result
 
-    def _recipe(self, result: Any, tensors: list[Tensor]) -> Any:
+    def _recipe(self, result: Any, tensors: list[Tensor], views: dict[int, int]) -> Any:
         """Return how to make such a result again; None if it cannot be made from shapes."""
         recipe: list[Any] = []
         for value in leaves_of(result):
@@ -117,16 +162,27 @@ class FakeRunner:
                 return None
             else:
                 spec = (tuple(value.shape), value.stride(), value.dtype, value.device)
-                recipe.append(("tensor", spec))
+                recipe.append(("tensor", (spec, views.get(id(value)))))
         return recipe, map_leaves(result, lambda _: None)
 
     def _made(self, made: Any, tensors: list[Tensor]) -> Any:
         recipe, form = made
         parts = iter(
-            what if kind == "value" else tensors[what] if kind == "argument" else self.new(*what)
+            what
+            if kind == "value"
+            else tensors[what]
+            if kind == "argument"
+            else self._view(what, tensors)
             for kind, what in recipe
         )
         return map_leaves(form, lambda _: next(parts))
+
+    def _view(self, form: Any, tensors: list[Tensor]) -> Tensor:
+        spec, of = form
+        made = self.new(*spec)
+        if of is not None:
+            made.sparda_root = _root(tensors[of])  # type: ignore[attr-defined]
+        return made
 
     def new(
         self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: Any

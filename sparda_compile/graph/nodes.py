@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -12,11 +12,12 @@ from sparda_compile.graph.tags import SITE
 from sparda_compile.isa.table import op_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
 __all__ = [
     "as_module",
     "call_name",
+    "changed_root",
     "changes_in_place",
     "copy_graph",
     "fake_value",
@@ -29,6 +30,41 @@ __all__ = [
     "snapshot",
     "tensor_shape",
 ]
+
+
+# What may share the memory of its first input.
+_VIEWS: Final = frozenset(
+    {
+        "chunk",
+        "contiguous",
+        "detach",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "flatten",
+        "float",
+        "getattr",
+        "getitem",
+        "movedim",
+        "narrow",
+        "permute",
+        "reshape",
+        "reshape_as",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "t",
+        "to",
+        "transpose",
+        "type",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "view_as",
+    }
+)
 
 
 def call_name(node: fx.Node) -> str:
@@ -105,8 +141,31 @@ def nodes_between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
 
 def changes_in_place(node: fx.Node) -> bool:
     """Whether a node changes a tensor that it is given."""
+    if node.op not in ("call_function", "call_method"):
+        return False
     name = call_name(node)
-    return name == "setitem" or (name.endswith("_") and node.op == "call_method")
+    return (
+        name == "setitem"
+        or (name.endswith("_") and not name.endswith("__"))
+        or node.kwargs.get("inplace") is True
+        or node.kwargs.get("out") is not None
+    )
+
+
+def changed_root(node: fx.Node, inside: Container[fx.Node] | None = None) -> fx.Node | None:
+    """Return what made the memory that a node changes in place, back through views of it.
+
+    Args:
+        node: A node that changes what it is given.
+        inside: Where to look; the first node that is not there ends the walk. None is everywhere.
+    """
+    root = node.kwargs.get("out", node.args[0] if node.args else None)
+    while isinstance(root, fx.Node) and root.op != "placeholder":
+        is_inside = inside is None or root in inside
+        if not is_inside or not (call_name(root) in _VIEWS or changes_in_place(root)):
+            break
+        root = root.kwargs.get("out") or root.all_input_nodes[0]
+    return root if isinstance(root, fx.Node) else None
 
 
 def tensor_shape(node: fx.Node) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from sparda_compile.errors import PassError
 from sparda_compile.graph.emit import mapped_arguments
 from sparda_compile.graph.fake_runner import map_leaves
-from sparda_compile.graph.nodes import as_module, call_name, changes_in_place, fake_value
+from sparda_compile.graph.nodes import as_module, changed_root, changes_in_place, fake_value
 from sparda_compile.program.compiled_piece import CompiledPiece
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, size_of, size_text
 
@@ -32,40 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __all__ = ["Piece", "compiled_pieces", "make_piece"]
-
-# What may share the memory of its first input.
-_VIEWS: Final = frozenset(
-    {
-        "chunk",
-        "contiguous",
-        "detach",
-        "diagonal",
-        "expand",
-        "expand_as",
-        "flatten",
-        "float",
-        "getattr",
-        "getitem",
-        "movedim",
-        "narrow",
-        "permute",
-        "reshape",
-        "reshape_as",
-        "select",
-        "split",
-        "squeeze",
-        "swapaxes",
-        "t",
-        "to",
-        "transpose",
-        "type",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +177,8 @@ class _Text:
     def _check_in_place(self, node: fx.Node) -> None:
         if not changes_in_place(node):
             return
-        root = node.args[0]
-        while isinstance(root, fx.Node) and root in self._inside:
-            if call_name(root) not in _VIEWS and not changes_in_place(root):
-                return
-            root = root.all_input_nodes[0]
+        if changed_root(node, self._inside) in self._inside:
+            return
         raise PassError(
             f"{node.name} ({node.meta.get('stack_trace', 'no trace')}) changes a tensor in place "
             "that was made before an attention or is an input of the model; use the form that "

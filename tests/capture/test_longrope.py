@@ -7,6 +7,7 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.capture.longrope import choosing_by_positions
+from sparda_compile.errors import CaptureError
 from sparda_compile.testing import tiny_llama
 from sparda_compile.testing.building import build_from_transformers
 
@@ -92,3 +93,10 @@ def test_other_rotations_are_not_touched():
     model = tiny_llama()
     with choosing_by_positions(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_dynamic_ntk_is_refused_with_its_reason():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_llama(num_hidden_layers=1, rope_parameters=rope, max_position_embeddings=64)
+    with pytest.raises(CaptureError, match="rotary_emb has the rope_type 'dynamic'"):
+        optimize(model, CONFIG)

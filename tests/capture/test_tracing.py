@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from sparda_compile.capture.forward import _target
 from sparda_compile.capture.tracing import record
 from sparda_compile.errors import CaptureError
 
@@ -52,7 +54,7 @@ def test_views_and_choices_are_calls():
 
 def test_changes_in_place_are_marked():
     found = calls(lambda x: x.add_(1).mul(2))
-    assert [call.changes for call in found] == [False, True, False]
+    assert [call.changed is not None for call in found] == [False, True, False]
 
 
 def test_results_of_torchs_own_tuples_keep_their_names():
@@ -111,3 +113,52 @@ def test_hooks_are_taken_off_again():
 
     record(lambda x: model(x), model, inputs)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: F.relu(x, inplace=True) + 1,
+        lambda x: nn.SiLU(inplace=True)(x) + 1,
+        lambda x: torch.add(x, 1, out=torch.empty(2, 4)) + 1,
+        lambda x: torch.relu_(x) + 1,
+        lambda x: x[:1].add_(1) + 1,
+    ],
+)
+def test_a_change_in_place_is_found_whatever_it_is_called(body):
+    assert [call.changed is not None for call in calls(body)][-2:] == [True, False]
+
+
+def test_a_change_of_a_view_is_one_of_what_it_views_however_often_it_was_seen():
+    model = nn.Module()
+    model.first, model.second = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+
+    def step(x):
+        return x + model.first[:2].mul(2).sum() + model.second[:2].mul_(2).sum()
+
+    with pytest.raises(CaptureError, match="changes second in place"):
+        record(step, model, in_mode)
+
+
+def in_mode(mode):
+    with mode:
+        return [torch.empty(4)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: torch._foreach_add_([x], 1.0) or x,
+        lambda x: x + F.embedding(torch.zeros(1, dtype=torch.long), x, max_norm=1.0),
+    ],
+)
+def test_changes_beside_the_result_are_refused(body):
+    with pytest.raises(CaptureError, match="beside the one that it returns"):
+        calls(body)
+
+
+@pytest.mark.parametrize("body", [lambda x: x**2, lambda x: x.mul(2).__ipow__(2)])
+def test_powers_are_methods(body):
+    found = calls(body)[-1]
+    target, name, _ = _target(found.function, found.args)
+    assert (target, getattr(torch.Tensor, name) is not None) == ("call_method", True)

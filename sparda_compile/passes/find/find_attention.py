@@ -53,6 +53,7 @@ _NOT_CACHED: Final = (
     "its keys are not those of the KV cache, as in multi-head latent attention (MLA) and "
     "cross-attention"
 )
+_SHARED: Final = "it shares the KV cache of layer {layer}, as with Gemma-3n's num_kv_shared_layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +79,14 @@ class FindAttention:
                 raise self._refusal(ctx, anchor.node, len(sites), _NOT_CACHED)
             layer = marker.args[2] if marker else len(sites)
             assert isinstance(layer, int)
+            if marker is not None and marker in claimed:
+                raise self._refusal(ctx, anchor.node, len(sites), _SHARED.format(layer=layer))
             try:
                 site = self._site(anchor, marker, layer, flow, ctx)
                 _check_mask(anchor, site, marker, flow, masks)
             except RefusedAttentionError as refused:
                 raise self._refusal(ctx, anchor.node, layer, str(refused)) from None
             if marker is not None:
-                if marker in claimed:
-                    raise self._refusal(ctx, anchor.node, layer, "two attentions read one layer")
                 claimed.add(marker)
             self._check_retention(site, ctx)
             SITE.put(anchor.node, site)
