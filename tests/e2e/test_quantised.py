@@ -128,7 +128,7 @@ def test_a_quantised_weight_costs_the_bytes_that_it_has() -> None:
         report = explain(model, SpardaConfig(mode="query"))
         assert not report.error
         rows = report.schedules[0].rows
-        return sum(row.bytes for row in rows if "linear" in row.op)
+        return sum(row.hbm_bytes for row in rows if "linear" in row.op)
 
     plain = hbm(tiny_llama())
     assert plain / 4 < hbm(quantised(ao.Int8WeightOnlyConfig(), tiny_llama())) < plain / 3
