@@ -7,9 +7,10 @@
 
 Where F is affine, as in most models, one h gives the mean of the group's rows of the query
 projection, whatever nodes and fused weights it is made of: what active adapters add is in it, and
-quantised weights count as what they stand for. A bias is left out, since a Forecast has none. With a norm on the queries the mean over many h is the linear map of least squared error
-(Stein's lemma). The factor is 1 for the usual scale: then the softmax that a Forecast is trained
-through is over the model's own scores.
+quantised weights count as what they stand for. A bias is left out, since a Forecast has none. With
+a norm on the queries the mean over many h is the linear map of least squared error (Stein's lemma).
+The factor is 1 for the usual scale: then the softmax that a Forecast is trained through is over the
+model's own scores.
 
 W is derived from the input of the layer itself and reads that of the layer before, which the
 residual stream changes little. Untrained it is the hint `next_query` with one head per group.

@@ -142,8 +142,7 @@ def _compile(
 
     inputs: list[Any] = list(symbols.values())
     with fake_mode:
-        for value in values:
-            inputs.append(_like(value, real))
+        inputs += [_like(value, real) for value in values]
     graph = fx.Graph()
     output = graph.graph_copy(graph_module.graph, {})
     graph.output(output)
