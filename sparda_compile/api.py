@@ -54,7 +54,8 @@ def optimize(
     """Rewrite a causal LM so that decode reads selected KV blocks, kept in CPU memory.
 
     Args:
-        model: A causal LM of transformers in eval mode; a module `forward(input_ids,
+        model: A causal LM of transformers in eval mode, adapters of PEFT in it or around it
+            included; a module `forward(input_ids,
             position_ids) -> logits` that calls scaled_dot_product_attention; or what `optimize`
             returned before, which is then rebuilt for `config` without tracing again. It is left
             as it is; its weights are shared.

@@ -42,7 +42,6 @@ ODDITIES = {
     "deepseek_v3": "multi-head latent attention",
     "gpt_oss": "attention sinks",
     "bloom": "ALiBi biases",
-    "falcon": "a fused projection of its own form",
     "qwen3_next": "layers of linear attention",
     "lfm2": "layers of short convolutions",
     "mamba": "a state space, no attention",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+from sparda_compile.capture.adapters import check_adapters, without_wrapper
 from sparda_compile.capture.cache_name import output_with_cache, take_cache
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 
@@ -64,11 +65,16 @@ def register_causal_lm(module_class: type[nn.Module]) -> None:
 def as_causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return a model that can be traced with a cache; plain modules are wrapped.
 
+    Of a model that PEFT has wrapped, it is the one inside.
+
     Raises:
         UnsupportedInputError: For encoder-decoders, modules without parameters, and models that
-            have no causal LM head.
+            have no causal LM head; for adapters that are more than modules of the model, and
+            modules that change their weights while they run.
         AttentionNotFoundError: For layers that carry a recurrent state.
     """
+    model = without_wrapper(model)
+    check_adapters(model)
     name = type(model).__name__
     if next(model.parameters(), None) is None:
         raise AttentionNotFoundError(f"{name} has no parameters, so it has no attention.")

@@ -194,7 +194,7 @@ def _changed(
 
 
 def _is_in_place(name: str) -> bool:
-    is_method = name.endswith("_") and not name.endswith("__")
+    is_method = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     return is_method or (name.startswith("__i") and name[3:-2] in _IN_PLACE)
 
 

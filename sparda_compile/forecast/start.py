@@ -6,10 +6,11 @@
     W       scale * sqrt(D) * mean over h of dg/dh at h,  h ~ N(0, I)          [G*D, hidden]
 
 Where F is affine, as in most models, one h gives the mean of the group's rows of the query
-projection, whatever nodes and fused weights it is made of; a bias is left out, since a Forecast has
-none. With a norm on the queries the mean over many h is the linear map of least squared error
-(Stein's lemma). The factor is 1 for the usual scale: then the softmax that a Forecast is trained
-through is over the model's own scores.
+projection, whatever nodes and fused weights it is made of: what active adapters add is in it, and
+quantised weights count as what they stand for. A bias is left out, since a Forecast has none. With
+a norm on the queries the mean over many h is the linear map of least squared error (Stein's lemma).
+The factor is 1 for the usual scale: then the softmax that a Forecast is trained through is over the
+model's own scores.
 
 W is derived from the input of the layer itself and reads that of the layer before, which the
 residual stream changes little. Untrained it is the hint `next_query` with one head per group.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.forecast.projection import Projection
 from sparda_compile.graph.evaluate import PROOF_BATCH, evaluate
@@ -172,6 +174,8 @@ def _inputs(query: fx.Node, hidden: fx.Node, captured: CapturedGraph) -> dict[fx
             continue
         if node.name in captured.weights:
             weight = captured.weights[node.name].detach()
+            if is_traceable_wrapper_subclass(weight):  # quantised
+                weight = weight.dequantize()
             full = torch.float32 if weight.is_floating_point() else weight.dtype
             values[node] = weight.to(full, copy=True)
         elif isinstance(fake_value(node), Tensor):

@@ -66,6 +66,9 @@ _VIEWS: Final = frozenset(
     }
 )
 
+# What returns new memory.
+_NEW: Final = frozenset({"add", "baddbmm", "bmm", "matmul", "mul"})
+
 
 def call_name(node: fx.Node) -> str:
     """Return what a node calls as a short word: `linear`, `view`, `sparda.select_blocks`."""
@@ -218,7 +221,7 @@ def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
     for node in _backwards(graph, ancestors):
         if (
             not node.users
-            and not changes_in_place(node)
+            and (not changes_in_place(node) or _changes_for_itself(node))
             and not call_name(node).startswith("sparda.")
         ):
             graph.erase_node(node)
@@ -228,6 +231,12 @@ def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
             graph.erase_node(marker)
             erased += 1
     return erased
+
+
+def _changes_for_itself(node: fx.Node) -> bool:
+    """Whether what a node changes in place was made for it alone, as scores are."""
+    changed = node.args[0]
+    return isinstance(changed, fx.Node) and call_name(changed) in _NEW and len(changed.users) < 2
 
 
 def _backwards(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:

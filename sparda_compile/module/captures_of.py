@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from sparda_compile.errors import UnsupportedInputError
 
@@ -39,5 +40,16 @@ def captures_of(model: nn.Module) -> Captures:
             f"{type(model).__name__} is in training mode; call model.eval() first. It stays as it "
             "is: nothing here trains its own weights."
         )
+    _check_dropout(model)
     causal_lm = as_causal_lm(model)
     return Captures(causal_lm, sliding_windows(causal_lm))
+
+
+def _check_dropout(model: nn.Module) -> None:
+    """Refuse a part that drops values at random, as an adapter does that was added last."""
+    for path, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise UnsupportedInputError(
+                f"{path} of {type(model).__name__} is in training mode and drops values at random; "
+                "call model.eval() first. A new adapter begins in training mode."
+            )

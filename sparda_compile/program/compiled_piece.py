@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.errors import PassError
 from sparda_compile.program.compiler_errors import compiler_errors
@@ -141,11 +142,7 @@ def _compile(
 
     inputs: list[Any] = list(symbols.values())
     with fake_mode:
-        for value in values:
-            shape, strides = ([real(s) for s in given] for given in (value.shape, value.stride()))
-            inputs.append(
-                torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-            )
+        inputs += [_like(value, real) for value in values]
     graph = fx.Graph()
     output = graph.graph_copy(graph_module.graph, {})
     graph.output(output)
@@ -156,6 +153,22 @@ def _compile(
     expressions = tuple(guard.expr for guard in environment.guards)
     names = {name: symbol.node.expr for name, symbol in symbols.items()}
     return compiled, _Guards(expressions, names)  # type: ignore[return-value]
+
+
+def _like(value: Tensor, real: Callable[[int], Any]) -> Tensor:
+    """Return a tensor of the form of another, made of others where that one is.
+
+    Args:
+        value: The form; its sizes may be open.
+        real: Gives a size in the place of each.
+    """
+    shape, strides = ([real(s) for s in given] for given in (value.shape, value.stride()))
+    if not is_traceable_wrapper_subclass(value):
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    names, context = value.__tensor_flatten__()
+    parts = {name: _like(getattr(value, name), real) for name in names}
+    made: Tensor = type(value).__tensor_unflatten__(parts, context, shape, strides)
+    return made
 
 
 def _symbols(fake_mode: Any, sizes: dict[str, int]) -> dict[str, torch.SymInt]:

@@ -20,6 +20,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.errors import PassError
 from sparda_compile.graph.emit import mapped_arguments
@@ -146,9 +147,7 @@ class _Text:
         return tuple(sorted(taken)), tuple(inputs)
 
     def _form(self, node: fx.Node) -> str:
-        value = fake_value(node)
-        shape, strides = ([size_text(s) for s in sizes] for sizes in (value.shape, value.stride()))
-        return f"{self.names[node]} {value.dtype} {value.device} {shape} {strides}"
+        return f"{self.names[node]} {_form_of(fake_value(node))}"
 
     def _write_number(self, node: fx.Node) -> None:
         if node in self.names:
@@ -184,6 +183,18 @@ class _Text:
             "that was made before an attention or is an input of the model; use the form that "
             "returns a new tensor."
         )
+
+
+def _form_of(value: Tensor) -> str:
+    shape, strides = ([size_text(s) for s in sizes] for sizes in (value.shape, value.stride()))
+    form = f"{value.dtype} {value.device} {shape} {strides}"
+    if is_traceable_wrapper_subclass(value):
+        # A quantised weight looks like a plain one, and is computed with in another way.
+        names, context = value.__tensor_flatten__()
+        parts = [f"{name} {_form_of(getattr(value, name))}" for name in names]
+        kind = type(value)
+        form += f" {kind.__module__}.{kind.__qualname__} {context!r} ({', '.join(parts)})"
+    return form
 
 
 def _copied(text: _Text, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:

@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.graph.effects import (
     bound_arguments,
@@ -153,7 +154,12 @@ class _Recorder:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return what tells a tensor's memory apart, 0 for an empty tensor."""
+    """Return what tells a tensor's memory apart, 0 for an empty tensor.
+
+    One that is made of others, as quantised weights are, is told apart by its first.
+    """
+    while is_traceable_wrapper_subclass(tensor):
+        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
     return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
 
 

@@ -91,6 +91,16 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "one_layer": {"num_hidden_layers": 1},
         },
     ),
+    "falcon": Family(
+        "Falcon",
+        "parallel residual, fused projection that multiplies by a transposed weight, one KV head",
+        {name: size for name, size in _SHAPE.items() if name != "intermediate_size"},
+        {
+            "all_heads": {"multi_query": False},
+            "new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+            "serial_bias": {"parallel_attn": False, "bias": True},
+        },
+    ),
     "gptj": Family(
         "GPTJ",
         "parallel residual, interleaved partial RoPE",

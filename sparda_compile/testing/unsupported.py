@@ -177,10 +177,6 @@ UNSUPPORTED_MODELS: Final[Mapping[str, tuple[Callable[[], nn.Module], str]]] = {
         _refused("Bloom", {**_COMMON, "n_layer": 2, "n_head": 4}, attn="eager"),
         "Bloom",
     ),
-    "falcon": (
-        _refused("Falcon", {**_COMMON, "num_hidden_layers": 2, "num_attention_heads": 4}),
-        "Falcon",
-    ),
     "qwen3_next": (
         _refused(
             "Qwen3Next",

@@ -20,7 +20,6 @@ REASONS = {
     "deepseek_v3": "latent attention",
     "gpt_oss": "sinks",
     "bloom": "ALiBi",
-    "falcon": "linear projection",
     "qwen3_next": "linear_attention",
     "mamba": "linear_attention",
     "lfm2": "layers of kind conv",

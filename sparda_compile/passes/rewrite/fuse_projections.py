@@ -24,6 +24,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.nodes import call_name, fake_value, program_order
@@ -87,6 +88,8 @@ def _weight_bytes(node: fx.Node) -> float:
     if any(getattr(operand, "op", None) != "placeholder" for operand in operands):
         return math.inf
     weight = fake_value(node.args[1])  # type: ignore[arg-type]
+    if is_traceable_wrapper_subclass(weight):  # quantised; nothing can be put below it
+        return math.inf
     return math.prod(int(s) for s in weight.shape) * float(weight.dtype.itemsize)
 
 

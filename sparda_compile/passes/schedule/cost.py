@@ -19,6 +19,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.graph.effects import argument, instruction, takes
 from sparda_compile.graph.nodes import call_name, fake_value
@@ -110,6 +111,9 @@ def _size(value: Any, ctx: PassContext) -> int:
         return sum(_size(v, ctx) for v in value)
     if not isinstance(value, Tensor):
         return 0
+    if is_traceable_wrapper_subclass(value):  # a quantised weight
+        names, _ = value.__tensor_flatten__()
+        return sum(_size(getattr(value, name), ctx) for name in names)
     return _numel(value.shape, ctx) * value.dtype.itemsize
 
 

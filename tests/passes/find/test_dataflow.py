@@ -209,6 +209,47 @@ def test_projections_that_are_not_one_linear_are_refused(
         Dataflow(graph).hidden(*operands(graph))
 
 
+class LowRankSum(nn.Module):
+    """A full linear, and two narrow ones added to it, as an adapter is."""
+
+    def __init__(self, hidden_size: int, wide: int) -> None:
+        super().__init__()
+        self.full = nn.Linear(hidden_size, wide, bias=False)
+        self.narrow = nn.Sequential(nn.Linear(hidden_size, 4), nn.Linear(4, wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.full(x) + 2.0 * self.narrow(x)
+        return out
+
+
+class AdaptedAttention(PlainAttention):
+    """Queries, keys and values have adapters."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *args: Any) -> None:
+        super().__init__(hidden_size, num_heads, *args)
+        for name in ("query", "key", "value"):
+            wide = getattr(self, name).out_features
+            setattr(self, name, LowRankSum(hidden_size, wide))
+
+
+class TurnedAttention(PlainAttention):
+    """Queries are made of turned hidden states; none of them is lost."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *args: Any) -> None:
+        super().__init__(hidden_size, num_heads, *args)
+        turn = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.query = nn.Sequential(turn, self.query)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("attention", [AdaptedAttention, TurnedAttention])
+def test_what_is_added_or_turned_is_no_bottleneck(attention: type[PlainAttention]) -> None:
+    model = type("HandMade", (PlainCausalLM,), {"attention_class": attention})()
+    graph = plain_graph(model)
+    hidden, projection = Dataflow(graph).hidden(*operands(graph))
+    assert "query" in module_path(projection)
+    assert module_path(hidden).endswith("norm_attention")
+
+
 def test_keys_may_take_channels_from_the_value() -> None:
     model = type("HandMade", (PlainCausalLM,), {"attention_class": ValueKeyAttention})()
     graph = plain_graph(model)
