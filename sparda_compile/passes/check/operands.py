@@ -35,11 +35,8 @@ _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _HINT_ROLES: Final = ("hint plan", "hint prefetch_blocks", "hint wait_blocks")
 _ATTENTIONS: Final = (
-    "sparse_attention",
-    "attend_missing",
-    "prefill_attention",
-    "attend_tokens",
-    "window_attention",
+    *("sparse_attention", "attend_missing", "window_attention"),
+    *("prefill_attention", "attend_tokens"),
 )
 _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
@@ -130,19 +127,19 @@ class _Layer:
         if plan.name == "plan_pages":
             chosen = self._index.ops.get(plan.args["block_ids"])
         if chosen is None or chosen.name not in _SELECTIONS or chosen.layer != number:
-            taken = words_of(plan.args["block_ids"])
-            yield f"{plan.node.name} takes {taken} as its block_ids, no selection of layer {number}"
+            taken = f"{plan.node.name} takes {words_of(plan.args['block_ids'])}"
+            yield f"{taken} as its block_ids, no selection of layer {number}"
             return
         scored = self._index.ops.get(chosen.args.get("scores"))  # type: ignore[arg-type]
         if "scores" in chosen.args and (scored is None or scored.layer != number):
-            taken = words_of(chosen.args["scores"])
-            yield f"{chosen.node.name} takes {taken} as its scores, not those of layer {number}"
+            taken = f"{chosen.node.name} takes {words_of(chosen.args['scores'])}"
+            yield f"{taken} as its scores, not those of layer {number}"
             return
         own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
         self._own |= {**_results(plan), "block_ids": ids}
         self._own["scores"] = scored.node.name if scored else None
         by_query = ("score_blocks", "select_blocks", "recall_ids")
-        others = [op for role in by_query for op in self._layer.by_role.get(role, ())]
+        others = (op for role in by_query for op in self._layer.by_role.get(role, ()))
         self._of_hint = {op for op in others if op not in (chosen, scored)}
         self._of_hint |= {op for role in _HINT_ROLES for op in self._layer.by_role.get(role, ())}
         self._hint = self._hint_operands(own_ids)
@@ -164,10 +161,10 @@ class _Layer:
         """Take query, key and value from the site that the layer's attention carries."""
         number = self._layer.shape.layer
         sites = self._index.sites.get(number, [])
-        ops = [op for op in self._layer.ops if op.name in _ATTENTIONS]
-        if sites != [op.node for op in ops] or len(sites) != 1:
+        ops = [op.node for op in self._layer.ops if op.name in _ATTENTIONS]
+        if sites != ops or len(sites) != 1:
             found = f"the site of layer {number} is carried by {words_of(sites)}"
-            yield f"{found}, not by {words_of([op.node for op in ops])}"
+            yield f"{found}, not by {words_of(ops)}"
             return
         site = SITE.of(sites[0])
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
@@ -243,7 +240,7 @@ class _Layer:
 
 
 def _results(plan: Op) -> Operands:
-    """Return what the results of an op are, by the names of the arguments that take them."""
+    """Return what the results of an op are, by the names of arguments that take them."""
     return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
 
 
