@@ -172,7 +172,8 @@ class _Layer:
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
         if not self._ctx.is_decode:
             picked = self._layer.one("select_tokens")
-            self._own |= {"tail_page": None, "block_ids": picked and picked.node.name}
+            self._own["block_ids"] = picked.node.name if picked else None
+            self._own["tail_page"] = None
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)
