@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 
 from sparda_compile.kernels.prefill_attention import (
+    attend_tokens,
     masked_attention,
     prefill_attention,
     token_positions,
@@ -118,3 +122,60 @@ def test_positions_count_real_tokens_behind_the_past():
     assert token_positions(lengths, None, 2).tolist() == [[5, 6], [0, 1]]
     mask = torch.tensor([[False, True, True, False], [True, False, False, True]])
     assert token_positions(lengths, mask, 4).tolist() == [[-1, 5, 6, -1], [0, -1, -1, 1]]
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens", "padding", "repeat"),
+    [
+        ([0], 19, [0], 1),
+        ([37, 5], 9, [0, 4], 3),
+        ([33, 48], 20, [19, 0], 7),
+        ([64, 0], 3, [0, 2], 2),
+    ],
+)
+def test_each_token_attends_to_its_own_blocks(
+    assert_near, lengths, num_tokens, padding, repeat, softcap, offload
+):
+    """Against dense attention to the tokens of those blocks, one token and group at a time."""
+    case = Case(
+        lengths, num_tokens, padding, repeat=repeat, dim=16, dtype=torch.float32, offload=offload
+    )
+    position = token_positions(case.lengths, case.mask, num_tokens)
+    ids = torch.full((len(lengths), case.groups, num_tokens, 3), -1, dtype=torch.int32)
+    chooser = random.Random(1)
+    for row, group, t in itertools.product(range(len(lengths)), range(2), range(num_tokens)):
+        current = int(position[row, t]) // SIZE
+        if current >= 0:
+            picked = chooser.sample(range(current), min(current, 2))
+            ids[row, group, t, : len(picked) + 1] = torch.tensor(sorted([*picked, current]))
+    got = attend_tokens(
+        case.query, case.k, case.v, ids, case.mask, case.lengths, case.pages, case.host,
+        case.table, 0.3, softcap,
+    )  # fmt: skip
+    assert got[~case.mask[:, None].expand(got.shape[:3])].eq(0).all()
+    for row, length in enumerate(lengths):
+        real = case.mask[row]
+        keys = torch.cat([case.past[0, row, :, :length], case.k[row][:, real]], dim=1)
+        values = torch.cat([case.past[1, row, :, :length], case.v[row][:, real]], dim=1)
+        for number, t in enumerate(torch.where(real)[0].tolist()):
+            for group in range(2):
+                seen = torch.arange(length + number + 1)
+                seen = seen[torch.isin(seen // SIZE, ids[row, group, t].long())]
+                heads = slice(group * repeat, (group + 1) * repeat)
+                want = truth(
+                    case.query[row, heads, t, None], keys[None, group, seen],
+                    values[None, group, seen], len(seen) - 1, 0.3, softcap,
+                )  # fmt: skip
+                assert_near(got[row, heads, t, None], want, torch.float32)
+
+
+def test_all_blocks_are_dense_attention():
+    case = Case([37, 5], 9, [0, 4], repeat=2, dim=16, dtype=torch.float32)
+    ids = torch.arange(BLOCKS, dtype=torch.int32).expand(2, 2, 9, BLOCKS).contiguous()
+    got = attend_tokens(
+        case.query, case.k, case.v, ids, case.mask, case.lengths, case.pages, case.host,
+        case.table, 0.3, 0.0,
+    )  # fmt: skip
+    torch.testing.assert_close(got, case.attend(0.0))

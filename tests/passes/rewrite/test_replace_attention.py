@@ -18,6 +18,7 @@ DECODE = [
     "sparse_attention", "store_blocks",
 ]  # fmt: skip
 PREFILL = ["prefill_attention", "extend_kv", "update_summary", "store_blocks"]
+SPARSE_PREFILL = ["update_summary", "select_tokens", "attend_tokens", "extend_kv", "store_blocks"]
 
 B = SAMPLES.batch
 
@@ -53,7 +54,13 @@ def test_prefill(replaced):
     assert ops_of(gm, -1) == ["advance_lengths"]
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_sparse_prefill(replaced):
+    gm, counts, _ = replaced(phase="sparse_prefill")
+    assert (counts["sparse"], counts["window"]) == (2, 0)
+    assert ops_of(gm, 0) == ops_of(gm, 1) == SPARSE_PREFILL
+
+
+@pytest.mark.parametrize("phase", ["prefill", "sparse_prefill", "decode"])
 def test_what_was_there_is_gone(replaced, phase):
     gm, counts, plan = replaced(phase=phase)
     before = plan.stage("find_attention").graph

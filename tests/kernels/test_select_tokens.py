@@ -1,0 +1,107 @@
+"""Each token of a prompt picks what `score_blocks` and `select_blocks` pick at its position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile import ops
+from sparda_compile.kernels import select_tokens as room
+from sparda_compile.selectors import SELECTORS, Geometry
+
+assert ops.OPS
+SIZE, BLOCKS, HEADS, GROUPS, DIM = 16, 12, 4, 2, 8
+GEOMETRY = Geometry(BLOCKS, SIZE, 8, 4, 2, 1, 1)
+CHOICE = (4, 1, 1)  # K, sink, local
+
+
+def case(selector, lengths, mask):
+    """Return a query for each token, and a summary that has the keys of all of them."""
+    generator = torch.Generator().manual_seed(7)
+    batch, num_tokens = mask.shape
+    summary = SELECTORS[selector].summary
+    shapes = summary.shapes(GEOMETRY, DIM).values()
+    tensors = [torch.empty(batch, GROUPS, *shape) for shape in shapes]
+    summary.reset(tensors)
+    past = torch.zeros(batch, dtype=torch.int32)
+    most = int(lengths.max())
+    if most:
+        k = torch.randn(batch, GROUPS, most, DIM, generator=generator)
+        summary.extend(tensors, k, past, torch.arange(most) < lengths[:, None], GEOMETRY)
+    k = torch.randn(batch, GROUPS, num_tokens, DIM, generator=generator)
+    summary.extend(tensors, k, lengths, mask, GEOMETRY)
+    heads = GROUPS if "forecast" in selector else HEADS
+    return torch.randn(batch, heads, num_tokens, DIM, generator=generator), tensors
+
+
+def select(selector, query, tensors, mask, lengths):
+    return room.select_tokens(
+        query, tensors, mask, lengths, selector, 0.3, BLOCKS, SIZE, 8, 4, *CHOICE,
+        GEOMETRY.short_list if SELECTORS[selector].has_short_list else 0,
+    )  # fmt: skip
+
+
+def at_each_position(selector, query, tensors, mask, lengths):
+    """Return the ids that decode's two ops pick, token by token and sequence by sequence."""
+    short = (2, 1, 1) if SELECTORS[selector].has_short_list else (0, 0, 0)
+    ids = torch.full((*query.shape[:1], GROUPS, query.shape[2], CHOICE[0]), -1, dtype=torch.int32)
+    for row, length in enumerate(lengths.tolist()):
+        place = length
+        for column in torch.where(mask[row])[0].tolist():
+            now = torch.tensor([place], dtype=torch.int32)
+            one = slice(row, row + 1)
+            scores = torch.ops.sparda.score_blocks(
+                query[one, :, column, None], [t[one] for t in tensors], now, selector, 0.3,
+                BLOCKS, SIZE, 8, 4, 0, None, *short,
+            )  # fmt: skip
+            ids[row, :, column] = torch.ops.sparda.select_blocks(
+                scores, now, CHOICE[0], SIZE, *CHOICE[1:]
+            )[0]
+            place += 1
+    return ids
+
+
+MASKS = {
+    "no padding": torch.ones(2, 40, dtype=torch.bool),
+    "left": torch.arange(40) >= torch.tensor([[0], [25]]),
+    "holes": torch.arange(40) % torch.tensor([[3], [5]]) > 0,
+    "one sequence": torch.ones(1, 40, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("most", [1, 1 << 24])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("selector", ["infllm2", "quest", "forecast", "nosa", "nosa_forecast"])
+def test_equals_decode_at_each_position(monkeypatch, selector, mask, most):
+    monkeypatch.setattr(room, "_MOST_NUMBERS", most)
+    lengths = torch.tensor([130, 57], dtype=torch.int32)[: len(mask)]
+    query, tensors = case(selector, lengths, mask)
+    got = select(selector, query, tensors, mask, lengths)
+    assert torch.equal(got, at_each_position(selector, query, tensors, mask, lengths))
+    assert (got[~mask[:, None].expand(got.shape[:3])] == -1).all()
+
+
+def test_tokens_within_the_budget_read_every_block():
+    mask = torch.ones(1, 80, dtype=torch.bool)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    query, tensors = case("infllm2", lengths, mask)
+    ids = select("infllm2", query, tensors, mask, lengths)[0, 0]
+    assert ids[0].tolist() == [0, -1, -1, -1]
+    assert ids[15].tolist() == [0, -1, -1, -1]
+    assert ids[16].tolist() == [0, 1, -1, -1]
+    assert ids[63].tolist() == [0, 1, 2, 3]
+    assert set(ids[64].tolist()) > {0, 3, 4}
+
+
+def test_how_a_prompt_is_cut_changes_no_choice():
+    """A choice knows the keys before its own token alone, whatever else the summary holds."""
+    mask = torch.ones(1, 150, dtype=torch.bool)
+    none = torch.zeros(1, dtype=torch.int32)
+    query, tensors = case("infllm2", none, mask)
+    whole = select("infllm2", query, tensors, mask, none)
+    for begin, end in ((0, 70), (70, 71), (71, 150)):
+        part = select(
+            "infllm2", query[:, :, begin:end], tensors, mask[:, begin:end],
+            torch.tensor([begin], dtype=torch.int32),
+        )  # fmt: skip
+        assert torch.equal(part, whole[:, :, begin:end])
