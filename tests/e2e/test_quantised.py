@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,12 +18,26 @@ from sparda_compile.testing import build, tiny_llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from torchao import quantization as ao
 
+class Torchao:
+    """torchao.quantization, imported when a test asks for something of it.
+
+    It is not among the installed packages: transformers imports torchao where it finds it, and
+    torchao prints.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        folder = str(Path(sys.prefix) / "optional")
+        if folder not in sys.path:
+            sys.path.append(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = pytest.importorskip("torchao.quantization", reason="make venv has torchao")
+        return getattr(found, name)
+
+
+ao = Torchao()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Forecast weights are not trained:UserWarning"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
