@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 TORCH ?= 2.13.0
+# For one test; where transformers does not find it, since it would import it, and torchao prints.
+TORCHAO ?= 0.18.0
 WORKERS ?= 2
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,\
   $(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
@@ -42,6 +44,7 @@ $(STAMP): pyproject.toml
 	@echo 'torch==$(TORCH)' >$(VENV)/constraints.txt
 	$(call say,installing transformers and the tools (3 of 3))
 	@$(BIN)/pip install -qq --no-compile -c $(VENV)/constraints.txt -e '.[gpu,plot,dev]'
+	@$(BIN)/pip install -qq --no-compile --no-deps --target $(VENV)/optional torchao==$(TORCHAO)
 	@touch $@
 	$(call say,$(VENV) is ready)
 

@@ -44,7 +44,7 @@ def test_first_demo_says_what_is_installed_and_later_ones_say_nothing(project):
     assert first.stdout == ""
     calls = (project / "calls").read_text().splitlines()
     assert [call.split()[:2] for call in calls] == [
-        ["pip", "install"], ["pip", "install"], ["python", "-m"]
+        ["pip", "install"], ["pip", "install"], ["pip", "install"], ["python", "-m"]
     ]  # fmt: skip
     again = make_demo(project)
     assert (again.stdout, again.stderr) == ("", "")
