@@ -77,6 +77,9 @@ def samples():
         ),
         "update_summary": (prompt[0], lengths, mask, pooled, "pooled_keys", *GEOMETRY),
         "remember_ids": (ids, torch.full_like(ids, -1)),
+        "remember_last": (
+            ids[:, :, None].repeat(1, 1, 7, 1), mask, int32([60, 50]), torch.full_like(ids, -2),
+        ),
         "recall_ids": (ids,),
         "advance_lengths": (mask, lengths),
         "sparse_attention": (*selection, lengths, scale, softcap),

@@ -72,6 +72,9 @@ class Hint(HintMethod, Protocol):
     def emit(self, point: HintPoint) -> fx.Node | None:
         """Add the nodes; return the ids [B, G, K] int32, or None if there is nothing to go by."""
 
+    def emit_prompt(self, point: HintPoint) -> None:
+        """Add what a sparse prefill leaves behind for the first step; `block_ids` has the ids."""
+
 
 def late_inputs(
     region: Iterable[fx.Node], after: fx.Node, replaced: fx.Node, order: dict[fx.Node, int]

@@ -27,6 +27,7 @@ class PreviousStepHint(Hint):
 
     name: ClassVar[str] = "previous_step"
     ops: ClassVar[tuple[str, ...]] = ("recall_ids", "remember_ids")
+    prompt_ops: ClassVar[tuple[str, ...]] = ("remember_last",)
 
     def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:
         """Return the ids of the last step, [B, G, K] int32."""
@@ -41,3 +42,10 @@ class PreviousStepHint(Hint):
         ids = point.block_ids[layer]
         point.after(ids).call("remember_ids", ids, last)
         return recalled
+
+    def emit_prompt(self, point: HintPoint) -> None:
+        """Add the memory of what the last token of the prompt has selected."""
+        layer, state = point.target.layer, point.state
+        ids = point.block_ids[layer]
+        last = state.get("last_block_ids", layer)
+        point.after(ids).call("remember_last", ids, state.token_mask(), state.lengths, last)

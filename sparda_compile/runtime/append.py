@@ -127,11 +127,16 @@ def _last_selected(
     """Return the blocks that the last real token of each sequence has selected, [B, G, N] bool."""
     if block_ids_BGTK is None:
         return False
-    rows_B = torch.arange(len(position_BT), device=position_BT.device)
-    last_BGK = block_ids_BGTK[rows_B, :, position_BT.argmax(1)].long()
+    last_BGK = _of_last_token(block_ids_BGTK, position_BT).long()
     found = last_BGK.new_zeros(*last_BGK.shape[:2], num_blocks + 1, dtype=torch.bool)
     found.scatter_(-1, last_BGK.masked_fill(last_BGK < 0, num_blocks), True)
     return found[..., :-1]
+
+
+def _of_last_token(block_ids_BGTK: Tensor, position_BT: Tensor) -> Tensor:
+    """Return the ids of the last real token of each sequence, [B, G, K]; -1 where there is none."""
+    rows_B = torch.arange(len(position_BT), device=position_BT.device)
+    return block_ids_BGTK[rows_B, :, position_BT.argmax(1)]
 
 
 def _kernel(summary: str) -> Callable[..., None] | None:
@@ -196,6 +201,23 @@ def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
         last_block_ids: [B, G, K] int32, updated.
     """
     current_engine().submit(COMPUTE, lambda: last_block_ids.copy_(block_ids))  # type: ignore[arg-type]
+
+
+@define(mutates=("last_block_ids",))
+def remember_last(
+    block_ids: Tensor, token_mask: Tensor, lengths: Tensor, last_block_ids: Tensor
+) -> None:
+    """Keep what the last token of a prompt has selected, for the hint of the next step.
+
+    Args:
+        block_ids: [B, G, T, K] int32, what each token has selected.
+        token_mask: [B, T] bool, which tokens are real; a sequence without one keeps its ids.
+        lengths: [B] int32, tokens before this call.
+        last_block_ids: [B, G, K] int32, updated.
+    """
+    last_BGK = _of_last_token(block_ids, token_positions(lengths, token_mask, block_ids.shape[2]))
+    has_token_B11 = token_mask.any(1)[:, None, None]
+    last_block_ids.copy_(torch.where(has_token_B11, last_BGK, last_block_ids))
 
 
 @define(

@@ -34,12 +34,14 @@ class HintMethod(Protocol):
         needs_forecast: Whether it takes Forecast weights.
         ops: Ops that it adds to its layer, besides the plan, the copy and the wait of what it
             guesses.
+        prompt_ops: Ops that it adds to its layer in a sparse prefill.
         borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
     """
 
     name: ClassVar[str]
     needs_forecast: ClassVar[bool] = False
     ops: ClassVar[tuple[str, ...]] = ()
+    prompt_ops: ClassVar[tuple[str, ...]] = ()
     borrows_ids: ClassVar[bool] = False
 
     def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:

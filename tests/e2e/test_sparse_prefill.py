@@ -219,6 +219,25 @@ def test_decode_finds_what_the_last_token_has_read(module_of):
     assert misses_of_the_first_step("sparse") < misses_of_the_first_step("dense")
 
 
+def test_the_hint_of_the_first_step_is_what_the_last_token_has_read(module_of):
+    fast = module_of(mode="exact", hint="previous_step")
+    ids, mask = ragged(150, 90)
+    cache = fast(ids, attention_mask=mask).past_key_values
+    kept = [cache.kv.state[f"sparda_last_block_ids_{layer}"].clone() for layer in (0, 1)]
+    # The token in block 9, or 5: the first block, its own, the one before and two by score.
+    for ids_BGK in kept:
+        for row, current in enumerate((9, 5)):
+            for ids_K in ids_BGK[row].tolist():
+                assert len(set(ids_K)) == 5
+                assert {0, current - 1, current} <= set(ids_K)
+    more = torch.nn.functional.pad(mask, (0, 3), value=1)
+    more[1, -3:-1] = 0
+    fast(ids[:, :3], attention_mask=more, past_key_values=cache)
+    now = cache.kv.state["sparda_last_block_ids_0"]
+    assert now[0].max() == 9
+    assert now[1].max() == 5
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_chunk_breaks_the_cache_alone(module_of, monkeypatch, error):
     fast = module_of(mode="query", chunk_tokens=40)

@@ -57,6 +57,7 @@ def cases():
         yield from ((mode, "prefill", offload, ()) for offload in ("always", "never"))
     for mode in ("query", "forecast"):
         yield from ((mode, "sparse_prefill", offload, ()) for offload in ("always", "never"))
+    yield "exact-previous_step", "sparse_prefill", "always", ()
 
 
 CASES = [case for case in cases() if case[0] != "dense" or case[2] == "never"]

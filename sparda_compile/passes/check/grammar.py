@@ -108,8 +108,11 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else ["store_blocks"]
     if not ctx.is_decode:
         roles += ["extend_kv", *["fork_stream"] * len(copies)]
-        is_sparse = ctx.is_sparse_prefill
-        roles += ["select_tokens", "attend_tokens"] if is_sparse else ["prefill_attention"]
+        if not ctx.is_sparse_prefill:
+            return Counter([*roles, "prefill_attention"])
+        roles += ["select_tokens", "attend_tokens"]
+        if Fact.FORECAST_INSERTED in facts and strategy.hint is not None:
+            roles += strategy.hint.prompt_ops
         return Counter(roles)
     roles += ["plan", "append_kv"]
     roles += ["all_blocks"] if not strategy.selects else ["score_blocks", "select_blocks"]

@@ -17,9 +17,9 @@ InsertPrefetch to fetch early:
     %hint_scores_1 = score_blocks(%f_1, ..., "forecast")
     %hint_block_ids_1 = select_blocks(%hint_scores_1, ...)
 
-In a sparse prefill each token's Forecast selects, and a hint has nothing to do: what is selected is
-the same without. A dense prefill, and modes `query` and `dense`, are left alone. The layer behind a
-window layer takes its input from that one.
+In a sparse prefill each token's Forecast selects; a hint guesses nothing there, but may keep what
+the first step will want. A dense prefill, and modes `query` and `dense`, are left alone. The layer
+behind a window layer takes its input from that one.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class InsertForecast:
         """Rewrite the graph in place."""
         counts = {"forecasts": 0, "bootstraps": 0, "hints": 0}
         strategy = ctx.strategy
-        is_guessed = ctx.is_decode and strategy.hint is not None
-        selects = ctx.is_decode or ctx.is_sparse_prefill
-        if not is_guessed and not (selects and strategy.selects_by_forecast):
+        is_asked = strategy.selects_by_forecast or strategy.hint is not None
+        if not is_asked or not (ctx.is_decode or ctx.is_sparse_prefill):
             return PassResult(gm, modified=False, counts=counts)
         assert ctx.layout is not None
         selection = "select_blocks" if ctx.is_decode else "select_tokens"
@@ -74,7 +73,11 @@ class InsertForecast:
                 set_argument(scores, "scale", 1.0)  # type: ignore[arg-type]
                 counts["bootstraps" if is_first else "forecasts"] += 1
                 continue
-            ids = cast("Hint", strategy.hint).emit(point)
+            hint = cast("Hint", strategy.hint)
+            if not ctx.is_decode:
+                hint.emit_prompt(point)
+                continue
+            ids = hint.emit(point)
             if ids is not None:
                 HINTS.put(ids, [*HINTS.get(ids, []), point.target.layer])
                 counts["hints"] += 1
