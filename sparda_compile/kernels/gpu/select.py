@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Choice", "Planned", "Tables", "plan", "select", "select_and_plan"]
+__all__ = [
+    "Choice",
+    "Planned",
+    "Tables",
+    "check_num_blocks",
+    "plan",
+    "select",
+    "select_and_plan",
+]
 
 # Counts of blocks are added up in 16 bits.
 _MOST_BLOCKS: Final = 1 << 15
@@ -251,6 +259,15 @@ def _select_pages(
             tl.atomic_add(counters + _REPAIRED, num_fetched.to(tl.int64))
 
 
+def check_num_blocks(num_blocks: int) -> None:
+    """Raise UnsupportedInputError if a sequence has more blocks than a program counts."""
+    if num_blocks > _MOST_BLOCKS:
+        raise UnsupportedInputError(
+            f"a sequence of up to {num_blocks} KV blocks is too long for selection on a GPU, which "
+            f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
+        )
+
+
 def _launch(
     scores: Tensor,
     lengths: Tensor,
@@ -267,11 +284,7 @@ def _launch(
     batch, groups = ids.shape[:2]
     num_blocks = tables[0].shape[-1] if do_plan else scores.shape[-1]
     num_pages = tables[1].shape[-1] if do_plan else 1
-    if num_blocks > _MOST_BLOCKS:
-        raise UnsupportedInputError(
-            f"a sequence of up to {num_blocks} KV blocks is too long for selection on a GPU, which "
-            f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
-        )
+    check_num_blocks(num_blocks)
     resident = num_pages == num_blocks
     # 8 was the fastest of 4 to 16 warps on one H200 at 2048 blocks.
     warps = 4 if not do_select or num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16
