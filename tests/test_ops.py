@@ -81,7 +81,7 @@ def samples():
         "attend_missing": (*selection, is_miss, lengths, *partial, scale, softcap),
         "prefill_attention": (
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths, pages, host, tables()[0],
-            scale, softcap,
+            scale, softcap, 70, True,
         ),
         "window_attention": (
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths,

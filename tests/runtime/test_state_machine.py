@@ -275,7 +275,15 @@ class CacheMachine(RuleBasedStateMachine):
         eviction = self.kv.layout.config.eviction
         with use_engine(self.engine):
             extend_kv(
-                *kv, None, mask, self.lengths, self.tensor("pages"), *self.tables, SINK, LOCAL, eviction
+                *kv,
+                None,
+                mask,
+                self.lengths,
+                self.tensor("pages"),
+                *self.tables,
+                SINK,
+                LOCAL,
+                eviction,
             )
             self.take_in(kv, mask)
             for row in range(ROWS):

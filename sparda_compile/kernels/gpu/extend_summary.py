@@ -4,7 +4,7 @@
     key bounds     key_bounds[block] = min and max with the block's new keys
 
 Grids follow from shapes alone, as in `extend.py`. A mean is summed in the order in which
-`append.py` sums it, so a key is pooled alike by decode steps and by prompts, however those were cut.
+`append.py` sums it: a key is pooled alike by decode steps and by prompts, however those were cut.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import fx
 
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import LAYER, SITE
-from sparda_compile.graph.writer import TOKEN_MASK
+from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 from sparda_compile.isa.streams import SELECT
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hint_source
@@ -195,6 +195,8 @@ class _Layer:
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
+            elif op.name == "prefill_attention":
+                yield from _wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -246,6 +248,13 @@ class _Layer:
 def _results(plan: Op) -> Operands:
     """Return what the results of an op are, by the names of the arguments that take them."""
     return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
+
+
+def _wrong_numbers(op: Op) -> Iterator[str]:
+    """Yield which number an op takes that its caller does not give."""
+    for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
+        if getattr(op.args[name], "name", None) != wanted:
+            yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
 
 
 def _token_mask(ctx: PassContext) -> Operand:
