@@ -158,6 +158,25 @@ def test_prefill_reads_no_value_into_python(model, settings, traced_llama, monke
     fresh.turn(monkeypatch, column >= 0, column >= 0)
 
 
+@pytest.mark.parametrize(("num_hidden", "num_syncs"), [(None, 0), (0, 1), (3, 2)])
+def test_a_prompt_looks_at_its_mask_before_it_is_read(traced, num_hidden, num_syncs, monkeypatch):
+    """Whether it hides any, and then how many are left; a later turn looks at the past once."""
+    fast = sparda_compile.optimize(traced, SpardaConfig(mode="query", **SMALL))
+    monkeypatch.setattr("sparda_compile.module.optimized.check_ids", lambda ids, vocabulary: None)
+    logits = torch.zeros(2, 1, 4)
+    monkeypatch.setattr("sparda_compile.module.optimized.read_prompt", lambda *_, **__: logits)
+    cache = fast.new_cache(512)
+    for turn in (1, 2):
+        ids, mask = torch.ones(2, 20, dtype=torch.long), torch.ones(2, 20 * turn)
+        mask[0, : num_hidden or 0] = 0
+        given = {} if num_hidden is None else {"attention_mask": mask}
+        given["position_ids"] = torch.arange(20)[None]  # else the model is asked how it counts
+        with CountSyncs() as counted:
+            fast(ids, past_key_values=cache, logits_to_keep=1, **given)
+        seen = num_syncs if turn == 1 else 2 * (num_hidden is not None)
+        assert counted.num_syncs == seen
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["always", "never"])
 @pytest.mark.parametrize("model", ["llama", "gemma3"])

@@ -4,7 +4,8 @@
     extend_kv        which blocks stay resident, and in which pages; then the tokens that have one
 
 Grids follow from shapes alone. How many tokens are real is on the device, so a program that has
-none ends early, and nobody waits.
+none ends early, and nobody waits. Kernels are not specialized for the number of tokens: a prompt of
+another length compiles nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Numbered", "Resident", "extend_kv", "number_tokens"]
 
 _IN_USE = tl.constexpr(0x7FFFFFFF)
-_MOST_NUMBERED: Final = 4096
+# Tokens that are counted at once, and numbers of a tile of keys.
+_COUNTED: Final = 2048
 _TILE: Final = 4096
 
 
@@ -59,7 +61,7 @@ class Resident(NamedTuple):
     eviction: str
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _number_tokens(
     token_mask, lengths, positions, columns, totals, num_tokens, TILE: tl.constexpr
 ):  # fmt: skip
@@ -92,7 +94,7 @@ def number_tokens(token_mask_BT: Tensor, lengths_B: Tensor) -> Numbered:
     columns, totals = torch.empty_like(positions), torch.empty_like(lengths_B)
     launch(_number_tokens, (batch,))(
         token_mask_BT.contiguous().view(torch.uint8), lengths_B, positions, columns, totals,
-        num_tokens, min(power_of_two(num_tokens), _MOST_NUMBERED), num_warps=8,
+        num_tokens, _COUNTED, num_warps=8,
     )  # fmt: skip
     return Numbered(positions, columns, totals)
 
@@ -150,7 +152,7 @@ def _give_pages(
     tl.store(page_stamp + page, stamp if TOUCH else stamp_of_hit, mask=hit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _keep_blocks(
     block_ids, columns, lengths, totals, flags, new_blocks, block_table, page_block, page_stamp,
     groups, num_tokens, num_blocks, num_pages, sink, local, ids_row, ids_head, ids_token,
@@ -216,7 +218,7 @@ def _keep(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _extend_kv(
     k, v, positions, block_table, pages, k_row, k_head, k_token, v_row, v_head, v_token, groups,
     num_tokens, num_blocks, num_pages,
@@ -269,7 +271,7 @@ def extend_kv(
     k, *k_strides = tokens_of(k_BGTD)
     v, *v_strides = tokens_of(v_BGTD)
     dims = power_of_two(dim)
-    tokens = min(power_of_two(num_tokens), max(_TILE // dims, 1))
+    tokens = max(_TILE // dims, 1)
     launch(_extend_kv, (triton.cdiv(num_tokens, tokens), batch * groups))(
         k, v, numbered.positions, tables[0], pages, *k_strides, *v_strides, groups, num_tokens,
         tables[0].shape[2], num_pages, size, dim, dims, tokens, num_warps=4,

@@ -58,7 +58,7 @@ def _pool(
     tl.store(target, mean.to(pooled.dtype.element_ty), mask=is_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _extend_pooled_keys(
     k, columns, lengths, totals, pooled, recent, k_row, k_head, k_token, groups, num_tokens,
     num_windows, POOL: tl.constexpr, POOLS: tl.constexpr, STRIDE: tl.constexpr,
@@ -117,7 +117,7 @@ def _pooled_keys(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _extend_key_bounds(
     k, columns, lengths, totals, bounds, k_row, k_head, k_token, groups, num_tokens, num_blocks,
     SIZE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,

@@ -36,10 +36,10 @@ def _addresses(blocks_nX: Tensor) -> Tensor:
     return blocks_nX.data_ptr() + count * (blocks_nX.stride(0) * blocks_nX.element_size())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_items"])
 def _store_prefix(
     k, v, positions, lengths, totals, block_table, pages, host, counter, k_row, k_head, k_token,
-    v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items, programs,
+    v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items,
     SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, TOKENS: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _store_prefix(
                     target = blocks + slot[:, None] * DIM + dims[None, :]
                     tl.store(target, tl.load(key, mask=mask), mask=mask)
                     tl.store(target + SIZE * DIM, tl.load(value, mask=mask), mask=mask)
-        item += programs
+        item += tl.num_programs(0)
 
 
 def store_prefix(
@@ -113,14 +113,13 @@ def store_prefix(
     k, *k_strides = tokens_of(k)
     v, *v_strides = tokens_of(v)
     dims = power_of_two(dim)
-    tokens = min(power_of_two(num_tokens), max(_TILE // dims, 1))
+    tokens = max(_TILE // dims, 1)
     items = batch * groups * (triton.cdiv(num_tokens, tokens) + 1)
     words = _block_bytes(pages) // 4
-    programs = min(num_programs, items)
-    launch(_store_prefix, (programs,))(
+    launch(_store_prefix, (min(num_programs, items),))(
         k, v, numbered.positions, lengths, numbered.totals, block_table, pages, host, counter,
         *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
-        programs, size, dim, dims, tokens, words, min(power_of_two(words), _CHUNK_WORDS),
+        size, dim, dims, tokens, words, min(power_of_two(words), _CHUNK_WORDS),
         num_warps=4,
     )  # fmt: skip
 
