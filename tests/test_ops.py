@@ -87,7 +87,7 @@ def samples():
         "attend_missing": (*selection, is_miss, lengths, *partial, scale, softcap),
         "prefill_attention": (
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths, pages, host, tables()[0],
-            scale, softcap,
+            scale, softcap, 70, True,
         ),
         "select_tokens": (
             randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), "infllm2", scale,

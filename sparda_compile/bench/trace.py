@@ -116,6 +116,7 @@ def _register(inner: Selector, steps: int) -> None:
         return
     from sparda_compile.bench.trace_kernel import raise_scores
     from sparda_compile.kernels.gpu.append import SUMMARY_KERNELS
+    from sparda_compile.kernels.gpu.extend_summary import PROMPT_SUMMARY_KERNELS
     from sparda_compile.kernels.gpu.score import SCORE_KERNELS
 
     score, append = SCORE_KERNELS.get(inner.name), SUMMARY_KERNELS.get(inner.summary.name)
@@ -129,4 +130,9 @@ def _register(inner: Selector, steps: int) -> None:
     if append is not None:
         SUMMARY_KERNELS[selector.summary.name] = lambda k, lengths, tensors, geometry: append(
             k, lengths, tensors[:-1], geometry
+        )
+    extend = PROMPT_SUMMARY_KERNELS.get(inner.summary.name)
+    if extend is not None:
+        PROMPT_SUMMARY_KERNELS[selector.summary.name] = lambda *new: extend(
+            *new[:-2], new[-2][:-1], new[-1]
         )

@@ -15,6 +15,8 @@ from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
 __all__ = [
+    "MAY_HIDE",
+    "NUM_PAST",
     "TOKEN_MASK",
     "PagePlan",
     "StateInputs",
@@ -26,6 +28,9 @@ __all__ = [
 
 
 TOKEN_MASK = "sparda_token_mask"
+# What the caller of a prefill knows without asking the device.
+NUM_PAST = "sparda_num_past"
+MAY_HIDE = "sparda_may_hide"
 
 
 class StateInputs:
@@ -53,13 +58,23 @@ class StateInputs:
     def add(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
         """Return the placeholder of that name, made if it is not there."""
         if name not in self._nodes:
-            last: fx.Node = next(reversed(self._nodes.values()))
-            with self._graph.inserting_after(last):
-                node = self._graph.placeholder(name)
             like = next(n for n in self._nodes.values() if isinstance(fake_value(n), torch.Tensor))
-            node.meta["val"] = new_fake(fake_value(like), shape, dtype)
-            self._nodes[name] = node
+            self._placeholder(name, new_fake(fake_value(like), shape, dtype))
         return self._nodes[name]
+
+    def known_to_the_host(self) -> tuple[fx.Node, fx.Node]:
+        """Most tokens that a sequence of the cache has, and whether the mask may hide some."""
+        for name, sample in ((NUM_PAST, 0), (MAY_HIDE, True)):
+            if name not in self._nodes:
+                self._placeholder(name, sample)
+        return self._nodes[NUM_PAST], self._nodes[MAY_HIDE]
+
+    def _placeholder(self, name: str, value: Any) -> None:
+        last: fx.Node = next(reversed(self._nodes.values()))
+        with self._graph.inserting_after(last):
+            node = self._graph.placeholder(name)
+        node.meta["val"] = value
+        self._nodes[name] = node
 
     def _input(self, name: str) -> fx.Node:
         spec = self._specs[name]

@@ -21,6 +21,7 @@ __all__ = [
     "attend_tokens",
     "masked_attention",
     "prefill_attention",
+    "real_columns",
     "token_positions",
 ]
 
@@ -33,6 +34,11 @@ def token_positions(lengths_B: Tensor, token_mask_BT: Tensor | None, num_tokens:
         return lengths_B.long()[:, None] + torch.arange(num_tokens, device=lengths_B.device)
     position = lengths_B.long()[:, None] + token_mask_BT.long().cumsum(1) - 1
     return position.masked_fill(~token_mask_BT, -1)
+
+
+def real_columns(token_mask_BT: Tensor) -> Tensor:
+    """Return the column of each real token in order, [B, T] int64; those of padding come last."""
+    return (~token_mask_BT).byte().argsort(dim=1, stable=True)
 
 
 def masked_attention(
@@ -152,6 +158,8 @@ def prefill_attention(
     block_table: Tensor,
     scale: float,
     softcap: float,
+    num_past: int,
+    may_hide: bool,
 ) -> Tensor:
     """Attend densely to the past and to the new tokens.
 
@@ -166,18 +174,40 @@ def prefill_attention(
         block_table: [B, G, N] int32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
+        num_past: No sequence has more tokens in the cache.
+        may_hide: Whether some token may not be real; else the mask is all true.
 
     Returns:
         [B, H, T, D]; zero for tokens that are not real.
     """
-    longest = int(lengths.max())  # host-sync: once per layer of a prefill, never in decode
-    if longest == 0 and not softcap and bool(token_mask.all()):  # host-sync: as above
-        out = F.scaled_dot_product_attention(
-            query, k, v, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return out.contiguous()
-    past = (pages, host, block_table)
-    return _attend(query, (k, v), token_mask, lengths, past, scale, softcap, None)
+    is_reference = not query.is_cuda
+    if may_hide and is_reference:
+        may_hide = not bool(token_mask.all())
+    if num_past or softcap or (may_hide and is_reference):
+        past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
+        return _attend(query, (k, v), token_mask, lengths, past, scale, softcap, None)
+    if may_hide:
+        return _causal_of_real(query, k, v, token_mask, scale)
+    return _causal(query, k, v, scale).contiguous()
+
+
+def _causal(query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _causal_of_real(
+    query_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, token_mask_BT: Tensor, scale: float
+) -> Tensor:
+    """Attend causally among the real tokens: moved to the front, none of them sees padding."""
+    column_BT = real_columns(token_mask_BT)
+
+    def moved(tensor_BHTD: Tensor, column_BT: Tensor) -> Tensor:
+        return tensor_BHTD.gather(2, column_BT[:, None, :, None].expand_as(tensor_BHTD))
+
+    query, k, v = (moved(tensor, column_BT) for tensor in (query_BHTD, k_BGTD, v_BGTD))
+    place_BT = (token_mask_BT.long().cumsum(1) - 1).clamp(min=0)
+    out = moved(_causal(query, k, v, scale), place_BT)
+    return out.masked_fill(~token_mask_BT[:, None, :, None], 0.0)
 
 
 @define(
@@ -216,7 +246,8 @@ def attend_tokens(
         [B, H, T, D]; zero for tokens that are not real.
     """
     blocks = SelectedBlocks(block_ids, block_table.shape[2], pages.shape[4])
-    past = (pages, host, block_table)
+    num_blocks = -(-int(lengths.max()) // pages.shape[4])  # host-sync: the reference alone
+    past = (pages, host, block_table[:, :, :num_blocks])
     return _attend(query, (k, v), token_mask, lengths, past, scale, softcap, blocks)
 
 
@@ -230,11 +261,13 @@ def _attend(
     softcap: float,
     blocks: SelectedBlocks | None,
 ) -> Tensor:
-    """Attend to the whole past and the new tokens, or to the selected blocks of both."""
+    """Attend to the past and the new tokens, or to the selected blocks of both.
+
+    Of the past, what the block table that is given lists.
+    """
     (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    num_blocks = -(-int(lengths.max()) // pages.shape[4])  # host-sync: as above
-    past_k, past_v = past_keys_values(pages, host, block_table, num_blocks)
+    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2])
     index = torch.arange(past_k.shape[2], device=k.device)
     past_BS = index.where(index < lengths[:, None], -1)
     # What lies past a sequence's end may be anything, NaN too: weight 0 must win.

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from sparda_compile.isa.define import define
-from sparda_compile.kernels.prefill_attention import masked_attention, token_positions
+from sparda_compile.kernels.prefill_attention import (
+    masked_attention,
+    real_columns,
+    token_positions,
+)
 
 __all__ = ["window_attention"]
 
@@ -69,10 +73,11 @@ def window_attention(
         ring_k[rows, :, slot] = k[:, :, 0]
         ring_v[rows, :, slot] = v[:, :, 0]
         return out
-    newest_B1 = new_BT.amax(1, keepdim=True)
-    kept_BT = (new_BT >= 0) & (new_BT > newest_B1 - window)
-    row, column = torch.where(kept_BT)
-    slot = new_BT[row, column] % window
-    ring_k[row, :, slot] = k[row, :, column]
-    ring_v[row, :, slot] = v[row, :, column]
+    # As above behind this step; a slot whose position is new takes the token that stands there.
+    last_B1 = last_B1 + token_mask.sum(1, keepdim=True)
+    place_BW = last_B1 - (last_B1 - slot_W) % window - lengths.long()[:, None]
+    column_BW = real_columns(token_mask).gather(1, place_BW.clamp(0, k.shape[2] - 1))
+    for ring, new in ((ring_k, k), (ring_v, v)):
+        taken = new.gather(2, column_BW[:, None, :, None].expand_as(ring))
+        ring.copy_(torch.where((place_BW >= 0)[:, None, :, None], taken, ring))
     return out

@@ -56,15 +56,15 @@ class SpardaCache(Cache):
         self._held[:] = [kv]
         return self._held
 
-    def note(self, ids: Tensor | None, mask: Tensor) -> None:
+    def note(self, ids: Tensor | None, mask: Tensor, *, hides: bool) -> None:
         """Remember the tokens of a call that has ended.
 
         Args:
             ids: [B, T] int64; None where they are not known.
             mask: [B, T] bool, which of them are real.
+            hides: Whether the mask hides some.
         """
-        if mask.shape[1] > 1 and not self.has_padding:
-            self.has_padding = not bool(mask.all())  # host-sync: a prompt has been read
+        self.has_padding |= hides
         # A view would keep the whole text alive, once for each step.
         self._passed.append((ids if ids is None or ids._base is None else ids.clone(), mask))
         if len(self._passed) > _MOST_PARTS:
@@ -86,6 +86,13 @@ class SpardaCache(Cache):
         Raises:
             UnsupportedInputError: If it does.
         """
+        if not self._passed:
+            return
+        device = attention_mask.device
+        passed = torch.cat([mask.to(device) for _, mask in self._passed], dim=1)
+        # One look at the device, not one for each call.
+        if torch.equal(attention_mask[:, : passed.shape[1]].bool(), passed):
+            return
         begin = 0
         for _, mask in self._passed:
             end = begin + mask.shape[1]

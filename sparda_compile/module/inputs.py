@@ -40,7 +40,7 @@ def check_ids(ids: Tensor, vocabulary: int | None) -> None:
         raise UnsupportedInputError("input_ids are on the meta device, so they have no values.")
     if ids.is_cuda and ids.shape[1] == 1:
         return
-    low, high = (int(n) for n in torch.aminmax(ids))
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         most = "the size of its embedding" if vocabulary is None else vocabulary - 1
         raise UnsupportedInputError(

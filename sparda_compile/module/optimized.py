@@ -191,19 +191,18 @@ class OptimizedModule(FrozenModule):
         batch_size, num_tokens = ids.shape
         mask = token_mask(attention_mask, cache, ids)
         check_holes(attention_mask, self.captures.windows.values())
-        num_real = num_tokens
-        if num_tokens == 1 and attention_mask is not None and not bool(mask.all()):
+        # The one thing that a prompt asks the device, before it is read.
+        hides = attention_mask is not None and not bool(mask.all())
+        num_real, is_decode = num_tokens, num_tokens == 1
+        if is_decode and hides:
             raise UnsupportedInputError(
                 "attention_mask hides the only new token of a sequence; pass at least one real "
                 "token for each."
             )
         if num_tokens > 1:
-            num_real = int(mask.sum(1).max()) if attention_mask is not None else num_tokens
+            num_real = int(mask.sum(1).max()) if hides else num_tokens
             kv.check_room(num_real)
-        positions = self._positions.of(
-            position_ids, mask, cache, is_masked=attention_mask is not None
-        )
-        is_decode = num_tokens == 1
+        positions = self._positions.of(position_ids, mask, cache, hides=hides)
         last_only = is_decode or is_last(logits_to_keep)
         kv.is_broken = True  # until the step has ended
         with showing(self.sparda_config.progress):
@@ -211,10 +210,11 @@ class OptimizedModule(FrozenModule):
                 step = self.programs.get("decode", batch_size, kv.layout.max_tokens, last_only=True)
                 logits = step(ids.contiguous(), positions, None, kv)
             else:
-                logits = read_prompt(self.programs, kv, ids, positions, mask, last_only=last_only)
+                parts = (ids, positions, mask if hides else None)
+                logits = read_prompt(self.programs, kv, *parts, last_only=last_only)
         kv.advance(num_tokens, num_real)
         kv.is_broken = False
-        cache.note(ids, mask)
+        cache.note(ids, mask, hides=hides)
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 
@@ -311,7 +311,7 @@ class OptimizedModule(FrozenModule):
                 keys_values, mask = keys_and_values(past, attention_mask)
                 check_holes(mask, self.captures.windows.values())
                 take_over(self._ready(cache, mask), keys_values, mask)
-                cache.note(None, mask)
+                cache.note(None, mask, hides=not bool(mask.all()))
         return cache
 
     def __getattr__(self, name: str) -> Any:

@@ -103,16 +103,14 @@ class Positions:
         self._limit: int | None = None
         self._is_limit_known = False
 
-    def of(
-        self, given: Tensor | None, mask: Tensor, cache: SpardaCache, *, is_masked: bool
-    ) -> Tensor:
+    def of(self, given: Tensor | None, mask: Tensor, cache: SpardaCache, *, hides: bool) -> Tensor:
         """Return the position of each new token, [B, T] int64.
 
         Args:
             given: [B, T] or [1, T], what the caller says; None leaves it to the model.
             mask: [B, T] bool, which tokens are real.
             cache: What holds the tokens of earlier calls.
-            is_masked: Whether the caller gave a mask, which may hide some.
+            hides: Whether the mask hides some.
 
         Raises:
             UnsupportedInputError: If they are no positions, or beyond the model's table.
@@ -121,7 +119,7 @@ class Positions:
         assert kv is not None
         if given is not None:
             positions = given_positions(given, mask)
-        elif cache.has_padding or (is_masked and not bool(mask.all())):
+        elif cache.has_padding or hides:
             positions = self._padded(mask, kv.num_columns, kv.state[LENGTHS])
         else:
             positions = _columns(mask, kv.num_columns)

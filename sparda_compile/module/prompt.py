@@ -40,7 +40,7 @@ def read_prompt(
     kv: KVCache,
     ids: Tensor,
     positions: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     last_only: bool,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def read_prompt(
         kv: The cache; it has room for the tokens.
         ids: [B, T] int64.
         positions: [B, T] int64.
-        mask: [B, T] bool, which tokens are real.
+        mask: [B, T] bool, which tokens are real; None says that all are.
         last_only: Whether the logits of the last token alone are wanted.
 
     Returns:
@@ -63,8 +63,15 @@ def read_prompt(
         longest += end - begin
         phase = _phase(programs.config, longest)
         program = programs.get(phase, ids.shape[0], kv.layout.max_tokens, last_only=last_only)
-        chunk = [_columns(part, begin, end) for part in (ids, positions, mask)]
-        logits = program(chunk[0], chunk[1], chunk[2], kv)
+        real = mask
+        if end - begin == 1 and mask is None:
+            real = torch.ones_like(ids, dtype=torch.bool)  # its neighbour is hidden
+        logits = program(
+            _columns(ids, begin, end),
+            _columns(positions, begin, end),
+            None if real is None else _columns(real, begin, end),
+            kv,
+        )
         found.append(logits[:, begin - end :])
     return found[-1] if last_only else torch.cat(found, dim=1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast.projection import is_input, to_inputs
 from sparda_compile.graph.tags import JOINED
-from sparda_compile.graph.writer import TOKEN_MASK
+from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 from sparda_compile.isa.engines import CudaEngine, use_engine
 from sparda_compile.kernels.gpu.launch import compile_ahead
 from sparda_compile.program.compiler_errors import compiler_errors
@@ -159,7 +159,7 @@ class Program:
         Args:
             input_ids: [B, T] int64.
             position_ids: [B, T] int64.
-            token_mask: [B, T] bool for a prefill, None for a decode.
+            token_mask: [B, T] bool for a prefill; None where all tokens are real, as in a decode.
             kv: The KV cache; its state is updated.
 
         Returns:
@@ -167,6 +167,10 @@ class Program:
         """
         for weight in self._joined:
             weight.refresh()
+        num_past, may_hide = kv.most_past, token_mask is not None
+        kv.issue(input_ids.shape[1])
+        if token_mask is None and self.plan.captured.phase == "prefill":
+            token_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if self._replays:
             with torch.cuda.device(self.plan.captured.device):
                 return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
@@ -176,6 +180,8 @@ class Program:
             BATCH_SIZE: input_ids.shape[0],
             NUM_TOKENS: input_ids.shape[1],
             TOKEN_MASK: token_mask,
+            NUM_PAST: num_past,
+            MAY_HIDE: may_hide,
         }
         return self._function(*self._bound(call, kv))
 

@@ -33,7 +33,7 @@ from sparda_compile.graph.effects import (
     stream_of,
 )
 from sparda_compile.graph.fake_runner import leaves_of
-from sparda_compile.graph.nodes import call_name, is_sparda
+from sparda_compile.graph.nodes import call_name, fake_value, is_sparda
 from sparda_compile.isa.streams import BEHIND, COMPUTE, STREAM_NAMES
 from sparda_compile.isa.table import Work
 
@@ -132,7 +132,8 @@ def _check_streams(node: fx.Node, record: Record) -> None:
 
 def _check_arguments(node: fx.Node, record: Record, made: dict[str, int]) -> None:
     for name, _, value in bound_arguments(node):
-        sources = [v for v in leaves_of(value) if hasattr(v, "op")]
+        nodes = [v for v in leaves_of(value) if hasattr(v, "op")]
+        sources = [v for v in nodes if not isinstance(fake_value(v), int)]
         got = record.takes.get(name, [])
         if len(sources) != len(got):
             raise _wrong(

@@ -92,6 +92,13 @@ def extend_kv(
         local_blocks: Always-kept blocks before the last.
         eviction: `lru` or `fifo`.
     """
+    if k.is_cuda:
+        from sparda_compile.kernels.gpu import extend
+
+        tables = (block_table, page_block, page_stamp)
+        resident = extend.Resident(block_ids, sink_blocks, local_blocks, eviction)
+        extend.extend_kv(k, v, token_mask, lengths, pages, tables, resident)
+        return
     groups, num_pages, size = k.shape[1], pages.shape[2], pages.shape[4]
     num_blocks = block_table.shape[-1]
     position_BT = token_positions(lengths, token_mask, k.shape[2])
@@ -139,7 +146,11 @@ def _of_last_token(block_ids_BGTK: Tensor, position_BT: Tensor) -> Tensor:
     return block_ids_BGTK[rows_B, :, position_BT.argmax(1)]
 
 
-def _kernel(summary: str) -> Callable[..., None] | None:
+def _kernel(summary: str, *, is_prompt: bool) -> Callable[..., None] | None:
+    if is_prompt:
+        from sparda_compile.kernels.gpu.extend_summary import PROMPT_SUMMARY_KERNELS
+
+        return PROMPT_SUMMARY_KERNELS.get(summary)
     from sparda_compile.kernels.gpu.append import SUMMARY_KERNELS
 
     return SUMMARY_KERNELS.get(summary)
@@ -183,11 +194,13 @@ def update_summary(
     geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
 
     def work() -> None:
-        kernel = _kernel(summary) if k.is_cuda and token_mask is None else None
-        if kernel is not None:
+        kernel = _kernel(summary, is_prompt=token_mask is not None) if k.is_cuda else None
+        if kernel is None:
+            summary_named(summary).extend(tensors, k, lengths, token_mask, geometry)
+        elif token_mask is None:
             kernel(k, lengths, tensors, geometry)
         else:
-            summary_named(summary).extend(tensors, k, lengths, token_mask, geometry)
+            kernel(k, token_mask, lengths, tensors, geometry)
 
     current_engine().submit(COMPUTE, work)
 

@@ -52,6 +52,7 @@ class KVCache:
         num_columns: Tokens per sequence that were passed in, padding included.
         is_broken: Whether a step began and did not end, so that nobody knows what is here.
         longest: Tokens of the longest sequence, padding left out.
+        num_issued: Columns of steps that were issued and not counted by `advance` yet.
 
     Raises:
         HostPoolFullError: If there is not enough CPU memory.
@@ -81,6 +82,7 @@ class KVCache:
                 self.state[name] = self.device_pool.allocate(spec)
         self.num_columns = 0
         self.longest = 0
+        self.num_issued = 0
         self.is_broken = False
         self._reset_summaries()
 
@@ -92,10 +94,20 @@ class KVCache:
         self._reset_summaries()
         self.num_columns = 0
         self.longest = 0
+        self.num_issued = 0
         self.is_broken = False
 
+    @property
+    def most_past(self) -> int:
+        """No sequence has more tokens than this; known without asking the device."""
+        return min(self.longest + self.num_issued, self.layout.max_tokens)
+
+    def issue(self, num_columns: int) -> None:
+        """Note that a step with so many tokens per sequence begins, padding included."""
+        self.num_issued += num_columns
+
     def advance(self, num_columns: int, num_tokens: int) -> None:
-        """Note that a step has taken in tokens.
+        """Note that the steps issued so far have taken in tokens.
 
         Args:
             num_columns: Tokens per sequence, padding included.
@@ -103,6 +115,7 @@ class KVCache:
         """
         self.num_columns += num_columns
         self.longest += num_tokens
+        self.num_issued = 0
 
     def check_room(self, num_tokens: int) -> None:
         """Raise KVCacheError if so many more tokens do not fit."""
@@ -135,6 +148,7 @@ class KVCache:
                 new = larger.host_blocks.get(name, larger.state[name])
                 new[tuple(slice(0, size) for size in old.shape)] = old
         larger.num_columns, larger.longest = self.num_columns, self.longest
+        larger.num_issued = self.num_issued
         return larger
 
     def reorder(self, rows: Tensor) -> None:

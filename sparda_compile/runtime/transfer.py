@@ -90,8 +90,8 @@ def _store_prefix(
     if pages.is_cuda:
         from sparda_compile.kernels.gpu.prefill import store_prefix
 
-        count = store_prefix(k, v, token_mask, lengths, block_table, pages, host)
-        counters[OFFLOADED] += count
+        counter = counters[OFFLOADED:]
+        store_prefix(k, v, token_mask, lengths, block_table, pages, host, counter)
         return
     size = pages.shape[4]
     total_B = lengths.long() + token_mask.sum(1)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from sparda_compile.kernels.prefill_attention import (
+    _causal_of_real,
     attend_tokens,
     masked_attention,
     prefill_attention,
+    real_columns,
     token_positions,
 )
 
@@ -66,10 +68,10 @@ class Case:
         if not offload:
             self.host = self.host.new_empty(0)
 
-    def attend(self, softcap):
+    def attend(self, softcap, more=0, may_hide=True):
         return prefill_attention(
             self.query, self.k, self.v, self.mask, self.lengths, self.pages, self.host,
-            self.table, 0.3, softcap,
+            self.table, 0.3, softcap, max(self.lengths.tolist()) + more, may_hide,
         )  # fmt: skip
 
     def check(self, got, softcap, assert_near):
@@ -104,6 +106,36 @@ def test_attention_is_causal_over_past_and_new(
     got = case.attend(softcap)
     assert got.dtype == dtype
     case.check(got, softcap, assert_near)
+
+
+@pytest.mark.parametrize("more", [1, 30, BLOCKS * SIZE - 48])
+def test_a_caller_may_know_no_better_bound_of_the_past(assert_near, more):
+    """What lies behind a sequence's end is read then, NaN there, and has no weight."""
+    case = Case([33, 48], 4, [0, 3], repeat=3, dim=60, dtype=torch.float32)
+    case.check(case.attend(0.0, more), 0.0, assert_near)
+
+
+def test_where_nothing_is_hidden_no_mask_is_read():
+    case = Case([0, 0], 19, [0, 0], repeat=3, dim=16, dtype=torch.float32)
+    want = case.attend(0.0)
+    case.mask = torch.zeros(2, 0, dtype=torch.bool)
+    assert torch.equal(case.attend(0.0, may_hide=False), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_padding_anywhere_takes_the_causal_path(assert_near, dtype):
+    """What a GPU does where a mask may hide some: real tokens are moved to the front and back."""
+    generator = torch.Generator().manual_seed(1)
+    case = Case([0] * 6, 37, [0, 5, 36, 0, 0, 0], repeat=3, dim=16, dtype=dtype)
+    case.mask[3] = torch.arange(37) < 9
+    case.mask[4] = torch.rand(37, generator=generator) < 0.5
+    case.mask[5] = False
+    got = _causal_of_real(case.query, case.k, case.v, case.mask, 0.3)
+    case.check(got, 0.0, assert_near)
+    columns = real_columns(case.mask)
+    for row in range(6):
+        real = torch.where(case.mask[row])[0]
+        assert torch.equal(columns[row, : len(real)], real)
 
 
 def test_chunks_of_queries_change_nothing(assert_near):

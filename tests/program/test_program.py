@@ -74,6 +74,7 @@ def test_program_takes_what_its_graph_asks_for(captures: Captures, phase: str) -
         want = captures.model(ids, position_ids=positions).logits[:, -1:]
     torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
     assert kv.state["sparda_lengths"].tolist() == [num_tokens] * 2
+    assert kv.most_past == num_tokens
 
 
 def test_program_needs_the_state_that_its_graph_names(captures: Captures) -> None:

@@ -62,6 +62,8 @@ class Lab:
             "input_ids": torch.full((batch_size, num_tokens), 7),
             "position_ids": 90 + torch.arange(num_tokens).expand(batch_size, -1),
             "sparda_token_mask": torch.ones(batch_size, num_tokens, dtype=torch.bool),
+            "sparda_num_past": cache.kv.longest,
+            "sparda_may_hide": True,
             "num_tokens": num_tokens,
             "batch_size": batch_size,
         }

@@ -170,6 +170,22 @@ def test_room_is_that_of_the_longest_sequence():
         kv.check_room(15)
 
 
+def test_most_past_counts_what_was_issued_until_it_is_known():
+    kv = make()
+    assert kv.most_past == 0
+    kv.issue(20)
+    kv.issue(10)
+    assert kv.most_past == 30
+    kv.advance(30, 17)
+    assert kv.most_past == kv.longest == 17
+    kv.issue(40)
+    assert kv.grow(dataclasses.replace(kv.layout, max_tokens=128)).most_past == 57
+    kv.issue(40)
+    assert kv.most_past == 64, "there is no room for more"
+    kv.reset()
+    assert kv.most_past == 0
+
+
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [

@@ -23,7 +23,7 @@ from sparda_compile.kernels.gpu.launch import launch, power_of_two
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GATHER_PROGRAMS", "chunk_words", "copy_runs", "gather", "store_tail"]
+__all__ = ["GATHER_PROGRAMS", "chunk_words", "copy_runs", "copy_words", "gather", "store_tail"]
 
 # Measured in whole steps of 16 sequences, half to 97% of the blocks resident, and beside attention:
 # `benchmarks/results/2026-11-26-h200-gather-beside-compute.json`.
@@ -35,7 +35,7 @@ _COUNT_TILE: Final = 8192
 
 
 @triton.jit
-def _copy_words(source, target, words, CHUNK: tl.constexpr):
+def copy_words(source, target, words, CHUNK: tl.constexpr):
     offsets = tl.arange(0, CHUNK)
     # Of the pointer, not of the integer: a cast forgets it, and then every access is of 4 bytes.
     source = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16)
@@ -70,7 +70,7 @@ def _gather(
         source = tl.load(host + row) + (block * WORDS + chunk * CHUNK) * 4
         target = pages.to(tl.int64) + ((row.to(tl.int64) * num_pages + page) * WORDS
                                        + chunk * CHUNK) * 4  # fmt: skip
-        _copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
+        copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
         item += programs
 
 
@@ -121,7 +121,7 @@ def _store_tail(
         block = (length // SIZE).to(tl.int64)
         source = pages.to(tl.int64) + ((pair.to(tl.int64) * num_pages + page) * WORDS + offset) * 4
         target = tl.load(host + pair) + (block * WORDS + offset) * 4
-        _copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
+        copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
         if chunk == 0:
             tl.atomic_add(counter, 1)
 
@@ -151,7 +151,7 @@ def store_tail(
 def _copy_runs(source, target, words, CHUNK: tl.constexpr):
     run, chunk = tl.program_id(0), tl.program_id(1)
     offset = (chunk * CHUNK).to(tl.int64) * 4
-    _copy_words(
+    copy_words(
         tl.load(source + run) + offset, tl.load(target + run) + offset, words - chunk * CHUNK, CHUNK
     )
 

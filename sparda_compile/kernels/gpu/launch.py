@@ -40,6 +40,7 @@ __all__ = [
     "launch_early",
     "power_of_two",
     "rows_of",
+    "tokens_of",
 ]
 
 _log = logging.getLogger(__name__)
@@ -150,3 +151,9 @@ def rows_of(tensor_BH1D: Tensor) -> tuple[Tensor, int, int]:
     if tensor_BH1D.stride(-1) != 1:
         tensor_BH1D = tensor_BH1D.contiguous()
     return tensor_BH1D, tensor_BH1D.stride(0), tensor_BH1D.stride(1)
+
+
+def tokens_of(tensor_BHTD: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return many tokens' vectors with strides by sequence, head and token; see `rows_of`."""
+    tensor, row, head = rows_of(tensor_BHTD)
+    return tensor, row, head, tensor.stride(2)

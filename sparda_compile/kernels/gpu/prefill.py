@@ -1,19 +1,29 @@
 """Prefill's copies on CUDA, where blocks in CPU memory are reached by address.
 
-    store_prefix   full blocks of the new tokens, gathered on the device, then one copy to the host
+    store_prefix   full blocks of the new tokens, from where the model left them
     load_prefix    all past blocks of a layer, from pages and from the host, in order
 
-A prefill waits for the device a few times per layer; decode never does.
+A store is few programs, like a gather: it runs beside compute, at the pace of the link. How many
+tokens are real and which blocks they fill is on the device; nobody waits for it.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from sparda_compile.kernels.gpu.copy import copy_runs
+from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, copy_runs, copy_words
+from sparda_compile.kernels.gpu.extend import number_tokens
+from sparda_compile.kernels.gpu.launch import launch, power_of_two, tokens_of
 
 __all__ = ["load_prefix", "store_prefix"]
+
+_TILE: Final = 2048
+_CHUNK_WORDS: Final = 1024
 
 
 def _block_bytes(pages: Tensor) -> int:
@@ -26,6 +36,53 @@ def _addresses(blocks_nX: Tensor) -> Tensor:
     return blocks_nX.data_ptr() + count * (blocks_nX.stride(0) * blocks_nX.element_size())
 
 
+@triton.jit(do_not_specialize=["num_tokens", "num_items"])
+def _store_prefix(
+    k, v, positions, lengths, totals, block_table, pages, host, counter, k_row, k_head, k_token,
+    v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items,
+    SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, TOKENS: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    tiles = (num_tokens + TOKENS - 1) // TOKENS + 1
+    item = tl.program_id(0)
+    while item < num_items:
+        pair, tile = item // tiles, item % tiles
+        row, head = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
+        first = tl.load(lengths + row) // SIZE
+        end = tl.load(totals + row) // SIZE
+        if end > first:
+            home = tl.load(host + pair)
+            if tile == 0:
+                # Only its page has the older tokens of the first block.
+                page = tl.load(block_table + pair.to(tl.int64) * num_blocks + first)
+                source = (pair.to(tl.int64) * num_pages + page) * WORDS
+                target = first.to(tl.int64) * WORDS
+                for begin in range(0, WORDS, CHUNK):
+                    copy_words(
+                        pages.to(tl.int64) + (source + begin) * 4, home + (target + begin) * 4,
+                        WORDS - begin, CHUNK,
+                    )  # fmt: skip
+                tl.atomic_add(counter, (end - first).to(tl.int64))
+            else:
+                token = (tile - 1) * TOKENS + tl.arange(0, TOKENS)
+                position = tl.load(
+                    positions + row * num_tokens + token, mask=token < num_tokens, other=-1
+                )  # fmt: skip
+                is_stored = (position >= (first + 1) * SIZE) & (position < end * SIZE)
+                if tl.max(is_stored.to(tl.int32), 0) > 0:
+                    dims = tl.arange(0, DIMS)
+                    mask = is_stored[:, None] & (dims < DIM)[None, :]
+                    column = token.to(tl.int64)[:, None]
+                    key = k + row * k_row + head * k_head + column * k_token + dims[None, :]
+                    value = v + row * v_row + head * v_head + column * v_token + dims[None, :]
+                    slot = position.to(tl.int64) // SIZE * (2 * SIZE) + position % SIZE
+                    blocks = tl.multiple_of(home.to(pages.dtype), 16)
+                    target = blocks + slot[:, None] * DIM + dims[None, :]
+                    tl.store(target, tl.load(key, mask=mask), mask=mask)
+                    tl.store(target + SIZE * DIM, tl.load(value, mask=mask), mask=mask)
+        item += tl.num_programs(0)
+
+
 def store_prefix(
     k: Tensor,
     v: Tensor,
@@ -34,45 +91,37 @@ def store_prefix(
     block_table: Tensor,
     pages: Tensor,
     host: Tensor,
-) -> int:
-    """Copy every block that new tokens have filled to the host; returns how many.
+    counter: Tensor,
+    num_programs: int = GATHER_PROGRAMS,
+) -> None:
+    """Copy every block that new tokens have filled to the host, and count them.
 
     Args:
-        k: [B, G, T, D] new keys.
+        k: [B, G, T, D] new keys, of any strides.
         v: [B, G, T, D] new values.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens before this step.
         block_table: [B, G, N] int32.
         pages: [B, G, C, 2, P, D]; have the first new block of each sequence, with its old tokens.
         host: [B, G] int64 addresses; what they point to is written.
+        counter: One int64, raised by the number of blocks.
+        num_programs: Programs; each stores a few tokens at a time.
     """
-    groups, size, dim = pages.shape[1], pages.shape[4], pages.shape[5]
-    num_bytes = _block_bytes(pages)
-    sources, targets = [], []
-    keep = []
-    totals = (lengths + token_mask.sum(1)).tolist()  # host-sync: prefill only
-    starts = lengths.tolist()  # host-sync: prefill only
-    for row, (length, total) in enumerate(zip(starts, totals, strict=True)):
-        first, end = length // size, total // size
-        if end <= first:
-            continue
-        blocks = pages.new_empty((groups, end - first, 2, size, dim))
-        page = block_table[row, :, first].long()
-        blocks[:, 0] = pages[row, torch.arange(groups, device=pages.device), page]
-        if end - first > 1:
-            skip = (first + 1) * size - length
-            columns = torch.where(token_mask[row])[0][skip : skip + (end - first - 1) * size]
-            for part, tensor in enumerate((k, v)):
-                whole = tensor[row][:, columns].unflatten(1, (-1, size))
-                blocks[:, 1:, part] = whole
-        numbers = torch.arange(first, end, device=pages.device) * num_bytes
-        sources.append(_addresses(blocks.flatten(0, 1)))
-        targets.append((host[row][:, None] + numbers).flatten())
-        keep.append(blocks)
-    if not sources:
-        return 0
-    copy_runs(torch.cat(sources), torch.cat(targets), num_bytes)
-    return sum(blocks.shape[0] * blocks.shape[1] for blocks in keep)
+    batch, groups, num_pages, _, size, dim = pages.shape
+    num_tokens = k.shape[2]
+    numbered = number_tokens(token_mask, lengths)
+    k, *k_strides = tokens_of(k)
+    v, *v_strides = tokens_of(v)
+    dims = power_of_two(dim)
+    tokens = max(_TILE // dims, 1)
+    items = batch * groups * (triton.cdiv(num_tokens, tokens) + 1)
+    words = _block_bytes(pages) // 4
+    launch(_store_prefix, (min(num_programs, items),))(
+        k, v, numbered.positions, lengths, numbered.totals, block_table, pages, host, counter,
+        *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
+        size, dim, dims, tokens, words, min(power_of_two(words), _CHUNK_WORDS),
+        num_warps=4,
+    )  # fmt: skip
 
 
 def load_prefix(pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int) -> Tensor:

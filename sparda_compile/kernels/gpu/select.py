@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Choice", "Planned", "Tables", "plan", "select", "select_and_plan"]
+__all__ = [
+    "Choice",
+    "Planned",
+    "Tables",
+    "check_num_blocks",
+    "find_largest",
+    "plan",
+    "select",
+    "select_and_plan",
+]
 
 # Counts of blocks are added up in 16 bits.
 _MOST_BLOCKS: Final = 1 << 15
@@ -71,7 +80,7 @@ class Planned(NamedTuple):
 
 
 @triton.jit
-def _largest(key, low, span, found, wanted):
+def find_largest(key, low, span, found, wanted):
     """Mark the `wanted` largest keys; ties go to the lower position.
 
     As many keys as wanted, or more, are at least `low`, of `found` in all; fewer reach `low` +
@@ -133,7 +142,7 @@ def _pick(
         # No more than the forced ones are wanted, which are the largest.
         low = tl.max(key, 0)
         span = low.to(tl.int64) * 0 + 1
-    return _largest(key, low, span, current + 1, SELECTED)
+    return find_largest(key, low, span, current + 1, SELECTED)
 
 
 @triton.jit
@@ -166,7 +175,7 @@ def _assign(
     key = tl.where(candidate, age, -1)
     # With none absent, no key is as large as the threshold.
     low = tl.where(num_absent > 0, 0, 256)
-    victim = _largest(key, low, 256, tl.where(num_absent > 0, num_candidates, 0), num_absent)
+    victim = find_largest(key, low, 256, tl.where(num_absent > 0, num_candidates, 0), num_absent)
     turn = pair * SELECTED + tl.cumsum(victim.to(tl.int32), 0) - 1
     new = tl.load(miss_blocks + turn, mask=victim, other=-1)
     listed = tl.load(miss_pages + turn, mask=victim, other=0)
@@ -251,6 +260,15 @@ def _select_pages(
             tl.atomic_add(counters + _REPAIRED, num_fetched.to(tl.int64))
 
 
+def check_num_blocks(num_blocks: int) -> None:
+    """Raise UnsupportedInputError if a sequence has more blocks than a program counts."""
+    if num_blocks > _MOST_BLOCKS:
+        raise UnsupportedInputError(
+            f"a sequence of up to {num_blocks} KV blocks is too long for selection on a GPU, which "
+            f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
+        )
+
+
 def _launch(
     scores: Tensor,
     lengths: Tensor,
@@ -267,11 +285,7 @@ def _launch(
     batch, groups = ids.shape[:2]
     num_blocks = tables[0].shape[-1] if do_plan else scores.shape[-1]
     num_pages = tables[1].shape[-1] if do_plan else 1
-    if num_blocks > _MOST_BLOCKS:
-        raise UnsupportedInputError(
-            f"a sequence of up to {num_blocks} KV blocks is too long for selection on a GPU, which "
-            f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
-        )
+    check_num_blocks(num_blocks)
     resident = num_pages == num_blocks
     # 8 was the fastest of 4 to 16 warps on one H200 at 2048 blocks.
     warps = 4 if not do_select or num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16

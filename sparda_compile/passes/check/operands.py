@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from torch import fx
-
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import LAYER, SITE
-from sparda_compile.graph.writer import TOKEN_MASK
-from sparda_compile.isa.streams import SELECT
+from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hint_source
-from sparda_compile.passes.check.transfers import wrong_fork, wrong_wait
+from sparda_compile.passes.check.transfers import wrong_transfers
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -38,11 +35,6 @@ _ATTENTIONS: Final = (
     *("sparse_attention", "attend_missing", "window_attention"),
     *("prefill_attention", "attend_tokens"),
 )
-_COPY_OF: Final = {
-    "wait_blocks": "prefetch_blocks",
-    "hint wait_blocks": "hint prefetch_blocks",
-    "offload wait_blocks": "offload_blocks",
-}
 
 
 def wrong_operands(
@@ -192,6 +184,8 @@ class _Layer:
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
+            elif op.name == "prefill_attention":
+                yield from _wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -208,27 +202,7 @@ class _Layer:
 
     def transfers(self) -> Iterator[str]:
         """Yield which wait or fork lacks something of its copy."""
-        forked: set[fx.Node] = set()
-        for wait, copy in _COPY_OF.items():
-            started, joined = self._layer.one(copy), self._layer.one(wait)
-            if started is None or joined is None:
-                continue
-            yield from wrong_wait(started, joined, self._buffers(started))
-            first, work = self._side(started)
-            forked.add(first.node)
-            yield from wrong_fork(self._index, first, work)
-        for op in self._layer.ops:
-            if op.args.get("after") is not None and op.node not in forked:
-                fork = words_of(op.args["after"])
-                yield f"{op.node.name} starts behind {fork}, the fork of others"
-
-    def _side(self, copy: Op) -> tuple[Op, list[fx.Node]]:
-        """Return the first op of a copy's chain that is on a side stream, and all that are."""
-        is_hint, work = copy in self._of_hint, [copy]
-        if copy.name == "prefetch_blocks":
-            on_side = [op for op in self._layer.ops if op.args.get("stream") == SELECT]
-            work = [*(op for op in on_side if (op in self._of_hint) == is_hint), copy]
-        return work[0], [op.node for op in work]
+        return wrong_transfers(self._index, self._layer, self._of_hint, self._buffers)
 
     def _buffers(self, copy: Op) -> list[str]:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
@@ -243,6 +217,13 @@ class _Layer:
 def _results(plan: Op) -> Operands:
     """Return what the results of an op are, by the names of arguments that take them."""
     return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
+
+
+def _wrong_numbers(op: Op) -> Iterator[str]:
+    """Yield which number an op takes that its caller does not give."""
+    for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
+        if getattr(op.args[name], "name", None) != wanted:
+            yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
 
 
 def _token_mask(ctx: PassContext) -> Operand:

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sparda_compile.graph.effects import is_state
 from sparda_compile.graph.op_index import result_of
+from sparda_compile.isa.streams import SELECT
 from sparda_compile.passes.check.compare import compare, words_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from torch import fx
 
     from sparda_compile.graph.op_index import Op, OpIndex
+    from sparda_compile.passes.check.grammar import LayerOps
 
-__all__ = ["wrong_fork", "wrong_wait"]
+__all__ = ["wrong_fork", "wrong_transfers", "wrong_wait"]
+
+_COPY_OF: Final = {
+    "wait_blocks": "prefetch_blocks",
+    "hint wait_blocks": "hint prefetch_blocks",
+    "offload wait_blocks": "offload_blocks",
+}
+
+
+def wrong_transfers(
+    index: OpIndex, layer: LayerOps, of_hint: Collection[Op], buffers_of: Callable[[Op], list[str]]
+) -> Iterator[str]:
+    """Yield which wait or fork of a layer lacks something of its copy.
+
+    Args:
+        index: The ops of the graph.
+        layer: The layer.
+        of_hint: Its ops that belong to a hint.
+        buffers_of: Gives the state that the wait for a copy has to take.
+    """
+    forked: set[fx.Node] = set()
+    for wait, copy in _COPY_OF.items():
+        started, joined = layer.one(copy), layer.one(wait)
+        if started is None or joined is None:
+            continue
+        yield from wrong_wait(started, joined, buffers_of(started))
+        first, work = _side(started, layer, of_hint)
+        forked.add(first.node)
+        yield from wrong_fork(index, first, work)
+    for op in layer.ops:
+        if op.args.get("after") is not None and op.node not in forked:
+            fork = words_of(op.args["after"])
+            yield f"{op.node.name} starts behind {fork}, the fork of others"
+
+
+def _side(copy: Op, layer: LayerOps, of_hint: Collection[Op]) -> tuple[Op, list[fx.Node]]:
+    """Return the first op of a copy's chain that is on a side stream, and all that are."""
+    is_hint, work = copy in of_hint, [copy]
+    if copy.name == "prefetch_blocks":
+        on_side = [op for op in layer.ops if op.args.get("stream") == SELECT]
+        work = [*(op for op in on_side if (op in of_hint) == is_hint), copy]
+    return work[0], [op.node for op in work]
 
 
 def wrong_wait(copy: Op, wait: Op, buffers: Sequence[str]) -> Iterator[str]:

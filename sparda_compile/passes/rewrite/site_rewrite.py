@@ -113,7 +113,8 @@ class SiteRewrite:
             block_ids = self._select_for_tokens()
             out = emit.call("attend_tokens", site.query, site.k, site.v, block_ids, *past)
         else:
-            out = emit.call("prefill_attention", site.query, site.k, site.v, *past)
+            known = self.state.known_to_the_host()
+            out = emit.call("prefill_attention", site.query, site.k, site.v, *past, *known)
         emit.call(
             "extend_kv",
             site.k,

@@ -58,7 +58,16 @@ def compile_only(kernel, grid):
 JITFunction.__getitem__ = compile_only
 
 from sparda_compile.bench.trace_kernel import raise_scores  # noqa: E402
-from sparda_compile.kernels.gpu import append, attention, copy, score, select  # noqa: E402
+from sparda_compile.kernels.gpu import (  # noqa: E402
+    append,
+    attention,
+    copy,
+    extend,
+    extend_summary,
+    prefill,
+    score,
+    select,
+)
 from sparda_compile.selectors import Geometry, summary_named  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
@@ -119,6 +128,27 @@ def run_all(dtype, dim, size):
     )  # fmt: skip
 
 
+def run_prompt(dtype, dim, size):
+    """Launch the kernels of a prompt, with and without pages for all blocks."""
+    geometry, num_tokens = Geometry(BLOCKS, size, 32, 16), 1000
+    lengths, mask = ints(BATCH), torch.ones(BATCH, num_tokens, dtype=torch.bool)
+    k = torch.zeros(BATCH, num_tokens, GROUPS, dim, dtype=dtype).transpose(1, 2)
+    ids = ints(BATCH, GROUPS, num_tokens, SELECTED)
+    for num_pages in (PAGES, BLOCKS):
+        pages = torch.zeros(BATCH, GROUPS, num_pages, 2, size, dim, dtype=dtype)
+        owned = ints(BATCH, GROUPS, num_pages)
+        tables = (ints(BATCH, GROUPS, BLOCKS), owned, owned)
+        for chosen, eviction in ((ids, "lru"), (None, "fifo")):
+            resident = extend.Resident(chosen, 1, 4, eviction)
+            extend.extend_kv(k, k, mask, lengths, pages, tables, resident)
+        host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
+        prefill.store_prefix(k, k, mask, lengths, tables[0], pages, host, counter)
+    for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
+        shapes = summary_named(name).shapes(geometry, dim).values()
+        tensors = [torch.zeros(BATCH, GROUPS, *shape, dtype=dtype) for shape in shapes]
+        kernel(k, mask, lengths, tensors, geometry)
+
+
 def run_largest(dtype, dim, size):
     """Launch those whose tiles of keys fill shared memory."""
     geometry = Geometry(BLOCKS, size, 32, 16)
@@ -133,5 +163,7 @@ def run_largest(dtype, dim, size):
 
 run_all(torch.bfloat16, 128, 64)
 run_largest(torch.float32, 256, 128)
+run_prompt(torch.bfloat16, 128, 64)
+run_prompt(torch.float32, 256, 128)
 most = {name: [max(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 json.dump(most, sys.stdout)

@@ -167,6 +167,15 @@ def test_prefill_stores_by_its_table(first_wrong):
     )
 
 
+@pytest.mark.parametrize("wrong", ["num_past", "may_hide"])
+def test_prefill_attends_by_what_its_caller_knows(first_wrong, wrong):
+    """A number of the graph's own would be right for the prompts that it was made for alone."""
+    change = put("prefill_attention_1", wrong, "sparda_none")
+    assert first_wrong(change, phase="prefill") == (
+        f"prefill_attention_1 takes None as its {wrong}, not sparda_{wrong}"
+    )
+
+
 def test_ops_of_the_hint_stand_beside_the_layers_own(plan_of):
     """What the sentences above name is there: two plans and two copies for each layer."""
     graph = plan_of("llama", machine="h200", mode="exact", offload="always").graph_module.graph
