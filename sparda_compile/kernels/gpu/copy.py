@@ -35,7 +35,8 @@ _COUNT_TILE: Final = 8192
 
 
 @triton.jit
-def copy_words(source, target, words, CHUNK: tl.constexpr):
+def copy_words(source, target, words, CHUNK: tl.constexpr):  # noqa: ANN201 - a part of kernels
+    """Copy up to CHUNK words from one address to another."""
     offsets = tl.arange(0, CHUNK)
     # Of the pointer, not of the integer: a cast forgets it, and then every access is of 4 bytes.
     source = tl.multiple_of(source.to(tl.pointer_type(tl.int32)), 16)

@@ -80,7 +80,7 @@ class Planned(NamedTuple):
 
 
 @triton.jit
-def find_largest(key, low, span, found, wanted):
+def find_largest(key, low, span, found, wanted):  # noqa: ANN201 - a part of kernels
     """Mark the `wanted` largest keys; ties go to the lower position.
 
     As many keys as wanted, or more, are at least `low`, of `found` in all; fewer reach `low` +
