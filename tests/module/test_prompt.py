@@ -36,7 +36,8 @@ def calls(traced_llama, monkeypatch):
     run = Program.__call__
 
     def noted(self, ids, positions, mask, kv):
-        seen.append((self.plan.phase, ids.shape[1], mask[:, 0].tolist()))
+        hidden = None if mask is None else mask[0].logical_not().tolist()
+        seen.append((self.plan.phase, ids.shape[1], hidden))
         return run(self, ids, positions, mask, kv)
 
     def of(num_tokens, **settings):
@@ -67,7 +68,7 @@ def test_other_prompts_are_dense(calls, settings):
 
 def test_a_chunk_of_one_column_has_a_hidden_one_beside_it(calls):
     assert calls(5, chunk_tokens=2) == [("prefill", 2)] * 3
-    assert [hidden for *_, hidden in calls.seen] == [[True], [True], [False]]
+    assert [hidden for *_, hidden in calls.seen] == [None, None, [True, False]]
 
 
 def test_explain_and_graphs_show_the_sparse_prompt(traced_llama):
