@@ -29,7 +29,7 @@ from sparda_compile.testing import tiny_llama
 
 GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
 # A prefill's; it is not replayed.
-OTHER_KERNELS = {"_copy_runs"}
+OTHER_KERNELS = {"_copy_runs", "_token_sums", "_token_blocks", "_pick_tokens"}
 # Two layers of mode exact: name, stream, kernels. Two streams select.
 EXACT = """
 hint_score_1     2 _score_forecast

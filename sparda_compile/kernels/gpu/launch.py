@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,7 @@ __all__ = [
     "launch_early",
     "power_of_two",
     "rows_of",
+    "shared_bytes",
 ]
 
 _log = logging.getLogger(__name__)
@@ -150,3 +152,10 @@ def rows_of(tensor_BH1D: Tensor) -> tuple[Tensor, int, int]:
     if tensor_BH1D.stride(-1) != 1:
         tensor_BH1D = tensor_BH1D.contiguous()
     return tensor_BH1D, tensor_BH1D.stride(0), tensor_BH1D.stride(1)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that one program may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

@@ -58,7 +58,14 @@ def compile_only(kernel, grid):
 JITFunction.__getitem__ = compile_only
 
 from sparda_compile.bench.trace_kernel import raise_scores  # noqa: E402
-from sparda_compile.kernels.gpu import append, attention, copy, score, select  # noqa: E402
+from sparda_compile.kernels.gpu import (  # noqa: E402
+    append,
+    attention,
+    copy,
+    score,
+    select,
+    select_tokens,
+)
 from sparda_compile.selectors import Geometry, summary_named  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
@@ -97,6 +104,10 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
+    for name, asked in (("forecast", k), ("infllm2", query)):
+        select_tokens.select_tokens(
+            asked, summaries["pooled_keys"], lengths[:, None], name, 1.0, geometry, choice
+        )
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -126,6 +137,8 @@ def run_largest(dtype, dim, size):
     pooled = torch.zeros(BATCH, GROUPS, geometry.num_windows, dim, dtype=dtype)
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
+    choice = select.Choice(SELECTED, 128, 1, 4)
+    select_tokens.select_tokens(query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice)
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
