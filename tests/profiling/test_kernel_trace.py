@@ -29,7 +29,10 @@ from sparda_compile.testing import tiny_llama
 
 GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
 # A prefill's; it is not replayed.
-OTHER_KERNELS = {"_copy_runs", "_token_sums", "_token_blocks", "_pick_tokens"}
+OTHER_KERNELS = {
+    "_copy_runs", "_token_sums", "_token_blocks", "_pick_tokens", "_order_tokens", "_mark_blocks",
+    "_place_blocks", "_pack_blocks", "_tile_unions", "_attend_tokens",
+}  # fmt: skip
 # Two layers of mode exact: name, stream, kernels. Two streams select.
 EXACT = """
 hint_score_1     2 _score_forecast

@@ -51,7 +51,8 @@ _COLUMNS: Final = 128
 _FORECAST_COLUMNS: Final = 64
 # Windows of one product: a warp group multiplies 64 rows.
 _WINDOWS: Final = 64
-# Of queries and of a tile of keys; where vectors are long, fewer of them.
+# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
+# of 32 bits, which threads multiply, not tensor cores: those hold less.
 _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
 # Blocks of one program: few enough that one token of a long sequence has several programs.
@@ -292,8 +293,9 @@ def select_tokens(
     heads = query.shape[1] // groups
     room, dims = power_of_two(heads), power_of_two(dim, 16)
     vector = dims * query.element_size()
-    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, _TILE_BYTES // vector), room, 16)
-    rows = min(_WINDOWS, _TILE_BYTES // vector)
+    most = _TILE_BYTES // (vector * query.element_size() // 2)
+    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
+    rows = max(min(_WINDOWS, most), 16)
     stages = _stages(query, columns, rows, dims)
     ratio = geometry.block_size // geometry.pool_stride
     overhang = geometry.pool_size // geometry.pool_stride - 1

@@ -60,6 +60,7 @@ JITFunction.__getitem__ = compile_only
 from sparda_compile.bench.trace_kernel import raise_scores  # noqa: E402
 from sparda_compile.kernels.gpu import (  # noqa: E402
     append,
+    attend_tokens,
     attention,
     copy,
     score,
@@ -119,11 +120,16 @@ def run_all(dtype, dim, size):
     copy.store_tail(tail, lengths, pages, host, counters)
     copy.copy_runs(host.flatten(), host.flatten(), pages[0, 0, 0].nbytes)
 
+    table = ints(BATCH, GROUPS, BLOCKS)
     for softcap, flags, late in ((0.0, None, False), (30.0, is_miss, True)):
         parts = attention.partials(
             query, pages, ids, ids, flags, lengths, 1.0, softcap, 3, missing=late
         )
         attention.merge(*parts, parts if late else None, dtype)
+        attend_tokens.attend_tokens(
+            query, (k, k), ids[:, :, None], is_miss[:, 0, :1], lengths, (pages, host, table),
+            (1.0, softcap),
+        )  # fmt: skip
     launch_aligned_teacher(
         torch.zeros(1, HEADS, 64, dim, dtype=dtype), torch.zeros(1, GROUPS, 40, dim, dtype=dtype),
         range(64), (32, 16), 1.0, 0.0,
@@ -142,6 +148,9 @@ def run_largest(dtype, dim, size):
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
+    new, past = (query[:, :GROUPS],) * 2, (pages, ints(0), ints(BATCH, GROUPS, BLOCKS))
+    real = torch.ones(BATCH, 1, dtype=torch.bool)
+    attend_tokens.attend_tokens(query, new, ids[:, :, None], real, ints(BATCH), past, (1.0, 0.0))
 
 
 run_all(torch.bfloat16, 128, 64)
