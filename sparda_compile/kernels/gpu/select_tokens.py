@@ -15,6 +15,11 @@ a token are then summed mostly inside a thread, and the best window of a block i
 maximum over as many products as a block has windows. Each pooled key is read, and multiplied,
 once per pass.
 
+Quest's bound is a product, too: sum_d max(q_d * min_d, q_d * max_d) is that of a block's bounds,
+as one vector, with the negative and the positive part of q. A mean of heads has more bits than a
+summary of 16: it goes in as three vectors that add up to it, summed like heads. Its windows are
+the blocks.
+
 Floor, of T tokens over W windows, half of them before the mean token of a prompt from nothing:
 2 * T * W * D FLOP for each head and pass, one pass for a Forecast, two for InfLLM-V2, which at a
 group of 16 and D = 128 takes as many exponentials as a multiprocessor does beside the products.
@@ -43,8 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["covers", "select_tokens"]
 
-# Whether a selector weighs windows by a softmax of each head, or by the dot product alone.
-_HAS_SOFTMAX: Final = {"forecast": False, "infllm2": True}
+_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest"})
 # Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
 # half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
 _COLUMNS: Final = 128
@@ -115,6 +119,7 @@ def _token_sums(
     complete = complete_windows(position, POOL, STRIDE)
     is_scored = tl.max(position, 0) >= scored_from
     stop = tl.where(is_scored, tl.minimum(tl.max(complete, 0), (part + 1) * PART), 0)
+    own_stop = tl.minimum(complete, stop)
     keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
     peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
@@ -122,7 +127,7 @@ def _token_sums(
         window = start + tl.arange(0, WINDOWS)
         keys = _keys(keys_at, window, stop, DIM, DIMS, INTERPRETED)
         logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
-        logits = tl.where(window[None, :] < complete[:, None], logits, float("-inf"))
+        logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(logits - safe[:, None]), axis=1)
@@ -194,6 +199,7 @@ def _token_blocks(
             if SOFTMAX:
                 weight = tl.exp2(weight * factor - normal[None, :])
                 weight = tl.where(there[None, :], weight, 0.0)
+            if ROOM > 1:
                 weight = tl.sum(tl.reshape(weight, [BLOCKS, TOKENS, ROOM]), axis=2)
             exists = window[:, None] < complete[None, :]
             weight = tl.where(exists, weight, float("-inf"))
@@ -247,10 +253,11 @@ def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -
 
     Not for a group of more than 128 heads, nor where a window reaches over more than two blocks.
     """
-    if selector not in _HAS_SOFTMAX or query_BHTD.shape[1] > _COLUMNS * groups:
+    if selector not in _SELECTORS or geometry.num_blocks > MOST_BLOCKS:
         return False
     reach = geometry.block_size + geometry.pool_stride
-    return geometry.pool_size <= reach and geometry.num_blocks <= MOST_BLOCKS
+    fits = query_BHTD.shape[1] <= _COLUMNS * groups and geometry.pool_size <= reach
+    return fits or selector == "quest"
 
 
 def _stages(query: Tensor, columns: int, rows: int, dims: int) -> int:
@@ -260,6 +267,20 @@ def _stages(query: Tensor, columns: int, rows: int, dims: int) -> int:
     vector = dims * query.element_size()
     free = shared_bytes(query.device) - columns * vector - 4 * rows * columns
     return max(min(_MOST_STAGES, free // (rows * vector)), 1)
+
+
+def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
+    """Return [B, G * n, T, 2D] vectors, n for each group: of the bounds' dtype, they add up to q.
+
+    The first half, for the smallest keys, is the negative part of the mean query.
+    """
+    mean = query_BHTD.unflatten(1, (bounds_BGN2D.shape[1], -1)).float().mean(2)
+    rest = torch.cat([mean.clamp(max=0.0), mean.clamp(min=0.0)], -1)
+    parts = []
+    for _ in range(1 if bounds_BGN2D.dtype == torch.float32 else 3):
+        parts.append(rest.to(bounds_BGN2D.dtype))
+        rest = rest - parts[-1].float()
+    return torch.stack(parts, 2).flatten(1, 2)
 
 
 def select_tokens(
@@ -275,7 +296,7 @@ def select_tokens(
 
     Args:
         query_BHTD: Queries, or Forecasts with as many heads as groups.
-        tensors: Of the summary; the first are the pooled keys, with those of the new tokens.
+        tensors: Of the summary; the first are pooled keys or bounds, with those of the new tokens.
         positions_BT: int32, -1 where no token is.
         selector: One that `covers` has.
         scale: Factor on q . k.
@@ -285,10 +306,13 @@ def select_tokens(
     Returns:
         [B, G, T, K] int32.
     """
-    pooled = tensors[0]
+    pooled, query, softmax = tensors[0], query_BHTD, selector == "infllm2"
+    size, pool = geometry.block_size, (geometry.pool_size, geometry.pool_stride)
+    if selector == "quest":
+        query, pooled, pool = _quest_parts(query, pooled), pooled.flatten(3), (1, size)
     batch, groups, num_windows, dim = pooled.shape
-    query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
-    num_tokens, softmax = query.shape[2], _HAS_SOFTMAX[selector]
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    num_tokens = query.shape[2]
     pairs, num_blocks, selected = batch * groups, geometry.num_blocks, choice.num_selected
     heads = query.shape[1] // groups
     room, dims = power_of_two(heads), power_of_two(dim, 16)
@@ -297,9 +321,8 @@ def select_tokens(
     columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
     rows = max(min(_WINDOWS, most), 16)
     stages = _stages(query, columns, rows, dims)
-    ratio = geometry.block_size // geometry.pool_stride
-    overhang = geometry.pool_size // geometry.pool_stride - 1
-    pool, vectors = (geometry.pool_size, geometry.pool_stride), (heads, room, columns)
+    ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
+    vectors = (heads, room, columns)
     strides = (query.stride(0), query.stride(1), query.stride(2))
     ids = positions_BT.new_empty((batch, groups, num_tokens, selected), dtype=torch.int32)
     chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
@@ -308,7 +331,7 @@ def select_tokens(
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
     scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
-    factor, scored_from = scale * _LOG2_E, selected * geometry.block_size
+    factor, scored_from = scale * _LOG2_E, selected * size
     for begin in range(0, num_tokens, chunk):
         end = min(begin + chunk, num_tokens)
         tiles = triton.cdiv((end - begin) * room, columns)
@@ -327,7 +350,7 @@ def select_tokens(
         warps = 4 if num_blocks <= 4096 else 8 if num_blocks <= 8192 else 16
         launch(_pick_tokens, (end - begin, pairs))(
             scores, positions_BT, ids, groups, num_tokens, num_blocks, begin, choice.sink_blocks,
-            choice.local_blocks, selected, choice.block_size, *pool, ratio, overhang,
+            choice.local_blocks, selected, size, *pool, ratio, overhang,
             power_of_two(max(num_blocks, selected)), power_of_two(selected), num_warps=warps,
         )  # fmt: skip
     return ids

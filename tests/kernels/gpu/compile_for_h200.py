@@ -105,10 +105,9 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
-    for name, asked in (("forecast", k), ("infllm2", query)):
-        select_tokens.select_tokens(
-            asked, summaries["pooled_keys"], lengths[:, None], name, 1.0, geometry, choice
-        )
+    for name, asked in (("forecast", k), ("infllm2", query), ("quest", query)):
+        tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
+        select_tokens.select_tokens(asked, tensors, lengths[:, None], name, 1.0, geometry, choice)
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)

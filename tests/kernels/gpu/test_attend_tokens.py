@@ -140,7 +140,8 @@ def test_kernels_equal_the_reference(device, assert_close, offload, dtype):
 
 @pytest.mark.parametrize("repeat", [1, 3, 4, 7, 8, 16, 71])
 def test_groups_of_every_size(device, assert_close, repeat):
-    case = Case([61], [first(7, 7)], (2, repeat, 16, 16))
+    num_tokens = 2 if repeat > 64 else 7
+    case = Case([61], [first(num_tokens, num_tokens)], (2, repeat, 16, 16))
     case.check(device, assert_close, rows=128 if repeat > 64 else 64)
 
 
@@ -152,8 +153,9 @@ def test_head_dims_and_block_sizes(device, assert_close, size, dim):
     case.check(device, assert_close, rows=16)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 9])
-@pytest.mark.parametrize("length", [0, 1, 4, 7])
+@pytest.mark.parametrize(
+    ("length", "num_tokens"), [(0, 1), (0, 4), (1, 2), (1, 3), (4, 1), (4, 5), (7, 1), (7, 9)]
+)
 def test_turns_begin_and_end_anywhere_in_a_block(device, assert_close, num_tokens, length):
     case = Case([length], [first(num_tokens, num_tokens)], (1, 2, 4, 8), selected=2)
     case.check(device, assert_close, rows=16)
@@ -167,9 +169,9 @@ def test_soft_caps(device, assert_close, softcap):
 
 def test_tiles_and_launches_change_nothing(device, assert_close, monkeypatch):
     """128 tokens are a tile of a group of 1, and 32 of them a word; or one launch a tile."""
-    case = Case([37], [first(70, 70)], (1, 1, 8, 16), selected=5)
+    case = Case([37], [first(40, 40)], (1, 1, 8, 16), selected=5)
     want = case.want(0.3, 0.0)
-    for rows in (128, 64, 16):
+    for rows in (128, 16):
         assert_close(case.got(device, rows=rows), want, "attention", torch.float32)
     monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)
     assert_close(case.got(device, rows=32), want, "attention", torch.float32)
@@ -207,16 +209,16 @@ def test_gaps_between_elements(device, assert_close):
     case.check(device, assert_close)
 
 
-@pytest.mark.parametrize("tokens", [4, 64])
+@pytest.mark.parametrize("tokens", [8, 64])
 def test_unions_are_what_tiles_of_neighbours_read(device, tokens):
-    mask = [[i % 3 > 0 for i in range(60)], first(60, 60)]
+    mask = [[i % 3 > 0 for i in range(36)], first(36, 36)]
     case = Case([50, 3], mask, (2, 1, 4, 8), selected=3)
     ids, past = case.ids.to(device), case.where(device)
     kv = (case.k.to(device), case.v.to(device))
     lengths = case.lengths.to(device)
     prompt = token_blocks.place_blocks(kv, ids, case.mask.to(device), lengths, past)
-    assert prompt.counts.tolist() == [40, 60]
-    tiles = -(-60 // tokens)
+    assert prompt.counts.tolist() == [24, 36]
+    tiles = -(-36 // tokens)
     union = token_blocks.unions(prompt, ids, tokens, 0, tiles)
     for row, group, tile in torch.cartesian_prod(*map(torch.arange, (2, 2, tiles))).tolist():
         columns = torch.where(case.mask[row])[0][tile * tokens : (tile + 1) * tokens]

@@ -10,7 +10,7 @@ from sparda_compile.kernels.select_tokens import select_tokens
 from sparda_compile.selectors import Geometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SELECTORS = ["forecast", "infllm2"]
+SELECTORS = ["forecast", "infllm2", "quest"]
 SCALE = 0.3
 
 
@@ -30,6 +30,11 @@ class Prompt:
             assert total <= geometry.num_blocks * geometry.block_size
             complete = max((total - geometry.pool_size) // geometry.pool_stride + 1, 0)
             self.pooled[row, :, complete:] = float("nan")
+        self.bounds = self.numbers(batch, groups, geometry.num_blocks, 2, dim).sort(-2).values
+        for row, total in enumerate(totals.tolist()):
+            filled = -(-total // geometry.block_size)
+            self.bounds[row, :, filled:, 0] = float("inf")
+            self.bounds[row, :, filled:, 1] = float("-inf")
         self.queries = self.numbers(batch, num_tokens, groups * repeat, dim).transpose(1, 2)
         self.forecasts = self.numbers(batch, num_tokens, groups, dim).transpose(1, 2)
 
@@ -44,17 +49,18 @@ class Prompt:
         """Compare with the reference, which is given the same numbers in fp32; return the ids."""
         geometry = self.geometry
         query = self.forecasts if selector == "forecast" else self.queries
+        summary = self.bounds if selector == "quest" else self.pooled
         # What the reference reads of windows that no token has completed is hidden behind it.
-        exact = [self.pooled.float().nan_to_num(), self.pooled.new_empty(0)]
+        exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
         want = select_tokens(
-            query.float(), exact[:1], self.mask, self.lengths, selector, SCALE,
+            query.float(), [exact], self.mask, self.lengths, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
             *self.ordered(choice),
         )  # fmt: skip
         position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
         got = kernels.select_tokens(
-            query.to(device), [self.pooled.to(device)], position.to(device), selector, SCALE,
+            query.to(device), [summary.to(device)], position.to(device), selector, SCALE,
             geometry, choice,
         ).cpu()  # fmt: skip
         assert got.dtype == torch.int32
@@ -83,7 +89,9 @@ def test_kernels_equal_the_reference(device, selector, dtype):
 
 @pytest.mark.parametrize("repeat", [1, 3, 4, 7, 8, 16, 71])
 def test_groups_of_every_size(device, repeat):
-    prompt = Prompt([300], [first(2, 2)], (2, repeat, 20), Geometry(20, 16, 8, 4))
+    prompt = Prompt(
+        [300], [first(2, 2)], (1 if repeat > 64 else 2, repeat, 20), Geometry(20, 16, 8, 4)
+    )
     prompt.check(device, "infllm2", Choice(7, 16, 1, 1))
 
 
@@ -118,7 +126,7 @@ def test_ties_go_to_the_lower_block(device, selector):
     geometry, choice = Geometry(64, 8, 4, 4), Choice(12, 8, 1, 2)
     prompt = Prompt([500], [first(3, 3)], (1, 2, 2), geometry, whole=1)
     ids = prompt.check(device, selector, choice)
-    prompt.pooled = prompt.pooled.nan_to_num().zero_()
+    prompt.pooled, prompt.bounds = prompt.pooled.nan_to_num().zero_(), prompt.bounds.clamp(0, 0)
     same = prompt.check(device, selector, choice)
     assert same[0, 0, 0].tolist() == [*range(9), 60, 61, 62]
     assert not torch.equal(ids, same)
@@ -149,9 +157,9 @@ def test_a_prompt_from_its_first_token(device, selector):
     assert (ids[0, 0] >= 0).sum(-1).tolist() == [0] * 2 + [1] * 4 + [2] * 4 + [3] * 8
 
 
-@pytest.mark.parametrize(("selector", "num_tokens"), [("forecast", 18), ("infllm2", 9)])
+@pytest.mark.parametrize(("selector", "num_tokens"), [("forecast", 17), ("infllm2", 9)])
 def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
-    """Several programs share the windows, and 4 or 16 tokens are taken at a time."""
+    """Several programs share the windows, not in whole tiles; few tokens are taken at a time."""
     monkeypatch.setattr(kernels, "_PART_BLOCKS", 30)
     monkeypatch.setattr(kernels, "_WINDOWS", 16)
     monkeypatch.setattr(kernels, "_COLUMNS", 16)
@@ -179,7 +187,8 @@ def test_what_is_not_covered():
     assert kernels.covers("forecast", forecast, 2, Geometry(4, 16, 20, 4))
     assert not kernels.covers("forecast", forecast, 2, Geometry(4, 16, 24, 4))
     assert not kernels.covers("forecast", forecast, 2, Geometry(1 << 16, 16, 8, 4))
-    for name in ("quest", "nosa", "nosa_forecast"):
+    assert kernels.covers("quest", query, 2, Geometry(4, 16, 24, 4))
+    for name in ("nosa", "nosa_forecast"):
         assert not kernels.covers(name, query, 2, plain)
 
 
@@ -192,6 +201,6 @@ def test_large_shapes(device, selector, repeat, dim, dtype):
     geometry = Geometry(300, 64, 32, 16)
     lengths = [18000, 6000, 0]
     mask = [first(700, 700), [i >= 300 for i in range(700)], first(650, 700)]
-    whole = 40 if selector == "forecast" else 2
+    whole = 2 if selector == "infllm2" else 40
     prompt = Prompt(lengths, mask, (2, repeat, dim), geometry, dtype=dtype, whole=whole)
     prompt.check(device, selector, Choice(96, 64, 1, 32))
