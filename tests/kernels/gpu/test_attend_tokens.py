@@ -214,10 +214,17 @@ def test_unions_are_what_tiles_of_neighbours_read(device, tokens):
     mask = [[i % 3 > 0 for i in range(36)], first(36, 36)]
     case = Case([50, 3], mask, (2, 1, 4, 8), selected=3)
     ids, past = case.ids.to(device), case.where(device)
+    case.pinned.nan_to_num_()
     kv = (case.k.to(device), case.v.to(device))
     lengths = case.lengths.to(device)
     prompt = token_blocks.place_blocks(kv, ids, case.mask.to(device), lengths, past)
     assert prompt.counts.tolist() == [24, 36]
+    # Nothing else crosses the link, and the buffer is NaN where nothing has been written.
+    block = torch.arange(case.num_blocks)
+    missed = (case.table < 0) & case.read & (block < (case.lengths // 4)[:, None, None])
+    fetched = prompt.staging[:, :, 36 // 4 + 1 :].isfinite().all(-1).all(-1).all(-1)
+    assert torch.equal(fetched.sum(-1).cpu(), missed.sum(-1))
+    assert missed.any()
     tiles = -(-36 // tokens)
     union = token_blocks.unions(prompt, ids, tokens, 0, tiles)
     for row, group, tile in torch.cartesian_prod(*map(torch.arange, (2, 2, tiles))).tolist():
