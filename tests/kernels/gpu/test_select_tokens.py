@@ -45,8 +45,11 @@ class Prompt:
             return torch.randint(low, high, shape, generator=self.generator).to(self.dtype)
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
-    def check(self, device, selector, choice):
-        """Compare with the reference, which is given the same numbers in fp32; return the ids."""
+    def check(self, device, selector, choice, least_equal=1.0):
+        """Compare with the reference, which is given the same numbers in fp32; return the ids.
+
+        Fewer than all blocks may be equal where sums in another order decide what is nearly a tie.
+        """
         geometry = self.geometry
         query = self.forecasts if selector == "forecast" else self.queries
         summary = self.bounds if selector == "quest" else self.pooled
@@ -64,7 +67,9 @@ class Prompt:
             geometry, choice,
         ).cpu()  # fmt: skip
         assert got.dtype == torch.int32
-        assert torch.equal(got, want)
+        assert torch.equal(got, want) or least_equal < 1
+        assert (got[..., None] == want[..., None, :]).any(-1).float().mean() >= least_equal
+        assert torch.equal(got >= 0, want >= 0)
         assert got[~self.mask[:, None].expand(got.shape[:3])].eq(-1).all()
         return got
 
@@ -192,7 +197,7 @@ def test_what_is_not_covered():
         assert not kernels.covers(name, query, 2, plain)
 
 
-# On tensor cores, sums of products are rounded in their own way: whole numbers are exact there.
+# Whole numbers have exact products on tensor cores, too; a softmax has none, nor a mean of seven.
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("repeat", "dim"), [(1, 64), (4, 96), (7, 128), (8, 64), (16, 256)])
@@ -203,4 +208,5 @@ def test_large_shapes(device, selector, repeat, dim, dtype):
     mask = [first(700, 700), [i >= 300 for i in range(700)], first(650, 700)]
     whole = 2 if selector == "infllm2" else 40
     prompt = Prompt(lengths, mask, (2, repeat, dim), geometry, dtype=dtype, whole=whole)
-    prompt.check(device, selector, Choice(96, 64, 1, 32))
+    exact = selector == "forecast" or (selector == "quest" and repeat != 7)
+    prompt.check(device, selector, Choice(96, 64, 1, 32), 1.0 if exact else 0.999)
