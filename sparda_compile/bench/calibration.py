@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["measure_machine", "write_machine"]
+__all__ = ["matmul_tflops", "measure_machine", "write_machine"]
 
 _SIZE: Final = 8192
 _TINY_KERNELS: Final = 256
@@ -39,7 +39,7 @@ def measure_machine(say: Callable[[str], None]) -> Machine:
     say("gather from pinned memory")
     link = bench_gather(device)
     say("matrix multiplication")
-    tflops = _tflops(device)
+    tflops = matmul_tflops(device)
     say("tiny kernels")
     launch_us = _launch_us(device)
     say("ops of a decode step")
@@ -62,7 +62,8 @@ def write_machine(machine: Machine, commit: str | None = None) -> Path:
     return path
 
 
-def _tflops(device: torch.device) -> float:
+def matmul_tflops(device: torch.device) -> float:
+    """Return the rate of a large matrix multiplication in bf16."""
     a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     multiply = partial(torch.mm, a, b, out=out)

@@ -4,6 +4,7 @@
     miss_list   from a Forecast to the list of misses: two launches
     attention   over 96 selected blocks, beside SDPA and FlexAttention over gathered KV
     beside      matrix products with a copy beside them: `interference.py`
+    prompt      selection and attention of many new tokens: `prompt_kernels.py`
 
 Each is timed in a CUDA graph over enough data sets that the L2 cache serves none of them. Results
 are compared before anything is timed.
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 from sparda_compile.bench.interference import bench_interference
 from sparda_compile.bench.memory import pinned_region_bytes
+from sparda_compile.bench.prompt_kernels import bench_prompt
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 from sparda_compile.config import MIB
 from sparda_compile.kernels.gpu import attention, copy, score, select
@@ -61,6 +63,7 @@ def bench_kernels(say: Callable[[str], None]) -> dict[str, Any]:
             result[name] = _attention(device, batch, heads, groups, rate)
     say("copies beside compute")
     result["beside"] = bench_interference(device)
+    result["prompt"] = bench_prompt(device, rate, say)
     return result
 
 

@@ -135,6 +135,7 @@ def print_kernels(result: Mapping[str, Any], console: Console) -> None:
         floor = row["floor_us"]
         table.add_row(name, f"{us:.1f}", f"{floor:.2f}", _ratio(us / floor), *others)
     console.print(table)
+    _print_prompt(result["prompt"], console)
     for batch, found in result["beside"].items():
         heads = ("copied by", "alone us", "beside products us", "hidden", "held up")
         table = _table(f"Beside matrix products, batch {batch[1:]}", heads, 1)
@@ -143,6 +144,18 @@ def print_kernels(result: Mapping[str, Any], console: Console) -> None:
             keys = ("copy_us", "both_us", "hidden", "held_up")
             table.add_row(name, *(f"{row[key]:g}" for key in keys))
         console.print(table)
+
+
+def _print_prompt(result: Mapping[str, Any], console: Console) -> None:
+    """Print the kernels of a prompt."""
+    title = f"{result['tokens']} tokens of a prompt behind {result['past']}, 96 blocks a token"
+    columns = ("kernel", "us", "floor us", "over floor", "TFLOP/s", "of a matrix product")
+    table = _table(title, columns, 1)
+    for name, row in result["kernels"].items():
+        us, floor = row["median"], row["floor_us"]
+        rates = (f"{row['tflops']:.0f}", f"{row['of_matmul']:.3f}")
+        table.add_row(name, f"{us:.0f}", f"{floor:.0f}", _ratio(us / floor), *rates)
+    console.print(table)
 
 
 def print_machine(machine: Machine, console: Console) -> None:

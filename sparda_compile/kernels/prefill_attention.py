@@ -3,7 +3,8 @@
     prefill_attention    a token at position p attends to every position <= p of its own sequence
     attend_tokens        ... of the blocks that it has selected
 
-Past keys come from the host pool where a block is full, else from its device page.
+Past keys come from the host pool where a block is full, else from its device page. On CUDA:
+`gpu/attend_tokens.py`, for groups whose query vectors fit its tile.
 """
 
 from __future__ import annotations
@@ -245,6 +246,14 @@ def attend_tokens(
     Returns:
         [B, H, T, D]; zero for tokens that are not real.
     """
+    if query.is_cuda:
+        from sparda_compile.kernels.gpu import attend_tokens as gpu
+
+        if gpu.covers(query, pages, block_table):
+            past = (pages, host, block_table)
+            return gpu.attend_tokens(
+                query, (k, v), block_ids, token_mask, lengths, past, (scale, softcap)
+            )
     blocks = SelectedBlocks(block_ids, block_table.shape[2], pages.shape[4])
     num_blocks = -(-int(lengths.max()) // pages.shape[4])  # host-sync: the reference alone
     past = (pages, host, block_table[:, :, :num_blocks])

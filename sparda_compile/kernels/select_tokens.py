@@ -3,7 +3,8 @@
     ids[b, g, t] = select_blocks(score_blocks(query[b, :, t], summary, position[b, t]), ...)
 
 The summary holds the keys of the new tokens already. A token sees of it what lies before its own
-position, so how a prompt is cut into calls changes no selection.
+position, so how a prompt is cut into calls changes no selection. On CUDA: `gpu/select_tokens.py`
+for selectors that it covers; any other's `score` runs there as it stands.
 """
 
 from __future__ import annotations
@@ -72,13 +73,22 @@ def select_tokens(
         num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
     )
     position_BT = token_positions(lengths, token_mask, query.shape[2])
-    ids = _all_blocks(position_BT // block_size, summary[0].shape[1], num_selected)
     choice = (num_selected, block_size, sink_blocks, local_blocks)
+    if query.is_cuda:
+        from sparda_compile.kernels.gpu import select_tokens as gpu
+        from sparda_compile.kernels.gpu.select import Choice
+
+        if gpu.covers(selector, query, summary[0].shape[1], geometry):
+            place_BT = position_BT.int()
+            return gpu.select_tokens(
+                query, summary, place_BT, selector, scale, geometry, Choice(*choice)
+            )
+    ids = _all_blocks(position_BT // block_size, summary[0].shape[1], num_selected)
     step = max(_MOST_NUMBERS // sum(tensor[0].numel() for tensor in summary), 1)
     for row, position_T in enumerate(position_BT):
         # Earlier tokens have no more blocks than they may read.
         chosen = torch.where(position_T >= num_selected * block_size)[0]
-        for columns in chosen.split(step):
+        for columns in chosen.split(step) if len(chosen) else ():
             place = position_T[columns].int()
             scores = SELECTORS[selector].score(
                 query[row].transpose(0, 1)[columns].unsqueeze(2),

@@ -40,7 +40,7 @@ def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
     monkeypatch.setattr(
         kernels, "bench_latencies", lambda device, rate: {**LATENCIES, "plan_pages": rate}
     )
-    monkeypatch.setattr(calibration, "_tflops", lambda device: 700.0)
+    monkeypatch.setattr(calibration, "matmul_tflops", lambda device: 700.0)
     monkeypatch.setattr(calibration, "_launch_us", lambda device: 1.25)
     told = []
     machine = measure_machine(told.append)
@@ -54,7 +54,7 @@ def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
 def test_rate_of_a_matrix_multiplication(monkeypatch):
     monkeypatch.setattr(calibration, "_SIZE", 64)
     monkeypatch.setattr(calibration, "time_calls", lambda call, runs: [2.0])
-    assert calibration._tflops(torch.device("cpu")) == round(2 * 64**3 / 2.0 / 1e6, 1)
+    assert calibration.matmul_tflops(torch.device("cpu")) == round(2 * 64**3 / 2.0 / 1e6, 1)
 
 
 @pytest.mark.gpu

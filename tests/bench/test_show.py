@@ -82,6 +82,11 @@ def test_kernels(console):
             "floor_us": 1.5,
             "sdpa_gathered": spread(20.0),
         },
+        "prompt": {
+            "tokens": 16384,
+            "past": 131072,
+            "kernels": {"attend_g2": spread(6000.0, floor_us=2400.0, tflops=274.9, of_matmul=0.41)},
+        },
         "beside": {
             "b1": {
                 "compute_us": 730.5,
@@ -98,6 +103,8 @@ def test_kernels(console):
     assert "memcpy 160.0 52.0 1" in printed
     assert "miss_list_b1 12.0 1.00 12.000 - -" in printed
     assert "attention_b1_g2 9.0 1.50 6.000 20.0 -" in printed
+    assert "16384 tokens of a prompt behind 131072, 96 blocks a token" in printed
+    assert "attend_g2 6000 2400 2.500 275 0.410" in printed
     assert "Beside matrix products, batch 1" in printed
     assert "nobody - 730.5 - -" in printed
     assert "gather 8 500 830.5 0.8 0.25" in printed

@@ -126,6 +126,7 @@ def kernels(monkeypatch):
     found = {
         "copy": {"gbps": 4000.0},
         "gather": {"memcpy": {**spread(1.0), "gbps": 50.0}, "by_programs": {}},
+        "prompt": {"tokens": 64, "past": 512, "kernels": {}},
         "beside": {},
     }
     module = pytest.importorskip("sparda_compile.bench.kernels")

@@ -28,11 +28,12 @@ from sparda_compile.program.plan import make_plan
 from sparda_compile.testing import tiny_llama
 
 GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
-# A prefill's; it is not replayed.
 # Of a prompt alone, which nothing profiles by node.
 OTHER_KERNELS = {
     "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_pooled_keys",
-    "_extend_key_bounds", "_store_prefix",
+    "_extend_key_bounds", "_store_prefix", "_token_sums", "_token_blocks", "_pick_tokens",
+    "_order_tokens", "_mark_blocks", "_place_blocks", "_pack_blocks", "_tile_unions",
+    "_attend_tokens",
 }  # fmt: skip
 # Two layers of mode exact: name, stream, kernels. Two streams select.
 EXACT = """

@@ -12,7 +12,6 @@ Floor: K*2*P*D elements per sequence and group at the device's bandwidth.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +27,7 @@ from sparda_compile.kernels.gpu.launch import (
     launch_early,
     power_of_two,
     rows_of,
+    shared_bytes,
 )
 
 if TYPE_CHECKING:
@@ -176,12 +176,6 @@ def _partials(
     tl.store(lse + place, log_sum, mask=head < HEADS)
 
 
-@functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-
-
 def _stages(pages: Tensor, rows: int, tokens: int, dims: int) -> int:
     """Return how many stages fit; results do not depend on it."""
     if pages.device.type != "cuda":
@@ -190,7 +184,7 @@ def _stages(pages: Tensor, rows: int, tokens: int, dims: int) -> int:
     # Queries and outputs, and scores or weights of both tiles, as far as shared memory holds them.
     others = rows * (dims * (width + 4) + 2 * tokens * 4)
     turn = 4 * tokens * dims * width
-    return 1 + min(_STAGES - 1, max(_shared_bytes(pages.device) - others, 0) // turn)
+    return 1 + min(_STAGES - 1, max(shared_bytes(pages.device) - others, 0) // turn)
 
 
 def partials(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,7 @@ __all__ = [
     "launch_early",
     "power_of_two",
     "rows_of",
+    "shared_bytes",
     "tokens_of",
 ]
 
@@ -157,3 +159,10 @@ def tokens_of(tensor_BHTD: Tensor) -> tuple[Tensor, int, int, int]:
     """Return many tokens' vectors with strides by sequence, head and token; see `rows_of`."""
     tensor, row, head = rows_of(tensor_BHTD)
     return tensor, row, head, tensor.stride(2)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that one program may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["SCORE_KERNELS"]
+__all__ = ["SCORE_KERNELS", "complete_windows"]
 
 # Blocks of one program; a Forecast's measured on one H200, of 8 to 64, and of 2 to 8 warps.
 _BLOCKS: Final = 32
@@ -40,7 +40,8 @@ _WINDOWS: Final = 128
 
 
 @triton.jit
-def _num_windows(length, POOL: tl.constexpr, STRIDE: tl.constexpr):
+def complete_windows(length, POOL: tl.constexpr, STRIDE: tl.constexpr):  # noqa: ANN201
+    """Return how many windows so many tokens have completed."""
     return tl.where(length >= POOL, (length - POOL) // STRIDE + 1, 0)
 
 
@@ -52,7 +53,7 @@ def _score_forecast(
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // groups, pair % groups
-    complete = _num_windows(tl.load(lengths + row), POOL, STRIDE)
+    complete = complete_windows(tl.load(lengths + row), POOL, STRIDE)
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     best = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
     if part * BLOCKS * RATIO - OVERHANG < complete:
@@ -103,7 +104,7 @@ def _infllm2_logits(
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
     row, group = pair // groups, pair % groups
-    complete = _num_windows(tl.load(lengths + row), POOL, STRIDE)
+    complete = complete_windows(tl.load(lengths + row), POOL, STRIDE)
     head = tl.arange(0, ROWS)
     is_head = head < HEADS
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -149,7 +150,7 @@ def _infllm2_blocks(
     pair, part = tl.program_id(0), tl.program_id(1)
     if not INTERPRETED:
         cuda.gdc_wait()
-    complete = _num_windows(tl.load(lengths + pair // groups), POOL, STRIDE)
+    complete = complete_windows(tl.load(lengths + pair // groups), POOL, STRIDE)
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     best = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
     if part * BLOCKS * RATIO - OVERHANG < complete:

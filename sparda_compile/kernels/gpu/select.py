@@ -29,18 +29,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "MOST_BLOCKS",
     "Choice",
     "Planned",
     "Tables",
     "check_num_blocks",
     "find_largest",
+    "pick",
     "plan",
     "select",
     "select_and_plan",
 ]
 
 # Counts of blocks are added up in 16 bits.
-_MOST_BLOCKS: Final = 1 << 15
+MOST_BLOCKS: Final = 1 << 15
 _HITS = tl.constexpr(HITS)
 _MISSES = tl.constexpr(MISSES)
 _PREFETCHED = tl.constexpr(PREFETCHED)
@@ -115,14 +117,13 @@ def find_largest(key, low, span, found, wanted):  # noqa: ANN201 - a part of ker
 
 
 @triton.jit
-def _pick(
-    scores, pair, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr,
+def pick(  # noqa: ANN201
+    score, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mark the SELECTED best blocks."""
+    """Mark the SELECTED best blocks; `score` may be anything where there is none."""
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
-    score = tl.load(scores + pair * num_blocks + block, mask=exists, other=float("-inf"))
     score = tl.where(score == 0.0, 0.0, tl.maximum(score, _LOWEST))
     forced = (block < sink) | (block >= current - local)
     score = tl.where(forced, float("inf"), score)
@@ -208,7 +209,9 @@ def _select_pages(
     listed = pair * SELECTED + column
     if SELECT:
         block = tl.arange(0, BLOCKS)
-        picked = _pick(scores, pair, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+        exists = (block <= current) & (block < num_blocks)
+        score = tl.load(scores + pair * num_blocks + block, mask=exists, other=float("-inf"))
+        picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(block_ids + pair * SELECTED + rank, block, mask=picked)
         num_picked = tl.minimum(current + 1, SELECTED)
@@ -262,10 +265,10 @@ def _select_pages(
 
 def check_num_blocks(num_blocks: int) -> None:
     """Raise UnsupportedInputError if a sequence has more blocks than a program counts."""
-    if num_blocks > _MOST_BLOCKS:
+    if num_blocks > MOST_BLOCKS:
         raise UnsupportedInputError(
             f"a sequence of up to {num_blocks} KV blocks is too long for selection on a GPU, which "
-            f"counts up to {_MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
+            f"counts up to {MOST_BLOCKS}; use a larger block_size or a smaller max_tokens."
         )
 
 

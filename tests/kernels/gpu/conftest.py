@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from sparda_compile.kernels.prefill_attention import token_positions
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HAS_CUDA = torch.cuda.is_available()
+NAN = float("nan")
 
 # Largest error of an element, relative to the RMS of its sequence. A score is fp32 however its
 # summary is stored, but tensor cores sum half-precision products with fewer bits. What attention
@@ -58,3 +61,87 @@ def _poison_gpu_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class PromptCase:
+    """New tokens behind a past in pages and CPU memory; NaN where nothing is, or nobody reads."""
+
+    def __init__(
+        self, lengths, mask, sizes, *, selected=4, dtype=torch.float32, offload=True, seed=0
+    ):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, (groups, repeat, self.size, dim) = dtype, sizes
+        self.mask = torch.tensor(mask)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        batch, num_tokens = self.mask.shape
+        self.position = token_positions(self.lengths, self.mask, num_tokens)
+        self.query = self.randn(batch, num_tokens, groups * repeat, dim).transpose(1, 2)
+        self.k = self.randn(batch, num_tokens, groups, dim).transpose(1, 2)
+        self.v = self.randn(batch, groups, num_tokens, dim)
+        for row in range(batch):
+            self.k[row, :, ~self.mask[row]] = self.v[row, :, ~self.mask[row]] = NAN
+        self.num_blocks = int(self.position.max().clamp(min=max(lengths))) // self.size + 2
+        self.ids = torch.full((batch, groups, num_tokens, selected), -1, dtype=torch.int32)
+        self.choose_ids(selected)
+        self.fill_blocks(groups, dim, offload=offload)
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def choose_ids(self, selected):
+        """Give each token its own block and some others before it, the last ones more often."""
+        for row, group, token in torch.cartesian_prod(*map(torch.arange, self.ids.shape[:3])):
+            current = int(self.position[row, token]) // self.size
+            if self.position[row, token] >= 0:
+                order = torch.rand(current, generator=self.generator)
+                order[-2:] += 0.5
+                ids = order.argsort(descending=True)[: selected - 1].sort().values
+                ids = torch.cat([ids, torch.tensor([current])])
+                self.ids[row, group, token, : len(ids)] = ids.int()
+
+    def fill_blocks(self, groups, dim, *, offload):
+        batch, size = len(self.lengths), self.size
+        num_pages = max(self.num_blocks // 2, 2) if offload else self.num_blocks
+        self.pages = torch.full((batch, groups, num_pages, 2, size, dim), NAN, dtype=self.dtype)
+        shape = (batch, groups, self.num_blocks, 2, size, dim)
+        self.host = torch.full(shape, NAN, dtype=self.dtype) if offload else torch.empty(0)
+        self.table = torch.full(shape[:3], -1, dtype=torch.int32)
+        self.read = torch.zeros(shape[:3], dtype=torch.bool)
+        for row, length in enumerate(self.lengths.tolist()):
+            for group in range(groups):
+                ids = self.ids[row, group]
+                self.read[row, group, ids[ids >= 0].long()] = True
+                pages = torch.randperm(num_pages, generator=self.generator).tolist()
+                for block in reversed(range(-(-length // size))):
+                    seen = min(size, length - block * size)
+                    kv = self.randn(2, seen, dim)
+                    if not offload or seen < size or (block % 2 and pages):
+                        page = pages.pop()
+                        self.table[row, group, block] = page
+                        self.pages[row, group, page, :, :seen] = kv
+                    else:
+                        self.host[row, group, block] = kv
+
+    def where(self, device):
+        """Return the past as it is on a GPU, with NaN in CPU memory where nobody reads."""
+        host = self.host
+        if host.numel():
+            absent = (self.table < 0) & ~self.read
+            host = host.masked_fill(absent[..., None, None, None], NAN)
+            self.pinned = torch.empty(
+                host.shape, dtype=self.dtype, pin_memory=device == "cuda"
+            ).copy_(host)
+            step = host[0, 0].numel() * host.element_size()
+            pair = torch.arange(host.shape[0] * host.shape[1]).view(host.shape[:2])
+            host = self.pinned.data_ptr() + pair * step
+        return self.pages.to(device), host.to(device), self.table.to(device)
+
+
+@pytest.fixture
+def prompt_case(device, monkeypatch) -> type[PromptCase]:
+    """What makes a prompt behind a past; a gather has few programs where they are interpreted."""
+    if device == "cpu":
+        from sparda_compile.kernels.gpu import token_blocks
+
+        monkeypatch.setattr(token_blocks, "GATHER_PROGRAMS", 3)
+    return PromptCase

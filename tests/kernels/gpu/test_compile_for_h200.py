@@ -16,7 +16,10 @@ SCRIPT = Path(__file__).with_name("compile_for_h200.py")
 # Shared memory that one program may have on an H200.
 MOST_SHARED = 227 * 1024
 # Kernels that read many bytes, and those that write as many.
-READ = {"_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks"}
+READ = {
+    "_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks",
+    "_token_sums", "_token_blocks", "_attend_tokens",
+}  # fmt: skip
 COPY = {"_gather", "_store_tail", "_copy_runs", "_extend_kv", "_store_prefix"}
 
 
@@ -28,7 +31,7 @@ def test_kernels_compile_and_fit_and_read_16_bytes_at_once(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 22
+    assert len(found) == 31
     assert {name: shared for name, (shared, _, _) in found.items() if shared > MOST_SHARED} == {}
     assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
     assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)

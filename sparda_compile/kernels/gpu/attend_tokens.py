@@ -1,0 +1,274 @@
+"""Attention of a prompt's tokens, each over its own selected blocks of the past and of the prompt.
+
+A program takes neighbouring tokens of one KV head, whose query heads are the rows of a tile, and
+walks the union of the blocks that they read, with an online softmax. A row that does not read a
+block has no weight there: what a token gets depends on no other token, nor on the tile, the call
+or the chunk that it is in. `token_blocks.py` says what the union is and where each block lies.
+
+Neighbours read nearly the same blocks, so a tile of R tokens multiplies for a union of U blocks
+where a token has K. With a group of H heads, of each of U * 2 * P * D elements that are read,
+R * H * K * 4 * P * D useful FLOP are made. Counted for the 34 forced blocks of 96 in all sets and
+62 of which each token replaces a tenth:
+
+    group   tokens   rows     U   useful   FLOP a byte, 16 bits
+       16        4     64   115      84%                     53
+       16        8    128   139      69%                     88
+        4       16     64   189      51%                     32
+        4       32    128   288      33%                     43
+
+Floors: of the matrix unit, T * H * K * 4 * P * D FLOP in all, at the useful share; of the memory,
+each tile's union from the L2 cache, where neighbouring tiles, which run together, find it. A group
+of 16 is balanced with 128 rows: more rows multiply for others, fewer wait for loads. At a group of
+4 loads decide either way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import triton
+import triton.language as tl
+
+from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
+from sparda_compile.kernels.gpu.token_blocks import place_blocks, unions, unions_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
+
+__all__ = ["attend_tokens", "attend_unions", "covers", "tile_rows"]
+
+# Query vectors of a tile; two warp groups share 128, so that sums and scores stay in registers.
+# Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
+_ROWS: Final = 128
+_ROWS_OF_32_BITS: Final = 32
+# Keys of a turn, and as many values.
+_TILE: Final = 64
+# Of a tile's queries; vectors that are too long for it are fewer.
+_QUERY_BYTES: Final = 64 * 1024
+# Of keys, and as many of values.
+_TILE_BYTES: Final = 32 * 1024
+_MOST_STAGES: Final = 3
+# What the unions of one launch take.
+_SCRATCH_BYTES: Final = 64 << 20
+_LOG2_E: Final = math.log2(math.e)
+
+
+@triton.jit
+def _entry(
+    block_ids, addresses, readers, entry, count, word, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Return a block of the union, its address, and for each row a word of the bits of readers."""
+    there = entry < count
+    block = tl.load(block_ids + entry, mask=there, other=0)
+    address = tl.load(addresses + entry, mask=there, other=0)
+    each = entry + word * 0
+    bits = tl.load(readers + each * WORDS + word, mask=each < count, other=0)
+    return block, address, bits
+
+
+@triton.jit
+def _load_tile(
+    source, token, dims, SIZE: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    DIMS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return some keys, or values, of a block."""
+    at = source + token[:, None] * DIM + dims[None, :]
+    if (SIZE % TOKENS == 0) & (DIM == DIMS):
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(token < SIZE)[:, None] & (dims < DIM)[None, :], other=0.0)
+    if INTERPRETED:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _scores(q, keys, token, limit, factor, cap, SOFTCAP: tl.constexpr):
+    """Return scores times log2(e): their exponential is then a power of two, which is one step."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    return tl.where(token[None, :] <= limit[:, None], scores, float("-inf"))
+
+
+@triton.jit
+def _attend_tokens(
+    query, out, columns, counts, lengths, union_counts, union_ids, readers, union_addresses, like,
+    factor, cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, first_tile,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
+    DIMS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    local_tile, pair = tl.program_id(0), tl.program_id(1)
+    row, group = pair // groups, pair % groups
+    line = tl.arange(0, ROWS)
+    reader, head = line // ROOM, line % ROOM
+    rank = (first_tile + local_tile) * (ROWS // ROOM) + reader
+    inside = (rank < num_tokens) & (head < HEADS)
+    column = tl.load(columns + row.to(tl.int64) * num_tokens + rank, mask=inside, other=0)
+    column = column.to(tl.int64)
+    position = tl.load(lengths + row) + rank
+    dims = tl.arange(0, DIMS)
+    mask = inside[:, None] & (dims < DIM)[None, :]
+    place = row.to(tl.int64) * q_row + (group * HEADS + head).to(tl.int64) * q_head
+    place += column * q_token
+    q = tl.load(query + place[:, None] + dims[None, :], mask=mask, other=0.0)
+    if INTERPRETED:
+        q = q.to(tl.float32)
+    own = pair.to(tl.int64) * tl.num_programs(0) + local_tile
+    count = tl.load(union_counts + own)
+    ids_at, addresses_at = union_ids + own * num_entries, union_addresses + own * num_entries
+    readers_at = readers + own * num_blocks * WORDS
+    word, shift = reader // 32, reader % 32
+    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, DIMS], dtype=tl.float32)
+    block, address, bits = _entry(ids_at, addresses_at, readers_at, count * 0, count, word, WORDS)
+    for turn in tl.range(count * PARTS, num_stages=STAGES):
+        # A turn ahead: loads that wait for each other would have the stages of the loop.
+        coming = (turn + 1) // PARTS
+        next_block, next_address, next_bits = _entry(
+            ids_at, addresses_at, readers_at, coming, count, word, WORDS
+        )
+        token = turn % PARTS * TOKENS + tl.arange(0, TOKENS)
+        start = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
+        keys = _load_tile(start, token, dims, SIZE, TOKENS, DIM, DIMS, INTERPRETED)
+        values = _load_tile(start + SIZE * DIM, token, dims, SIZE, TOKENS, DIM, DIMS, INTERPRETED)
+        # The last token of the block that a row sees.
+        limit = tl.where((bits >> shift) & 1 != 0, position - block * SIZE, -1)
+        if SIZE % TOKENS != 0:
+            limit = tl.minimum(limit, SIZE - 1)
+        scores = _scores(q, keys, token, limit, factor, cap, SOFTCAP)
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(scores - safe[:, None])
+        fade = tl.exp2(peak - safe)
+        total = total * fade + tl.sum(weight, axis=1)
+        acc = acc * fade[:, None]
+        acc += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+        peak = new_peak
+        block, address, bits = next_block, next_address, next_bits
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at = ((row.to(tl.int64) * groups + group) * HEADS + head) * num_tokens + column
+    tl.store(out + at[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+def tile_rows(heads: int, dim: int, dtype: torch.dtype) -> int:
+    """Return the rows of a tile, tokens times heads (as a power of two each).
+
+    Args:
+        heads: Query heads of a group.
+        dim: D.
+        dtype: Of queries.
+    """
+    most = _ROWS_OF_32_BITS if dtype.itemsize == 4 else _ROWS
+    rows = min(most, _QUERY_BYTES // (power_of_two(dim) * dtype.itemsize))
+    return max(rows, power_of_two(heads), 16)
+
+
+def covers(query_BHTD: Tensor, pages: Tensor, block_table: Tensor) -> bool:
+    """Whether the kernel attends for such queries and pages: not if a group's heads are too large.
+
+    Args:
+        query_BHTD: Queries.
+        pages: [B, G, C, 2, P, D].
+        block_table: [B, G, N] int32.
+    """
+    heads = query_BHTD.shape[1] // block_table.shape[1]
+    vector_bytes = power_of_two(query_BHTD.shape[3]) * query_BHTD.element_size()
+    return power_of_two(heads) * vector_bytes <= _QUERY_BYTES and query_BHTD.dtype == pages.dtype
+
+
+def _stages(staging: Tensor, rows: int, tokens: int, dims: int) -> int:
+    """Return how many tiles of keys and of values fit beside queries and weights."""
+    if staging.device.type != "cuda":
+        return _MOST_STAGES
+    width = staging.element_size()
+    others = rows * (dims + tokens) * width
+    free = shared_bytes(staging.device) - others
+    return max(min(_MOST_STAGES, free // (2 * tokens * dims * width)), 1)
+
+
+def attend_unions(
+    query_BHTD: Tensor,
+    prompt: Prompt,
+    union: Unions,
+    out: Tensor,
+    first_tile: int,
+    rows: int,
+    factors: tuple[float, float],
+) -> None:
+    """Attend for some tiles; writes their tokens of `out`, 0 where none is real.
+
+    Args:
+        query_BHTD: Queries; the last dimension is contiguous.
+        prompt: The tokens, with the staging buffer.
+        union: What the tiles read.
+        out: [B, H, T, D], contiguous.
+        first_tile: Of the union.
+        rows: Of a tile, see `tile_rows`.
+        factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
+    """
+    batch, heads, num_tokens, dim = query_BHTD.shape
+    groups, num_blocks = prompt.addresses.shape[1:]
+    size, (scale, softcap) = prompt.staging.shape[4], factors
+    room, dims = power_of_two(heads // groups), power_of_two(dim, 16)
+    tokens = min(_TILE, _TILE_BYTES // (dims * prompt.staging.element_size()))
+    tokens = min(tokens, power_of_two(size, 16))
+    factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
+    launch(_attend_tokens, (union.counts.shape[1], batch * groups))(
+        query_BHTD, out, prompt.columns, prompt.counts, prompt.lengths, union.counts,
+        union.block_ids, union.readers, union.addresses, prompt.staging, factor, softcap * _LOG2_E,
+        *query_BHTD.stride()[:3], groups, num_tokens, num_blocks, union.block_ids.shape[2],
+        first_tile, heads // groups, room, rows, union.readers.shape[3], size, tokens,
+        triton.cdiv(size, tokens), dim, dims, softcap != 0.0, interpreting(),
+        _stages(prompt.staging, rows, tokens, dims), num_warps=4 if rows <= 64 else 8,
+    )  # fmt: skip
+
+
+def attend_tokens(
+    query_BHTD: Tensor,
+    kv: tuple[Tensor, Tensor],
+    block_ids_BGTK: Tensor,
+    token_mask_BT: Tensor,
+    lengths_B: Tensor,
+    past: tuple[Tensor, Tensor, Tensor],
+    factors: tuple[float, float],
+    rows: int = 0,
+) -> Tensor:
+    """Attend; see `kernels.prefill_attention`.
+
+    Args:
+        query_BHTD: Queries.
+        kv: [B, G, T, D] new keys and values.
+        block_ids_BGTK: int32, -1 for none.
+        token_mask_BT: bool, which tokens are real.
+        lengths_B: int32, tokens in the cache.
+        past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
+            the block table [B, G, N] int32.
+        factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
+        rows: Of a tile, at least a group's heads; 0 for what is best.
+
+    Returns:
+        [B, H, T, D]; zero for tokens that are not real.
+    """
+    query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
+    ids = block_ids_BGTK.contiguous()
+    batch, groups, num_tokens, selected = ids.shape
+    prompt = place_blocks(kv, ids, token_mask_BT, lengths_B, past)
+    heads = query.shape[1] // groups
+    rows = rows or tile_rows(heads, query.shape[3], query.dtype)
+    tokens = rows // power_of_two(heads)
+    tiles = triton.cdiv(num_tokens, tokens)
+    each = batch * groups * unions_bytes(prompt.addresses.shape[2], tokens, selected)
+    at_once = max(min(_SCRATCH_BYTES // each, tiles), 1)
+    out = query.new_empty(query.shape)
+    for first in range(0, tiles, at_once):
+        union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))
+        attend_unions(query, prompt, union, out, first, rows, factors)
+    return out

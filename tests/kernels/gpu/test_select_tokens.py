@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.kernels.gpu import select_tokens as kernels
+from sparda_compile.kernels.gpu.select import Choice
+from sparda_compile.kernels.prefill_attention import token_positions
+from sparda_compile.kernels.select_tokens import select_tokens
+from sparda_compile.selectors import Geometry
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SELECTORS = ["forecast", "infllm2", "quest"]
+SCALE = 0.3
+
+
+class Prompt:
+    """New tokens behind `lengths` others, some of them hidden, and the pooled keys of all."""
+
+    def __init__(self, lengths, mask, sizes, geometry, *, dtype=torch.float32, whole=None, seed=0):
+        groups, repeat, dim = sizes
+        self.generator = torch.Generator().manual_seed(seed)
+        self.whole, self.dtype, self.geometry = whole, dtype, geometry
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.mask = torch.tensor(mask)
+        batch, num_tokens = self.mask.shape
+        self.pooled = self.numbers(batch, groups, geometry.num_windows, dim)
+        totals = self.lengths + self.mask.sum(1)
+        for row, total in enumerate(totals.tolist()):
+            assert total <= geometry.num_blocks * geometry.block_size
+            complete = max((total - geometry.pool_size) // geometry.pool_stride + 1, 0)
+            self.pooled[row, :, complete:] = float("nan")
+        self.bounds = self.numbers(batch, groups, geometry.num_blocks, 2, dim).sort(-2).values
+        for row, total in enumerate(totals.tolist()):
+            filled = -(-total // geometry.block_size)
+            self.bounds[row, :, filled:, 0] = float("inf")
+            self.bounds[row, :, filled:, 1] = float("-inf")
+        self.queries = self.numbers(batch, num_tokens, groups * repeat, dim).transpose(1, 2)
+        self.forecasts = self.numbers(batch, num_tokens, groups, dim).transpose(1, 2)
+
+    def numbers(self, *shape):
+        """Return noise, or whole numbers, whose products are exact and often equal."""
+        if self.whole:
+            low, high = -self.whole, self.whole + 1
+            return torch.randint(low, high, shape, generator=self.generator).to(self.dtype)
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def check(self, device, selector, choice, least_equal=1.0):
+        """Compare with the reference, which is given the same numbers in fp32; return the ids.
+
+        Fewer than all blocks may be equal where sums in another order decide what is nearly a tie.
+        """
+        geometry = self.geometry
+        query = self.forecasts if selector == "forecast" else self.queries
+        summary = self.bounds if selector == "quest" else self.pooled
+        # What the reference reads of windows that no token has completed is hidden behind it.
+        exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
+        want = select_tokens(
+            query.float(), [exact], self.mask, self.lengths, selector, SCALE,
+            geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
+            *self.ordered(choice),
+        )  # fmt: skip
+        position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
+        assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
+        got = kernels.select_tokens(
+            query.to(device), [summary.to(device)], position.to(device), selector, SCALE,
+            geometry, choice,
+        ).cpu()  # fmt: skip
+        assert got.dtype == torch.int32
+        assert torch.equal(got, want) or least_equal < 1
+        assert (got[..., None] == want[..., None, :]).any(-1).float().mean() >= least_equal
+        assert torch.equal(got >= 0, want >= 0)
+        assert got[~self.mask[:, None].expand(got.shape[:3])].eq(-1).all()
+        return got
+
+    @staticmethod
+    def ordered(choice):
+        return choice.num_selected, choice.sink_blocks, choice.local_blocks
+
+
+def first(count, width):
+    return [i < count for i in range(width)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_kernels_equal_the_reference(device, selector, dtype):
+    """A turn behind a past of 60 blocks, with holes behind a short one, and left padding."""
+    mask = [first(4, 4), [i != 1 for i in range(4)], [i > 2 for i in range(4)]]
+    prompt = Prompt([1000, 170, 90], mask, (1, 4, 24), Geometry(70, 16, 8, 4), dtype=dtype)
+    ids = prompt.check(device, selector, Choice(9, 16, 1, 2))
+    assert (ids >= 0).sum(-1).unique().tolist() == [0, 6, 9]
+
+
+@pytest.mark.parametrize("repeat", [1, 3, 4, 7, 8, 16, 71])
+def test_groups_of_every_size(device, repeat):
+    prompt = Prompt(
+        [300], [first(2, 2)], (1 if repeat > 64 else 2, repeat, 20), Geometry(20, 16, 8, 4)
+    )
+    prompt.check(device, "infllm2", Choice(7, 16, 1, 1))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_head_dims(device, selector, dim):
+    prompt = Prompt([600], [first(2, 2)], (1, 2, dim), Geometry(10, 64, 32, 16))
+    prompt.check(device, selector, Choice(4, 64, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(33, 16, 16, 16),
+        Geometry(21, 12, 6, 3),
+        Geometry(27, 8, 12, 4),
+        Geometry(40, 8, 4, 4),
+    ],
+)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_geometries(device, selector, geometry):
+    """Windows side by side, sizes that are no power of two, windows over two blocks and of one."""
+    size = geometry.block_size
+    lengths = [geometry.num_blocks * size - 2, 5 * size - 1]
+    prompt = Prompt(lengths, [first(2, 2)] * 2, (1, 3, 16), geometry)
+    prompt.check(device, selector, Choice(5, size, 1, 1))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_ties_go_to_the_lower_block(device, selector):
+    """Few different numbers, so that many blocks score the same, bit for bit."""
+    geometry, choice = Geometry(64, 8, 4, 4), Choice(12, 8, 1, 2)
+    prompt = Prompt([500], [first(3, 3)], (1, 2, 2), geometry, whole=1)
+    ids = prompt.check(device, selector, choice)
+    prompt.pooled, prompt.bounds = prompt.pooled.nan_to_num().zero_(), prompt.bounds.clamp(0, 0)
+    same = prompt.check(device, selector, choice)
+    assert same[0, 0, 0].tolist() == [*range(9), 60, 61, 62]
+    assert not torch.equal(ids, same)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(1, 8, 0, 0),
+        Choice(6, 8, 0, 0),
+        Choice(4, 8, 1, 2),
+        Choice(4, 8, 3, 5),
+        Choice(40, 8, 1, 2),
+    ],
+)
+def test_choices(device, choice):
+    """One block, none of them forced, all, more forced than wanted, and more than there are."""
+    prompt = Prompt([120, 7], [first(2, 2)] * 2, (1, 1, 16), Geometry(30, 8, 4, 2))
+    ids = prompt.check(device, "forecast", choice)
+    assert (ids[0, 0] >= 0).sum(-1).tolist() == [min(choice.num_selected, 16)] * 2
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_prompt_from_its_first_token(device, selector):
+    """Tokens with all blocks, with as many as they may have, and with more, in one tile."""
+    prompt = Prompt([0], [[i > 1 for i in range(18)]], (1, 2, 16), Geometry(5, 4, 2, 2))
+    ids = prompt.check(device, selector, Choice(3, 4, 1, 0))
+    assert (ids[0, 0] >= 0).sum(-1).tolist() == [0] * 2 + [1] * 4 + [2] * 4 + [3] * 8
+
+
+@pytest.mark.parametrize(("selector", "num_tokens"), [("forecast", 17), ("infllm2", 9)])
+def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
+    """Several programs share the windows, not in whole tiles; few tokens are taken at a time."""
+    monkeypatch.setattr(kernels, "_PART_BLOCKS", 30)
+    monkeypatch.setattr(kernels, "_WINDOWS", 16)
+    monkeypatch.setattr(kernels, "_COLUMNS", 16)
+    monkeypatch.setattr(kernels, "_FORECAST_COLUMNS", 16)
+    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)
+    prompt = Prompt([1500], [first(num_tokens, num_tokens)], (1, 4, 16), Geometry(100, 16, 8, 4))
+    prompt.check(device, selector, Choice(10, 16, 1, 2))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_gaps_between_a_query_s_elements(device, selector):
+    prompt = Prompt([200], [first(2, 2)], (1, 2, 16), Geometry(14, 16, 8, 4))
+    for name in ("queries", "forecasts"):
+        tensor = getattr(prompt, name).repeat_interleave(2, -1)[..., ::2]
+        assert tensor.stride(-1) == 2
+        setattr(prompt, name, tensor)
+    prompt.check(device, selector, Choice(5, 16, 1, 1))
+
+
+def test_what_is_not_covered():
+    query, forecast = torch.empty(1, 258, 1, 8), torch.empty(1, 2, 1, 8)
+    plain = Geometry(4, 16, 8, 4)
+    assert kernels.covers("infllm2", query, 3, plain)
+    assert not kernels.covers("infllm2", query, 2, plain)
+    assert kernels.covers("forecast", forecast, 2, Geometry(4, 16, 20, 4))
+    assert not kernels.covers("forecast", forecast, 2, Geometry(4, 16, 24, 4))
+    assert not kernels.covers("forecast", forecast, 2, Geometry(1 << 16, 16, 8, 4))
+    assert kernels.covers("quest", query, 2, Geometry(4, 16, 24, 4))
+    for name in ("nosa", "nosa_forecast"):
+        assert not kernels.covers(name, query, 2, plain)
+
+
+# Whole numbers have exact products on tensor cores, too; a softmax has none, nor a mean of seven.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("repeat", "dim"), [(1, 64), (4, 96), (7, 128), (8, 64), (16, 256)])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_large_shapes(device, selector, repeat, dim, dtype):
+    geometry = Geometry(300, 64, 32, 16)
+    lengths = [18000, 6000, 0]
+    mask = [first(700, 700), [i >= 300 for i in range(700)], first(650, 700)]
+    whole = 2 if selector == "infllm2" else 40
+    prompt = Prompt(lengths, mask, (2, repeat, dim), geometry, dtype=dtype, whole=whole)
+    exact = selector == "forecast" or (selector == "quest" and repeat != 7)
+    prompt.check(device, selector, Choice(96, 64, 1, 32), 1.0 if exact else 0.999)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.kernels.gpu import token_blocks
+
+
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_unions_are_what_tiles_of_neighbours_read(device, prompt_case, tokens):
+    mask = [[i % 3 > 0 for i in range(36)], [True] * 36]
+    case = prompt_case([50, 3], mask, (2, 1, 4, 8), selected=3)
+    ids, past = case.ids.to(device), case.where(device)
+    case.pinned.nan_to_num_()
+    kv = (case.k.to(device), case.v.to(device))
+    lengths = case.lengths.to(device)
+    prompt = token_blocks.place_blocks(kv, ids, case.mask.to(device), lengths, past)
+    assert prompt.counts.tolist() == [24, 36]
+    # Nothing else crosses the link, and the buffer is NaN where nothing has been written.
+    block = torch.arange(case.num_blocks)
+    missed = (case.table < 0) & case.read & (block < (case.lengths // 4)[:, None, None])
+    fetched = prompt.staging[:, :, 36 // 4 + 1 :].isfinite().all(-1).all(-1).all(-1)
+    assert torch.equal(fetched.sum(-1).cpu(), missed.sum(-1))
+    assert missed.any()
+    tiles = -(-36 // tokens)
+    union = token_blocks.unions(prompt, ids, tokens, 0, tiles)
+    for row, group, tile in torch.cartesian_prod(*map(torch.arange, (2, 2, tiles))).tolist():
+        columns = torch.where(case.mask[row])[0][tile * tokens : (tile + 1) * tokens]
+        assert torch.equal(
+            prompt.columns[row, tile * tokens :][: len(columns)].cpu(), columns.int()
+        )
+        own = case.ids[row, group, columns]
+        blocks = [block for block in own.unique().tolist() if block >= 0]
+        pair = 2 * row + group
+        count = int(union.counts[pair, tile])
+        assert union.block_ids[pair, tile, :count].tolist() == blocks
+        for entry, block in enumerate(blocks):
+            words = union.readers[pair, tile].flatten(0)[entry * union.readers.shape[3] :]
+            bits = [int(words[t // 32]) >> (t % 32) & 1 for t in range(len(columns))]
+            assert bits == (own == block).any(-1).int().tolist()
+            check_block(case, prompt, (row, group, block), int(union.addresses[pair, tile, entry]))
+
+
+def check_block(case, prompt, which, address):
+    """An address is that of a page, or of a block in the staging buffer with the right content."""
+    row, group, block = which
+    page = int(case.table[row, group, block])
+    if block < case.lengths[row] // case.size and page >= 0:
+        assert address >= 0
+        return
+    staging = prompt.staging
+    number = (address - staging.data_ptr()) // (staging[0, 0, 0].numel() * staging.element_size())
+    assert number // staging.shape[2] == row * staging.shape[1] + group
+    got = staging[row, group, number % staging.shape[2]].cpu()
+    start = block * case.size
+    for offset in range(case.size):
+        position = start + offset
+        if position < case.lengths[row]:
+            source = case.pages[row, group, page] if page >= 0 else case.host[row, group, block]
+            want = source[:, offset]
+        else:
+            column = torch.where(case.position[row] == position)[0]
+            if len(column) == 0:
+                want = torch.zeros(2, got.shape[-1])
+            else:
+                want = torch.stack([t[row, group, column[0]] for t in (case.k, case.v)])
+        assert torch.equal(got[:, offset], want)
