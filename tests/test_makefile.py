@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,7 +31,9 @@ def project(tmp_path):
 
 def make_demo(project):
     command = ["make", "demo", "PYTHON=./python", "TORCH=9.9"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+    # What a make around this one says of itself would be heard here.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=True)
 
 
 def test_first_demo_says_what_is_installed_and_later_ones_say_nothing(project):

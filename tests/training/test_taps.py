@@ -12,6 +12,7 @@ from sparda_compile.graph.tags import LAYER
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.program.plan import forecast_shapes, make_plan
 from sparda_compile.testing import build
+from sparda_compile.testing.building import build_from_transformers
 from sparda_compile.training.taps import tap_forward
 
 CONFIG = SpardaConfig(
@@ -149,8 +150,14 @@ def test_without_a_listener_the_backbone_runs_alone(gym, forward):
 
 
 def test_model_with_windows_alone_is_refused(gym):
-    captures = captures_of(gym.model)
-    captures._graphs.update(gym.captures._graphs)
-    captures.windows = dict.fromkeys(captures.windows, 600)
+    fields = {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    mistral = build_from_transformers(
+        "MistralForCausalLM", "MistralConfig", fields, seed=0, attn_implementation="sdpa"
+    )
+    captures = captures_of(mistral)
     with pytest.raises(UnsupportedInputError, match=r"sliding window in every attention.*dense"):
         tap_forward(captures, gym.config, 1)

@@ -129,9 +129,9 @@ def test_resumption_goes_on_with_the_next_batch_whatever_a_step_takes(gym, tmp_p
     seen = []
     step = ForecastTrainer.step
 
-    def noted(trainer, batches):
+    def noted(trainer, batches, *rest):
         seen.append([int(ids[0, 0]) for ids in batches])
-        return step(trainer, batches)
+        return step(trainer, batches, *rest)
 
     monkeypatch.setattr(ForecastTrainer, "step", noted)
     batches = [torch.cat([torch.tensor([[n]]), gym.batches(1)[0]], dim=1) for n in range(6)]
