@@ -106,7 +106,8 @@ def check_holes(attention_mask: Tensor | None, windows: Iterable[int]) -> None:
         raise UnsupportedInputError(
             "attention_mask hides tokens between real ones, and this model has layers with a "
             f"sliding window of {narrowest} tokens, which would count them. Leave those tokens "
-            "out, and pad on the left."
+            "out, and pad on the left. If you gave no attention_mask, generate has made one from "
+            "pad_token_id: pass one."
         )
 
 
