@@ -66,7 +66,6 @@ class EvaluationRow:
         name: Name of the configuration.
         mode: Its mode.
         selector: Its selector.
-        prompt: Mode by which the tokens of the prompt selected; `dense` if they read everything.
         task: Task.
         length: Tokens of a sequence; bytes for a model of bytes.
         budget: Share of the blocks that a step may read, forced ones included.
@@ -79,12 +78,12 @@ class EvaluationRow:
         kl: Mean KL divergence from the dense model at the answers, in nats.
         agreement: Share of answer places where the likeliest token is the dense model's.
         recalls: By who chose and layer; empty for mode `dense` without a budget.
+        prompt: Mode by which the tokens of the prompt selected; `dense` if they read everything.
     """
 
     name: str
     mode: str
     selector: str
-    prompt: str
     task: str
     length: int
     budget: float
@@ -97,6 +96,7 @@ class EvaluationRow:
     kl: float
     agreement: float
     recalls: tuple[Recall, ...]
+    prompt: str = "dense"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Programs:
             UnsupportedInputError: If there is no such phase.
         """
         if phase not in PHASES:
-            raise UnsupportedInputError(f"phase {phase!r} is not known; use {' or '.join(PHASES)}.")
+            raise UnsupportedInputError(f"phase {phase!r} is not known; use {', '.join(PHASES)}.")
         default = (1, planned_capacity(self._config), True)
         batch_size, max_tokens, last_only = self._latest.get(phase, default)
         return self.get(phase, batch_size, max_tokens, last_only=last_only).plan

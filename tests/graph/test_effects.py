@@ -31,6 +31,7 @@ WRITES = {
     "extend_kv": {"pages", "block_table", "page_block", "page_stamp"},
     "window_attention": {"ring_k", "ring_v"},
     "remember_ids": {"last_block_ids"},
+    "remember_last": {"last_block_ids"},
     "advance_lengths": {"lengths"},
     "update_summary": {"tensors"},
     "wait_blocks": {"buffers"},

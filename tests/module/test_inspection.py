@@ -36,7 +36,7 @@ def test_graph_after_each_pass(fast, phase):
 
 
 def test_unknown_phase_and_stage(fast):
-    with pytest.raises(UnsupportedInputError, match=r"'warmup' .* prefill or decode"):
+    with pytest.raises(UnsupportedInputError, match=r"'warmup' .* prefill, sparse_prefill, decode"):
         fast.sparda.graph("warmup")
     with pytest.raises(ConfigError, match=r"'fuse' .* capture, find_attention"):
         fast.sparda.graph("decode", after="fuse")
