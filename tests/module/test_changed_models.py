@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,42 +17,6 @@ from sparda_compile.testing import PlainCausalLM, tiny_llama
 CONFIG = SpardaConfig(mode="dense", lowering="eager", block_size=16)
 IDS = torch.randint(2, 256, (1, 9), generator=torch.Generator().manual_seed(0))
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-
-
-class Adapter(nn.Module):
-    """A linear with a switch, as adapters have them."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.ModuleDict({"one": nn.Linear(2, base.out_features, bias=False)})
-        self._active = ["one"]
-        self.scales = {"one": 2.0}
-        self.settings = SimpleNamespace(is_off=False, note="")
-
-    @property
-    def active(self):
-        return self._active
-
-    def forward(self, x):
-        out = self.base(x)
-        if self.settings.is_off:
-            return out
-        for name in self.active:
-            out = out + self.up[name](self.down(x)) * self.scales[name]
-        return out
-
-
-@pytest.fixture
-def model():
-    return tiny_llama(num_hidden_layers=2)
-
-
-@pytest.fixture
-def adapted(model):
-    model.lm_head = Adapter(model.lm_head)
-    return model.eval()
 
 
 def same_as(fast, model):
