@@ -63,6 +63,14 @@ def test_every_field_is_refused_or_free():
     assert {f.name for f in dataclasses.fields(SpardaConfig)} == {*REFUSED, *free}
 
 
+def test_a_sparse_prompt_needs_a_mode_that_selects():
+    with pytest.raises(ConfigError, match=r"prefill='sparse'.*mode='dense' selects nothing; use"):
+        SpardaConfig(mode="dense", prefill="sparse")
+    for mode in ("query", "forecast", "exact"):
+        assert SpardaConfig(mode=mode, prefill="sparse", top_k=None).prefill == "sparse"
+    assert SpardaConfig(mode="dense").prefill == "auto"
+
+
 def test_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="mode="):
         SpardaConfig(mode="sparse")
