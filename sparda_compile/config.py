@@ -92,10 +92,8 @@ class Selection:
         if self.forecast_rank is not None:
             whole("forecast_rank", self.forecast_rank, 1)
         if self.mode == "dense" and self.prefill == "sparse":
-            raise ConfigError(
-                "prefill='sparse' selects by the mode, and mode='dense' selects nothing; use "
-                "prefill='dense' or 'auto', or mode='query' or 'forecast'."
-            )
+            wrong = "prefill='sparse' selects by the mode, and mode='dense' selects nothing"
+            raise ConfigError(f"{wrong}; use prefill='auto', or mode='query' or 'forecast'.")
         if self.top_k is None or self.short_list <= self.top_k:
             return
         if SELECTORS[self.selector].has_short_list:
