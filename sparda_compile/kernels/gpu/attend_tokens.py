@@ -7,19 +7,17 @@ or the chunk that it is in. `token_blocks.py` says what the union is and where e
 
 Neighbours read nearly the same blocks, so a tile of R tokens multiplies for a union of U blocks
 where a token has K. With a group of H heads, of each of U * 2 * P * D elements that are read,
-R * H * K * 4 * P * D useful FLOP are made. Counted for the 34 forced blocks of 96 in all sets and
-62 of which each token replaces a tenth:
+R * H * K * 4 * P * D useful FLOP are made. With the 34 forced blocks of 96 in all sets and 62 of
+which each token replaces a tenth, on one H200 (matrix products: 791 TFLOP/s):
 
-    group   tokens   rows     U   useful   FLOP a byte, 16 bits
-       16        4     64   115      84%                     53
-       16        8    128   139      69%                     88
-        4       16     64   189      51%                     32
-        4       32    128   288      33%                     43
+    group   tokens   rows     U   useful share   useful TFLOP/s   all TFLOP/s
+       16        4     64   114            84%              365           433
+       16        8    128   138            70%              274           394
+        4       16     64   185            52%              220           424
+        4       32    128   276            35%              137           394
 
-Floors: of the matrix unit, T * H * K * 4 * P * D FLOP in all, at the useful share; of the memory,
-each tile's union from the L2 cache, where neighbouring tiles, which run together, find it. A group
-of 16 is balanced with 128 rows: more rows multiply for others, fewer wait for loads. At a group of
-4 loads decide either way.
+All rows multiply at one rate, so fewer rows, which multiply less for others, win: 64, the least
+that the matrix unit takes. Where neighbours share less, they win by more.
 """
 
 from __future__ import annotations
@@ -41,9 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["attend_tokens", "attend_unions", "covers", "tile_rows"]
 
-# Query vectors of a tile; two warp groups share 128, so that sums and scores stay in registers.
-# Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
-_ROWS: Final = 128
+# Query vectors of a tile. Numbers of 32 bits are multiplied by threads, not by tensor cores: those
+# hold less.
+_ROWS: Final = 64
 _ROWS_OF_32_BITS: Final = 32
 # Keys of a turn, and as many values.
 _TILE: Final = 64
