@@ -31,7 +31,7 @@ class Past:
             if offload:
                 self.host[:, :, block] = float("nan")
 
-    def stage(self, ids, num_past=max(LENGTHS)):
+    def stage(self, ids, num_past=30):
         return stage_blocks(ids, self.lengths, self.pages, self.host, self.table, num_past)
 
 

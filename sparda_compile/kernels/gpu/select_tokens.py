@@ -1,218 +1,47 @@
-"""The blocks that each new token of a prompt reads: scores, pooling and top-k, tile by tile.
+"""The blocks that each new token of a prompt reads, by their scores (`token_scores.py`).
 
-    sums     per token and head, over a part of the windows: peak, sum of 2^(logit - peak)   infllm2
-    blocks   per token and block: the best window that begins in the block, and the best of
-             those that reach into the next one
-    pick     per token: the better of the two that touch a block, then the K best, as in decode
+    pick        per token: the better of the two scores that touch a block, then the K best, as in
+                decode
+    pick_past   the same of the blocks before the new tokens, with the scores of those picked
+    pick_near   of what that has picked and of the blocks that new tokens change: the K best
 
-No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
-many tokens as `_SCRATCH_BYTES` has room for. The tokens of a prompt are taken that many at a time.
-
-A program takes `_COLUMNS` query vectors (tokens of one KV head times the heads of its group) and a
-part of the windows, so that a long prompt and one of few tokens both fill the device. The vectors
-are the columns of a product, its rows the windows that lie at one place of 64 blocks: the heads of
-a token are then summed mostly inside a thread, and the best window of a block is an elementwise
-maximum over as many products as a block has windows. Each pooled key is read, and multiplied,
-once per pass.
-
-Quest's bound is a product, too: sum_d max(q_d * min_d, q_d * max_d) is that of a block's bounds,
-as one vector, with the negative and the positive part of q. A mean of heads has more bits than a
-summary of 16: it goes in as three vectors that add up to it, summed like heads. Its windows are
-the blocks.
-
-Floor, of T tokens over W windows, half of them before the mean token of a prompt from nothing:
-2 * T * W * D FLOP for each head and pass, one pass for a Forecast, two for InfLLM-V2, which at a
-group of 16 and D = 128 takes as many exponentials as a multiprocessor does beside the products.
-Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a block.
+The last two together pick what the first does, at two times. A program takes one token.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
+from sparda_compile.kernels.gpu.launch import launch, power_of_two
 from sparda_compile.kernels.gpu.score import complete_windows
-from sparda_compile.kernels.gpu.select import MOST_BLOCKS, Choice, pick
+from sparda_compile.kernels.gpu.select import Choice, pick, pick_listed
+from sparda_compile.kernels.gpu.token_scores import (
+    Asked,
+    Blocks,
+    covers,
+    first_scored,
+    scored_tokens,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-    from sparda_compile.selectors import Geometry
-
-__all__ = ["covers", "select_tokens"]
-
-_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest"})
-# Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
-# half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
-_COLUMNS: Final = 128
-_FORECAST_COLUMNS: Final = 64
-# Windows of one product: a warp group multiplies 64 rows.
-_WINDOWS: Final = 64
-# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
-# of 32 bits, which threads multiply, not tensor cores: those hold less.
-_TILE_BYTES: Final = 32 * 1024
-_MOST_STAGES: Final = 3
-# Blocks of one program: few enough that one token of a long sequence has several programs.
-_PART_BLOCKS: Final = 256
-# Of block scores: a part of the L2 cache, from which the last kernel reads them.
-_SCRATCH_BYTES: Final = 64 << 20
-_LOG2_E: Final = math.log2(math.e)
+__all__ = ["Asked", "Choice", "covers", "select_near", "select_past", "select_tokens"]
 
 
 @triton.jit
-def _vectors(
-    query, positions, row, group, first, last, q_row, q_head, q_token, num_tokens,
-    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Return query vectors of the tokens from `first` to `last`, and the position of each."""
-    column = tl.arange(0, COLUMNS)
-    token, head = first + column // ROOM, column % ROOM
-    there = (token < last) & (head < HEADS)
-    position = tl.load(positions + row * num_tokens + token, mask=token < last, other=-1)
-    dims = tl.arange(0, DIMS)
-    place = row.to(tl.int64) * q_row + token.to(tl.int64) * q_token
-    place += (group * HEADS + head).to(tl.int64) * q_head
-    vectors = tl.load(
-        query + place[:, None] + dims[None, :],
-        mask=there[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    )
-    if INTERPRETED:
-        vectors = vectors.to(tl.float32)
-    return vectors, position, there
-
-
-@triton.jit
-def _keys(keys, window, end, DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return the pooled keys of some windows."""
-    dims = tl.arange(0, DIMS)
-    mask = (window < end)[:, None] & (dims < DIM)[None, :]
-    tile = tl.load(keys + window[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
-    if INTERPRETED:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
-def _token_sums(
-    query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
-    num_windows, begin, end, scored_from,
-    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, POOL: tl.constexpr,
-    STRIDE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, group = pair // groups, pair % groups
-    first = begin + tile * (COLUMNS // ROOM)
-    vectors, position, _ = _vectors(
-        query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
-        HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
-    )  # fmt: skip
-    complete = complete_windows(position, POOL, STRIDE)
-    is_scored = tl.max(position, 0) >= scored_from
-    stop = tl.where(is_scored, tl.minimum(tl.max(complete, 0), (part + 1) * PART), 0)
-    own_stop = tl.minimum(complete, stop)
-    keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
-    peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([COLUMNS], dtype=tl.float32)
-    for start in tl.range(part * PART, stop, WINDOWS, num_stages=STAGES):
-        window = start + tl.arange(0, WINDOWS)
-        keys = _keys(keys_at, window, stop, DIM, DIMS, INTERPRETED)
-        logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
-        logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-        safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(logits - safe[:, None]), axis=1)
-        peak = new_peak
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    columns = (end - begin) * ROOM
-    place = (pair.to(tl.int64) * tl.num_programs(1) + part) * columns + column
-    tl.store(maxima + place, peak, mask=column < columns)
-    tl.store(sums + place, total, mask=column < columns)
-
-
-@triton.jit
-def _normals(
-    maxima, sums, pair, tile, columns, parts,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Return the binary logarithm of the sum of each column's weights."""
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    each = tl.arange(0, PARTS)
-    place = (pair.to(tl.int64) * parts + each[:, None]) * columns + column[None, :]
-    mask = (each < parts)[:, None] & (column < columns)[None, :]
-    peaks = tl.load(maxima + place, mask=mask, other=float("-inf"))
-    totals = tl.load(sums + place, mask=mask, other=0.0)
-    peak = tl.max(peaks, axis=0)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(totals * tl.exp2(peaks - safe[None, :]), axis=0)
-    return safe + tl.log2(tl.where(total == 0.0, 1.0, total))
-
-
-@triton.jit
-def _token_blocks(
-    query, pooled, positions, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
-    num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
-    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
-    POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr, BLOCKS: tl.constexpr,
-    SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, group = pair // groups, pair % groups
-    TOKENS: tl.constexpr = COLUMNS // ROOM
-    first = begin + tile * TOKENS
-    token = first + tl.arange(0, TOKENS)
-    position = tl.load(positions + row * num_tokens + token, mask=token < end, other=-1)
-    complete = complete_windows(position, POOL, STRIDE)
-    most = tl.max(complete, 0)
-    is_scored = tl.max(position, 0) >= scored_from
-    stop = tl.where(is_scored, tl.minimum((most + RATIO - 1) // RATIO, (part + 1) * PART), 0)
-    if part * PART < stop:
-        vectors, _, there = _vectors(
-            query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
-            HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
-        )  # fmt: skip
-        if SOFTMAX:
-            columns = (end - begin) * ROOM
-            normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
-        keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
-        # [pair, token, which of the two, block]
-        at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * num_blocks))
-        own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
-        next_one = own
-        tiles = (stop - part * PART + BLOCKS - 1) // BLOCKS
-        for step in tl.range(tiles * RATIO, num_stages=STAGES):
-            block = part * PART + step // RATIO * BLOCKS + tl.arange(0, BLOCKS)
-            place = step % RATIO
-            window = block * RATIO + place
-            keys = _keys(keys_at, window, most, DIM, DIMS, INTERPRETED)
-            weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
-            if SOFTMAX:
-                weight = tl.exp2(weight * factor - normal[None, :])
-                weight = tl.where(there[None, :], weight, 0.0)
-            if ROOM > 1:
-                weight = tl.sum(tl.reshape(weight, [BLOCKS, TOKENS, ROOM]), axis=2)
-            exists = window[:, None] < complete[None, :]
-            weight = tl.where(exists, weight, float("-inf"))
-            own = tl.maximum(tl.where(place == 0, float("-inf"), own), weight)
-            if OVERHANG > 0:
-                reaches = place + OVERHANG >= RATIO
-                next_one = tl.where(place == 0, float("-inf"), next_one)
-                next_one = tl.maximum(next_one, tl.where(reaches, weight, float("-inf")))
-            if place == RATIO - 1:
-                mask = (block < stop)[:, None] & (token < end)[None, :]
-                tl.store(at[None, :] + block[:, None], own, mask=mask)
-                if OVERHANG > 0:
-                    tl.store(at[None, :] + num_blocks + block[:, None], next_one, mask=mask)
+def _score(at, block, exists, complete, width, RATIO: tl.constexpr, OVERHANG: tl.constexpr):
+    """Return the best score of the windows that touch each block."""
+    mask = exists & (block * RATIO < complete)
+    score = tl.load(at + block, mask=mask, other=float("-inf"))
+    if OVERHANG > 0:
+        mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
+        before = tl.load(at + width + block - 1, mask=mask, other=float("-inf"))
+        score = tl.maximum(score, before)
+    return score
 
 
 @triton.jit
@@ -235,122 +64,141 @@ def _pick_tokens(
         complete = complete_windows(position, POOL, STRIDE)
         at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
         block = tl.arange(0, BLOCKS)
-        exists = block < num_blocks
-        mask = exists & (block * RATIO < complete)
-        score = tl.load(at + block, mask=mask, other=float("-inf"))
-        if OVERHANG > 0:
-            mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
-            before = tl.load(at + num_blocks + block - 1, mask=mask, other=float("-inf"))
-            score = tl.maximum(score, before)
+        score = _score(at, block, block < num_blocks, complete, num_blocks, RATIO, OVERHANG)
         current = position // SIZE
         picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(ids_at + rank, block, mask=picked)
 
 
-def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
-    """Whether these kernels select for a selector, for such queries and windows.
-
-    Not for a group of more than 128 heads, nor where a window reaches over more than two blocks.
-    """
-    if selector not in _SELECTORS or geometry.num_blocks > MOST_BLOCKS:
-        return False
-    reach = geometry.block_size + geometry.pool_stride
-    fits = query_BHTD.shape[1] <= _COLUMNS * groups and geometry.pool_size <= reach
-    return fits or selector == "quest"
-
-
-def _stages(query: Tensor, columns: int, rows: int, dims: int) -> int:
-    """Return how many tiles of keys fit beside the queries."""
-    if query.device.type != "cuda":
-        return _MOST_STAGES
-    vector = dims * query.element_size()
-    free = shared_bytes(query.device) - columns * vector - 4 * rows * columns
-    return max(min(_MOST_STAGES, free // (rows * vector)), 1)
-
-
-def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
-    """Return [B, G * n, T, 2D] vectors, n for each group: of the bounds' dtype, they add up to q.
-
-    The first half, for the smallest keys, is the negative part of the mean query.
-    """
-    mean = query_BHTD.unflatten(1, (bounds_BGN2D.shape[1], -1)).float().mean(2)
-    rest = torch.cat([mean.clamp(max=0.0), mean.clamp(min=0.0)], -1)
-    parts = []
-    for _ in range(1 if bounds_BGN2D.dtype == torch.float32 else 3):
-        parts.append(rest.to(bounds_BGN2D.dtype))
-        rest = rest - parts[-1].float()
-    return torch.stack(parts, 2).flatten(1, 2)
+@triton.jit
+def _pick_past(
+    scores, positions, lengths, ids, kept, groups, num_tokens, width, begin, sink, local,
+    SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    local_token, pair = tl.program_id(0), tl.program_id(1)
+    token, row = begin + local_token, pair // groups
+    position, length = tl.load(positions + row * num_tokens + token), tl.load(lengths + row)
+    first = length // SIZE
+    column = tl.arange(0, COLUMNS)
+    inside = column < SELECTED
+    own = (pair.to(tl.int64) * num_tokens + token) * SELECTED
+    if position < SELECTED * SIZE:
+        # It reads all blocks that there are, by no score.
+        last = tl.where(position < 0, -1, first)
+        tl.store(ids + own + column, tl.where(column <= last, column, -1), mask=inside)
+    else:
+        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * width)
+        block = tl.arange(0, BLOCKS)
+        complete = complete_windows(length, POOL, STRIDE)
+        score = _score(at, block, block < width, complete, width, RATIO, OVERHANG)
+        picked = pick(score, first, width, sink, local, SELECTED, BLOCKS, COLUMNS)
+        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
+        tl.store(ids + own + rank, block, mask=picked)
+        tl.store(kept + own + rank, score, mask=picked)
+        count = tl.sum(picked.to(tl.int32), 0)
+        tl.store(
+            ids + own + column, tl.full([COLUMNS], -1, tl.int32), mask=inside & (column >= count)
+        )
 
 
-def select_tokens(
-    query_BHTD: Tensor,
-    tensors: Sequence[Tensor],
-    positions_BT: Tensor,
-    selector: str,
-    scale: float,
-    geometry: Geometry,
-    choice: Choice,
-) -> Tensor:
+@triton.jit
+def _pick_near(
+    scores, positions, lengths, near_ids, near_scores, ids, groups, num_tokens, width, begin, sink,
+    local,
+    SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, OVERHANG: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    local_token, pair = tl.program_id(0), tl.program_id(1)
+    token, row = begin + local_token, pair // groups
+    position, length = tl.load(positions + row * num_tokens + token), tl.load(lengths + row)
+    current = tl.where(position < 0, -1, position // SIZE)
+    entry = tl.arange(0, LISTED)
+    inside = entry < SELECTED
+    own = (pair.to(tl.int64) * num_tokens + token) * SELECTED
+    if position < SELECTED * SIZE:
+        tl.store(ids + own + entry, tl.where(entry <= current, entry, -1), mask=inside)
+    else:
+        # Near blocks that no new token changes, then all others.
+        bound = tl.maximum(length // SIZE - 1, 0)
+        near = tl.load(near_ids + own + entry, mask=inside, other=-1)
+        is_near = inside & (near >= 0) & (near < bound)
+        block = tl.where(inside, near, bound + entry - SELECTED)
+        is_new = (entry >= SELECTED) & (block <= current)
+        exists = is_near | is_new
+        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * width)
+        at -= first_scored(length, SIZE, True)
+        complete = complete_windows(position, POOL, STRIDE)
+        score = _score(at, block, is_new, complete, width, RATIO, OVERHANG)
+        known = tl.load(near_scores + own + entry, mask=is_near, other=float("-inf"))
+        forced = (block < sink) | (block >= current - local)
+        picked = pick_listed(tl.where(is_near, known, score), forced, exists, SELECTED)
+        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
+        tl.store(ids + own + rank, block, mask=picked)
+        count = tl.sum(picked.to(tl.int32), 0)
+        tl.store(ids + own + entry, tl.full([LISTED], -1, tl.int32), mask=inside & (entry >= count))
+
+
+def _warps(entries: int) -> int:
+    return 4 if entries <= 4096 else 8 if entries <= 8192 else 16
+
+
+def select_tokens(asked: Asked, choice: Choice, ids: Tensor) -> None:
     """Score and pick; see `kernels.select_tokens`.
 
     Args:
-        query_BHTD: Queries, or Forecasts with as many heads as groups.
-        tensors: Of the summary; the first are pooled keys or bounds, with those of the new tokens.
-        positions_BT: int32, -1 where no token is.
-        selector: One that `covers` has.
-        scale: Factor on q . k.
-        geometry: Sizes.
+        asked: Queries and summary, with the keys of the new tokens.
         choice: What to pick.
-
-    Returns:
-        [B, G, T, K] int32.
+        ids: [B, G, T, K] int32, written.
     """
-    pooled, query, softmax = tensors[0], query_BHTD, selector == "infllm2"
-    size, pool = geometry.block_size, (geometry.pool_size, geometry.pool_stride)
-    if selector == "quest":
-        query, pooled, pool = _quest_parts(query, pooled), pooled.flatten(3), (1, size)
-    batch, groups, num_windows, dim = pooled.shape
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    num_tokens = query.shape[2]
-    pairs, num_blocks, selected = batch * groups, geometry.num_blocks, choice.num_selected
-    heads = query.shape[1] // groups
-    room, dims = power_of_two(heads), power_of_two(dim, 16)
-    vector = dims * query.element_size()
-    most = _TILE_BYTES // (vector * query.element_size() // 2)
-    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
-    rows = max(min(_WINDOWS, most), 16)
-    stages = _stages(query, columns, rows, dims)
-    ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
-    vectors = (heads, room, columns)
-    strides = (query.stride(0), query.stride(1), query.stride(2))
-    ids = positions_BT.new_empty((batch, groups, num_tokens, selected), dtype=torch.int32)
-    chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
-    chunk = min(max(chunk, columns // room), num_tokens)
-    parts = triton.cdiv(num_blocks, _PART_BLOCKS)
-    sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
-    maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
-    scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
-    factor, scored_from = scale * _LOG2_E, selected * size
-    for begin in range(0, num_tokens, chunk):
-        end = min(begin + chunk, num_tokens)
-        tiles = triton.cdiv((end - begin) * room, columns)
-        if softmax:
-            launch(_token_sums, (tiles, parts, pairs))(
-                query, pooled, positions_BT, maxima, sums, factor, *strides, groups, num_tokens,
-                num_windows, begin, end, scored_from, *vectors, *pool, dim, dims,
-                _PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
-            )  # fmt: skip
-        launch(_token_blocks, (tiles, parts, pairs))(
-            query, pooled, positions_BT, maxima, sums, scores, factor, *strides, groups, num_tokens,
-            num_windows, num_blocks, begin, end, scored_from, parts, *vectors, power_of_two(parts),
-            *pool, ratio, overhang, dim, dims, _PART_BLOCKS, rows, softmax, interpreting(), stages,
-            num_warps=4,
+    batch, groups = ids.shape[:2]
+    num_blocks, selected = asked.geometry.num_blocks, choice.num_selected
+    for it in scored_tokens(asked, Blocks.ALL, num_blocks, selected * choice.block_size):
+        launch(_pick_tokens, (it.end - it.begin, batch * groups))(
+            it.scores, asked.positions, ids, groups, ids.shape[2], num_blocks, it.begin,
+            choice.sink_blocks, choice.local_blocks, selected, choice.block_size, *it.sizes,
+            power_of_two(max(num_blocks, selected)), power_of_two(selected),
+            num_warps=_warps(num_blocks),
         )  # fmt: skip
-        warps = 4 if num_blocks <= 4096 else 8 if num_blocks <= 8192 else 16
-        launch(_pick_tokens, (end - begin, pairs))(
-            scores, positions_BT, ids, groups, num_tokens, num_blocks, begin, choice.sink_blocks,
-            choice.local_blocks, selected, size, *pool, ratio, overhang,
-            power_of_two(max(num_blocks, selected)), power_of_two(selected), num_warps=warps,
+
+
+def select_past(asked: Asked, choice: Choice, width: int, ids: Tensor, scores: Tensor) -> None:
+    """Score and pick of the past; see `kernels.select_tokens.select_past`.
+
+    Args:
+        asked: Queries and summary.
+        choice: What to pick.
+        width: Blocks that may have tokens of the past, or the first new one.
+        ids: [B, G, T, K] int32, written.
+        scores: [B, G, T, K] float32, written where they are needed.
+    """
+    batch, groups, num_tokens, selected = ids.shape
+    for it in scored_tokens(asked, Blocks.PAST, width, selected * choice.block_size):
+        launch(_pick_past, (it.end - it.begin, batch * groups))(
+            it.scores, asked.positions, asked.lengths, ids, scores, groups, num_tokens, width,
+            it.begin, choice.sink_blocks, choice.local_blocks, selected, choice.block_size,
+            *it.sizes, power_of_two(max(width, selected)), power_of_two(selected),
+            num_warps=_warps(width),
         )  # fmt: skip
-    return ids
+
+
+def select_near(
+    asked: Asked, choice: Choice, width: int, near: tuple[Tensor, Tensor], ids: Tensor
+) -> None:
+    """Pick of what `select_past` has picked, and of the blocks that new tokens change.
+
+    Args:
+        asked: Queries and summary, with the keys of the new tokens.
+        choice: What to pick.
+        width: Blocks that are scored, at most.
+        near: What `select_past` returned.
+        ids: [B, G, T, K] int32, written.
+    """
+    batch, groups, num_tokens, selected = ids.shape
+    for it in scored_tokens(asked, Blocks.NEW, width, selected * choice.block_size):
+        launch(_pick_near, (it.end - it.begin, batch * groups))(
+            it.scores, asked.positions, asked.lengths, *near, ids, groups, num_tokens, width,
+            it.begin, choice.sink_blocks, choice.local_blocks, selected, choice.block_size,
+            *it.sizes, power_of_two(selected + width), num_warps=_warps(selected + width),
+        )  # fmt: skip

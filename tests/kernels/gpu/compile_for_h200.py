@@ -111,7 +111,12 @@ def run_all(dtype, dim, size):
     select.select(scores, lengths, ids, choice)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        select_tokens.select_tokens(asked, tensors, lengths[:, None], name, 1.0, geometry, choice)
+        prompt = select_tokens.Asked(asked, tensors, lengths[:, None], lengths, name, 1.0, geometry)
+        select_tokens.select_tokens(prompt, choice, ids[:, :, None])
+        if name != "infllm2":
+            near = (ids[:, :, None], scores[:, :, None, :SELECTED].contiguous())
+            select_tokens.select_past(prompt, choice, BLOCKS, *near)
+            select_tokens.select_near(prompt, choice, 3, near, ids[:, :, None])
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -169,7 +174,10 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
-    select_tokens.select_tokens(query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice)
+    asked = (query, [pooled], ints(BATCH, 1), ints(BATCH), "infllm2", 1.0, geometry)
+    select_tokens.select_tokens(
+        select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
+    )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
