@@ -37,7 +37,8 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
-from sparda_compile.kernels.gpu.select import MOST_BLOCKS, Choice, pick
+from sparda_compile.kernels.gpu.select import MOST_BLOCKS, Choice, find_largest, pick
+from sparda_compile.selectors.nosa import LISTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,10 @@ if TYPE_CHECKING:
 
 __all__ = ["covers", "select_tokens"]
 
-_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest"})
+_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
+_LISTED = tl.constexpr(LISTED)
+_MOST = tl.constexpr(0x7FFFFFFF)
+_LEAST = tl.constexpr(-(1 << 31))
 # Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
 # half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
 _COLUMNS: Final = 128
@@ -61,6 +65,8 @@ _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
 # Blocks of one program: few enough that one token of a long sequence has several programs.
 _PART_BLOCKS: Final = 256
+# A pick for fewer blocks would be one more kernel to compile, and hardly faster.
+_LEAST_BLOCKS: Final = 512
 # Of block scores: a part of the L2 cache, from which the last kernel reads them.
 _SCRATCH_BYTES: Final = 64 << 20
 _LOG2_E: Final = math.log2(math.e)
@@ -91,11 +97,14 @@ def _vectors(
 
 
 @triton.jit
-def _keys(keys, window, end, DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return the pooled keys of some windows."""
+def _keys(
+    keys, window, end, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return the first numbers of the pooled keys of some windows."""
     dims = tl.arange(0, DIMS)
     mask = (window < end)[:, None] & (dims < DIM)[None, :]
-    tile = tl.load(keys + window[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+    tile = tl.load(keys + window[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
     if INTERPRETED:
         tile = tile.to(tl.float32)
     return tile
@@ -106,8 +115,8 @@ def _token_sums(
     query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
     num_windows, begin, end, scored_from,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, POOL: tl.constexpr,
-    STRIDE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    PART: tl.constexpr, WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
@@ -120,12 +129,12 @@ def _token_sums(
     is_scored = tl.max(position, 0) >= scored_from
     stop = tl.where(is_scored, tl.minimum(tl.max(complete, 0), (part + 1) * PART), 0)
     own_stop = tl.minimum(complete, stop)
-    keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
+    keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
     peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     for start in tl.range(part * PART, stop, WINDOWS, num_stages=STAGES):
         window = start + tl.arange(0, WINDOWS)
-        keys = _keys(keys_at, window, stop, DIM, DIMS, INTERPRETED)
+        keys = _keys(keys_at, window, stop, WIDTH, DIM, DIMS, INTERPRETED)
         logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
         logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -163,7 +172,8 @@ def _token_blocks(
     num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
     POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -184,7 +194,7 @@ def _token_blocks(
         if SOFTMAX:
             columns = (end - begin) * ROOM
             normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
-        keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
+        keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
         # [pair, token, which of the two, block]
         at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * num_blocks))
         own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
@@ -194,7 +204,7 @@ def _token_blocks(
             block = part * PART + step // RATIO * BLOCKS + tl.arange(0, BLOCKS)
             place = step % RATIO
             window = block * RATIO + place
-            keys = _keys(keys_at, window, most, DIM, DIMS, INTERPRETED)
+            keys = _keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
             weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
             if SOFTMAX:
                 weight = tl.exp2(weight * factor - normal[None, :])
@@ -216,10 +226,50 @@ def _token_blocks(
 
 
 @triton.jit
+def _best_of_two(
+    at, block, exists, complete, next_one, RATIO: tl.constexpr, OVERHANG: tl.constexpr
+):  # fmt: skip
+    """Return the larger of what begins in a block and what reaches into it from the one before."""
+    best = tl.load(at + block, mask=exists & (block * RATIO < complete), other=float("-inf"))
+    if OVERHANG > 0:
+        mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
+        best = tl.maximum(best, tl.load(next_one + block - 1, mask=mask, other=float("-inf")))
+    return best
+
+
+@triton.jit
+def _retained(
+    retention, block, exists, complete, RATIO: tl.constexpr, OVERHANG: tl.constexpr
+):  # fmt: skip
+    """Return the best retention score of the windows that touch each block."""
+    best = tl.where(exists, float("-inf"), float("-inf"))
+    for place in tl.static_range(-OVERHANG, RATIO):
+        window = block * RATIO + place
+        there = exists & (window >= 0) & (window < complete)
+        best = tl.maximum(best, tl.load(retention + window, mask=there, other=float("-inf")))
+    return best
+
+
+@triton.jit
+def _short_list(asked, block, exists, current, sink, local, listed):
+    """Mark the `listed` best blocks that are not forced; ties go to the lower one."""
+    asked = tl.where(asked == 0.0, 0.0, asked)
+    bits = asked.to(tl.int32, bitcast=True)
+    is_candidate = exists & (block >= sink) & (block < current - local) & (asked > float("-inf"))
+    # Integers in the order of the scores.
+    key = tl.where(is_candidate, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
+    low, high = tl.min(tl.where(is_candidate, key, _MOST), 0), tl.max(key, 0)
+    span = tl.maximum(high.to(tl.int64) - low + 1, 1)
+    return find_largest(key, low, span, tl.sum(is_candidate.to(tl.int32), 0), listed)
+
+
+@triton.jit
 def _pick_tokens(
-    scores, positions, ids, groups, num_tokens, num_blocks, begin, sink, local,
+    scores, retention, positions, ids, groups, num_tokens, num_blocks, num_windows, begin, sink,
+    local, listed,
     SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+    LISTS: tl.constexpr,
 ):  # fmt: skip
     local_token, pair = tl.program_id(0), tl.program_id(1)
     token = begin + local_token
@@ -236,13 +286,13 @@ def _pick_tokens(
         at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
         block = tl.arange(0, BLOCKS)
         exists = block < num_blocks
-        mask = exists & (block * RATIO < complete)
-        score = tl.load(at + block, mask=mask, other=float("-inf"))
-        if OVERHANG > 0:
-            mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
-            before = tl.load(at + num_blocks + block - 1, mask=mask, other=float("-inf"))
-            score = tl.maximum(score, before)
         current = position // SIZE
+        score = _best_of_two(at, block, exists, complete, at + num_blocks, RATIO, OVERHANG)
+        if LISTS:
+            is_listed = _short_list(score, block, exists, current, sink, local, listed)
+            kept_at = retention + pair.to(tl.int64) * num_windows
+            kept = _retained(kept_at, block, exists, complete, RATIO, OVERHANG)
+            score = tl.where(is_listed, _LISTED, kept)
         picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(ids_at + rank, block, mask=picked)
@@ -283,6 +333,11 @@ def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
     return torch.stack(parts, 2).flatten(1, 2)
 
 
+def _pick_warps(num_blocks: int) -> int:
+    """Return the warps of a program that picks, as was fastest on an H200 for as many blocks."""
+    return 1 if num_blocks <= 1024 else min(num_blocks // 1024, 16)
+
+
 def select_tokens(
     query_BHTD: Tensor,
     tensors: Sequence[Tensor],
@@ -291,6 +346,7 @@ def select_tokens(
     scale: float,
     geometry: Geometry,
     choice: Choice,
+    num_past: int,
 ) -> Tensor:
     """Score and pick; see `kernels.select_tokens`.
 
@@ -302,18 +358,24 @@ def select_tokens(
         scale: Factor on q . k.
         geometry: Sizes.
         choice: What to pick.
+        num_past: No sequence has more tokens before these.
 
     Returns:
         [B, G, T, K] int32.
     """
-    pooled, query, softmax = tensors[0], query_BHTD, selector == "infllm2"
+    pooled, query, softmax = tensors[0], query_BHTD, selector in ("infllm2", "nosa")
     size, pool = geometry.block_size, (geometry.pool_size, geometry.pool_stride)
+    lists = selector.startswith("nosa")
     if selector == "quest":
         query, pooled, pool = _quest_parts(query, pooled), pooled.flatten(3), (1, size)
-    batch, groups, num_windows, dim = pooled.shape
+    batch, groups, num_windows, width = pooled.shape
+    # The last number of a key is its retention score, which a query does not multiply.
+    dim = width - 1 if lists else width
+    retention = pooled[..., -1].float() if lists else query
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens = query.shape[2]
-    pairs, num_blocks, selected = batch * groups, geometry.num_blocks, choice.num_selected
+    pairs, selected = batch * groups, choice.num_selected
+    num_blocks = min(geometry.num_blocks, triton.cdiv(num_past + num_tokens, size))
     heads = query.shape[1] // groups
     room, dims = power_of_two(heads), power_of_two(dim, 16)
     vector = dims * query.element_size()
@@ -328,6 +390,8 @@ def select_tokens(
     chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
     chunk = min(max(chunk, columns // room), num_tokens)
     parts = triton.cdiv(num_blocks, _PART_BLOCKS)
+    # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, _PART_BLOCKS))
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
     scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
@@ -338,19 +402,22 @@ def select_tokens(
         if softmax:
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, positions_BT, maxima, sums, factor, *strides, groups, num_tokens,
-                num_windows, begin, end, scored_from, *vectors, *pool, dim, dims,
+                num_windows, begin, end, scored_from, *vectors, *pool, width, dim, dims,
                 _PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
             query, pooled, positions_BT, maxima, sums, scores, factor, *strides, groups, num_tokens,
-            num_windows, num_blocks, begin, end, scored_from, parts, *vectors, power_of_two(parts),
-            *pool, ratio, overhang, dim, dims, _PART_BLOCKS, rows, softmax, interpreting(), stages,
-            num_warps=4,
+            num_windows, num_blocks, begin, end, scored_from, parts, *vectors, all_parts,
+            *pool, ratio, overhang, width, dim, dims, _PART_BLOCKS, rows, softmax, interpreting(),
+            stages, num_warps=4,
         )  # fmt: skip
-        warps = 4 if num_blocks <= 4096 else 8 if num_blocks <= 8192 else 16
+        # Blocks that any of these tokens may have before it.
+        seen = min(num_blocks, triton.cdiv(num_past + end, size))
+        blocks = power_of_two(max(seen, selected), _LEAST_BLOCKS)
         launch(_pick_tokens, (end - begin, pairs))(
-            scores, positions_BT, ids, groups, num_tokens, num_blocks, begin, choice.sink_blocks,
-            choice.local_blocks, selected, size, *pool, ratio, overhang,
-            power_of_two(max(num_blocks, selected)), power_of_two(selected), num_warps=warps,
+            scores, retention, positions_BT, ids, groups, num_tokens, num_blocks, num_windows,
+            begin, choice.sink_blocks, choice.local_blocks, geometry.short_list, selected, size,
+            *pool, ratio, overhang, blocks, power_of_two(selected), lists,
+            num_warps=_pick_warps(blocks),
         )  # fmt: skip
     return ids
