@@ -20,6 +20,9 @@ as one vector, with the negative and the positive part of q. A mean of heads has
 summary of 16: it goes in as three vectors that add up to it, summed like heads. Its windows are
 the blocks.
 
+NOSA's short list is picked of those scores, in the last kernel, which then ranks blocks by the best
+retention score of the windows that touch them: the last number of each pooled key.
+
 Floor, of T tokens over W windows, half of them before the mean token of a prompt from nothing:
 2 * T * W * D FLOP for each head and pass, one pass for a Forecast, two for InfLLM-V2, which at a
 group of 16 and D = 128 takes as many exponentials as a multiprocessor does beside the products.
@@ -28,6 +31,7 @@ Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a bloc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -36,23 +40,21 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
+from sparda_compile.kernels.gpu.pick_tokens import pick_tokens
 from sparda_compile.kernels.gpu.score import complete_windows
-from sparda_compile.kernels.gpu.select import MOST_BLOCKS, Choice, find_largest, pick
-from sparda_compile.selectors.nosa import LISTED
+from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from sparda_compile.kernels.gpu.select import Choice
     from sparda_compile.selectors import Geometry
 
 __all__ = ["covers", "select_tokens"]
 
 _SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
-_LISTED = tl.constexpr(LISTED)
-_MOST = tl.constexpr(0x7FFFFFFF)
-_LEAST = tl.constexpr(-(1 << 31))
 # Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
 # half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
 _COLUMNS: Final = 128
@@ -65,8 +67,6 @@ _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
 # Blocks of one program: few enough that one token of a long sequence has several programs.
 _PART_BLOCKS: Final = 256
-# A pick for fewer blocks would be one more kernel to compile, and hardly faster.
-_LEAST_BLOCKS: Final = 512
 # Of block scores: a part of the L2 cache, from which the last kernel reads them.
 _SCRATCH_BYTES: Final = 64 << 20
 _LOG2_E: Final = math.log2(math.e)
@@ -225,79 +225,6 @@ def _token_blocks(
                     tl.store(at[None, :] + num_blocks + block[:, None], next_one, mask=mask)
 
 
-@triton.jit
-def _best_of_two(
-    at, block, exists, complete, next_one, RATIO: tl.constexpr, OVERHANG: tl.constexpr
-):  # fmt: skip
-    """Return the larger of what begins in a block and what reaches into it from the one before."""
-    best = tl.load(at + block, mask=exists & (block * RATIO < complete), other=float("-inf"))
-    if OVERHANG > 0:
-        mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
-        best = tl.maximum(best, tl.load(next_one + block - 1, mask=mask, other=float("-inf")))
-    return best
-
-
-@triton.jit
-def _retained(
-    retention, block, exists, complete, RATIO: tl.constexpr, OVERHANG: tl.constexpr
-):  # fmt: skip
-    """Return the best retention score of the windows that touch each block."""
-    best = tl.where(exists, float("-inf"), float("-inf"))
-    for place in tl.static_range(-OVERHANG, RATIO):
-        window = block * RATIO + place
-        there = exists & (window >= 0) & (window < complete)
-        best = tl.maximum(best, tl.load(retention + window, mask=there, other=float("-inf")))
-    return best
-
-
-@triton.jit
-def _short_list(asked, block, exists, current, sink, local, listed):
-    """Mark the `listed` best blocks that are not forced; ties go to the lower one."""
-    asked = tl.where(asked == 0.0, 0.0, asked)
-    bits = asked.to(tl.int32, bitcast=True)
-    is_candidate = exists & (block >= sink) & (block < current - local) & (asked > float("-inf"))
-    # Integers in the order of the scores.
-    key = tl.where(is_candidate, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
-    low, high = tl.min(tl.where(is_candidate, key, _MOST), 0), tl.max(key, 0)
-    span = tl.maximum(high.to(tl.int64) - low + 1, 1)
-    return find_largest(key, low, span, tl.sum(is_candidate.to(tl.int32), 0), listed)
-
-
-@triton.jit
-def _pick_tokens(
-    scores, retention, positions, ids, groups, num_tokens, num_blocks, num_windows, begin, sink,
-    local, listed,
-    SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
-    RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LISTS: tl.constexpr,
-):  # fmt: skip
-    local_token, pair = tl.program_id(0), tl.program_id(1)
-    token = begin + local_token
-    position = tl.load(positions + pair // groups * num_tokens + token)
-    column = tl.arange(0, COLUMNS)
-    inside = column < SELECTED
-    ids_at = ids + (pair.to(tl.int64) * num_tokens + token) * SELECTED
-    if position < SELECTED * SIZE:
-        # As many blocks as there are; none where no token is.
-        current = tl.where(position < 0, -1, position // SIZE)
-        tl.store(ids_at + column, tl.where(column <= current, column, -1), mask=inside)
-    else:
-        complete = complete_windows(position, POOL, STRIDE)
-        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
-        block = tl.arange(0, BLOCKS)
-        exists = block < num_blocks
-        current = position // SIZE
-        score = _best_of_two(at, block, exists, complete, at + num_blocks, RATIO, OVERHANG)
-        if LISTS:
-            is_listed = _short_list(score, block, exists, current, sink, local, listed)
-            kept_at = retention + pair.to(tl.int64) * num_windows
-            kept = _retained(kept_at, block, exists, complete, RATIO, OVERHANG)
-            score = tl.where(is_listed, _LISTED, kept)
-        picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
-        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
-        tl.store(ids_at + rank, block, mask=picked)
-
-
 def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
     """Whether these kernels select for a selector, for such queries and windows.
 
@@ -310,13 +237,16 @@ def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -
     return fits or selector == "quest"
 
 
-def _stages(query: Tensor, columns: int, rows: int, dims: int) -> int:
-    """Return how many tiles of keys fit beside the queries."""
+def _tile(query: Tensor, room: int, dims: int, *, softmax: bool) -> tuple[int, int, int]:
+    """Return query vectors and keys of a product, and tiles of keys that fit beside the queries."""
+    most = 2 * _TILE_BYTES // (dims * query.element_size() ** 2)
+    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
+    rows = max(min(_WINDOWS, most), 16)
     if query.device.type != "cuda":
-        return _MOST_STAGES
+        return columns, rows, _MOST_STAGES
     vector = dims * query.element_size()
     free = shared_bytes(query.device) - columns * vector - 4 * rows * columns
-    return max(min(_MOST_STAGES, free // (rows * vector)), 1)
+    return columns, rows, max(min(_MOST_STAGES, free // (rows * vector)), 1)
 
 
 def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
@@ -331,11 +261,6 @@ def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
         parts.append(rest.to(bounds_BGN2D.dtype))
         rest = rest - parts[-1].float()
     return torch.stack(parts, 2).flatten(1, 2)
-
-
-def _pick_warps(num_blocks: int) -> int:
-    """Return the warps of a program that picks, as was fastest on an H200 for as many blocks."""
-    return 1 if num_blocks <= 1024 else min(num_blocks // 1024, 16)
 
 
 def select_tokens(
@@ -364,29 +289,27 @@ def select_tokens(
         [B, G, T, K] int32.
     """
     pooled, query, softmax = tensors[0], query_BHTD, selector in ("infllm2", "nosa")
-    size, pool = geometry.block_size, (geometry.pool_size, geometry.pool_stride)
-    lists = selector.startswith("nosa")
+    lists, size = selector.startswith("nosa"), geometry.block_size
     if selector == "quest":
-        query, pooled, pool = _quest_parts(query, pooled), pooled.flatten(3), (1, size)
+        query, pooled = _quest_parts(query, pooled), pooled.flatten(3)
+        geometry = dataclasses.replace(geometry, pool_size=1, pool_stride=size)
+    pool = (geometry.pool_size, geometry.pool_stride)
     batch, groups, num_windows, width = pooled.shape
     # The last number of a key is its retention score, which a query does not multiply.
     dim = width - 1 if lists else width
-    retention = pooled[..., -1].float() if lists else query
+    retention = pooled[..., -1].float().contiguous() if lists else None
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens = query.shape[2]
-    pairs, selected = batch * groups, choice.num_selected
+    pairs = batch * groups
     num_blocks = min(geometry.num_blocks, triton.cdiv(num_past + num_tokens, size))
-    heads = query.shape[1] // groups
-    room, dims = power_of_two(heads), power_of_two(dim, 16)
-    vector = dims * query.element_size()
-    most = _TILE_BYTES // (vector * query.element_size() // 2)
-    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
-    rows = max(min(_WINDOWS, most), 16)
-    stages = _stages(query, columns, rows, dims)
+    room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
+    columns, rows, stages = _tile(query, room, dims, softmax=softmax)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
-    vectors = (heads, room, columns)
-    strides = (query.stride(0), query.stride(1), query.stride(2))
-    ids = positions_BT.new_empty((batch, groups, num_tokens, selected), dtype=torch.int32)
+    vectors = (query.shape[1] // groups, room, columns)
+    strides = query.stride()[:3]
+    ids = positions_BT.new_empty(
+        (batch, groups, num_tokens, choice.num_selected), dtype=torch.int32
+    )
     chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
     chunk = min(max(chunk, columns // room), num_tokens)
     parts = triton.cdiv(num_blocks, _PART_BLOCKS)
@@ -395,7 +318,7 @@ def select_tokens(
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
     scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
-    factor, scored_from = scale * _LOG2_E, selected * size
+    factor, scored_from = scale * _LOG2_E, choice.num_selected * size
     for begin in range(0, num_tokens, chunk):
         end = min(begin + chunk, num_tokens)
         tiles = triton.cdiv((end - begin) * room, columns)
@@ -411,13 +334,6 @@ def select_tokens(
             *pool, ratio, overhang, width, dim, dims, _PART_BLOCKS, rows, softmax, interpreting(),
             stages, num_warps=4,
         )  # fmt: skip
-        # Blocks that any of these tokens may have before it.
-        seen = min(num_blocks, triton.cdiv(num_past + end, size))
-        blocks = power_of_two(max(seen, selected), _LEAST_BLOCKS)
-        launch(_pick_tokens, (end - begin, pairs))(
-            scores, retention, positions_BT, ids, groups, num_tokens, num_blocks, num_windows,
-            begin, choice.sink_blocks, choice.local_blocks, geometry.short_list, selected, size,
-            *pool, ratio, overhang, blocks, power_of_two(selected), lists,
-            num_warps=_pick_warps(blocks),
-        )  # fmt: skip
+        seen = triton.cdiv(num_past + end, size)  # blocks that any of these tokens may have
+        pick_tokens(scores, retention, positions_BT, ids, (begin, end, seen), geometry, choice)
     return ids
