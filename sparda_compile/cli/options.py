@@ -41,6 +41,7 @@ __all__ = [
     "Offload",
     "OutFolder",
     "Prompt",
+    "PromptProgram",
     "Selector",
     "Shape",
     "ShapeOption",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     Device = bench_names.DeviceName
     Shape = bench_names.ShapeName
     Prompt = task_names.PromptName
+    PromptProgram = bench_names.PromptProgramName
     Task = task_names.TaskName
     Teacher = teacher_names.Teacher
     Variant = bench_names.VariantName
@@ -102,6 +104,7 @@ else:
     Device = choices("Device", get_args(bench_names.DeviceName))
     Shape = choices("Shape", get_args(bench_names.ShapeName))
     Prompt = choices("Prompt", get_args(task_names.PromptName))
+    PromptProgram = choices("PromptProgram", get_args(bench_names.PromptProgramName))
     Task = choices("Task", get_args(task_names.TaskName))
     Teacher = choices("Teacher", get_args(teacher_names.Teacher))
     Variant = choices("Variant", get_args(bench_names.VariantName))
