@@ -136,6 +136,8 @@ class Lab:
 
     def _configure(self, settings: dict[str, Any]) -> None:
         """Let the prompts' programs have settings, and no more CPU memory than there is."""
+        # The traced decode holds weights that were joined; whoever needs it traces it again.
+        self.__dict__.pop("captures", None)
         free_everything()
         host_bytes = max(FreeMemory.now(self.max_host_bytes).host, 1)
         self.prompts.configure(host_bytes=host_bytes, **settings)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sparda_compile.bench.memory import free_everything
 from sparda_compile.bench.prompt_floor import fit_law, prompt_floor
 from sparda_compile.bench.prompt_programs import (
     BACKENDS,
@@ -32,7 +31,7 @@ from sparda_compile.bench.timing import Spread
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -161,7 +160,135 @@ class PrefillBench:
         if todo:
             file.save(self._result(tokens, rows, skipped, _UNFINISHED if late else None))
 
-    def seconds_of(result: Mapping[str, Any], name: str) -> tuple[float | None, bool]:
+    def _result(
+        self,
+        tokens: int,
+        rows: Mapping[str, Any],
+        skipped: Mapping[str, str],
+        unfinished: str | None,
+    ) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "tokens": tokens,
+            "rates": dataclasses.asdict(self.rates),
+            "programs": {name: rows[name] for name in (*OURS, *BACKENDS) if name in rows},
+            "skipped": dict(skipped),
+        }
+        return {**result, "unfinished": unfinished} if unfinished else result
+
+    def _group(
+        self, names: Sequence[str], tokens: int, known: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+        """Measure programs in turns; returns rows, what was left out, and for want of time."""
+        skipped: dict[str, str] = {}
+        late: list[str] = []
+        runs: dict[str, _Run] = {}
+        ids = prompt_of(tokens, self.programs.vocabulary, self.programs.device)
+        others = 0
+        for name in names:
+            reason = self._reason(name, tokens, known)
+            if reason is None and (reason := self._no_time(name, tokens, known)):
+                late.append(name)
+            if reason is None:
+                self.say(f"{tokens} tokens: {name}")
+                found = self._first(name, ids, others)
+                if isinstance(found, _Run):
+                    runs[name] = found
+                    others += self.programs.kv_bytes(name, on_host=False)
+                    continue
+                reason = found
+            self.say(f"{tokens} tokens: {name} is left out: {reason}")
+            skipped[name] = reason
+        for round_ in range(1, max((run.rounds for run in runs.values()), default=0)):
+            for name, run in runs.items():
+                if round_ < run.rounds:
+                    run.times.append(self.programs.generate(name, ids, NUM_NEW))
+        rows = {name: {**run.row, **self._times(name, tokens, run)} for name, run in runs.items()}
+        self.programs.drop()
+        return rows, skipped, late
+
+    def _reason(self, name: str, tokens: int, known: Sequence[Mapping[str, Any]]) -> str | None:
+        """Return why a program is not to be measured, None if it is."""
+        reason = self.programs.forbids(name, tokens, with_past=False)
+        expected = self._expected(name, tokens, known)
+        if reason is None and expected > self.setting.limit_s:
+            return (
+                f"a call takes about {expected:.0f} s, more than the limit of "
+                f"{self.setting.limit_s:g}"
+            )
+        return reason
+
+    def _no_time(self, name: str, tokens: int, known: Sequence[Mapping[str, Any]]) -> str | None:
+        expected = self._expected(name, tokens, known)
+        seconds = (_BUILD_S if name in OURS else 0.0) + 2 * expected
+        left = max(self.end - self.clock(), 0.0)
+        if seconds <= left:
+            return None
+        return f"it takes about {seconds / 60:.1f} minutes, and {left / 60:.1f} are left"
+
+    def _expected(self, name: str, tokens: int, known: Sequence[Mapping[str, Any]]) -> float:
+        """Return about what one call takes: the floor, by what was measured of other lengths."""
+        over = _OVER_FLOOR
+        rows = {r["tokens"]: r["programs"].get(name) for r in known}
+        near = [n for n, row in rows.items() if row and tokens / _NEAR <= n < tokens]
+        if near:
+            over = rows[max(near)]["over_floor"]
+        return over * self._floor(name, tokens)["total"]
+
+    def _floor(self, name: str, tokens: int) -> dict[str, float]:
+        config = self.programs.config(name if name in OURS else "dense")
+        return prompt_floor(self.shape, name, config, tokens, self.rates)
+
+    def _first(self, name: str, ids: Tensor, others: int) -> _Run | str:
+        """Take the cold call, compare, and take a warm one; returns why not where it cannot.
+
+        Args:
+            name: A program.
+            ids: [1, T] int64.
+            others: Bytes on the GPU of the caches of programs that take turns with this one.
+        """
+        programs, tokens = self.programs, ids.shape[1]
+        row: dict[str, Any] = {}
+        try:
+            row["cold_s"] = round(programs.generate(name, ids, NUM_NEW)[0], 4)
+            if name in OURS:
+                row["compared"] = programs.compare(name, tokens, tokens + NUM_NEW, with_past=False)
+            held = torch.cuda.memory_allocated()
+            _reset_peak(programs.device)
+            times = programs.generate(name, ids, NUM_NEW)
+        except NO_MEMORY as error:
+            return out_of_memory(error)
+        # Weights that ours have joined stay on the GPU, and are none of what the model needs.
+        used = programs.weight_bytes + others if name in OURS else held
+        beyond = max(torch.cuda.max_memory_allocated() - used, 0)
+        row["peak_gpu_bytes_beyond_weights"] = beyond
+        row["peak_gpu_bytes"] = beyond + programs.weight_bytes
+        row["host_kv_bytes"] = programs.kv_bytes(name, on_host=True)
+        rounds = max(min(int(_ROUND_S / times[0]), self.setting.rounds), 1)
+        return _Run(row, rounds, [times])
+
+    def _times(self, name: str, tokens: int, run: _Run) -> dict[str, Any]:
+        first = Spread.of([times[0] for times in run.times])
+        steady = statistics.median(t for times in run.times for t in times[_STEADY])
+        early = [statistics.median(each) for each in zip(*run.times, strict=True)][_EARLY]
+        floor = self._floor(name, tokens)
+        return {
+            "first_token_s": {
+                key: round(value, 5) for key, value in dataclasses.asdict(first).items()
+            },
+            "steady_s": round(steady, 6),
+            "tokens_2_to_10_s": [round(each, 6) for each in early],
+            "tokens_2_to_10_over_steady": [round(each / steady, 3) for each in early],
+            "floor_s": {part: round(value, 5) for part, value in floor.items()},
+            "over_floor": round(first.median / floor["total"], 3),
+        }
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def seconds_of(result: Mapping[str, Any], name: str) -> tuple[float | None, bool]:
     """Return the seconds to the first token, and whether they are by a law and not measured."""
     if name in result["programs"]:
         return float(result["programs"][name]["first_token_s"]["median"]), False

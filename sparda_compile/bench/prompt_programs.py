@@ -14,7 +14,6 @@ its new columns is hidden, and what is left is as many tokens as all blocks have
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +24,7 @@ from transformers import DynamicCache
 
 from sparda_compile.api import optimize
 from sparda_compile.bench.memory import free_everything
+from sparda_compile.bench.start_child import Stopwatch
 from sparda_compile.bench.timing import wait_for
 from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.config import SpardaConfig
@@ -59,6 +59,7 @@ BACKENDS: Final = {
     "transformers_flash": SDPBackend.FLASH_ATTENTION,
     "transformers_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+_OTHERS: Final = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 # A prompt without a past needs no mask, and these are the fastest there.
 PREFILL_BACKENDS: Final = ("transformers_cudnn", "transformers_flash")
 NO_MEMORY: Final = (torch.OutOfMemoryError, DevicePoolFullError, HostPoolFullError)
@@ -69,25 +70,9 @@ _CHECKED_TOKENS: Final = 1024
 _PROBED_PAST: Final = 64
 
 
-class _Clock:
-    """A streamer: notes when each token is on the CPU."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-        self.has_prompt = False
-
-    def put(self, tokens: object) -> None:
-        """Take in the prompt, and then each new token."""
-        del tokens
-        if self.has_prompt:
-            self.times.append(time.perf_counter())
-        self.has_prompt = True
-
-    def end(self) -> None:
-        """Take in that there are no more."""
-
-
-def token_times(generate: Callable[..., Any], ids: Tensor, num_new: int, **more: Any) -> list[float]:
+def token_times(
+    generate: Callable[..., Any], ids: Tensor, num_new: int, **more: Any
+) -> list[float]:
     """Generate greedily; return the seconds to each new token after the one before.
 
     Args:
@@ -97,7 +82,7 @@ def token_times(generate: Callable[..., Any], ids: Tensor, num_new: int, **more:
         **more: Further arguments of `generate`.
     """
     wait_for(ids.device)
-    clock = _Clock()
+    clock = Stopwatch()
     generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -156,7 +141,8 @@ class PromptPrograms:
 
     def __init__(self, model: nn.Module, say: Callable[[str], None], **settings: Any) -> None:
         self.model: Any = model
-        self.model.generation_config.eos_token_id = None
+        generation_config: Any = self.model.generation_config
+        generation_config.eos_token_id = None
         self.say = say
         self.settings = settings
         self.device = next(model.parameters()).device
@@ -198,10 +184,11 @@ class PromptPrograms:
         free_everything()
 
     def generate(self, name: str, ids: Tensor, num_new: int, **more: Any) -> list[float]:
-        """Generate with a program; see `token_times`."""
+        """Generate with a program that `forbids` has nothing against; see `token_times`."""
         if name in OURS:
             return token_times(self.ours(name).generate, ids, num_new, **more)
-        with sdpa_kernel(BACKENDS[name]):
+        # Some have no attention for a single token: the steps behind a prompt may take another.
+        with sdpa_kernel([BACKENDS[name], *_OTHERS], set_priority=True):
             return token_times(self.model.generate, ids, num_new, **more)
 
     def kv_bytes(self, name: str, *, on_host: bool) -> int:
@@ -233,7 +220,8 @@ class PromptPrograms:
         except RuntimeError as error:
             if isinstance(error, NO_MEMORY):
                 raise
-            return f"torch has no such attention here: {str(error).splitlines()[0]}"
+            reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+            return f"torch has no such attention here: {reason}"
         return None
 
     @torch.no_grad()

@@ -12,8 +12,6 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from sparda_compile.bench.memory import dense_kv_bytes, too_big
 from sparda_compile.bench.prompt_programs import (
     BACKENDS,

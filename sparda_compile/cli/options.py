@@ -34,6 +34,7 @@ __all__ = [
     "CopyingMode",
     "Device",
     "Hint",
+    "HostGib",
     "LocalBlocks",
     "Lowering",
     "Machine",
@@ -110,6 +111,12 @@ else:
     Variant = choices("Variant", get_args(bench_names.VariantName))
 
 Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
+HostGib = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, max=MOST_GIB, help="Most CPU memory for KV, GiB.", show_default="what is free"
+    ),
+]
 LocalBlocks = Annotated[
     int, typer.Option(min=0, max=MOST_BLOCKS, help="Most recent blocks, always read.")
 ]
