@@ -32,6 +32,7 @@ class SpardaCache(Cache):
     Attributes:
         has_padding: Whether some token that was passed in is hidden.
         is_generating: Whether `generate` runs on it, which looks at masks once for all its steps.
+        is_checked: Whether `generate` has just looked at the model, for the step that comes now.
     """
 
     is_compileable = False
@@ -45,6 +46,7 @@ class SpardaCache(Cache):
         self._passed: list[tuple[Tensor | None, Tensor]] = []
         self.has_padding = False
         self.is_generating = False
+        self.is_checked = False
 
     @property
     def kv(self) -> KVCache | None:

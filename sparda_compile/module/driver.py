@@ -63,7 +63,7 @@ def drive(driver: Any, cache: SpardaCache, wants_cache: bool, kwargs: dict[str, 
     try:
         output = driver.generate(**kwargs)
     finally:
-        cache.is_generating = False
+        cache.is_generating = cache.is_checked = False
     if not wants_cache and isinstance(output, dict):
         output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME] = None
     return output

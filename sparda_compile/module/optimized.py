@@ -170,13 +170,12 @@ class OptimizedModule(FrozenModule):
     def _check_model(self, cache: SpardaCache, ids: Tensor) -> None:
         """Refuse a step of a model that has changed; see `Version`."""
         is_prefill = ids.shape[1] > 1
-        if cache.is_generating and not is_prefill:
+        was_checked, cache.is_checked = cache.is_checked, False
+        if was_checked or (cache.is_generating and not is_prefill):
             self.version.check_hooks()
             return
         self.version.check(thorough=is_prefill)
         self.version.check_view(self)
-        if is_prefill:
-            self.captures.refresh_joined()
 
     def _step(
         self,
@@ -210,6 +209,7 @@ class OptimizedModule(FrozenModule):
                 step = self.programs.get("decode", batch_size, kv.layout.max_tokens, last_only=True)
                 logits = step(ids.contiguous(), positions, None, kv)
             else:
+                self.captures.refresh_joined()  # behind what asks the device: it would wait
                 parts = (ids, positions, mask if hides else None)
                 logits = read_prompt(self.programs, kv, *parts, last_only=last_only)
         kv.advance(num_tokens, num_real)
@@ -255,6 +255,7 @@ class OptimizedModule(FrozenModule):
         if inputs is not None:
             kwargs["inputs"] = inputs
         wants_cache = settings.get("use_cache") is not False or is_given
+        cache.is_checked = True
         follow(self._driver, self.captures.original, self.generation_config)
         output = drive(self._driver, cache, wants_cache, kwargs)
         self.last_cache = cache.kv  # a second text of guidance_scale has another
@@ -375,8 +376,7 @@ class OptimizedModule(FrozenModule):
         if cache.kv is None:
             decode = self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
             device, progress = next(self.parameters()).device, self.sparda_config.progress
-            taken = self._pool.take(decode.plan.layout, device, progress=progress)
-            self._pool.lend(taken, cache)
+            self._pool.lend(self._pool.take(decode.plan.layout, device, progress=progress), cache)
             decode.compile_kernels()  # while the prompt is read
         assert cache.kv is not None
         kv = cache.kv

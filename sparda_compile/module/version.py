@@ -4,9 +4,9 @@ Programs are made from a model once. What is changed in place in its weights the
 share them; nothing else of what is done to the model afterwards reaches them: a hook, another
 submodule, a flag of an adapter, a scale, a config. So a change is noticed and named.
 
-    generate, a prefill   everything: `check(thorough=True)`
-    a decode step         the same, but for what only a look at memory tells: `check()`
-    a step of `generate`  hooks alone, since `generate` looked before it began: `check_hooks()`
+    `generate`, a prompt     everything: `check(thorough=True)`
+    `forward` of one token   the same, but for what only a look at memory tells: `check()`
+    a step of `generate`     hooks alone, since `generate` looked before it began: `check_hooks()`
 
 `check` compares identities of submodules, parameters, buffers and hooks, addresses of parameters,
 versions of buffers, and the Python values that the code of the forward mentions (`read_names.py`).

@@ -19,6 +19,7 @@ from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import machine_for
 from sparda_compile.passes.manager import StageRecord, run_passes
+from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.progress import stage
 from sparda_compile.state.layout import CacheLayout, LayerShape
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.program.joined_weight import JoinedWeight
 
 __all__ = ["Captures", "FoundSites"]
 
@@ -84,8 +84,7 @@ class Captures:
 
     def refresh_joined(self) -> None:
         """Copy the weights that are joined again, whether or not torch counted a change."""
-        for weight in list(self._joined.values()):
-            weight.refresh(is_sure=True)
+        JoinedWeight.copy_all(list(self._joined.values()))
 
     def sites(
         self, phase: str, config: SpardaConfig, *, last_logits_only: bool = True

@@ -35,13 +35,28 @@ class JoinedWeight:
         # A tensor made in inference mode counts no versions, and cannot be changed outside of it.
         return [0 if source.is_inference() else source._version for source in self._sources]
 
-    def refresh(self, *, is_sure: bool = False) -> None:
-        """Copy the sources again if one of them has changed.
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = self.tensor.split([len(source) for source in self._sources])
+        return parts
+
+    def refresh(self) -> None:
+        """Copy the sources again if torch has counted a change of one of them."""
+        if self._now() != self._versions:
+            self.copy_all([self])
+
+    @staticmethod
+    def copy_all(weights: Sequence[JoinedWeight]) -> None:
+        """Copy the sources of weights again; torch counts no change that is made through `.data`.
 
         Args:
-            is_sure: Whether to copy them anyway: torch counts no change that is made through
-                `.data`.
+            weights: Those whose sources may have changed; few launches for all of them.
         """
-        if is_sure or self._now() != self._versions:
-            self._versions = self._now()
-            self.tensor.copy_(torch.cat([source.detach() for source in self._sources]))
+        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for weight in weights:
+            weight._versions = weight._now()
+            targets, sources = copies.setdefault(weight.tensor.dtype, ([], []))
+            targets += weight._parts
+            sources += [source.detach() for source in weight._sources]
+        for targets, sources in copies.values():
+            torch._foreach_copy_(targets, sources)

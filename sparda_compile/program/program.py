@@ -71,6 +71,7 @@ class Program:
         self._replays &= plan.layout.config.cuda_graph
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._joined: list[JoinedWeight] = []
+        self._has_begun_kernels = False
         self.proof: RunProof | None = None
         self._arguments = [
             self._argument(n) for n in plan.graph_module.graph.nodes if n.op == "placeholder"
@@ -95,9 +96,14 @@ class Program:
                     piece.compile(config.lowering)
 
     def compile_kernels(self) -> None:
-        """Begin to compile the kernels of a decode step, in threads; nothing without a GPU."""
-        plan = self.plan
-        if plan.captured.device.type == "cuda" and plan.captured.phase == "decode":
+        """Begin to compile the kernels of a decode step, in threads; nothing without a GPU.
+
+        Only the first call does: to collect the launches is to run the step on fake tensors, and
+        threads that compile take Python's time from the prompt that is read meanwhile.
+        """
+        plan, begun = self.plan, self._has_begun_kernels
+        self._has_begun_kernels = True
+        if not begun and plan.captured.device.type == "cuda" and plan.captured.phase == "decode":
             graph, device = plan.graph_module.graph, plan.captured.device
             compile_ahead(launches_of(graph, plan.layout.batch_size, device), device)
 

@@ -22,6 +22,7 @@ from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.report.text import selection_sentence
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
+from sparda_compile.runtime.empty_state import EmptyState
 from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.pinned import check_host_access
 from sparda_compile.runtime.stats import CacheStats, LayerStats
@@ -85,13 +86,11 @@ class KVCache:
         self.num_issued = 0
         self.is_broken = False
         self._reset_summaries()
+        self._empty = EmptyState(layout, self.state)
 
     def reset(self) -> None:
         """Forget every sequence and zero the counters; memory stays."""
-        for name, spec in self.layout.all_tensors().items():
-            if not spec.on_host:
-                self.state[name].fill_(spec.fill)
-        self._reset_summaries()
+        self._empty.restore()
         self.num_columns = 0
         self.longest = 0
         self.num_issued = 0

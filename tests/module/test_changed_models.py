@@ -12,6 +12,7 @@ from torch import nn
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ModelChangedError, UnsupportedInputError
+from sparda_compile.module.version import Version
 from sparda_compile.testing import PlainCausalLM, tiny_llama
 
 CONFIG = SpardaConfig(mode="dense", lowering="eager", block_size=16)
@@ -80,6 +81,27 @@ class TestModule:
             fast.generate(IDS, **GREEDY, streamer=Meddler())
         added[0].remove()
         same_as(fast, model)
+
+    def test_a_generation_looks_at_everything_once(self, pair, monkeypatch):
+        """Its first step does not look again; a step that follows one that failed does."""
+        model, fast = pair
+        looks = []
+        check = Version.check
+        monkeypatch.setattr(
+            Version, "check", lambda self, **how: (looks.append(how), check(self, **how))
+        )
+        fast.generate(IDS, **GREEDY)
+        assert looks == [{"thorough": True}]
+
+        def fails(*_, **__):
+            raise RuntimeError("before the first step")
+
+        cache = fast.new_cache(64)
+        monkeypatch.setattr(type(model), "_prepare_generation_config", fails)
+        with pytest.raises(RuntimeError, match="first step"):
+            fast.generate(IDS, past_key_values=cache, **GREEDY)
+        fast(IDS, past_key_values=cache)
+        assert looks == [{"thorough": True}] * 3
 
     def test_hooks_of_the_optimized_module_run_once_a_step(self, pair):
         _, fast = pair

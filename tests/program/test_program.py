@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
 from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.graph.tags import JOINED
 from sparda_compile.passes.rewrite import fuse_projections
+from sparda_compile.program import program as program_module
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
 from sparda_compile.program.program import Program
@@ -19,6 +21,8 @@ from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.testing import tiny_llama
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from sparda_compile.forecast.projection import Projection
 
 CONFIG = SpardaConfig(mode="forecast", top_k=None, block_size=16, lowering="eager", max_tokens=64)
@@ -148,3 +152,26 @@ def test_programs_of_one_model_share_their_joined_weights(
     # Both layers' forecasts are made from the first one's input: only that copy is another.
     another = [weight.tensor.data_ptr() for weight in Program(plans[1], other)._joined]
     assert [one == two for one, two in zip(joined[0], another, strict=True)].count(False) == 1
+
+
+@pytest.mark.parametrize(("phase", "num_collected"), [("decode", 1), ("prefill", 0)])
+def test_kernels_are_collected_once_for_a_program(
+    captures: Captures, phase: str, num_collected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many caches it serves: to collect them is to run the step on fake tensors."""
+    collected, begun = [], []
+
+    def launches_of(graph: fx.Graph, *_: Any) -> list[Any]:
+        collected.append(graph)
+        return []
+
+    monkeypatch.setattr(program_module, "launches_of", launches_of)
+    monkeypatch.setattr(program_module, "compile_ahead", lambda launches, _: begun.append(launches))
+    plan = plan_of(captures, phase)
+    program = Program(plan, forecast_of(plan))
+    gpu = type("Captured", (), {"device": torch.device("cuda:0"), "phase": phase})()
+    program.plan = dataclasses.replace(plan, captured=gpu)
+    for _ in range(3):
+        program.compile_kernels()
+    assert collected == [plan.graph_module.graph] * num_collected
+    assert begun == [[]] * num_collected
