@@ -26,6 +26,7 @@ from sparda_compile.bench.prompt_programs import (
     PREFILL_BACKENDS,
     out_of_memory,
     prompt_of,
+    same_chunks,
 )
 from sparda_compile.bench.timing import Spread
 from sparda_compile.errors import ConfigError
@@ -148,7 +149,9 @@ class PrefillBench:
     def _length(self, tokens: int, file: ResultFile) -> None:
         kept = file.get(tokens) or {"programs": {}, "skipped": {}}
         rows: dict[str, Any] = dict(kept["programs"])
-        todo = [name for name in self.setting.programs if name not in rows]
+        settings = self.setting.settings
+        done = [name for name, row in rows.items() if same_chunks(name, row, settings)]
+        todo = [name for name in self.setting.programs if name not in done]
         skipped = {name: why for name, why in kept["skipped"].items() if name not in todo}
         late = list(skipped) if "unfinished" in kept else []
         for group in [todo] if tokens <= _IN_TURNS else [[name] for name in todo]:
@@ -251,6 +254,7 @@ class PrefillBench:
         try:
             row["cold_s"] = round(programs.generate(name, ids, NUM_NEW)[0], 4)
             if name in OURS:
+                row["chunk_tokens"] = programs.config(name).chunk_tokens
                 row["compared"] = programs.compare(name, tokens, tokens + NUM_NEW, with_past=False)
             held = torch.cuda.memory_allocated()
             _reset_peak(programs.device)

@@ -31,7 +31,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import DevicePoolFullError, HostPoolFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ __all__ = [
     "fill_dynamic",
     "out_of_memory",
     "prompt_of",
+    "same_chunks",
     "token_times",
 ]
 
@@ -97,6 +98,15 @@ def token_times(
 def out_of_memory(error: BaseException) -> str:
     """Return why there is no result, of one of `NO_MEMORY`."""
     return f"out of memory: {str(error).splitlines()[0]}"
+
+
+def same_chunks(name: str, row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Return whether a program's row was measured in the chunks that settings ask for, if they do.
+
+    So a length that only fits in chunks can be added to a file, and stays there.
+    """
+    wanted = settings.get("chunk_tokens")
+    return name not in OURS or wanted is None or row.get("chunk_tokens") == wanted
 
 
 def prompt_of(num_tokens: int, vocabulary: int, device: torch.device, seed: int = 0) -> Tensor:

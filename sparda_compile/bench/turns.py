@@ -20,6 +20,7 @@ from sparda_compile.bench.prompt_programs import (
     fill_dynamic,
     out_of_memory,
     prompt_of,
+    same_chunks,
 )
 from sparda_compile.bench.timing import Spread, wait_for
 from sparda_compile.capture.cache_name import CACHE_NAME
@@ -108,63 +109,79 @@ class TurnBench:
     def _past(self, past: int, file: ResultFile) -> None:
         kept = file.get(past) or {"programs": {}, "skipped": {}}
         rows: dict[str, Any] = dict(kept["programs"])
-        todo = [name for name in self.setting.programs if name not in rows]
+        todo = {name: self._missing(name, rows.get(name)) for name in self.setting.programs}
+        todo = {name: turns for name, turns in todo.items() if turns}
         skipped = {name: why for name, why in kept["skipped"].items() if name not in todo}
-        for name in todo:
+        for name, turns in todo.items():
             self.say(f"{past} tokens: {name}")
             self.programs.drop()
-            found = self._misfit(past) or self._program(name, past)
+            found = self._misfit(past) or self._program(name, past, turns)
             if isinstance(found, str):
                 self.say(f"{past} tokens: {name} is left out: {found}")
                 skipped[name] = found
             else:
-                rows[name] = found
+                by_turn = {**rows.get(name, {}).get("by_turn", {}), **found["by_turn"]}
+                rows[name] = {**found, "by_turn": dict(sorted(by_turn.items(), key=_length_of))}
             file.save({**_result(past, rows, skipped), "unfinished": _UNFINISHED})
         self.programs.drop()
         if todo:
             file.save(_result(past, rows, skipped))
+
+    def _missing(self, name: str, row: Mapping[str, Any] | None) -> tuple[int, ...]:
+        """Return the turns that a program's row lacks."""
+        if row is None or not same_chunks(name, row, self.setting.settings):
+            return self.setting.turns
+        return tuple(turn for turn in self.setting.turns if str(turn) not in row["by_turn"])
 
     def _misfit(self, past: int) -> str | None:
         """Return why a cache on the GPU does not fit; ours are filled from one, too."""
         needed = dense_kv_bytes(self.shape, 1, past + self.setting.new_tokens)
         return too_big("a dynamic cache", needed, "device", self.free().device)
 
-    def _program(self, name: str, past: int) -> dict[str, Any] | str:
+    def _program(self, name: str, past: int, turns: tuple[int, ...]) -> dict[str, Any] | str:
         """Measure one program; returns why not where it cannot."""
         try:
-            return self._ours(name, past) if name in OURS else self._theirs(name, past)
+            return (
+                self._ours(name, past, turns) if name in OURS else self._theirs(name, past, turns)
+            )
         except NO_MEMORY as error:
             return out_of_memory(error)
 
-    def _ours(self, name: str, past: int) -> dict[str, Any]:
+    def _ours(self, name: str, past: int, turns: tuple[int, ...]) -> dict[str, Any]:
         programs = self.programs
         reserve = past + self.setting.new_tokens + 1
         begin = time.perf_counter()
-        compared = [
-            programs.compare(name, turn, reserve, with_past=True) for turn in self.setting.turns
-        ]
+        compared = {
+            str(turn): programs.compare(name, turn, reserve, with_past=True) for turn in turns
+        }
         wait_for(programs.device)
-        row: dict[str, Any] = {"compared": compared}
-        row["prepare_s"] = round(time.perf_counter() - begin, 1)
+        prepare_s = round(time.perf_counter() - begin, 1)
         fast = programs.ours(name)
         cache = fast.new_cache(reserve, past=fill_dynamic(programs.model, past))
-        row["by_turn"] = self._turns(name, past, cache)
-        row["host_kv_bytes"] = programs.kv_bytes(name, on_host=True)
-        row["gpu_kv_bytes"] = programs.kv_bytes(name, on_host=False)
-        return row
+        by_turn = self._turns(name, past, turns, cache)
+        for turn, found in compared.items():
+            by_turn[turn]["compared"] = found
+        return {
+            "by_turn": by_turn,
+            "prepare_s": prepare_s,
+            "chunk_tokens": programs.config(name).chunk_tokens,
+            "host_kv_bytes": programs.kv_bytes(name, on_host=True),
+            "gpu_kv_bytes": programs.kv_bytes(name, on_host=False),
+        }
 
-    def _theirs(self, name: str, past: int) -> dict[str, Any]:
+    def _theirs(self, name: str, past: int, turns: tuple[int, ...]) -> dict[str, Any]:
         cache = fill_dynamic(self.programs.model, past)
-        row: dict[str, Any] = {"by_turn": self._turns(name, past, cache), "host_kv_bytes": 0}
-        row["gpu_kv_bytes"] = dense_kv_bytes(self.shape, 1, int(cache.get_seq_length()))
-        return row
+        by_turn = self._turns(name, past, turns, cache)
+        num_bytes = dense_kv_bytes(self.shape, 1, int(cache.get_seq_length()))
+        return {"by_turn": by_turn, "host_kv_bytes": 0, "gpu_kv_bytes": num_bytes}
 
-    def _turns(self, name: str, past: int, cache: Any) -> dict[str, Any]:
+    def _turns(self, name: str, past: int, turns: tuple[int, ...], cache: Any) -> dict[str, Any]:
         """Take the turns of every length on one cache."""
         programs, rounds = self.programs, self.setting.rounds
         text = prompt_of(past + self.setting.new_tokens, programs.vocabulary, programs.device)
-        end, by_turn = past, {}
-        for turn in self.setting.turns:
+        end = past
+        by_turn: dict[str, Any] = {}
+        for turn in turns:
             if reason := programs.forbids(name, turn, with_past=True):
                 by_turn[str(turn)] = {"skipped": reason}
                 continue
@@ -178,11 +195,15 @@ class TurnBench:
         return by_turn
 
 
+def _length_of(item: tuple[str, Any]) -> int:
+    return int(item[0])
+
+
 def _result(past: int, rows: Mapping[str, Any], skipped: Mapping[str, str]) -> dict[str, Any]:
     """Return what was found, with ratios to the fastest program of transformers."""
     programs = {name: rows[name] for name in (*OURS, *BACKENDS) if name in rows}
     over: dict[str, Any] = {}
-    for turn in dict.fromkeys(turn for row in programs.values() for turn in row["by_turn"]):
+    for turn in sorted({turn for row in programs.values() for turn in row["by_turn"]}, key=int):
         medians = {
             name: row["by_turn"][turn]["median"]
             for name, row in programs.items()

@@ -105,7 +105,7 @@ def bench_prefill(
             check_plot(plot)
             check_folder(out)
             require_gpu("sparda bench prefill")
-            file = _prefill_file(out, shape, chunk_tokens, commit)
+            file = _prefill_file(out, shape, commit)
             make_lab(shape, say, max_host_gib).prefill(setting, file)
         from sparda_compile.bench.plots import write_prefill_plot
         from sparda_compile.bench.show import print_prefill
@@ -165,7 +165,7 @@ def bench_turns(
             )
             check_folder(out)
             require_gpu("sparda bench turns")
-            file = _turns_file(out, shape, turns, chunk_tokens, commit)
+            file = _turns_file(out, shape, commit)
             make_lab(shape, say, max_host_gib).turns(setting, file)
         from sparda_compile.bench.show import print_turns
     if as_json:
@@ -195,49 +195,55 @@ def prompt_part(
     """
     from sparda_compile.bench.prefill import PrefillSetting
     from sparda_compile.bench.suite import Part
-    from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
+    from sparda_compile.bench.turns import TurnSetting
 
     out, commit = place
     if what == "prefill":
-        open_file = partial(_prefill_file, out, shape, None, commit)
+        prompt = PrefillSetting((size,), minutes=2 * minutes)
+        prefill_file = partial(_prefill_file, out, shape, commit)
+        return Part(
+            f"prefill {shape} {size} tokens",
+            minutes,
+            lambda: _is_whole(prefill_file(), size, prompt.programs),
+            lambda: lab(shape).prefill(prompt, prefill_file()),
+        )
+    turns = TurnSetting((size,))
+    turns_file = partial(_turns_file, out, shape, commit)
+    return Part(
+        f"turns {shape} behind {size} tokens",
+        minutes,
+        lambda: _is_whole(turns_file(), size, turns.programs, turns.turns),
+        lambda: lab(shape).turns(turns, turns_file()),
+    )
 
-        def run() -> object:
-            setting = PrefillSetting((size,), minutes=2 * minutes)
-            return lab(shape).prefill(setting, open_file())
 
-        name = f"prefill {shape} {size} tokens"
-    else:
-        open_file = partial(_turns_file, out, shape, DEFAULT_TURNS, None, commit)
-
-        def run() -> object:
-            return lab(shape).turns(TurnSetting((size,)), open_file())
-
-        name = f"turns {shape} behind {size} tokens"
-    return Part(name, minutes, lambda: open_file().has(size), run)
+def _is_whole(
+    file: ResultFile, size: int, programs: tuple[str, ...], turns: tuple[int, ...] = ()
+) -> bool:
+    """Return whether there is everything of a length, or a reason in its place."""
+    found = file.get(size)
+    if found is None or not file.has(size):
+        return False
+    rows = {name: found["programs"].get(name, {}) for name in programs}
+    return all(
+        name in found["skipped"] or (row and all(str(t) in row["by_turn"] for t in turns))
+        for name, row in rows.items()
+    )
 
 
 def _settings(chunk_tokens: int | None) -> dict[str, Any]:
     return {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
 
 
-def _prefill_file(
-    out: Path, shape: str, chunk_tokens: int | None, commit: str | None
-) -> ResultFile:
+def _prefill_file(out: Path, shape: str, commit: str | None) -> ResultFile:
     from sparda_compile.bench.lab import ResultFile
 
-    head = {"name": "prefill", "shape": str(shape), "chunk_tokens": chunk_tokens}
+    head = {"name": "prefill", "shape": str(shape)}
     return ResultFile(out / f"prefill-{shape}.json", head, "tokens", commit)
 
 
-def _turns_file(
-    out: Path, shape: str, turns: tuple[int, ...], chunk_tokens: int | None, commit: str | None
-) -> ResultFile:
+def _turns_file(out: Path, shape: str, commit: str | None) -> ResultFile:
     from sparda_compile.bench.lab import ResultFile
 
-    head = {
-        "name": "turns",
-        "shape": str(shape),
-        "turns": list(turns),
-        "chunk_tokens": chunk_tokens,
-    }
+    head = {"name": "turns", "shape": str(shape)}
     return ResultFile(out / f"turns-{shape}.json", head, "past", commit)

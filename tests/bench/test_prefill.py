@@ -100,6 +100,19 @@ def test_what_the_file_holds_is_not_measured_again(bench, timed, tmp_path):
     assert not timed.calls
 
 
+def test_what_was_read_in_chunks_stays_unless_others_are_asked_for(bench, timed, tmp_path):
+    file = file_at(tmp_path)
+    made = bench(40, programs=("dense", "transformers_flash"))
+    made.measure(file)
+    for chunk_tokens, expected in ((None, set()), (64, {"dense"})):
+        timed.calls.clear()
+        settings = {"chunk_tokens": chunk_tokens} if chunk_tokens else {}
+        bench(40, programs=("dense", "transformers_flash"), settings=settings).measure(file)
+        assert {name for name, _ in timed.calls} == expected
+    # These programs were not told of the chunks; a lab tells them.
+    assert file.get(40)["programs"]["dense"]["chunk_tokens"] is None
+
+
 def test_short_prompts_take_turns_and_long_ones_do_not(bench, timed, monkeypatch, tmp_path):
     monkeypatch.setattr("sparda_compile.bench.prefill._IN_TURNS", 50)
     monkeypatch.setattr("sparda_compile.bench.prefill._ROUND_S", 1000.0)

@@ -48,7 +48,8 @@ def test_every_program_takes_every_turn(bench, tmp_path):
             assert found["first_s"] > 0
         assert (row["host_kv_bytes"] > 0) is (name in NAMES[:3])
         assert row["gpu_kv_bytes"] > 0
-    phases = [each["phase"] for each in result["programs"]["sparse_query"]["compared"]]
+    by_turn = result["programs"]["sparse_query"]["by_turn"]
+    phases = [each["compared"]["phase"] for each in by_turn.values()]
     assert phases == ["decode", "sparse_prefill"]
     # torch has no such kernel for a CPU.
     for found in result["programs"]["transformers_efficient"]["by_turn"].values():
@@ -104,7 +105,7 @@ def test_past_that_does_not_fit_is_left_out(bench, tmp_path):
 
 
 def test_program_without_memory_is_left_out(bench, monkeypatch, tmp_path):
-    def no_room(self, name, past):
+    def no_room(self, name, past, turns):
         raise torch.OutOfMemoryError("no room\nfor much")
 
     monkeypatch.setattr(TurnBench, "_ours", no_room)
@@ -112,6 +113,17 @@ def test_program_without_memory_is_left_out(bench, monkeypatch, tmp_path):
     (result,) = bench(300, programs=names).measure(file_at(tmp_path))
     assert result["skipped"] == {"dense": "out of memory: no room"}
     assert list(result["programs"]) == ["transformers_flash"]
+
+
+def test_only_turns_that_the_file_lacks_are_taken(bench, tmp_path):
+    file, names = file_at(tmp_path), ("dense", "transformers_flash")
+    bench(300, turns=(20,), programs=names).measure(file)
+    before = copy.deepcopy(file.get(300)["programs"])
+    bench(300, turns=(30, 20, 1), programs=names).measure(file)
+    for name, row in file.get(300)["programs"].items():
+        assert list(row["by_turn"]) == ["1", "20", "30"]
+        assert row["by_turn"]["20"] == before[name]["by_turn"]["20"]
+    assert list(file.get(300)["transformers_over"]) == ["1", "20", "30"]
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,13 @@ class FakeLab:
 
     def prefill(self, setting, file):
         self.asked.append((self.name, setting, "prefill"))
-        file.save({"tokens": setting.tokens[0]})
+        skipped = dict.fromkeys(setting.programs, "no time")
+        file.save({"tokens": setting.tokens[0], "programs": {}, "skipped": skipped})
 
     def turns(self, setting, file):
         self.asked.append((self.name, setting, "turns"))
-        file.save({"past": setting.past[0]})
+        skipped = dict.fromkeys(setting.programs, "no time")
+        file.save({"past": setting.past[0], "programs": {}, "skipped": skipped})
 
 
 @pytest.fixture

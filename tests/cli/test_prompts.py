@@ -14,6 +14,7 @@ from sparda_compile.bench.lab import Lab
 from sparda_compile.bench.memory import FreeMemory
 from sparda_compile.bench.prompt_floor import Rates
 from sparda_compile.bench.suite import PARTS
+from sparda_compile.bench.turns import TurnSetting
 from sparda_compile.cli import bench
 from sparda_compile.cli import main as cli
 from sparda_compile.cli.prompts import prompt_part
@@ -37,11 +38,13 @@ class TinyLab(Lab):
 
     def prefill(self, setting, file):
         self.asked.append(setting)
-        return super().prefill(dataclasses.replace(setting, settings=SMALL), file)
+        settings = {**SMALL, **setting.settings}
+        return super().prefill(dataclasses.replace(setting, settings=settings), file)
 
     def turns(self, setting, file):
         self.asked.append(setting)
-        return super().turns(dataclasses.replace(setting, settings=SMALL), file)
+        settings = {**SMALL, **setting.settings}
+        return super().turns(dataclasses.replace(setting, settings=settings), file)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_prefill(lab, tmp_path):
     assert setting.programs == ("sparse_query", "dense", "transformers_cudnn", "transformers_flash")
     assert (setting.rounds, setting.limit_s, setting.settings) == (1, 130.0, {})
     found = json.loads((tmp_path / "prefill-tiny.json").read_text())
-    assert (found["name"], found["shape"], found["chunk_tokens"]) == ("prefill", "tiny", None)
+    assert (found["name"], found["shape"]) == ("prefill", "tiny")
     assert found["environment"]["commit"] == "abc123"
     assert [r["tokens"] for r in found["results"]] == [40, 200]
     for each in found["results"]:
@@ -100,14 +103,15 @@ def test_prefill_as_json_goes_on_where_it_was(lab, tmp_path):
     (after,) = json.loads(second.stdout)["results"]
     assert list(after["programs"]) == ["sparse_forecast", "sparse_query", "dense"]
     assert after["programs"]["dense"] == before["programs"]["dense"]
-    # Chunks are another measurement.
+    # Chunks that are asked for are another measurement.
     other = run(
         *arguments, "--no-baseline", "--commit", "1a2b", "--chunk-tokens", 64, "--minutes", 0
     )
     assert lab.asked[-1].settings == {"chunk_tokens": 64}
-    (none,) = json.loads(other.stdout)["results"]
-    assert not none["programs"]
-    assert "minutes, and 0.0 are left" in none["skipped"]["dense"]
+    (same,) = json.loads(other.stdout)["results"]
+    assert same["programs"] == after["programs"]
+    assert "minutes, and 0.0 are left" in same["skipped"]["dense"]
+    assert "unfinished" in same
 
 
 def test_turns(lab, tmp_path):
@@ -119,7 +123,7 @@ def test_turns(lab, tmp_path):
     (setting,) = lab.asked
     assert (setting.past, setting.turns, setting.rounds) == ((300,), (1, 20), 1)
     found = json.loads((tmp_path / "turns-tiny.json").read_text())
-    assert (found["name"], found["shape"], found["turns"]) == ("turns", "tiny", [1, 20])
+    assert (found["name"], found["shape"]) == ("turns", "tiny")
     (each,) = found["results"]
     assert list(each["programs"]["sparse_forecast"]["by_turn"]) == ["1", "20"]
     assert each["transformers_over"]["20"]["program"] == "transformers_flash"
@@ -149,6 +153,18 @@ def test_parts_of_all_are_done_when_their_result_is_whole(lab, tmp_path):
     assert prefill.is_done()
     assert not turns.is_done()
     assert lab.asked[0].minutes == 2.0
+    head = {"environment": environment.describe("1a2b"), "name": "turns", "shape": "tiny"}
+    rows = {name: {"by_turn": {"1": {}, "200": {}}} for name in TurnSetting().programs[1:]}
+    each = {"past": 40, "programs": rows, "skipped": {TurnSetting().programs[0]: "no memory"}}
+    path = tmp_path / "turns-tiny.json"
+    path.write_text(json.dumps({**head, "results": [each]}))
+    assert not turns.is_done()
+    for row in rows.values():
+        row["by_turn"]["4000"] = {}
+    path.write_text(json.dumps({**head, "results": [each]}))
+    assert turns.is_done()
+    path.write_text(json.dumps({**head, "results": [{**each, "unfinished": "more"}]}))
+    assert not turns.is_done()
 
 
 def test_every_prompt_of_all_can_be_asked_for(lab, tmp_path):
