@@ -93,12 +93,13 @@ def samples():
             scale, softcap, 70, True,
         ),
         "select_tokens": (
-            randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), "infllm2", scale,
+            randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), 100, "infllm2",
+            scale,
             *GEOMETRY, SELECTED, 1, 0,
         ),
         "select_past": (
-            randn(ROWS, GROUPS, 7, DIM), pooled[:1], mask, int32([70, 64]), "forecast", 1.0,
-            *GEOMETRY, SELECTED, 1, 1, 70,
+            randn(ROWS, GROUPS, 7, DIM), pooled[:1], mask, int32([70, 64]), 70, "forecast", 1.0,
+            *GEOMETRY, SELECTED, 1, 1,
         ),
         "stage_blocks": (
             ids[:, :, None].repeat(1, 1, 7, 1), lengths, pages, host, tables()[0], 70

@@ -142,7 +142,9 @@ def _select(
     scale = shape.dim**-0.5
     query = _randn(device, 1, heads, shape.tokens, shape.dim)
     lengths = torch.full((1,), shape.past, dtype=torch.int32, device=device)
-    asked = select_tokens.Asked(query, [pooled], position, lengths, selector, scale, geometry)
+    asked = select_tokens.Asked(
+        query, [pooled], position, lengths, shape.past, selector, scale, geometry
+    )
     ids = position.new_empty((1, groups, shape.tokens, shape.selected))
     call = partial(select_tokens.select_tokens, asked, choice, ids)
     call()

@@ -192,6 +192,7 @@ def select_for_tokens(
         [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)],
         state.token_mask(),
         state.lengths,
+        state.num_past(),
         selector,
         scale,
         *geometry_of(layout),
@@ -205,11 +206,11 @@ def select_for_tokens(
     return ids
 
 
-def select_past(emit: Emitter, picked: fx.Node, state: StateInputs) -> tuple[fx.Node, fx.Node]:
+def select_past(emit: Emitter, picked: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Add `select_past` with what a `select_tokens` takes; returns the ids and their scores."""
     names = INSTRUCTIONS["select_past"].places
     shared = [argument(picked, name) for name in names if takes(picked, name)]
-    node = emit.call("select_past", *shared, state.num_past(), name=f"past_{emit.layer}")
+    node = emit.call("select_past", *shared, name=f"past_{emit.layer}")
     ids, scores = _items(emit, node)
     return ids, scores
 

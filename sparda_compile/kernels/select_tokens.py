@@ -29,7 +29,7 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
-from sparda_compile.kernels.prefill_attention import num_new_slots, token_positions
+from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS, Geometry
 
@@ -62,6 +62,7 @@ def select_tokens(
     summary: Sequence[Tensor],
     token_mask: Tensor,
     lengths: Tensor,
+    num_past: int,
     selector: str,
     scale: float,
     num_blocks: int,
@@ -82,6 +83,7 @@ def select_tokens(
         summary: The tensors of the selector's summary, with the new keys in them.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens before this call.
+        num_past: No sequence has more; blocks that nobody can have cost nothing on a GPU.
         selector: Name of the selector.
         scale: Factor on q . k.
         num_blocks: N.
@@ -109,12 +111,12 @@ def select_tokens(
 
         if gpu.covers(selector, query, summary[0].shape[1], geometry):
             choice = gpu.Choice(num_selected, block_size, sink_blocks, local_blocks)
-            asked = gpu.Asked(query, summary, position_BT.int(), lengths, selector, scale, geometry)
+            keys = (query, summary, position_BT.int(), lengths, num_past)
+            asked = gpu.Asked(*keys, selector, scale, geometry)
             if near is None:
                 gpu.select_tokens(asked, choice, ids)
             else:
-                width = min(num_new_slots(query.shape[2], block_size) + 2, num_blocks)
-                gpu.select_near(asked, choice, width, near, ids)
+                gpu.select_near(asked, choice, near, ids)
             return ids
     ids.copy_(_all_blocks(position_BT // block_size, num_selected))
     scorer = _Scorer(query, summary, SELECTORS[selector], scale, geometry)
@@ -142,6 +144,7 @@ def select_past(
     summary: Sequence[Tensor],
     token_mask: Tensor,
     lengths: Tensor,
+    num_past: int,
     selector: str,
     scale: float,
     num_blocks: int,
@@ -151,7 +154,6 @@ def select_past(
     num_selected: int,
     sink_blocks: int,
     local_blocks: int,
-    num_past: int,
     stream: int = 0,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -162,6 +164,7 @@ def select_past(
         summary: The tensors of the selector's summary; those of the new keys may be missing.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens before this call.
+        num_past: No sequence has more; 0 picks nothing.
         selector: Name of a selector whose scores settle.
         scale: Factor on q . k.
         num_blocks: N.
@@ -172,7 +175,6 @@ def select_past(
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept blocks before the current one, as many as have windows that reach
             into new tokens, or more.
-        num_past: No sequence has more tokens in the cache; 0 picks nothing.
         stream: 0 compute, 2 select.
         after: Result of the fork that starts the select stream's work, if this op is first on it.
 
@@ -195,10 +197,8 @@ def select_past(
 
             if gpu.covers(selector, query, summary[0].shape[1], geometry):
                 choice = gpu.Choice(num_selected, block_size, sink_blocks, local_blocks)
-                places = position_BT.int()
-                asked = gpu.Asked(query, summary, places, lengths, selector, scale, geometry)
-                width = min(num_past // block_size + 1, num_blocks)
-                gpu.select_past(asked, choice, width, ids, kept)
+                keys = (query, summary, position_BT.int(), lengths, num_past)
+                gpu.select_past(gpu.Asked(*keys, selector, scale, geometry), choice, ids, kept)
                 return
         first_BT = (lengths // block_size)[:, None].where(position_BT >= 0, -1)
         ids.copy_(_all_blocks(first_BT, num_selected))

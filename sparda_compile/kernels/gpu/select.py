@@ -130,9 +130,13 @@ def _keys_of(score, forced, exists):
 def pick_listed(score, forced, exists, SELECTED: tl.constexpr):  # noqa: ANN201
     """Mark the SELECTED best of a list that is in the order of block ids; ties go to the first."""
     key = _keys_of(score, forced, exists)
-    low = _LEAST + 1
-    span = tl.max(key, 0).to(tl.int64) - low + 1
-    return find_largest(key, low, tl.maximum(span, 1), tl.sum(exists.to(tl.int32), 0), SELECTED)
+    low = tl.min(tl.where(exists, key, _MOST), 0)
+    # Fewer than are wanted are above the best that is not forced; or forced ones alone are wanted.
+    enough = tl.sum((forced & exists).to(tl.int32), 0) >= SELECTED
+    high = tl.max(tl.where(forced, _LEAST, key), 0)
+    low = tl.where(enough, tl.max(key, 0), low)
+    span = tl.maximum(high.to(tl.int64) - low + 1, 1)
+    return find_largest(key, low, span, tl.sum(exists.to(tl.int32), 0), SELECTED)
 
 
 @triton.jit

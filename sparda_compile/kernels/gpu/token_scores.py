@@ -19,6 +19,9 @@ as one vector, with the negative and the positive part of q. A mean of heads has
 summary of 16: it goes in as three vectors that add up to it, summed like heads. Its windows are
 the blocks.
 
+NOSA's short list is picked of those scores, in the last kernel, which then ranks blocks by the best
+retention score of the windows that touch them: the last number of each pooled key.
+
 Blocks may be scored in two parts, at two times: those of the past by the windows that it has
 completed, and from the last block before that of the first new token on, by all. A product is the
 same in both, bit for bit.
@@ -51,9 +54,9 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["Asked", "Blocks", "Scored", "covers", "first_scored", "scored_tokens"]
+__all__ = ["Asked", "Blocks", "covers", "first_scored", "scored_tokens"]
 
-_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest"})
+_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
 # Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
 # half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
 _COLUMNS: Final = 128
@@ -96,11 +99,14 @@ def _vectors(
 
 
 @triton.jit
-def _keys(keys, window, end, DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return the pooled keys of some windows."""
+def _keys(
+    keys, window, end, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return the first numbers of the pooled keys of some windows."""
     dims = tl.arange(0, DIMS)
     mask = (window < end)[:, None] & (dims < DIM)[None, :]
-    tile = tl.load(keys + window[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+    tile = tl.load(keys + window[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
     if INTERPRETED:
         tile = tile.to(tl.float32)
     return tile
@@ -111,8 +117,8 @@ def _token_sums(
     query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
     num_windows, begin, end, scored_from,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, POOL: tl.constexpr,
-    STRIDE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    PART: tl.constexpr, WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
@@ -125,12 +131,12 @@ def _token_sums(
     is_scored = tl.max(position, 0) >= scored_from
     stop = tl.where(is_scored, tl.minimum(tl.max(complete, 0), (part + 1) * PART), 0)
     own_stop = tl.minimum(complete, stop)
-    keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
+    keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
     peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     for start in tl.range(part * PART, stop, WINDOWS, num_stages=STAGES):
         window = start + tl.arange(0, WINDOWS)
-        keys = _keys(keys_at, window, stop, DIM, DIMS, INTERPRETED)
+        keys = _keys(keys_at, window, stop, WIDTH, DIM, DIMS, INTERPRETED)
         logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
         logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -163,26 +169,24 @@ def _normals(
 
 
 @triton.jit
-def first_scored(length, SIZE: tl.constexpr, NEW: tl.constexpr):  # noqa: ANN201
-    """Return the block that scores begin with: of new tokens alone, one before those that change.
+def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernels
+    """Return the first block that is scored where new tokens alone are.
 
     The last block before that of the first new token may have windows that reach into it; and one
     block more has those that reach into that.
     """
-    if NEW:
-        return tl.maximum(length // SIZE - 2, 0)
-    return length * 0
+    return tl.maximum(length // SIZE - 2, 0)
 
 
 @triton.jit
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
-    num_tokens, num_windows, width, begin, end, scored_from, sum_parts,
+    num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
     POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr, BLOCKS: tl.constexpr,
-    SOFTMAX: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr, INTERPRETED: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
+    BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr,
+    INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
@@ -194,7 +198,7 @@ def _token_blocks(
     complete = complete_windows(tl.minimum(position, length) if PAST else position, POOL, STRIDE)
     most = tl.max(complete, 0)
     is_scored = tl.max(position, 0) >= scored_from
-    origin = first_scored(length, RATIO * STRIDE, NEW)
+    origin = first_scored(length, RATIO * STRIDE) if NEW else length * 0
     start = origin + part * PART
     stop = tl.where(is_scored, tl.minimum((most + RATIO - 1) // RATIO, start + PART), 0)
     if start < stop:
@@ -205,9 +209,10 @@ def _token_blocks(
         if SOFTMAX:
             columns = (end - begin) * ROOM
             normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
-        keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
+        keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
         # [pair, token, which of the two, block]
-        at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * width)) - origin
+        at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * num_blocks))
+        at -= origin
         own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
         next_one = own
         tiles = (stop - start + BLOCKS - 1) // BLOCKS
@@ -215,7 +220,7 @@ def _token_blocks(
             block = start + step // RATIO * BLOCKS + tl.arange(0, BLOCKS)
             place = step % RATIO
             window = block * RATIO + place
-            keys = _keys(keys_at, window, most, DIM, DIMS, INTERPRETED)
+            keys = _keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
             weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
             if SOFTMAX:
                 weight = tl.exp2(weight * factor - normal[None, :])
@@ -233,7 +238,7 @@ def _token_blocks(
                 mask = (block < stop)[:, None] & (token < end)[None, :]
                 tl.store(at[None, :] + block[:, None], own, mask=mask)
                 if OVERHANG > 0:
-                    tl.store(at[None, :] + width + block[:, None], next_one, mask=mask)
+                    tl.store(at[None, :] + num_blocks + block[:, None], next_one, mask=mask)
 
 
 def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
@@ -248,13 +253,16 @@ def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -
     return fits or selector == "quest"
 
 
-def _stages(query: Tensor, columns: int, rows: int, dims: int) -> int:
-    """Return how many tiles of keys fit beside the queries."""
+def _tile(query: Tensor, room: int, dims: int, *, softmax: bool) -> tuple[int, int, int]:
+    """Return query vectors and keys of a product, and tiles of keys that fit beside the queries."""
+    most = 2 * _TILE_BYTES // (dims * query.element_size() ** 2)
+    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
+    rows = max(min(_WINDOWS, most), 16)
     if query.device.type != "cuda":
-        return _MOST_STAGES
+        return columns, rows, _MOST_STAGES
     vector = dims * query.element_size()
     free = shared_bytes(query.device) - columns * vector - 4 * rows * columns
-    return max(min(_MOST_STAGES, free // (rows * vector)), 1)
+    return columns, rows, max(min(_MOST_STAGES, free // (rows * vector)), 1)
 
 
 def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
@@ -288,6 +296,7 @@ class Asked:
         tensors: Of the summary; the first are pooled keys or bounds.
         positions: [B, T] int32, -1 where no token is.
         lengths: [B] int32, tokens before this call.
+        num_past: No sequence has more.
         selector: One that `covers` has.
         scale: Factor on q . k.
         geometry: Sizes.
@@ -297,60 +306,81 @@ class Asked:
     tensors: Sequence[Tensor]
     positions: Tensor
     lengths: Tensor
+    num_past: int
     selector: str
     scale: float
     geometry: Geometry
 
+    @property
+    def softmax(self) -> bool:
+        """Whether a head's scores are weights."""
+        return self.selector in ("infllm2", "nosa")
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """Scores of some tokens.
+    @property
+    def lists(self) -> bool:
+        """Whether the last number of a key is its retention score, which no query multiplies."""
+        return self.selector.startswith("nosa")
 
-    Attributes:
-        begin: First token.
-        end: Token behind the last.
-        scores: [pairs, end - begin, 2, width] float32, or more tokens.
-        width: Blocks.
-        sizes: Pool, stride, windows of a block, and those that reach into the next one.
-    """
+    @property
+    def num_groups(self) -> int:
+        """KV heads."""
+        return self.tensors[0].shape[1]
 
-    begin: int
-    end: int
-    scores: Tensor
-    width: int
-    sizes: tuple[int, int, int, int]
+    @property
+    def windows(self) -> Geometry:
+        """Sizes of the windows that are scored: a bound is that of a whole block."""
+        if self.selector != "quest":
+            return self.geometry
+        size = self.geometry.block_size
+        return dataclasses.replace(self.geometry, pool_size=1, pool_stride=size)
 
 
-def scored_tokens(asked: Asked, blocks: Blocks, width: int, scored_from: int) -> Iterator[Scored]:
-    """Score, as many tokens at a time as there is room for; what comes next takes that room.
+def _num_blocks(asked: Asked, blocks: Blocks) -> int:
+    """Return how many blocks may be scored, from the first that is."""
+    size, num_tokens = asked.geometry.block_size, asked.query.shape[2]
+    most: dict[Blocks, int] = {
+        Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
+        Blocks.PAST: asked.num_past // size + 1,
+        # New tokens lie in one block more than they fill, behind two others.
+        Blocks.NEW: triton.cdiv(num_tokens, size) + 3,
+    }
+    return min(most[blocks], asked.geometry.num_blocks)
+
+
+def scored_tokens(
+    asked: Asked, blocks: Blocks, scored_from: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Score, as many tokens at a time as there is room for; the next ones take the same room.
+
+    Yields the first token, the one behind the last, and scores [pairs, t, 2, n] float32: for each
+    block the best window that begins in it, and the best of those that reach into the next one.
 
     Args:
         asked: Queries and summary.
-        blocks: Which blocks; without a softmax alone if not all.
-        width: How many at most, from the first that is scored.
+        blocks: Which blocks; all of them for a softmax.
         scored_from: Tokens before this position have no more blocks than they may read.
     """
-    pooled, query, softmax = asked.tensors[0], asked.query, asked.selector == "infllm2"
-    size, pool = asked.geometry.block_size, (asked.geometry.pool_size, asked.geometry.pool_stride)
+    pooled, query, geometry = asked.tensors[0], asked.query, asked.windows
     if asked.selector == "quest":
-        query, pooled, pool = _quest_parts(query, pooled), pooled.flatten(3), (1, size)
-    batch, groups, num_windows, dim = pooled.shape
+        query, pooled = _quest_parts(query, pooled), pooled.flatten(3)
+    pool, size = (geometry.pool_size, geometry.pool_stride), geometry.block_size
+    batch, groups, num_windows, width = pooled.shape
+    dim = width - 1 if asked.lists else width
     query = query if query.stride(-1) == 1 else query.contiguous()
-    num_tokens, pairs, heads = query.shape[2], batch * groups, query.shape[1] // groups
-    room, dims = power_of_two(heads), power_of_two(dim, 16)
-    vector = dims * query.element_size()
-    most = _TILE_BYTES // (vector * query.element_size() // 2)
-    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
-    rows = max(min(_WINDOWS, most), 16)
-    stages = _stages(query, columns, rows, dims)
+    num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
+    num_blocks = _num_blocks(asked, blocks)
+    room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
+    columns, rows, stages = _tile(query, room, dims, softmax=softmax)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
-    vectors, strides = (heads, room, columns), query.stride()[:3]
-    chunk = _SCRATCH_BYTES // (pairs * width * 8) // columns * columns
+    vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
+    chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
     chunk = min(max(chunk, columns // room), num_tokens)
-    parts = triton.cdiv(width, _PART_BLOCKS)
+    parts = triton.cdiv(num_blocks, _PART_BLOCKS)
+    # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, _PART_BLOCKS))
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
-    scores = query.new_empty((pairs, chunk, 2, width), dtype=torch.float32)
+    scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
     factor = asked.scale * _LOG2_E
     for begin in range(0, num_tokens, chunk):
         end = min(begin + chunk, num_tokens)
@@ -358,13 +388,13 @@ def scored_tokens(asked: Asked, blocks: Blocks, width: int, scored_from: int) ->
         if softmax:
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, asked.positions, maxima, sums, factor, *strides, groups, num_tokens,
-                num_windows, begin, end, scored_from, *vectors, *pool, dim, dims,
+                num_windows, begin, end, scored_from, *vectors, *pool, width, dim, dims,
                 _PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
             query, pooled, asked.positions, asked.lengths, maxima, sums, scores, factor, *strides,
-            groups, num_tokens, num_windows, width, begin, end, scored_from, parts, *vectors,
-            power_of_two(parts), *pool, ratio, overhang, dim, dims, _PART_BLOCKS, rows, softmax,
+            groups, num_tokens, num_windows, num_blocks, begin, end, scored_from, parts, *vectors,
+            all_parts, *pool, ratio, overhang, width, dim, dims, _PART_BLOCKS, rows, softmax,
             blocks is Blocks.PAST, blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
         )  # fmt: skip
-        yield Scored(begin, end, scores, width, (*pool, ratio, overhang))
+        yield begin, end, scores

@@ -152,7 +152,7 @@ class _Insertion:
         updates = find_ops(self._graph, "update_summary")
         update = next(n for n in updates if LAYER.of(n) == layer)
         emit = Emitter(self._graph, update, stage, layer)
-        near_ids, near_scores = select_past(emit, picked, self._state)
+        near_ids, near_scores = select_past(emit, picked)
         set_argument(picked, "near_ids", near_ids)
         set_argument(picked, "near_scores", near_scores)
         set_argument(stage, "block_ids", near_ids)

@@ -8,12 +8,12 @@ import torch
 from sparda_compile.kernels.gpu import select_tokens as kernels
 from sparda_compile.kernels.gpu import token_scores
 from sparda_compile.kernels.gpu.select import Choice
-from sparda_compile.kernels.prefill_attention import num_new_slots, token_positions
+from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_tokens import select_tokens
 from sparda_compile.selectors import Geometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SELECTORS = ["forecast", "infllm2", "quest"]
+SELECTORS = ["forecast", "infllm2", "quest", "nosa", "nosa_forecast"]
 SCALE = 0.3
 
 
@@ -53,21 +53,27 @@ class Prompt:
 
         Fewer than all blocks may be equal where sums in another order decide what is nearly a tie.
         """
-        geometry = self.geometry
-        query = self.forecasts if selector == "forecast" else self.queries
+        geometry, num_past = self.geometry, int(self.lengths.max())
+        if selector.startswith("nosa"):
+            forced = (choice.sink_blocks, choice.local_blocks)
+            listed = max(choice.num_selected - sum(forced) - 1, 0) // 2
+            geometry = dataclasses.replace(
+                geometry, short_list=listed, sink_blocks=forced[0], local_blocks=forced[1]
+            )
+        query = self.forecasts if selector.endswith("forecast") else self.queries
         summary = self.bounds if selector == "quest" else self.pooled
         # What the reference reads of windows that no token has completed is hidden behind it.
         exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
         want = select_tokens(
-            query.float(), [exact], self.mask, self.lengths, selector, SCALE,
+            query.float(), [exact], self.mask, self.lengths, num_past, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
-            *self.ordered(choice),
+            *self.ordered(choice), geometry.short_list,
         )  # fmt: skip
         position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
         asked = kernels.Asked(
             query.to(device), [summary.to(device)], position.to(device), self.lengths.to(device),
-            selector, SCALE, geometry,
+            num_past, selector, SCALE, geometry,
         )  # fmt: skip
         got = torch.empty_like(want, device=device)
         kernels.select_tokens(asked, choice, got)
@@ -83,18 +89,15 @@ class Prompt:
     def check_in_two_parts(self, asked, choice, want):
         """What is picked of the past first, by its own windows, changes no bit of the choice."""
         open_blocks = self.geometry.num_open_blocks
-        if asked.selector == "infllm2" or choice.local_blocks < open_blocks:
+        settles = asked.selector in ("forecast", "quest")
+        if not settles or choice.local_blocks < open_blocks:
             return
-        size, most = choice.block_size, int(self.lengths.max())
         scores = torch.empty(want.shape, device=want.device)
         near, ids = torch.empty_like(want), torch.empty_like(want)
-        width = min(most // size + 1, self.geometry.num_blocks)
-        before = self.of_the_past(asked)
-        kernels.select_past(before, choice, width, near, scores)
-        width = min(num_new_slots(want.shape[2], size) + 2, self.geometry.num_blocks)
-        kernels.select_near(asked, choice, width, (near, scores), ids)
+        kernels.select_past(self.of_the_past(asked), choice, near, scores)
+        kernels.select_near(asked, choice, (near, scores), ids)
         assert torch.equal(ids, want)
-        first = (asked.lengths // size)[:, None, None, None]
+        first = (asked.lengths // choice.block_size)[:, None, None, None]
         assert (near <= first).all()
         is_past = (want >= 0) & (want < first)
         assert ((want[..., None] == near[..., None, :]).any(-1) | ~is_past).all()
