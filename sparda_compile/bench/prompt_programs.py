@@ -68,7 +68,8 @@ NO_MEMORY: Final = (torch.OutOfMemoryError, DevicePoolFullError, HostPoolFullErr
 # that reads other blocks differs by more than half.
 _ROUNDING: Final = 0.1
 _CHECKED_TOKENS: Final = 1024
-_PROBED_PAST: Final = 64
+# Tokens of the text, and of a past, that torch is asked with.
+_PROBED: Final = 64
 
 
 def token_times(
@@ -214,14 +215,14 @@ class PromptPrograms:
             num_tokens: New tokens; whether they are one or more decides.
             with_past: Whether a cache holds tokens before them.
         """
-        key = (name, min(num_tokens, 2), with_past)
+        key = (name, 1 if num_tokens == 1 else _PROBED, with_past)
         if name in BACKENDS and key not in self._allowed:
             self._allowed[key] = self._probe(*key)
         return self._allowed.get(key)
 
     def _probe(self, name: str, num_tokens: int, with_past: bool) -> str | None:
-        past = {CACHE_NAME: fill_dynamic(self.model, _PROBED_PAST)} if with_past else {}
-        ids = prompt_of(_PROBED_PAST * with_past + num_tokens, self.vocabulary, self.device)
+        past = {CACHE_NAME: fill_dynamic(self.model, _PROBED)} if with_past else {}
+        ids = prompt_of(_PROBED * with_past + num_tokens, self.vocabulary, self.device)
         try:
             with torch.no_grad(), sdpa_kernel(BACKENDS[name]):
                 self.model.generate(
