@@ -29,6 +29,7 @@ from sparda_compile.bench.timing import wait_for
 from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import DevicePoolFullError, HostPoolFullError
+from sparda_compile.program.prompt_cost import prompt_phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -188,6 +189,12 @@ class PromptPrograms:
             self.say(f"optimizing {name}")
             self._ours[name] = optimize(traced, self.config(name))
         return self._ours[name]
+
+    def auto(self, num_tokens: int) -> str:
+        """Return what `prefill="auto"` makes of a prompt in mode forecast: `dense` or `sparse`."""
+        config = self.config("sparse_forecast").replace(prefill="auto")
+        phase = prompt_phase(self._traced.captures, config, 1, 0, num_tokens)
+        return "sparse" if phase == "sparse_prefill" else "dense"
 
     def drop(self) -> None:
         """Let all modules go, and the memory of their caches."""
