@@ -24,6 +24,7 @@ from sparda_compile.bench.prompt_programs import (
     NO_MEMORY,
     OURS,
     PREFILL_BACKENDS,
+    REPEAT,
     out_of_memory,
     prompt_of,
     same_chunks,
@@ -82,6 +83,7 @@ class PrefillSetting:
         limit_s: Most seconds of one call.
         minutes: Time for everything.
         settings: Fields of SpardaConfig.
+        repeat: How often each token of a prompt stands in a row.
     """
 
     tokens: tuple[int, ...] = DEFAULT_TOKENS
@@ -90,6 +92,7 @@ class PrefillSetting:
     limit_s: float = 130.0
     minutes: float = 60.0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    repeat: int = REPEAT
 
     def __post_init__(self) -> None:
         """Check what a run would only find out after minutes."""
@@ -186,7 +189,8 @@ class PrefillBench:
         skipped: dict[str, str] = {}
         late: list[str] = []
         runs: dict[str, _Run] = {}
-        ids = prompt_of(tokens, self.programs.vocabulary, self.programs.device)
+        place = (self.programs.vocabulary, self.programs.device)
+        ids = prompt_of(tokens, *place, self.setting.repeat)
         others = 0
         for name in names:
             reason = self._reason(name, tokens, known)

@@ -43,6 +43,7 @@ __all__ = [
     "NO_MEMORY",
     "OURS",
     "PREFILL_BACKENDS",
+    "REPEAT",
     "PromptPrograms",
     "fill_dynamic",
     "out_of_memory",
@@ -69,6 +70,10 @@ NO_MEMORY: Final = (torch.OutOfMemoryError, DevicePoolFullError, HostPoolFullErr
 # that reads other blocks differs by more than half.
 _ROUNDING: Final = 0.1
 _CHECKED_TOKENS: Final = 1024
+# Of a random model, tokens drawn one by one select blocks that have nothing to do with each other,
+# which no text does. With ten equal tokens in a row neighbours share 88% of their 96 blocks, at
+# the lower end of what is known of trained models, 87 to 94%.
+REPEAT: Final = 10
 # Tokens of the text, and of a past, that torch is asked with.
 _PROBED: Final = 64
 
@@ -111,10 +116,18 @@ def same_chunks(name: str, row: Mapping[str, Any], settings: Mapping[str, Any]) 
     return name not in OURS or wanted is None or row.get("chunk_tokens") == wanted
 
 
-def prompt_of(num_tokens: int, vocabulary: int, device: torch.device, seed: int = 0) -> Tensor:
-    """Return random tokens, [1, T] int64, always the same ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (1, num_tokens), generator=generator).to(device)
+def prompt_of(num_tokens: int, vocabulary: int, device: torch.device, repeat: int = 1) -> Tensor:
+    """Return random tokens, [1, T] int64, always the same ones.
+
+    Args:
+        num_tokens: T.
+        vocabulary: Tokens to draw from.
+        device: Where they are wanted.
+        repeat: How often each one that is drawn stands in a row.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, vocabulary, (1, -(-num_tokens // repeat)), generator=generator)
+    return drawn.repeat_interleave(repeat, dim=1)[:, :num_tokens].to(device)
 
 
 def fill_dynamic(model: nn.Module, num_tokens: int) -> DynamicCache:

@@ -17,6 +17,7 @@ from sparda_compile.bench.prompt_programs import (
     BACKENDS,
     NO_MEMORY,
     OURS,
+    REPEAT,
     fill_dynamic,
     out_of_memory,
     prompt_of,
@@ -52,6 +53,7 @@ class TurnSetting:
         programs: Names of `OURS` and of `BACKENDS`.
         rounds: Most warm turns of each length.
         settings: Fields of SpardaConfig.
+        repeat: How often each token of a turn stands in a row.
     """
 
     past: tuple[int, ...] = (131072,)
@@ -59,6 +61,7 @@ class TurnSetting:
     programs: tuple[str, ...] = (*OURS, *BACKENDS)
     rounds: int = 5
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    repeat: int = REPEAT
 
     def __post_init__(self) -> None:
         """Check what a run would only find out after minutes."""
@@ -178,7 +181,8 @@ class TurnBench:
     def _turns(self, name: str, past: int, turns: tuple[int, ...], cache: Any) -> dict[str, Any]:
         """Take the turns of every length on one cache."""
         programs, rounds = self.programs, self.setting.rounds
-        text = prompt_of(past + self.setting.new_tokens, programs.vocabulary, programs.device)
+        place = (programs.vocabulary, programs.device)
+        text = prompt_of(past + self.setting.new_tokens, *place, self.setting.repeat)
         end = past
         by_turn: dict[str, Any] = {}
         for turn in turns:

@@ -37,6 +37,7 @@ __all__ = ["bench_prefill", "bench_turns", "prompt_part"]
 
 _MOST_ROUNDS: Final = 1000
 _ROUNDS: Final = 5
+_REPEAT: Final = 10  # as `bench.prompt_programs.REPEAT`, which imports torch
 
 Programs = Annotated[
     list[PromptProgram] | None,
@@ -52,6 +53,14 @@ ChunkTokens = Annotated[
         max=MOST_TOKENS,
         help="Columns of a prompt that ours read at once.",
         show_default="as the library has it",
+    ),
+]
+Repeat = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="How often each random token stands in a row: neighbours then select alike.",
     ),
 ]
 Rounds = Annotated[
@@ -80,6 +89,7 @@ def bench_prefill(
         float, typer.Option(min=0, max=MOST_MINUTES, help="Time for everything.")
     ] = 60.0,
     chunk_tokens: ChunkTokens = None,
+    repeat: Repeat = _REPEAT,
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as prefill.png.")] = None,
     max_host_gib: HostGib = None,
@@ -101,11 +111,12 @@ def bench_prefill(
                 limit,
                 minutes,
                 _settings(chunk_tokens),
+                repeat,
             )
             check_plot(plot)
             check_folder(out)
             require_gpu("sparda bench prefill")
-            file = _prefill_file(out, shape, commit)
+            file = _prefill_file(out, shape, commit, repeat)
             make_lab(shape, say, max_host_gib).prefill(setting, file)
         from sparda_compile.bench.plots import write_prefill_plot
         from sparda_compile.bench.show import print_prefill
@@ -142,6 +153,7 @@ def bench_turns(
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
     chunk_tokens: ChunkTokens = None,
+    repeat: Repeat = _REPEAT,
     out: OutFolder = Path("bench-results"),
     max_host_gib: HostGib = None,
     commit: Commit = None,
@@ -162,10 +174,11 @@ def bench_turns(
                 (*(program or OURS), *(BACKENDS if baseline else ())),
                 rounds,
                 _settings(chunk_tokens),
+                repeat,
             )
             check_folder(out)
             require_gpu("sparda bench turns")
-            file = _turns_file(out, shape, commit)
+            file = _turns_file(out, shape, commit, repeat)
             make_lab(shape, say, max_host_gib).turns(setting, file)
         from sparda_compile.bench.show import print_turns
     if as_json:
@@ -235,15 +248,19 @@ def _settings(chunk_tokens: int | None) -> dict[str, Any]:
     return {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
 
 
-def _prefill_file(out: Path, shape: str, commit: str | None) -> ResultFile:
+def _prefill_file(out: Path, shape: str, commit: str | None, repeat: int = _REPEAT) -> ResultFile:
     from sparda_compile.bench.lab import ResultFile
 
-    head = {"name": "prefill", "shape": str(shape)}
-    return ResultFile(out / f"prefill-{shape}.json", head, "tokens", commit)
+    head = {"name": "prefill", "shape": str(shape), "repeat": repeat}
+    return ResultFile(out / f"prefill-{shape}{_suffix(repeat)}.json", head, "tokens", commit)
 
 
-def _turns_file(out: Path, shape: str, commit: str | None) -> ResultFile:
+def _turns_file(out: Path, shape: str, commit: str | None, repeat: int = _REPEAT) -> ResultFile:
     from sparda_compile.bench.lab import ResultFile
 
-    head = {"name": "turns", "shape": str(shape)}
-    return ResultFile(out / f"turns-{shape}.json", head, "past", commit)
+    head = {"name": "turns", "shape": str(shape), "repeat": repeat}
+    return ResultFile(out / f"turns-{shape}{_suffix(repeat)}.json", head, "past", commit)
+
+
+def _suffix(repeat: int) -> str:
+    return "" if repeat == _REPEAT else f"-repeat-{repeat}"

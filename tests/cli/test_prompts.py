@@ -154,6 +154,7 @@ def test_parts_of_all_are_done_when_their_result_is_whole(lab, tmp_path):
     assert not turns.is_done()
     assert lab.asked[0].minutes == 2.0
     head = {"environment": environment.describe("1a2b"), "name": "turns", "shape": "tiny"}
+    head["repeat"] = TurnSetting().repeat
     rows = {name: {"by_turn": {"1": {}, "200": {}}} for name in TurnSetting().programs[1:]}
     each = {"past": 40, "programs": rows, "skipped": {TurnSetting().programs[0]: "no memory"}}
     path = tmp_path / "turns-tiny.json"
