@@ -14,7 +14,7 @@ from sparda_compile.ops import OPS
 
 ROWS, GROUPS, HEADS, DIM, SIZE, BLOCKS, PAGES, SELECTED = 2, 2, 6, 60, 16, 5, 4, 3
 # Ops that leave a part of their result to others, so that two results differ.
-UNWRITTEN = ("stage_blocks",)
+UNWRITTEN = ("stage_blocks", "select_past")
 GEOMETRY = (BLOCKS, SIZE, 8, 4)
 
 
@@ -96,6 +96,10 @@ def samples():
             randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), 100, "infllm2",
             scale,
             *GEOMETRY, SELECTED, 1, 0,
+        ),
+        "select_past": (
+            randn(ROWS, GROUPS, 7, DIM), pooled[:1], mask, int32([70, 64]), 70, "forecast", 1.0,
+            *GEOMETRY, SELECTED, 1, 1,
         ),
         "stage_blocks": (
             ids[:, :, None].repeat(1, 1, 7, 1), lengths, pages, host, tables()[0], 70

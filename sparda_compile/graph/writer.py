@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparda_compile.graph.effects import results_of, set_argument
+from sparda_compile.graph.effects import argument, results_of, set_argument, takes
 from sparda_compile.graph.emit import Emitter, new_fake
 from sparda_compile.graph.nodes import fake_value
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
@@ -24,6 +25,7 @@ __all__ = [
     "plan_pages",
     "select_by_score",
     "select_for_tokens",
+    "select_past",
     "stage_blocks",
 ]
 
@@ -204,22 +206,32 @@ def select_for_tokens(
     return ids
 
 
-def stage_blocks(
-    emit: Emitter, block_ids: fx.Node, shape: LayerShape, state: StateInputs
-) -> tuple[fx.Node, fx.Node]:
+def select_past(emit: Emitter, picked: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Add `select_past` with what a `select_tokens` takes; returns the ids and their scores."""
+    names = INSTRUCTIONS["select_past"].places
+    shared = [argument(picked, name) for name in names if takes(picked, name)]
+    node = emit.call("select_past", *shared, name=f"past_{emit.layer}")
+    ids, scores = _items(emit, node)
+    return ids, scores
+
+
+def stage_blocks(emit: Emitter, block_ids: fx.Node, state: StateInputs) -> tuple[fx.Node, fx.Node]:
     """Add `stage_blocks` for what tokens of a prompt select; returns the buffer and its slots."""
     node = emit.call(
         "stage_blocks",
         block_ids,
         state.lengths,
-        *(state.get(name, shape.layer) for name in ("pages", "host", "block_table")),
+        *(state.get(name, emit.layer) for name in ("pages", "host", "block_table")),
         state.num_past(),
-        name=f"stage_{shape.layer}",
+        name=f"stage_{emit.layer}",
     )
-    staging, slots = (
-        emit.item(node, i, f"{name}_{shape.layer}") for i, name in enumerate(results_of(node))
-    )
+    staging, slots = _items(emit, node)
     return staging, slots
+
+
+def _items(emit: Emitter, node: fx.Node) -> list[fx.Node]:
+    """Add the choice of each result of a node."""
+    return [emit.item(node, i, f"{name}_{emit.layer}") for i, name in enumerate(results_of(node))]
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

@@ -35,6 +35,8 @@ class Work(enum.Enum):
 
     NONE = "nothing: it only orders others"
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
+    TOKEN_SCORES = "its latency, and products of each new token's vectors with the summary"
+    TOKEN_BLOCKS = "its latency, and products with keys and values of each new token's blocks"
     NEW_TOKENS = "its latency, and the new tokens, read and written"
     TO_DEVICE = "a copy of the selected blocks that the step before has not brought"
     TO_STAGING = "a copy of the past blocks that a prompt's tokens read"

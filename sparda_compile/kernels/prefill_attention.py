@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparda_compile.isa.define import define
+from sparda_compile.isa.table import Work
 
 __all__ = [
     "SelectedBlocks",
@@ -246,6 +247,7 @@ def _causal_of_real(
     mutates=("staging",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     before=("extend_kv",),  # which takes new tokens into the page that attention reads
+    work=Work.TOKEN_BLOCKS,
 )
 def attend_tokens(
     query: Tensor,

@@ -166,8 +166,10 @@ class _Layer:
             picked = self._layer.one("select_tokens")
             self._own["block_ids"] = picked.node.name if picked else None
             self._own["tail_page"] = None
-            staged = self._layer.one("stage_blocks")
-            self._own |= _results(staged) if staged else {}
+            self._own |= {"near_ids": None, "near_scores": None}
+            for role in ("select_past", "stage_blocks"):
+                made = self._layer.one(role)
+                self._own |= _results(made) if made else {}
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)
@@ -177,17 +179,27 @@ class _Layer:
         hints = {**self._own, **self._hint}
         for op in self._layer.ops:
             expected = hints if op in self._of_hint else self._own
-            if op.name in ("score_blocks", "select_tokens"):
+            if op.name in ("score_blocks", "select_tokens", "select_past"):
                 expected = {**expected, "summary": self._summary_of(op)}
                 if self._is_forecast or op in self._of_hint:
                     del expected["query"]
                     yield from self._early_query(op)
+                if op.name == "select_past":
+                    picked = self._layer.one("select_tokens")
+                    query = picked.args["query"] if picked else None
+                    expected["query"] = getattr(query, "name", None)
             elif op.name == "update_summary":
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
-            elif op.name in ("prefill_attention", "stage_blocks"):
-                yield from _wrong_numbers(op)
+            elif op.name == "stage_blocks":
+                near = self._own["near_ids"]
+                expected = {**expected, "block_ids": near or expected["block_ids"]}
+            elif op.name == "record_event":
+                staged = self._layer.one("stage_blocks")
+                results = _results(staged).values() if staged else ()
+                expected = {"inputs": [*results]}
+            yield from _wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -212,8 +224,9 @@ class _Layer:
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
+        tables = _TABLES if self._ctx.is_decode else ("block_table",)
         summaries = [str(name) for names in self._summaries.values() for name in names]
-        return [*(self._state[name] for name in ("pages", *_TABLES)), *summaries]
+        return [*(self._state[name] for name in ("pages", *tables)), *summaries]
 
 
 def _results(plan: Op) -> Operands:

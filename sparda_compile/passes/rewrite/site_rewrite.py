@@ -161,7 +161,7 @@ class SiteRewrite:
 
     def _attend_tokens(self, block_ids: fx.Node, mask: fx.Node) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
-        staged = stage_blocks(emit, block_ids, self.shape, self.state)
+        staged = stage_blocks(emit, block_ids, self.state)
         return emit.call(
             "attend_tokens",
             site.query,

@@ -111,9 +111,13 @@ def run_all(dtype, dim, size):
     select.select(scores, lengths, ids, choice)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        select_tokens.select_tokens(
-            asked, tensors, lengths[:, None], name, 1.0, geometry, choice, 0
-        )
+        keys = (asked, tensors, lengths[:, None], lengths)
+        prompt = select_tokens.Asked(*keys, 9 * size, name, 1.0, geometry)
+        select_tokens.select_tokens(prompt, choice, ids[:, :, None])
+        if name in ("forecast", "quest"):
+            near = (ids[:, :, None], scores[:, :, None, :SELECTED].contiguous())
+            select_tokens.select_past(prompt, choice, *near)
+            select_tokens.select_near(prompt, choice, near, ids[:, :, None])
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -171,8 +175,9 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
+    asked = (query, [pooled], ints(BATCH, 1), ints(BATCH), 0, "infllm2", 1.0, geometry)
     select_tokens.select_tokens(
-        query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice, 0
+        select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
     )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
