@@ -88,7 +88,7 @@ _LAYOUT: Final = ("transpose", "permute", "contiguous", "reshape", "view", "flat
 def _loosen_views(node: fx.Node) -> None:
     """Let what views the output of an attention copy it instead, where its strides are others.
 
-    Our ops return [B, H, T, D] as it lies in memory; the attention that they stand for had the
+    Our ops return [B, H, T, D] in an order of their own; the attention that they stand for had the
     strides of its query, and a model may count on them.
     """
     for user in node.users:
