@@ -199,6 +199,9 @@ def _token_major(out_BHTD: Tensor) -> Tensor:
 
     What `scaled_dot_product_attention` returns lies like that already.
     """
+    _, heads, num_tokens, dim = out_BHTD.shape
+    if out_BHTD.stride() == (num_tokens * heads * dim, dim, heads * dim, 1):
+        return out_BHTD
     return out_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sparda_compile.isa.define import define
-from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS, Geometry
 
@@ -35,8 +34,7 @@ _MOST_NUMBERS = 1 << 24
 def select_tokens(
     query: Tensor,
     summary: Sequence[Tensor],
-    token_mask: Tensor,
-    lengths: Tensor,
+    positions: Tensor,
     selector: str,
     scale: float,
     num_blocks: int,
@@ -53,8 +51,7 @@ def select_tokens(
     Args:
         query: [B, H, T, D] queries, or [B, G, T, D] forecasts.
         summary: The tensors of the selector's summary, with the new keys in them.
-        token_mask: [B, T] bool, which tokens are real.
-        lengths: [B] int32, tokens before this call.
+        positions: [B, T] int32 position of each token, -1 for padding.
         selector: Name of the selector.
         scale: Factor on q . k.
         num_blocks: N.
@@ -72,17 +69,16 @@ def select_tokens(
     geometry = Geometry(
         num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
     )
-    position_BT = token_positions(lengths, token_mask, query.shape[2])
     choice = (num_selected, block_size, sink_blocks, local_blocks)
     if query.is_cuda:
         from sparda_compile.kernels.gpu import select_tokens as gpu
         from sparda_compile.kernels.gpu.select import Choice
 
         if gpu.covers(selector, query, summary[0].shape[1], geometry):
-            place_BT = position_BT.int()
             return gpu.select_tokens(
-                query, summary, place_BT, selector, scale, geometry, Choice(*choice)
+                query, summary, positions, selector, scale, geometry, Choice(*choice)
             )
+    position_BT = positions.long()
     ids = _all_blocks(position_BT // block_size, summary[0].shape[1], num_selected)
     step = max(_MOST_NUMBERS // sum(tensor[0].numel() for tensor in summary), 1)
     for row, position_T in enumerate(position_BT):

@@ -77,7 +77,7 @@ class SiteRewrite:
                 self._get("pages"),
             )
         emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
-        self._update_summaries(None)
+        self._update_summaries([])
         out = emit.call(
             "sparse_attention",
             site.query,
@@ -93,7 +93,7 @@ class SiteRewrite:
                 "store_blocks",
                 [],
                 plan.tail_page,
-                None,
+                [],
                 lengths,
                 None,
                 self._get("pages"),
@@ -104,12 +104,12 @@ class SiteRewrite:
 
     def _prefill(self) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
-        config, mask = self.ctx.config, self.state.token_mask()
+        config, mask, tokens = self.ctx.config, self.state.token_mask(), self.state.tokens()
         pages, host, table = self._get("pages"), self._get("host"), self._get("block_table")
         past = (mask, lengths, pages, host, table, site.scale, site.softcap)
         block_ids = None
         if self.ctx.is_sparse_prefill:
-            self._update_summaries(mask)
+            self._update_summaries(tokens)
             block_ids = self._select_for_tokens()
             out = emit.call("attend_tokens", site.query, site.k, site.v, block_ids, *past)
         else:
@@ -120,7 +120,7 @@ class SiteRewrite:
             site.k,
             site.v,
             block_ids,
-            mask,
+            tokens,
             lengths,
             pages,
             table,
@@ -131,13 +131,13 @@ class SiteRewrite:
             config.eviction,
         )
         if block_ids is None:
-            self._update_summaries(mask)
+            self._update_summaries(tokens)
         if self._layout.offload:
             emit.call(
                 "store_blocks",
                 [site.k, site.v],
                 None,
-                mask,
+                tokens,
                 lengths,
                 table,
                 pages,
@@ -173,14 +173,14 @@ class SiteRewrite:
             self._layout,
         )
 
-    def _update_summaries(self, mask: fx.Node | None) -> None:
+    def _update_summaries(self, tokens: list[fx.Node]) -> None:
         for summary in self._layout.summaries():
             tensors = [self._get(n) for n in self._layout.summary_tensors(summary, self.shape)]
             self.emitter.call(
                 "update_summary",
                 self.site.k,
                 self.state.lengths,
-                mask,
+                tokens,
                 tensors,
                 summary,
                 *geometry_of(self._layout),
