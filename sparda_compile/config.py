@@ -66,8 +66,8 @@ class Selection:
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
         prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
-            its own blocks, those that a decode step would select there. `auto`: `dense`, until
-            `sparse` has been timed on a GPU.
+            its own blocks, those that a decode step would select there. `auto`: on a GPU, of the
+            two what is expected to be faster for a prompt of that length; on a CPU `dense`.
     """
 
     mode: Mode = "forecast"
@@ -138,8 +138,9 @@ class Memory:
     """Where the KV cache lives, and how much of it there may be.
 
     Attributes:
-        chunk_tokens: Columns of a prompt that are read at once; None reads it in one piece. Less
-            memory is used for less; the result is the same but for rounding.
+        chunk_tokens: Columns of a prompt that are one turn; None reads it as one, layer by layer,
+            with what lies between attentions in slices. Shorter turns need less memory, and read
+            the past again from the cache; the result is the same but for rounding.
         max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
             (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
         offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the

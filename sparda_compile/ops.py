@@ -33,7 +33,12 @@ from sparda_compile.kernels import (  # noqa: F401 - fills the table
     sparse_attention,
     window_attention,
 )
-from sparda_compile.runtime import append, block_table, transfer  # noqa: F401 - fills the table
+from sparda_compile.runtime import (  # noqa: F401 - fills the table
+    append,
+    block_table,
+    staging,
+    transfer,
+)
 
 __all__ = ["OPS"]
 

@@ -1,8 +1,9 @@
 """Kernels of a prompt alone: 16K new tokens of one sequence behind 128K others.
 
     select_forecast, select_infllm2   the blocks of each token
-    attend                            attention over them, with the past on device pages: the op as
-                                      it is called, and its two large kernels by rows of a tile
+    stage                             the past blocks that they read, from device pages
+    attend                            attention over them: the op as it is called, and its two large
+                                      kernels by rows of a tile
 
 Floors: FLOP that nobody can save, at the rate of a large matrix product, or bytes that have to be
 read or written once, at the rate of a copy, whichever takes longer. Selection counts the products
@@ -22,9 +23,11 @@ import torch
 
 from sparda_compile.bench.calibration import matmul_tflops
 from sparda_compile.bench.timing import graph_us
-from sparda_compile.kernels.gpu import attend_tokens, select_tokens, token_blocks
+from sparda_compile.kernels.gpu import attend_tokens, select_tokens, stage, token_blocks
 from sparda_compile.kernels.gpu.select import Choice
+from sparda_compile.kernels.prefill_attention import num_new_slots
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.runtime.staging import empty_staging
 from sparda_compile.selectors import SELECTORS, Geometry
 
 if TYPE_CHECKING:
@@ -138,7 +141,7 @@ def _select(
     pooled = _randn(device, 1, groups, geometry.num_windows, shape.dim)
     scale = shape.dim**-0.5
     query = _randn(device, 1, heads, shape.tokens, shape.dim)
-    operands = (query, [pooled], position, selector, scale, geometry, choice)
+    operands = (query, [pooled], position, selector, scale, geometry, choice, shape.past)
     call = partial(select_tokens.select_tokens, *operands)
     ids = call()
     sample = torch.linspace(0, shape.tokens - 1, _SAMPLE, device=device).long()
@@ -188,19 +191,28 @@ def _attend(
     pages = _randn(device, 1, groups, past_blocks, 2, shape.block, shape.dim)
     block = torch.arange(num_blocks, device=device)
     table = block.where(block < past_blocks, -1).int().expand(1, groups, -1).contiguous()
-    past = (pages, torch.empty(0, dtype=torch.int64, device=device), table)
+    host = torch.empty(0, dtype=torch.int64, device=device)
     ids = _block_ids(device, shape, groups)
     mask = torch.ones(1, shape.tokens, dtype=torch.bool, device=device)
     lengths = torch.full((1,), shape.past, dtype=torch.int32, device=device)
     factors = (shape.dim**-0.5, 0.0)
-    call = partial(attend_tokens.attend_tokens, query, kv, ids, mask, lengths, past, factors)
+    staging, slots = empty_staging(ids, pages, table, shape.past)
+    room = staging.shape[2] - num_new_slots(shape.tokens, shape.block)
+    copy = partial(stage.stage, ids, lengths, (pages, host, table), staging, slots, room)
+    copy()
+    staged, paged = (staging, slots), (pages, table)
+    call = partial(
+        attend_tokens.attend_tokens, query, kv, ids, mask, lengths, staged, paged, factors
+    )
     error = _error(call(), query, torch.stack(kv, 3), pages, ids, shape)
     if not error < 1e-2:
         raise AssertionError(f"attention of a prompt is off by {error}")
     flop = 4.0 * shape.tokens * shape.heads * shape.selected * shape.block * shape.dim
     num_bytes = 2.0 * (2 * query.numel() + 2 * kv[0].numel() + pages.numel()) + 4 * ids.numel()
     rows = {f"attend_g{groups}": {**_row([call] * 2, flop, num_bytes, rates), "error": error}}
-    prompt = token_blocks.place_blocks(kv, ids, mask, lengths, past)
+    copied = 2.0 * 2 * pages.numel()
+    rows[f"stage_g{groups}"] = _row([copy] * 2, 0.0, copied + 4 * ids.numel(), rates)
+    prompt = token_blocks.pack_prompt(kv, mask, lengths, staged, paged)
     out = torch.empty_like(query)
     for lines in (64, 128):
         tokens = lines * groups // shape.heads
@@ -211,7 +223,7 @@ def _attend(
         found = float(union.counts.float().mean())
         name = f"g{groups}_rows_{lines}"
         rows[f"attend_{name}"] = {**_row([attend] * 2, flop, num_bytes, rates), "union": found}
-        moved = 4.0 * ids.numel() + 16.0 * float(union.counts.sum())
+        moved = 4.0 * ids.numel() + 12.0 * float(union.counts.sum())
         rows[f"unions_{name}"] = _row([find] * 2, 0.0, moved, rates)
     return rows
 

@@ -197,6 +197,7 @@ class _Reader:
             query,
             tensors,
             self.position_BT,
+            0,
             selector,
             scale,
             geometry.num_blocks,

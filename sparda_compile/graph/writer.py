@@ -24,6 +24,7 @@ __all__ = [
     "plan_pages",
     "select_by_score",
     "select_for_tokens",
+    "stage_blocks",
 ]
 
 
@@ -84,12 +85,18 @@ class StateInputs:
         node = emit.call("number_tokens", mask, lengths, name="number_tokens")
         return [emit.item(node, i, f"token_{n}") for i, n in enumerate(results_of(node))]
 
-    def known_to_the_host(self) -> tuple[fx.Node, fx.Node]:
-        """Most tokens that a sequence of the cache has, and whether the mask may hide some."""
-        for name, sample in ((NUM_PAST, 0), (MAY_HIDE, True)):
-            if name not in self._nodes:
-                self._placeholder(name, sample)
-        return self._nodes[NUM_PAST], self._nodes[MAY_HIDE]
+    def num_past(self) -> fx.Node:
+        """Most tokens that a sequence of the cache has, known to the host."""
+        return self._number(NUM_PAST, 0)
+
+    def may_hide(self) -> fx.Node:
+        """Whether the mask may hide some token, known to the host."""
+        return self._number(MAY_HIDE, True)
+
+    def _number(self, name: str, sample: int) -> fx.Node:
+        if name not in self._nodes:
+            self._placeholder(name, sample)
+        return self._nodes[name]
 
     def _placeholder(self, name: str, value: Any) -> None:
         last: fx.Node = next(reversed(self._nodes.values()))
@@ -204,6 +211,7 @@ def select_for_tokens(
         query,
         [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)],
         state.tokens()[0],
+        state.num_past(),
         selector,
         scale,
         *geometry_of(layout),
@@ -215,6 +223,24 @@ def select_for_tokens(
     if layout.geometry.short_list:
         set_argument(ids, "short_list", layout.geometry.short_list)
     return ids
+
+
+def stage_blocks(
+    emit: Emitter, block_ids: fx.Node, shape: LayerShape, state: StateInputs
+) -> tuple[fx.Node, fx.Node]:
+    """Add `stage_blocks` for what tokens of a prompt select; returns the buffer and its slots."""
+    node = emit.call(
+        "stage_blocks",
+        block_ids,
+        state.lengths,
+        *(state.get(name, shape.layer) for name in ("pages", "host", "block_table")),
+        state.num_past(),
+        name=f"stage_{shape.layer}",
+    )
+    staging, slots = (
+        emit.item(node, i, f"{name}_{shape.layer}") for i, name in enumerate(results_of(node))
+    )
+    return staging, slots
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

@@ -37,6 +37,7 @@ class Work(enum.Enum):
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
     NEW_TOKENS = "its latency, and the new tokens, read and written"
     TO_DEVICE = "a copy of the selected blocks that the step before has not brought"
+    TO_STAGING = "a copy of the past blocks that a prompt's tokens read"
     TO_HOST = "a copy of the blocks that the step has filled"
 
 

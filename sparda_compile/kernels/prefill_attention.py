@@ -3,7 +3,8 @@
     prefill_attention    a token at position p attends to every position <= p of its own sequence
     attend_tokens        ... of the blocks that it has selected
 
-Past keys come from the host pool where a block is full, else from its device page. On CUDA:
+Dense attention takes past keys from the host pool where a block is full, else from its device page.
+What tokens have selected lies in the buffer of `runtime/staging.py`. On CUDA:
 `gpu/attend_tokens.py`, for groups whose query vectors fit its tile.
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "SelectedBlocks",
     "attend_tokens",
     "masked_attention",
+    "num_new_slots",
     "prefill_attention",
     "real_columns",
     "token_positions",
@@ -55,9 +57,9 @@ def masked_attention(
 ) -> Tensor:
     """Attend by position: keys at 0 <= position <= the query's, inside the window if there is one.
 
-    The last T keys are those of the query's own tokens, in their order. Computed in the query's
-    dtype for chunks of queries, so memory is linear in T. With `blocks`, keys of a token's own
-    blocks alone.
+    The i-th of the last T keys, and what is behind it, is too late for what comes before query i.
+    Computed in the query's dtype for chunks of queries, so memory is linear in T. With `blocks`,
+    keys of a token's own blocks alone.
     """
     groups = k_BGSD.shape[1]
     num_past = k_BGSD.shape[2] - query_BHTD.shape[2]
@@ -186,7 +188,7 @@ def prefill_attention(
         may_hide = not bool(token_mask.all())
     if num_past or softcap or (may_hide and is_reference):
         past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
-        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap, None)
+        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap)
     elif may_hide:
         out = _causal_of_real(query, k, v, token_mask, scale)
     else:
@@ -203,6 +205,35 @@ def _token_major(out_BHTD: Tensor) -> Tensor:
     if out_BHTD.stride() == (num_tokens * heads * dim, dim, heads * dim, 1):
         return out_BHTD
     return out_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    token_mask: Tensor,
+    lengths: Tensor,
+    past: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend to the new tokens, and of the past to what the block table that is given lists."""
+    (k, v), (pages, host, block_table) = new, past
+    position_BT = token_positions(lengths, token_mask, k.shape[2])
+    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2])
+    index = torch.arange(past_k.shape[2], device=k.device)
+    past_BS = index.where(index < lengths[:, None], -1)
+    # What lies past a sequence's end may be anything, NaN too: weight 0 must win.
+    empty = (past_BS < 0)[:, None, :, None]
+    return masked_attention(
+        query,
+        torch.cat([past_k.masked_fill(empty, 0.0), k], dim=2),
+        torch.cat([past_v.masked_fill(empty, 0.0), v], dim=2),
+        position_BT,
+        torch.cat([past_BS, position_BT], dim=1),
+        scale,
+        softcap,
+        0,
+    )
 
 
 def _causal(query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -225,8 +256,9 @@ def _causal_of_real(
 
 
 @define(
+    mutates=("staging",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
-    before=("extend_kv",),  # which may evict what attention reads of the past
+    before=("extend_kv",),  # which takes new tokens into the page that attention reads
 )
 def attend_tokens(
     query: Tensor,
@@ -235,8 +267,9 @@ def attend_tokens(
     block_ids: Tensor,
     token_mask: Tensor,
     lengths: Tensor,
+    staging: Tensor,
+    slots: Tensor,
     pages: Tensor,
-    host: Tensor,
     block_table: Tensor,
     scale: float,
     softcap: float,
@@ -250,8 +283,9 @@ def attend_tokens(
         block_ids: [B, G, T, K] int32 blocks that each token reads, -1 for none.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens in the cache.
-        pages: [B, G, C, 2, P, D].
-        host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
+        staging: [B, G, S, 2, P, D], see `runtime.staging`; its slots of new blocks are written.
+        slots: [B, G, N] int32, the slot of each past block that is read.
+        pages: [B, G, C, 2, P, D]; has the older tokens of the first new token's block.
         block_table: [B, G, N] int32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
@@ -259,49 +293,72 @@ def attend_tokens(
     Returns:
         [B, H, T, D]; zero for tokens that are not real.
     """
+    staged, paged = (staging, slots), (pages, block_table)
     if query.is_cuda:
         from sparda_compile.kernels.gpu import attend_tokens as gpu
 
         if gpu.covers(query, pages, block_table):
-            past = (pages, host, block_table)
             return gpu.attend_tokens(
-                query, (k, v), block_ids, token_mask, lengths, past, (scale, softcap)
+                query, (k, v), block_ids, token_mask, lengths, staged, paged, (scale, softcap)
             )
-    blocks = SelectedBlocks(block_ids, block_table.shape[2], pages.shape[4])
-    num_blocks = -(-int(lengths.max()) // pages.shape[4])  # host-sync: the reference alone
-    past = (pages, host, block_table[:, :, :num_blocks])
-    return _attend(query, (k, v), token_mask, lengths, past, scale, softcap, blocks)
-
-
-def _attend(
-    query: Tensor,
-    new: tuple[Tensor, Tensor],
-    token_mask: Tensor,
-    lengths: Tensor,
-    past: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    softcap: float,
-    blocks: SelectedBlocks | None,
-) -> Tensor:
-    """Attend to the past and the new tokens, or to the selected blocks of both.
-
-    Of the past, what the block table that is given lists.
-    """
-    (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2])
-    index = torch.arange(past_k.shape[2], device=k.device)
-    past_BS = index.where(index < lengths[:, None], -1)
-    # What lies past a sequence's end may be anything, NaN too: weight 0 must win.
-    empty = (past_BS < 0)[:, None, :, None]
-    return masked_attention(
-        query,
-        torch.cat([past_k.masked_fill(empty, 0.0), k], dim=2),
-        torch.cat([past_v.masked_fill(empty, 0.0), v], dim=2),
-        position_BT,
-        torch.cat([past_BS, position_BT], dim=1),
-        scale,
-        softcap,
-        0,
-        blocks,
+    _pack(k, v, position_BT, lengths, staging, paged)
+    num_past = int(lengths.max())  # host-sync: the reference alone
+    size = staging.shape[4]
+    keys, values, place_BS = _by_position(
+        staged, lengths, lengths + token_mask.sum(1), -(-(num_past + k.shape[2]) // size)
     )
+    blocks = SelectedBlocks(block_ids, block_table.shape[2], size)
+    return masked_attention(query, keys, values, position_BT, place_BS, scale, softcap, 0, blocks)
+
+
+def num_new_slots(num_tokens: int, block_size: int) -> int:
+    """Return how many blocks new tokens may lie in, of which the first may have older ones."""
+    return -(-num_tokens // block_size) + 1
+
+
+def _pack(
+    k: Tensor,
+    v: Tensor,
+    position_BT: Tensor,
+    lengths: Tensor,
+    staging: Tensor,
+    paged: tuple[Tensor, Tensor],
+) -> None:
+    """Write the blocks of the new tokens to their slots, behind the older tokens of the first."""
+    (pages, block_table), size = paged, staging.shape[4]
+    first_B = lengths.long() // size
+    row = torch.where(lengths % size > 0)[0]
+    heads = torch.arange(pages.shape[1], device=pages.device)
+    page_nG = block_table[row, :, first_B[row]].long()
+    staging[row, :, 0] = pages[row[:, None], heads, page_nG]
+    row, column = torch.where(position_BT >= 0)
+    position = position_BT[row, column]
+    slot, offset = position // size - first_B[row], position % size
+    staging[row, :, slot, 0, offset] = k[row, :, column].to(staging.dtype)
+    staging[row, :, slot, 1, offset] = v[row, :, column].to(staging.dtype)
+
+
+def _by_position(
+    staged: tuple[Tensor, Tensor], lengths: Tensor, totals: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first blocks in order: keys and values [B, G, S, D], zero where nothing is.
+
+    Third, the position of each key, [B, S]; -1 where there is none.
+    """
+    (staging, slots), size = staged, staged[0].shape[4]
+    block_n = torch.arange(num_blocks, device=slots.device)
+    new_Bn = block_n - lengths.long()[:, None] // size
+    old_BGn = slots[:, :, block_n.clamp(max=slots.shape[2] - 1)].long()
+    slot_BGn = torch.where((new_Bn >= 0)[:, None], new_Bn[:, None], old_BGn)
+    place = torch.arange(num_blocks * size, device=slots.device)
+    place_BS = place.where(place < totals[:, None], -1)
+    # A slot that nobody has filled may hold anything, NaN too: weight 0 must win.
+    there = (slot_BGn >= 0).repeat_interleave(size, -1) & (place_BS >= 0)[:, None]
+    rows = torch.arange(len(slots), device=slots.device)[:, None, None]
+    heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
+    blocks = staging[rows, heads, slot_BGn.clamp(0, staging.shape[2] - 1)]
+    keys, values = (
+        part.flatten(2, 3).masked_fill(~there[..., None], 0.0) for part in blocks.unbind(3)
+    )
+    return keys, values, place_BS

@@ -35,6 +35,7 @@ def select_tokens(
     query: Tensor,
     summary: Sequence[Tensor],
     positions: Tensor,
+    num_past: int,
     selector: str,
     scale: float,
     num_blocks: int,
@@ -52,6 +53,8 @@ def select_tokens(
         query: [B, H, T, D] queries, or [B, G, T, D] forecasts.
         summary: The tensors of the selector's summary, with the new keys in them.
         positions: [B, T] int32 position of each token, -1 for padding.
+        num_past: No sequence has more tokens before these; blocks that nobody can have cost
+            nothing on a GPU.
         selector: Name of the selector.
         scale: Factor on q . k.
         num_blocks: N.
@@ -75,9 +78,8 @@ def select_tokens(
         from sparda_compile.kernels.gpu.select import Choice
 
         if gpu.covers(selector, query, summary[0].shape[1], geometry):
-            return gpu.select_tokens(
-                query, summary, positions, selector, scale, geometry, Choice(*choice)
-            )
+            asked = (selector, scale, geometry, Choice(*choice))
+            return gpu.select_tokens(query, summary, positions, *asked, num_past)
     position_BT = positions.long()
     ids = _all_blocks(position_BT // block_size, summary[0].shape[1], num_selected)
     step = max(_MOST_NUMBERS // sum(tensor[0].numel() for tensor in summary), 1)

@@ -4,7 +4,8 @@
     compile  each different piece once, by Inductor (`pieces.py`); `lowering="eager"` runs a piece's
              own Python instead
     run      pieces and ops one after another, in the order of the graph, on tensors held here; of
-             an op, the function that its dispatcher would call
+             an op, the function that its dispatcher would call; pieces of a long prompt in slices
+             (`slices.py`)
 
 So nothing that moves bytes passes through a compiler: no node is moved, copied or fused away, and a
 value is one tensor for everybody. A tensor is held until the last call that takes it. A wait takes
@@ -24,7 +25,9 @@ from torch import Tensor, fx
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
 from sparda_compile.graph.nodes import call_name, changes_in_place, fake_value, is_sparda
 from sparda_compile.isa.define import implementation
-from sparda_compile.program.pieces import Piece, make_piece
+from sparda_compile.program.pieces import Piece, form_of, make_piece
+from sparda_compile.program.slices import SlicedPiece
+from sparda_compile.sizes import NUM_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +49,7 @@ class Call:
         results: Registers of the results; None for a result that nobody takes.
         is_tuple: Whether what is returned is a tuple of them.
         frees: Registers that nobody takes any more.
+        reuses: Results that may take the memory of a register that is freed here, each with it.
         node: Node of the op; None for a piece.
         piece: The piece; None for an op.
     """
@@ -57,6 +61,7 @@ class Call:
     results: tuple[int, ...]
     is_tuple: bool
     frees: tuple[int, ...] = ()
+    reuses: tuple[tuple[int, int], ...] = ()
     node: fx.Node | None = None
     piece: Piece | None = None
 
@@ -234,6 +239,7 @@ class _Lowering:
         names = [node.name for node in self._registers]
         program = LoweredProgram(self._calls, names, len(self._inputs), result)
         set_frees(program)
+        _set_slices(program, [*self._registers])
         return program
 
     def _register(self, node: fx.Node | _Unused) -> Register:
@@ -295,3 +301,29 @@ def set_frees(program: LoweredProgram) -> None:
             frees.setdefault(i, []).append(register)
     for i, call in enumerate(program.calls):
         call.frees = tuple(sorted(frees.get(i, ())))
+
+
+def _set_slices(program: LoweredProgram, nodes: Sequence[fx.Node | _Unused]) -> None:
+    """Let pieces with tokens run in slices, and their results take memory that is free."""
+    makers: dict[int, SlicedPiece] = {}
+    for call in program.calls:
+        piece = call.piece
+        if piece is None or NUM_TOKENS not in piece.sizes:
+            continue
+        free = [r for r in call.frees if r in makers]
+        for result in call.results:
+            same = [r for r in free if _is_of_one_form(nodes[r], nodes[result])]
+            if same:
+                call.reuses += ((result, same[0]),)
+                free.remove(same[0])
+        places = {
+            call.results.index(result): (call.args.index(source) - len(piece.sizes), makers[source])
+            for result, source in call.reuses
+        }
+        call.function = SlicedPiece(piece, call.function, places)
+        makers |= dict.fromkeys(call.results, call.function)
+
+
+def _is_of_one_form(one: fx.Node | _Unused, other: fx.Node | _Unused) -> bool:
+    pair = [node for node in (one, other) if isinstance(node, fx.Node)]
+    return len(pair) == 2 and len({form_of(fake_value(node)) for node in pair}) == 1

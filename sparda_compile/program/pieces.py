@@ -32,7 +32,7 @@ from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, size_of, size_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Piece", "compiled_pieces", "make_piece"]
+__all__ = ["Piece", "compiled_pieces", "form_of", "make_piece"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Text:
         return tuple(sorted(taken)), tuple(inputs)
 
     def _form(self, node: fx.Node) -> str:
-        return f"{self.names[node]} {_form_of(fake_value(node))}"
+        return f"{self.names[node]} {form_of(fake_value(node))}"
 
     def _write_number(self, node: fx.Node) -> None:
         if node in self.names:
@@ -185,13 +185,14 @@ class _Text:
         )
 
 
-def _form_of(value: Tensor) -> str:
+def form_of(value: Tensor) -> str:
+    """Return dtype, device, sizes and strides of a fake tensor as a text."""
     shape, strides = ([size_text(s) for s in sizes] for sizes in (value.shape, value.stride()))
     form = f"{value.dtype} {value.device} {shape} {strides}"
     if is_traceable_wrapper_subclass(value):
         # A quantised weight looks like a plain one, and is computed with in another way.
         names, context = value.__tensor_flatten__()
-        parts = [f"{name} {_form_of(getattr(value, name))}" for name in names]
+        parts = [f"{name} {form_of(getattr(value, name))}" for name in names]
         kind = type(value)
         form += f" {kind.__module__}.{kind.__qualname__} {context!r} ({', '.join(parts)})"
     return form

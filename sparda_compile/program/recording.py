@@ -51,6 +51,8 @@ class Record:
         takes: Storages of each argument, by the argument's name; 0 for an empty tensor.
         returns: Storages of the results, likewise.
         frees: Storages that the program let go of behind the call.
+        reused: Storages that it took and wrote its results to.
+        overwritten: Those of them that a later call takes as they were.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Record:
     takes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     returns: list[int] = dataclasses.field(default_factory=list)
     frees: list[int] = dataclasses.field(default_factory=list)
+    reused: list[int] = dataclasses.field(default_factory=list)
+    overwritten: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def stream(self) -> int:
@@ -73,7 +77,7 @@ class Record:
         if self.node is None:
             mine = dict.fromkeys(itertools.chain(*self.takes.values()), False)
             made = {storage: True for storage in self.returns if storage not in mine}
-            return _without_empty({**mine, **made})
+            return _without_empty({**mine, **made, **dict.fromkeys(self.reused, True)})
         it = instruction(self.node)
         if it is not None and it.forks:
             return {}
@@ -138,10 +142,14 @@ class _Recorder:
 
     def end(self, call: Call, results: Sequence[Any]) -> None:
         """Note what a call returned, and what the program lets go of."""
-        record = self.records[-1]
+        record, sources = self.records[-1], dict(call.reuses)
         for register, result in zip(call.results, results, strict=False):
             storage = _storage(result) if isinstance(result, Tensor) else 0
             record.returns.append(storage)
+            if storage and storage == self._storages.get(sources.get(register, -1)):
+                record.reused.append(storage)
+                if self._owners[storage] - {*call.frees}:
+                    record.overwritten.append(storage)
             if storage:
                 self._storages[register] = storage
                 self._owners.setdefault(storage, set()).add(register)

@@ -9,7 +9,8 @@ and which storages the program lets go of behind it. Then
     ordered     of two accesses of one storage, one of them a write, the first happens before the
                 second, in the run and in two runs after one another
     held        when a storage is let go of, and its memory may be anybody's next, all that side
-                streams do with it has happened before
+                streams do with it has happened before; what a piece writes in place nobody takes
+                any more
 
 A run is as long as its graph, and calls in Python are the same whether a GPU does the work later,
 replays it or has no part in it, so one recorded run stands for all. Happens-before follows what
@@ -226,6 +227,8 @@ def _check_held(records: Sequence[Record], clocks: Sequence[Clock]) -> int:
         if record.stream == COMPUTE:
             compute = clocks[i]
         mine = {s for taken in record.takes.values() for s in taken}
+        if record.overwritten:
+            raise _wrong(f"{record.name} wrote its results to memory that is still in use")
         for storage in {*record.returns} - {0}:
             if storage in live and (record.node is not None or storage not in mine):
                 raise _wrong(f"{record.name} was given memory that is still in use")

@@ -57,7 +57,7 @@ def test_every_kernel_is_compared_and_measured(timed, monkeypatch):
     result = prompt_kernels.bench_prompt(CPU, 4000.0, said.append, SMALL)
     assert len(said) == 2
     tiles = [f"{name}_g2_rows_{rows}" for rows in (64, 128) for name in ("attend", "unions")]
-    ops = ["select_forecast_g2", "select_infllm2_g2", "attend_g2"]
+    ops = ["select_forecast_g2", "select_infllm2_g2", "stage_g2", "attend_g2"]
     assert sorted(result["kernels"]) == sorted(ops + tiles)
     assert (result["tokens"], result["past"]) == (8, 256)
     assert result["kernels"]["attend_g2"]["error"] < 1e-2

@@ -34,6 +34,7 @@ WRITES = {
     "remember_last": {"last_block_ids"},
     "advance_lengths": {"lengths"},
     "update_summary": {"tensors"},
+    "attend_tokens": {"staging"},
     "wait_blocks": {"buffers"},
 }
 

@@ -14,6 +14,7 @@ from sparda_compile.kernels.prefill_attention import (
     real_columns,
     token_positions,
 )
+from sparda_compile.runtime.staging import stage_blocks
 
 SIZE, BLOCKS, PAGES = 16, 5, 4
 
@@ -72,6 +73,15 @@ class Case:
         return prefill_attention(
             self.query, self.k, self.v, self.mask, self.lengths, self.pages, self.host,
             self.table, 0.3, softcap, max(self.lengths.tolist()) + more, may_hide,
+        )  # fmt: skip
+
+    def attend_selected(self, ids, softcap):
+        num_past = max(self.lengths.tolist())
+        past = (self.pages, self.host, self.table)
+        staged = stage_blocks(ids, self.lengths, *past, num_past)
+        return attend_tokens(
+            self.query, self.k, self.v, ids, self.mask, self.lengths, *staged, self.pages,
+            self.table, 0.3, softcap,
         )  # fmt: skip
 
     def check(self, got, softcap, assert_near):
@@ -184,10 +194,7 @@ def test_each_token_attends_to_its_own_blocks(
         if current >= 0:
             picked = chooser.sample(range(current), min(current, 2))
             ids[row, group, t, : len(picked) + 1] = torch.tensor(sorted([*picked, current]))
-    got = attend_tokens(
-        case.query, case.k, case.v, ids, case.mask, case.lengths, case.pages, case.host,
-        case.table, 0.3, softcap,
-    )  # fmt: skip
+    got = case.attend_selected(ids, softcap)
     assert got[~case.mask[:, None].expand(got.shape[:3])].eq(0).all()
     for row, length in enumerate(lengths):
         real = case.mask[row]
@@ -208,8 +215,5 @@ def test_each_token_attends_to_its_own_blocks(
 def test_all_blocks_are_dense_attention():
     case = Case([37, 5], 9, [0, 4], repeat=2, dim=16, dtype=torch.float32)
     ids = torch.arange(BLOCKS, dtype=torch.int32).expand(2, 2, 9, BLOCKS).contiguous()
-    got = attend_tokens(
-        case.query, case.k, case.v, ids, case.mask, case.lengths, case.pages, case.host,
-        case.table, 0.3, 0.0,
-    )  # fmt: skip
+    got = case.attend_selected(ids, 0.0)
     torch.testing.assert_close(got, case.attend(0.0))

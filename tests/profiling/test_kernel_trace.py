@@ -32,7 +32,8 @@ GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
 OTHER_KERNELS = {
     "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_pooled_keys",
     "_extend_key_bounds", "_store_prefix", "_token_sums", "_token_blocks", "_pick_tokens",
-    "_order_tokens", "_mark_blocks", "_place_blocks", "_pack_blocks", "_tile_unions",
+    "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed", "_order_tokens",
+    "_pack_blocks", "_tile_unions",
     "_attend_tokens",
 }  # fmt: skip
 # Two layers of mode exact: name, stream, kernels. Two streams select.

@@ -3,23 +3,22 @@
 A program takes neighbouring tokens of one KV head, whose query heads are the rows of a tile, and
 walks the union of the blocks that they read, with an online softmax. A row that does not read a
 block has no weight there: what a token gets depends on no other token, nor on the tile, the call
-or the chunk that it is in. `token_blocks.py` says what the union is and where each block lies.
+or the chunk that it is in. `token_blocks.py` says what the union is, and `stage.py` where past
+blocks come from.
 
 Neighbours read nearly the same blocks, so a tile of R tokens multiplies for a union of U blocks
 where a token has K. With a group of H heads, of each of U * 2 * P * D elements that are read,
-R * H * K * 4 * P * D useful FLOP are made. Counted for the 34 forced blocks of 96 in all sets and
-62 of which each token replaces a tenth:
+R * H * K * 4 * P * D useful FLOP are made. With the 34 forced blocks of 96 in all sets and 62 of
+which each token replaces a tenth, on one H200 (matrix products: 791 TFLOP/s):
 
-    group   tokens   rows     U   useful   FLOP a byte, 16 bits
-       16        4     64   115      84%                     53
-       16        8    128   139      69%                     88
-        4       16     64   189      51%                     32
-        4       32    128   288      33%                     43
+    group   tokens   rows     U   useful share   useful TFLOP/s   all TFLOP/s
+       16        4     64   114            84%              365           433
+       16        8    128   138            70%              274           394
+        4       16     64   185            52%              220           424
+        4       32    128   276            35%              137           394
 
-Floors: of the matrix unit, T * H * K * 4 * P * D FLOP in all, at the useful share; of the memory,
-each tile's union from the L2 cache, where neighbouring tiles, which run together, find it. A group
-of 16 is balanced with 128 rows: more rows multiply for others, fewer wait for loads. At a group of
-4 loads decide either way.
+All rows multiply at one rate, so fewer rows, which multiply less for others, win: 64, the least
+that the matrix unit takes. Where neighbours share less, they win by more.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
-from sparda_compile.kernels.gpu.token_blocks import place_blocks, unions, unions_bytes
+from sparda_compile.kernels.gpu.token_blocks import pack_prompt, unions, unions_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["attend_tokens", "attend_unions", "covers", "tile_rows"]
 
-# Query vectors of a tile; two warp groups share 128, so that sums and scores stay in registers.
-# Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
-_ROWS: Final = 128
+# Query vectors of a tile. Numbers of 32 bits are multiplied by threads, not by tensor cores: those
+# hold less.
+_ROWS: Final = 64
 _ROWS_OF_32_BITS: Final = 32
 # Keys of a turn, and as many values.
 _TILE: Final = 64
@@ -59,15 +58,15 @@ _LOG2_E: Final = math.log2(math.e)
 
 @triton.jit
 def _entry(
-    block_ids, addresses, readers, entry, count, word, WORDS: tl.constexpr,
+    block_ids, slots, readers, entry, count, word, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Return a block of the union, its address, and for each row a word of the bits of readers."""
+    """Return a block of the union, its slot, and for each row a word of the bits of readers."""
     there = entry < count
     block = tl.load(block_ids + entry, mask=there, other=0)
-    address = tl.load(addresses + entry, mask=there, other=0)
+    slot = tl.load(slots + entry, mask=there, other=0)
     each = entry + word * 0
     bits = tl.load(readers + each * WORDS + word, mask=each < count, other=0)
-    return block, address, bits
+    return block, slot, bits
 
 
 @triton.jit
@@ -98,8 +97,8 @@ def _scores(q, keys, token, limit, factor, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend_tokens(
-    query, out, columns, counts, lengths, union_counts, union_ids, readers, union_addresses, like,
-    factor, cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, first_tile,
+    query, out, columns, lengths, union_counts, union_ids, readers, union_slots, staging, factor,
+    cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, num_slots, first_tile,
     HEADS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
@@ -122,21 +121,22 @@ def _attend_tokens(
         q = q.to(tl.float32)
     own = pair.to(tl.int64) * tl.num_programs(0) + local_tile
     count = tl.load(union_counts + own)
-    ids_at, addresses_at = union_ids + own * num_entries, union_addresses + own * num_entries
+    ids_at, slots_at = union_ids + own * num_entries, union_slots + own * num_entries
+    staging_at = staging + pair.to(tl.int64) * num_slots * (2 * SIZE * DIM)
     readers_at = readers + own * num_blocks * WORDS
     word, shift = reader // 32, reader % 32
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, DIMS], dtype=tl.float32)
-    block, address, bits = _entry(ids_at, addresses_at, readers_at, count * 0, count, word, WORDS)
+    block, slot, bits = _entry(ids_at, slots_at, readers_at, count * 0, count, word, WORDS)
     for turn in tl.range(count * PARTS, num_stages=STAGES):
         # A turn ahead: loads that wait for each other would have the stages of the loop.
         coming = (turn + 1) // PARTS
-        next_block, next_address, next_bits = _entry(
-            ids_at, addresses_at, readers_at, coming, count, word, WORDS
+        next_block, next_slot, next_bits = _entry(
+            ids_at, slots_at, readers_at, coming, count, word, WORDS
         )
         token = turn % PARTS * TOKENS + tl.arange(0, TOKENS)
-        start = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
+        start = staging_at + slot.to(tl.int64) * (2 * SIZE * DIM)
         keys = _load_tile(start, token, dims, SIZE, TOKENS, DIM, DIMS, INTERPRETED)
         values = _load_tile(start + SIZE * DIM, token, dims, SIZE, TOKENS, DIM, DIMS, INTERPRETED)
         # The last token of the block that a row sees.
@@ -152,7 +152,7 @@ def _attend_tokens(
         acc = acc * fade[:, None]
         acc += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         peak = new_peak
-        block, address, bits = next_block, next_address, next_bits
+        block, slot, bits = next_block, next_slot, next_bits
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     at = ((row.to(tl.int64) * groups + group) * HEADS + head) * num_tokens + column
     tl.store(out + at[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
@@ -215,18 +215,18 @@ def attend_unions(
         factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
     """
     batch, heads, num_tokens, dim = query_BHTD.shape
-    groups, num_blocks = prompt.addresses.shape[1:]
+    groups, num_blocks = prompt.slots.shape[1:]
     size, (scale, softcap) = prompt.staging.shape[4], factors
     room, dims = power_of_two(heads // groups), power_of_two(dim, 16)
     tokens = min(_TILE, _TILE_BYTES // (dims * prompt.staging.element_size()))
     tokens = min(tokens, power_of_two(size, 16))
     factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     launch(_attend_tokens, (union.counts.shape[1], batch * groups))(
-        query_BHTD, out, prompt.columns, prompt.counts, prompt.lengths, union.counts,
-        union.block_ids, union.readers, union.addresses, prompt.staging, factor, softcap * _LOG2_E,
+        query_BHTD, out, prompt.columns, prompt.lengths, union.counts,
+        union.block_ids, union.readers, union.slots, prompt.staging, factor, softcap * _LOG2_E,
         *query_BHTD.stride()[:3], groups, num_tokens, num_blocks, union.block_ids.shape[2],
-        first_tile, heads // groups, room, rows, union.readers.shape[3], size, tokens,
-        triton.cdiv(size, tokens), dim, dims, softcap != 0.0, interpreting(),
+        prompt.staging.shape[2], first_tile, heads // groups, room, rows, union.readers.shape[3],
+        size, tokens, triton.cdiv(size, tokens), dim, dims, softcap != 0.0, interpreting(),
         _stages(prompt.staging, rows, tokens, dims), num_warps=4 if rows <= 64 else 8,
     )  # fmt: skip
 
@@ -237,7 +237,8 @@ def attend_tokens(
     block_ids_BGTK: Tensor,
     token_mask_BT: Tensor,
     lengths_B: Tensor,
-    past: tuple[Tensor, Tensor, Tensor],
+    staged: tuple[Tensor, Tensor],
+    paged: tuple[Tensor, Tensor],
     factors: tuple[float, float],
     rows: int = 0,
 ) -> Tensor:
@@ -249,8 +250,9 @@ def attend_tokens(
         block_ids_BGTK: int32, -1 for none.
         token_mask_BT: bool, which tokens are real.
         lengths_B: int32, tokens in the cache.
-        past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
-            the block table [B, G, N] int32.
+        staged: The buffer [B, G, S, 2, P, D], whose first slots are written, and [B, G, N] int32
+            slots of past blocks.
+        paged: Pages [B, G, C, 2, P, D] and the block table [B, G, N] int32.
         factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
         rows: Of a tile, at least a group's heads; 0 for what is best.
 
@@ -260,12 +262,12 @@ def attend_tokens(
     query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
     ids = block_ids_BGTK.contiguous()
     batch, groups, num_tokens, selected = ids.shape
-    prompt = place_blocks(kv, ids, token_mask_BT, lengths_B, past)
+    prompt = pack_prompt(kv, token_mask_BT, lengths_B, staged, paged)
     heads = query.shape[1] // groups
     rows = rows or tile_rows(heads, query.shape[3], query.dtype)
     tokens = rows // power_of_two(heads)
     tiles = triton.cdiv(num_tokens, tokens)
-    each = batch * groups * unions_bytes(prompt.addresses.shape[2], tokens, selected)
+    each = batch * groups * unions_bytes(prompt.slots.shape[2], tokens, selected)
     at_once = max(min(_SCRATCH_BYTES // each, tiles), 1)
     out = query.new_empty(query.shape)
     for first in range(0, tiles, at_once):

@@ -1,6 +1,7 @@
 """Blocks between pinned CPU memory and device pages, read and written by the GPU itself.
 
     gather       pages[b, g, miss_pages[i]] = host[b, g, miss_blocks[i]]      long programs
+    gather_listed  the same for lists that are long and counted
     store_tail   host[b, g, length // P] = pages[b, g, tail_page]             of blocks just filled
     copy_runs    *target[i] = *source[i]                                      runs of equal length
 
@@ -31,6 +32,7 @@ __all__ = [
     "copy_runs",
     "copy_words",
     "gather",
+    "gather_listed",
     "store_tail",
 ]
 
@@ -55,6 +57,30 @@ def copy_words(source, target, words, CHUNK: tl.constexpr):  # noqa: ANN201 - a 
 
 
 @triton.jit
+def _copy_listed(
+    count, blocks, slots, host, target, listed, num_slots, programs,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Copy the first `count` listed blocks of each row to their slots: this program's share."""
+    rows = tl.arange(0, ROWS)
+    end = tl.cumsum(count, 0)
+    chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
+    total = tl.sum(count, 0) * chunks
+    item = tl.program_id(0)
+    while item < total:
+        entry, chunk = item // chunks, item % chunks
+        row = tl.sum((end <= entry).to(tl.int32), 0)
+        place = row.to(tl.int64) * listed + entry - tl.sum(tl.where(rows < row, count, 0), 0)
+        block = tl.load(blocks + place).to(tl.int64)
+        slot = tl.load(slots + place).to(tl.int64)
+        from_at = tl.load(host + row) + (block * WORDS + chunk * CHUNK) * 4
+        to_at = target.to(tl.int64) + ((row.to(tl.int64) * num_slots + slot) * WORDS
+                                       + chunk * CHUNK) * 4  # fmt: skip
+        copy_words(from_at, to_at, WORDS - chunk * CHUNK, CHUNK)
+        item += programs
+
+
+@triton.jit
 def _gather(
     miss_blocks, miss_pages, host, pages, num_rows, num_pages, programs,
     SELECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,21 +93,22 @@ def _gather(
         inside = (rows[:, None] < num_rows) & (columns[None, :] < SELECTED)
         listed = rows[:, None] * SELECTED + columns[None, :]
         count += tl.sum((tl.load(miss_blocks + listed, mask=inside, other=-1) >= 0).to(tl.int32), 1)
-    end = tl.cumsum(count, 0)
-    chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
-    total = tl.sum(count, 0) * chunks
-    item = tl.program_id(0)
-    while item < total:
-        entry, chunk = item // chunks, item % chunks
-        row = tl.sum((end <= entry).to(tl.int32), 0)
-        place = entry - tl.sum(tl.where(rows < row, count, 0), 0)
-        block = tl.load(miss_blocks + row * SELECTED + place).to(tl.int64)
-        page = tl.load(miss_pages + row * SELECTED + place).to(tl.int64)
-        source = tl.load(host + row) + (block * WORDS + chunk * CHUNK) * 4
-        target = pages.to(tl.int64) + ((row.to(tl.int64) * num_pages + page) * WORDS
-                                       + chunk * CHUNK) * 4  # fmt: skip
-        copy_words(source, target, WORDS - chunk * CHUNK, CHUNK)
-        item += programs
+    _copy_listed(
+        count, miss_blocks, miss_pages, host, pages, SELECTED, num_pages, programs,
+        ROWS, WORDS, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["listed", "num_slots"])
+def _gather_listed(
+    blocks, slots, counts, host, staging, listed, num_rows, num_slots, programs,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    count = tl.load(counts + rows, mask=rows < num_rows, other=0)
+    _copy_listed(
+        count, blocks, slots, host, staging, listed, num_slots, programs, ROWS, WORDS, CHUNK
+    )
 
 
 def block_bytes(pages: Tensor) -> int:
@@ -119,6 +146,34 @@ def gather(
     launch(_gather, (num_programs,))(
         miss_blocks_BGK, miss_pages_BGK, host_BG, pages, batch * groups, pages.shape[2],
         num_programs, selected, rows, columns, words, chunk,
+        num_warps=max(chunk // (2 * _WORDS_OF_A_WARP), 1),
+    )  # fmt: skip
+
+
+def gather_listed(
+    blocks_nL: Tensor,
+    slots_nL: Tensor,
+    counts_n: Tensor,
+    host_BG: Tensor,
+    staging: Tensor,
+    num_programs: int = GATHER_PROGRAMS,
+) -> None:
+    """Fetch as many blocks of each sequence and head as a count says; lists may be long.
+
+    Args:
+        blocks_nL: int32, a list for each of the n sequences times heads.
+        slots_nL: int32, where each goes.
+        counts_n: int32, entries of each list.
+        host_BG: int64 addresses.
+        staging: [B, G, S, 2, P, D], updated.
+        num_programs: As for `gather`.
+    """
+    num_rows, listed = blocks_nL.shape
+    words = block_bytes(staging) // 4
+    chunk = chunk_words(words, num_programs)
+    launch(_gather_listed, (num_programs,))(
+        blocks_nL, slots_nL, counts_n, host_BG, staging, listed, num_rows, staging.shape[2],
+        num_programs, power_of_two(num_rows), words, chunk,
         num_warps=max(chunk // (2 * _WORDS_OF_A_WARP), 1),
     )  # fmt: skip
 

@@ -1,17 +1,13 @@
-"""Before attention of a prompt's tokens: where every block is, and what neighbouring tokens read.
+"""Before attention of a prompt's tokens: the new blocks, and what neighbouring tokens read.
 
     order      the columns of each sequence, those of real tokens first
-    mark       the blocks that any token of a sequence and KV head reads
-    place      the address of each block; those that only the host has, as a list of misses
     pack       the new keys and values as whole blocks, behind the past tokens of the first one
-    (gather)   the misses, from CPU memory, as in decode
     union      for each tile of tokens, the blocks that any of them reads, and which tokens do
 
-Behind them every block that somebody reads is one run of device memory, as a page is: attention
-knows neither pages nor hosts, holes nor strides. Blocks of the new tokens and those that come from
-the host lie in a staging buffer of their own, with room for the most that there can be, so that
-nobody waits for a number. New tokens are read and written once, 4 * T * D elements for each KV
-head; a past block that nobody selected does not cross the link.
+Behind them every block that somebody reads is a slot of one buffer: attention knows neither pages
+nor hosts, holes nor strides. Past blocks are there already (`stage.py`), behind the slots of the
+new ones, of which the first is the block of the first new token. New tokens are read and written
+once, 4 * T * D elements for each KV head.
 """
 
 from __future__ import annotations
@@ -23,13 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, gather
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Prompt", "Unions", "place_blocks", "unions", "unions_bytes"]
+__all__ = ["Prompt", "Unions", "pack_prompt", "unions", "unions_bytes"]
 
 _TILE: Final = 1024
 # Elements that a program of `pack` holds of keys, and as many of values.
@@ -46,15 +41,15 @@ class Prompt:
         columns: [B, T] int32, columns in the order of positions, then those of no token.
         counts: [B] int32, real tokens.
         lengths: [B] int32, tokens before them.
-        addresses: [B, G, N] int64 of each block that somebody reads; any other number elsewhere.
-        staging: [B, G, S, 2, P, D], where some of them are.
+        staging: [B, G, S, 2, P, D], all blocks that somebody reads.
+        slots: [B, G, N] int32, where those are that have no new token; any number elsewhere.
     """
 
     columns: Tensor
     counts: Tensor
     lengths: Tensor
-    addresses: Tensor
     staging: Tensor
+    slots: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +61,13 @@ class Unions:
         block_ids: [pairs, tiles, U] int32, ascending.
         readers: [pairs, tiles, N, w] int32, for the same entries: bit t % 32 of word t // 32 is
             set where token t of the tile reads the block.
-        addresses: [pairs, tiles, U] int64.
+        slots: [pairs, tiles, U] int32, where each lies among the slots of its pair.
     """
 
     counts: Tensor
     block_ids: Tensor
     readers: Tensor
-    addresses: Tensor
+    slots: Tensor
 
 
 @triton.jit
@@ -97,58 +92,11 @@ def _order_tokens(token_mask, columns, counts, num_tokens, TILE: tl.constexpr):
 
 
 @triton.jit
-def _mark_blocks(block_ids, wanted, num_ids, num_blocks, TILE: tl.constexpr):
-    part, pair = tl.program_id(0), tl.program_id(1)
-    number = part * TILE + tl.arange(0, TILE)
-    ids_at = block_ids + pair.to(tl.int64) * num_ids
-    block = tl.load(ids_at + number, mask=number < num_ids, other=-1)
-    one = tl.full([TILE], 1, dtype=tl.int8)
-    tl.store(wanted + pair.to(tl.int64) * num_blocks + block, one, mask=block >= 0)
-
-
-@triton.jit
-def _place_blocks(
-    wanted, lengths, block_table, pages, staging, addresses, miss_blocks, miss_slots, groups,
-    num_blocks, num_pages, num_slots, num_new, num_listed,
-    SIZE: tl.constexpr, BYTES: tl.constexpr, OFFLOAD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    pair = tl.program_id(0)
-    first = tl.load(lengths + pair // groups) // SIZE
-    wide = pair.to(tl.int64)
-    pages_at = pages.to(tl.int64) + wide * num_pages * BYTES
-    staging_at = staging.to(tl.int64) + wide * num_slots * BYTES
-    count = tl.zeros([], dtype=tl.int32)
-    for start in tl.range(0, num_blocks, TILE):
-        block = start + tl.arange(0, TILE)
-        inside = block < num_blocks
-        page = tl.load(block_table + wide * num_blocks + block, mask=inside, other=0)
-        address = pages_at + page.to(tl.int64) * BYTES
-        if OFFLOAD:
-            read = tl.load(wanted + wide * num_blocks + block, mask=inside, other=0) != 0
-            missed = read & (page < 0) & (block < first)
-            rank = count + tl.cumsum(missed.to(tl.int32), 0) - 1
-            slot = num_new + rank
-            tl.store(miss_blocks + wide * num_listed + rank, block, mask=missed)
-            tl.store(miss_slots + wide * num_listed + rank, slot, mask=missed)
-            address = tl.where(missed, staging_at + slot.to(tl.int64) * BYTES, address)
-            count += tl.sum(missed.to(tl.int32), 0)
-        new = block - first
-        address = tl.where(new >= 0, staging_at + new.to(tl.int64) * BYTES, address)
-        tl.store(addresses + wide * num_blocks + block, address, mask=inside)
-    if OFFLOAD:
-        for start in tl.range(count, num_listed, TILE):
-            number = start + tl.arange(0, TILE)
-            none = tl.full([TILE], -1, dtype=tl.int32)
-            tl.store(miss_blocks + wide * num_listed + number, none, mask=number < num_listed)
-
-
-@triton.jit
 def _pack_blocks(
-    k, v, columns, counts, lengths, block_table, pages, host, staging,
+    k, v, columns, counts, lengths, block_table, pages, staging,
     k_row, k_head, k_token, v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages,
     num_slots,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
-    BYTES: tl.constexpr, OFFLOAD: tl.constexpr,
 ):  # fmt: skip
     slot, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, head = pair // groups, pair % groups
@@ -169,12 +117,9 @@ def _pack_blocks(
         keys = tl.load(k_at + column[:, None] * k_token + dims[None, :], mask=mask, other=0.0)
         values = tl.load(v_at + column[:, None] * v_token + dims[None, :], mask=mask, other=0.0)
         if block * SIZE < length:
+            # Only its page has the older tokens of a block that is not full.
             page = tl.load(block_table + pair.to(tl.int64) * num_blocks + block).to(tl.int64)
-            source = pages.to(tl.int64) + (pair.to(tl.int64) * num_pages + page) * BYTES
-            if OFFLOAD:
-                on_host = tl.load(host + pair) + block.to(tl.int64) * BYTES
-                source = tl.where(page < 0, on_host, source)
-            old = tl.multiple_of(source.to(tl.pointer_type(staging.dtype.element_ty)), 16)
+            old = pages + (pair.to(tl.int64) * num_pages + page) * (2 * SIZE * DIM)
             is_old = inside & (rank < 0)[:, None]
             keys = tl.where(is_old, tl.load(old + offset, mask=is_old, other=0.0), keys)
             old_values = tl.load(old + SIZE * DIM + offset, mask=is_old, other=0.0)
@@ -184,29 +129,28 @@ def _pack_blocks(
         tl.store(target + SIZE * DIM + offset, values, mask=inside)
 
 
-def place_blocks(
+def pack_prompt(
     kv: tuple[Tensor, Tensor],
-    block_ids_BGTK: Tensor,
     token_mask_BT: Tensor,
     lengths_B: Tensor,
-    past: tuple[Tensor, Tensor, Tensor],
+    staged: tuple[Tensor, Tensor],
+    paged: tuple[Tensor, Tensor],
 ) -> Prompt:
-    """Bring every block that somebody reads to the device, and say where each is.
+    """Write the blocks of the new tokens to their slots.
 
     Args:
         kv: [B, G, T, D] new keys and values.
-        block_ids_BGTK: int32, contiguous.
         token_mask_BT: bool.
         lengths_B: int32.
-        past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
-            the block table [B, G, N] int32.
+        staged: The buffer [B, G, S, 2, P, D], whose first slots are written, and [B, G, N] int32
+            slots of past blocks.
+        paged: Pages [B, G, C, 2, P, D] and the block table [B, G, N] int32, for the older tokens
+            of the first block.
     """
-    (k, v), (pages, host, table) = (_rows(tensor) for tensor in kv), past
+    (k, v), (staging, slots) = (_rows(tensor) for tensor in kv), staged
+    pages, table = paged
     batch, groups, num_pages, _, size, dim = pages.shape
-    num_tokens, selected = block_ids_BGTK.shape[2:]
-    num_blocks, pairs = table.shape[2], batch * groups
-    num_bytes = 2 * size * dim * pages.element_size()
-    offload = host.numel() > 0
+    num_tokens, num_blocks = k.shape[2], table.shape[2]
     columns = lengths_B.new_empty((batch, num_tokens), dtype=torch.int32)
     counts = lengths_B.new_empty((batch,), dtype=torch.int32)
     launch(_order_tokens, (batch,))(
@@ -214,31 +158,14 @@ def place_blocks(
         num_warps=8,
     )  # fmt: skip
     num_new = min(triton.cdiv(num_tokens, size) + 1, num_blocks)
-    most_missed = min(num_blocks, num_tokens * selected) if offload else 0
-    listed = power_of_two(max(most_missed, 1))
-    staging = pages.new_empty((batch, groups, num_new + most_missed, 2, size, dim))
-    misses = table.new_empty((2, batch, groups, listed))
-    wanted = table.new_zeros((pairs, num_blocks), dtype=torch.int8)
-    if offload:
-        launch(_mark_blocks, (triton.cdiv(num_tokens * selected, _IDS), pairs))(
-            block_ids_BGTK, wanted, num_tokens * selected, num_blocks, _IDS, num_warps=4
-        )
-    addresses = lengths_B.new_empty((batch, groups, num_blocks), dtype=torch.int64)
-    launch(_place_blocks, (pairs,))(
-        wanted, lengths_B, table, pages, staging, addresses, misses[0], misses[1], groups,
-        num_blocks, num_pages, staging.shape[2], num_new, listed, size, num_bytes, offload, _TILE,
-        num_warps=4,
-    )  # fmt: skip
     dims = power_of_two(dim)
     tokens = min(power_of_two(size), max(_PACK_TILE // dims, 1))
-    launch(_pack_blocks, (num_new, triton.cdiv(size, tokens), pairs))(
-        k, v, columns, counts, lengths_B, table, pages, host, staging, *k.stride()[:3],
+    launch(_pack_blocks, (num_new, triton.cdiv(size, tokens), batch * groups))(
+        k, v, columns, counts, lengths_B, table, pages, staging, *k.stride()[:3],
         *v.stride()[:3], groups, num_tokens, num_blocks, num_pages, staging.shape[2], size, tokens,
-        dim, dims, num_bytes, offload, num_warps=4,
+        dim, dims, num_warps=4,
     )  # fmt: skip
-    if offload:
-        gather(misses[0], misses[1], host, staging, GATHER_PROGRAMS)
-    return Prompt(columns, counts, lengths_B, addresses, staging)
+    return Prompt(columns, counts, lengths_B, staging, slots)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -247,8 +174,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @triton.jit
 def _tile_unions(
-    block_ids, columns, counts, lengths, addresses, union_counts, union_ids, readers,
-    union_addresses, groups, num_tokens, num_blocks, num_entries, first_tile,
+    block_ids, columns, counts, lengths, slots, union_counts, union_ids, readers,
+    union_slots, groups, num_tokens, num_blocks, num_entries, first_tile,
     SELECTED: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     WORDS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +186,8 @@ def _tile_unions(
     own = wide * tl.num_programs(0) + local_tile
     readers_at = readers + own * num_blocks * WORDS
     # Blocks up to the last token's own.
-    stop = tl.where(first < end, (tl.load(lengths + row) + end - 1) // SIZE + 1, 0)
+    length = tl.load(lengths + row)
+    stop = tl.where(first < end, (length + end - 1) // SIZE + 1, 0)
     for start in tl.range(0, stop * WORDS, TILE):
         word = start + tl.arange(0, TILE)
         tl.store(readers_at + word, word * 0, mask=word < stop * WORDS)
@@ -288,7 +216,9 @@ def _tile_unions(
         )  # fmt: skip
         read = tl.max((bits != 0).to(tl.int32), axis=1) > 0
         rank = count + tl.cumsum(read.to(tl.int32), 0) - 1
-        address = tl.load(addresses + wide * num_blocks + block, mask=read, other=0)
+        new = block - length // SIZE
+        staged = tl.load(slots + wide * num_blocks + block, mask=read & (new < 0), other=0)
+        slot = tl.where(new < 0, staged, new)
         # Entries move down in place, to where every thread has read.
         tl.debug_barrier()
         tl.store(
@@ -296,7 +226,7 @@ def _tile_unions(
             mask=read[:, None] & (every < WORDS)[None, :],
         )  # fmt: skip
         tl.store(union_ids + own * num_entries + rank, block, mask=read)
-        tl.store(union_addresses + own * num_entries + rank, address, mask=read)
+        tl.store(union_slots + own * num_entries + rank, slot, mask=read)
         count += tl.sum(read.to(tl.int32), 0)
     tl.store(union_counts + own, count)
 
@@ -311,7 +241,7 @@ def _words(tokens: int) -> int:
 
 def unions_bytes(num_blocks: int, tokens: int, selected: int) -> int:
     """Return the bytes that `Unions` takes for one tile and pair."""
-    return 12 * _entries(num_blocks, tokens, selected) + 4 * _words(tokens) * num_blocks + 4
+    return 8 * _entries(num_blocks, tokens, selected) + 4 * _words(tokens) * num_blocks + 4
 
 
 def unions(
@@ -320,25 +250,24 @@ def unions(
     """Return what tiles of neighbouring tokens read.
 
     Args:
-        prompt: The tokens and where blocks are.
+        prompt: The tokens and the buffer.
         block_ids_BGTK: int32, contiguous.
         tokens: Of one tile, a power of two.
         first_tile: Tile to begin with.
         num_tiles: How many.
     """
     batch, groups, num_tokens, selected = block_ids_BGTK.shape
-    num_blocks, size = prompt.addresses.shape[2], prompt.staging.shape[4]
+    num_blocks, size = prompt.slots.shape[2], prompt.staging.shape[4]
     num_entries, words = _entries(num_blocks, tokens, selected), _words(tokens)
     pairs = batch * groups
     shape, new = (pairs, num_tiles), prompt.columns.new_empty
-    counts, ids = new(shape), new((*shape, num_entries))
+    counts, ids, slots = new(shape), new((*shape, num_entries)), new((*shape, num_entries))
     readers = new((*shape, num_blocks, words))
-    addresses = new((*shape, num_entries), dtype=torch.int64)
     listed = power_of_two(selected)
     launch(_tile_unions, (num_tiles, pairs))(
-        block_ids_BGTK, prompt.columns, prompt.counts, prompt.lengths, prompt.addresses, counts,
-        ids, readers, addresses, groups, num_tokens, num_blocks, num_entries, first_tile,
+        block_ids_BGTK, prompt.columns, prompt.counts, prompt.lengths, prompt.slots, counts,
+        ids, readers, slots, groups, num_tokens, num_blocks, num_entries, first_tile,
         selected, listed, min(max(_IDS // listed, 1), tokens), tokens, words, size, _TILE,
         num_warps=4,
     )  # fmt: skip
-    return Unions(counts, ids, readers, addresses)
+    return Unions(counts, ids, readers, slots)

@@ -110,7 +110,7 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         roles += ["extend_kv", *["fork_stream"] * len(copies)]
         if not ctx.is_sparse_prefill:
             return Counter([*roles, "prefill_attention"])
-        roles += ["select_tokens", "attend_tokens"]
+        roles += ["select_tokens", "stage_blocks", "attend_tokens"]
         if Fact.FORECAST_INSERTED in facts and strategy.hint is not None:
             roles += strategy.hint.prompt_ops
         return Counter(roles)

@@ -171,6 +171,8 @@ class _Layer:
             picked = self._layer.one("select_tokens")
             self._own["block_ids"] = picked.node.name if picked else None
             self._own["tail_page"] = None
+            staged = self._layer.one("stage_blocks")
+            self._own |= _results(staged) if staged else {}
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)
@@ -189,7 +191,7 @@ class _Layer:
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
-            elif op.name == "prefill_attention":
+            elif op.name in ("prefill_attention", "stage_blocks"):
                 yield from _wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
@@ -227,7 +229,7 @@ def _results(plan: Op) -> Operands:
 def _wrong_numbers(op: Op) -> Iterator[str]:
     """Yield which number an op takes that its caller does not give."""
     for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
-        if getattr(op.args[name], "name", None) != wanted:
+        if name in op.args and getattr(op.args[name], "name", None) != wanted:
             yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
 
 

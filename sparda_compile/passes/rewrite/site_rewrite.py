@@ -11,6 +11,7 @@ from sparda_compile.graph.writer import (
     plan_pages,
     select_by_score,
     select_for_tokens,
+    stage_blocks,
 )
 
 if TYPE_CHECKING:
@@ -106,15 +107,27 @@ class SiteRewrite:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
         config, mask, tokens = self.ctx.config, self.state.token_mask(), self.state.tokens()
         pages, host, table = self._get("pages"), self._get("host"), self._get("block_table")
-        past = (mask, lengths, pages, host, table, site.scale, site.softcap)
         block_ids = None
         if self.ctx.is_sparse_prefill:
             self._update_summaries(tokens)
             block_ids = self._select_for_tokens()
-            out = emit.call("attend_tokens", site.query, site.k, site.v, block_ids, *past)
+            out = self._attend_tokens(block_ids, mask)
         else:
-            known = self.state.known_to_the_host()
-            out = emit.call("prefill_attention", site.query, site.k, site.v, *past, *known)
+            out = emit.call(
+                "prefill_attention",
+                site.query,
+                site.k,
+                site.v,
+                mask,
+                lengths,
+                pages,
+                host,
+                table,
+                site.scale,
+                site.softcap,
+                self.state.num_past(),
+                self.state.may_hide(),
+            )
         emit.call(
             "extend_kv",
             site.k,
@@ -145,6 +158,24 @@ class SiteRewrite:
                 self._get("counters"),
             )
         return out
+
+    def _attend_tokens(self, block_ids: fx.Node, mask: fx.Node) -> fx.Node:
+        site, emit, lengths = self.site, self.emitter, self.state.lengths
+        staged = stage_blocks(emit, block_ids, self.shape, self.state)
+        return emit.call(
+            "attend_tokens",
+            site.query,
+            site.k,
+            site.v,
+            block_ids,
+            mask,
+            lengths,
+            *staged,
+            self._get("pages"),
+            self._get("block_table"),
+            site.scale,
+            site.softcap,
+        )
 
     def _select_for_tokens(self) -> fx.Node:
         site, first = self.site, self.ctx.strategy.first_selector

@@ -93,7 +93,7 @@ def node_cost(node: fx.Node, ctx: PassContext) -> Cost:
     if it is not None and it.work is Work.NONE:
         return Cost(0.0)
     machine = ctx.machine
-    if it is not None and it.work in (Work.TO_DEVICE, Work.TO_HOST):
+    if it is not None and it.work in (Work.TO_DEVICE, Work.TO_STAGING, Work.TO_HOST):
         link = _link_bytes(node, it.work, ctx)
         return Cost(machine.launch_us + link / (machine.link_gbps * 1e3), 0, link)
     num_bytes = _bytes(node, ctx) if it is None else _sparda_bytes(node, it.work, ctx)
@@ -183,8 +183,25 @@ def _link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         # One block per `block_size` steps.
         block = _numel((*pages.shape[:2], *pages.shape[3:]), ctx) * int(pages.dtype.itemsize)
         return block // ctx.layout.config.block_size
+    if work is Work.TO_STAGING:
+        return _staged_bytes(pages, ctx)
     fresh = 1.0 - ctx.config.expected_overlap
     return int(_selected_bytes(pages, ctx, forced=False) * fresh)
+
+
+def _staged_bytes(pages: Tensor, ctx: PassContext) -> int:
+    """Expected bytes of the past blocks that an example of a prompt reads, from CPU memory.
+
+    The cache is half full, and each token replaces as many blocks as each step does.
+    """
+    assert ctx.layout is not None
+    if not ctx.layout.offload:
+        return 0
+    scored = max(ctx.layout.num_selected - ctx.layout.config.num_forced, 0)
+    fresh = scored * (1.0 - ctx.config.expected_overlap)
+    blocks = min(ctx.layout.num_selected + fresh * _EXAMPLE_TOKENS, ctx.layout.num_blocks / 2)
+    pairs, block = _numel(pages.shape[:2], ctx), _numel(pages.shape[3:], ctx)
+    return int(blocks * pairs * block * pages.dtype.itemsize)
 
 
 def _flops(node: fx.Node, ctx: PassContext) -> float:

@@ -69,6 +69,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     score,
     select,
     select_tokens,
+    stage,
 )
 from sparda_compile.selectors import Geometry, summary_named  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
@@ -108,9 +109,11 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
-    for name, asked in (("forecast", k), ("infllm2", query), ("quest", query)):
+    for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        select_tokens.select_tokens(asked, tensors, lengths[:, None], name, 1.0, geometry, choice)
+        select_tokens.select_tokens(
+            asked, tensors, lengths[:, None], name, 1.0, geometry, choice, 0
+        )
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -129,9 +132,10 @@ def run_all(dtype, dim, size):
         )
         attention.merge(*parts, parts if late else None, dtype)
         attend_tokens.attend_tokens(
-            query, (k, k), ids[:, :, None], is_miss[:, 0, :1], lengths, (pages, host, table),
-            (1.0, softcap),
+            query, (k, k), ids[:, :, None], is_miss[:, 0, :1], lengths, (pages, table),
+            (pages, table), (1.0, softcap),
         )  # fmt: skip
+    stage.stage(ids[:, :, None], lengths, (pages, host, table), pages, table, PAGES - 2)
     launch_aligned_teacher(
         torch.zeros(1, HEADS, 64, dim, dtype=dtype), torch.zeros(1, GROUPS, 40, dim, dtype=dtype),
         range(64), (32, 16), 1.0, 0.0,
@@ -168,13 +172,17 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
-    select_tokens.select_tokens(query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice)
+    select_tokens.select_tokens(
+        query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice, 0
+    )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
-    new, past = (query[:, :GROUPS],) * 2, (pages, ints(0), ints(BATCH, GROUPS, BLOCKS))
+    new, staged = (query[:, :GROUPS],) * 2, (pages, ints(BATCH, GROUPS, BLOCKS))
     real = torch.ones(BATCH, 1, dtype=torch.bool)
-    attend_tokens.attend_tokens(query, new, ids[:, :, None], real, ints(BATCH), past, (1.0, 0.0))
+    attend_tokens.attend_tokens(
+        query, new, ids[:, :, None], real, ints(BATCH), staged, staged, (1.0, 0.0)
+    )
 
 
 run_all(torch.bfloat16, 128, 64)

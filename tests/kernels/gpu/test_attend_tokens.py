@@ -5,6 +5,7 @@ import torch
 
 from sparda_compile.kernels.gpu import attend_tokens as kernels
 from sparda_compile.kernels.prefill_attention import attend_tokens
+from sparda_compile.runtime.staging import stage_blocks
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -12,15 +13,18 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def wanted(case, scale, softcap):
     """Return what the reference makes of the same numbers in fp32."""
     plain = [t.float().nan_to_num() for t in (case.query, case.k, case.v)]
-    past = [case.pages.float().nan_to_num(), case.host.float().nan_to_num(), case.table]
-    return attend_tokens(*plain, case.ids, case.mask, case.lengths, *past, scale, softcap)
+    pages, host = case.pages.float().nan_to_num(), case.host.float().nan_to_num()
+    num_past = int(case.lengths.max())
+    staged = stage_blocks(case.ids, case.lengths, pages, host, case.table, num_past)
+    known = (case.ids, case.mask, case.lengths)
+    return attend_tokens(*plain, *known, *staged, pages, case.table, scale, softcap)
 
 
 def attended(case, device, scale=0.3, softcap=0.0, rows=0):
     new = [t.to(device) for t in (case.query, case.k, case.v, case.ids, case.mask)]
     query, k, v, ids, mask = new
     out = kernels.attend_tokens(
-        query, (k, v), ids, mask, case.lengths.to(device), case.where(device),
+        query, (k, v), ids, mask, case.lengths.to(device), *case.staged(device),
         (scale, softcap), rows,
     )  # fmt: skip
     assert out.is_contiguous()
@@ -130,9 +134,9 @@ def test_gaps_between_elements(device, assert_close, prompt_case):
 
 
 def test_rows_of_a_tile():
-    """A group of 16 heads of 128 numbers takes 8 tokens; long vectors and large groups fewer."""
-    assert kernels.tile_rows(16, 128, torch.bfloat16) == 128
-    assert kernels.tile_rows(4, 512, torch.float16) == 64
+    """A group of 16 heads takes 4 tokens; of very long vectors fewer, of a large group one."""
+    assert kernels.tile_rows(16, 128, torch.bfloat16) == 64
+    assert kernels.tile_rows(4, 1024, torch.float16) == 32
     assert kernels.tile_rows(71, 512, torch.float16) == 128
     assert kernels.tile_rows(4, 128, torch.float32) == 32
 

@@ -20,7 +20,15 @@ READ = {
     "_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks",
     "_token_sums", "_token_blocks", "_attend_tokens",
 }  # fmt: skip
-COPY = {"_gather", "_store_tail", "_copy_runs", "_extend_kv", "_store_prefix"}
+COPY = {
+    "_gather",
+    "_gather_listed",
+    "_copy_pages",
+    "_store_tail",
+    "_copy_runs",
+    "_extend_kv",
+    "_store_prefix",
+}
 
 
 def test_kernels_compile_and_fit_and_read_16_bytes_at_once(tmp_path):
@@ -31,7 +39,7 @@ def test_kernels_compile_and_fit_and_read_16_bytes_at_once(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 31
+    assert len(found) == 33
     assert {name: shared for name, (shared, _, _) in found.items() if shared > MOST_SHARED} == {}
     assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
     assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)

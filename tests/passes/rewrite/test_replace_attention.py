@@ -18,7 +18,9 @@ DECODE = [
     "sparse_attention", "store_blocks",
 ]  # fmt: skip
 PREFILL = ["prefill_attention", "extend_kv", "update_summary", "store_blocks"]
-SPARSE_PREFILL = ["update_summary", "select_tokens", "attend_tokens", "extend_kv", "store_blocks"]
+SPARSE_PREFILL = [
+    "update_summary", "select_tokens", "stage_blocks", "attend_tokens", "extend_kv", "store_blocks",
+]  # fmt: skip
 
 B = SAMPLES.batch
 

@@ -1,0 +1,152 @@
+"""A long prompt in slices: a token-wise piece sees some tokens at a time.
+
+    whole results, allocated once   <--copy--   piece(slice of each input), slice after slice
+
+So what a piece computes on its way, four times the width of the model and more, exists for one
+slice; whole are the residual stream, queries, keys, values and what attention returns. A prompt of
+one slice is given to the piece as it is.
+
+    size      `SLICE_ROWS` tokens of all sequences together
+    results   those of the last tokens alone, as the logits of a prompt, run for the last slice
+    reuse     a result takes the memory of an input that nobody takes any more, as the residual
+              stream does: a slice of it is written when the piece has read it
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from sparda_compile.graph.nodes import fake_value
+from sparda_compile.program.token_wise import token_dims
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, concrete
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sparda_compile.program.pieces import Piece
+
+__all__ = ["SLICE_ROWS", "SlicedPiece", "slices_of"]
+
+log = logging.getLogger(__name__)
+
+SLICE_ROWS: Final = 8192
+"""Tokens of a slice, of all sequences together.
+
+On an H200 the product of so many rows with a weight of 4096 x 4096 has 1024 tiles of 128 x 256
+numbers, eight turns of its 132 multiprocessors: the last turn, which is not full, costs 3%.
+"""
+# Pieces are compiled for two tokens or more.
+_LEAST_TOKENS: Final = 2
+
+
+def slices_of(batch: int, tokens: int) -> list[tuple[int, int]]:
+    """Return where each slice of a prompt begins and ends.
+
+    Args:
+        batch: Sequences.
+        tokens: Columns, two or more.
+    """
+    step = max(SLICE_ROWS // batch, 2 * _LEAST_TOKENS)
+    if tokens <= step:
+        return [(0, tokens)]
+    ends = [*range(step, tokens, step), tokens]
+    if ends[-1] - ends[-2] < _LEAST_TOKENS:
+        ends[-2] -= _LEAST_TOKENS - 1
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+class SlicedPiece:
+    """A call of a piece, in slices where the prompt is long and the piece token-wise.
+
+    Args:
+        piece: The piece.
+        function: What runs it.
+        reuses: Result -> input whose memory it may take, by their places, with the call that
+            makes that input; nobody takes it any more.
+    """
+
+    def __init__(
+        self,
+        piece: Piece,
+        function: Callable[..., Sequence[Tensor]],
+        reuses: Mapping[int, tuple[int, SlicedPiece]] | None = None,
+    ) -> None:
+        self._piece = piece
+        self._function = function
+        self._reuses = dict(reuses or {})
+
+    def __call__(self, *args: Any) -> Sequence[Tensor]:
+        """Run on the open sizes and the inputs."""
+        names = self._piece.sizes
+        sizes = dict(zip(names, args[: len(names)], strict=True))
+        slices = slices_of(sizes.get(BATCH_SIZE, 1), sizes[NUM_TOKENS])
+        if len(slices) == 1 or not self.is_token_wise:
+            return self._function(*args)
+        return self._run(sizes, args[len(names) :], slices)
+
+    @property
+    def is_token_wise(self) -> bool:
+        """Whether the piece may run on some tokens at a time; proved when first asked for."""
+        return not token_dims(self._piece).reason
+
+    def _run(
+        self, sizes: dict[str, int], inputs: Sequence[Tensor], slices: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        dims = token_dims(self._piece)
+        if not any(dim is not None for dim in dims.outputs):
+            slices = slices[-1:]
+        results: list[Any] = [
+            None if dim is None else self._whole(i, sizes, inputs)
+            for i, dim in enumerate(dims.outputs)
+        ]
+        for begin, end in slices:
+            here = {**sizes, NUM_TOKENS: end - begin}
+            given = [
+                value if dim is None else _form(value.narrow(dim, begin, end - begin), node, here)
+                for value, dim, node in zip(inputs, dims.inputs, self._piece.inputs, strict=True)
+            ]
+            made = self._function(*here.values(), *given)
+            for i, dim in enumerate(dims.outputs):
+                if dim is None:
+                    results[i] = made[i]
+                else:
+                    results[i].narrow(dim, begin, end - begin).copy_(made[i])
+        return results
+
+    def _whole(self, place: int, sizes: Mapping[str, int], inputs: Sequence[Tensor]) -> Tensor:
+        """Return memory for a result: an input's that is free, or new.
+
+        A piece that ran whole may have returned two views of one memory; slices never do.
+        """
+        if place in self._reuses:
+            source, maker = self._reuses[place]
+            if maker.is_token_wise:
+                return inputs[source]
+        fake = fake_value(self._piece.outputs[place])
+        return _empty(fake, sizes, inputs[0].device)
+
+
+def _empty(fake: Tensor, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+    shape, strides = _numbers(fake.shape, sizes), _numbers(fake.stride(), sizes)
+    return torch.empty_strided(shape, strides, dtype=fake.dtype, device=device)
+
+
+def _numbers(numbers: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return concrete(numbers, sizes.get(BATCH_SIZE, 1), sizes[NUM_TOKENS])
+
+
+def _form(part: Tensor, node: Any, sizes: Mapping[str, int]) -> Tensor:
+    """Return a slice with the strides that a piece expects of so many tokens.
+
+    Of one sequence, nearly all slices have them as they are.
+    """
+    fake = fake_value(node)
+    wanted = _numbers(fake.stride(), sizes)
+    pairs = zip(part.shape, part.stride(), wanted, strict=True)
+    if all(mine == want for size, mine, want in pairs if size != 1):
+        return part
+    return _empty(fake, sizes, part.device).copy_(part)
