@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparda_compile.isa.define import define
+from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
 
 __all__ = [
     "SelectedBlocks",
@@ -149,6 +150,7 @@ def past_keys_values(
 @define(
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     before=("extend_kv",),  # which may evict what attention reads of the past
+    workspace=prefill_attention_bytes,
 )
 def prefill_attention(
     query: Tensor,
@@ -246,6 +248,7 @@ def _causal_of_real(
     mutates=("staging",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     before=("extend_kv",),  # which takes new tokens into the page that attention reads
+    workspace=attend_tokens_bytes,
 )
 def attend_tokens(
     query: Tensor,

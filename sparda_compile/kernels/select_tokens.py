@@ -17,6 +17,7 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.kernels.workspace import select_tokens_bytes
 from sparda_compile.selectors import SELECTORS, Geometry
 
 __all__ = ["select_tokens"]
@@ -31,6 +32,7 @@ _MOST_NUMBERS = 1 << 24
         dtype=torch.int32,
     ),
     behind=("update_summary",),
+    workspace=select_tokens_bytes,
 )
 def select_tokens(
     query: Tensor,

@@ -6,7 +6,7 @@
     pick     per token: the better of the two that touch a block, then the K best, as in decode
 
 No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
-many tokens as `_SCRATCH_BYTES` has room for. The tokens of a prompt are taken that many at a time.
+many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time.
 
 A program takes `_COLUMNS` query vectors (tokens of one KV head times the heads of its group) and a
 part of the windows, so that a long prompt and one of few tokens both fill the device. The vectors
@@ -38,6 +38,7 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS, Choice, pick
+from sparda_compile.kernels.workspace import SCORE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +62,6 @@ _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
 # Blocks of one program: few enough that one token of a long sequence has several programs.
 _PART_BLOCKS: Final = 256
-# Of block scores: a part of the L2 cache, from which the last kernel reads them.
-_SCRATCH_BYTES: Final = 64 << 20
 _LOG2_E: Final = math.log2(math.e)
 
 
@@ -274,7 +273,8 @@ def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
 
     The first half, for the smallest keys, is the negative part of the mean query.
     """
-    mean = query_BHTD.unflatten(1, (bounds_BGN2D.shape[1], -1)).float().mean(2)
+    grouped = query_BHTD.unflatten(1, (bounds_BGN2D.shape[1], -1))
+    mean = grouped.mean(2, dtype=torch.float32)
     rest = torch.cat([mean.clamp(max=0.0), mean.clamp(min=0.0)], -1)
     parts = []
     for _ in range(1 if bounds_BGN2D.dtype == torch.float32 else 3):
@@ -325,7 +325,7 @@ def select_tokens(
     vectors = (heads, room, columns)
     strides = (query.stride(0), query.stride(1), query.stride(2))
     ids = positions_BT.new_empty((batch, groups, num_tokens, selected), dtype=torch.int32)
-    chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
+    chunk = SCORE_BYTES // (pairs * num_blocks * 8) // columns * columns
     chunk = min(max(chunk, columns // room), num_tokens)
     parts = triton.cdiv(num_blocks, _PART_BLOCKS)
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
