@@ -28,8 +28,8 @@ from sparda_compile.program.plan import (
     forecast_shapes,
     make_plan,
     planned_capacity,
-    prompt_phase,
 )
+from sparda_compile.program.prompt_cost import prompt_phase
 from sparda_compile.report.text import selection_sentence
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def optimize(
         weights = _forecast_weights(captures, decode, given)
         version = model.version if isinstance(model, OptimizedModule) else None
         fast = OptimizedModule(captures, config, weights, decode, version)
-        phases = (prompt_phase(config), "decode")
+        longest = fast.programs.prompt_phase(1, 0, planned_capacity(config))
+        phases = (longest, "decode")
         plans = [fast.programs.latest_plan(phase) for phase in phases]
         _log.info(
             "%s: mode %s, %d attentions, %d left dense",
@@ -145,6 +146,7 @@ def explain(
         max_tokens = max_tokens or planned_capacity(config)
         try:
             captures = captures_of(model)
+            longest = prompt_phase(captures, config, batch_size, 0, max_tokens)
             plans = [
                 make_plan(
                     captures,
@@ -153,7 +155,7 @@ def explain(
                     batch_size=batch_size,
                     max_tokens=max_tokens,
                 )
-                for phase in (prompt_phase(config), "decode")
+                for phase in (longest, "decode")
             ]
         except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
             return refused_report(model, config, batch_size, max_tokens, str(error))

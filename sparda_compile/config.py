@@ -66,8 +66,8 @@ class Selection:
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
         prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
-            its own blocks, those that a decode step would select there. `auto`: `dense`, until
-            `sparse` has been timed on a GPU.
+            its own blocks, those that a decode step would select there. `auto`: on a GPU, of the
+            two what is expected to be faster for a prompt of that length; on a CPU `dense`.
     """
 
     mode: Mode = "forecast"

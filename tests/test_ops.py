@@ -93,7 +93,8 @@ def samples():
             scale, softcap, 70, True,
         ),
         "select_tokens": (
-            randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), "infllm2", scale,
+            randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), 100, "infllm2",
+            scale,
             *GEOMETRY, SELECTED, 1, 0,
         ),
         "stage_blocks": (

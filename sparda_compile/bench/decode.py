@@ -88,11 +88,12 @@ class DecodeSetting:
         return _TRACE_STEPS
 
 
-def memcpy_gbps() -> float:
-    """Return the rate of one copy of 64 MiB from pinned memory, 10^9 bytes per second."""
+def memcpy_gbps(*, to_host: bool = False) -> float:
+    """Return the rate of one copy of 64 MiB from or to pinned memory, 10^9 bytes per second."""
     region = PinnedMemory(64 * MIB)
     room = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
-    us = time_calls(lambda: room.copy_(region.tensor, non_blocking=True), 20)
+    target, source = (region.tensor, room) if to_host else (room, region.tensor)
+    us = time_calls(lambda: target.copy_(source, non_blocking=True), 20)
     region.close()
     return 64 * MIB / Spread.of(us).median / 1e3
 

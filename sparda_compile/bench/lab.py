@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from sparda_compile.bench.prefill import PrefillSetting
+    from sparda_compile.bench.prompt_floor import Rates
+    from sparda_compile.bench.prompt_programs import PromptPrograms
+    from sparda_compile.bench.turns import TurnSetting
+
 __all__ = ["Lab", "ResultFile"]
 
 
@@ -60,6 +65,10 @@ class ResultFile:
     def has(self, value: object) -> bool:
         """Return whether there is a result of this key with everything in it."""
         return any(r[self.key] == value and not r.get("unfinished") for r in self.results)
+
+    def get(self, value: object) -> dict[str, Any] | None:
+        """Return the result of this key, whole or not."""
+        return next((r for r in self.results if r[self.key] == value), None)
 
     def save(self, result: dict[str, Any]) -> None:
         """Add a result, in place of one with the same key, and write the file."""
@@ -109,6 +118,29 @@ class Lab:
         self.say("tracing decode")
         captures.get("decode", last_logits_only=True)
         return captures
+
+    @cached_property
+    def prompts(self) -> PromptPrograms:
+        """The programs that read prompts."""
+        from sparda_compile.bench.prompt_programs import PromptPrograms
+
+        return PromptPrograms(self.model, self.say)
+
+    @cached_property
+    def rates(self) -> Rates:
+        """What the GPU does at best."""
+        from sparda_compile.bench.prompt_floor import Rates
+
+        self.say("a matrix product, and a copy to CPU memory")
+        return Rates.measure(self.device)
+
+    def _configure(self, settings: dict[str, Any]) -> None:
+        """Let the prompts' programs have settings, and no more CPU memory than there is."""
+        # The traced decode holds weights that were joined; whoever needs it traces it again.
+        self.__dict__.pop("captures", None)
+        free_everything()
+        host_bytes = max(FreeMemory.now(self.max_host_bytes).host, 1)
+        self.prompts.configure(host_bytes=host_bytes, **settings)
 
     def free(self) -> FreeMemory:
         """Return what KV caches may take now, with the model on the device."""
@@ -180,3 +212,22 @@ class Lab:
         result = bench_budget(self.captures, plan, budget, setting, self.say)
         save(result)
         return result
+
+    def prefill(self, setting: PrefillSetting, file: ResultFile) -> list[dict[str, Any]]:
+        """Measure prompts; the file gets each result, and what it holds is not measured again."""
+        from sparda_compile.bench.prefill import PrefillBench
+
+        self._configure(setting.settings)
+        bench = PrefillBench(self.prompts, self.shape, self.rates, setting, self.say)
+        return bench.measure(file)
+
+    def turns(self, setting: TurnSetting, file: ResultFile) -> list[dict[str, Any]]:
+        """Measure turns; the file gets each result, and what it holds is not measured again."""
+        from sparda_compile.bench.turns import TurnBench
+
+        self._configure(setting.settings)
+
+        def free() -> FreeMemory:
+            return FreeMemory.now(self.max_host_bytes)
+
+        return TurnBench(self.prompts, self.shape, free, setting, self.say).measure(file)

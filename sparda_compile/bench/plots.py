@@ -1,7 +1,11 @@
-"""Decode results as a plot: time of a step, and tokens per second, against overlap.
+"""Results as plots, as wide as a page of text.
 
-batch 1   batch 4   batch 8   batch 16      milliseconds of a step, on one scale
-tokens per second     what the lines are    as wide as a page of text
+Decode: time of a step, and tokens per second, against overlap.
+
+    batch 1   batch 4   batch 8   batch 16      milliseconds of a step, on one scale
+    tokens per second     what the lines are
+
+Prompts: time to the first token against length, both by powers.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.bench.prefill import best_baseline, seconds_of
 from sparda_compile.bench.shapes import SHAPES
 from sparda_compile.environment import describe
 from sparda_compile.errors import BackendUnavailableError, ConfigError
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["check_matplotlib", "write_plot"]
+__all__ = ["check_matplotlib", "write_plot", "write_prefill_plot"]
 
 # Name in the results -> colour that the colour-blind can tell apart, mark, and what it is.
 _LINES: Final = {
@@ -28,6 +33,14 @@ _LINES: Final = {
     "dense": ("#cc79a7", "D", "every block on the device, and all are read"),
     "body": ("#8c8c8c", "v", "the model without its attention"),
 }
+# The same for prompts.
+_PROMPT_LINES: Final = {
+    "sparse_forecast": ("#0072b2", "o", "sparse prefill by the Forecast, KV cache in CPU memory"),
+    "sparse_query": ("#009e73", "^", "sparse prefill by the query, KV cache in CPU memory"),
+    "dense": ("#cc79a7", "D", "dense prefill, KV cache in CPU memory"),
+    "transformers": ("#d55e00", "s", "transformers' dynamic cache on the GPU, its faster SDPA"),
+}
+_BY_LAW: Final = "hollow, dashed: not measured, by the law of the same program's shorter prompts"
 _FLOOR: Final = "the longer of resident and the bytes at the rate of one large copy"
 _CAPTION: Final = (
     "Overlap: of the blocks that a step picks by score, the share that the step before picked too. "
@@ -65,18 +78,9 @@ def write_plot(content: Mapping[str, Any], path: str | Path) -> Path:
         ConfigError: If the file cannot be written, or its ending is no format; nothing of it is
             left then.
     """
-    check_matplotlib()
-    from matplotlib.backend_bases import FigureCanvasBase
+    target = _checked(path)
     from matplotlib.figure import Figure
 
-    target = check_writable(path)
-    ending = target.suffix.removeprefix(".")
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if ending not in known:
-        raise ConfigError(
-            f"{target} has the ending {target.suffix!r}, which says no format of a plot; use one "
-            f"of {', '.join(known)}."
-        )
     measured = [result for result in content["results"] if result["by_overlap"]]
     num_columns = min(max(len(measured), 1), _COLUMNS)
     num_rows = -(-len(measured) // num_columns)
@@ -88,21 +92,109 @@ def write_plot(content: Mapping[str, Any], path: str | Path) -> Path:
         _draw_rates(parts[1], measured)
     else:
         figure.text(0.5, 0.4, "Nothing was measured.", ha="center")
+    return _save(figure, target)
+
+
+def write_prefill_plot(content: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw the time to the first token of prompts into a file.
+
+    Args:
+        content: What a prefill file holds: `shape`, `results` of one length each, and
+            `environment`; without that it is the present one.
+        path: File to write; its ending says the format, such as .png or .svg.
+
+    Raises:
+        BackendUnavailableError: If matplotlib is not installed.
+        ConfigError: If the file cannot be written, or its ending is no format; nothing of it is
+            left then.
+    """
+    target = _checked(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, 6.0), layout="constrained")
+    figure.suptitle(f"Time to the first token of {_model(content)}", fontsize=11)
+    panel: Any = figure.subplots()
+    results = sorted(content["results"], key=lambda result: int(result["tokens"]))
+    for name in _PROMPT_LINES:
+        _draw_prompts(panel, results, name)
+    lengths = [result["tokens"] for result in results]
+    panel.set(xscale="log", yscale="log")
+    panel.set_xticks(lengths, [_length(n) for n in lengths])
+    panel.minorticks_off()
+    panel.set_xlabel("tokens of the prompt", fontsize=10)
+    panel.set_ylabel("seconds to the first token", fontsize=10)
+    panel.tick_params(labelsize=9)
+    panel.grid(alpha=0.25)
+    if panel.lines:
+        panel.legend(fontsize=9, title=_BY_LAW, title_fontsize=9, loc="upper left")
+    else:
+        panel.text(0.5, 0.5, "Nothing was measured.", ha="center", transform=panel.transAxes)
+    return _save(figure, target)
+
+
+def _draw_prompts(panel: Any, results: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Draw a program's line: what was measured, and dashed from there on what a law says."""
+    colour, mark, what = _PROMPT_LINES[name]
+    points = []
+    for result in results:
+        program = best_baseline(result) if name == "transformers" else name
+        seconds, is_law = seconds_of(result, program) if program else (None, False)
+        if seconds is not None:
+            points.append((result["tokens"], seconds, is_law))
+    measured = [(n, s) for n, s, is_law in points if not is_law]
+    by_law = [(n, s) for n, s, is_law in points if is_law]
+    style = {"color": colour, "marker": mark, "ms": 5, "lw": 1.4}
+    if measured:
+        panel.plot(*zip(*measured, strict=True), label=f"{name}: {what}", **style)
+    if by_law:
+        dashed = [*measured[-1:], *by_law]
+        panel.plot(*zip(*dashed, strict=True), ls="--", mfc="white", zorder=1, **style)
+
+
+def _checked(path: str | Path) -> Path:
+    """Return the file to write, if it can be and its ending is a format."""
+    check_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    target = check_writable(path)
+    ending = target.suffix.removeprefix(".")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if ending not in known:
+        raise ConfigError(
+            f"{target} has the ending {target.suffix!r}, which says no format of a plot; use one "
+            f"of {', '.join(known)}."
+        )
+    return target
+
+
+def _save(figure: Any, target: Path) -> Path:
     with replacing(target) as partial:
-        figure.savefig(partial, dpi=_DPI, format=ending)
+        figure.savefig(partial, dpi=_DPI, format=target.suffix.removeprefix("."))
     return target
 
 
 def _title(content: Mapping[str, Any]) -> str:
-    shape, tokens = content["shape"], content["max_tokens"]
+    return f"Decode of {_model(content, content['max_tokens'])}"
+
+
+def _model(content: Mapping[str, Any], tokens: int | None = None) -> str:
+    """Return two lines: the model, and the length of its texts, where and when it ran."""
+    shape = content["shape"]
     sizes = SHAPES.get(shape)
     model = f"Llama {shape}"
     if sizes is not None:
         model += f" ({sizes.num_layers} layers, {sizes.num_groups} KV heads, random weights)"
     environment = content.get("environment") or describe()
     where = environment["gpu"] or "a CPU"
-    length = f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
-    return f"Decode of {model}\n{length} tokens a sequence, {where}, {environment['date']}"
+    length = "" if tokens is None else f"{_length(tokens)} tokens a sequence, "
+    return f"{model}\n{length}{where}, {environment['date']}"
+
+
+def _length(tokens: int) -> str:
+    """Return a length as people say it."""
+    if tokens >= 1 << 20 and not tokens % (1 << 20):
+        return f"{tokens >> 20}M"
+    return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 
 
 def _draw_times(part: Any, measured: Sequence[Mapping[str, Any]], rows: int, columns: int) -> None:

@@ -141,7 +141,7 @@ def _select(
     pooled = _randn(device, 1, groups, geometry.num_windows, shape.dim)
     scale = shape.dim**-0.5
     query = _randn(device, 1, heads, shape.tokens, shape.dim)
-    operands = (query, [pooled], position, selector, scale, geometry, choice)
+    operands = (query, [pooled], position, selector, scale, geometry, choice, shape.past)
     call = partial(select_tokens.select_tokens, *operands)
     ids = call()
     sample = torch.linspace(0, shape.tokens - 1, _SAMPLE, device=device).long()

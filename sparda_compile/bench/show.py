@@ -8,6 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparda_compile.bench.decode import VARIANTS
+from sparda_compile.bench.memory import GIB
+from sparda_compile.bench.prefill import seconds_of
 from sparda_compile.bench.start import totals
 from sparda_compile.bench.start_child import TOKENS
 from sparda_compile.progress import STAGES
@@ -25,7 +27,9 @@ __all__ = [
     "print_kernels",
     "print_machine",
     "print_parts",
+    "print_prefill",
     "print_start",
+    "print_turns",
 ]
 
 _DECODE_NOTE = """\
@@ -37,6 +41,17 @@ _START_NOTE = """\
 Seconds. cold: nothing is compiled yet. warm: another process, which finds what the cold one \
 compiled. first, second: to that token, after the one before. beyond: the whole call, less what it \
 takes when it is made again."""
+
+
+_PREFILL_NOTE = """\
+Seconds to the first token; cold: the first call of that length. tf/: how many times as long \
+transformers takes, by its faster attention. floor: FLOP at the rate of a matrix product, or the \
+copy to CPU memory. early: the slowest of tokens 2 to 10 over the steady step, tokens 11 to 30. \
+GPU: peak beyond the weights. * not measured: by the law of the same program's shorter prompts."""
+
+_TURNS_NOTE = """\
+Milliseconds of a generate of one token behind a past. first: the first turn of that length. tf/: \
+how many times as long transformers takes, by its fastest attention."""
 
 
 def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -202,6 +217,58 @@ def print_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             console.print(f"{row['run']}: {row['note']}.", markup=False)
         if "failed" in row:
             console.print(f"{row['run']} failed: {row['failed']}", markup=False)
+
+
+def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print prompts: a row for each length and program, and what was left out."""
+    times = ("cold", "first\ntoken", "tf/", "over\nfloor", "early", "steady\nms")
+    columns = ("tokens", "program", *times, "GPU\nGiB", "CPU\nGiB")
+    table = _table("", columns, 2)
+    for result in results:
+        table.add_section()
+        ratios = result.get("transformers_over", {})
+        for name in (*result["programs"], *result.get("by_law", {})):
+            row = result["programs"].get(name)
+            seconds, is_law = seconds_of(result, name)
+            cells = [f"{seconds:.3f}" + "*" * is_law, _ratio(ratios.get(name))]
+            if row is not None:
+                cells = [_seconds(row["cold_s"]), *cells, _ratio(row["over_floor"])]
+                cells += [_ratio(max(row["tokens_2_to_10_over_steady"]))]
+                cells += [f"{1e3 * row['steady_s']:.2f}"]
+                places = ("peak_gpu_bytes_beyond_weights", "host_kv_bytes")
+                cells += [f"{row[place] / GIB:.1f}" for place in places]
+            else:
+                cells = ["-", *cells, "-", "-", "-", "-", "-"]
+            table.add_row(str(result["tokens"]), name, *cells)
+    console.print(table)
+    console.print(_PREFILL_NOTE, markup=False)
+    for result in results:
+        _print_skipped(f"{result['tokens']} tokens", result["skipped"], console)
+
+
+def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print turns: a row for each past, length and program, and what was left out."""
+    table = _table("", ("past", "turn", "program", "first", "then", "tf/"), 0)
+    table.columns[2].justify = "left"
+    skipped: dict[str, dict[str, str]] = {}
+    for result in results:
+        past, programs = f"behind {result['past']}", result["programs"]
+        skipped[past] = dict(result["skipped"])
+        for turn in dict.fromkeys(turn for row in programs.values() for turn in row["by_turn"]):
+            table.add_section()
+            ratios = result["transformers_over"].get(turn, {})
+            for name, row in programs.items():
+                found = row["by_turn"].get(turn, {})
+                if "skipped" in found:
+                    skipped.setdefault(f"{past}, turns of {turn}", {})[name] = found["skipped"]
+                if "median" in found:
+                    times = (f"{1e3 * found[key]:.1f}" for key in ("first_s", "median"))
+                    ratio = _ratio(ratios.get(name))
+                    table.add_row(str(result["past"]), turn, name, *times, ratio)
+    console.print(table)
+    console.print(_TURNS_NOTE, markup=False)
+    for what, reasons in skipped.items():
+        _print_skipped(what, reasons, console)
 
 
 def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.progress import StageTimes
 
-__all__ = ["TOKENS", "Job", "Scenario", "main", "run_job"]
+__all__ = ["TOKENS", "Job", "Scenario", "Stopwatch", "main", "run_job"]
 
 # A name for each new token; its time is that after the one before.
 TOKENS: Final = ("first", "second", "third", "fourth")
@@ -195,7 +195,7 @@ def _measure(model: Any, job: Job, scenario: Scenario, seed: int) -> dict[str, A
     return found
 
 
-class _Stopwatch:
+class Stopwatch:
     """A streamer for any batch size: notes when each token is on the CPU."""
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ def _generate(model: Any, ids: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from sparda_compile.bench.timing import wait_for
 
     wait_for(ids.device)
-    watch = _Stopwatch()
+    watch = Stopwatch()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

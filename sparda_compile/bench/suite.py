@@ -16,17 +16,29 @@ from sparda_compile.bench.memory import free_everything
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["DECODE_PARTS", "Part", "run_parts"]
+__all__ = ["PARTS", "WITH_BASELINES", "Part", "run_parts"]
 
-# Shape, batch size, with transformers' caches, minutes on one H200.
-DECODE_PARTS: Final = (
-    ("8b", 1, True, 6.0),
-    ("8b", 16, False, 5.5),
-    ("8b", 4, False, 4.5),
-    ("8b", 8, False, 5.0),
-    ("8b-8kv", 1, False, 5.0),
-    ("8b-8kv", 4, False, 5.5),
+# What is measured, shape, its size, minutes on one H200, the most important first. A size is the
+# sequences of `decode`, the tokens of a prompt of `prefill`, and those of the past of `turns`.
+PARTS: Final = (
+    ("decode", "8b", 1, 6.0),
+    ("prefill", "8b", 1024, 4.0),
+    ("prefill", "8b", 131072, 7.0),
+    ("turns", "8b", 131072, 5.0),
+    ("decode", "8b", 16, 5.5),
+    ("decode", "8b", 4, 4.5),
+    ("decode", "8b", 8, 5.0),
+    ("prefill", "8b", 32768, 4.0),
+    ("prefill", "8b", 524288, 6.0),
+    ("prefill", "8b", 1048576, 8.0),
+    ("prefill", "8b", 4096, 3.0),
+    ("turns", "8b", 524288, 7.0),
+    ("decode", "8b-8kv", 1, 5.0),
+    ("decode", "8b-8kv", 4, 5.5),
+    ("prefill", "8b-8kv", 131072, 8.0),
 )
+# Shape and batch size of the decode that is measured beside transformers' caches.
+WITH_BASELINES: Final = ("8b", 1)
 
 
 @dataclasses.dataclass(frozen=True)

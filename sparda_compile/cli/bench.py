@@ -24,6 +24,7 @@ from sparda_compile.cli.options import (
     MOST_SEQUENCES,
     MOST_TOKENS,
     Commit,
+    HostGib,
     OutFolder,
     Shape,
     ShapeOption,
@@ -31,6 +32,7 @@ from sparda_compile.cli.options import (
 )
 from sparda_compile.cli.outputs import check_folder, check_plot, write_file
 from sparda_compile.cli.profile import bench_profile
+from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.start import bench_start
 from sparda_compile.errors import ConfigError
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from sparda_compile.bench.lab import Lab, ResultFile
     from sparda_compile.bench.suite import Part
 
-__all__ = ["bench_app", "require_gpu"]
+__all__ = ["bench_app", "make_lab", "require_gpu"]
 
 _SHAPES: Final[tuple[Shape, ...]] = ("8b",)
 _MOST_TURNS: Final = 1_000_000
@@ -53,19 +55,17 @@ _LEAST_TOKENS: Final = 10176
 _KERNEL_MINUTES: Final = 2.0
 _BUDGET_MINUTES: Final = 5.0
 
-bench_app = typer.Typer(help="Measure decode and its kernels on this GPU.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure decode, prompts and kernels on this GPU.", no_args_is_help=True
+)
 bench_app.command("profile")(bench_profile)
 bench_app.command("start")(bench_start)
+bench_app.command("prefill")(bench_prefill)
+bench_app.command("turns")(bench_turns)
 
 Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
 Rounds = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Turns of each program.")]
 Steps = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Steps of one turn.")]
-HostGib = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0, max=MOST_GIB, help="Most CPU memory for KV, GiB.", show_default="what is free"
-    ),
-]
 Batches = Annotated[
     list[int] | None,
     typer.Option(
@@ -125,7 +125,7 @@ def bench_decode(
             check_plot(plot)
             check_folder(out)
             require_gpu("sparda bench decode")
-            lab = _lab(shape, say, max_host_gib)
+            lab = make_lab(shape, say, max_host_gib)
             file = _decode_file(out, shape, tokens, commit)
             for setting in settings:
                 lab.decode(setting, file.save, with_baselines=baseline)
@@ -207,7 +207,7 @@ def bench_budget(
             setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps)
             check_folder(out)
             require_gpu("sparda bench budget")
-            lab = _lab(shape, say, max_host_gib)
+            lab = make_lab(shape, say, max_host_gib)
             file = _budget_file(out, shape, tokens, commit)
             for size in budgets:
                 lab.budget(size, setting, file.save)
@@ -242,7 +242,7 @@ def bench_all(
     out: OutFolder = Path("bench-results"),
     minutes: Annotated[
         float, typer.Option(min=0, max=MOST_MINUTES, help="Time for everything.")
-    ] = 60.0,
+    ] = 120.0,
     max_host_gib: HostGib = None,
     commit: Commit = None,
     as_json: AsJson = False,
@@ -278,7 +278,7 @@ def _parts(
 ) -> list[Part]:
     """Return the parts of `all`, in order of importance; one model is held at a time."""
     from sparda_compile.bench.memory import free_everything
-    from sparda_compile.bench.suite import DECODE_PARTS, Part
+    from sparda_compile.bench.suite import PARTS, WITH_BASELINES, Part
 
     labs: dict[str, Lab] = {}
 
@@ -286,13 +286,13 @@ def _parts(
         if shape not in labs:
             labs.clear()
             free_everything()
-            labs[shape] = _lab(shape, say, max_host_gib)
+            labs[shape] = make_lab(shape, say, max_host_gib)
         return labs[shape]
 
-    def decode(shape: str, batch: int, *, with_baselines: bool) -> None:
+    def decode(shape: str, batch: int) -> None:
         setting = _setting(batch, _TOKENS, None, None, 3, 20)
         save = _decode_file(out, shape, _TOKENS, commit).save
-        lab(shape).decode(setting, save, with_baselines=with_baselines)
+        lab(shape).decode(setting, save, with_baselines=(shape, batch) == WITH_BASELINES)
 
     def budget(gib: float) -> None:
         setting = _setting(1, _TOKENS, [0.9], None, 3, 20)
@@ -307,10 +307,13 @@ def _parts(
             lambda: _measure_kernels(kernels, commit, say),
         )
     ]
-    for shape, batch, with_baselines, minutes in DECODE_PARTS:
-        is_done = partial(_has, _decode_file, out, shape, commit, batch)
-        run = partial(decode, shape, batch, with_baselines=with_baselines)
-        parts.append(Part(f"decode {shape} batch {batch}", minutes, is_done, run))
+    for what, shape, size, minutes in PARTS:
+        if what != "decode":
+            parts.append(prompt_part(what, shape, size, minutes, (out, commit), lab))
+            continue
+        is_done = partial(_has, _decode_file, out, shape, commit, size)
+        run = partial(decode, shape, size)
+        parts.append(Part(f"decode {shape} batch {size}", minutes, is_done, run))
     for gib in _BUDGETS:
         is_done = partial(_has, _budget_file, out, "8b", commit, gib)
         parts.append(Part(f"budget {gib:g} GiB", _BUDGET_MINUTES, is_done, partial(budget, gib)))
@@ -358,7 +361,14 @@ def _setting(
     )
 
 
-def _lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:
+def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:
+    """Return the lab of a shape.
+
+    Args:
+        shape: A key of `SHAPES`.
+        say: Told what is going on.
+        max_host_gib: Most CPU memory for KV, GiB; None is what is free.
+    """
     from sparda_compile.bench.lab import Lab
     from sparda_compile.bench.memory import GIB
 

@@ -34,6 +34,7 @@ __all__ = [
     "CopyingMode",
     "Device",
     "Hint",
+    "HostGib",
     "LocalBlocks",
     "Lowering",
     "Machine",
@@ -41,6 +42,7 @@ __all__ = [
     "Offload",
     "OutFolder",
     "Prompt",
+    "PromptProgram",
     "Selector",
     "Shape",
     "ShapeOption",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     Device = bench_names.DeviceName
     Shape = bench_names.ShapeName
     Prompt = task_names.PromptName
+    PromptProgram = bench_names.PromptProgramName
     Task = task_names.TaskName
     Teacher = teacher_names.Teacher
     Variant = bench_names.VariantName
@@ -102,11 +105,18 @@ else:
     Device = choices("Device", get_args(bench_names.DeviceName))
     Shape = choices("Shape", get_args(bench_names.ShapeName))
     Prompt = choices("Prompt", get_args(task_names.PromptName))
+    PromptProgram = choices("PromptProgram", get_args(bench_names.PromptProgramName))
     Task = choices("Task", get_args(task_names.TaskName))
     Teacher = choices("Teacher", get_args(teacher_names.Teacher))
     Variant = choices("Variant", get_args(bench_names.VariantName))
 
 Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]
+HostGib = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, max=MOST_GIB, help="Most CPU memory for KV, GiB.", show_default="what is free"
+    ),
+]
 LocalBlocks = Annotated[
     int, typer.Option(min=0, max=MOST_BLOCKS, help="Most recent blocks, always read.")
 ]

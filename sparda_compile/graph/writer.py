@@ -190,6 +190,7 @@ def select_for_tokens(
         [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)],
         state.token_mask(),
         state.lengths,
+        state.num_past(),
         selector,
         scale,
         *geometry_of(layout),

@@ -39,6 +39,7 @@ def select_tokens(
     summary: Sequence[Tensor],
     token_mask: Tensor,
     lengths: Tensor,
+    num_past: int,
     selector: str,
     scale: float,
     num_blocks: int,
@@ -57,6 +58,7 @@ def select_tokens(
         summary: The tensors of the selector's summary, with the new keys in them.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens before this call.
+        num_past: No sequence has more; blocks that nobody can have cost nothing on a GPU.
         selector: Name of the selector.
         scale: Factor on q . k.
         num_blocks: N.
@@ -81,10 +83,8 @@ def select_tokens(
         from sparda_compile.kernels.gpu.select import Choice
 
         if gpu.covers(selector, query, summary[0].shape[1], geometry):
-            place_BT = position_BT.int()
-            return gpu.select_tokens(
-                query, summary, place_BT, selector, scale, geometry, Choice(*choice)
-            )
+            asked = (selector, scale, geometry, Choice(*choice))
+            return gpu.select_tokens(query, summary, position_BT.int(), *asked, num_past)
     ids = _all_blocks(position_BT // block_size, summary[0].shape[1], num_selected)
     step = max(_MOST_NUMBERS // sum(tensor[0].numel() for tensor in summary), 1)
     for row, position_T in enumerate(position_BT):

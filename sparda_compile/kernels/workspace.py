@@ -43,11 +43,12 @@ def select_tokens_bytes(a: Any) -> int:
     """Return what `select_tokens` takes: scores, and of Quest the parts of the mean query."""
     pairs = a.query.shape[0] * a.summary[0].shape[1]
     vectors = int(pairs * a.query.shape[2])
+    num_blocks = min(a.num_blocks, -(-(a.num_past + a.query.shape[2]) // a.block_size))
     parts = 0
     if a.selector == "quest":
         width, itemsize = a.query.shape[3], a.query.dtype.itemsize
         parts = vectors * width * (3 * 4 + 2 * 2 * 3 * itemsize)
-    return int(min(SCORE_BYTES, vectors * a.num_blocks * 8) + _places(a.query) + parts)
+    return int(min(SCORE_BYTES, vectors * num_blocks * 8) + _places(a.query) + parts)
 
 
 def attend_tokens_bytes(a: Any) -> int:

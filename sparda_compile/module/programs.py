@@ -14,6 +14,7 @@ from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.program.plan import Plan, make_plan, planned_capacity
 from sparda_compile.program.program import Program
+from sparda_compile.program.prompt_cost import prompt_phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,6 +81,16 @@ class Programs:
             self._keep(key, program)
             self._latest[phase] = (batch_size, max_tokens, last_only)
         return program
+
+    def prompt_phase(self, batch_size: int, num_past: int, num_tokens: int) -> str:
+        """Return the phase in which new tokens of a prompt are read, of `PHASES`.
+
+        Args:
+            batch_size: Sequences.
+            num_past: Tokens of the longest one before them.
+            num_tokens: New ones.
+        """
+        return prompt_phase(self._captures, self._config, batch_size, num_past, num_tokens)
 
     def put(self, plan: Plan, program: Program | None = None) -> Program:
         """Enter a program for a plan's shape, in the place of any other; None makes one.

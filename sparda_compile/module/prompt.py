@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparda_compile.program.plan import prompt_phase
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparda_compile.config import SpardaConfig
     from sparda_compile.module.programs import Programs
     from sparda_compile.runtime.kv_cache import KVCache
 
@@ -58,10 +55,8 @@ def read_prompt(
         Logits [B, T or 1, vocabulary].
     """
     found: list[Tensor] = []
-    longest = kv.longest
     for begin, end in chunks_of(ids.shape[1], programs.config.chunk_tokens):
-        longest += end - begin
-        phase = _phase(programs.config, longest)
+        phase = programs.prompt_phase(ids.shape[0], kv.longest + begin, end - begin)
         program = programs.get(phase, ids.shape[0], kv.layout.max_tokens, last_only=last_only)
         real = mask
         if end - begin == 1 and mask is None:
@@ -85,11 +80,3 @@ def _columns(part: Tensor, begin: int, end: int) -> Tensor:
     if end - begin == 1:
         columns = torch.cat([torch.zeros_like(columns), columns], dim=1)
     return columns.contiguous()
-
-
-def _phase(config: SpardaConfig, longest: int) -> str:
-    """Return the program for a chunk behind which a sequence has so many tokens, at most."""
-    begins = config.selection_starts_at
-    if begins is None or longest < begins:
-        return "prefill"  # each token reads all blocks: both are the same
-    return prompt_phase(config)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparda_compile.report.schedule import Schedule
     from sparda_compile.state.layout import CacheLayout
 
-__all__ = ["Plan", "forecast_shapes", "make_plan", "planned_capacity", "prompt_phase"]
+__all__ = ["Plan", "forecast_shapes", "make_plan", "planned_capacity"]
 
 assert ops.OPS  # registers every op before a pass emits one
 
@@ -85,12 +85,6 @@ class Plan:
 def planned_capacity(config: SpardaConfig) -> int:
     """Return the tokens per sequence that are planned for before anything has run."""
     return config.max_tokens or _PLANNED_TOKENS
-
-
-def prompt_phase(config: SpardaConfig) -> str:
-    """Return the phase in which a prompt is read that has more blocks than a token may read."""
-    may_leave_out = config.selection_starts_at is not None
-    return "sparse_prefill" if config.prefill == "sparse" and may_leave_out else "prefill"
 
 
 def make_plan(

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors.base import Geometry
 
-__all__ = ["Nosa", "NosaForecast"]
+__all__ = ["LISTED", "Nosa", "NosaForecast"]
 
 # Above any retention score, and below what a benchmark's trace asks for.
-_LISTED: Final = 1e29
+LISTED: Final = 1e29
 
 
 class Nosa(Selector):
@@ -69,7 +69,7 @@ class Nosa(Selector):
         exists_BW = existing_windows(lengths_B, pooled_BGWD.shape[2], geometry)[:, None]
         retention_BGW = pooled_BGWD[..., -1].float().masked_fill(~exists_BW, float("-inf"))
         kept_BGN = windows_to_blocks(retention_BGW, geometry)
-        return kept_BGN.masked_fill(_short_list(asked_BGN, lengths_B, geometry), _LISTED)
+        return kept_BGN.masked_fill(_short_list(asked_BGN, lengths_B, geometry), LISTED)
 
 
 class NosaForecast(Nosa):

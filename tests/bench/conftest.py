@@ -28,6 +28,14 @@ def lab():
     return lab
 
 
+@pytest.fixture(scope="session")
+def prompts(lab):
+    """The programs of the tiny shape that read prompts; blocks are small, and few are read."""
+    programs = lab.prompts
+    programs.configure(block_size=16, **SMALL)
+    return programs
+
+
 @pytest.fixture
 def setting():
     return DecodeSetting(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparda_compile.bench.plots import check_matplotlib, write_plot
+from sparda_compile.bench.plots import check_matplotlib, write_plot, write_prefill_plot
 from sparda_compile.environment import describe
 from sparda_compile.errors import BackendUnavailableError, ConfigError
 
@@ -24,7 +24,7 @@ def figure(monkeypatch):
     """Draws results, and returns the figure instead of a file."""
     matplotlib = pytest.importorskip("matplotlib.figure")
 
-    def draw(given, tmp_path):
+    def draw(given, tmp_path, write=write_plot):
         kept = []
         save = matplotlib.Figure.savefig
         monkeypatch.setattr(
@@ -32,7 +32,7 @@ def figure(monkeypatch):
             "savefig",
             lambda self, *a, **k: kept.append(self) or save(self, *a, **k),
         )
-        write_plot(given, tmp_path / "decode.png")
+        write(given, tmp_path / "decode.png")
         (drawn,) = kept
         return drawn
 
@@ -153,3 +153,51 @@ def test_plot_needs_matplotlib(tmp_path, monkeypatch, decode_results):
     with pytest.raises(BackendUnavailableError, match=r"sparda-compile\[plot\]"):
         write_plot(content(decode_results), tmp_path / "decode.png")
     assert not (tmp_path / "decode.png").exists()
+
+
+def prompt(tokens, by_law=(), **seconds):
+    rows = {name: {"first_token_s": {"median": s}} for name, s in seconds.items()}
+    return {
+        "tokens": tokens,
+        "programs": {name: row for name, row in rows.items() if name not in by_law},
+        "by_law": {name: {"first_token_s": seconds[name]} for name in by_law},
+        "skipped": {},
+    }
+
+
+PROMPTS = [
+    prompt(1024, sparse_forecast=0.13, transformers_cudnn=0.06, transformers_flash=0.05),
+    prompt(131072, sparse_forecast=8.0, transformers_cudnn=11.0, transformers_flash=12.0),
+    prompt(1 << 20, ("transformers_cudnn",), sparse_forecast=70.0, transformers_cudnn=500.0),
+]
+
+
+def test_prompts_by_powers(figure, tmp_path):
+    drawn = figure({"shape": "8b", "results": PROMPTS}, tmp_path, write_prefill_plot)
+    (panel,) = drawn.get_axes()
+    assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1K", "128K", "1M"]
+    ours, theirs, law = panel.lines
+    assert list(ours.get_ydata()) == [0.13, 8.0, 70.0]
+    assert list(theirs.get_ydata()) == [0.05, 11.0]  # the faster one of each length
+    assert (list(law.get_xdata()), list(law.get_ydata())) == ([131072, 1 << 20], [11.0, 500.0])
+    assert law.get_linestyle() == "--"
+    assert law.get_markerfacecolor() == "white"
+    legend = panel.get_legend()
+    names = [text.get_text().partition(":")[0] for text in legend.texts]
+    assert names == ["sparse_forecast", "transformers"]
+    assert "not measured" in legend.get_title().get_text()
+    assert "2 KV heads" in drawn.get_suptitle()
+
+
+def test_no_prompts(figure, tmp_path):
+    drawn = figure({"shape": "8b", "results": []}, tmp_path, write_prefill_plot)
+    assert drawn.get_axes()[0].texts[0].get_text() == "Nothing was measured."
+
+
+def test_prompts_are_written_as_the_ending_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match=r"\.abc.* png"):
+        write_prefill_plot({"shape": "8b", "results": PROMPTS}, tmp_path / "x.abc")
+    path = write_prefill_plot({"shape": "8b", "results": PROMPTS}, tmp_path / "x.svg")
+    assert path.read_text().count("<svg") == 1

@@ -13,7 +13,9 @@ from sparda_compile.bench.show import (
     print_kernels,
     print_machine,
     print_parts,
+    print_prefill,
     print_start,
+    print_turns,
 )
 from sparda_compile.passes.machine import MACHINES
 
@@ -171,3 +173,67 @@ def test_start(console):
     assert "dynamic cold: 2x20 is left out: out of memory." in printed
     assert "dynamic cold: it is eager." in printed
     assert "sparda warm failed: [slow]" in printed
+
+
+def test_prefill(console):
+    def row(seconds, **more):
+        return {
+            "cold_s": 30.5,
+            "first_token_s": {"median": seconds},
+            "over_floor": 2.1,
+            "tokens_2_to_10_over_steady": [1.25, *[1.0] * 8],
+            "steady_s": 0.0061,
+            "peak_gpu_bytes_beyond_weights": 3 * GIB,
+            "host_kv_bytes": 4 * GIB,
+        }
+
+    law = {"first_token_s": 150.0, "linear": 1e-5, "quadratic": 1e-9, "fitted_to": [1024, 131072]}
+    results = [
+        {
+            "tokens": 131072,
+            "programs": {"sparse_forecast": row(8.0), "transformers_flash": row(12.0)},
+            "skipped": {"dense": "no time"},
+            "transformers_over": {"sparse_forecast": 1.5},
+        },
+        {
+            "tokens": 524288,
+            "programs": {"sparse_forecast": row(30.0)},
+            "skipped": {"transformers_flash": "too long"},
+            "by_law": {"transformers_flash": law},
+            "transformers_over": {"sparse_forecast": 5.0},
+        },
+    ]
+    print_prefill(results, console)
+    printed = lines(console)
+    assert "131072 sparse_forecast 30.50 8.000 1.500 2.100 1.250 6.10 3.0 4.0" in printed
+    assert "131072 transformers_flash 30.50 12.000 - 2.100 1.250 6.10 3.0 4.0" in printed
+    assert "524288 transformers_flash - 150.000* - - - - - -" in printed
+    assert "131072 tokens: dense is left out: no time." in printed
+    assert "524288 tokens: transformers_flash is left out: too long." in printed
+    assert "not measured: by the law" in " ".join(printed)
+
+
+def test_turns(console):
+    def row(first, median):
+        return {"first_s": first, "median": median}
+
+    results = [
+        {
+            "past": 131072,
+            "programs": {
+                "sparse_query": {"by_turn": {"1": row(0.5, 0.05), "200": row(0.6, 0.1)}},
+                "transformers_flash": {
+                    "by_turn": {"1": row(0.1, 0.07), "200": {"skipped": "mask"}}
+                },
+            },
+            "skipped": {"dense": "no memory"},
+            "transformers_over": {"1": {"program": "transformers_flash", "sparse_query": 1.4}},
+        }
+    ]
+    print_turns(results, console)
+    printed = lines(console)
+    assert "131072 1 sparse_query 500.0 50.0 1.400" in printed
+    assert "131072 1 transformers_flash 100.0 70.0 -" in printed
+    assert "131072 200 sparse_query 600.0 100.0 -" in printed
+    assert "behind 131072: dense is left out: no memory." in printed
+    assert "behind 131072, turns of 200: transformers_flash is left out: mask." in printed

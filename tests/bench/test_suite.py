@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from sparda_compile.bench.shapes import SHAPES
-from sparda_compile.bench.suite import DECODE_PARTS, Part, run_parts
+from sparda_compile.bench.suite import PARTS, WITH_BASELINES, Part, run_parts
 
 
 class Clock:
@@ -54,8 +54,13 @@ def test_failed_part_is_reported_and_the_others_run():
     assert "a failed: RuntimeError: no luck" in told
 
 
-def test_decode_parts_are_of_shapes_that_are_there():
-    assert {shape for shape, *_ in DECODE_PARTS} <= set(SHAPES)
-    shape, batch, with_baselines, _ = DECODE_PARTS[0]
-    assert (shape, batch, with_baselines) == ("8b", 1, True)
-    assert len({part[:2] for part in DECODE_PARTS}) == len(DECODE_PARTS)
+def test_parts_are_of_shapes_that_are_there():
+    assert {shape for _, shape, *_ in PARTS} <= set(SHAPES)
+    assert {what for what, *_ in PARTS} == {"decode", "prefill", "turns"}
+    assert PARTS[0][:3] == ("decode", *WITH_BASELINES)
+    assert len({part[:3] for part in PARTS}) == len(PARTS)
+
+
+def test_each_model_is_made_once():
+    shapes = [shape for _, shape, *_ in PARTS]
+    assert shapes == sorted(shapes)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sparda_compile import environment
 from sparda_compile.bench import memory, suite
 from sparda_compile.bench.memory import GIB
-from sparda_compile.bench.suite import DECODE_PARTS
+from sparda_compile.bench.suite import PARTS, WITH_BASELINES
 from sparda_compile.cli import bench
 from sparda_compile.cli import main as cli
 
@@ -55,6 +55,16 @@ class FakeLab:
         side = {"batch_size": 2, "limited_by": "budget", "device_gib": 1.0, "host_gib": 0.0}
         save({"budget_gib": gib, "resident": side, "scheduled": side, "by_overlap": {}})
 
+    def prefill(self, setting, file):
+        self.asked.append((self.name, setting, "prefill"))
+        skipped = dict.fromkeys(setting.programs, "no time")
+        file.save({"tokens": setting.tokens[0], "programs": {}, "skipped": skipped})
+
+    def turns(self, setting, file):
+        self.asked.append((self.name, setting, "turns"))
+        skipped = dict.fromkeys(setting.programs, "no time")
+        file.save({"past": setting.past[0], "programs": {}, "skipped": skipped})
+
 
 @pytest.fixture
 def asked(monkeypatch):
@@ -65,7 +75,7 @@ def asked(monkeypatch):
         return FakeLab(shape, asked)
 
     monkeypatch.setattr(bench, "require_gpu", lambda command: None)
-    monkeypatch.setattr(bench, "_lab", lab)
+    monkeypatch.setattr(bench, "make_lab", lab)
     monkeypatch.setattr(environment, "_commit", lambda: "abc123")
     monkeypatch.setattr(memory, "free_everything", lambda: None)
     monkeypatch.setattr(suite, "free_everything", lambda: None)
@@ -150,13 +160,17 @@ def test_all_runs_in_order_goes_on_after_a_failure_and_keeps_what_is_there(
     assert "decode 8b batch 8 failed; see above" in words(result.stderr)
     assert "RuntimeError: CUDA error" in result.stderr
     parts = json.loads(result.stdout)["parts"]
-    names = [f"decode {shape} batch {batch}" for shape, batch, *_ in DECODE_PARTS]
+    words_of = {"decode": "batch {}", "prefill": "{} tokens", "turns": "behind {} tokens"}
+    names = [f"{what} {shape} {words_of[what].format(size)}" for what, shape, size, _ in PARTS]
     assert [part["name"] for part in parts] == ["kernels", *names, "budget 8 GiB", "budget 16 GiB"]
     assert {part["status"] for part in parts} == {"done", "failed"}
-    measured = [entry for entry in asked if len(entry) == 3]
-    assert [(name, s.batch_size, b) for name, s, b in measured[:-2]] == [
-        (shape, batch, with_baselines) for shape, batch, with_baselines, _ in DECODE_PARTS
-    ]
+    measured = [entry for entry in asked if len(entry) == 3][:-2]
+    for (name, setting, how), (what, shape, size, _) in zip(measured, PARTS, strict=True):
+        assert name == shape
+        if what == "decode":
+            assert (setting.batch_size, how) == (size, (shape, size) == WITH_BASELINES)
+        else:
+            assert (setting.tokens if what == "prefill" else setting.past, how) == ((size,), what)
     # One model at a time: that of 8b is made again for the budget.
     assert [entry[0] for entry in asked if len(entry) == 2] == ["8b", "8b-8kv", "8b"]
     assert json.loads((tmp_path / "all.json").read_text())["parts"] == parts
@@ -265,6 +279,6 @@ def test_one_program_is_compiled_here(asked, monkeypatch):
 
 
 def test_lab_is_told_how_much_cpu_memory_it_may_take():
-    lab = bench._lab("tiny", lambda text: None, 1.5)
+    lab = bench.make_lab("tiny", lambda text: None, 1.5)
     assert lab.max_host_bytes == 1.5 * GIB
-    assert bench._lab("tiny", lambda text: None, None).max_host_bytes is None
+    assert bench.make_lab("tiny", lambda text: None, None).max_host_bytes is None

@@ -93,6 +93,9 @@ OUTPUTS = {
     "bench kernels --out": ["bench", "kernels", "--out"],
     "bench all --out": ["bench", "all", "--out"],
     "bench profile --out": ["bench", "profile", "--out"],
+    "bench prefill --out": ["bench", "prefill", "--out"],
+    "bench prefill --plot": ["bench", "prefill", "--plot"],
+    "bench turns --out": ["bench", "turns", "--out"],
     "bench start --out": ["bench", "start", "--device", "cpu", "--out"],
 }
 

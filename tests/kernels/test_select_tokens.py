@@ -36,7 +36,8 @@ def case(selector, lengths, mask):
 
 def select(selector, query, tensors, mask, lengths):
     return room.select_tokens(
-        query, tensors, mask, lengths, selector, 0.3, BLOCKS, SIZE, 8, 4, *CHOICE,
+        query, tensors, mask, lengths, int(lengths.max()), selector, 0.3, BLOCKS, SIZE, 8, 4,
+        *CHOICE,
         GEOMETRY.short_list if SELECTORS[selector].has_short_list else 0,
     )  # fmt: skip
 

@@ -60,6 +60,8 @@ def selected(tokens, blocks=16384):
             slots=torch.empty(1, 2, blocks, dtype=torch.int32),
             summary=[torch.empty(1, 2, 4 * blocks, 128)],
             num_blocks=blocks,
+            block_size=64,
+            num_past=0,
             selector="infllm2",
         )
 

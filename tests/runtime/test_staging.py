@@ -10,6 +10,7 @@ from sparda_compile.runtime.staging import stage_blocks
 
 SIZE, GROUPS, BLOCKS, PAGES = 4, 2, 9, 5
 LENGTHS = (30, 8, 3, 0)
+LONGEST = max(LENGTHS)
 
 
 class Past:
@@ -31,7 +32,7 @@ class Past:
             if offload:
                 self.host[:, :, block] = float("nan")
 
-    def stage(self, ids, num_past=max(LENGTHS)):
+    def stage(self, ids, num_past=LONGEST):
         return stage_blocks(ids, self.lengths, self.pages, self.host, self.table, num_past)
 
 

@@ -20,6 +20,9 @@ as one vector, with the negative and the positive part of q. A mean of heads has
 summary of 16: it goes in as three vectors that add up to it, summed like heads. Its windows are
 the blocks.
 
+NOSA's short list is picked of those scores, in the last kernel, which then ranks blocks by the best
+retention score of the windows that touch them: the last number of each pooled key.
+
 Floor, of T tokens over W windows, half of them before the mean token of a prompt from nothing:
 2 * T * W * D FLOP for each head and pass, one pass for a Forecast, two for InfLLM-V2, which at a
 group of 16 and D = 128 takes as many exponentials as a multiprocessor does beside the products.
@@ -28,6 +31,7 @@ Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a bloc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -36,8 +40,9 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
+from sparda_compile.kernels.gpu.pick_tokens import pick_tokens
 from sparda_compile.kernels.gpu.score import complete_windows
-from sparda_compile.kernels.gpu.select import MOST_BLOCKS, Choice, pick
+from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.workspace import SCORE_BYTES
 
 if TYPE_CHECKING:
@@ -45,11 +50,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sparda_compile.kernels.gpu.select import Choice
     from sparda_compile.selectors import Geometry
 
 __all__ = ["covers", "select_tokens"]
 
-_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest"})
+_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
 # Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
 # half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
 _COLUMNS: Final = 128
@@ -90,11 +96,14 @@ def _vectors(
 
 
 @triton.jit
-def _keys(keys, window, end, DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return the pooled keys of some windows."""
+def _keys(
+    keys, window, end, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return the first numbers of the pooled keys of some windows."""
     dims = tl.arange(0, DIMS)
     mask = (window < end)[:, None] & (dims < DIM)[None, :]
-    tile = tl.load(keys + window[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+    tile = tl.load(keys + window[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
     if INTERPRETED:
         tile = tile.to(tl.float32)
     return tile
@@ -105,8 +114,8 @@ def _token_sums(
     query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
     num_windows, begin, end, scored_from,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, POOL: tl.constexpr,
-    STRIDE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    PART: tl.constexpr, WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
@@ -119,12 +128,12 @@ def _token_sums(
     is_scored = tl.max(position, 0) >= scored_from
     stop = tl.where(is_scored, tl.minimum(tl.max(complete, 0), (part + 1) * PART), 0)
     own_stop = tl.minimum(complete, stop)
-    keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
+    keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
     peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     for start in tl.range(part * PART, stop, WINDOWS, num_stages=STAGES):
         window = start + tl.arange(0, WINDOWS)
-        keys = _keys(keys_at, window, stop, DIM, DIMS, INTERPRETED)
+        keys = _keys(keys_at, window, stop, WIDTH, DIM, DIMS, INTERPRETED)
         logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
         logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -162,7 +171,8 @@ def _token_blocks(
     num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
     POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -183,7 +193,7 @@ def _token_blocks(
         if SOFTMAX:
             columns = (end - begin) * ROOM
             normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
-        keys_at = pooled + pair.to(tl.int64) * num_windows * DIM
+        keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
         # [pair, token, which of the two, block]
         at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * num_blocks))
         own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
@@ -193,7 +203,7 @@ def _token_blocks(
             block = part * PART + step // RATIO * BLOCKS + tl.arange(0, BLOCKS)
             place = step % RATIO
             window = block * RATIO + place
-            keys = _keys(keys_at, window, most, DIM, DIMS, INTERPRETED)
+            keys = _keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
             weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
             if SOFTMAX:
                 weight = tl.exp2(weight * factor - normal[None, :])
@@ -214,39 +224,6 @@ def _token_blocks(
                     tl.store(at[None, :] + num_blocks + block[:, None], next_one, mask=mask)
 
 
-@triton.jit
-def _pick_tokens(
-    scores, positions, ids, groups, num_tokens, num_blocks, begin, sink, local,
-    SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
-    RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    local_token, pair = tl.program_id(0), tl.program_id(1)
-    token = begin + local_token
-    position = tl.load(positions + pair // groups * num_tokens + token)
-    column = tl.arange(0, COLUMNS)
-    inside = column < SELECTED
-    ids_at = ids + (pair.to(tl.int64) * num_tokens + token) * SELECTED
-    if position < SELECTED * SIZE:
-        # As many blocks as there are; none where no token is.
-        current = tl.where(position < 0, -1, position // SIZE)
-        tl.store(ids_at + column, tl.where(column <= current, column, -1), mask=inside)
-    else:
-        complete = complete_windows(position, POOL, STRIDE)
-        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
-        block = tl.arange(0, BLOCKS)
-        exists = block < num_blocks
-        mask = exists & (block * RATIO < complete)
-        score = tl.load(at + block, mask=mask, other=float("-inf"))
-        if OVERHANG > 0:
-            mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
-            before = tl.load(at + num_blocks + block - 1, mask=mask, other=float("-inf"))
-            score = tl.maximum(score, before)
-        current = position // SIZE
-        picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
-        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
-        tl.store(ids_at + rank, block, mask=picked)
-
-
 def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
     """Whether these kernels select for a selector, for such queries and windows.
 
@@ -259,13 +236,16 @@ def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -
     return fits or selector == "quest"
 
 
-def _stages(query: Tensor, columns: int, rows: int, dims: int) -> int:
-    """Return how many tiles of keys fit beside the queries."""
+def _tile(query: Tensor, room: int, dims: int, *, softmax: bool) -> tuple[int, int, int]:
+    """Return query vectors and keys of a product, and tiles of keys that fit beside the queries."""
+    most = 2 * _TILE_BYTES // (dims * query.element_size() ** 2)
+    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
+    rows = max(min(_WINDOWS, most), 16)
     if query.device.type != "cuda":
-        return _MOST_STAGES
+        return columns, rows, _MOST_STAGES
     vector = dims * query.element_size()
     free = shared_bytes(query.device) - columns * vector - 4 * rows * columns
-    return max(min(_MOST_STAGES, free // (rows * vector)), 1)
+    return columns, rows, max(min(_MOST_STAGES, free // (rows * vector)), 1)
 
 
 def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
@@ -291,6 +271,7 @@ def select_tokens(
     scale: float,
     geometry: Geometry,
     choice: Choice,
+    num_past: int,
 ) -> Tensor:
     """Score and pick; see `kernels.select_tokens`.
 
@@ -302,55 +283,57 @@ def select_tokens(
         scale: Factor on q . k.
         geometry: Sizes.
         choice: What to pick.
+        num_past: No sequence has more tokens before these.
 
     Returns:
         [B, G, T, K] int32.
     """
-    pooled, query, softmax = tensors[0], query_BHTD, selector == "infllm2"
-    size, pool = geometry.block_size, (geometry.pool_size, geometry.pool_stride)
+    pooled, query, softmax = tensors[0], query_BHTD, selector in ("infllm2", "nosa")
+    lists, size = selector.startswith("nosa"), geometry.block_size
     if selector == "quest":
-        query, pooled, pool = _quest_parts(query, pooled), pooled.flatten(3), (1, size)
-    batch, groups, num_windows, dim = pooled.shape
+        query, pooled = _quest_parts(query, pooled), pooled.flatten(3)
+        geometry = dataclasses.replace(geometry, pool_size=1, pool_stride=size)
+    pool = (geometry.pool_size, geometry.pool_stride)
+    batch, groups, num_windows, width = pooled.shape
+    # The last number of a key is its retention score, which a query does not multiply.
+    dim = width - 1 if lists else width
+    retention = pooled[..., -1].float().contiguous() if lists else None
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens = query.shape[2]
-    pairs, num_blocks, selected = batch * groups, geometry.num_blocks, choice.num_selected
-    heads = query.shape[1] // groups
-    room, dims = power_of_two(heads), power_of_two(dim, 16)
-    vector = dims * query.element_size()
-    most = _TILE_BYTES // (vector * query.element_size() // 2)
-    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
-    rows = max(min(_WINDOWS, most), 16)
-    stages = _stages(query, columns, rows, dims)
+    pairs = batch * groups
+    num_blocks = min(geometry.num_blocks, triton.cdiv(num_past + num_tokens, size))
+    room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
+    columns, rows, stages = _tile(query, room, dims, softmax=softmax)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
-    vectors = (heads, room, columns)
-    strides = (query.stride(0), query.stride(1), query.stride(2))
-    ids = positions_BT.new_empty((batch, groups, num_tokens, selected), dtype=torch.int32)
+    vectors = (query.shape[1] // groups, room, columns)
+    strides = query.stride()[:3]
+    ids = positions_BT.new_empty(
+        (batch, groups, num_tokens, choice.num_selected), dtype=torch.int32
+    )
     chunk = SCORE_BYTES // (pairs * num_blocks * 8) // columns * columns
     chunk = min(max(chunk, columns // room), num_tokens)
     parts = triton.cdiv(num_blocks, _PART_BLOCKS)
+    # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, _PART_BLOCKS))
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
     scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
-    factor, scored_from = scale * _LOG2_E, selected * size
+    factor, scored_from = scale * _LOG2_E, choice.num_selected * size
     for begin in range(0, num_tokens, chunk):
         end = min(begin + chunk, num_tokens)
         tiles = triton.cdiv((end - begin) * room, columns)
         if softmax:
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, positions_BT, maxima, sums, factor, *strides, groups, num_tokens,
-                num_windows, begin, end, scored_from, *vectors, *pool, dim, dims,
+                num_windows, begin, end, scored_from, *vectors, *pool, width, dim, dims,
                 _PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
             query, pooled, positions_BT, maxima, sums, scores, factor, *strides, groups, num_tokens,
-            num_windows, num_blocks, begin, end, scored_from, parts, *vectors, power_of_two(parts),
-            *pool, ratio, overhang, dim, dims, _PART_BLOCKS, rows, softmax, interpreting(), stages,
-            num_warps=4,
+            num_windows, num_blocks, begin, end, scored_from, parts, *vectors, all_parts,
+            *pool, ratio, overhang, width, dim, dims, _PART_BLOCKS, rows, softmax, interpreting(),
+            stages, num_warps=4,
         )  # fmt: skip
-        warps = 4 if num_blocks <= 4096 else 8 if num_blocks <= 8192 else 16
-        launch(_pick_tokens, (end - begin, pairs))(
-            scores, positions_BT, ids, groups, num_tokens, num_blocks, begin, choice.sink_blocks,
-            choice.local_blocks, selected, size, *pool, ratio, overhang,
-            power_of_two(max(num_blocks, selected)), power_of_two(selected), num_warps=warps,
-        )  # fmt: skip
+        seen = triton.cdiv(num_past + end, size)  # blocks that any of these tokens may have
+        pick_tokens(scores, retention, positions_BT, ids, (begin, end, seen), geometry, choice)
     return ids

@@ -109,9 +109,11 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
-    for name, asked in (("forecast", k), ("infllm2", query), ("quest", query)):
+    for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        select_tokens.select_tokens(asked, tensors, lengths[:, None], name, 1.0, geometry, choice)
+        select_tokens.select_tokens(
+            asked, tensors, lengths[:, None], name, 1.0, geometry, choice, 0
+        )
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -169,7 +171,9 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
-    select_tokens.select_tokens(query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice)
+    select_tokens.select_tokens(
+        query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice, 0
+    )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from sparda_compile.kernels.select_tokens import select_tokens
 from sparda_compile.selectors import Geometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SELECTORS = ["forecast", "infllm2", "quest"]
+SELECTORS = ["forecast", "infllm2", "quest", "nosa", "nosa_forecast"]
 SCALE = 0.3
 
 
@@ -50,21 +52,27 @@ class Prompt:
 
         Fewer than all blocks may be equal where sums in another order decide what is nearly a tie.
         """
-        geometry = self.geometry
-        query = self.forecasts if selector == "forecast" else self.queries
+        geometry, num_past = self.geometry, int(self.lengths.max())
+        if selector.startswith("nosa"):
+            forced = (choice.sink_blocks, choice.local_blocks)
+            listed = max(choice.num_selected - sum(forced) - 1, 0) // 2
+            geometry = dataclasses.replace(
+                geometry, short_list=listed, sink_blocks=forced[0], local_blocks=forced[1]
+            )
+        query = self.forecasts if selector.endswith("forecast") else self.queries
         summary = self.bounds if selector == "quest" else self.pooled
         # What the reference reads of windows that no token has completed is hidden behind it.
         exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
         want = select_tokens(
-            query.float(), [exact], self.mask, self.lengths, selector, SCALE,
+            query.float(), [exact], self.mask, self.lengths, num_past, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
-            *self.ordered(choice),
+            *self.ordered(choice), geometry.short_list,
         )  # fmt: skip
         position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
         got = kernels.select_tokens(
             query.to(device), [summary.to(device)], position.to(device), selector, SCALE,
-            geometry, choice,
+            geometry, choice, num_past,
         ).cpu()  # fmt: skip
         assert got.dtype == torch.int32
         assert torch.equal(got, want) or least_equal < 1

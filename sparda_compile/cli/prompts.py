@@ -1,0 +1,266 @@
+"""`sparda bench prefill` and `sparda bench turns`: the time to the first token of `generate`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from sparda_compile.cli.console import (
+    AsJson,
+    errors_as_sentences,
+    make_console,
+    print_json,
+    print_paths,
+    progress,
+)
+from sparda_compile.cli.options import (
+    MOST_MINUTES,
+    MOST_TOKENS,
+    Commit,
+    HostGib,
+    OutFolder,
+    PromptProgram,
+    ShapeOption,
+)
+from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sparda_compile.bench.lab import Lab, ResultFile
+    from sparda_compile.bench.suite import Part
+
+__all__ = ["bench_prefill", "bench_turns", "prompt_part"]
+
+_MOST_ROUNDS: Final = 1000
+_ROUNDS: Final = 5
+_REPEAT: Final = 10  # as `bench.prompt_programs.REPEAT`, which imports torch
+
+Programs = Annotated[
+    list[PromptProgram] | None,
+    typer.Option(help="One of ours, may be given again.", show_default="all of them"),
+]
+Baseline = Annotated[
+    bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' cache too.")
+]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Columns of a prompt that ours read at once.",
+        show_default="as the library has it",
+    ),
+]
+Repeat = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="How often each random token stands in a row: neighbours then select alike.",
+    ),
+]
+Rounds = Annotated[
+    int, typer.Option(min=1, max=_MOST_ROUNDS, help="Most warm calls; fewer of long ones.")
+]
+
+
+def bench_prefill(
+    shape: ShapeOption = "8b",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=2,
+            max=MOST_TOKENS,
+            help="Tokens of the prompt, may be given again; they are measured in this order.",
+            show_default="1K, 128K, 32K, 512K, 1M, 4K",
+        ),
+    ] = None,
+    program: Programs = None,
+    baseline: Baseline = True,
+    rounds: Rounds = _ROUNDS,
+    limit: Annotated[
+        float, typer.Option(min=0, max=60 * MOST_MINUTES, help="Most seconds of one call.")
+    ] = 130.0,
+    minutes: Annotated[
+        float, typer.Option(min=0, max=MOST_MINUTES, help="Time for everything.")
+    ] = 60.0,
+    chunk_tokens: ChunkTokens = None,
+    repeat: Repeat = _REPEAT,
+    out: OutFolder = Path("bench-results"),
+    plot: Annotated[Path | None, typer.Option(help="Plot to write, such as prefill.png.")] = None,
+    max_host_gib: HostGib = None,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the time to the first token of prompts, and of the tokens behind it."""
+    with errors_as_sentences(bench_prefill):
+        with progress() as say:
+            say("importing torch and transformers")
+            from sparda_compile.bench.prefill import DEFAULT_TOKENS, PrefillSetting
+            from sparda_compile.bench.prompt_programs import OURS, PREFILL_BACKENDS
+            from sparda_compile.cli.bench import make_lab, require_gpu
+
+            setting = PrefillSetting(
+                tuple(dict.fromkeys(tokens or DEFAULT_TOKENS)),
+                (*(program or OURS), *(PREFILL_BACKENDS if baseline else ())),
+                rounds,
+                limit,
+                minutes,
+                _settings(chunk_tokens),
+                repeat,
+            )
+            check_plot(plot)
+            check_folder(out)
+            require_gpu("sparda bench prefill")
+            file = _prefill_file(out, shape, commit, repeat)
+            make_lab(shape, say, max_host_gib).prefill(setting, file)
+        from sparda_compile.bench.plots import write_prefill_plot
+        from sparda_compile.bench.show import print_prefill
+
+        written = write_file(lambda path: write_prefill_plot(file.content(), path), plot)
+    if as_json:
+        print_json(file.content())
+        return
+    print_prefill(file.results, make_console())
+    print_paths([file.path, written])
+
+
+def bench_turns(
+    shape: ShapeOption = "8b",
+    past: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Tokens that the cache holds before, may be given again.",
+            show_default="131072",
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Tokens of a turn, may be given again.",
+            show_default="1, 200, 4000",
+        ),
+    ] = None,
+    program: Programs = None,
+    baseline: Baseline = True,
+    rounds: Rounds = _ROUNDS,
+    chunk_tokens: ChunkTokens = None,
+    repeat: Repeat = _REPEAT,
+    out: OutFolder = Path("bench-results"),
+    max_host_gib: HostGib = None,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the next turns of a conversation that is in the cache already."""
+    with errors_as_sentences(bench_turns):
+        with progress() as say:
+            say("importing torch and transformers")
+            from sparda_compile.bench.prompt_programs import BACKENDS, OURS
+            from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
+            from sparda_compile.cli.bench import make_lab, require_gpu
+
+            turns = tuple(dict.fromkeys(tokens or DEFAULT_TURNS))
+            setting = TurnSetting(
+                tuple(dict.fromkeys(past or TurnSetting.past)),
+                turns,
+                (*(program or OURS), *(BACKENDS if baseline else ())),
+                rounds,
+                _settings(chunk_tokens),
+                repeat,
+            )
+            check_folder(out)
+            require_gpu("sparda bench turns")
+            file = _turns_file(out, shape, commit, repeat)
+            make_lab(shape, say, max_host_gib).turns(setting, file)
+        from sparda_compile.bench.show import print_turns
+    if as_json:
+        print_json(file.content())
+        return
+    print_turns(file.results, make_console())
+    print_paths([file.path])
+
+
+def prompt_part(
+    what: str,
+    shape: str,
+    size: int,
+    minutes: float,
+    place: tuple[Path, str | None],
+    lab: Callable[[str], Lab],
+) -> Part:
+    """Return a part of `sparda bench all`.
+
+    Args:
+        what: `prefill` or `turns`.
+        shape: A key of `SHAPES`.
+        size: Tokens of the prompt, or of the past.
+        minutes: What it takes.
+        place: Folder of the results, and the commit to note.
+        lab: Returns the lab of a shape.
+    """
+    from sparda_compile.bench.prefill import PrefillSetting
+    from sparda_compile.bench.suite import Part
+    from sparda_compile.bench.turns import TurnSetting
+
+    out, commit = place
+    if what == "prefill":
+        prompt = PrefillSetting((size,), minutes=2 * minutes)
+        prefill_file = partial(_prefill_file, out, shape, commit)
+        return Part(
+            f"prefill {shape} {size} tokens",
+            minutes,
+            lambda: _is_whole(prefill_file(), size, prompt.programs),
+            lambda: lab(shape).prefill(prompt, prefill_file()),
+        )
+    turns = TurnSetting((size,))
+    turns_file = partial(_turns_file, out, shape, commit)
+    return Part(
+        f"turns {shape} behind {size} tokens",
+        minutes,
+        lambda: _is_whole(turns_file(), size, turns.programs, turns.turns),
+        lambda: lab(shape).turns(turns, turns_file()),
+    )
+
+
+def _is_whole(
+    file: ResultFile, size: int, programs: tuple[str, ...], turns: tuple[int, ...] = ()
+) -> bool:
+    """Return whether there is everything of a length, or a reason in its place."""
+    found = file.get(size)
+    if found is None or not file.has(size):
+        return False
+    rows = {name: found["programs"].get(name, {}) for name in programs}
+    return all(
+        name in found["skipped"] or (row and all(str(t) in row["by_turn"] for t in turns))
+        for name, row in rows.items()
+    )
+
+
+def _settings(chunk_tokens: int | None) -> dict[str, Any]:
+    return {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
+
+
+def _prefill_file(out: Path, shape: str, commit: str | None, repeat: int = _REPEAT) -> ResultFile:
+    from sparda_compile.bench.lab import ResultFile
+
+    head = {"name": "prefill", "shape": str(shape), "repeat": repeat}
+    return ResultFile(out / f"prefill-{shape}{_suffix(repeat)}.json", head, "tokens", commit)
+
+
+def _turns_file(out: Path, shape: str, commit: str | None, repeat: int = _REPEAT) -> ResultFile:
+    from sparda_compile.bench.lab import ResultFile
+
+    head = {"name": "turns", "shape": str(shape), "repeat": repeat}
+    return ResultFile(out / f"turns-{shape}{_suffix(repeat)}.json", head, "past", commit)
+
+
+def _suffix(repeat: int) -> str:
+    return "" if repeat == _REPEAT else f"-repeat-{repeat}"

@@ -1,0 +1,123 @@
+"""What the tokens of a prompt should read, where `SpardaConfig.prefill` leaves it open.
+
+    dense     T * (past + T / 2) * H * 4 * D FLOP, by the fastest attention, and the past over the
+              link where it is in CPU memory
+    sparse    T * H * K * P * 4 * D FLOP, and the products of what neighbours read and a token does
+              not; scores of all windows; a pick among all blocks
+
+All layers of a model are alike here, or near enough: the sums are over the layers that select.
+Rates are shares of the machine's rate of matrix products, as measured on one H200 (November 2026;
+`benchmarks/results/`): `prompt-attention-variants` and `prompt-pick` have them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Final
+
+from sparda_compile.graph.site import sites_of
+
+if TYPE_CHECKING:
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.graph.site import AttentionSite
+    from sparda_compile.passes.machine import Machine
+    from sparda_compile.program.captures import Captures
+
+__all__ = ["PromptCost", "prompt_cost", "prompt_phase"]
+
+_DENSE_SHARE: Final = 0.69
+# Behind a past, by the kernel of sparse prompts.
+_DENSE_TURN_SHARE: Final = 0.55
+_SPARSE_SHARE: Final = 0.55
+# A softmax over windows is beside its products, a Forecast has none, and few of them.
+_QUERY_SCORES_SHARE: Final = 0.29
+_FORECAST_SCORES_SHARE: Final = 0.11
+# FLOP that matrix units would do while one block is looked at by a pick, 6.9 ps on an H200.
+_PICK_FLOP: Final = 5.5e3
+# Query vectors of a tile, and the share of its scored blocks that a token changes.
+_ROWS: Final = 64
+_NEW_SHARE: Final = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCost:
+    """Microseconds that attention takes for new tokens of a prompt, all layers.
+
+    Attributes:
+        dense_us: Every token reads all before it.
+        sparse_us: Each reads its own blocks, which it selects.
+    """
+
+    dense_us: float
+    sparse_us: float
+
+
+def prompt_phase(
+    captures: Captures, config: SpardaConfig, batch_size: int, num_past: int, num_tokens: int
+) -> str:
+    """Return the phase in which new tokens are read.
+
+    Args:
+        captures: The model's traced forwards.
+        config: What to build.
+        batch_size: Sequences.
+        num_past: Tokens of the longest sequence before them.
+        num_tokens: T, new ones.
+
+    Returns:
+        `prefill`, or `sparse_prefill` where a token may leave blocks out and the configuration
+        says so, or leaves it open and it is faster.
+    """
+    begins = config.selection_starts_at
+    if config.prefill == "dense" or begins is None or num_past + num_tokens < begins:
+        return "prefill"  # where each token reads all blocks, both are the same
+    if config.prefill == "auto":
+        cost = prompt_cost(captures, config, batch_size, num_past, num_tokens)
+        if cost.dense_us <= cost.sparse_us:
+            return "prefill"
+    return "sparse_prefill"
+
+
+def prompt_cost(
+    captures: Captures, config: SpardaConfig, batch_size: int, num_past: int, num_tokens: int
+) -> PromptCost:
+    """Return what new tokens are expected to take; arguments as for `prompt_phase`."""
+    found = captures.sites("decode", config)
+    machine = found.context(found.layout(batch_size, num_past + num_tokens)).machine
+    if not machine.overlaps:
+        return PromptCost(0.0, 0.0)  # on a CPU both are references, and nothing is won
+    sites = [site for site in sites_of(found.graph_module.graph) if not site.window]
+    costs = [_site_cost(site, config, machine, num_past, num_tokens) for site in sites]
+    return PromptCost(
+        batch_size * sum(cost.dense_us for cost in costs),
+        batch_size * sum(cost.sparse_us for cost in costs),
+    )
+
+
+def _site_cost(
+    site: AttentionSite, config: SpardaConfig, machine: Machine, num_past: int, num_tokens: int
+) -> PromptCost:
+    """Return the cost of one layer and one sequence."""
+    flop_us = machine.tflops * 1e6
+    width, seen = site.head_dim, num_past + num_tokens / 2
+    pair_flop = 4.0 * width * site.num_heads  # of one token that looks at one other
+    dense = num_tokens * seen * pair_flop
+    if num_past:
+        dense_us = dense / (_DENSE_TURN_SHARE * flop_us)
+        past_bytes = 2 * num_past * site.num_groups * width * 2
+        if config.offload != "never":
+            dense_us = max(dense_us, past_bytes / (machine.link_gbps * 1e3))
+    else:
+        dense_us = dense / (_DENSE_SHARE * flop_us)
+    scored = config.top_k or 0
+    selected = config.num_forced + scored
+    readers = max(_ROWS * site.num_groups // site.num_heads, 1)
+    union = selected + scored * (readers - 1) * _NEW_SHARE
+    attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _SPARSE_SHARE
+    windows = seen / config.pool_stride
+    if config.needs_forecast and config.mode == "forecast":
+        score = 2.0 * site.num_groups * width * windows * num_tokens / _FORECAST_SCORES_SHARE
+    else:
+        score = 4.0 * site.num_heads * width * windows * num_tokens / _QUERY_SCORES_SHARE
+    pick = _PICK_FLOP * site.num_groups * num_tokens * seen / config.block_size
+    return PromptCost(dense_us, (attend + score + pick) / flop_us)

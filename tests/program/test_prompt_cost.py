@@ -1,0 +1,77 @@
+"""What a prompt reads where the configuration leaves it open."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparda_compile import SpardaConfig, explain
+from sparda_compile.program.prompt_cost import prompt_cost, prompt_phase
+
+MODES = ("query", "forecast", "exact")
+
+
+@pytest.fixture
+def captures(traced_llama):
+    return traced_llama.captures
+
+
+def phase(captures, num_past, num_tokens, **settings):
+    config = SpardaConfig(**{"mode": "query", "machine": "h200", **settings})
+    return prompt_phase(captures, config, 1, num_past, num_tokens)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_long_prompts_are_sparse_where_that_is_faster(captures, mode):
+    """Dense attention grows with the square of a prompt, sparse attention with the prompt."""
+    phases = [phase(captures, 0, 1 << n, mode=mode) for n in range(10, 21)]
+    assert phases == sorted(phases)  # `prefill` comes first, and never again
+    assert {phases[0], phases[-1]} == {"prefill", "sparse_prefill"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_chosen_is_what_costs_less(captures, mode):
+    config = SpardaConfig(mode=mode, machine="h200")
+    for num_past in (0, 1 << 17):
+        for num_tokens in (2, 200, 1 << 13, 1 << 16):
+            if num_past + num_tokens < config.selection_starts_at:
+                continue
+            cost = prompt_cost(captures, config, 1, num_past, num_tokens)
+            is_sparse = phase(captures, num_past, num_tokens, mode=mode) == "sparse_prefill"
+            assert is_sparse == (cost.sparse_us < cost.dense_us)
+
+
+def test_a_past_in_cpu_memory_has_to_cross_the_link(captures):
+    def dense_us(offload):
+        config = SpardaConfig(mode="query", machine="h200", offload=offload)
+        return prompt_cost(captures, config, 1, 1 << 17, 2).dense_us
+
+    assert dense_us("always") > 10 * dense_us("never")
+
+
+def test_costs_count_sequences(captures):
+    config = SpardaConfig(mode="query", machine="h200")
+    one, four = (prompt_cost(captures, config, n, 0, 1 << 15) for n in (1, 4))
+    assert four.dense_us == pytest.approx(4 * one.dense_us)
+    assert four.sparse_us == pytest.approx(4 * one.sparse_us)
+
+
+def test_what_is_asked_for_is_what_happens(captures):
+    """From the first token on that leaves a block out."""
+    begins = SpardaConfig(mode="query").selection_starts_at
+    assert phase(captures, 0, begins, prefill="sparse") == "sparse_prefill"
+    assert phase(captures, 0, begins - 1, prefill="sparse") == "prefill"
+    assert phase(captures, 0, 1 << 20, prefill="dense") == "prefill"
+    assert phase(captures, 0, 1 << 20, mode="dense") == "prefill"
+    assert phase(captures, 0, 1 << 20, top_k=None) == "prefill"
+
+
+def test_on_a_cpu_a_prompt_is_dense_unless_it_is_asked_for(captures):
+    assert phase(captures, 0, 1 << 20, machine="cpu") == "prefill"
+    assert phase(captures, 0, 1 << 20, machine="cpu", prefill="sparse") == "sparse_prefill"
+
+
+def test_a_report_is_of_the_longest_prompt(traced_llama):
+    config = SpardaConfig(mode="query", machine="h200")
+    for max_tokens, want in ((1 << 13, "prefill"), (1 << 18, "sparse_prefill")):
+        report = explain(traced_llama, config, max_tokens=max_tokens)
+        assert {summary.phase for summary in report.passes} == {want, "decode"}
