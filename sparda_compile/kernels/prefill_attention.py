@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparda_compile.isa.define import define
 from sparda_compile.isa.table import Work
+from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
 
 __all__ = [
     "SelectedBlocks",
@@ -150,6 +151,7 @@ def past_keys_values(
 @define(
     fake=lambda a: _token_major(torch.empty_like(a.query)),
     before=("extend_kv",),  # which may evict what attention reads of the past
+    workspace=prefill_attention_bytes,
 )
 def prefill_attention(
     query: Tensor,
@@ -261,6 +263,7 @@ def _causal_of_real(
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     before=("extend_kv",),  # which takes new tokens into the page that attention reads
     work=Work.TOKEN_BLOCKS,
+    workspace=attend_tokens_bytes,
 )
 def attend_tokens(
     query: Tensor,

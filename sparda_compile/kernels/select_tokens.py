@@ -30,6 +30,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.kernels.workspace import select_tokens_bytes
 from sparda_compile.selectors import SELECTORS, Geometry
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _fake_past(a: Any) -> tuple[Tensor, Tensor]:
     fake=lambda a: _empty_ids(a.query, a.summary, a.num_selected),
     behind=("update_summary",),
     work=Work.TOKEN_SCORES,
+    workspace=select_tokens_bytes,
 )
 def select_tokens(
     query: Tensor,
