@@ -97,12 +97,12 @@ def samples():
             scale, softcap, 70, True,
         ),
         "select_tokens": (
-            randn(ROWS, HEADS, 7, DIM), pooled, tokens[0], 73, "infllm2", scale, *GEOMETRY,
-            SELECTED, 1, 0,
+            randn(ROWS, HEADS, 7, DIM), pooled, tokens[0], lengths, 73, "infllm2", scale,
+            *GEOMETRY, SELECTED, 1, 0,
         ),
         "select_past": (
-            randn(ROWS, GROUPS, 7, DIM), pooled[:1], mask, int32([70, 64]), 70, "forecast", 1.0,
-            *GEOMETRY, SELECTED, 1, 1,
+            randn(ROWS, GROUPS, 7, DIM), pooled[:1], tokens[0], int32([70, 64]), 70, "forecast",
+            1.0, *GEOMETRY, SELECTED, 1, 1,
         ),
         "stage_blocks": (
             ids[:, :, None].repeat(1, 1, 7, 1), lengths, pages, host, tables()[0], 70

@@ -62,14 +62,14 @@ def attend_tokens_bytes(a: Any) -> int:
 
 
 def prefill_attention_bytes(a: Any) -> int:
-    """Return what `prefill_attention` takes: what torch's attention returns, before it is moved."""
+    """Return what `prefill_attention` takes: of padded prompts the tensors in another order."""
     keys, queries = _bytes(a.k) + _bytes(a.v), _bytes(a.query)
     if a.num_past or a.softcap:
         length = int(a.num_past + a.k.shape[2])
         past = int(keys * a.num_past // a.k.shape[2])
         return past + _masked(a, keys + past, length)
     sums = math.prod(a.query.shape[:3]) * 4
-    return queries + int(sums) + (2 * queries + keys if a.may_hide else 0)
+    return int(sums) + (3 * queries + keys if a.may_hide else 0)
 
 
 def window_attention_bytes(a: Any) -> int:
