@@ -176,6 +176,7 @@ class PrefillBench:
         result: dict[str, Any] = {
             "tokens": tokens,
             "rates": dataclasses.asdict(self.rates),
+            "auto": self.programs.auto(tokens),
             "programs": {name: rows[name] for name in (*OURS, *BACKENDS) if name in rows},
             "skipped": dict(skipped),
         }

@@ -29,6 +29,7 @@ from sparda_compile.bench.timing import wait_for
 from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import DevicePoolFullError, HostPoolFullError
+from sparda_compile.program.prompt_cost import prompt_phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,7 +74,8 @@ _CHECKED_TOKENS: Final = 1024
 # which no text does. With ten equal tokens in a row neighbours share 88% of their 96 blocks, at
 # the lower end of what is known of trained models, 87 to 94%.
 REPEAT: Final = 10
-_PROBED_PAST: Final = 64
+# Tokens of the text, and of a past, that torch is asked with.
+_PROBED: Final = 64
 
 
 def token_times(
@@ -201,6 +203,12 @@ class PromptPrograms:
             self._ours[name] = optimize(traced, self.config(name))
         return self._ours[name]
 
+    def auto(self, num_tokens: int) -> str:
+        """Return what `prefill="auto"` makes of a prompt in mode forecast: `dense` or `sparse`."""
+        config = self.config("sparse_forecast").replace(prefill="auto")
+        phase = prompt_phase(self._traced.captures, config, 1, 0, num_tokens)
+        return "sparse" if phase == "sparse_prefill" else "dense"
+
     def drop(self) -> None:
         """Let all modules go, and the memory of their caches."""
         self._ours.clear()
@@ -227,14 +235,14 @@ class PromptPrograms:
             num_tokens: New tokens; whether they are one or more decides.
             with_past: Whether a cache holds tokens before them.
         """
-        key = (name, min(num_tokens, 2), with_past)
+        key = (name, 1 if num_tokens == 1 else _PROBED, with_past)
         if name in BACKENDS and key not in self._allowed:
             self._allowed[key] = self._probe(*key)
         return self._allowed.get(key)
 
     def _probe(self, name: str, num_tokens: int, with_past: bool) -> str | None:
-        past = {CACHE_NAME: fill_dynamic(self.model, _PROBED_PAST)} if with_past else {}
-        ids = prompt_of(_PROBED_PAST * with_past + num_tokens, self.vocabulary, self.device)
+        past = {CACHE_NAME: fill_dynamic(self.model, _PROBED)} if with_past else {}
+        ids = prompt_of(_PROBED * with_past + num_tokens, self.vocabulary, self.device)
         try:
             with torch.no_grad(), sdpa_kernel(BACKENDS[name]):
                 self.model.generate(

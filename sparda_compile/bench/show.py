@@ -243,7 +243,9 @@ def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> Non
     console.print(table)
     console.print(_PREFILL_NOTE, markup=False)
     for result in results:
-        _print_skipped(f"{result['tokens']} tokens", result["skipped"], console)
+        tokens = f"{result['tokens']} tokens"
+        console.print(f'{tokens}: prefill="auto" is {result["auto"]}.', markup=False)
+        _print_skipped(tokens, result["skipped"], console)
 
 
 def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -29,8 +29,8 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
-from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.kernels.workspace import select_tokens_bytes
 from sparda_compile.selectors import SELECTORS, Geometry
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def _fake_past(a: Any) -> tuple[Tensor, Tensor]:
     fake=lambda a: _empty_ids(a.query, a.summary, a.num_selected),
     behind=("update_summary",),
     work=Work.TOKEN_SCORES,
+    workspace=select_tokens_bytes,
 )
 def select_tokens(
     query: Tensor,
     summary: Sequence[Tensor],
-    token_mask: Tensor,
+    positions: Tensor,
     lengths: Tensor,
     num_past: int,
     selector: str,
@@ -81,7 +82,7 @@ def select_tokens(
     Args:
         query: [B, H, T, D] queries, or [B, G, T, D] forecasts.
         summary: The tensors of the selector's summary, with the new keys in them.
-        token_mask: [B, T] bool, which tokens are real.
+        positions: [B, T] int32 position of each token, -1 for padding.
         lengths: [B] int32, tokens before this call.
         num_past: No sequence has more; blocks that nobody can have cost nothing on a GPU.
         selector: Name of the selector.
@@ -104,20 +105,20 @@ def select_tokens(
         num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
     )
     ids = _empty_ids(query, summary, num_selected)
-    position_BT = token_positions(lengths, token_mask, query.shape[2])
     near = (near_ids, near_scores) if near_ids is not None and near_scores is not None else None
     if query.is_cuda:
         from sparda_compile.kernels.gpu import select_tokens as gpu
 
         if gpu.covers(selector, query, summary[0].shape[1], geometry):
             choice = gpu.Choice(num_selected, block_size, sink_blocks, local_blocks)
-            keys = (query, summary, position_BT.int(), lengths, num_past)
+            keys = (query, summary, positions, lengths, num_past)
             asked = gpu.Asked(*keys, selector, scale, geometry)
             if near is None:
                 gpu.select_tokens(asked, choice, ids)
             else:
                 gpu.select_near(asked, choice, near, ids)
             return ids
+    position_BT = positions.long()
     ids.copy_(_all_blocks(position_BT // block_size, num_selected))
     scorer = _Scorer(query, summary, SELECTORS[selector], scale, geometry)
     for row, columns in scorer.choosing(position_BT, num_selected):
@@ -142,7 +143,7 @@ def select_tokens(
 def select_past(
     query: Tensor,
     summary: Sequence[Tensor],
-    token_mask: Tensor,
+    positions: Tensor,
     lengths: Tensor,
     num_past: int,
     selector: str,
@@ -162,7 +163,7 @@ def select_past(
     Args:
         query: [B, H, T, D] queries, or [B, G, T, D] forecasts.
         summary: The tensors of the selector's summary; those of the new keys may be missing.
-        token_mask: [B, T] bool, which tokens are real.
+        positions: [B, T] int32 position of each token, -1 for padding.
         lengths: [B] int32, tokens before this call.
         num_past: No sequence has more; 0 picks nothing.
         selector: Name of a selector whose scores settle.
@@ -191,15 +192,15 @@ def select_past(
         if not num_past:
             ids.fill_(-1)
             return
-        position_BT = token_positions(lengths, token_mask, query.shape[2])
         if query.is_cuda:
             from sparda_compile.kernels.gpu import select_tokens as gpu
 
             if gpu.covers(selector, query, summary[0].shape[1], geometry):
                 choice = gpu.Choice(num_selected, block_size, sink_blocks, local_blocks)
-                keys = (query, summary, position_BT.int(), lengths, num_past)
+                keys = (query, summary, positions, lengths, num_past)
                 gpu.select_past(gpu.Asked(*keys, selector, scale, geometry), choice, ids, kept)
                 return
+        position_BT = positions.long()
         first_BT = (lengths // block_size)[:, None].where(position_BT >= 0, -1)
         ids.copy_(_all_blocks(first_BT, num_selected))
         scorer = _Scorer(query, summary, SELECTORS[selector], scale, geometry)

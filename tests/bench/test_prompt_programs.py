@@ -96,6 +96,20 @@ def test_modules_are_kept_until_they_are_dropped(programs):
     programs.configure(**settings)
 
 
+@pytest.mark.parametrize(("phase", "found"), [("sparse_prefill", "sparse"), ("prefill", "dense")])
+def test_what_auto_makes_of_a_prompt(programs, monkeypatch, phase, found):
+    assert programs.auto(1 << 20) == "dense"  # on a CPU nothing is won
+
+    def chosen(captures, config, batch_size, num_past, num_tokens):
+        assert captures is programs.ours("dense").captures
+        assert (config.mode, config.prefill, config.block_size) == ("forecast", "auto", 16)
+        assert (batch_size, num_past, num_tokens) == (1, 0, 700)
+        return phase
+
+    monkeypatch.setattr(prompt_programs, "prompt_phase", chosen)
+    assert programs.auto(700) == found
+
+
 def test_bytes_of_a_cache(programs):
     programs.generate("sparse_forecast", prompt_of(40, 256, torch.device("cpu")), 2)
     layout = programs.ours("sparse_forecast").last_cache.layout

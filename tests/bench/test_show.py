@@ -191,12 +191,14 @@ def test_prefill(console):
     results = [
         {
             "tokens": 131072,
+            "auto": "sparse",
             "programs": {"sparse_forecast": row(8.0), "transformers_flash": row(12.0)},
             "skipped": {"dense": "no time"},
             "transformers_over": {"sparse_forecast": 1.5},
         },
         {
             "tokens": 524288,
+            "auto": "sparse",
             "programs": {"sparse_forecast": row(30.0)},
             "skipped": {"transformers_flash": "too long"},
             "by_law": {"transformers_flash": law},
@@ -208,6 +210,7 @@ def test_prefill(console):
     assert "131072 sparse_forecast 30.50 8.000 1.500 2.100 1.250 6.10 3.0 4.0" in printed
     assert "131072 transformers_flash 30.50 12.000 - 2.100 1.250 6.10 3.0 4.0" in printed
     assert "524288 transformers_flash - 150.000* - - - - - -" in printed
+    assert '131072 tokens: prefill="auto" is sparse.' in printed
     assert "131072 tokens: dense is left out: no time." in printed
     assert "524288 tokens: transformers_flash is left out: too long." in printed
     assert "not measured: by the law" in " ".join(printed)

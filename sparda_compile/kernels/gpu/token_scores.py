@@ -5,7 +5,7 @@
              those that reach into the next one
 
 No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
-many tokens as `_SCRATCH_BYTES` has room for. The tokens of a prompt are taken that many at a time.
+many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time.
 
 A program takes `_COLUMNS` query vectors (tokens of one KV head times the heads of its group) and a
 part of the windows, so that a long prompt and one of few tokens both fill the device. The vectors
@@ -46,6 +46,7 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
+from sparda_compile.kernels.workspace import SCORE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,8 +70,6 @@ _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
 # Blocks of one program: few enough that one token of a long sequence has several programs.
 _PART_BLOCKS: Final = 256
-# Of block scores: a part of the L2 cache, from which the last kernel reads them.
-_SCRATCH_BYTES: Final = 64 << 20
 _LOG2_E: Final = math.log2(math.e)
 
 
@@ -373,7 +372,7 @@ def scored_tokens(
     columns, rows, stages = _tile(query, room, dims, softmax=softmax)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    chunk = _SCRATCH_BYTES // (pairs * num_blocks * 8) // columns * columns
+    chunk = SCORE_BYTES // (pairs * num_blocks * 8) // columns * columns
     chunk = min(max(chunk, columns // room), num_tokens)
     parts = triton.cdiv(num_blocks, _PART_BLOCKS)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.

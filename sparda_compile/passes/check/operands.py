@@ -55,8 +55,8 @@ def wrong_operands(
         yield from checks.sources(own_ids)
         yield from checks.operands()
         yield from checks.transfers()
-    for end in index.by_name["advance_lengths"]:
-        yield from compare(end, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
+    for once in (*index.by_name["number_tokens"], *index.by_name["advance_lengths"]):
+        yield from compare(once, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
 
 
 class _Names(NamedTuple):
@@ -162,6 +162,11 @@ class _Layer:
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
+        # Every layer takes those of the first one, so that there is no use for another.
+        numbered = self._index.by_name["number_tokens"][:1]
+        names = results_of(numbered[0].node) if numbered else ()
+        tokens: list[Operand] = [(numbered[0].node.name, i) for i in range(len(names))]
+        self._own |= {**dict(zip(names, tokens, strict=True)), "tokens": tokens}
         if not self._ctx.is_decode:
             picked = self._layer.one("select_tokens")
             self._own["block_ids"] = picked.node.name if picked else None

@@ -113,5 +113,5 @@ def _tickets(index: OpIndex) -> Iterator[str]:
 
 def _strangers(index: OpIndex, layers: set[int]) -> Iterator[str]:
     for op in index.ops.values():
-        if op.layer not in layers and op.name != "advance_lengths":
+        if op.layer not in layers and op.name not in ("number_tokens", "advance_lengths"):
             yield f"{op.node.name} is for layer {op.layer}, which has no attention"

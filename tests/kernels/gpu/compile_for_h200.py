@@ -150,6 +150,7 @@ def run_prompt(dtype, dim, size):
     """Launch the kernels of a prompt, with and without pages for all blocks."""
     geometry, num_tokens = Geometry(BLOCKS, size, 32, 16), 1000
     lengths, mask = ints(BATCH), torch.ones(BATCH, num_tokens, dtype=torch.bool)
+    numbered = extend.number_tokens(mask, lengths)
     k = torch.zeros(BATCH, num_tokens, GROUPS, dim, dtype=dtype).transpose(1, 2)
     ids = ints(BATCH, GROUPS, num_tokens, SELECTED)
     for num_pages in (PAGES, BLOCKS):
@@ -158,13 +159,13 @@ def run_prompt(dtype, dim, size):
         tables = (ints(BATCH, GROUPS, BLOCKS), owned, owned)
         for chosen, eviction in ((ids, "lru"), (None, "fifo")):
             resident = extend.Resident(chosen, 1, 4, eviction)
-            extend.extend_kv(k, k, mask, lengths, pages, tables, resident)
+            extend.extend_kv(k, k, numbered, lengths, pages, tables, resident)
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
-        prefill.store_prefix(k, k, mask, lengths, tables[0], pages, host, counter)
+        prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
         shapes = summary_named(name).shapes(geometry, dim).values()
         tensors = [torch.zeros(BATCH, GROUPS, *shape, dtype=dtype) for shape in shapes]
-        kernel(k, mask, lengths, tensors, geometry)
+        kernel(k, numbered, lengths, tensors, geometry)
 
 
 def run_largest(dtype, dim, size):

@@ -64,12 +64,12 @@ class Prompt:
         summary = self.bounds if selector == "quest" else self.pooled
         # What the reference reads of windows that no token has completed is hidden behind it.
         exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
+        position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         want = select_tokens(
-            query.float(), [exact], self.mask, self.lengths, num_past, selector, SCALE,
+            query.float(), [exact], position, num_past, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
             *self.ordered(choice), geometry.short_list,
         )  # fmt: skip
-        position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
         asked = kernels.Asked(
             query.to(device), [summary.to(device)], position.to(device), self.lengths.to(device),
@@ -210,7 +210,7 @@ def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
     monkeypatch.setattr(token_scores, "_COLUMNS", 16)
     monkeypatch.setattr(token_scores, "_FORECAST_COLUMNS", 16)
-    monkeypatch.setattr(token_scores, "_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(token_scores, "SCORE_BYTES", 1)
     prompt = Prompt([1500], [first(num_tokens, num_tokens)], (1, 4, 16), Geometry(100, 16, 8, 4))
     prompt.check(device, selector, Choice(10, 16, 1, 2))
 
