@@ -141,9 +141,13 @@ def _select(
     pooled = _randn(device, 1, groups, geometry.num_windows, shape.dim)
     scale = shape.dim**-0.5
     query = _randn(device, 1, heads, shape.tokens, shape.dim)
-    operands = (query, [pooled], position, selector, scale, geometry, choice, shape.past)
-    call = partial(select_tokens.select_tokens, *operands)
-    ids = call()
+    lengths = torch.full((1,), shape.past, dtype=torch.int32, device=device)
+    asked = select_tokens.Asked(
+        query, [pooled], position, lengths, shape.past, selector, scale, geometry
+    )
+    ids = position.new_empty((1, groups, shape.tokens, shape.selected))
+    call = partial(select_tokens.select_tokens, asked, choice, ids)
+    call()
     sample = torch.linspace(0, shape.tokens - 1, _SAMPLE, device=device).long()
     summary = [pooled.expand(_SAMPLE, -1, -1, -1)]
     scores = SELECTORS[selector].score(

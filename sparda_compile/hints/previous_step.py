@@ -48,4 +48,4 @@ class PreviousStepHint(Hint):
         layer, state = point.target.layer, point.state
         ids = point.block_ids[layer]
         last = state.get("last_block_ids", layer)
-        point.after(ids).call("remember_last", ids, state.token_mask(), state.lengths, last)
+        point.after(ids).call("remember_last", ids, state.tokens()[0], last)

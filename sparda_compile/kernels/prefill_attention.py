@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparda_compile.isa.define import define
+from sparda_compile.isa.table import Work
+from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
 
 __all__ = [
     "SelectedBlocks",
@@ -147,8 +149,9 @@ def past_keys_values(
 
 
 @define(
-    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    fake=lambda a: _token_major(torch.empty_like(a.query)),
     before=("extend_kv",),  # which may evict what attention reads of the past
+    workspace=prefill_attention_bytes,
 )
 def prefill_attention(
     query: Tensor,
@@ -181,17 +184,30 @@ def prefill_attention(
         may_hide: Whether some token may not be real; else the mask is all true.
 
     Returns:
-        [B, H, T, D]; zero for tokens that are not real.
+        [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
     """
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())
     if num_past or softcap or (may_hide and is_reference):
         past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
-        return _attend(query, (k, v), token_mask, lengths, past, scale, softcap)
-    if may_hide:
-        return _causal_of_real(query, k, v, token_mask, scale)
-    return _causal(query, k, v, scale).contiguous()
+        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap)
+    elif may_hide:
+        out = _causal_of_real(query, k, v, token_mask, scale)
+    else:
+        out = _causal(query, k, v, scale)
+    return _token_major(out)
+
+
+def _token_major(out_BHTD: Tensor) -> Tensor:
+    """Return the same with a token's heads side by side, as the next projection reads them.
+
+    What `scaled_dot_product_attention` returns lies like that already.
+    """
+    _, heads, num_tokens, dim = out_BHTD.shape
+    if out_BHTD.stride() == (num_tokens * heads * dim, dim, heads * dim, 1):
+        return out_BHTD
+    return out_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _attend(
@@ -246,6 +262,8 @@ def _causal_of_real(
     mutates=("staging",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     before=("extend_kv",),  # which takes new tokens into the page that attention reads
+    work=Work.TOKEN_BLOCKS,
+    workspace=attend_tokens_bytes,
 )
 def attend_tokens(
     query: Tensor,

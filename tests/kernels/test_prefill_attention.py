@@ -115,6 +115,7 @@ def test_attention_is_causal_over_past_and_new(
     case = Case(lengths, num_tokens, padding, repeat=repeat, dim=dim, dtype=dtype, offload=offload)
     got = case.attend(softcap)
     assert got.dtype == dtype
+    assert got.transpose(1, 2).is_contiguous()  # as the next projection reads it
     case.check(got, softcap, assert_near)
 
 
@@ -128,6 +129,7 @@ def test_a_caller_may_know_no_better_bound_of_the_past(assert_near, more):
 def test_where_nothing_is_hidden_no_mask_is_read():
     case = Case([0, 0], 19, [0, 0], repeat=3, dim=16, dtype=torch.float32)
     want = case.attend(0.0)
+    assert want.transpose(1, 2).is_contiguous()
     case.mask = torch.zeros(2, 0, dtype=torch.bool)
     assert torch.equal(case.attend(0.0, may_hide=False), want)
 

@@ -7,6 +7,7 @@ import torch
 
 from sparda_compile import ops
 from sparda_compile.kernels import select_tokens as room
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.selectors import SELECTORS, Geometry
 
 assert ops.OPS
@@ -36,8 +37,8 @@ def case(selector, lengths, mask):
 
 def select(selector, query, tensors, mask, lengths):
     return room.select_tokens(
-        query, tensors, mask, lengths, int(lengths.max()), selector, 0.3, BLOCKS, SIZE, 8, 4,
-        *CHOICE,
+        query, tensors, number_tokens(mask, lengths)[0], lengths, int(lengths.max()), selector, 0.3,
+        BLOCKS, SIZE, 8, 4, *CHOICE,
         GEOMETRY.short_list if SELECTORS[selector].has_short_list else 0,
     )  # fmt: skip
 

@@ -31,6 +31,7 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.token_blocks import pack_prompt, unions, unions_bytes
+from sparda_compile.kernels.workspace import UNION_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,6 @@ _QUERY_BYTES: Final = 64 * 1024
 # Of keys, and as many of values.
 _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
-# What the unions of one launch take.
-_SCRATCH_BYTES: Final = 64 << 20
 _LOG2_E: Final = math.log2(math.e)
 
 
@@ -268,7 +267,7 @@ def attend_tokens(
     tokens = rows // power_of_two(heads)
     tiles = triton.cdiv(num_tokens, tokens)
     each = batch * groups * unions_bytes(prompt.slots.shape[2], tokens, selected)
-    at_once = max(min(_SCRATCH_BYTES // each, tiles), 1)
+    at_once = max(min(UNION_BYTES // each, tiles), 1)
     out = query.new_empty(query.shape)
     for first in range(0, tiles, at_once):
         union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))

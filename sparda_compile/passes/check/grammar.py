@@ -2,7 +2,7 @@
 
 Every op plays one role in its layer, the fused `select_pages` two. A role is the op's name, with a
 word before it where a layer may have several: the hint's plan, copy and wait stand beside the
-layer's own, and `offload wait_blocks` beside both.
+layer's own, and `offload wait_blocks` beside both, or in a prompt beside `stage wait_blocks`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def _roles(index: OpIndex, op: Op) -> tuple[str, ...]:
         return ("hint prefetch_blocks" if plan and plan.args.get("is_hint") else op.name,)
     if op.name == "wait_blocks":
         copy = index.maker(op.args["ticket"])
+        if copy is not None and copy.name == "record_event":
+            return (f"stage {op.name}",)
         if copy is None or copy.name not in ("prefetch_blocks", "offload_blocks"):
             return (op.name,)
         copies = _roles(index, copy)[0]
@@ -111,6 +113,8 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         if not ctx.is_sparse_prefill:
             return Counter([*roles, "prefill_attention"])
         roles += ["select_tokens", "stage_blocks", "attend_tokens"]
+        if is_async and layout.stages_ahead:
+            roles += ["select_past", "record_event", "stage wait_blocks", "fork_stream"]
         if Fact.FORECAST_INSERTED in facts and strategy.hint is not None:
             roles += strategy.hint.prompt_ops
         return Counter(roles)

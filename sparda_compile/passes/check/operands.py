@@ -55,8 +55,8 @@ def wrong_operands(
         yield from checks.sources(own_ids)
         yield from checks.operands()
         yield from checks.transfers()
-    for end in index.by_name["advance_lengths"]:
-        yield from compare(end, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
+    for once in (*index.by_name["number_tokens"], *index.by_name["advance_lengths"]):
+        yield from compare(once, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
 
 
 class _Names(NamedTuple):
@@ -162,12 +162,19 @@ class _Layer:
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
+        # Every layer takes those of the first one, so that there is no use for another.
+        numbered = self._index.by_name["number_tokens"][:1]
+        names = results_of(numbered[0].node) if numbered else ()
+        tokens: list[Operand] = [(numbered[0].node.name, i) for i in range(len(names))]
+        self._own |= {**dict(zip(names, tokens, strict=True)), "tokens": tokens}
         if not self._ctx.is_decode:
             picked = self._layer.one("select_tokens")
             self._own["block_ids"] = picked.node.name if picked else None
             self._own["tail_page"] = None
-            staged = self._layer.one("stage_blocks")
-            self._own |= _results(staged) if staged else {}
+            self._own |= {"near_ids": None, "near_scores": None}
+            for role in ("select_past", "stage_blocks"):
+                made = self._layer.one(role)
+                self._own |= _results(made) if made else {}
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)
@@ -177,17 +184,27 @@ class _Layer:
         hints = {**self._own, **self._hint}
         for op in self._layer.ops:
             expected = hints if op in self._of_hint else self._own
-            if op.name in ("score_blocks", "select_tokens"):
+            if op.name in ("score_blocks", "select_tokens", "select_past"):
                 expected = {**expected, "summary": self._summary_of(op)}
                 if self._is_forecast or op in self._of_hint:
                     del expected["query"]
                     yield from self._early_query(op)
+                if op.name == "select_past":
+                    picked = self._layer.one("select_tokens")
+                    query = picked.args["query"] if picked else None
+                    expected["query"] = getattr(query, "name", None)
             elif op.name == "update_summary":
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
-            elif op.name in ("prefill_attention", "stage_blocks"):
-                yield from _wrong_numbers(op)
+            elif op.name == "stage_blocks":
+                near = self._own["near_ids"]
+                expected = {**expected, "block_ids": near or expected["block_ids"]}
+            elif op.name == "record_event":
+                staged = self._layer.one("stage_blocks")
+                results = _results(staged).values() if staged else ()
+                expected = {"inputs": [*results]}
+            yield from _wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -212,8 +229,9 @@ class _Layer:
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
+        tables = _TABLES if self._ctx.is_decode else ("block_table",)
         summaries = [str(name) for names in self._summaries.values() for name in names]
-        return [*(self._state[name] for name in ("pages", *_TABLES)), *summaries]
+        return [*(self._state[name] for name in ("pages", *tables)), *summaries]
 
 
 def _results(plan: Op) -> Operands:

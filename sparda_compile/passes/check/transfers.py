@@ -23,6 +23,7 @@ _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
     "hint wait_blocks": "hint prefetch_blocks",
     "offload wait_blocks": "offload_blocks",
+    "stage wait_blocks": "record_event",
 }
 
 
@@ -43,7 +44,10 @@ def wrong_transfers(
         if started is None or joined is None:
             continue
         yield from wrong_wait(started, joined, buffers_of(started))
-        first, work = _side(started, layer, of_hint)
+        copied = layer.one("stage_blocks") if copy == "record_event" else started
+        if copied is None:
+            continue
+        first, work = _side(copied, layer, of_hint)
         forked.add(first.node)
         yield from wrong_fork(index, first, work)
     for op in layer.ops:
@@ -55,7 +59,7 @@ def wrong_transfers(
 def _side(copy: Op, layer: LayerOps, of_hint: Collection[Op]) -> tuple[Op, list[fx.Node]]:
     """Return the first op of a copy's chain that is on a side stream, and all that are."""
     is_hint, work = copy in of_hint, [copy]
-    if copy.name == "prefetch_blocks":
+    if copy.name in ("prefetch_blocks", "stage_blocks"):
         on_side = [op for op in layer.ops if op.args.get("stream") == SELECT]
         work = [*(op for op in on_side if (op in of_hint) == is_hint), copy]
     return work[0], [op.node for op in work]

@@ -26,7 +26,22 @@ A wait takes, as if it wrote them, the pages that the copy writes and the state 
 blocks has used, for that may be the select stream's work: what uses it later, such as
 `update_summary`, depends on the wait, and no schedule moves it in front.
 
-Mode `query` keeps its fetches in line: that is what it is, the baseline without a hint.
+In a sparse prefill, mode `forecast` picks from the past before the layer has new keys, and fetches
+what that names:
+
+                                                %past = select_past(%forecast, [%pooled_k, ..], ..)
+                                                %fork = fork_stream([%near_ids, %pages, ..], 0)
+                                                %stage = stage_blocks(%near_ids, .., 1, %fork)
+                                                %ticket = record_event([%staging, %slots], 1, 1)
+                                                wait_blocks(%ticket, [%pages, %pooled_k, ..], [], 1)
+    update_summary(%k, ..)                      update_summary(%k, ..)
+    %block_ids = select_tokens(%forecast, ..)   %block_ids = select_tokens(%forecast, ..,
+                                                    near_ids=%near_ids, near_scores=%near_scores)
+    %stage = stage_blocks(%block_ids, ..)
+    attend_tokens(.., %staging, %slots, ..)     attend_tokens(.., %staging, %slots, ..)
+
+Mode `query` keeps its fetches in line: that is what it is, the baseline without a hint. So does a
+prompt whose selection does not settle (`CacheLayout.stages_ahead`).
 ScheduleTransfers moves these nodes; this pass only makes them.
 """
 
@@ -36,12 +51,18 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.graph.effects import accesses, argument, results_of
+from sparda_compile.graph.effects import accesses, argument, results_of, set_argument
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.tags import HINTS, LAYER, SITE
-from sparda_compile.graph.writer import PagePlan, StateInputs, plan_pages
+from sparda_compile.graph.writer import (
+    PagePlan,
+    StateInputs,
+    plan_pages,
+    select_past,
+)
+from sparda_compile.isa.streams import COPY
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -54,7 +75,7 @@ __all__ = ["InsertPrefetch"]
 
 @dataclasses.dataclass(frozen=True)
 class InsertPrefetch:
-    """Make copies asynchronous. Counts: prefetches, hint_prefetches, offloads, waits."""
+    """Make copies asynchronous. Counts: prefetches, hint_prefetches, staged, offloads, waits."""
 
     name: ClassVar[str] = "insert_prefetch"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FORECAST_INSERTED})
@@ -70,6 +91,7 @@ class InsertPrefetch:
         counts = {
             "hint_prefetches": sum(insertion.hint(n) for n in _hinted(gm.graph)),
             "prefetches": sum(insertion.fetch(n) for n in find_ops(gm.graph, "fetch_blocks")),
+            "staged": sum(insertion.stage(n) for n in find_ops(gm.graph, "stage_blocks")),
             "offloads": sum(insertion.store(n) for n in find_ops(gm.graph, "store_blocks")),
         }
         counts["waits"] = len(find_ops(gm.graph, "wait_blocks"))
@@ -121,6 +143,32 @@ class _Insertion:
         self._graph.erase_node(fetch)
         return 1
 
+    def stage(self, stage: fx.Node) -> int:
+        """Fetch what tokens of a prompt read of the past before the layer has new keys."""
+        assert self._ctx.layout is not None
+        if not self._ctx.layout.stages_ahead:
+            return 0
+        layer, picked = LAYER.of(stage), argument(stage, "block_ids")
+        updates = find_ops(self._graph, "update_summary")
+        update = next(n for n in updates if LAYER.of(n) == layer)
+        emit = Emitter(self._graph, update, stage, layer)
+        near_ids, near_scores = select_past(emit, picked)
+        set_argument(picked, "near_ids", near_ids)
+        set_argument(picked, "near_scores", near_scores)
+        set_argument(stage, "block_ids", near_ids)
+        inputs = side_stream_inputs([stage])
+        fork = emit.call("fork_stream", inputs, next(self._events), name=f"fork_{layer}")
+        set_argument(stage, "stream", COPY)
+        set_argument(stage, "after", fork)
+        staged = list(stage.users)
+        for node in (stage, *staged):
+            update.prepend(node)
+        event = next(self._events)
+        ticket = emit.call("record_event", staged, event, COPY, name=f"staged_{layer}")
+        pools = [self._state.get(name, layer) for name in ("pages", "block_table")]
+        self._wait(update, ticket, event, [*pools, *self._summaries(layer)])
+        return 1
+
     def store(self, store: fx.Node) -> int:
         """Split an in-line store into its start and a wait at the end of the step."""
         layer = LAYER.of(store)
@@ -152,17 +200,21 @@ class _Insertion:
 
     def _used(self, plan: PagePlan) -> list[fx.Node]:
         """Return the state that choosing a plan's blocks and fetching them uses."""
+        layer = LAYER.of(plan.node)
+        written = {access.state for access in accesses(plan.node) if access.is_write}
+        tables = [n for n in plan.node.all_input_nodes if n.name in written]
+        return [self._state.get("pages", layer), *tables, *self._summaries(layer)]
+
+    def _summaries(self, layer: int) -> list[fx.Node]:
+        """Return the tensors of a layer's summaries."""
         assert self._ctx.layout is not None
-        layout, layer = self._ctx.layout, LAYER.of(plan.node)
+        layout = self._ctx.layout
         shape = next(shape for shape in layout.layers if shape.layer == layer)
-        summaries = [
+        return [
             self._state.get(name, layer)
             for summary in layout.summaries()
             for name in layout.summary_tensors(summary, shape)
         ]
-        written = {access.state for access in accesses(plan.node) if access.is_write}
-        tables = [n for n in plan.node.all_input_nodes if n.name in written]
-        return [self._state.get("pages", layer), *tables, *summaries]
 
     def _wait(self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]) -> None:
         emit = Emitter(self._graph, before, ticket, LAYER.of(ticket))

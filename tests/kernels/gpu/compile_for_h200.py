@@ -111,9 +111,13 @@ def run_all(dtype, dim, size):
     select.select(scores, lengths, ids, choice)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        select_tokens.select_tokens(
-            asked, tensors, lengths[:, None], name, 1.0, geometry, choice, 0
-        )
+        keys = (asked, tensors, lengths[:, None], lengths)
+        prompt = select_tokens.Asked(*keys, 9 * size, name, 1.0, geometry)
+        select_tokens.select_tokens(prompt, choice, ids[:, :, None])
+        if name in ("forecast", "quest"):
+            near = (ids[:, :, None], scores[:, :, None, :SELECTED].contiguous())
+            select_tokens.select_past(prompt, choice, *near)
+            select_tokens.select_near(prompt, choice, near, ids[:, :, None])
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -146,6 +150,7 @@ def run_prompt(dtype, dim, size):
     """Launch the kernels of a prompt, with and without pages for all blocks."""
     geometry, num_tokens = Geometry(BLOCKS, size, 32, 16), 1000
     lengths, mask = ints(BATCH), torch.ones(BATCH, num_tokens, dtype=torch.bool)
+    numbered = extend.number_tokens(mask, lengths)
     k = torch.zeros(BATCH, num_tokens, GROUPS, dim, dtype=dtype).transpose(1, 2)
     ids = ints(BATCH, GROUPS, num_tokens, SELECTED)
     for num_pages in (PAGES, BLOCKS):
@@ -154,13 +159,13 @@ def run_prompt(dtype, dim, size):
         tables = (ints(BATCH, GROUPS, BLOCKS), owned, owned)
         for chosen, eviction in ((ids, "lru"), (None, "fifo")):
             resident = extend.Resident(chosen, 1, 4, eviction)
-            extend.extend_kv(k, k, mask, lengths, pages, tables, resident)
+            extend.extend_kv(k, k, numbered, lengths, pages, tables, resident)
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
-        prefill.store_prefix(k, k, mask, lengths, tables[0], pages, host, counter)
+        prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
         shapes = summary_named(name).shapes(geometry, dim).values()
         tensors = [torch.zeros(BATCH, GROUPS, *shape, dtype=dtype) for shape in shapes]
-        kernel(k, mask, lengths, tensors, geometry)
+        kernel(k, numbered, lengths, tensors, geometry)
 
 
 def run_largest(dtype, dim, size):
@@ -171,8 +176,9 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
+    asked = (query, [pooled], ints(BATCH, 1), ints(BATCH), 0, "infllm2", 1.0, geometry)
     select_tokens.select_tokens(
-        query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice, 0
+        select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
     )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)

@@ -97,7 +97,7 @@ def test_tiles_and_launches_change_nothing(device, assert_close, monkeypatch, pr
     want = wanted(case, 0.3, 0.0)
     for rows in (128, 16):
         assert_close(attended(case, device, rows=rows), want, "attention", torch.float32)
-    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(kernels, "UNION_BYTES", 1)
     assert_close(attended(case, device, rows=32), want, "attention", torch.float32)
 
 
