@@ -31,7 +31,7 @@ multiplies all blocks of the union for both halves, as `B`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import triton
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
 
-__all__ = ["ROWS", "attend_unions", "covers"]
+__all__ = ["ROWS", "attend_unions", "covers", "list_entries"]
 
 ROWS: Final = 128
 # Places for keys, and as many for values; no run of blocks that a half leaves out is as long.
@@ -64,8 +64,7 @@ _TILE: Final = 512
 _LOG2_E: Final = math.log2(math.e)
 _HALF = gl.constexpr(64)
 # Triton 3.6 has it under the first name, 3.9 under the second.
-_load = getattr(tma, "async_copy_global_to_shared", None)
-_load = getattr(tma, "async_load", _load)
+_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @triton.jit
@@ -125,8 +124,14 @@ def _pass_by(begin, end, ready, free, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _free_last(entry, free, STAGES: gl.constexpr):
+    """Free the place of an entry that was read, if there was one."""
+    mbarrier.arrive(free.index(gl.maximum(entry, 0) % STAGES), count=1, pred=entry >= 0)
+
+
+@gluon.jit
 def _load_queries(
-    query, columns_at, first_rank, num_tokens, q_head, q_token,
+    query, buffer, columns_at, first_rank, num_tokens, q_head, q_token,
     HALF: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, DIM: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -136,7 +141,26 @@ def _load_queries(
     column = gl.load(columns_at + rank, mask=inside, other=0).to(gl.int64)
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
     at = query + head.to(gl.int64)[:, None] * q_head + column[:, None] * q_token + dims[None, :]
-    return gl.load(at, mask=inside[:, None], other=0.0)
+    buffer.store(gl.load(at, mask=inside[:, None], other=0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _store(
+    sums, total, out, columns_at, first_rank, num_tokens, first_head, num_heads,
+    HALF: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, DIM: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = sums.type.layout
+    total = gl.convert_layout(total, gl.SliceLayout(1, layout))
+    result = sums / gl.where(total == 0.0, 1.0, total)[:, None]
+    line = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, layout))
+    rank, head = first_rank + line // ROOM, line % ROOM
+    inside = (rank < num_tokens) & (head < HEADS)
+    column = gl.load(columns_at + rank, mask=inside, other=0)
+    place = column.to(gl.int64) * num_heads + first_head + head
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
+    at = out + place[:, None] * DIM + dims[None, :]
+    gl.store(at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @gluon.jit
@@ -152,30 +176,29 @@ def _weights(scores, limit, token, peak, factor, cap, SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
-def _attend_half(
-    query, out, columns_at, entries, own_counts, ids_at, readers_at, keys, values, queries,
-    keys_ready, keys_free, values_ready, values_free, count, length, first_rank, own,
-    num_tokens, num_entries, first_head, q_head, q_token, factor, cap,
-    HALF: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, SIZE: gl.constexpr,
-    DIM: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
+def _scores_of(q, keys, ready, entry, SIZE: gl.constexpr, STAGES: gl.constexpr):
+    """Begin the product of the queries and an entry's keys, when these are there."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    stage = entry % STAGES
+    mbarrier.wait(ready.index(stage), (entry // STAGES) & 1)
+    none = gl.full([_HALF, SIZE], 0.0, gl.float32, layout)
+    keys_at = keys.index(stage).permute((1, 0))
+    return warpgroup_mma(q, keys_at, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _sum_half(
+    q, entries_at, num_own, ids_at, readers_at, count, keys, keys_ready, keys_free, values,
+    values_ready, values_free, first_position, factor, cap,
+    HALF: gl.constexpr, ROOM: gl.constexpr, SIZE: gl.constexpr, DIM: gl.constexpr,
+    SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Attend for half of the rows."""
+    """Return the weighted sums of values of half of the rows, and the sums of weights."""
     scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
     sums_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     weights_in: gl.constexpr = gl.DotOperandLayout(0, sums_in, 2)
-    q = queries.index(HALF)
-    q.store(
-        _load_queries(
-            query, columns_at, first_rank, num_tokens, q_head, q_token, HALF, HEADS, ROOM, DIM
-        )
-    )
-    fence_async_shared()
-    entries_at = entries + (own * 2 + HALF) * num_entries
-    num_own = gl.load(own_counts + own * 2 + HALF)
     reader = (HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, scores_in))) // ROOM
-    position = length + first_rank + reader
     token = gl.arange(0, SIZE, layout=gl.SliceLayout(0, scores_in))
-    none = gl.full([_HALF, SIZE], 0.0, gl.float32, scores_in)
     peak = gl.full([_HALF], float("-inf"), gl.float32, gl.SliceLayout(1, scores_in))
     total = gl.full([_HALF], 0.0, gl.float32, gl.SliceLayout(1, scores_in))
     sums = warpgroup_mma_init(gl.full([_HALF, DIM], 0.0, gl.float32, sums_in))
@@ -184,10 +207,7 @@ def _attend_half(
     block = gl.load(ids_at + gl.minimum(entry, last))
     bits = gl.load(readers_at + gl.minimum(entry, last))
     _pass_by(0, entry, keys_ready, keys_free, STAGES)
-    mbarrier.wait(keys_ready.index(entry % STAGES), (entry // STAGES) & 1)
-    coming = warpgroup_mma(
-        q, keys.index(entry % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
-    )
+    coming = _scores_of(q, keys, keys_ready, entry, SIZE, STAGES)
     # In the loop, one product may still be under way when the scores are awaited. Here it is them.
     coming = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(coming,)))
     before = entry * 0 - 1
@@ -198,41 +218,52 @@ def _attend_half(
         scores = warpgroup_mma_wait(1, deps=(coming,))
         mbarrier.arrive(keys_free.index(entry % STAGES), count=1)
         _pass_by(entry + 1, after, keys_ready, keys_free, STAGES)
-        mbarrier.wait(keys_ready.index(after % STAGES), (after // STAGES) & 1)
-        coming = warpgroup_mma(
-            q, keys.index(after % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
-        )
+        coming = _scores_of(q, keys, keys_ready, after, SIZE, STAGES)
         # The last token of the block that a row sees.
-        limit = gl.where((bits >> reader) & 1 != 0, position - block * SIZE, -1)
+        limit = first_position + reader - block * SIZE
+        limit = gl.where((bits >> reader) & 1 != 0, limit, -1)
         weight, fade, peak = _weights(scores, limit, token, peak, factor, cap, SOFTCAP)
         total = total * fade + gl.sum(weight, axis=1)
         fade = gl.convert_layout(fade, gl.SliceLayout(1, sums_in))
         weight = gl.convert_layout(weight.to(keys.dtype), weights_in)
         summed = warpgroup_mma_wait(1, deps=(sums,))
-        mbarrier.arrive(
-            values_free.index(gl.maximum(before, 0) % STAGES), count=1, pred=before >= 0
-        )
+        _free_last(before, values_free, STAGES)
         _pass_by(before + 1, entry, values_ready, values_free, STAGES)
         mbarrier.wait(values_ready.index(entry % STAGES), (entry // STAGES) & 1)
-        sums = warpgroup_mma(
-            weight, values.index(entry % STAGES), warpgroup_mma_init(summed * fade[:, None]),
-            is_async=True,
-        )  # fmt: skip
+        faded = warpgroup_mma_init(summed * fade[:, None])
+        sums = warpgroup_mma(weight, values.index(entry % STAGES), faded, is_async=True)
         before, entry, block, bits = entry, after, next_block, next_bits
     warpgroup_mma_wait(0, deps=(coming,))
     result = warpgroup_mma_wait(0, deps=(sums,))
-    mbarrier.arrive(values_free.index(gl.maximum(before, 0) % STAGES), count=1, pred=before >= 0)
+    _free_last(before, values_free, STAGES)
     _pass_by(before + 1, count, values_ready, values_free, STAGES)
-    total = gl.convert_layout(total, gl.SliceLayout(1, sums_in))
-    result = result / gl.where(total == 0.0, 1.0, total)[:, None]
-    line = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, sums_in))
-    rank, head = first_rank + line // ROOM, line % ROOM
-    inside = (rank < num_tokens) & (head < HEADS)
-    column = gl.load(columns_at + rank, mask=inside, other=0)
-    place = (first_head + head).to(gl.int64) * num_tokens + column
-    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, sums_in))
-    at = out + place[:, None] * DIM + dims[None, :]
-    gl.store(at, result.to(keys.dtype), mask=inside[:, None])
+    return result, total
+
+
+@gluon.jit
+def _attend_half(
+    query, out, columns_at, entries, own_counts, ids_at, readers_at, keys, values, queries,
+    keys_ready, keys_free, values_ready, values_free, count, length, first_rank, own,
+    num_tokens, num_entries, first_head, num_heads, q_head, q_token, factor, cap,
+    HALF: gl.constexpr, HEADS: gl.constexpr, ROOM: gl.constexpr, SIZE: gl.constexpr,
+    DIM: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attend for half of the rows."""
+    q = queries.index(HALF)
+    _load_queries(
+        query, q, columns_at, first_rank, num_tokens, q_head, q_token, HALF, HEADS, ROOM, DIM
+    )
+    entries_at = entries + (own * 2 + HALF) * num_entries
+    num_own = gl.load(own_counts + own * 2 + HALF)
+    sums, total = _sum_half(
+        q, entries_at, num_own, ids_at, readers_at, count, keys, keys_ready, keys_free, values,
+        values_ready, values_free, length + first_rank, factor, cap, HALF, ROOM, SIZE, DIM,
+        SOFTCAP, STAGES,
+    )  # fmt: skip
+    _store(
+        sums, total, out, columns_at, first_rank, num_tokens, first_head, num_heads, HALF, HEADS,
+        ROOM, DIM,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_slots", "first_tile"])
@@ -264,6 +295,7 @@ def _attend_tile(
     count = gl.load(union_counts + own)
     length = gl.load(lengths + row)
     query_at = query + row.to(gl.int64) * q_row + (group * HEADS).to(gl.int64) * q_head
+    out_at = out + row.to(gl.int64) * num_tokens * (groups * HEADS * DIM)
     columns_at = columns + row.to(gl.int64) * num_tokens
     ids_at, slots_at = union_ids + own * num_entries, union_slots + own * num_entries
     readers_at = readers + own * num_blocks
@@ -271,16 +303,16 @@ def _attend_tile(
     gl.warp_specialize(
         [
             (_attend_half, (
-                query_at, out, columns_at, entries, own_counts, ids_at, readers_at, keys, values,
+                query_at, out_at, columns_at, entries, own_counts, ids_at, readers_at, keys, values,
                 queries, keys_ready, keys_free, values_ready, values_free, count, length,
-                first_rank, own, num_tokens, num_entries, pair * HEADS, q_head, q_token, factor,
-                cap, gl.constexpr(0), HEADS, ROOM, SIZE, DIM, SOFTCAP, STAGES,
+                first_rank, own, num_tokens, num_entries, group * HEADS, groups * HEADS, q_head,
+                q_token, factor, cap, gl.constexpr(0), HEADS, ROOM, SIZE, DIM, SOFTCAP, STAGES,
             )),
             (_attend_half, (
-                query_at, out, columns_at, entries, own_counts, ids_at, readers_at, keys, values,
+                query_at, out_at, columns_at, entries, own_counts, ids_at, readers_at, keys, values,
                 queries, keys_ready, keys_free, values_ready, values_free, count, length,
-                first_rank, own, num_tokens, num_entries, pair * HEADS, q_head, q_token, factor,
-                cap, gl.constexpr(1), HEADS, ROOM, SIZE, DIM, SOFTCAP, STAGES,
+                first_rank, own, num_tokens, num_entries, group * HEADS, groups * HEADS, q_head,
+                q_token, factor, cap, gl.constexpr(1), HEADS, ROOM, SIZE, DIM, SOFTCAP, STAGES,
             )),
             (_bring, (
                 staging, slots_at, first_slot, count, count + 1, keys, keys_ready, keys_free,
@@ -297,20 +329,36 @@ def _attend_tile(
 
 
 def covers(query_BHTD: Tensor, staging: Tensor) -> bool:
-    """Whether the kernel attends for such queries and blocks, where these are.
+    """Whether the kernel attends for such queries and blocks.
 
     Args:
         query_BHTD: Queries.
         staging: [B, G, S, 2, P, D].
     """
-    if query_BHTD.device.type != "cuda" or query_BHTD.dtype.itemsize != 2:
-        return False
-    if torch.cuda.get_device_capability(query_BHTD.device)[0] != 9:
-        return False
     size, dim = staging.shape[4:]
     room = power_of_two(query_BHTD.shape[1] // staging.shape[1])
     # Readers of a tile are the bits of one word.
-    return size == 64 and dim in (64, 128) and ROWS // 32 <= room <= ROWS
+    fits = size == 64 and dim in (64, 128) and ROWS // 32 <= room <= ROWS
+    return fits and query_BHTD.dtype in (torch.float16, torch.bfloat16)
+
+
+def list_entries(
+    readers: Tensor, counts: Tensor, entries: Tensor, own_counts: Tensor, room: int
+) -> None:
+    """List the entries of unions that either half multiplies.
+
+    Args:
+        readers: [pairs, tiles, N, 1] int32, of `Unions`.
+        counts: [pairs, tiles] int32, of `Unions`.
+        entries: [pairs, tiles, 2, U] int32, written.
+        own_counts: [pairs, tiles, 2] int32, written.
+        room: Rows of a token, a power of two.
+    """
+    pairs, tiles, num_blocks, _ = readers.shape
+    launch(_own_entries, (tiles, pairs, 2))(
+        readers, counts, entries, own_counts, num_blocks, entries.shape[3], max(64 // room, 1),
+        room > 64, _TILE, num_warps=4,
+    )  # fmt: skip
 
 
 def attend_unions(
@@ -329,10 +377,7 @@ def attend_unions(
     (pairs, tiles), num_entries = union.counts.shape, union.block_ids.shape[2]
     entries = union.block_ids.new_empty((pairs, tiles, 2, num_entries))
     own_counts = union.counts.new_empty((pairs, tiles, 2))
-    launch(_own_entries, (tiles, pairs, 2))(
-        union.readers, union.counts, entries, own_counts, num_blocks, num_entries,
-        max(64 // room, 1), room > 64, _TILE, num_warps=4,
-    )  # fmt: skip
+    list_entries(union.readers, union.counts, entries, own_counts, room)
     dtype = gl.bfloat16 if query_BHTD.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([size, dim], dtype)
     blocks = TensorDescriptor.from_tensor(staging.view(-1, dim), [size, dim], layout)
