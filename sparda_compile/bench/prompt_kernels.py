@@ -223,7 +223,7 @@ def _attend(
         at = (ids, tokens, 0, -(-shape.tokens // tokens))
         find = partial(token_blocks.unions, prompt, *at)
         union = find()
-        attend = partial(attend_tokens.attend_unions, query, prompt, union, out, 0, lines, factors)
+        attend = partial(attend_tokens.attend_unions, query, prompt, union, out, 0, factors, lines)
         found = float(union.counts.float().mean())
         name = f"g{groups}_rows_{lines}"
         rows[f"attend_{name}"] = {**_row([attend] * 2, flop, num_bytes, rates), "union": found}

@@ -260,7 +260,7 @@ def _causal_of_real(
 
 @define(
     mutates=("staging",),
-    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    fake=lambda a: _token_major(torch.empty_like(a.query)),
     before=("extend_kv",),  # which takes new tokens into the page that attention reads
     work=Work.TOKEN_BLOCKS,
     workspace=attend_tokens_bytes,
@@ -314,7 +314,9 @@ def attend_tokens(
         staged, lengths, lengths + token_mask.sum(1), -(-(num_past + k.shape[2]) // size)
     )
     blocks = SelectedBlocks(block_ids, block_table.shape[2], size)
-    return masked_attention(query, keys, values, position_BT, place_BS, scale, softcap, 0, blocks)
+    return _token_major(
+        masked_attention(query, keys, values, position_BT, place_BS, scale, softcap, 0, blocks)
+    )
 
 
 def num_new_slots(num_tokens: int, block_size: int) -> int:

@@ -24,8 +24,10 @@ that the matrix unit takes. Where neighbours share less, they win by more.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import torch
 import triton
 import triton.language as tl
 
@@ -34,7 +36,8 @@ from sparda_compile.kernels.gpu.token_blocks import pack_prompt, unions, unions_
 from sparda_compile.kernels.workspace import UNION_BYTES
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
@@ -153,7 +156,7 @@ def _attend_tokens(
         peak = new_peak
         block, slot, bits = next_block, next_slot, next_bits
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = ((row.to(tl.int64) * groups + group) * HEADS + head) * num_tokens + column
+    at = (row.to(tl.int64) * num_tokens + column) * (groups * HEADS) + group * HEADS + head
     tl.store(out + at[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -199,8 +202,8 @@ def attend_unions(
     union: Unions,
     out: Tensor,
     first_tile: int,
-    rows: int,
     factors: tuple[float, float],
+    rows: int,
 ) -> None:
     """Attend for some tiles; writes their tokens of `out`, 0 where none is real.
 
@@ -208,10 +211,10 @@ def attend_unions(
         query_BHTD: Queries; the last dimension is contiguous.
         prompt: The tokens, with the staging buffer.
         union: What the tiles read.
-        out: [B, H, T, D], contiguous.
+        out: [B, H, T, D], a token's heads side by side.
         first_tile: Of the union.
-        rows: Of a tile, see `tile_rows`.
         factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
+        rows: Of a tile, see `tile_rows`.
     """
     batch, heads, num_tokens, dim = query_BHTD.shape
     groups, num_blocks = prompt.slots.shape[1:]
@@ -228,6 +231,17 @@ def attend_unions(
         size, tokens, triton.cdiv(size, tokens), dim, dims, softcap != 0.0, interpreting(),
         _stages(prompt.staging, rows, tokens, dims), num_warps=4 if rows <= 64 else 8,
     )  # fmt: skip
+
+
+def _fastest(query: Tensor, staging: Tensor, rows: int) -> tuple[Callable[..., None], int]:
+    """Return the kernel that attends for unions, and the rows of its tiles; `rows` if not 0."""
+    if not rows and query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9:
+        from sparda_compile.kernels.gpu import attend_hopper
+
+        if attend_hopper.covers(query, staging):
+            return attend_hopper.attend_unions, attend_hopper.ROWS
+    rows = rows or tile_rows(query.shape[1] // staging.shape[1], query.shape[3], query.dtype)
+    return partial(attend_unions, rows=rows), rows
 
 
 def attend_tokens(
@@ -256,20 +270,20 @@ def attend_tokens(
         rows: Of a tile, at least a group's heads; 0 for what is best.
 
     Returns:
-        [B, H, T, D]; zero for tokens that are not real.
+        [B, H, T, D], a token's heads side by side; zero for tokens that are not real.
     """
     query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
     ids = block_ids_BGTK.contiguous()
     batch, groups, num_tokens, selected = ids.shape
     prompt = pack_prompt(kv, token_mask_BT, lengths_B, staged, paged)
-    heads = query.shape[1] // groups
-    rows = rows or tile_rows(heads, query.shape[3], query.dtype)
-    tokens = rows // power_of_two(heads)
+    attend, rows = _fastest(query, prompt.staging, rows)
+    tokens = rows // power_of_two(query.shape[1] // groups)
     tiles = triton.cdiv(num_tokens, tokens)
     each = batch * groups * unions_bytes(prompt.slots.shape[2], tokens, selected)
     at_once = max(min(UNION_BYTES // each, tiles), 1)
-    out = query.new_empty(query.shape)
+    batch, heads, _, dim = query.shape
+    out = query.new_empty((batch, num_tokens, heads, dim)).transpose(1, 2)
     for first in range(0, tiles, at_once):
         union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))
-        attend_unions(query, prompt, union, out, first, rows, factors)
+        attend(query, prompt, union, out, first, factors)
     return out
