@@ -36,7 +36,7 @@ from sparda_compile.kernels.gpu.token_blocks import pack_prompt, unions, unions_
 from sparda_compile.kernels.workspace import UNION_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -248,7 +248,7 @@ def attend_tokens(
     query_BHTD: Tensor,
     kv: tuple[Tensor, Tensor],
     block_ids_BGTK: Tensor,
-    token_mask_BT: Tensor,
+    numbered: Sequence[Tensor],
     lengths_B: Tensor,
     staged: tuple[Tensor, Tensor],
     paged: tuple[Tensor, Tensor],
@@ -261,7 +261,7 @@ def attend_tokens(
         query_BHTD: Queries.
         kv: [B, G, T, D] new keys and values.
         block_ids_BGTK: int32, -1 for none.
-        token_mask_BT: bool, which tokens are real.
+        numbered: Positions [B, T], columns [B, T] and totals [B], int32.
         lengths_B: int32, tokens in the cache.
         staged: The buffer [B, G, S, 2, P, D], whose first slots are written, and [B, G, N] int32
             slots of past blocks.
@@ -275,7 +275,7 @@ def attend_tokens(
     query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
     ids = block_ids_BGTK.contiguous()
     batch, groups, num_tokens, selected = ids.shape
-    prompt = pack_prompt(kv, token_mask_BT, lengths_B, staged, paged)
+    prompt = pack_prompt(kv, numbered, lengths_B, staged, paged)
     attend, rows = _fastest(query, prompt.staging, rows)
     tokens = rows // power_of_two(query.shape[1] // groups)
     tiles = triton.cdiv(num_tokens, tokens)

@@ -67,13 +67,13 @@ def test_equals_the_other_kernel(prompt_case, repeat, dim, softcap, selected, dt
     """Sets that have little in common, holes, a sequence without a past and one of no token."""
     mask = [[i < 300 for i in range(300)], [i % 7 > 0 for i in range(300)], [False] * 300]
     case = prompt_case([6405, 1920, 0], mask, (2, repeat, 64, dim), selected=selected, dtype=dtype)
-    new = [t.to("cuda") for t in (case.query, case.k, case.v, case.ids, case.mask)]
-    query, k, v, ids, real = new
+    new = [t.to("cuda") for t in (case.query, case.k, case.v, case.ids)]
+    query, k, v, ids = new
     lengths = case.lengths.to("cuda")
     staged, paged = case.staged("cuda")
 
     def attended(rows):
-        prompt = token_blocks.pack_prompt((k, v), real, lengths, staged, paged)
+        prompt = token_blocks.pack_prompt((k, v), case.numbered("cuda"), lengths, staged, paged)
         tokens = (rows or attend_hopper.ROWS) // power_of_two(repeat)
         tiles = -(-300 // tokens)
         union = token_blocks.unions(prompt, ids, tokens, 0, tiles)

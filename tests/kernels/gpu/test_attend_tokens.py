@@ -16,16 +16,16 @@ def wanted(case, scale, softcap):
     pages, host = case.pages.float().nan_to_num(), case.host.float().nan_to_num()
     num_past = int(case.lengths.max())
     staged = stage_blocks(case.ids, case.lengths, pages, host, case.table, num_past)
-    known = (case.ids, case.mask, case.lengths)
+    known = (case.ids, case.numbered("cpu"), case.lengths)
     return attend_tokens(*plain, *known, *staged, pages, case.table, scale, softcap)
 
 
 def attended(case, device, scale=0.3, softcap=0.0, rows=0):
-    new = [t.to(device) for t in (case.query, case.k, case.v, case.ids, case.mask)]
-    query, k, v, ids, mask = new
+    new = [t.to(device) for t in (case.query, case.k, case.v, case.ids)]
+    query, k, v, ids = new
     out = kernels.attend_tokens(
-        query, (k, v), ids, mask, case.lengths.to(device), *case.staged(device),
-        (scale, softcap), rows,
+        query, (k, v), ids, case.numbered(device), case.lengths.to(device),
+        *case.staged(device), (scale, softcap), rows,
     )  # fmt: skip
     assert out.transpose(1, 2).is_contiguous()
     assert out.dtype == case.dtype
