@@ -105,7 +105,9 @@ def select_tokens(
         num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
     )
     ids = _empty_ids(query, summary, num_selected)
-    near = (near_ids, near_scores) if near_ids is not None and near_scores is not None else None
+    near = None
+    if num_past and near_ids is not None and near_scores is not None:
+        near = (near_ids, near_scores)  # without a past there is nothing near
     if query.is_cuda:
         from sparda_compile.kernels.gpu import select_tokens as gpu
 
