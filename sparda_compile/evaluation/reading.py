@@ -196,7 +196,8 @@ class _Reader:
         ids_BGTK: Tensor = select_tokens(
             query,
             tensors,
-            self.position_BT,
+            self.position_BT.int(),
+            self.none_B,
             0,
             selector,
             scale,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.select_blocks import select_blocks_reference
-from sparda_compile.kernels.workspace import select_tokens_bytes
+from sparda_compile.kernels.workspace import select_past_bytes, select_tokens_bytes
 from sparda_compile.selectors import SELECTORS, Geometry
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ def _empty_ids(query: Tensor, summary: Sequence[Tensor], num_selected: int) -> T
     return query.new_empty(shape, dtype=torch.int32)
 
 
-def _fake_past(a: Any) -> tuple[Tensor, Tensor]:
-    ids = _empty_ids(a.query, a.summary, a.num_selected)
+def _empty_past(
+    query: Tensor, summary: Sequence[Tensor], num_selected: int, num_past: int
+) -> tuple[Tensor, Tensor]:
+    """Return what a pick of the past fills: with room for one block where there is none."""
+    ids = _empty_ids(query, summary, num_selected if num_past else 1)
     return ids, torch.empty_like(ids, dtype=torch.float32)
 
 
@@ -95,7 +98,8 @@ def select_tokens(
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept blocks before the current one.
         short_list: Blocks that the query picks; for selectors that rank the rest otherwise.
-        near_ids: [B, G, T, K] int32 from `select_past`, None if the past is scored here.
+        near_ids: [B, G, T, K] int32 from `select_past`, None if the past is scored here; not read
+            where there is none.
         near_scores: [B, G, T, K] float32 from it.
 
     Returns:
@@ -107,7 +111,7 @@ def select_tokens(
     ids = _empty_ids(query, summary, num_selected)
     near = None
     if num_past and near_ids is not None and near_scores is not None:
-        near = (near_ids, near_scores)  # without a past there is nothing near
+        near = (near_ids, near_scores)
     if query.is_cuda:
         from sparda_compile.kernels.gpu import select_tokens as gpu
 
@@ -137,10 +141,11 @@ def select_tokens(
 
 
 @define(
-    fake=_fake_past,
+    fake=lambda a: _empty_past(a.query, a.summary, a.num_selected, a.num_past),
     results=("near_ids", "near_scores"),
     before=("update_summary",),
     work=Work.TOKEN_SCORES,
+    workspace=select_past_bytes,
 )
 def select_past(
     query: Tensor,
@@ -167,7 +172,7 @@ def select_past(
         summary: The tensors of the selector's summary; those of the new keys may be missing.
         positions: [B, T] int32 position of each token, -1 for padding.
         lengths: [B] int32, tokens before this call.
-        num_past: No sequence has more; 0 picks nothing.
+        num_past: No sequence has more; where it is 0 nothing is picked, nor written.
         selector: Name of a selector whose scores settle.
         scale: Factor on q . k.
         num_blocks: N.
@@ -183,16 +188,15 @@ def select_past(
 
     Returns:
         [B, G, T, K] int32 block ids, ascending, -1 where fewer than K exist and for padding; and
-        [B, G, T, K] float32 their scores, where the token will choose by them.
+        [B, G, T, K] float32 their scores, where the token will choose by them. K is 1 where there
+        is no past.
     """
     del after
     geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
-    ids = _empty_ids(query, summary, num_selected)
-    kept = torch.empty_like(ids, dtype=torch.float32)
+    ids, kept = _empty_past(query, summary, num_selected, num_past)
 
     def work() -> None:
         if not num_past:
-            ids.fill_(-1)
             return
         if query.is_cuda:
             from sparda_compile.kernels.gpu import select_tokens as gpu

@@ -16,6 +16,7 @@ __all__ = [
     "UNION_BYTES",
     "attend_tokens_bytes",
     "prefill_attention_bytes",
+    "select_past_bytes",
     "select_tokens_bytes",
     "window_attention_bytes",
 ]
@@ -39,16 +40,28 @@ def _places(query_BHTD: Tensor) -> int:
     return _PLACES * int(query_BHTD.shape[0] * query_BHTD.shape[2])
 
 
+def select_past_bytes(a: Any) -> int:
+    """Return what `select_past` takes: scores of the past."""
+    return _scores(a, a.num_past // a.block_size + 1) if a.num_past else 0
+
+
+def _scores(a: Any, num_blocks: int) -> int:
+    vectors = int(a.query.shape[0] * a.summary[0].shape[1] * a.query.shape[2])
+    return int(min(SCORE_BYTES, vectors * min(a.num_blocks, num_blocks) * 8))
+
+
 def select_tokens_bytes(a: Any) -> int:
     """Return what `select_tokens` takes: scores, and of Quest the parts of the mean query."""
-    pairs = a.query.shape[0] * a.summary[0].shape[1]
-    vectors = int(pairs * a.query.shape[2])
-    num_blocks = min(a.num_blocks, -(-(a.num_past + a.query.shape[2]) // a.block_size))
+    num_tokens = int(a.query.shape[2])
+    vectors = int(a.query.shape[0] * a.summary[0].shape[1]) * num_tokens
+    num_blocks = -(-(a.num_past + num_tokens) // a.block_size)
+    if a.near_ids is not None and a.num_past:
+        num_blocks = -(-num_tokens // a.block_size) + 3
     parts = 0
     if a.selector == "quest":
         width, itemsize = a.query.shape[3], a.query.dtype.itemsize
         parts = vectors * width * (3 * 4 + 2 * 2 * 3 * itemsize)
-    return int(min(SCORE_BYTES, vectors * num_blocks * 8) + _places(a.query) + parts)
+    return int(_scores(a, num_blocks) + _places(a.query) + parts)
 
 
 def attend_tokens_bytes(a: Any) -> int:
@@ -56,7 +69,7 @@ def attend_tokens_bytes(a: Any) -> int:
     batch, groups, num_tokens, selected = a.block_ids.shape
     num_blocks = a.slots.shape[2]
     tokens = max(_TILE_ROWS * groups // a.query.shape[1], 1)
-    each = 12 * min(num_blocks, tokens * selected) + 4 * num_blocks
+    each = 8 * min(num_blocks, tokens * selected) + 4 * num_blocks
     unions = batch * groups * -(-num_tokens // tokens) * each
     return int(min(UNION_BYTES, unions)) + _places(a.query)
 

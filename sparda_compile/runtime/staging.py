@@ -54,7 +54,6 @@ def _stage(
     num_new = num_new_slots(block_ids.shape[2], staging.shape[4])
     num_room = staging.shape[2] - num_new
     if not num_room:
-        slots.fill_(-1)
         return
     if staging.is_cuda:
         from sparda_compile.kernels.gpu.stage import stage
@@ -104,7 +103,7 @@ def stage_blocks(
 
     Returns:
         The buffer [B, G, S, 2, P, D], and the slot in it of each past block, [B, G, N] int32, -1
-        where no token has selected it.
+        where no token has selected it; without a past, any number.
     """
     del after
     staging, slots = empty_staging(block_ids, pages, block_table, num_past)

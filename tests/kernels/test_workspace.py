@@ -13,6 +13,7 @@ from sparda_compile.kernels.workspace import (
     SCORE_BYTES,
     UNION_BYTES,
     attend_tokens_bytes,
+    select_past_bytes,
     select_tokens_bytes,
 )
 
@@ -63,6 +64,7 @@ def selected(tokens, blocks=16384):
             block_size=64,
             num_past=0,
             selector="infllm2",
+            near_ids=None,
         )
 
 
@@ -80,3 +82,16 @@ def test_quest_splits_the_mean_query():
     before = select_tokens_bytes(prompt)
     prompt.selector = "quest"
     assert select_tokens_bytes(prompt) > before + 2 * (1 << 16) * 128 * 12
+
+
+def test_what_is_picked_at_two_times_takes_what_each_scores():
+    prompt = selected(256, blocks=2048)
+    prompt.selector = "forecast"
+    assert select_past_bytes(prompt) == 0
+    prompt.num_past = 1600 * 64 + 7
+    vectors = 2 * 256
+    assert select_past_bytes(prompt) == vectors * 1601 * 8
+    whole = select_tokens_bytes(prompt)
+    prompt.near_ids = prompt.block_ids
+    # Of 256 tokens five blocks may be new, behind two others.
+    assert whole - select_tokens_bytes(prompt) == vectors * (1605 - 7) * 8
