@@ -18,16 +18,17 @@ which each token replaces a tenth, on one H200 (matrix products: 791 TFLOP/s):
         4       32    128   276            35%              137           394
 
 All rows multiply at one rate, so fewer rows, which multiply less for others, win: 64, the least
-that the matrix unit takes. Where neighbours share less, they win by more.
+that the matrix unit takes. Where neighbours share less, they win by more. Kernels that say what
+each warp does, with copies by TMA and products beside the softmax, multiply up to 494 TFLOP/s for
+128 rows; one in which either half of them passes by what only the other one reads took 1.02 to 1.06
+times as long as this one (`benchmarks/results/2026-11-29-h200-prompt-attention-variants.json`).
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import torch
 import triton
 import triton.language as tl
 
@@ -36,8 +37,9 @@ from sparda_compile.kernels.gpu.token_blocks import pack_prompt, unions, unions_
 from sparda_compile.kernels.workspace import UNION_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
 
     from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
@@ -233,17 +235,6 @@ def attend_unions(
     )  # fmt: skip
 
 
-def _fastest(query: Tensor, staging: Tensor, rows: int) -> tuple[Callable[..., None], int]:
-    """Return the kernel that attends for unions, and the rows of its tiles; `rows` if not 0."""
-    if not rows and query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9:
-        from sparda_compile.kernels.gpu import attend_hopper
-
-        if attend_hopper.covers(query, staging):
-            return attend_hopper.attend_unions, attend_hopper.ROWS
-    rows = rows or tile_rows(query.shape[1] // staging.shape[1], query.shape[3], query.dtype)
-    return partial(attend_unions, rows=rows), rows
-
-
 def attend_tokens(
     query_BHTD: Tensor,
     kv: tuple[Tensor, Tensor],
@@ -276,7 +267,7 @@ def attend_tokens(
     ids = block_ids_BGTK.contiguous()
     batch, groups, num_tokens, selected = ids.shape
     prompt = pack_prompt(kv, numbered, lengths_B, staged, paged)
-    attend, rows = _fastest(query, prompt.staging, rows)
+    rows = rows or tile_rows(query.shape[1] // groups, query.shape[3], query.dtype)
     tokens = rows // power_of_two(query.shape[1] // groups)
     tiles = triton.cdiv(num_tokens, tokens)
     each = batch * groups * unions_bytes(prompt.slots.shape[2], tokens, selected)
@@ -285,5 +276,5 @@ def attend_tokens(
     out = query.new_empty((batch, num_tokens, heads, dim)).transpose(1, 2)
     for first in range(0, tiles, at_once):
         union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))
-        attend(query, prompt, union, out, first, factors)
+        attend_unions(query, prompt, union, out, first, factors, rows)
     return out

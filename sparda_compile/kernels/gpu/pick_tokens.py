@@ -277,7 +277,9 @@ def pick_near(
     """
     (begin, end), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
     pairs, _, _, num_blocks = scores.shape
-    listed = power_of_two(selected + num_blocks, _LEAST_BLOCKS)
+    # Blocks that any of these tokens may have, behind those that no new token changes.
+    seen = min(num_blocks, triton.cdiv(end, geometry.block_size) + 2)
+    listed = power_of_two(selected + seen, _LEAST_BLOCKS)
     launch(_pick_near, (end - begin, pairs))(
         scores, *places, *near, ids_BGTK, groups, num_tokens, num_blocks, begin,
         choice.sink_blocks, choice.local_blocks, *_sizes(geometry, choice), listed,

@@ -66,7 +66,7 @@ class Prompt:
         exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
         position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         want = select_tokens(
-            query.float(), [exact], position, num_past, selector, SCALE,
+            query.float(), [exact], position, self.lengths, num_past, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
             *self.ordered(choice), geometry.short_list,
         )  # fmt: skip
