@@ -225,6 +225,7 @@ def _attend(
         find = partial(token_blocks.unions, prompt, *at)
         union = find()
         attend = partial(attend_tokens.attend_unions, query, prompt, union, out, 0, factors, lines)
+        assert union.counts is not None
         found = float(union.counts.float().mean())
         name = f"g{groups}_rows_{lines}"
         rows[f"attend_{name}"] = {**_row([attend] * 2, flop, num_bytes, rates), "union": found}

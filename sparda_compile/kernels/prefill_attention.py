@@ -187,6 +187,12 @@ def prefill_attention(
     Returns:
         [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
     """
+    if query.is_cuda and (num_past or softcap):
+        from sparda_compile.kernels.gpu import attend_tokens as gpu
+
+        if gpu.covers(query, pages, block_table):
+            past, factors = (pages, host, block_table), (scale, softcap)
+            return gpu.attend_all(query, (k, v), token_mask, lengths, past, num_past, factors)
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())

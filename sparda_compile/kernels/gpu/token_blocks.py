@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Prompt", "Unions", "pack_prompt", "unions", "unions_bytes"]
+__all__ = ["Prompt", "Unions", "all_blocks", "pack_prompt", "unions", "unions_bytes"]
 
 _TILE: Final = 1024
 # Elements that a program of `pack` holds of keys, and as many of values.
@@ -57,14 +57,15 @@ class Unions:
     """What some tiles of tokens read, for each pair of a sequence and a KV head.
 
     Attributes:
-        counts: [pairs, tiles] int32, blocks.
+        counts: [pairs, tiles] int32, blocks; None where each token reads all up to its own. Then
+            one tile stands for all of them.
         block_ids: [pairs, tiles, U] int32, ascending.
         readers: [pairs, tiles, N, w] int32, for the same entries: bit t % 32 of word t // 32 is
             set where token t of the tile reads the block.
         slots: [pairs, tiles, U] int32, where each lies among the slots of its pair.
     """
 
-    counts: Tensor
+    counts: Tensor | None
     block_ids: Tensor
     readers: Tensor
     slots: Tensor
@@ -246,3 +247,19 @@ def unions(
         num_warps=4,
     )  # fmt: skip
     return Unions(counts, ids, readers, slots)
+
+
+def all_blocks(prompt: Prompt, tokens: int) -> Unions:
+    """Return what tiles read where each token reads all blocks up to its own.
+
+    Args:
+        prompt: The tokens and the buffer, with a slot for each past block.
+        tokens: Of one tile, a power of two.
+    """
+    batch, groups, num_blocks = prompt.slots.shape
+    block = torch.arange(num_blocks, dtype=torch.int32, device=prompt.slots.device)
+    new = block - (prompt.lengths // prompt.staging.shape[4])[:, None, None]
+    shape = (batch * groups, 1, num_blocks)
+    slots = torch.where(new < 0, prompt.slots, new).reshape(shape)
+    readers = prompt.slots.new_full((*shape, _words(tokens)), -1)
+    return Unions(None, block.expand(shape).contiguous(), readers, slots)
