@@ -225,6 +225,8 @@ def select_for_tokens(
     )
     if layout.geometry.short_list:
         set_argument(ids, "short_list", layout.geometry.short_list)
+    if config.shared_tokens > 1:
+        set_argument(ids, "shared", config.shared_tokens)
     return ids
 
 
