@@ -53,6 +53,7 @@ def samples():
     splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED, SIZE))
     partial = (randn(ROWS, GROUPS, splits, 3, DIM), randn(ROWS, GROUPS, splits, 3))
     ticket = torch.empty(0)
+    levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     selection = (query, pages, page_ids, ids)
     stored = (tables()[0], pages, host, counters)
@@ -84,6 +85,17 @@ def samples():
             ids[:, :, None].repeat(1, 1, 7, 1), mask, int32([60, 50]), torch.full_like(ids, -2),
         ),
         "recall_ids": (ids,),
+        "predict_blocks": (
+            randn(ROWS, GROUPS, BLOCKS), randn(ROWS, GROUPS, BLOCKS), lengths, SELECTED, SIZE, 1, 0,
+            0.5,
+        ),
+        "update_prediction": (
+            randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
+        ),
+        "begin_prediction": (
+            randn(ROWS, HEADS, 7, DIM), pooled, mask, lengths, *levels, "infllm2", scale, *GEOMETRY,
+            0.4, 0.3, True,
+        ),
         "advance_lengths": (mask, lengths),
         "sparse_attention": (*selection, lengths, scale, softcap),
         "attend_resident": (*selection, is_miss, lengths, scale, softcap),

@@ -46,6 +46,8 @@ class PreviousStepHint(Hint):
     def emit_prompt(self, point: HintPoint) -> None:
         """Add the memory of what the last token of the prompt has selected."""
         layer, state = point.target.layer, point.state
-        ids = point.block_ids[layer]
+        ids = point.block_ids.get(layer)
+        if ids is None:  # a dense prefill selects nothing
+            return
         last = state.get("last_block_ids", layer)
         point.after(ids).call("remember_last", ids, state.token_mask(), state.lengths, last)

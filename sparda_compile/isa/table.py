@@ -81,6 +81,8 @@ class Instruction:
             launch.
         is_free: Whether a layer may have any number of it; else the grammar says how many.
         is_marker: Whether it marks a place in a captured graph; no program has it.
+        is_for_later: Whether only later steps use what it does, so that it may run while this one
+            waits.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Instruction:
     latency_us: float | None
     is_free: bool = False
     is_marker: bool = False
+    is_for_later: bool = False
 
     @functools.cached_property
     def arguments(self) -> tuple[tuple[str, bool, Any], ...]:

@@ -113,6 +113,8 @@ class Selector(Protocol):
             ranks the rest.
         reads_retention: Whether it reads a retention score from the last channel of each key, as
             models for NOSA carry it.
+        is_comparable: Whether the scores of one step can be compared with those of another, and
+            averaged; a prediction from past scores standardises others.
     """
 
     name: ClassVar[str]
@@ -121,6 +123,7 @@ class Selector(Protocol):
     forecast_selector: ClassVar[str] = "forecast"
     has_short_list: ClassVar[bool] = False
     reads_retention: ClassVar[bool] = False
+    is_comparable: ClassVar[bool] = False
 
     def score(
         self,

@@ -61,7 +61,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     on_host: bool = False
-    fill: int = 0
+    fill: float = 0
 
     @property
     def num_bytes(self) -> int:

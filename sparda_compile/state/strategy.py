@@ -35,6 +35,7 @@ class HintMethod(Protocol):
         ops: Ops that it adds to its layer, besides the plan, the copy and the wait of what it
             guesses.
         prompt_ops: Ops that it adds to its layer in a sparse prefill.
+        dense_prompt_ops: Ops that it adds to its layer in a dense one.
         borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
     """
 
@@ -42,6 +43,7 @@ class HintMethod(Protocol):
     needs_forecast: ClassVar[bool] = False
     ops: ClassVar[tuple[str, ...]] = ()
     prompt_ops: ClassVar[tuple[str, ...]] = ()
+    dense_prompt_ops: ClassVar[tuple[str, ...]] = ()
     borrows_ids: ClassVar[bool] = False
 
     def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:

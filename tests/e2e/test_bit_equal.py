@@ -32,7 +32,7 @@ SMALL = {
     "max_tokens": MAX_TOKENS,
     "lowering": "eager",
 }
-HINTS = ("forecast", "previous_step", "previous_layer", "next_query")
+HINTS = ("forecast", "previous_step", "previous_layer", "next_query", "ema")
 SEEDS = (None, 0, 1, 2, 3, 4)
 CHANGES = {
     "on_device": {"offload": "never"},

@@ -58,6 +58,9 @@ def cases():
     for mode in ("query", "forecast"):
         yield from ((mode, "sparse_prefill", offload, ()) for offload in ("always", "never"))
     yield "exact-previous_step", "sparse_prefill", "always", ()
+    yield from (("exact-ema", "decode", "always", disabled) for disabled in (UNSCHEDULED, IN_LINE))
+    for phase in ("prefill", "sparse_prefill"):
+        yield "exact-ema", phase, "always", ()
 
 
 CASES = [case for case in cases() if case[0] != "dense" or case[2] == "never"]

@@ -108,11 +108,11 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else ["store_blocks"]
     if not ctx.is_decode:
         roles += ["extend_kv", *["fork_stream"] * len(copies)]
-        if not ctx.is_sparse_prefill:
-            return Counter([*roles, "prefill_attention"])
-        roles += ["select_tokens", "stage_blocks", "attend_tokens"]
+        sparse = ("select_tokens", "stage_blocks", "attend_tokens")
+        roles += sparse if ctx.is_sparse_prefill else ("prefill_attention",)
         if Fact.FORECAST_INSERTED in facts and strategy.hint is not None:
-            roles += strategy.hint.prompt_ops
+            hint = strategy.hint
+            roles += hint.prompt_ops if ctx.is_sparse_prefill else hint.dense_prompt_ops
         return Counter(roles)
     roles += ["plan", "append_kv"]
     roles += ["all_blocks"] if not strategy.selects else ["score_blocks", "select_blocks"]

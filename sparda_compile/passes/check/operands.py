@@ -130,7 +130,7 @@ class _Layer:
         own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
         self._own |= {**_results(plan), "block_ids": ids}
         self._own["scores"] = scored.node.name if scored else None
-        by_query = ("score_blocks", "select_blocks", "recall_ids")
+        by_query = ("score_blocks", "select_blocks", "recall_ids", "predict_blocks")
         others = (op for role in by_query for op in self._layer.by_role.get(role, ()))
         self._of_hint = {op for op in others if op not in (chosen, scored)}
         self._of_hint |= {op for role in _HINT_ROLES for op in self._layer.by_role.get(role, ())}
@@ -145,7 +145,8 @@ class _Layer:
         if hint is not None and hint.borrows_ids:
             found["block_ids"] = own_ids.get(source.layer) if source else None
         else:
-            found["block_ids"] = by_name.get("recall_ids") or by_name.get("select_blocks")
+            guesses = ("recall_ids", "predict_blocks", "select_blocks")
+            found["block_ids"] = next((by_name[n] for n in guesses if n in by_name), None)
         plan = self._layer.one("hint plan")
         return {**(_results(plan) if plan else {}), **found}
 
@@ -177,7 +178,7 @@ class _Layer:
         hints = {**self._own, **self._hint}
         for op in self._layer.ops:
             expected = hints if op in self._of_hint else self._own
-            if op.name in ("score_blocks", "select_tokens"):
+            if op.name in ("score_blocks", "select_tokens", "begin_prediction"):
                 expected = {**expected, "summary": self._summary_of(op)}
                 if self._is_forecast or op in self._of_hint:
                     del expected["query"]
@@ -212,8 +213,13 @@ class _Layer:
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
-        summaries = [str(name) for names in self._summaries.values() for name in names]
-        return [*(self._state[name] for name in ("pages", *_TABLES)), *summaries]
+        used = [str(name) for names in self._summaries.values() for name in names]
+        hint = self._ctx.strategy.hint
+        if hint is not None and copy in self._of_hint:
+            assert self._ctx.layout is not None
+            own = hint.state(self._ctx.layout, self._layer.shape)
+            used += [self._state[name] for name in own]
+        return [*(self._state[name] for name in ("pages", *_TABLES)), *used]
 
 
 def _results(plan: Op) -> Operands:

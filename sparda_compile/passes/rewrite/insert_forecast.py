@@ -17,9 +17,8 @@ InsertPrefetch to fetch early:
     %hint_scores_1 = score_blocks(%f_1, ..., "forecast")
     %hint_block_ids_1 = select_blocks(%hint_scores_1, ...)
 
-In a sparse prefill each token's Forecast selects; a hint guesses nothing there, but may keep what
-the first step will want. A dense prefill, and modes `query` and `dense`, are left alone. The layer
-behind a window layer takes its input from that one.
+In a sparse prefill each token's Forecast selects. A hint guesses nothing in a prefill, but may keep
+what the first step will want. The layer behind a window layer takes its input from that one.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class InsertForecast:
         """Rewrite the graph in place."""
         counts = {"forecasts": 0, "bootstraps": 0, "hints": 0}
         strategy = ctx.strategy
-        is_asked = strategy.selects_by_forecast or strategy.hint is not None
-        if not is_asked or not (ctx.is_decode or ctx.is_sparse_prefill):
+        selects = ctx.is_decode or ctx.is_sparse_prefill
+        if not (strategy.selects_by_forecast and selects) and strategy.hint is None:
             return PassResult(gm, modified=False, counts=counts)
         assert ctx.layout is not None
         selection = "select_blocks" if ctx.is_decode else "select_tokens"

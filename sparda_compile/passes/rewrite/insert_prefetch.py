@@ -19,6 +19,7 @@ it missed behind the attention to what is there:
     wait_blocks(hint)  plan_pages(%block_ids)                                 layer l
     append_kv  fork_stream  prefetch_blocks(repair)
     %partial = attend_resident(%q, ...)
+    ...                                         what only later steps use: an update of the hint
     wait_blocks(repair)
     %out = attend_missing(%q, ..., %partial)
 
@@ -36,7 +37,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.graph.effects import accesses, argument, results_of
+from sparda_compile.graph.effects import accesses, argument, instruction, results_of
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
@@ -98,7 +99,11 @@ class _Insertion:
         emit = Emitter(self._graph, ids.next, ids, layer)
         guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
         ticket, event = self._prefetch(emit, guess, "hint_")
-        self._wait(plan, ticket, event, self._used(guess))
+        hint = self._ctx.strategy.hint
+        assert hint is not None
+        shape = next(shape for shape in self._ctx.layout.layers if shape.layer == layer)
+        kept = [self._state.get(name, layer) for name in hint.state(self._ctx.layout, shape)]
+        self._wait(plan, ticket, event, [*self._used(guess), *kept])
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
@@ -168,6 +173,11 @@ class _Insertion:
         emit = Emitter(self._graph, before, ticket, LAYER.of(ticket))
         emit.call("wait_blocks", ticket, buffers, [], event)
 
+    def _for_later(self, layer: int) -> list[fx.Node]:
+        """Return the ops of a layer whose work only later steps use."""
+        ops = ((n, instruction(n)) for n in self._graph.nodes if LAYER.get(n) == layer)
+        return [n for n, it in ops if it is not None and it.is_for_later]
+
     def _split_attention(
         self, emit: Emitter, attention: fx.Node, plan: PagePlan, ticket: fx.Node, event: int
     ) -> None:
@@ -175,6 +185,8 @@ class _Insertion:
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
         partial = emit.call("attend_resident", *selection, scale, softcap)
         parts = [emit.item(partial, i) for i in range(len(results_of(partial)))]
+        for node in self._for_later(emit.layer):
+            attention.prepend(node)  # nobody waits for it, and it runs while the copy does
         self._wait(attention, ticket, event, [self._state.get("pages", emit.layer)])
         out = emit.call("attend_missing", *selection, *parts, scale, softcap)
         SITE.put(out, SITE.of(attention))
