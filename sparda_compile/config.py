@@ -268,8 +268,14 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
     @property
     def needs_forecast(self) -> bool:
         """Whether this configuration uses Forecast weights."""
-        is_hint = self.mode == "exact" and HINTS[self.hint].needs_forecast
-        return self.mode == "forecast" or bool(is_hint)
+        return self.mode == "forecast" or any(HINTS[name].needs_forecast for name in self.hints)
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Names of the hints that are used: none but in mode `exact`."""
+        if self.mode != "exact":
+            return ()
+        return (self.hint,) if isinstance(self.hint, str) else self.hint
 
     @property
     def forecast_selector(self) -> str:

@@ -33,7 +33,8 @@ class Selection:
             that of each query (docs/models.md); `optimize` refuses others by their queries.
         hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer`,
             `next_query` (the layer's query projection on the input of the layer before) or `ema`
-            (the scores of past steps, smoothed; see `Prediction`).
+            (the scores of past steps, smoothed; see `Prediction`). Several, as a tuple: each
+            prefetches at its own time, the later ones what the earlier have not brought.
         forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
             [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
             gives the full one. None leaves it to the file of weights, and without one to a rule:
@@ -51,7 +52,7 @@ class Selection:
 
     mode: Mode = "forecast"
     selector: str = "infllm2"
-    hint: str = "forecast"
+    hint: str | tuple[str, ...] = "forecast"
     forecast_rank: int | None = None
     top_k: int | None = 62
     short_list: int = 23
@@ -62,7 +63,7 @@ class Selection:
     def __post_init__(self) -> None:
         one_of("mode", self.mode, _MODES)
         one_of("selector", self.selector, SELECTORS.choices())
-        one_of("hint", self.hint, HINTS.choices())
+        object.__setattr__(self, "hint", _hint_of(self.hint))
         one_of("prefill", self.prefill, get_args(Prefill))
         for name in ("sink_blocks", "local_blocks", "short_list"):
             whole(name, getattr(self, name), 0)
@@ -81,6 +82,22 @@ class Selection:
                 f"selector={self.selector!r} may pick; use short_list of 0 to {self.top_k}, or "
                 "raise top_k (published: short_list=23, top_k=78)."
             )
+
+
+def _hint_of(value: object) -> str | tuple[str, ...]:
+    """Return a name, or several different ones as a tuple."""
+    if not isinstance(value, (tuple, list)):
+        one_of("hint", value, HINTS.choices())
+        return str(value)
+    names = tuple(value)
+    for name in names:
+        one_of("hint", name, HINTS.choices())
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"hint={value!r} names {'a hint twice' if names else 'no hint'}; use one name, or "
+            f"several different ones such as ('ema', 'forecast'), of {', '.join(HINTS.choices())}."
+        )
+    return tuple(map(str, names)) if len(names) > 1 else str(names[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

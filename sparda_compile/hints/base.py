@@ -34,6 +34,7 @@ class HintPoint:
         shape: Shape of the target's cache.
         state: State tensors.
         layout: Sizes.
+        prefix: What the names of a hint's nodes begin with, where they would be those of others.
     """
 
     graph: fx.Graph
@@ -43,6 +44,7 @@ class HintPoint:
     shape: LayerShape
     state: StateInputs
     layout: CacheLayout
+    prefix: str = "hint_"
 
     def after(self, node: fx.Node) -> Emitter:
         """Return an emitter that adds nodes for the target right behind `node`."""

@@ -9,6 +9,7 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.registry import HINTS
 from sparda_compile.testing import tiny_llama, tiny_nosa
 
 SMALL = {
@@ -25,6 +26,11 @@ CASES = {
     "trend": {"ema_damping": 1.0, "ema_level": 0.2},
     "sparse prompt": {"prefill": "sparse"},
     "short turns": {"chunk_tokens": 16},
+    "forecast": {"hint": ("ema", "forecast")},
+    "forecast with quest": {"hint": ("ema", "forecast"), "selector": "quest"},
+    "forecast on the device": {"hint": ("ema", "forecast"), "offload": "never"},
+    "unscheduled": {"hint": ("ema", "next_query"), "disable_passes": ("schedule_transfers",)},
+    "all hints": {"hint": HINTS.names(), "page_ratio": 1.5},
 }
 
 
@@ -77,7 +83,7 @@ def made():
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_exact_is_query_over_two_turns(made, settings):
-    fast = made("llama", mode="exact", hint="ema", **settings)
+    fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
     assert torch.equal(two_turns(fast), made.by_query("llama", **settings))
     total = fast.sparda.stats().total
     assert total.hits > 0
@@ -90,12 +96,21 @@ def test_exact_is_query_with_nosa(made):
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("settings", [{}, {"selector": "quest"}], ids=["infllm2", "quest"])
-def test_late_streams_change_nothing(made, settings, seed):
-    engine = DeferredEngine(seed)
-    fast = made("llama", mode="exact", hint="ema", **settings)
+@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints"])
+def test_late_streams_change_nothing(made, name, seed):
+    engine, settings = DeferredEngine(seed), CASES[name]
+    fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
     assert torch.equal(two_turns(fast, engine), made.by_query("llama", **settings))
     assert engine.num_pending == 0
+
+
+def test_a_later_hint_tops_up_what_an_earlier_one_did_not_bring(made):
+    misses = {}
+    for hint in ("ema", "next_query", ("ema", "next_query")):
+        fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
+        two_turns(fast)
+        misses[hint] = fast.sparda.stats().total.misses
+    assert misses["ema", "next_query"] < min(misses["ema"], misses["next_query"])
 
 
 def test_the_predictor_names_what_the_last_step_read_no_longer(made):

@@ -30,6 +30,7 @@ MODES = {
     "forecast": {"mode": "forecast"},
     "exact": {"mode": "exact"},
     "ema": {"mode": "exact", "hint": "ema"},
+    "ema+forecast": {"mode": "exact", "hint": ("ema", "forecast")},
 }
 CASES = [(m, p, n) for m in MODES for p in PHASES for n in PASSES]
 

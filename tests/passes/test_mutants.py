@@ -39,6 +39,12 @@ MODES = {
     "query": {"mode": "query"},
     "forecast": {"mode": "forecast"},
     **{f"exact-{hint}": {"mode": "exact", "hint": hint} for hint in HINTS.names()},
+    "exact-ema+forecast": {"mode": "exact", "hint": ("ema", "forecast")},
+    "exact-next_query+forecast": {"mode": "exact", "hint": ("next_query", "forecast")},
+    "exact-previous_step+previous_layer": {
+        "mode": "exact",
+        "hint": ("previous_step", "previous_layer"),
+    },
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")

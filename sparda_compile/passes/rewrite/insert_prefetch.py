@@ -12,8 +12,8 @@ Before, and after (mode `forecast`):
     advance_lengths(%lengths)                   wait_blocks(%ticket, [%host], [...], 3)
                                                 advance_lengths(%lengths)
 
-Mode `exact` also fetches what the hint names, in the layer before, and hides the repair of what
-it missed behind the attention to what is there:
+Mode `exact` also fetches what each hint names, where its ids are, and hides the repair of what
+they missed behind the attention to what is there:
 
     %hint_plan = plan_pages(%hint_block_ids, ...)   prefetch_blocks(...)      layer l-1
     wait_blocks(hint)  plan_pages(%block_ids)                                 layer l
@@ -41,7 +41,7 @@ from sparda_compile.graph.effects import accesses, argument, instruction, result
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
-from sparda_compile.graph.tags import HINTS, LAYER, SITE
+from sparda_compile.graph.tags import HINT, HINTS, LAYER, SITE
 from sparda_compile.graph.writer import PagePlan, StateInputs, plan_pages
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
@@ -78,8 +78,8 @@ class InsertPrefetch:
         return PassResult(gm, modified=True, counts=counts)
 
 
-def _hinted(graph: fx.Graph) -> list[tuple[fx.Node, int]]:
-    return [(node, layer) for node in graph.nodes for layer in HINTS.get(node, ())]
+def _hinted(graph: fx.Graph) -> list[tuple[fx.Node, str, int]]:
+    return [(node, *guess) for node in graph.nodes for guess in HINTS.get(node, ())]
 
 
 class _Insertion:
@@ -90,20 +90,27 @@ class _Insertion:
         self._ctx = ctx
         self._state = state
         self._events: Iterator[int] = itertools.count()
+        self._first_waits: dict[int, fx.Node] = {}
 
-    def hint(self, hinted: tuple[fx.Node, int]) -> int:
+    def hint(self, hinted: tuple[fx.Node, str, int]) -> int:
         """Fetch what a hint names, and wait before the layer's own plan."""
-        assert self._ctx.layout is not None
-        ids, layer = hinted
+        layout, hints = self._ctx.layout, self._ctx.strategy.hints
+        assert layout is not None
+        ids, name, layer = hinted
         plan = _plan_of(self._graph, layer)
         emit = Emitter(self._graph, ids.next, ids, layer)
-        guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
-        ticket, event = self._prefetch(emit, guess, "hint_")
-        hint = self._ctx.strategy.hint
-        assert hint is not None
-        shape = next(shape for shape in self._ctx.layout.layers if shape.layer == layer)
-        kept = [self._state.get(name, layer) for name in hint.state(self._ctx.layout, shape)]
-        self._wait(plan, ticket, event, [*self._used(guess), *kept])
+        prefix = "hint_" if len(hints) == 1 else f"{name}_"
+        guess = plan_pages(emit, ids, self._state, layout, prefix, is_hint=True)
+        ticket, event = self._prefetch(emit, guess, prefix)
+        shape = next(shape for shape in layout.layers if shape.layer == layer)
+        state = next(hint for hint in hints if hint.name == name).state(layout, shape)
+        kept = [self._state.get(tensor, layer) for tensor in state]
+        # The last copy is awaited first: only then is nothing left on the select stream.
+        before = self._first_waits.get(layer, plan)
+        wait = self._wait(before, ticket, event, [*self._used(guess), *kept])
+        self._first_waits[layer] = wait
+        for node in (guess.node, *guess.node.users, ticket, wait):
+            HINT.put(node, name)
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
@@ -169,9 +176,11 @@ class _Insertion:
         tables = [n for n in plan.node.all_input_nodes if n.name in written]
         return [self._state.get("pages", layer), *tables, *summaries]
 
-    def _wait(self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]) -> None:
+    def _wait(
+        self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]
+    ) -> fx.Node:
         emit = Emitter(self._graph, before, ticket, LAYER.of(ticket))
-        emit.call("wait_blocks", ticket, buffers, [], event)
+        return emit.call("wait_blocks", ticket, buffers, [], event)
 
     def _for_later(self, layer: int) -> list[fx.Node]:
         """Return the ops of a layer whose work only later steps use."""
