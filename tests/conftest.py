@@ -11,6 +11,7 @@ import random
 import re
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ import hypothesis
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -304,3 +307,40 @@ def context_of():
         return PassContext(layout.config, phase, {}, "Model", layout, MACHINES["h200"])
 
     return context
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and alive."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key, size):
+        self._known.discard(key)
+        self.live -= size
+
+
+@pytest.fixture
+def counted_bytes() -> type[_Counted]:
+    """Return a context that counts the bytes of tensors made inside: `peak` is the most at once.
+
+    It takes the tensors that are not counted.
+    """
+    return _Counted

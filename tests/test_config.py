@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 import re
 
@@ -158,49 +157,6 @@ def test_selected_blocks(settings, num_blocks, expected):
 )
 def test_who_needs_forecast_weights(mode, hint, expected):
     assert SpardaConfig(mode=mode, hint=hint).needs_forecast is expected
-
-
-class TestHints:
-    def test_one_name_stays_a_name_and_several_become_a_tuple(self):
-        several = ("ema", "forecast")
-        for given, hint in (
-            ("ema", "ema"),
-            (["ema"], "ema"),
-            (several, several),
-            ([*several], several),
-        ):
-            config = SpardaConfig(mode="exact", hint=given)
-            assert config.hint == hint
-            assert config.hints == (several if hint == several else ("ema",))
-        assert SpardaConfig(mode="query", hint=several).hints == ()
-
-    def test_several_survive_copies_text_and_json(self):
-        config = SpardaConfig(mode="exact", hint=["ema", "forecast"])
-        assert config.replace(top_k=3).hint == config.hint
-        assert config.replace(hint="ema").hint == "ema"
-        assert "hint=('ema', 'forecast')" in repr(config)
-        plain = json.loads(json.dumps(dataclasses.asdict(config)))
-        plain["disable_passes"] = tuple(plain["disable_passes"])
-        assert SpardaConfig(**plain) == config
-        assert hash(SpardaConfig(**plain)) == hash(config)
-
-    @pytest.mark.parametrize(
-        ("value", "words"),
-        [
-            ((), "names no hint; use one name"),
-            (("ema", "ema"), "names a hint twice"),
-            (("ema", "forcast"), "hint='forcast' is not known.*Did you mean 'forecast'"),
-            (("ema", 3), "hint=3 is not known; use one of forecast, "),
-            (None, "hint=None is not known"),
-        ],
-    )
-    def test_refused(self, value, words):
-        with pytest.raises(ConfigError, match=words):
-            SpardaConfig(mode="exact", hint=value)
-
-    def test_each_says_whether_weights_are_needed(self):
-        assert SpardaConfig(mode="exact", hint=("ema", "forecast")).needs_forecast
-        assert not SpardaConfig(mode="exact", hint=("ema", "next_query")).needs_forecast
 
 
 def test_it_is_frozen_and_keyword_only_and_hashable():

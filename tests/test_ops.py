@@ -9,12 +9,13 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.ops import OPS
 
 ROWS, GROUPS, HEADS, DIM, SIZE, BLOCKS, PAGES, SELECTED = 2, 2, 6, 60, 16, 5, 4, 3
 # Ops that leave a part of their result to others, so that two results differ.
-UNWRITTEN = ("stage_blocks",)
+UNWRITTEN = ("stage_blocks", "select_past")
 GEOMETRY = (BLOCKS, SIZE, 8, 4)
 
 
@@ -39,6 +40,8 @@ def samples():
     query, new = randn(ROWS, HEADS, 1, DIM), [randn(ROWS, GROUPS, 1, DIM), randn(2, 2, 1, DIM)]
     prompt = [randn(ROWS, GROUPS, 7, DIM), randn(ROWS, GROUPS, 7, DIM)]
     mask = torch.arange(7) >= torch.tensor([[0], [3]])
+    past, earlier = int32([73, 64]), int32([60, 50])
+    tokens, from_earlier = (list(number_tokens(mask, n)) for n in (past, earlier))
     ids = int32([0, 1, 4]).expand(ROWS, GROUPS, SELECTED).contiguous()
     page_ids = int32([0, 2, 1]).expand(ROWS, GROUPS, SELECTED).contiguous()
     is_miss = torch.tensor([False, True, False]).expand(ROWS, GROUPS, SELECTED).contiguous()
@@ -72,17 +75,17 @@ def samples():
         "prefetch_blocks": (*misses, host, pages, 1, ticket),
         "wait_blocks": (ticket, [pages], [ids], 1),
         "record_event": ([ids], 3, 2),
-        "store_blocks": ([], tail, None, int32([79, 64]), None, pages, host, counters),
-        "offload_blocks": (prompt, None, mask, int32([73, 64]), *stored, 2, ticket),
+        "store_blocks": ([], tail, [], int32([79, 64]), None, pages, host, counters),
+        "offload_blocks": (prompt, None, tokens, past, *stored, 2, ticket),
         "append_kv": (*new, tail, lengths, pages),
         "extend_kv": (
-            *prompt, ids[:, :, None].repeat(1, 1, 7, 1), mask, int32([60, 50]), pages, *tables(),
+            *prompt, ids[:, :, None].repeat(1, 1, 7, 1), from_earlier, earlier, pages, *tables(),
             1, 1, "lru",
         ),
-        "update_summary": (prompt[0], lengths, mask, pooled, "pooled_keys", *GEOMETRY),
+        "update_summary": (prompt[0], past, tokens, pooled, "pooled_keys", *GEOMETRY),
         "remember_ids": (ids, torch.full_like(ids, -1)),
         "remember_last": (
-            ids[:, :, None].repeat(1, 1, 7, 1), mask, int32([60, 50]), torch.full_like(ids, -2),
+            ids[:, :, None].repeat(1, 1, 7, 1), tokens[0], torch.full_like(ids, -2),
         ),
         "recall_ids": (ids,),
         "predict_blocks": (
@@ -93,9 +96,10 @@ def samples():
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
         ),
         "begin_prediction": (
-            randn(ROWS, HEADS, 7, DIM), pooled, mask, lengths, *levels, "infllm2", scale, *GEOMETRY,
-            0.4, 0.3, True,
+            randn(ROWS, HEADS, 7, DIM), pooled, *from_earlier[1:], earlier, *levels, "infllm2",
+            scale, *GEOMETRY, 0.4, 0.3, True,
         ),
+        "number_tokens": (mask, past),
         "advance_lengths": (mask, lengths),
         "sparse_attention": (*selection, lengths, scale, softcap),
         "attend_resident": (*selection, is_miss, lengths, scale, softcap),
@@ -105,16 +109,19 @@ def samples():
             scale, softcap, 70, True,
         ),
         "select_tokens": (
-            randn(ROWS, HEADS, 7, DIM), pooled, mask, int32([100, 90]), 100, "infllm2",
-            scale,
+            randn(ROWS, HEADS, 7, DIM), pooled, tokens[0], lengths, 73, "infllm2", scale,
             *GEOMETRY, SELECTED, 1, 0,
+        ),
+        "select_past": (
+            randn(ROWS, GROUPS, 7, DIM), pooled[:1], tokens[0], int32([70, 64]), 70, "forecast",
+            1.0, *GEOMETRY, SELECTED, 1, 1,
         ),
         "stage_blocks": (
             ids[:, :, None].repeat(1, 1, 7, 1), lengths, pages, host, tables()[0], 70
         ),
         "attend_tokens": (
-            randn(ROWS, HEADS, 7, DIM), *prompt, ids[:, :, None].repeat(1, 1, 7, 1), mask,
-            lengths, randn(ROWS, GROUPS, 6, 2, SIZE, DIM), slots, pages, tables()[0], scale,
+            randn(ROWS, HEADS, 7, DIM), *prompt, ids[:, :, None].repeat(1, 1, 7, 1),
+            tokens, past, randn(ROWS, GROUPS, 6, 2, SIZE, DIM), slots, pages, tables()[0], scale,
             softcap,
         ),
         "window_attention": (
@@ -196,14 +203,14 @@ def step(query, k, v, summary, lengths, table, page_block, page_stamp, counters,
     fork = op.fork_stream([blocks, places], 0)
     ticket = op.prefetch_blocks(blocks, places, host, pages, 1, fork)
     op.append_kv(k, v, tail, lengths, pages)
-    op.update_summary(k, lengths, None, summary, "pooled_keys", *GEOMETRY)
+    op.update_summary(k, lengths, [], summary, "pooled_keys", *GEOMETRY)
     selection = (query, pages, page_ids, ids, is_miss, lengths)
     partial = op.attend_resident(*selection, 0.25, 0.0)
     op.wait_blocks(ticket, [pages], [blocks, places], 1)
     out = op.attend_missing(*selection, *partial, 0.25, 0.0) + 1
     out = op.window_attention(out, k, v, None, lengths, *ring, 0.25, 0.0) * 2
     ticket = op.offload_blocks(
-        [], tail, None, lengths, None, pages, host, counters, 3, op.fork_stream([tail], 2)
+        [], tail, [], lengths, None, pages, host, counters, 3, op.fork_stream([tail], 2)
     )
     op.wait_blocks(ticket, [host], [tail], 3)
     op.advance_lengths(None, lengths)

@@ -148,7 +148,8 @@ class _Reader:
         blocks = round_up(ids_BT.shape[1], config.block_size) // config.block_size
         self.geometry = Geometry.of(config, blocks)
         self.mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        self.position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
+        columns = torch.arange(ids_BT.shape[1], dtype=torch.int32, device=ids_BT.device)
+        self.position_BT = columns.expand(ids_BT.shape).contiguous()
         self.none_B = torch.zeros(len(ids_BT), dtype=torch.int32, device=ids_BT.device)
 
     def attend(
@@ -195,8 +196,9 @@ class _Reader:
         ids_BGTK: Tensor = select_tokens(
             query,
             tensors,
-            self.mask_BT,
+            self.position_BT.int(),
             self.none_B,
+            0,
             selector,
             scale,
             geometry.num_blocks,

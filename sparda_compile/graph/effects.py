@@ -49,11 +49,12 @@ class Access:
 
 
 def is_state(node: Any) -> bool:
-    """Whether a node is a state tensor."""
+    """Whether a node is a state tensor; a number that a caller gives is none."""
     return (
         isinstance(node, fx.Node)
         and node.op == "placeholder"
         and node.name.startswith(STATE_PREFIX)
+        and not isinstance(node.meta.get("val"), int)
     )
 
 

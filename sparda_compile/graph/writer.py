@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparda_compile.graph.effects import results_of, set_argument
+from sparda_compile.graph.effects import argument, results_of, set_argument, takes
 from sparda_compile.graph.emit import Emitter, new_fake
-from sparda_compile.graph.nodes import fake_value
+from sparda_compile.graph.nodes import fake_value, find_ops
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
@@ -24,6 +25,7 @@ __all__ = [
     "plan_pages",
     "select_by_score",
     "select_for_tokens",
+    "select_past",
     "stage_blocks",
 ]
 
@@ -41,6 +43,7 @@ class StateInputs:
         self._graph = graph
         self._specs = layout.all_tensors()
         self._nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+        self._tokens: list[fx.Node] = []
 
     def get(self, tensor: str, layer: int) -> fx.Node:
         """Return a layer's tensor."""
@@ -62,6 +65,27 @@ class StateInputs:
             like = next(n for n in self._nodes.values() if isinstance(fake_value(n), torch.Tensor))
             self._placeholder(name, new_fake(fake_value(like), shape, dtype))
         return self._nodes[name]
+
+    def tokens(self) -> list[fx.Node]:
+        """Return the results of `number_tokens`, which is put before all else when first asked for.
+
+        Every layer takes them: positions [B, T], columns [B, T] and totals [B], int32.
+        """
+        if not self._tokens:
+            numbered = find_ops(self._graph, "number_tokens")
+            if numbered:
+                chosen = {node.args[1]: node for node in numbered[0].users}
+                self._tokens = [chosen[i] for i in range(len(results_of(numbered[0])))]
+            else:
+                self._tokens = self._number_tokens()
+        return self._tokens
+
+    def _number_tokens(self) -> list[fx.Node]:
+        mask, lengths = self.token_mask(), self.lengths
+        first = next(node for node in self._graph.nodes if node.op != "placeholder")
+        emit = Emitter(self._graph, first, first, -1)
+        node = emit.call("number_tokens", mask, lengths, name="number_tokens")
+        return [emit.item(node, i, f"token_{n}") for i, n in enumerate(results_of(node))]
 
     def num_past(self) -> fx.Node:
         """Most tokens that a sequence of the cache has, known to the host."""
@@ -193,7 +217,7 @@ def select_for_tokens(
         "select_tokens",
         query,
         [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)],
-        state.token_mask(),
+        state.tokens()[0],
         state.lengths,
         state.num_past(),
         selector,
@@ -209,22 +233,32 @@ def select_for_tokens(
     return ids
 
 
-def stage_blocks(
-    emit: Emitter, block_ids: fx.Node, shape: LayerShape, state: StateInputs
-) -> tuple[fx.Node, fx.Node]:
+def select_past(emit: Emitter, picked: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Add `select_past` with what a `select_tokens` takes; returns the ids and their scores."""
+    names = INSTRUCTIONS["select_past"].places
+    shared = [argument(picked, name) for name in names if takes(picked, name)]
+    node = emit.call("select_past", *shared, name=f"past_{emit.layer}")
+    ids, scores = _items(emit, node)
+    return ids, scores
+
+
+def stage_blocks(emit: Emitter, block_ids: fx.Node, state: StateInputs) -> tuple[fx.Node, fx.Node]:
     """Add `stage_blocks` for what tokens of a prompt select; returns the buffer and its slots."""
     node = emit.call(
         "stage_blocks",
         block_ids,
         state.lengths,
-        *(state.get(name, shape.layer) for name in ("pages", "host", "block_table")),
+        *(state.get(name, emit.layer) for name in ("pages", "host", "block_table")),
         state.num_past(),
-        name=f"stage_{shape.layer}",
+        name=f"stage_{emit.layer}",
     )
-    staging, slots = (
-        emit.item(node, i, f"{name}_{shape.layer}") for i, name in enumerate(results_of(node))
-    )
+    staging, slots = _items(emit, node)
     return staging, slots
+
+
+def _items(emit: Emitter, node: fx.Node) -> list[fx.Node]:
+    """Add the choice of each result of a node."""
+    return [emit.item(node, i, f"{name}_{emit.layer}") for i, name in enumerate(results_of(node))]
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

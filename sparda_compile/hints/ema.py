@@ -88,7 +88,7 @@ class EmaHint(Hint):
             "begin_prediction",
             target.query,
             tensors,
-            state.token_mask(),
+            *state.tokens()[1:],
             state.lengths,
             level,
             trend,

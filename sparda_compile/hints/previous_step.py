@@ -57,4 +57,4 @@ class PreviousStepHint(Hint):
         if ids is None:  # a dense prefill selects nothing
             return
         last = state.get("last_block_ids", layer)
-        point.after(ids).call("remember_last", ids, state.token_mask(), state.lengths, last)
+        point.after(ids).call("remember_last", ids, state.tokens()[0], last)

@@ -48,6 +48,7 @@ def define(
     is_free: bool = False,
     is_marker: bool = False,
     is_for_later: bool = False,
+    workspace: Callable[[Any], int] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a function an op `sparda::<its name>` and enter it in the table of instructions.
 
@@ -72,6 +73,8 @@ def define(
         is_marker: Whether it marks a place in a captured graph; no program has it.
         is_for_later: Whether only later steps use what it does, so that it may run while this one
             waits.
+        workspace: Returns the most bytes that it takes on a GPU beside its results, from the
+            arguments, given as attributes; None where that is next to nothing.
 
     Returns:
         A decorator; it returns the op of `torch.library`.
@@ -87,14 +90,7 @@ def define(
         signature = inspect.signature(function)
         op = torch.library.custom_op(f"sparda::{name}", function, mutates_args=tuple(mutates))
 
-        def on_fake_tensors(*args: Any, **kwargs: Any) -> Any:
-            if fake is None:
-                return None
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return fake(SimpleNamespace(**bound.arguments))
-
-        op.register_fake(on_fake_tensors)
+        op.register_fake(_by_name(fake, signature) or (lambda *_, **__: None))
         INSTRUCTIONS[name] = Instruction(
             name=name,
             op=op,
@@ -113,11 +109,27 @@ def define(
             is_free=is_free,
             is_marker=is_marker,
             is_for_later=is_for_later,
+            workspace=_by_name(workspace, signature),
         )
         instruction_of.cache_clear()
         return op
 
     return decorate
+
+
+def _by_name(
+    function: Callable[[Any], Any] | None, signature: inspect.Signature
+) -> Callable[..., Any] | None:
+    """Return a function of an op's arguments for one that takes them as attributes."""
+    if function is None:
+        return None
+
+    def of_arguments(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return function(SimpleNamespace(**bound.arguments))
+
+    return of_arguments
 
 
 def implementation(target: Any) -> Callable[..., Any]:

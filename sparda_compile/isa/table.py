@@ -35,6 +35,8 @@ class Work(enum.Enum):
 
     NONE = "nothing: it only orders others"
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
+    TOKEN_SCORES = "its latency, and products of each new token's vectors with the summary"
+    TOKEN_BLOCKS = "its latency, and products with keys and values of each new token's blocks"
     NEW_TOKENS = "its latency, and the new tokens, read and written"
     TO_DEVICE = "a copy of the selected blocks that the step before has not brought"
     TO_STAGING = "a copy of the past blocks that a prompt's tokens read"
@@ -83,6 +85,8 @@ class Instruction:
         is_marker: Whether it marks a place in a captured graph; no program has it.
         is_for_later: Whether only later steps use what it does, so that it may run while this one
             waits.
+        workspace: Given what a call gives it, tensors as fake ones: the most bytes that it takes on
+            a GPU beside its results; None where that is next to nothing.
     """
 
     name: str
@@ -102,6 +106,7 @@ class Instruction:
     is_free: bool = False
     is_marker: bool = False
     is_for_later: bool = False
+    workspace: Callable[..., int] | None = None
 
     @functools.cached_property
     def arguments(self) -> tuple[tuple[str, bool, Any], ...]:

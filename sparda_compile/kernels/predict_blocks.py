@@ -16,7 +16,7 @@ Source: PRR (arXiv 2606.30389) section 4.1, equations 2 and 3. On CUDA: `gpu/pre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
-from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.score_blocks import write_scores
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import Geometry
@@ -184,17 +183,22 @@ def update_prediction(
     """
     current_engine().submit(
         COMPUTE,
-        lambda: _update(
-            scores[:, :, None], level, trend, (level_weight, trend_weight), are_comparable
-        ),
+        lambda: _update(scores[None], level, trend, (level_weight, trend_weight), are_comparable),
     )
 
 
-@define(mutates=("level", "trend"), behind=("update_summary",))
+def _score_bytes(arguments: Any) -> int:
+    """Return the bytes of the scores of a prompt's last tokens."""
+    num_scored: int = min(WINDOW, arguments.query.shape[2])
+    return num_scored * int(arguments.level.numel()) * 4
+
+
+@define(mutates=("level", "trend"), behind=("update_summary",), workspace=_score_bytes)
 def begin_prediction(
     query: Tensor,
     summary: Sequence[Tensor],
-    token_mask: Tensor,
+    columns: Tensor,
+    totals: Tensor,
     lengths: Tensor,
     level: Tensor,
     trend: Tensor,
@@ -219,7 +223,8 @@ def begin_prediction(
     Args:
         query: [B, H, T, D] queries.
         summary: The tensors of the selector's summary, with the new keys in them.
-        token_mask: [B, T] bool, which tokens are real.
+        columns: [B, T] int32, columns of the real tokens by position, then the others.
+        totals: [B] int32, tokens behind this call.
         lengths: [B] int32, tokens before this call.
         level: [B, G, N] float32, updated.
         trend: [B, G, N] float32, updated.
@@ -241,29 +246,22 @@ def begin_prediction(
     )
     batch, _, num_tokens, dim = query.shape
     num_scored = min(WINDOW, num_tokens)
-    position_BT = token_positions(lengths, token_mask, num_tokens)
-    count_BT = token_mask.long().cumsum(1)
-    # The number of each token to score among the real ones, from 1 on; 0 or less for none.
-    wanted_BW = count_BT[:, -1:] - num_scored + 1
-    wanted_BW = wanted_BW + torch.arange(num_scored, device=query.device)
-    column_BW = torch.searchsorted(count_BT, wanted_BW.clamp(min=1)).clamp(max=num_tokens - 1)
-    is_real_BW = wanted_BW >= 1
     scores = query.new_empty((num_scored, *level.shape[:2], num_blocks), dtype=torch.float32)
+    # Counted back from the last token of each sequence, which may have fewer.
+    back_W = torch.arange(num_scored, 0, -1, device=query.device)
+    number_BW = (totals - lengths)[:, None] - back_W
+    column_BW = columns.gather(1, number_BW.clamp(min=0)).long()
+    before_BW = (totals[:, None] - back_W).clamp(min=0).int()
     for place in range(num_scored):
-        column_B1 = column_BW[:, place : place + 1]
-        at = column_B1[:, None, :, None].expand(batch, query.shape[1], 1, dim)
-        before_B = position_BT.gather(1, column_B1)[:, 0].clamp(min=0).int()
-        write_scores(
-            query.gather(2, at), summary, before_B, selector, scale, geometry, scores[place]
-        )
-    scores_BGWN = scores.permute(1, 2, 0, 3)
-    scores_BGWN = scores_BGWN.masked_fill(~is_real_BW[:, None, :, None], float("-inf"))
-    weights = (level_weight, trend_weight)
-    _update(scores_BGWN.contiguous(), level, trend, weights, are_comparable)
+        at = column_BW[:, None, place, None, None].expand(batch, query.shape[1], 1, dim)
+        asked, before = query.gather(2, at), before_BW[:, place].contiguous()
+        write_scores(asked, summary, before, selector, scale, geometry, scores[place])
+    scores.masked_fill_((number_BW < 0).T[:, :, None, None], float("-inf"))
+    _update(scores, level, trend, (level_weight, trend_weight), are_comparable)
 
 
 def _update(
-    scores_BGWN: Tensor,
+    scores_WBGN: Tensor,
     level: Tensor,
     trend: Tensor,
     weights: tuple[float, float],
@@ -273,8 +271,8 @@ def _update(
     if level.is_cuda:
         from sparda_compile.kernels.gpu.predict import update
 
-        update(scores_BGWN, level, trend, weights, are_comparable=are_comparable)
+        update(scores_WBGN, level, trend, weights, are_comparable=are_comparable)
         return
-    for scores_BGN in scores_BGWN.unbind(2):
+    for scores_BGN in scores_WBGN:
         scores_BGN = scores_BGN if are_comparable else standardise(scores_BGN)
         update_prediction_reference(scores_BGN, level, trend, weights)

@@ -11,12 +11,15 @@ What tokens have selected lies in the buffer of `runtime/staging.py`. On CUDA:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparda_compile.isa.define import define
+from sparda_compile.isa.table import Work
+from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
 
 __all__ = [
     "SelectedBlocks",
@@ -147,8 +150,9 @@ def past_keys_values(
 
 
 @define(
-    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    fake=lambda a: _token_major(torch.empty_like(a.query)),
     before=("extend_kv",),  # which may evict what attention reads of the past
+    workspace=prefill_attention_bytes,
 )
 def prefill_attention(
     query: Tensor,
@@ -181,17 +185,36 @@ def prefill_attention(
         may_hide: Whether some token may not be real; else the mask is all true.
 
     Returns:
-        [B, H, T, D]; zero for tokens that are not real.
+        [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
     """
+    if query.is_cuda and (num_past or softcap):
+        from sparda_compile.kernels.gpu import attend_tokens as gpu
+
+        if gpu.covers(query, pages, block_table):
+            past, factors = (pages, host, block_table), (scale, softcap)
+            return gpu.attend_all(query, (k, v), token_mask, lengths, past, num_past, factors)
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())
     if num_past or softcap or (may_hide and is_reference):
         past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
-        return _attend(query, (k, v), token_mask, lengths, past, scale, softcap)
-    if may_hide:
-        return _causal_of_real(query, k, v, token_mask, scale)
-    return _causal(query, k, v, scale).contiguous()
+        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap)
+    elif may_hide:
+        out = _causal_of_real(query, k, v, token_mask, scale)
+    else:
+        out = _causal(query, k, v, scale)
+    return _token_major(out)
+
+
+def _token_major(out_BHTD: Tensor) -> Tensor:
+    """Return the same with a token's heads side by side, as the next projection reads them.
+
+    What `scaled_dot_product_attention` returns lies like that already.
+    """
+    _, heads, num_tokens, dim = out_BHTD.shape
+    if out_BHTD.stride() == (num_tokens * heads * dim, dim, heads * dim, 1):
+        return out_BHTD
+    return out_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _attend(
@@ -244,15 +267,17 @@ def _causal_of_real(
 
 @define(
     mutates=("staging",),
-    fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    fake=lambda a: _token_major(torch.empty_like(a.query)),
     before=("extend_kv",),  # which takes new tokens into the page that attention reads
+    work=Work.TOKEN_BLOCKS,
+    workspace=attend_tokens_bytes,
 )
 def attend_tokens(
     query: Tensor,
     k: Tensor,
     v: Tensor,
     block_ids: Tensor,
-    token_mask: Tensor,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     staging: Tensor,
     slots: Tensor,
@@ -268,7 +293,8 @@ def attend_tokens(
         k: [B, G, T, D] new keys, not in the cache yet.
         v: [B, G, T, D] new values.
         block_ids: [B, G, T, K] int32 blocks that each token reads, -1 for none.
-        token_mask: [B, T] bool, which tokens are real.
+        tokens: Of the new ones the positions [B, T], columns [B, T] and totals [B], int32, from
+            `number_tokens`.
         lengths: [B] int32, tokens in the cache.
         staging: [B, G, S, 2, P, D], see `runtime.staging`; its slots of new blocks are written.
         slots: [B, G, N] int32, the slot of each past block that is read.
@@ -286,17 +312,19 @@ def attend_tokens(
 
         if gpu.covers(query, pages, block_table):
             return gpu.attend_tokens(
-                query, (k, v), block_ids, token_mask, lengths, staged, paged, (scale, softcap)
+                query, (k, v), block_ids, tokens, lengths, staged, paged, (scale, softcap)
             )
-    position_BT = token_positions(lengths, token_mask, k.shape[2])
+    position_BT, _, total_B = (numbers.long() for numbers in tokens)
     _pack(k, v, position_BT, lengths, staging, paged)
     num_past = int(lengths.max())  # host-sync: the reference alone
     size = staging.shape[4]
     keys, values, place_BS = _by_position(
-        staged, lengths, lengths + token_mask.sum(1), -(-(num_past + k.shape[2]) // size)
+        staged, lengths, total_B, -(-(num_past + k.shape[2]) // size)
     )
     blocks = SelectedBlocks(block_ids, block_table.shape[2], size)
-    return masked_attention(query, keys, values, position_BT, place_BS, scale, softcap, 0, blocks)
+    return _token_major(
+        masked_attention(query, keys, values, position_BT, place_BS, scale, softcap, 0, blocks)
+    )
 
 
 def num_new_slots(num_tokens: int, block_size: int) -> int:

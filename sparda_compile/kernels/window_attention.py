@@ -16,6 +16,7 @@ from sparda_compile.kernels.prefill_attention import (
     real_columns,
     token_positions,
 )
+from sparda_compile.kernels.workspace import window_attention_bytes
 
 __all__ = ["window_attention"]
 
@@ -23,6 +24,7 @@ __all__ = ["window_attention"]
 @define(
     mutates=("ring_k", "ring_v"),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    workspace=window_attention_bytes,
 )
 def window_attention(
     query: Tensor,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparda_compile.graph.nodes import module_path
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sparda_compile.graph.nodes import fake_value, module_path
+from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.text import graph_text
+from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.plan import forecast_shapes
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
 from sparda_compile.report.text import selection_sentence
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from sparda_compile.config import SpardaConfig
     from sparda_compile.graph.site import AttentionSite
     from sparda_compile.program.plan import Plan
+    from sparda_compile.report.model import PromptMemory
     from sparda_compile.state.layout import CacheLayout, LayerShape
 
 __all__ = ["build_report", "refused_report"]
@@ -41,7 +46,35 @@ def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
         model_parameters=sum(p.numel() for p in model.parameters()),
         selection_starts_at=layout.config.selection_starts_at,
         selection=selection_sentence(layout.config, layout.max_tokens),
+        weight_bytes=_weight_bytes(model, decode, [shape.num_weights for shape in shapes.values()]),
+        prompt=_prompt_memory(prefill),
     )
+
+
+def _prompt_memory(prefill: Plan) -> PromptMemory:
+    """Return the memory of the last chunk of a prompt that fills the KV cache."""
+    most = prefill.layout.max_tokens
+    num_tokens = max(min(prefill.layout.config.chunk_tokens or most, most), 2)
+    return prompt_memory(prefill, num_tokens, max(most - num_tokens, 0))
+
+
+def _weight_bytes(model: nn.Module, decode: Plan, forecasts: list[int]) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    joined = JOINED.get(decode.graph_module, {})
+    copies = [n for n in decode.graph_module.graph.nodes if n.name in joined]
+    itemsize = next(model.parameters()).dtype.itemsize
+    return (
+        sum(map(_bytes, tensors.values()))
+        + sum(_bytes(fake_value(node)) for node in copies)
+        + sum(forecasts) * itemsize
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
 
 
 def refused_report(

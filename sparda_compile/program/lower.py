@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.program.recording import Observer
 
-__all__ = ["Call", "LoweredProgram", "lower", "split_graph"]
+__all__ = ["Call", "LoweredProgram", "Register", "lower", "split_graph"]
 
 
 @dataclasses.dataclass

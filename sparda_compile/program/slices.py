@@ -14,7 +14,7 @@ one slice is given to the piece as it is.
 
 from __future__ import annotations
 
-import logging
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from sparda_compile.program.pieces import Piece
 
 __all__ = ["SLICE_ROWS", "SlicedPiece", "slices_of"]
-
-log = logging.getLogger(__name__)
 
 SLICE_ROWS: Final = 8192
 """Tokens of a slice, of all sequences together.
@@ -83,27 +81,56 @@ class SlicedPiece:
         """Run on the open sizes and the inputs."""
         names = self._piece.sizes
         sizes = dict(zip(names, args[: len(names)], strict=True))
-        slices = slices_of(sizes.get(BATCH_SIZE, 1), sizes[NUM_TOKENS])
-        if len(slices) == 1 or not self.is_token_wise:
+        batch, tokens = sizes.get(BATCH_SIZE, 1), sizes[NUM_TOKENS]
+        if not self.is_sliced(batch, tokens):
             return self._function(*args)
-        return self._run(sizes, args[len(names) :], slices)
+        return self._run(sizes, args[len(names) :], slices_of(batch, tokens))
 
     @property
-    def is_token_wise(self) -> bool:
-        """Whether the piece may run on some tokens at a time; proved when first asked for."""
-        return not token_dims(self._piece).reason
+    def name(self) -> str:
+        """Name of the piece."""
+        return self._piece.name
+
+    @property
+    def reason(self) -> str:
+        """Why the piece runs whole, however long a prompt is; empty if it does not."""
+        return token_dims(self._piece).reason
+
+    def is_sliced(self, batch: int, tokens: int) -> bool:
+        """Whether a prompt runs in slices."""
+        return len(slices_of(batch, tokens)) > 1 and not self.reason
+
+    def most_tokens(self, batch: int, tokens: int) -> int:
+        """Return the columns of the longest slice that is run."""
+        return max(end - begin for begin, end in self._needed(slices_of(batch, tokens)))
+
+    def copied_bytes(self, batch: int, tokens: int) -> int:
+        """Return the bytes of inputs that are copied for the longest slice."""
+        most = {BATCH_SIZE: batch, NUM_TOKENS: self.most_tokens(batch, tokens)}
+        all_of_them = {BATCH_SIZE: batch, NUM_TOKENS: tokens}
+        total = 0
+        for node, dim in zip(self._piece.inputs, token_dims(self._piece).inputs, strict=True):
+            fake = fake_value(node)
+            shape, wanted = _numbers(fake.shape, most), _numbers(fake.stride(), most)
+            whole = _numbers(fake.stride(), all_of_them)
+            if dim is not None and not _has_strides(shape, whole, wanted):
+                total += math.prod(shape) * fake.dtype.itemsize
+        return total
+
+    def _needed(self, slices: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """Return the slices that are run: the last alone if no result has tokens."""
+        dims = token_dims(self._piece).outputs
+        return slices if any(dim is not None for dim in dims) else slices[-1:]
 
     def _run(
         self, sizes: dict[str, int], inputs: Sequence[Tensor], slices: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
         dims = token_dims(self._piece)
-        if not any(dim is not None for dim in dims.outputs):
-            slices = slices[-1:]
         results: list[Any] = [
             None if dim is None else self._whole(i, sizes, inputs)
             for i, dim in enumerate(dims.outputs)
         ]
-        for begin, end in slices:
+        for begin, end in self._needed(slices):
             here = {**sizes, NUM_TOKENS: end - begin}
             given = [
                 value if dim is None else _form(value.narrow(dim, begin, end - begin), node, here)
@@ -124,7 +151,7 @@ class SlicedPiece:
         """
         if place in self._reuses:
             source, maker = self._reuses[place]
-            if maker.is_token_wise:
+            if not maker.reason:
                 return inputs[source]
         fake = fake_value(self._piece.outputs[place])
         return _empty(fake, sizes, inputs[0].device)
@@ -146,7 +173,12 @@ def _form(part: Tensor, node: Any, sizes: Mapping[str, int]) -> Tensor:
     """
     fake = fake_value(node)
     wanted = _numbers(fake.stride(), sizes)
-    pairs = zip(part.shape, part.stride(), wanted, strict=True)
-    if all(mine == want for size, mine, want in pairs if size != 1):
+    if _has_strides(part.shape, part.stride(), wanted):
         return part
     return _empty(fake, sizes, part.device).copy_(part)
+
+
+def _has_strides(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether strides are the wanted ones; of a single element any will do."""
+    pairs = zip(shape, strides, wanted, strict=True)
+    return all(mine == want for size, mine, want in pairs if size != 1)

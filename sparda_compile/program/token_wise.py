@@ -15,6 +15,8 @@ proof of a large model takes as long as that of a small one.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from sparda_compile.program.pieces import Piece
 
 __all__ = ["TokenDims", "token_dims"]
+
+log = logging.getLogger(__name__)
 
 # Ranges of columns that a run is made of: each begins where the one before ends.
 _PARTS: Final = (((0, 3), (3, 10), (10, 12)), ((0, 7), (7, 12)))
@@ -83,6 +87,7 @@ def _token_dims(piece: Piece) -> TokenDims:
             raise NotProvableError("none of its inputs has tokens")
         _prove(piece, dims)
     except NotProvableError as error:
+        log.debug("%s runs whole, not on slices of a prompt: %s", piece.name, error)
         return TokenDims(reason=str(error))
     return dims
 
@@ -150,10 +155,8 @@ def _is_same(got: Tensor, want: Tensor) -> bool:
         return False
     if not want.is_floating_point():
         return torch.equal(got, want)
-    if not bool(want.isfinite().all()):
-        return False
-    difference = (got.double() - want.double()).abs().max()
-    return bool(difference <= _TOLERANCE * want.double().abs().max())
+    difference, largest = float((got - want).abs().max()), float(want.abs().max())
+    return math.isfinite(difference) and difference <= _TOLERANCE * largest
 
 
 def _positions(nodes: Sequence[fx.Node]) -> Tensor:
@@ -218,10 +221,16 @@ def _is_linear(node: fx.Node) -> bool:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Stand for a linear layer: each result is made of two of the input's numbers."""
-    channel = torch.arange(weight.shape[0])
-    one, other = channel * 7919 % weight.shape[1], (channel * 104729 + 1) % weight.shape[1]
-    result = x[..., one] - x[..., other] * (channel % 5 + 1).to(x.dtype) / 4
+    one, other, factor = _channels(*weight.shape)
+    result = x.index_select(-1, one).sub_(x.index_select(-1, other).mul_(factor))
     return result if bias is None else result + bias
+
+
+@functools.lru_cache(maxsize=16)
+def _channels(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    channel = torch.arange(rows)
+    factor = (channel % 5 + 1).float() / 4
+    return channel * 7919 % columns, (channel * 104729 + 1) % columns, factor
 
 
 def _run(piece: Piece, given: Sequence[Any], num_tokens: int) -> list[Tensor]:

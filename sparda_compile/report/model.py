@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.report.schedule import Schedule
 
-__all__ = ["LayerPlan", "PassSummary", "Report", "SiteSummary"]
+__all__ = ["LayerPlan", "PassSummary", "PromptMemory", "Report", "SiteSummary"]
 
 _MORE: Final = "print() shows passes and attentions, to_html(path) writes a page with all."
 
@@ -65,6 +65,23 @@ class LayerPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptMemory:
+    """What reading a prompt takes on a GPU, beside weights and KV cache.
+
+    Attributes:
+        num_tokens: Columns that are read at once, of each sequence.
+        peak_bytes: Most bytes that are held at once.
+        peak_call: Name of the op or piece that holds them.
+        whole: Pieces that cannot run on slices of a prompt, each with the reason.
+    """
+
+    num_tokens: int
+    peak_bytes: int
+    peak_call: str
+    whole: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class PassSummary:
     """What one pass did to one graph.
 
@@ -108,6 +125,8 @@ class Report:
         selection_starts_at: Tokens of a sequence from which on a step leaves blocks out; None if
             it never does.
         selection: The same as a sentence.
+        weight_bytes: Of the model's weights and buffers, of Forecasts, and of joined copies.
+        prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
     """
 
     model: str
@@ -123,6 +142,8 @@ class Report:
     error: str = ""
     selection_starts_at: int | None = None
     selection: str = ""
+    weight_bytes: int = 0
+    prompt: PromptMemory | None = None
 
     @property
     def host_bytes(self) -> int:
@@ -133,6 +154,12 @@ class Report:
     def device_bytes(self) -> int:
         """Device memory that the KV cache will take."""
         return sum(p.page_bytes + p.summary_bytes + p.table_bytes for p in self.layers)
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Device memory that is taken while a prompt is read: weights, KV cache, all the rest."""
+        reading = self.prompt.peak_bytes if self.prompt is not None else 0
+        return self.weight_bytes + self.device_bytes + reading
 
     @property
     def sparse_sites(self) -> tuple[SiteSummary, ...]:
@@ -200,12 +227,26 @@ class Report:
     @property
     def _facts(self) -> dict[str, str]:
         share = self.forecast_parameters / max(self.model_parameters, 1)
-        return {
+        facts = {
             f"KV cache of {self.batch_size} x {self.max_tokens} tokens": (
                 f"{format_bytes(self.host_bytes)} in CPU memory, "
                 f"{format_bytes(self.device_bytes)} on the device"
             ),
             "Forecast": f"{self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
+        }
+        return facts | self._reading
+
+    @property
+    def _reading(self) -> dict[str, str]:
+        if self.prompt is None:
+            return {}
+        whole = "".join(f"; {name} runs whole: {reason}" for name, reason in self.prompt.whole)
+        return {
+            f"GPU memory while {self.batch_size} x {self.prompt.num_tokens} tokens are read": (
+                f"{format_bytes(self.peak_device_bytes)}: {format_bytes(self.weight_bytes)} of "
+                f"weights, {format_bytes(self.device_bytes)} of KV cache, "
+                f"{format_bytes(self.prompt.peak_bytes)} in {self.prompt.peak_call}{whole}"
+            )
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,6 +257,7 @@ class Report:
         plain["schedules"] = [schedule.to_dict() for schedule in self.schedules]
         plain["host_bytes"] = self.host_bytes
         plain["device_bytes"] = self.device_bytes
+        plain["peak_device_bytes"] = self.peak_device_bytes
         return plain
 
     def to_html(self, path: str | Path) -> Path:

@@ -18,7 +18,6 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Work
-from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named
 
@@ -61,7 +60,7 @@ def extend_kv(
     k: Tensor,
     v: Tensor,
     block_ids: Tensor | None,
-    token_mask: Tensor,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     pages: Tensor,
     block_table: Tensor,
@@ -82,7 +81,8 @@ def extend_kv(
         k: [B, G, T, D] new keys, after rotation.
         v: [B, G, T, D] new values.
         block_ids: [B, G, T, K] int32 blocks that each token has selected; None for a dense prefill.
-        token_mask: [B, T] bool, which tokens are real.
+        tokens: Of the new ones the positions [B, T], columns [B, T] and totals [B], int32, from
+            `number_tokens`.
         lengths: [B] int32, tokens before this step.
         pages: [B, G, C, 2, P, D], updated.
         block_table: [B, G, N] int32, updated.
@@ -97,12 +97,11 @@ def extend_kv(
 
         tables = (block_table, page_block, page_stamp)
         resident = extend.Resident(block_ids, sink_blocks, local_blocks, eviction)
-        extend.extend_kv(k, v, token_mask, lengths, pages, tables, resident)
+        extend.extend_kv(k, v, extend.Numbered(*tokens), lengths, pages, tables, resident)
         return
     groups, num_pages, size = k.shape[1], pages.shape[2], pages.shape[4]
     num_blocks = block_table.shape[-1]
-    position_BT = token_positions(lengths, token_mask, k.shape[2])
-    total_B = lengths.long() + token_mask.sum(1)
+    position_BT, _, total_B = (numbers.long() for numbers in tokens)
     block_N = torch.arange(num_blocks, device=k.device)
     first, last = (lengths.long() // size)[:, None], ((total_B - 1) // size)[:, None]
     touched = ((block_N >= first) & (block_N <= last))[:, None]
@@ -118,7 +117,7 @@ def extend_kv(
     stamp_B = (total_B - 1).clamp(min=0).int()
     assign_pages(ids_BGK, stamp_B, block_table, page_block, page_stamp, eviction)
 
-    row, column = torch.where(token_mask)
+    row, column = torch.where(position_BT >= 0)
     position = position_BT[row, column]
     page_ng = block_table[row, :, position // size]
     token, head = torch.where(page_ng >= 0)
@@ -170,7 +169,7 @@ def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
 def update_summary(
     k: Tensor,
     lengths: Tensor,
-    token_mask: Tensor | None,
+    tokens: Sequence[Tensor],
     tensors: Sequence[Tensor],
     summary: str,
     num_blocks: int,
@@ -183,7 +182,8 @@ def update_summary(
     Args:
         k: [B, G, T, D] new keys, after rotation.
         lengths: [B] int32, tokens before this step.
-        token_mask: [B, T] bool, which tokens are real; None means all, and T is 1.
+        tokens: Of a prompt's tokens the positions [B, T], columns [B, T] and totals [B], int32,
+            from `number_tokens`; empty for one token per sequence.
         tensors: The summary's tensors, updated.
         summary: Name of the summary.
         num_blocks: N.
@@ -194,13 +194,14 @@ def update_summary(
     geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
 
     def work() -> None:
-        kernel = _kernel(summary, is_prompt=token_mask is not None) if k.is_cuda else None
+        kernel = _kernel(summary, is_prompt=bool(tokens)) if k.is_cuda else None
         if kernel is None:
-            summary_named(summary).extend(tensors, k, lengths, token_mask, geometry)
-        elif token_mask is None:
-            kernel(k, lengths, tensors, geometry)
+            token_mask_BT = tokens[0] >= 0 if tokens else None
+            summary_named(summary).extend(tensors, k, lengths, token_mask_BT, geometry)
+        elif tokens:
+            kernel(k, tokens, lengths, tensors, geometry)
         else:
-            kernel(k, token_mask, lengths, tensors, geometry)
+            kernel(k, lengths, tensors, geometry)
 
     current_engine().submit(COMPUTE, work)
 
@@ -217,19 +218,16 @@ def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
 
 
 @define(mutates=("last_block_ids",))
-def remember_last(
-    block_ids: Tensor, token_mask: Tensor, lengths: Tensor, last_block_ids: Tensor
-) -> None:
+def remember_last(block_ids: Tensor, positions: Tensor, last_block_ids: Tensor) -> None:
     """Keep what the last token of a prompt has selected, for the hint of the next step.
 
     Args:
         block_ids: [B, G, T, K] int32, what each token has selected.
-        token_mask: [B, T] bool, which tokens are real; a sequence without one keeps its ids.
-        lengths: [B] int32, tokens before this call.
+        positions: [B, T] int32, -1 for padding; a sequence without a token keeps its ids.
         last_block_ids: [B, G, K] int32, updated.
     """
-    last_BGK = _of_last_token(block_ids, token_positions(lengths, token_mask, block_ids.shape[2]))
-    has_token_B11 = token_mask.any(1)[:, None, None]
+    last_BGK = _of_last_token(block_ids, positions)
+    has_token_B11 = (positions >= 0).any(1)[:, None, None]
     last_block_ids.copy_(torch.where(has_token_B11, last_BGK, last_block_ids))
 
 

@@ -1,6 +1,6 @@
 """Past blocks of a sparse prompt, side by side in the one buffer that its attention reads.
 
-    stage_blocks    in line, on the compute stream
+    stage_blocks    in line, or on the copy stream while the layer before computes
 
     staging   [B, G, S, 2, P, D]   first ceil(T / P) + 1 slots for the blocks of new tokens, which
                                    attention fills; then a slot for each past block that is read
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
-from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.prefill_attention import num_new_slots
 
@@ -55,7 +54,6 @@ def _stage(
     num_new = num_new_slots(block_ids.shape[2], staging.shape[4])
     num_room = staging.shape[2] - num_new
     if not num_room:
-        slots.fill_(-1)
         return
     if staging.is_cuda:
         from sparda_compile.kernels.gpu.stage import stage
@@ -87,8 +85,10 @@ def stage_blocks(
     host: Tensor,
     block_table: Tensor,
     num_past: int,
+    stream: int = 0,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Copy the past blocks that tokens of a prompt have selected to a buffer, in line.
+    """Copy the past blocks that tokens of a prompt have selected to a buffer.
 
     Args:
         block_ids: [B, G, T, K] int32 blocks that each token reads, -1 for none.
@@ -97,12 +97,16 @@ def stage_blocks(
         host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
         block_table: [B, G, N] int32.
         num_past: No sequence has more tokens in the cache.
+        stream: 0 compute, 1 copy.
+        after: Result of the fork, if blocks were chosen on the compute stream. Otherwise the copy
+            starts behind the selection.
 
     Returns:
         The buffer [B, G, S, 2, P, D], and the slot in it of each past block, [B, G, N] int32, -1
-        where no token has selected it.
+        where no token has selected it; without a past, any number.
     """
+    del after
     staging, slots = empty_staging(block_ids, pages, block_table, num_past)
     past = (pages, host, block_table)
-    current_engine().submit(COMPUTE, lambda: _stage(block_ids, lengths, past, staging, slots))
+    current_engine().submit(stream, lambda: _stage(block_ids, lengths, past, staging, slots))
     return staging, slots

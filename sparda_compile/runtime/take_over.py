@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparda_compile.errors import KVCacheError
-from sparda_compile.kernels.prefill_attention import token_positions
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.runtime.append import advance_lengths, extend_kv, update_summary
 from sparda_compile.runtime.transfer import store_blocks
 from sparda_compile.state.layout import LENGTHS, state_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -52,12 +52,13 @@ def take_over(
     kv.check_room(int(token_mask_BT.sum(1).max()))
     device = kv.state[LENGTHS].device
     mask_BT = token_mask_BT.to(device)
+    tokens = number_tokens(mask_BT, kv.state[LENGTHS])
     for shape in kv.layout.layers:
         k, v = (part.to(device) for part in keys_values[shape.layer])
         if shape.kind == "window":
-            _take_window(kv, shape.layer, k, v, mask_BT)
+            _take_window(kv, shape.layer, k, v, tokens[0].long())
         else:
-            _take_blocks(kv, shape, k, v, mask_BT)
+            _take_blocks(kv, shape, k, v, tokens)
     advance_lengths(mask_BT, kv.state[LENGTHS])
     kv.advance(mask_BT.shape[1], int(token_mask_BT.sum(1).max()))
 
@@ -85,7 +86,9 @@ def _check(shape: LayerShape, pair: tuple[Tensor, Tensor], mask_BT: Tensor) -> N
             )
 
 
-def _take_blocks(kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, mask_BT: Tensor) -> None:
+def _take_blocks(
+    kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, tokens: Sequence[Tensor]
+) -> None:
     def state(name: str) -> Tensor:
         return kv.state[state_name(name, shape.layer)]
 
@@ -95,7 +98,7 @@ def _take_blocks(kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, mask_BT: 
         k,
         v,
         None,
-        mask_BT,
+        tokens,
         lengths,
         pages,
         table,
@@ -110,7 +113,7 @@ def _take_blocks(kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, mask_BT: 
         update_summary(
             k,
             lengths,
-            mask_BT,
+            tokens,
             tensors,
             summary,
             geometry.num_blocks,
@@ -120,14 +123,13 @@ def _take_blocks(kv: KVCache, shape: LayerShape, k: Tensor, v: Tensor, mask_BT: 
         )
     if kv.layout.offload:
         counters = state("counters")
-        store_blocks([k, v], None, mask_BT, lengths, table, pages, state("host"), counters)
+        store_blocks([k, v], None, tokens, lengths, table, pages, state("host"), counters)
 
 
-def _take_window(kv: KVCache, layer: int, k: Tensor, v: Tensor, mask_BT: Tensor) -> None:
+def _take_window(kv: KVCache, layer: int, k: Tensor, v: Tensor, position_BT: Tensor) -> None:
     """Put the last tokens into the ring, each in the slot of its position."""
     rings = (kv.state[state_name(name, layer)] for name in ("ring_k", "ring_v"))
-    position_BT = token_positions(kv.state[LENGTHS], mask_BT, mask_BT.shape[1])
-    position_BT = position_BT[:, mask_BT.shape[1] - k.shape[2] :]
+    position_BT = position_BT[:, position_BT.shape[1] - k.shape[2] :]
     for ring, part in zip(rings, (k, v), strict=True):
         window = ring.shape[2]
         kept = (position_BT >= 0) & (position_BT > position_BT.amax(1, keepdim=True) - window)

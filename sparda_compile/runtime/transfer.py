@@ -29,7 +29,6 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE, COPY
 from sparda_compile.isa.table import Part, Work
-from sparda_compile.kernels.prefill_attention import token_positions
 
 __all__ = [
     "fetch_blocks",
@@ -77,7 +76,7 @@ def _store_tail(
 def _store_prefix(
     k: Tensor,
     v: Tensor,
-    token_mask: Tensor,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     block_table: Tensor,
     pages: Tensor,
@@ -91,10 +90,10 @@ def _store_prefix(
         from sparda_compile.kernels.gpu.prefill import store_prefix
 
         counter = counters[OFFLOADED:]
-        store_prefix(k, v, token_mask, lengths, block_table, pages, host, counter)
+        store_prefix(k, v, tokens, lengths, block_table, pages, host, counter)
         return
     size = pages.shape[4]
-    total_B = lengths.long() + token_mask.sum(1)
+    position_BT, _, total_B = (numbers.long() for numbers in tokens)
     first_B, end_B = lengths.long() // size, total_B // size
     # The first block may have older tokens, which only its page has.
     row = torch.where(end_B > first_B)[0]
@@ -102,7 +101,6 @@ def _store_prefix(
     heads = torch.arange(pages.shape[1])
     host[row, :, first_B[row]] = pages[row[:, None], heads, page_nG]
 
-    position_BT = token_positions(lengths, token_mask, k.shape[2])
     whole = (position_BT >= ((first_B + 1) * size)[:, None]) & (
         position_BT < (end_B * size)[:, None]
     )
@@ -117,7 +115,7 @@ def _store_prefix(
 def _store(
     new_kv: Sequence[Tensor],
     tail_page: Tensor | None,
-    token_mask: Tensor | None,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     block_table: Tensor | None,
     pages: Tensor,
@@ -126,9 +124,9 @@ def _store(
 ) -> None:
     if tail_page is not None:
         _store_tail(tail_page, lengths, pages, host, counters)
-    elif token_mask is not None and block_table is not None:
+    elif block_table is not None:
         k, v = new_kv
-        _store_prefix(k, v, token_mask, lengths, block_table, pages, host, counters)
+        _store_prefix(k, v, tokens, lengths, block_table, pages, host, counters)
 
 
 def _ticket(like: Tensor) -> Tensor:
@@ -245,7 +243,7 @@ def record_event(inputs: Sequence[Tensor], event: int, stream: int) -> Tensor:
 def store_blocks(
     new_kv: Sequence[Tensor],
     tail_page: Tensor | None,
-    token_mask: Tensor | None,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     block_table: Tensor | None,
     pages: Tensor,
@@ -257,14 +255,15 @@ def store_blocks(
     Args:
         new_kv: Prefill: the new keys and values [B, G, T, D]. Decode: empty.
         tail_page: Decode: [B, G] int32, page of the block that the new token went to.
-        token_mask: Prefill: [B, T] bool, which tokens are real.
+        tokens: Prefill: the positions [B, T], columns [B, T] and totals [B], int32, of the new
+            tokens, from `number_tokens`. Decode: empty.
         lengths: [B] int32, tokens before this step.
         block_table: Prefill: [B, G, N] int32.
         pages: [B, G, C, 2, P, D].
         host: [B, G, N, 2, P, D], updated; empty without offload.
         counters: [5] int64, updated.
     """
-    args = (new_kv, tail_page, token_mask, lengths, block_table, pages, host, counters)
+    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters)
     current_engine().submit(COMPUTE, lambda: _store(*args))
 
 
@@ -280,7 +279,7 @@ def store_blocks(
 def offload_blocks(
     new_kv: Sequence[Tensor],
     tail_page: Tensor | None,
-    token_mask: Tensor | None,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     block_table: Tensor | None,
     pages: Tensor,
@@ -294,7 +293,8 @@ def offload_blocks(
     Args:
         new_kv: Prefill: the new keys and values [B, G, T, D]. Decode: empty.
         tail_page: Decode: [B, G] int32, page of the block that the new token went to.
-        token_mask: Prefill: [B, T] bool, which tokens are real.
+        tokens: Prefill: the positions [B, T], columns [B, T] and totals [B], int32, of the new
+            tokens, from `number_tokens`. Decode: empty.
         lengths: [B] int32, tokens before this step.
         block_table: Prefill: [B, G, N] int32.
         pages: [B, G, C, 2, P, D].
@@ -307,7 +307,7 @@ def offload_blocks(
         A ticket for `wait_blocks`, an empty tensor.
     """
     del after
-    args = (new_kv, tail_page, token_mask, lengths, block_table, pages, host, counters)
+    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters)
     engine = current_engine()
     engine.submit(COPY, lambda: _store(*args))
     engine.record(event, COPY)

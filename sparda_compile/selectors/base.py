@@ -60,6 +60,11 @@ class Geometry:
         tokens = self.num_blocks * self.block_size
         return max((tokens - self.pool_size) // self.pool_stride + 1, 1)
 
+    @property
+    def num_open_blocks(self) -> int:
+        """Last full blocks of a sequence whose windows may reach into tokens to come; 1 or more."""
+        return max(-(-(self.pool_size - self.pool_stride) // self.block_size), 1)
+
 
 class Summary(Protocol):
     """Small tensors kept on the device that stand for all keys of a layer.
@@ -111,6 +116,8 @@ class Selector(Protocol):
         forecast_selector: The selector that scores a Forecast where this one scores a query.
         has_short_list: Whether the query picks `SpardaConfig.short_list` blocks and something else
             ranks the rest.
+        settles: Whether a block's score is made of its own windows alone, so that later keys leave
+            it as it is.
         reads_retention: Whether it reads a retention score from the last channel of each key, as
             models for NOSA carry it.
         is_comparable: Whether the scores of one step can be compared with those of another, and
@@ -122,6 +129,7 @@ class Selector(Protocol):
     summary: ClassVar[Summary]
     forecast_selector: ClassVar[str] = "forecast"
     has_short_list: ClassVar[bool] = False
+    settles: ClassVar[bool] = False
     reads_retention: ClassVar[bool] = False
     is_comparable: ClassVar[bool] = False
 

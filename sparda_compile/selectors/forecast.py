@@ -33,6 +33,7 @@ class Forecast(Selector):
     name: ClassVar[str] = "forecast"
     kernels: ClassVar[tuple[str, ...]] = ("_score_forecast",)
     summary: ClassVar[Summary] = PooledKeys()
+    settles: ClassVar[bool] = True
 
     def score(
         self,

@@ -75,6 +75,7 @@ class Quest(Selector):
     name: ClassVar[str] = "quest"
     kernels: ClassVar[tuple[str, ...]] = ("_score_quest",)
     summary: ClassVar[Summary] = KeyBounds()
+    settles: ClassVar[bool] = True
 
     def score(
         self,

@@ -123,6 +123,19 @@ class CacheLayout:
         return limit is not None and self._resident_bytes() > limit
 
     @property
+    def stages_ahead(self) -> bool:
+        """Whether a sparse prompt fetches a layer's past blocks while the layer before computes.
+
+        So it does where the Forecast selects by scores that no new key changes: what tokens read
+        of the past is then known before the layer's new keys are. Blocks that new keys do change
+        have to be local ones.
+        """
+        selector = self.strategy.forecast_selector
+        if selector is None or not self.strategy.selects_by_forecast or not self.offload:
+            return False
+        return selector.settles and self.config.local_blocks >= self.geometry.num_open_blocks
+
+    @property
     def num_pages(self) -> int:
         """C, device pages of one sequence and group."""
         if not self.offload:

@@ -6,12 +6,16 @@ itself with the prompt cut otherwise, copies late, and the KV cache elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.errors import KVCacheError
+from sparda_compile.errors import KVCacheError, TransferRaceError
 from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.isa.streams import COPY, SELECT
+from sparda_compile.program import program
 from sparda_compile.program.program import Program
 from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama, tiny_nosa
 
@@ -19,6 +23,7 @@ SMALL = {
     "block_size": 16, "pool_size": 8, "pool_stride": 4, "sink_blocks": 1, "local_blocks": 1,
     "top_k": 2, "lowering": "eager", "prefill": "sparse",
 }  # fmt: skip
+IN_LINE = ("insert_prefetch", "schedule_transfers")
 MODES = {
     "query": {"mode": "query"},
     "quest": {"mode": "query", "selector": "quest"},
@@ -174,6 +179,86 @@ def test_what_moves_bytes_changes_nothing(module_of, mode, chunk):
     for seed in range(3):
         with use_engine(DeferredEngine(seed)):
             assert torch.equal(run(page_ratio=1.0), want), seed
+
+
+class TestStagedAhead:
+    """A layer's past blocks come while the layer before computes, in mode forecast."""
+
+    @pytest.fixture
+    def late_of(self, module_of):
+        """Return a module of few pages, and the logits of a second turn on its own cache."""
+        ids, _ = ragged(150)
+
+        def logits_of(fast):
+            cache = fast.new_cache(256)
+            fast(ids[:, :100], past_key_values=cache)
+            return fast(ids[:, 100:], past_key_values=cache).logits
+
+        def make():
+            settings = {"page_ratio": 1.0, "max_tokens": 256, "machine": "h200"}
+            return module_of(mode="forecast", **settings), logits_of
+
+        return make
+
+    def plan_of(self, fast, rows=1):
+        return fast.programs.get("sparse_prefill", rows, 256, last_only=False).plan
+
+    def without(self, fast, name):
+        """Take an op out of a module's program, behind the verifier's back."""
+        plan = self.plan_of(fast)
+        graph = plan.graph_module.graph
+        graph.erase_node(next(n for n in graph.nodes if n.name == name))
+        plan.graph_module.recompile()
+        fast.programs.put(plan, Program(dataclasses.replace(plan), fast.programs.forecast))
+
+    def test_selection_and_copy_of_a_layer_come_before_the_attention_of_the_one_before(
+        self, late_of
+    ):
+        fast, logits_of = late_of()
+        logits_of(fast)
+        order = [n.name for n in self.plan_of(fast).graph_module.graph.nodes]
+        ahead = ("past_1", "stage_1", "staged_1")
+        assert max(map(order.index, ahead)) < order.index("attend_tokens_0")
+        waited = order.index("wait_blocks_1")
+        assert order.index("attend_tokens_0") < waited < order.index("block_ids_1")
+        schedule = self.plan_of(fast).schedule
+        streams = {row.node: row.stream for row in schedule.rows}
+        assert (streams["past_1"], streams["stage_1"]) == (SELECT, COPY)
+
+    @pytest.mark.parametrize("name", ["wait_blocks_0", "wait_blocks_1"])
+    def test_a_missing_wait_is_found_in_the_first_run(self, late_of, name):
+        fast, logits_of = late_of()
+        self.without(fast, name)
+        with pytest.raises(TransferRaceError, match=r"(copy|select) stream"):
+            logits_of(fast)
+
+    @pytest.mark.parametrize("name", ["wait_blocks_0", "wait_blocks_1"])
+    def test_late_copies_show_a_missing_wait(self, late_of, name, monkeypatch):
+        (right, logits_of), (fast, _) = late_of(), late_of()
+        want = logits_of(right)
+        monkeypatch.setattr(program, "check_recording", lambda *_: "unchecked")
+        self.without(fast, name)
+        # A machine without a second stream cannot tell.
+        assert torch.equal(logits_of(fast), want)
+        with use_engine(DeferredEngine()):
+            assert not torch.equal(logits_of(fast), want)
+
+    @pytest.mark.parametrize("hidden", [0, 1])
+    def test_what_is_staged_early_is_what_one_selection_reads(self, module_of, hidden):
+        """Bit-equal with the same choice made at once, in every chunk and sequence."""
+        ids, mask = ragged(150, 37, 93)
+        mask[0, 70:72] = 1 - hidden
+        for chunk in (7, 33, 64, None):
+            settings = {"mode": "forecast", "chunk_tokens": chunk, "max_tokens": 256}
+            early = module_of(**settings)
+            at_once = module_of(**settings, disable_passes=IN_LINE)
+            got, want = (m(ids, attention_mask=mask).logits for m in (early, at_once))
+            assert torch.equal(got, want), chunk
+            ops = [
+                {n.name for n in self.plan_of(fast, 3).graph_module.graph.nodes}
+                for fast in (early, at_once)
+            ]
+            assert "past_1" in ops[0] - ops[1]
 
 
 @pytest.mark.slow

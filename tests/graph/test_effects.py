@@ -36,6 +36,7 @@ WRITES = {
     "begin_prediction": {"level", "trend"},
     "advance_lengths": {"lengths"},
     "update_summary": {"tensors"},
+    "attend_tokens": {"staging"},
     "wait_blocks": {"buffers"},
 }
 
@@ -66,6 +67,10 @@ def test_state_is_a_placeholder_with_its_prefix(graph):
     assert not is_state(named(graph, "plan_0"))
     assert not is_state(next(n for n in graph.nodes if n.op == "placeholder"))
     assert not is_state(3)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        number = graph.placeholder("sparda_num_past")
+    number.meta["val"] = 0
+    assert not is_state(number)
     assert not is_state(None)
 
 

@@ -203,8 +203,10 @@ def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
     level[:, :, :3] = 0.7
     trend = torch.zeros_like(level)
     want_level, want_trend = level.clone(), trend.clone()
+    _, columns, totals = torch.ops.sparda.number_tokens(mask, lengths)
     torch.ops.sparda.begin_prediction(
-        query, tensors, mask, lengths, level, trend, selector, 0.3, 12, SIZE, 8, 4, 0.4, 0.3,
+        query, tensors, columns, totals, lengths, level, trend, selector, 0.3, 12, SIZE, 8, 4, 0.4,
+        0.3,
         rule.is_comparable, geometry.short_list, geometry.sink_blocks, geometry.local_blocks,
     )  # fmt: skip
     for row in range(2):

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.prefill_attention import (
     _causal_of_real,
     attend_tokens,
@@ -80,8 +81,8 @@ class Case:
         past = (self.pages, self.host, self.table)
         staged = stage_blocks(ids, self.lengths, *past, num_past)
         return attend_tokens(
-            self.query, self.k, self.v, ids, self.mask, self.lengths, *staged, self.pages,
-            self.table, 0.3, softcap,
+            self.query, self.k, self.v, ids, number_tokens(self.mask, self.lengths), self.lengths,
+            *staged, self.pages, self.table, 0.3, softcap,
         )  # fmt: skip
 
     def check(self, got, softcap, assert_near):
@@ -115,6 +116,7 @@ def test_attention_is_causal_over_past_and_new(
     case = Case(lengths, num_tokens, padding, repeat=repeat, dim=dim, dtype=dtype, offload=offload)
     got = case.attend(softcap)
     assert got.dtype == dtype
+    assert got.transpose(1, 2).is_contiguous()  # as the next projection reads it
     case.check(got, softcap, assert_near)
 
 
@@ -128,6 +130,7 @@ def test_a_caller_may_know_no_better_bound_of_the_past(assert_near, more):
 def test_where_nothing_is_hidden_no_mask_is_read():
     case = Case([0, 0], 19, [0, 0], repeat=3, dim=16, dtype=torch.float32)
     want = case.attend(0.0)
+    assert want.transpose(1, 2).is_contiguous()
     case.mask = torch.zeros(2, 0, dtype=torch.bool)
     assert torch.equal(case.attend(0.0, may_hide=False), want)
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from sparda_compile import ops
+from sparda_compile.isa.engines import DeferredEngine, current_engine, use_engine
+from sparda_compile.isa.streams import SELECT
 from sparda_compile.kernels import select_tokens as room
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.selectors import SELECTORS, Geometry
 
 assert ops.OPS
@@ -36,8 +39,8 @@ def case(selector, lengths, mask):
 
 def select(selector, query, tensors, mask, lengths):
     return room.select_tokens(
-        query, tensors, mask, lengths, int(lengths.max()), selector, 0.3, BLOCKS, SIZE, 8, 4,
-        *CHOICE,
+        query, tensors, number_tokens(mask, lengths)[0], lengths, int(lengths.max()), selector, 0.3,
+        BLOCKS, SIZE, 8, 4, *CHOICE,
         GEOMETRY.short_list if SELECTORS[selector].has_short_list else 0,
     )  # fmt: skip
 
@@ -80,6 +83,74 @@ def test_equals_decode_at_each_position(monkeypatch, selector, mask, most):
     got = select(selector, query, tensors, mask, lengths)
     assert torch.equal(got, at_each_position(selector, query, tensors, mask, lengths))
     assert (got[~mask[:, None].expand(got.shape[:3])] == -1).all()
+
+
+def places(mask, lengths):
+    return number_tokens(mask, lengths)[0]
+
+
+def of_the_past(tensors, lengths):
+    """Return the pooled keys before there are new ones: NaN where those will be."""
+    before = [t.clone() for t in tensors]
+    for row, length in enumerate(lengths.tolist()):
+        before[0][row, :, max((length - 8) // 4 + 1, 0) :] = float("nan")
+    return before
+
+
+@pytest.mark.parametrize("most", [1, 1 << 24])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("lengths", [(130, 57), (128, 64), (41, 0)])
+def test_what_is_picked_of_the_past_first_is_the_same_choice(monkeypatch, lengths, mask, most):
+    """In the middle of a block and at its end; behind the budget, before it and at the start."""
+    monkeypatch.setattr(room, "_MOST_NUMBERS", most)
+    lengths = torch.tensor(lengths, dtype=torch.int32)[: len(mask)]
+    query, tensors = case("forecast", lengths, mask)
+    want = select("forecast", query, tensors, mask, lengths)
+    known = (
+        places(mask, lengths),
+        lengths,
+        int(lengths.max()),
+        "forecast",
+        0.3,
+        BLOCKS,
+        SIZE,
+        8,
+        4,
+        *CHOICE,
+    )
+    near = room.select_past(query, of_the_past(tensors, lengths), *known)
+    got = room.select_tokens(query, tensors, *known, 0, *near)
+    assert torch.equal(got, want)
+    # So a past block that is read was among those that were picked first.
+    first = (lengths // SIZE)[:, None, None, None]
+    is_past = (got >= 0) & (got < first)
+    assert ((got[..., None] == near[0][..., None, :]).any(-1) | ~is_past).all()
+    assert (near[0] <= first).all()
+    assert is_past.any()
+    assert (near[0][~mask[:, None].expand(near[0].shape[:3])] == -1).all()
+
+
+def test_without_a_past_nothing_is_picked_of_it():
+    mask, none = torch.ones(1, 80, dtype=torch.bool), torch.zeros(1, dtype=torch.int32)
+    query, tensors = case("forecast", none, mask)
+    known = (places(mask, none), none, 0, "forecast", 0.3, BLOCKS, SIZE, 8, 4, *CHOICE)
+    near = room.select_past(query, of_the_past(tensors, none), *known)
+    assert near[0].shape == near[1].shape == (1, GROUPS, 80, 1)
+    got = room.select_tokens(query, tensors, *known, 0, *near)
+    assert torch.equal(got, select("forecast", query, tensors, mask, none))
+
+
+def test_the_past_is_picked_where_its_stream_says():
+    mask, lengths = MASKS["one sequence"], torch.tensor([130], dtype=torch.int32)
+    query, tensors = case("forecast", lengths, mask)
+    known = (places(mask, lengths), lengths, 130, "forecast", 0.3, BLOCKS, SIZE, 8, 4, *CHOICE)
+    want = room.select_past(query, tensors, *known)
+    with use_engine(DeferredEngine()) as engine:
+        got = room.select_past(query, tensors, *known, SELECT)
+        assert engine.num_pending == 1
+        current_engine().record(0, SELECT)
+        current_engine().wait(0)
+    assert torch.equal(got[0], want[0])
 
 
 def test_tokens_within_the_budget_read_every_block():

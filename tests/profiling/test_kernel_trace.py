@@ -31,8 +31,9 @@ GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
 # Of a prompt alone, which nothing profiles by node.
 OTHER_KERNELS = {
     "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_pooled_keys",
-    "_extend_key_bounds", "_store_prefix", "_token_sums", "_token_blocks", "_pick_tokens",
-    "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed", "_order_tokens",
+    "_extend_key_bounds", "_store_prefix",
+    "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
+    "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_pack_blocks", "_tile_unions",
     "_attend_tokens",
 }  # fmt: skip

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.runtime.append import (
     advance_lengths,
     append_kv,
@@ -24,7 +25,7 @@ def empty(rows, groups, num_blocks, num_pages, dim=3):
 
 def extend(state, k, v, mask, lengths, sink=1, local=1):
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    extend_kv(k, v, None, mask, lengths, *state, sink, local, "lru")
+    extend_kv(k, v, None, number_tokens(mask, lengths), lengths, *state, sink, local, "lru")
 
 
 def test_append_writes_one_slot_per_row_and_group():
@@ -102,7 +103,7 @@ def test_update_summary_goes_to_the_summary_of_that_name(summary, shapes):
     tensors = [torch.zeros(1, 2, *shape) for shape in shapes]
     k = torch.ones(1, 2, 10, 4)
     lengths, mask = torch.zeros(1, dtype=torch.int32), torch.ones(1, 10, dtype=torch.bool)
-    update_summary(k, lengths, mask, tensors, summary, 4, SIZE, 8, 4)
+    update_summary(k, lengths, number_tokens(mask, lengths), tensors, summary, 4, SIZE, 8, 4)
     assert tensors[0][:, :, 0].eq(1.0).any()
 
 

@@ -14,6 +14,7 @@ from sparda_compile.errors import (
     KVCacheError,
     UnsupportedInputError,
 )
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.runtime import kv_cache
 from sparda_compile.runtime.append import advance_lengths, extend_kv
 from sparda_compile.runtime.kv_cache import KVCache
@@ -48,9 +49,10 @@ def fill(kv, token_counts):
     new = torch.randn(2, len(token_counts), 2, width, 4)
     mask = torch.arange(width) < torch.tensor(token_counts)[:, None]
     tables = (state["block_table"], state["page_block"], state["page_stamp"])
-    extend_kv(*new, None, mask, state["lengths"], state["pages"], *tables, 1, 1, "lru")
+    tokens = number_tokens(mask, state["lengths"])
+    extend_kv(*new, None, tokens, state["lengths"], state["pages"], *tables, 1, 1, "lru")
     store_blocks(
-        list(new), None, mask, state["lengths"], tables[0], state["pages"], state["host"],
+        list(new), None, tokens, state["lengths"], tables[0], state["pages"], state["host"],
         state["counters"],
     )  # fmt: skip
     advance_lengths(mask, state["lengths"])

@@ -19,6 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from sparda_compile import SpardaConfig
 from sparda_compile.isa.engines import DeferredEngine, ImmediateEngine, use_engine
 from sparda_compile.isa.streams import COMPUTE, COPY
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.runtime.append import (
     advance_lengths,
     append_kv,
@@ -179,7 +180,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.counts[3] += num_fetched
         return plan
 
-    def take_in(self, kv, mask):
+    def take_in(self, kv, tokens):
         for summary, names in (
             ("pooled_keys", ("pooled_k", "recent_k")),
             ("key_bounds", ("key_bounds",)),
@@ -187,7 +188,7 @@ class CacheMachine(RuleBasedStateMachine):
             tensors = [self.tensor(name) for name in names]
             num_blocks = self.kv.layout.num_blocks
             update_summary(
-                kv[0], self.lengths, mask, tensors, summary, num_blocks, SIZE, POOL, STRIDE
+                kv[0], self.lengths, tokens, tensors, summary, num_blocks, SIZE, POOL, STRIDE
             )
 
     @precondition(lambda self: self.room() > 0)
@@ -214,17 +215,17 @@ class CacheMachine(RuleBasedStateMachine):
             if hinted:
                 append_kv(*kv, tail, self.lengths, pools[1])
                 ticket = prefetch_blocks(blocks, pages, *pools, 2)
-                self.take_in(kv, None)
+                self.take_in(kv, [])
                 wait_blocks(ticket, [pools[1]], [blocks, pages], 2)
             else:
                 fetch_blocks(blocks, pages, *pools)
                 append_kv(*kv, tail, self.lengths, pools[1])
-                self.take_in(kv, None)
+                self.take_in(kv, [])
             for row in range(ROWS):
                 self.k[row] = torch.cat([self.k[row], kv[0, row]], dim=1)
                 self.v[row] = torch.cat([self.v[row], kv[1, row]], dim=1)
             self.check_selected(lists, page_ids, is_miss, tail)
-            self.store([], tail, None, in_line=not hinted)
+            self.store([], tail, [], in_line=not hinted)
             advance_lengths(None, self.lengths)
         self.kv.advance(1, 1)
 
@@ -245,13 +246,13 @@ class CacheMachine(RuleBasedStateMachine):
         want = torch.stack([self.k[row][group, tokens], self.v[row][group, tokens]])
         assert torch.equal(stored[:, : want.shape[1]], want), (row, group, block)
 
-    def store(self, new_kv, tail, mask, in_line):
+    def store(self, new_kv, tail, tokens, in_line):
         """Write full blocks to the host; the model counts them once its tokens are in."""
         host, pages, counters = (self.tensor(n) for n in ("host", "pages", "counters"))
         if not self.kv.layout.offload:
             return
-        table = None if mask is None else self.tensor("block_table")
-        args = (new_kv, tail, mask, self.lengths, table, pages, host, counters)
+        table = self.tensor("block_table") if tokens else None
+        args = (new_kv, tail, tokens, self.lengths, table, pages, host, counters)
         if in_line:
             store_blocks(*args)
         else:
@@ -273,11 +274,12 @@ class CacheMachine(RuleBasedStateMachine):
         mask[rng.randrange(ROWS)] = True
         kv = self.draw_kv(rng, num_tokens)
         eviction = self.kv.layout.config.eviction
+        tokens = number_tokens(mask, self.lengths)
         with use_engine(self.engine):
             extend_kv(
                 *kv,
                 None,
-                mask,
+                tokens,
                 self.lengths,
                 self.tensor("pages"),
                 *self.tables,
@@ -285,12 +287,12 @@ class CacheMachine(RuleBasedStateMachine):
                 LOCAL,
                 eviction,
             )
-            self.take_in(kv, mask)
+            self.take_in(kv, tokens)
             for row in range(ROWS):
                 self.keep_resident(row, int(mask[row].sum()))
                 self.k[row] = torch.cat([self.k[row], kv[0, row][:, mask[row]]], dim=1)
                 self.v[row] = torch.cat([self.v[row], kv[1, row][:, mask[row]]], dim=1)
-            self.store(list(kv), None, mask, in_line)
+            self.store(list(kv), None, tokens, in_line)
             advance_lengths(mask, self.lengths)
         self.kv.advance(num_tokens, num_tokens)
 

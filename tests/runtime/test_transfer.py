@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.runtime.transfer import (
     fetch_blocks,
     fork_stream,
@@ -63,7 +64,7 @@ def test_without_a_host_pool_nothing_moves(pools):
     fetch_blocks(BLOCKS, PAGES, torch.empty(0), pages)
     lengths = torch.tensor([15, 31], dtype=torch.int32)
     tail = torch.zeros(2, 2, dtype=torch.int32)
-    store_blocks([], tail, None, lengths, None, pages, torch.empty(0), counters)
+    store_blocks([], tail, [], lengths, None, pages, torch.empty(0), counters)
     assert torch.equal(pages, before)
     assert not counters.any()
 
@@ -76,7 +77,7 @@ def test_store_takes_the_tail_blocks_that_the_token_filled(pools, in_line):
     want = host.clone()
     want[0, 0, 2], want[0, 1, 2] = pages[0, 0, 2], pages[0, 1, 0]
     counters = torch.zeros(5, dtype=torch.int64)
-    args = ([], tail, None, lengths, None, pages, host, counters)
+    args = ([], tail, [], lengths, None, pages, host, counters)
     if in_line:
         store_blocks(*args)
     else:
@@ -101,6 +102,7 @@ def test_store_takes_every_block_that_a_prompt_filled(pools):
     # Positions 32 to 47 are the new tokens 12 to 27.
     want[0, :, 2, 0], want[0, :, 2, 1] = k[0, :, 12:28], v[0, :, 12:28]
     counters = torch.zeros(5, dtype=torch.int64)
-    store_blocks([k, v], None, mask, lengths, table, pages, host, counters)
+    tokens = number_tokens(mask, lengths)
+    store_blocks([k, v], None, tokens, lengths, table, pages, host, counters)
     assert torch.equal(host, want)
     assert counters.tolist() == [0, 0, 0, 0, 4]

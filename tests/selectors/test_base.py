@@ -22,6 +22,21 @@ def test_num_windows(geometry, num_windows):
     assert geometry.num_windows == num_windows
 
 
+@pytest.mark.parametrize(
+    ("sizes", "num_open"),
+    [((64, 32, 16), 1), ((16, 16, 16), 1), ((16, 20, 4), 1), ((16, 24, 4), 2), ((8, 64, 8), 7)],
+)
+def test_windows_that_reach_into_tokens_to_come_are_of_the_open_blocks(sizes, num_open):
+    size, pool, stride = sizes
+    geometry = Geometry(40, *sizes)
+    assert geometry.num_open_blocks == num_open
+    for length in range(20 * size, 22 * size):
+        first = length // size
+        settled = (first - num_open) * size  # where the open blocks begin
+        starts = [s for s in range(0, length, stride) if s + pool > length and s < first * size]
+        assert all(start >= settled for start in starts)
+
+
 def test_valid_tokens_are_the_masked_in_order():
     k_GTD = torch.arange(12.0).view(2, 3, 2)
     assert valid_tokens(k_GTD, None) is k_GTD

@@ -46,6 +46,24 @@ def test_without_offload_every_block_has_a_page(config):
     assert sizes.num_bytes(on_host=True) == 0
 
 
+@pytest.mark.parametrize(
+    ("config", "is_ahead"),
+    [
+        ({"mode": "forecast"}, True),
+        ({"mode": "query"}, False),
+        ({"mode": "exact"}, False),
+        ({"mode": "forecast", "offload": "never"}, False),
+        ({"mode": "forecast", "local_blocks": 0}, False),
+        ({"mode": "forecast", "local_blocks": 1}, True),
+        ({"mode": "forecast", "selector": "nosa"}, False),  # a short list is a choice among all
+        ({"mode": "forecast", "block_size": 16, "pool_size": 64, "local_blocks": 2}, False),
+        ({"mode": "forecast", "block_size": 16, "pool_size": 64, "local_blocks": 3}, True),
+    ],
+)
+def test_the_past_is_staged_ahead_where_new_keys_change_no_score_of_it(config, is_ahead):
+    assert layout(**config).stages_ahead == is_ahead
+
+
 def test_auto_offloads_what_does_not_fit():
     resident = layout(offload="never").num_bytes(on_host=False)
     assert not layout(offload="auto", device_bytes=resident).offload

@@ -14,6 +14,7 @@ of all on the same multiprocessor, so that a gather is many programs with little
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 import triton
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GATHER_PROGRAMS",
+    "block_bytes",
     "chunk_words",
     "copy_runs",
     "copy_words",
@@ -109,6 +111,11 @@ def _gather_listed(
     )
 
 
+def block_bytes(pages: Tensor) -> int:
+    """Return the bytes of one block of `pages` [B, G, C, 2, P, D]."""
+    return math.prod(pages.shape[3:]) * pages.element_size()
+
+
 def chunk_words(block_words: int, num_programs: int) -> int:
     """Return how many words a program of a gather has in flight: a block, or a part of it."""
     share = _WORDS_IN_FLIGHT // power_of_two(num_programs)
@@ -132,7 +139,7 @@ def gather(
         num_programs: Programs, which have 256 KiB in flight together and 32 KiB each at most.
     """
     batch, groups, selected = miss_blocks_BGK.shape
-    words = pages[0, 0, 0].numel() * pages.element_size() // 4
+    words = block_bytes(pages) // 4
     chunk = chunk_words(words, num_programs)
     rows = power_of_two(batch * groups)
     columns = min(power_of_two(selected), max(_COUNT_TILE // rows, 1))
@@ -162,7 +169,7 @@ def gather_listed(
         num_programs: As for `gather`.
     """
     num_rows, listed = blocks_nL.shape
-    words = staging[0, 0, 0].numel() * staging.element_size() // 4
+    words = block_bytes(staging) // 4
     chunk = chunk_words(words, num_programs)
     launch(_gather_listed, (num_programs,))(
         blocks_nL, slots_nL, counts_n, host_BG, staging, listed, num_rows, staging.shape[2],
@@ -202,7 +209,7 @@ def store_tail(
         counter: One int64, raised by the number of blocks.
     """
     batch, groups, num_pages, _, size, _ = pages.shape
-    words = pages[0, 0, 0].numel() * pages.element_size() // 4
+    words = block_bytes(pages) // 4
     chunk = min(power_of_two(words), _CHUNK_WORDS)
     launch(_store_tail, (batch * groups, triton.cdiv(words, chunk)))(
         tail_page_BG, lengths_B, pages, host_BG, counter, groups, num_pages, size, words, chunk,

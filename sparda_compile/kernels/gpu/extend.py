@@ -83,7 +83,7 @@ def _number_tokens(
 
 
 def number_tokens(token_mask_BT: Tensor, lengths_B: Tensor) -> Numbered:
-    """Count the new tokens; see `kernels.prefill_attention.token_positions`.
+    """Count the new tokens; see `kernels.number_tokens`.
 
     Args:
         token_mask_BT: bool, which tokens are real.
@@ -247,7 +247,7 @@ def _extend_kv(
 def extend_kv(
     k_BGTD: Tensor,
     v_BGTD: Tensor,
-    token_mask_BT: Tensor,
+    numbered: Numbered,
     lengths_B: Tensor,
     pages: Tensor,
     tables: Sequence[Tensor],
@@ -258,7 +258,7 @@ def extend_kv(
     Args:
         k_BGTD: New keys, of any strides.
         v_BGTD: New values.
-        token_mask_BT: bool, which tokens are real.
+        numbered: The new tokens.
         lengths_B: int32, tokens before this step.
         pages: [B, G, C, 2, P, D], updated.
         tables: `block_table`, `page_block` and `page_stamp`, updated.
@@ -266,7 +266,6 @@ def extend_kv(
     """
     batch, groups, num_pages, _, size, dim = pages.shape
     num_tokens = k_BGTD.shape[2]
-    numbered = number_tokens(token_mask_BT, lengths_B)
     _keep(numbered, lengths_B, tables, size, resident)
     k, *k_strides = tokens_of(k_BGTD)
     v, *v_strides = tokens_of(v_BGTD)

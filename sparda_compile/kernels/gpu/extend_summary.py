@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.extend import number_tokens
 from sparda_compile.kernels.gpu.launch import launch, power_of_two, tokens_of
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def _extend_pooled_keys(
 
 def _pooled_keys(
     k_BGTD: Tensor,
-    token_mask_BT: Tensor,
+    tokens: Sequence[Tensor],
     lengths_B: Tensor,
     tensors: Sequence[Tensor],
     geometry: Geometry,
@@ -106,12 +105,12 @@ def _pooled_keys(
     pooled_BGWD, recent_BGPD = tensors
     batch, groups, num_windows, dim = pooled_BGWD.shape
     num_tokens, size, stride = k_BGTD.shape[2], recent_BGPD.shape[2], geometry.pool_stride
-    numbered = number_tokens(token_mask_BT, lengths_B)
+    _, columns, totals = tokens
     k, *strides = tokens_of(k_BGTD)
     num_old = triton.cdiv(size, stride)
     items = 1 + max(triton.cdiv(num_tokens, stride) - num_old, 0)
     launch(_extend_pooled_keys, (items, batch * groups))(
-        k, numbered.columns, lengths_B, numbered.totals, pooled_BGWD, recent_BGPD, *strides,
+        k, columns, lengths_B, totals, pooled_BGWD, recent_BGPD, *strides,
         groups, num_tokens, num_windows, size, power_of_two(size), stride, num_old, dim,
         power_of_two(dim), num_warps=4,
     )  # fmt: skip
@@ -150,7 +149,7 @@ def _extend_key_bounds(
 
 def _key_bounds(
     k_BGTD: Tensor,
-    token_mask_BT: Tensor,
+    tokens: Sequence[Tensor],
     lengths_B: Tensor,
     tensors: Sequence[Tensor],
     geometry: Geometry,
@@ -158,18 +157,18 @@ def _key_bounds(
     (bounds_BGN2D,) = tensors
     batch, groups, num_blocks, _, dim = bounds_BGN2D.shape
     num_tokens, size = k_BGTD.shape[2], geometry.block_size
-    numbered = number_tokens(token_mask_BT, lengths_B)
+    _, columns, totals = tokens
     k, *strides = tokens_of(k_BGTD)
     # The first token may be the last of its block.
     items = triton.cdiv(num_tokens - 1, size) + 1
     launch(_extend_key_bounds, (items, batch * groups))(
-        k, numbered.columns, lengths_B, numbered.totals, bounds_BGN2D, *strides, groups,
+        k, columns, lengths_B, totals, bounds_BGN2D, *strides, groups,
         num_tokens, num_blocks, size, min(power_of_two(size), _ROWS), dim, power_of_two(dim),
         num_warps=4,
     )  # fmt: skip
 
 
-# As `append.SUMMARY_KERNELS`, for many tokens and a mask of them.
+# As `append.SUMMARY_KERNELS`, for many tokens: their positions, columns and totals come second.
 PROMPT_SUMMARY_KERNELS: Final[dict[str, Callable[..., None]]] = {
     "pooled_keys": _pooled_keys,
     "key_bounds": _key_bounds,

@@ -5,6 +5,9 @@
 
 A program picks for one token of one KV head, of as many blocks as any token of the launch may have:
 a tile of 2048 takes 2.5 times less than one of 4096, on an H200.
+
+Blocks may be picked at two times: of the past, with the scores of those picked; and then of these
+and of the blocks that new tokens change.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 from sparda_compile.kernels.gpu.score import complete_windows
-from sparda_compile.kernels.gpu.select import find_largest, pick
+from sparda_compile.kernels.gpu.select import find_largest, pick, pick_listed
+from sparda_compile.kernels.gpu.token_scores import first_scored
 from sparda_compile.selectors.nosa import LISTED
 
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from sparda_compile.kernels.gpu.select import Choice
     from sparda_compile.selectors import Geometry
 
-__all__ = ["pick_tokens"]
+__all__ = ["pick_near", "pick_past", "pick_tokens"]
 
 _LISTED = tl.constexpr(LISTED)
 _MOST = tl.constexpr(0x7FFFFFFF)
@@ -107,6 +111,75 @@ def _pick_tokens(
         tl.store(ids_at + rank, block, mask=picked)
 
 
+@triton.jit
+def _pick_past(
+    scores, positions, lengths, ids, known, groups, num_tokens, num_blocks, begin, sink, local,
+    SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    local_token, pair = tl.program_id(0), tl.program_id(1)
+    token, row = begin + local_token, pair // groups
+    position, length = tl.load(positions + row * num_tokens + token), tl.load(lengths + row)
+    first = length // SIZE
+    column = tl.arange(0, COLUMNS)
+    inside = column < SELECTED
+    own = (pair.to(tl.int64) * num_tokens + token) * SELECTED
+    if position < SELECTED * SIZE:
+        # It reads all blocks that there are, by no score.
+        last = tl.where(position < 0, -1, first)
+        tl.store(ids + own + column, tl.where(column <= last, column, -1), mask=inside)
+    else:
+        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
+        block = tl.arange(0, BLOCKS)
+        complete = complete_windows(length, POOL, STRIDE)
+        score = _best_of_two(
+            at, block, block < num_blocks, complete, at + num_blocks, RATIO, OVERHANG
+        )
+        picked = pick(score, first, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
+        tl.store(ids + own + rank, block, mask=picked)
+        tl.store(known + own + rank, score, mask=picked)
+        is_left = inside & (column >= tl.sum(picked.to(tl.int32), 0))
+        tl.store(ids + own + column, tl.full([COLUMNS], -1, tl.int32), mask=is_left)
+
+
+@triton.jit
+def _pick_near(
+    scores, positions, lengths, near_ids, near_scores, ids, groups, num_tokens, num_blocks, begin,
+    sink, local,
+    SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, OVERHANG: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    local_token, pair = tl.program_id(0), tl.program_id(1)
+    token, row = begin + local_token, pair // groups
+    position, length = tl.load(positions + row * num_tokens + token), tl.load(lengths + row)
+    current = tl.where(position < 0, -1, position // SIZE)
+    entry = tl.arange(0, LISTED)
+    inside = entry < SELECTED
+    own = (pair.to(tl.int64) * num_tokens + token) * SELECTED
+    if position < SELECTED * SIZE:
+        tl.store(ids + own + entry, tl.where(entry <= current, entry, -1), mask=inside)
+    else:
+        # Near blocks that no new token changes, then all others.
+        bound = tl.maximum(length // SIZE - 1, 0)
+        near = tl.load(near_ids + own + entry, mask=inside, other=-1)
+        is_near = inside & (near >= 0) & (near < bound)
+        block = tl.where(inside, near, bound + entry - SELECTED)
+        is_new = (entry >= SELECTED) & (block <= current)
+        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
+        at -= first_scored(length, SIZE)
+        complete = complete_windows(position, POOL, STRIDE)
+        score = _best_of_two(at, block, is_new, complete, at + num_blocks, RATIO, OVERHANG)
+        known = tl.load(near_scores + own + entry, mask=is_near, other=float("-inf"))
+        forced = (block < sink) | (block >= current - local)
+        score = tl.where(is_near, known, score)
+        picked = pick_listed(score, forced, is_near | is_new, SELECTED)
+        rank = tl.cumsum(picked.to(tl.int32), 0) - 1
+        tl.store(ids + own + rank, block, mask=picked)
+        is_left = inside & (entry >= tl.sum(picked.to(tl.int32), 0))
+        tl.store(ids + own + entry, tl.full([LISTED], -1, tl.int32), mask=is_left)
+
+
 def _pick_warps(num_blocks: int) -> int:
     """Return the warps of a program that picks: the fewest that hold so many scores.
 
@@ -139,12 +212,76 @@ def pick_tokens(
     """
     (begin, end, seen), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
     pairs, _, _, num_blocks = scores.shape
-    size, stride, pool = geometry.block_size, geometry.pool_stride, geometry.pool_size
     blocks = power_of_two(max(min(num_blocks, seen), selected), _LEAST_BLOCKS)
     launch(_pick_tokens, (end - begin, pairs))(
         scores, scores if retention is None else retention, positions_BT, ids_BGTK, groups,
         num_tokens, num_blocks, 0 if retention is None else retention.shape[2], begin,
-        choice.sink_blocks, choice.local_blocks, geometry.short_list, selected, size, pool, stride,
-        size // stride, max(pool // stride - 1, 0), blocks, power_of_two(selected),
-        retention is not None, num_warps=_pick_warps(blocks),
+        choice.sink_blocks, choice.local_blocks, geometry.short_list, *_sizes(geometry, choice),
+        blocks, power_of_two(selected), retention is not None, num_warps=_pick_warps(blocks),
+    )  # fmt: skip
+
+
+def _sizes(geometry: Geometry, choice: Choice) -> tuple[int, ...]:
+    """Return what kernels are compiled for: blocks of a token, and windows of a block."""
+    size, stride, pool = geometry.block_size, geometry.pool_stride, geometry.pool_size
+    return choice.num_selected, size, pool, stride, size // stride, max(pool // stride - 1, 0)
+
+
+def pick_past(
+    scores: Tensor,
+    places: tuple[Tensor, Tensor],
+    picked: tuple[Tensor, Tensor],
+    tokens: tuple[int, int],
+    geometry: Geometry,
+    choice: Choice,
+) -> None:
+    """Pick what some tokens would read at the first new position, and note its scores.
+
+    Args:
+        scores: [pairs, t, 2, n] fp32 of the blocks up to that of the first new token.
+        places: [B, T] int32 positions, -1 where no token is, and [B] int32 tokens before the call.
+        picked: [B, G, T, K] int32 ids and fp32 scores; those of the tokens are written.
+        tokens: The first, and the one behind the last.
+        geometry: Sizes.
+        choice: What to pick.
+    """
+    (begin, end), (_, groups, num_tokens, selected) = tokens, picked[0].shape
+    pairs, _, _, num_blocks = scores.shape
+    blocks = power_of_two(max(num_blocks, selected), _LEAST_BLOCKS)
+    launch(_pick_past, (end - begin, pairs))(
+        scores, *places, *picked, groups, num_tokens, num_blocks, begin, choice.sink_blocks,
+        choice.local_blocks, *_sizes(geometry, choice), blocks, power_of_two(selected),
+        num_warps=_pick_warps(blocks),
+    )  # fmt: skip
+
+
+def pick_near(
+    scores: Tensor,
+    places: tuple[Tensor, Tensor],
+    near: tuple[Tensor, Tensor],
+    ids_BGTK: Tensor,
+    tokens: tuple[int, int],
+    geometry: Geometry,
+    choice: Choice,
+) -> None:
+    """Pick of what `pick_past` has picked, and of the blocks that new tokens change.
+
+    Args:
+        scores: [pairs, t, 2, n] fp32 of those blocks.
+        places: As for `pick_past`.
+        near: What `pick_past` has written.
+        ids_BGTK: int32; those of the tokens are written.
+        tokens: The first, and the one behind the last.
+        geometry: Sizes.
+        choice: What to pick.
+    """
+    (begin, end), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
+    pairs, _, _, num_blocks = scores.shape
+    # Blocks that any of these tokens may have, behind those that no new token changes.
+    seen = min(num_blocks, triton.cdiv(end, geometry.block_size) + 2)
+    listed = power_of_two(selected + seen, _LEAST_BLOCKS)
+    launch(_pick_near, (end - begin, pairs))(
+        scores, *places, *near, ids_BGTK, groups, num_tokens, num_blocks, begin,
+        choice.sink_blocks, choice.local_blocks, *_sizes(geometry, choice), listed,
+        num_warps=_pick_warps(listed),
     )  # fmt: skip

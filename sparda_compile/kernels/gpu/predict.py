@@ -65,7 +65,7 @@ def _update_prediction(
     old = tl.load(level + place, mask=inside, other=float("-inf"))
     slope = tl.load(trend + place, mask=inside, other=0.0)
     for step in tl.range(num_steps):
-        at = (pair * num_steps + step) * num_blocks + block
+        at = (step * tl.num_programs(0) + pair) * num_blocks + block
         score = tl.load(scores + at, mask=inside, other=float("-inf"))
         scored = score > float("-inf")
         if not COMPARABLE:
@@ -113,15 +113,15 @@ def predict(
 
 
 def update(
-    scores_BGWN: Tensor,
+    scores_WBGN: Tensor,
     level_BGN: Tensor,
     trend_BGN: Tensor,
     weights: tuple[float, float],
     *,
     are_comparable: bool,
 ) -> None:
-    """Take in scores of W steps, in order; see `kernels.predict_blocks`. `scores` is contiguous."""
-    batch, groups, num_steps, num_blocks = scores_BGWN.shape
+    """Take in scores of W steps, in order; see `kernels.predict_blocks`. All are contiguous."""
+    num_steps, batch, groups, num_blocks = scores_WBGN.shape
     check_num_blocks(num_blocks)
     blocks = power_of_two(num_blocks)
     if are_comparable:
@@ -129,6 +129,6 @@ def update(
     warps = 4 if blocks <= 1024 else 8 if blocks <= 8192 else 16
     of_level, of_trend = weights
     launch(_update_prediction, (batch * groups, triton.cdiv(num_blocks, blocks)))(
-        scores_BGWN, level_BGN, trend_BGN, of_level, 1.0 - of_level, of_trend, 1.0 - of_trend,
+        scores_WBGN, level_BGN, trend_BGN, of_level, 1.0 - of_level, of_trend, 1.0 - of_trend,
         num_steps, num_blocks, are_comparable, blocks, num_warps=warps, **as_written(),
     )  # fmt: skip

@@ -9,25 +9,23 @@ tokens are real and which blocks they fill is on the device; nobody waits for it
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, copy_runs, copy_words
-from sparda_compile.kernels.gpu.extend import number_tokens
+from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, block_bytes, copy_runs, copy_words
 from sparda_compile.kernels.gpu.launch import launch, power_of_two, tokens_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["load_prefix", "store_prefix"]
 
 _TILE: Final = 2048
 _CHUNK_WORDS: Final = 1024
-
-
-def _block_bytes(pages: Tensor) -> int:
-    return pages[0, 0, 0].numel() * pages.element_size()
 
 
 def _addresses(blocks_nX: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def _store_prefix(
 def store_prefix(
     k: Tensor,
     v: Tensor,
-    token_mask: Tensor,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     block_table: Tensor,
     pages: Tensor,
@@ -99,7 +97,7 @@ def store_prefix(
     Args:
         k: [B, G, T, D] new keys, of any strides.
         v: [B, G, T, D] new values.
-        token_mask: [B, T] bool, which tokens are real.
+        tokens: Their positions [B, T], columns [B, T] and totals [B], int32.
         lengths: [B] int32, tokens before this step.
         block_table: [B, G, N] int32.
         pages: [B, G, C, 2, P, D]; have the first new block of each sequence, with its old tokens.
@@ -109,17 +107,17 @@ def store_prefix(
     """
     batch, groups, num_pages, _, size, dim = pages.shape
     num_tokens = k.shape[2]
-    numbered = number_tokens(token_mask, lengths)
+    positions, _, totals = tokens
     k, *k_strides = tokens_of(k)
     v, *v_strides = tokens_of(v)
     dims = power_of_two(dim)
-    tokens = max(_TILE // dims, 1)
-    items = batch * groups * (triton.cdiv(num_tokens, tokens) + 1)
-    words = _block_bytes(pages) // 4
+    tile = max(_TILE // dims, 1)
+    items = batch * groups * (triton.cdiv(num_tokens, tile) + 1)
+    words = block_bytes(pages) // 4
     launch(_store_prefix, (min(num_programs, items),))(
-        k, v, numbered.positions, lengths, numbered.totals, block_table, pages, host, counter,
+        k, v, positions, lengths, totals, block_table, pages, host, counter,
         *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
-        size, dim, dims, tokens, words, min(power_of_two(words), _CHUNK_WORDS),
+        size, dim, dims, tile, words, min(power_of_two(words), _CHUNK_WORDS),
         num_warps=4,
     )  # fmt: skip
 
@@ -134,7 +132,7 @@ def load_prefix(pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: in
         num_blocks: n.
     """
     batch, groups, num_pages = pages.shape[:3]
-    num_bytes = _block_bytes(pages)
+    num_bytes = block_bytes(pages)
     blocks = pages.new_empty((batch, groups, num_blocks, *pages.shape[3:]))
     page = block_table[:, :, :num_blocks].long()
     pairs = torch.arange(batch * groups, device=pages.device).view(batch, groups, 1)

@@ -36,6 +36,7 @@ __all__ = [
     "check_num_blocks",
     "find_largest",
     "pick",
+    "pick_listed",
     "plan",
     "select",
     "select_and_plan",
@@ -117,6 +118,28 @@ def find_largest(key, low, span, found, wanted):  # noqa: ANN201 - a part of ker
 
 
 @triton.jit
+def _keys_of(score, forced, exists):
+    """Return integers in the order of scores: forced ones first, what does not exist last."""
+    score = tl.where(score == 0.0, 0.0, tl.maximum(score, _LOWEST))
+    score = tl.where(forced, float("inf"), score)
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
+
+
+@triton.jit
+def pick_listed(score, forced, exists, SELECTED: tl.constexpr):  # noqa: ANN201
+    """Mark the SELECTED best of a list that is in the order of block ids; ties go to the first."""
+    key = _keys_of(score, forced, exists)
+    low = tl.min(tl.where(exists, key, _MOST), 0)
+    # Fewer than are wanted are above the best that is not forced; or forced ones alone are wanted.
+    enough = tl.sum((forced & exists).to(tl.int32), 0) >= SELECTED
+    high = tl.max(tl.where(forced, _LEAST, key), 0)
+    low = tl.where(enough, tl.max(key, 0), low)
+    span = tl.maximum(high.to(tl.int64) - low + 1, 1)
+    return find_largest(key, low, span, tl.sum(exists.to(tl.int32), 0), SELECTED)
+
+
+@triton.jit
 def pick(  # noqa: ANN201
     score, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -124,12 +147,8 @@ def pick(  # noqa: ANN201
     """Mark the SELECTED best blocks; `score` may be anything where there is none."""
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
-    score = tl.where(score == 0.0, 0.0, tl.maximum(score, _LOWEST))
     forced = (block < sink) | (block >= current - local)
-    score = tl.where(forced, float("inf"), score)
-    # Integers in the order of the scores.
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LEAST)
+    key = _keys_of(score, forced, exists)
     # Every run of blocks has a best one, so as many blocks as there are runs reach the lowest of
     # these: a near bound, where there are runs enough.
     RUN: tl.constexpr = BLOCKS // COLUMNS

@@ -2,7 +2,7 @@
 
 Every op plays one role in its layer, the fused `select_pages` two. A role is the op's name, with a
 word before it where a layer may have several: the hints' plans, copies and waits stand beside the
-layer's own, and `offload wait_blocks` beside all.
+layer's own, and `offload wait_blocks` beside all, or in a prompt beside `stage wait_blocks`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def _roles(index: OpIndex, op: Op) -> tuple[str, ...]:
         return ("hint prefetch_blocks" if plan and plan.args.get("is_hint") else op.name,)
     if op.name == "wait_blocks":
         copy = index.maker(op.args["ticket"])
+        if copy is not None and copy.name == "record_event":
+            return (f"stage {op.name}",)
         if copy is None or copy.name not in ("prefetch_blocks", "offload_blocks"):
             return (op.name,)
         copies = _roles(index, copy)[0]
@@ -111,6 +113,8 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         roles += ["extend_kv", *["fork_stream"] * len(copies)]
         sparse = ("select_tokens", "stage_blocks", "attend_tokens")
         roles += sparse if ctx.is_sparse_prefill else ("prefill_attention",)
+        if ctx.is_sparse_prefill and is_async and layout.stages_ahead:
+            roles += ["select_past", "record_event", "stage wait_blocks", "fork_stream"]
         for hint in strategy.hints if Fact.FORECAST_INSERTED in facts else ():
             roles += hint.prompt_ops if ctx.is_sparse_prefill else hint.dense_prompt_ops
         return Counter(roles)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import HINT, LAYER, SITE
-from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
+from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
 from sparda_compile.passes.check.transfers import wrong_transfers
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of
+from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of, wrong_numbers
 from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
@@ -31,6 +31,7 @@ __all__ = ["wrong_operands"]
 
 _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
+_SCORING: Final = ("score_blocks", "select_tokens", "select_past", "begin_prediction")
 _GUESSES: Final = ("recall_ids", "predict_blocks", "select_blocks")
 _ATTENTIONS: Final = (
     *("sparse_attention", "attend_missing", "window_attention"),
@@ -56,8 +57,8 @@ def wrong_operands(
         yield from checks.sources(own_ids)
         yield from checks.operands()
         yield from checks.transfers()
-    for end in index.by_name["advance_lengths"]:
-        yield from compare(end, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
+    for once in (*index.by_name["number_tokens"], *index.by_name["advance_lengths"]):
+        yield from compare(once, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
 
 
 class _Names(NamedTuple):
@@ -160,12 +161,19 @@ class _Layer:
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
+        # Every layer takes those of the first one, so that there is no use for another.
+        numbered = self._index.by_name["number_tokens"][:1]
+        names = results_of(numbered[0].node) if numbered else ()
+        tokens: list[Operand] = [(numbered[0].node.name, i) for i in range(len(names))]
+        self._own |= {**dict(zip(names, tokens, strict=True)), "tokens": tokens}
         if not self._ctx.is_decode:
             picked = self._layer.one("select_tokens")
             self._own["block_ids"] = picked.node.name if picked else None
             self._own["tail_page"] = None
-            staged = self._layer.one("stage_blocks")
-            self._own |= _results(staged) if staged else {}
+            self._own |= {"near_ids": None, "near_scores": None}
+            for role in ("select_past", "stage_blocks"):
+                made = self._layer.one(role)
+                self._own |= _results(made) if made else {}
         partial = self._layer.one("attend_resident")
         if partial is not None:
             self._own |= _results(partial)
@@ -175,17 +183,27 @@ class _Layer:
         for op in self._layer.ops:
             hint = self._hints.get(self._of_hint.get(op, ""), {})
             expected = {**self._own, **hint}
-            if op.name in ("score_blocks", "select_tokens", "begin_prediction"):
+            if op.name in _SCORING:
                 expected = {**expected, "summary": self._summary_of(op)}
                 if self._is_forecast or op in self._of_hint:
                     del expected["query"]
                     yield from self._early_query(op)
+                if op.name == "select_past":
+                    picked = self._layer.one("select_tokens")
+                    query = picked.args["query"] if picked else None
+                    expected["query"] = getattr(query, "name", None)
             elif op.name == "update_summary":
                 expected = {**expected, "tensors": self._summaries.get(op.args["summary"], [])}
             elif op.name in ("store_blocks", "offload_blocks") and self._ctx.is_decode:
                 expected = {**expected, "block_table": None}
-            elif op.name in ("prefill_attention", "stage_blocks"):
-                yield from _wrong_numbers(op)
+            elif op.name == "stage_blocks":
+                near = self._own["near_ids"]
+                expected = {**expected, "block_ids": near or expected["block_ids"]}
+            elif op.name == "record_event":
+                staged = self._layer.one("stage_blocks")
+                results = _results(staged).values() if staged else ()
+                expected = {"inputs": [*results]}
+            yield from wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -218,19 +236,13 @@ class _Layer:
             assert self._ctx.layout is not None
             own = hints[name][0].state(self._ctx.layout, self._layer.shape)
             used += [self._state[tensor] for tensor in own]
-        return [*(self._state[name] for name in ("pages", *_TABLES)), *used]
+        tables = _TABLES if self._ctx.is_decode else ("block_table",)
+        return [*(self._state[name] for name in ("pages", *tables)), *used]
 
 
 def _results(plan: Op) -> Operands:
     """Return what the results of an op are, by the names of arguments that take them."""
     return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
-
-
-def _wrong_numbers(op: Op) -> Iterator[str]:
-    """Yield which number an op takes that its caller does not give."""
-    for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
-        if name in op.args and getattr(op.args[name], "name", None) != wanted:
-            yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
 
 
 def _token_mask(ctx: PassContext) -> Operand:

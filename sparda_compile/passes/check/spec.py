@@ -6,7 +6,7 @@ A broken rule is a bug of a pass, never of the user.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sparda_compile.errors import GraphInvariantError
 from sparda_compile.graph.nodes import call_name, fake_value
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
 
 __all__ = ["check_spec"]
+
+_STARTS: Final = ("prefetch_blocks", "offload_blocks", "record_event")
 
 
 def check_spec(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext, after: str) -> None:
@@ -85,7 +87,7 @@ def _shapes(index: OpIndex) -> Iterator[str]:
 
 
 def _events(index: OpIndex) -> Iterator[str]:
-    copies = _by_event(index, "prefetch_blocks", "offload_blocks")
+    copies = _by_event(index, *_STARTS)
     waits = _by_event(index, "wait_blocks")
     for event in dict.fromkeys([*copies, *waits]):
         starts, ends = copies.get(event, []), waits.get(event, [])
@@ -103,7 +105,7 @@ def _by_event(index: OpIndex, *names: str) -> dict[int, list[str]]:
 
 
 def _tickets(index: OpIndex) -> Iterator[str]:
-    for op in (*index.by_name["prefetch_blocks"], *index.by_name["offload_blocks"]):
+    for op in (each for name in _STARTS for each in index.by_name[name]):
         users = [call_name(user) for user in op.node.users]
         if users != ["sparda.wait_blocks"]:
             yield f"the ticket of {op.node.name} goes to {users or 'nobody'}, not to one wait"
@@ -111,5 +113,5 @@ def _tickets(index: OpIndex) -> Iterator[str]:
 
 def _strangers(index: OpIndex, layers: set[int]) -> Iterator[str]:
     for op in index.ops.values():
-        if op.layer not in layers and op.name != "advance_lengths":
+        if op.layer not in layers and op.name not in ("number_tokens", "advance_lengths"):
             yield f"{op.node.name} is for layer {op.layer}, which has no attention"

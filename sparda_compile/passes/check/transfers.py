@@ -23,6 +23,7 @@ _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
     "hint wait_blocks": "hint prefetch_blocks",
     "offload wait_blocks": "offload_blocks",
+    "stage wait_blocks": "record_event",
 }
 
 
@@ -43,7 +44,10 @@ def wrong_transfers(
     forked: set[fx.Node] = set()
     for started, joined in _pairs(layer, of_hint):
         yield from wrong_wait(started, joined, buffers_of(started))
-        first, work = _side(started, layer, of_hint)
+        copied = layer.one("stage_blocks") if started.name == "record_event" else started
+        if copied is None:
+            continue
+        first, work = _side(copied, layer, of_hint)
         forked.add(first.node)
         yield from wrong_fork(index, first, work)
     for op in layer.ops:
@@ -64,7 +68,7 @@ def _pairs(layer: LayerOps, of_hint: Mapping[Op, str]) -> Iterator[tuple[Op, Op]
 def _side(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> tuple[Op, list[fx.Node]]:
     """Return the first op of a copy's chain that is on a side stream, and all that are."""
     hint, work = of_hint.get(copy), [copy]
-    if copy.name == "prefetch_blocks":
+    if copy.name in ("prefetch_blocks", "stage_blocks"):
         on_side = [op for op in layer.ops if op.args.get("stream") == SELECT]
         work = [*(op for op in on_side if of_hint.get(op) == hint), copy]
     return work[0], [op.node for op in work]

@@ -12,21 +12,23 @@ after (every copy still in line, so the graph is correct as it stands):
     %plan = sparda.plan_pages(%block_ids, %lengths, %block_table, ...)
     sparda.fetch_blocks(%miss_blocks, %miss_pages, %host, %pages)              with offload
     sparda.append_kv(%k, %v, %tail_page, %lengths, %pages)
-    sparda.update_summary(%k, %lengths, None, [%pooled_k, %recent_k], "pooled_keys", ...)
+    sparda.update_summary(%k, %lengths, [], [%pooled_k, %recent_k], "pooled_keys", ...)
     %attn = sparda.sparse_attention(%q, %pages, %page_ids, %block_ids, %lengths, scale, softcap)
-    sparda.store_blocks([], %tail_page, None, %lengths, None, %pages, %host, ...)   with offload
+    sparda.store_blocks([], %tail_page, [], %lengths, None, %pages, %host, ...)   with offload
 
-Prefill attends densely, then extends the cache:
+Prefill numbers its tokens once, before all layers. Each layer attends densely, then extends the
+cache:
 
+    %tokens = sparda.number_tokens(%token_mask, %lengths)
     %attn = sparda.prefill_attention(%q, %k, %v, %token_mask, %lengths, %pages, %host, ...)
-    sparda.extend_kv(%k, %v, None, %token_mask, %lengths, %pages, %block_table, ...)
+    sparda.extend_kv(%k, %v, None, [%positions, ...], %lengths, %pages, %block_table, ...)
 
 Sparse prefill selects for each token what a decode step would select there:
 
-    sparda.update_summary(%k, %lengths, %token_mask, [%pooled_k, %recent_k], "pooled_keys", ...)
-    %block_ids = sparda.select_tokens(%q, [%pooled_k, %recent_k], %token_mask, %lengths, ...)
+    sparda.update_summary(%k, %lengths, [%positions, ...], [%pooled_k, %recent_k], ...)
+    %block_ids = sparda.select_tokens(%q, [%pooled_k, %recent_k], %positions, ...)
     %attn = sparda.attend_tokens(%q, %k, %v, %block_ids, %token_mask, %lengths, %pages, ...)
-    sparda.extend_kv(%k, %v, %block_ids, %token_mask, %lengths, %pages, %block_table, ...)
+    sparda.extend_kv(%k, %v, %block_ids, [%positions, ...], %lengths, %pages, %block_table, ...)
 
 A layer with a sliding window becomes `sparda.window_attention` over a ring. The last node of the
 graph is `sparda.advance_lengths`. Masks that nobody reads any more are erased.
@@ -88,7 +90,7 @@ _LAYOUT: Final = ("transpose", "permute", "contiguous", "reshape", "view", "flat
 def _loosen_views(node: fx.Node) -> None:
     """Let what views the output of an attention copy it instead, where its strides are others.
 
-    Our ops return [B, H, T, D] as it lies in memory; the attention that they stand for had the
+    Our ops return [B, H, T, D] in an order of their own; the attention that they stand for had the
     strides of its query, and a model may count on them.
     """
     for user in node.users:

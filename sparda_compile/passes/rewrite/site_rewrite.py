@@ -78,7 +78,7 @@ class SiteRewrite:
                 self._get("pages"),
             )
         emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
-        self._update_summaries(None)
+        self._update_summaries([])
         out = emit.call(
             "sparse_attention",
             site.query,
@@ -94,7 +94,7 @@ class SiteRewrite:
                 "store_blocks",
                 [],
                 plan.tail_page,
-                None,
+                [],
                 lengths,
                 None,
                 self._get("pages"),
@@ -105,13 +105,13 @@ class SiteRewrite:
 
     def _prefill(self) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
-        config, mask = self.ctx.config, self.state.token_mask()
+        config, mask, tokens = self.ctx.config, self.state.token_mask(), self.state.tokens()
         pages, host, table = self._get("pages"), self._get("host"), self._get("block_table")
         block_ids = None
         if self.ctx.is_sparse_prefill:
-            self._update_summaries(mask)
+            self._update_summaries(tokens)
             block_ids = self._select_for_tokens()
-            out = self._attend_tokens(block_ids, mask)
+            out = self._attend_tokens(block_ids, tokens)
         else:
             out = emit.call(
                 "prefill_attention",
@@ -133,7 +133,7 @@ class SiteRewrite:
             site.k,
             site.v,
             block_ids,
-            mask,
+            tokens,
             lengths,
             pages,
             table,
@@ -144,13 +144,13 @@ class SiteRewrite:
             config.eviction,
         )
         if block_ids is None:
-            self._update_summaries(mask)
+            self._update_summaries(tokens)
         if self._layout.offload:
             emit.call(
                 "store_blocks",
                 [site.k, site.v],
                 None,
-                mask,
+                tokens,
                 lengths,
                 table,
                 pages,
@@ -159,16 +159,16 @@ class SiteRewrite:
             )
         return out
 
-    def _attend_tokens(self, block_ids: fx.Node, mask: fx.Node) -> fx.Node:
+    def _attend_tokens(self, block_ids: fx.Node, tokens: list[fx.Node]) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
-        staged = stage_blocks(emit, block_ids, self.shape, self.state)
+        staged = stage_blocks(emit, block_ids, self.state)
         return emit.call(
             "attend_tokens",
             site.query,
             site.k,
             site.v,
             block_ids,
-            mask,
+            tokens,
             lengths,
             *staged,
             self._get("pages"),
@@ -204,14 +204,14 @@ class SiteRewrite:
             self._layout,
         )
 
-    def _update_summaries(self, mask: fx.Node | None) -> None:
+    def _update_summaries(self, tokens: list[fx.Node]) -> None:
         for summary in self._layout.summaries():
             tensors = [self._get(n) for n in self._layout.summary_tensors(summary, self.shape)]
             self.emitter.call(
                 "update_summary",
                 self.site.k,
                 self.state.lengths,
-                mask,
+                tokens,
                 tensors,
                 summary,
                 *geometry_of(self._layout),

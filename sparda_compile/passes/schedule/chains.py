@@ -1,6 +1,7 @@
 """Chains: what leads to one copy, and where in the program it could go.
 
-    forecast, scores, ids, plan, fork, prefetch
+    forecast, scores, ids, plan, fork, prefetch                  a step
+    forecast, ids and scores of the past, fork, stage, record    a sparse prompt
 
 A chain is moved as a whole. Its stages, which say themselves on which stream they run, may go to
 the select stream from any of them on. One that takes nothing of this step, such as a prediction
@@ -16,10 +17,11 @@ from sparda_compile.graph.effects import (
     argument,
     instruction,
     set_argument,
+    started_event,
     waits_of,
 )
 from sparda_compile.graph.liveness import side_stream_inputs
-from sparda_compile.graph.nodes import call_name, program_order
+from sparda_compile.graph.nodes import call_name, is_sparda, program_order
 from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import HINT, LAYER
 from sparda_compile.isa.streams import COMPUTE, SELECT
@@ -36,10 +38,10 @@ __all__ = ["Chain", "Chains", "ordered", "set_streams"]
 
 @dataclasses.dataclass
 class Chain:
-    """The nodes that lead to one prefetch, in order, and where they could go.
+    """The nodes that lead to one copy, in order, and where they could go.
 
-    `stages` are those of scores, ids and plan that belong to it; a cut of n puts the last n of
-    them on the select stream, all of them if there are fewer.
+    `stages` are those that choose the blocks: scores, ids and plan, or ids of the past; a cut of n
+    puts the last n of them on the select stream, all of them if there are fewer.
     """
 
     nodes: list[fx.Node]
@@ -70,16 +72,17 @@ class Chains:
         """Return the chain that leads to a copy, None if it has to stay where it is."""
         layer = LAYER.of(prefetch)
         fork = argument(prefetch, "after")
-        mine = {prefetch}
-        stack = [prefetch]
+        last = _last_of(prefetch)
+        mine = {last}
+        stack = [last]
         while stack:
             for source in stack.pop().all_input_nodes:
                 own = LAYER.get(source) == layer and source.op != "placeholder"
                 if own and source not in mine:
                     mine.add(source)
                     stack.append(source)
-        plan = argument(prefetch, "miss_blocks").args[0]
-        mine |= set(plan.users) & {n for n in plan.users if call_name(n) == "getitem"}
+        made = [n for n in mine if is_sparda(n)]
+        mine |= {user for n in made for user in n.users if call_name(user) == "getitem"}
         order = program_order(self._graph)
         nodes = sorted(mine, key=lambda n: order[n])
         inside = set(nodes)
@@ -88,8 +91,9 @@ class Chains:
             # Something outside needs the chain and is needed by it: a repair, behind its layer's
             # own append. It stays where it is.
             return None
-        # What says itself on which stream it runs.
-        stages = [n for n in nodes if (it := instruction(n)) is not None and it.stream is None]
+        # What says itself on which stream it runs, but for the copy.
+        chosen = [(n, instruction(n)) for n in nodes if n not in (prefetch, last)]
+        stages = [n for n, it in chosen if it is not None and it.stream is None]
         # Another hint's chain of the layer moves by itself: behind its earliest place is enough,
         # and what is tried keeps the two in order.
         others = {n for n in needed if HINT.on(n) and LAYER.of(n) == layer}
@@ -133,6 +137,15 @@ class Chains:
         """Return the first wait between the chain's earliest place and its prefetch."""
         between = [w for w in waits_of(self._graph) if order[earliest] < order[w] < order[prefetch]]
         return between[0] if between else None
+
+
+def _last_of(copy: fx.Node) -> fx.Node:
+    """Return what records that a copy has ended: the copy itself, or the mark behind it."""
+    it = instruction(copy)
+    if it is not None and it.starts:
+        return copy
+    users = [user for item in copy.users for user in item.users]
+    return next(user for user in users if started_event(user) is not None)
 
 
 def set_streams(chain: Chain, side: Sequence[fx.Node]) -> None:

@@ -97,7 +97,8 @@ def node_cost(node: fx.Node, ctx: PassContext) -> Cost:
         link = _link_bytes(node, it.work, ctx)
         return Cost(machine.launch_us + link / (machine.link_gbps * 1e3), 0, link)
     num_bytes = _bytes(node, ctx) if it is None else _sparda_bytes(node, it.work, ctx)
-    us = max(_flops(node, ctx) / (machine.tflops * 1e6), num_bytes / (machine.memory_gbps * 1e3))
+    flops = _flops(node, ctx) if it is None else _sparda_flops(node, it.work, ctx)
+    us = max(flops / (machine.tflops * 1e6), num_bytes / (machine.memory_gbps * 1e3))
     if it is not None:
         us += machine.latency_of(it.name, it.latency_us)
     elif name in _KERNELS:
@@ -202,6 +203,22 @@ def _staged_bytes(pages: Tensor, ctx: PassContext) -> int:
     blocks = min(ctx.layout.num_selected + fresh * _EXAMPLE_TOKENS, ctx.layout.num_blocks / 2)
     pairs, block = _numel(pages.shape[:2], ctx), _numel(pages.shape[3:], ctx)
     return int(blocks * pairs * block * pages.dtype.itemsize)
+
+
+def _sparda_flops(node: fx.Node, work: Work, ctx: PassContext) -> float:
+    """Products of a prompt's tokens: with the blocks that they read, or with pooled keys.
+
+    Those are of half a cache, or of the new tokens alone where the past was scored before.
+    """
+    assert ctx.layout is not None
+    if work not in (Work.TOKEN_SCORES, Work.TOKEN_BLOCKS):
+        return 0.0
+    query = _numel(fake_value(argument(node, "query")).shape, ctx)
+    if work is Work.TOKEN_BLOCKS:
+        return 4.0 * query * ctx.layout.num_selected * ctx.layout.config.block_size
+    near = takes(node, "near_ids") and argument(node, "near_ids") is not None
+    tokens = _EXAMPLE_TOKENS if near else ctx.layout.max_tokens / 2
+    return 2.0 * query * tokens / ctx.layout.config.pool_stride
 
 
 def _flops(node: fx.Node, ctx: PassContext) -> float:

@@ -21,7 +21,8 @@ and each cut (which ops of the chain go to the select stream) against the cost m
 fastest; waits sink to their consumer. It moves nodes, sets `stream` and `after`, and renews the
 keepalive lists; it creates and deletes nothing.
 
-In a prefill the offload of a layer's keys and values is awaited one layer later.
+In a prefill the offload of a layer's keys and values is awaited one layer later. A sparse one that
+picks from the past has chains, too: forecast, ids of the past, fork, stage, record.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class ScheduleTransfers:
         """Reorder the graph in place."""
         mark_order(gm.graph)
         planner = _Planner(gm.graph, ctx)
-        choices = planner.place_chains() if ctx.is_decode else planner.place_offload_waits()
+        choices = planner.place_chains()
+        if not ctx.is_decode:
+            choices += planner.place_offload_waits()
         keepalives = set_keepalives(gm.graph)
         rows = simulate(list(gm.graph.nodes), planner.costs, ctx, planner.streams())
         schedule = Schedule(
@@ -108,8 +111,8 @@ class _Planner:
         return {node: stream_of(node) for node in self._graph.nodes}
 
     def place_chains(self) -> list[str]:
-        """Place every chain of a decode step; returns the choices in words."""
-        prefetches = self._starts(Work.TO_DEVICE)
+        """Place every chain that leads to a copy; returns the choices in words."""
+        prefetches = [*self._starts(Work.TO_DEVICE), *self._stages()]
         prefetches.sort(key=lambda n: LAYER.of(n))
         chains = [c for c in map(Chains(self._graph, self._dag).chain, prefetches) if c]
         self.num_chains = len(chains)
@@ -162,6 +165,12 @@ class _Planner:
         """Return what starts a copy of that kind."""
         found = [(n, instruction(n)) for n in self._graph.nodes]
         return [n for n, it in found if it is not None and it.starts and it.work is work]
+
+    def _stages(self) -> list[fx.Node]:
+        """Return the copies of a prompt's past blocks that are on a stream of their own."""
+        found = [(n, instruction(n)) for n in self._graph.nodes]
+        staging = [n for n, it in found if it is not None and it.work is Work.TO_STAGING]
+        return [n for n in staging if stream_of(n) == COPY]
 
     def _may_move(self, node: fx.Node, before: fx.Node, order: dict[fx.Node, int]) -> bool:
         place = order[before]

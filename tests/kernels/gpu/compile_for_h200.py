@@ -112,12 +112,16 @@ def run_all(dtype, dim, size):
     select.select(scores, lengths, ids, choice)
     predict.predict(scores, scores, lengths, ids, choice, 0.5)
     for comparable in (True, False):
-        predict.update(scores[:, :, None], scores, scores, (0.4, 0.3), are_comparable=comparable)
+        predict.update(scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        select_tokens.select_tokens(
-            asked, tensors, lengths[:, None], name, 1.0, geometry, choice, 0
-        )
+        keys = (asked, tensors, lengths[:, None], lengths)
+        prompt = select_tokens.Asked(*keys, 9 * size, name, 1.0, geometry)
+        select_tokens.select_tokens(prompt, choice, ids[:, :, None])
+        if name in ("forecast", "quest"):
+            near = (ids[:, :, None], scores[:, :, None, :SELECTED].contiguous())
+            select_tokens.select_past(prompt, choice, *near)
+            select_tokens.select_near(prompt, choice, near, ids[:, :, None])
     for num_pages in (PAGES, BLOCKS):
         owned = ints(BATCH, GROUPS, num_pages)
         tables = select.Tables(ints(BATCH, GROUPS, BLOCKS), owned, owned, counters)
@@ -136,8 +140,8 @@ def run_all(dtype, dim, size):
         )
         attention.merge(*parts, parts if late else None, dtype)
         attend_tokens.attend_tokens(
-            query, (k, k), ids[:, :, None], is_miss[:, 0, :1], lengths, (pages, table),
-            (pages, table), (1.0, softcap),
+            query, (k, k), ids[:, :, None], (lengths[:, None], lengths[:, None], lengths), lengths,
+            (pages, table), (pages, table), (1.0, softcap),
         )  # fmt: skip
     stage.stage(ids[:, :, None], lengths, (pages, host, table), pages, table, PAGES - 2)
     launch_aligned_teacher(
@@ -150,6 +154,7 @@ def run_prompt(dtype, dim, size):
     """Launch the kernels of a prompt, with and without pages for all blocks."""
     geometry, num_tokens = Geometry(BLOCKS, size, 32, 16), 1000
     lengths, mask = ints(BATCH), torch.ones(BATCH, num_tokens, dtype=torch.bool)
+    numbered = extend.number_tokens(mask, lengths)
     k = torch.zeros(BATCH, num_tokens, GROUPS, dim, dtype=dtype).transpose(1, 2)
     ids = ints(BATCH, GROUPS, num_tokens, SELECTED)
     for num_pages in (PAGES, BLOCKS):
@@ -158,13 +163,13 @@ def run_prompt(dtype, dim, size):
         tables = (ints(BATCH, GROUPS, BLOCKS), owned, owned)
         for chosen, eviction in ((ids, "lru"), (None, "fifo")):
             resident = extend.Resident(chosen, 1, 4, eviction)
-            extend.extend_kv(k, k, mask, lengths, pages, tables, resident)
+            extend.extend_kv(k, k, numbered, lengths, pages, tables, resident)
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
-        prefill.store_prefix(k, k, mask, lengths, tables[0], pages, host, counter)
+        prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
         shapes = summary_named(name).shapes(geometry, dim).values()
         tensors = [torch.zeros(BATCH, GROUPS, *shape, dtype=dtype) for shape in shapes]
-        kernel(k, mask, lengths, tensors, geometry)
+        kernel(k, numbered, lengths, tensors, geometry)
 
 
 def run_largest(dtype, dim, size):
@@ -175,16 +180,17 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
+    asked = (query, [pooled], ints(BATCH, 1), ints(BATCH), 0, "infllm2", 1.0, geometry)
     select_tokens.select_tokens(
-        query, [pooled], ints(BATCH, 1), "infllm2", 1.0, geometry, choice, 0
+        select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
     )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
     new, staged = (query[:, :GROUPS],) * 2, (pages, ints(BATCH, GROUPS, BLOCKS))
-    real = torch.ones(BATCH, 1, dtype=torch.bool)
+    numbered = (ints(BATCH, 1), ints(BATCH, 1), ints(BATCH))
     attend_tokens.attend_tokens(
-        query, new, ids[:, :, None], real, ints(BATCH), staged, staged, (1.0, 0.0)
+        query, new, ids[:, :, None], numbered, ints(BATCH), staged, staged, (1.0, 0.0)
     )
 
 

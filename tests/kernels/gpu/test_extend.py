@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.kernels.gpu.extend import Resident, extend_kv, number_tokens
+from sparda_compile.kernels.gpu.extend import Numbered, Resident, extend_kv, number_tokens
+from sparda_compile.kernels.number_tokens import number_tokens as number_tokens_reference
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.runtime.append import extend_kv as extend_kv_reference
 from sparda_compile.runtime.block_table import assign_pages
@@ -99,13 +100,14 @@ def same(got, want):
 def check_extend(device, cache, k, v, mask, resident):
     want = [t.clone() for t in (cache.pages, *cache.tables)]
     got = [t.clone().to(device) for t in want]
+    tokens = number_tokens_reference(mask, cache.lengths)
     extend_kv_reference(
-        k, v, resident.block_ids, mask, cache.lengths, *want,
+        k, v, resident.block_ids, tokens, cache.lengths, *want,
         resident.sink_blocks, resident.local_blocks, resident.eviction,
     )  # fmt: skip
     ids = resident.block_ids if resident.block_ids is None else resident.block_ids.to(device)
-    new = (t.to(device) for t in (k, v, mask, cache.lengths))
-    extend_kv(*new, got[0], got[1:], resident._replace(block_ids=ids))
+    k, v, lengths, *numbered = (t.to(device) for t in (k, v, cache.lengths, *tokens))
+    extend_kv(k, v, Numbered(*numbered), lengths, got[0], got[1:], resident._replace(block_ids=ids))
     for name, mine, its in zip(("pages", "table", "block", "stamp"), got, want, strict=True):
         assert same(mine, its), name
     return want

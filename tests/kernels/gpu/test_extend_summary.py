@@ -7,6 +7,7 @@ import torch
 
 from sparda_compile.kernels.gpu.append import SUMMARY_KERNELS
 from sparda_compile.kernels.gpu.extend_summary import PROMPT_SUMMARY_KERNELS
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -51,7 +52,8 @@ class Keys:
         if layout == "gaps":
             k = self.randn(num_tokens, 2 * self.dim)[..., 1::2]
         summary_named(self.name).extend(self.want, k, self.lengths, mask, self.geometry)
-        new = (t.to(self.device) for t in (k, mask, self.lengths))
+        tokens = [t.to(self.device) for t in number_tokens(mask, self.lengths)]
+        new = (k.to(self.device), tokens, self.lengths.to(self.device))
         PROMPT_SUMMARY_KERNELS[self.name](*new, self.got, self.geometry)
         self.lengths += mask.sum(1).int()
 
@@ -108,7 +110,8 @@ def test_pooled_keys_are_those_of_decode_steps_bit_for_bit(device, size, stride)
                 SUMMARY_KERNELS["pooled_keys"](part, length, tensors, geometry)
             else:
                 mask = torch.ones(1, part.shape[2], dtype=torch.bool, device=device)
-                PROMPT_SUMMARY_KERNELS["pooled_keys"](part, mask, length, tensors, geometry)
+                tokens = number_tokens(mask, length)
+                PROMPT_SUMMARY_KERNELS["pooled_keys"](part, tokens, length, tensors, geometry)
             length += part.shape[2]
         found.append(tensors)
     for other in found[1:]:

@@ -56,10 +56,10 @@ def test_nothing_to_go_by_predicts_the_forced_blocks(device):
 
 
 def steps_of(steps, num_blocks):
-    """Return scores [B, G, W, N]; blocks begin one by one."""
-    scores = torch.randn(2, 2, steps, num_blocks)
+    """Return scores [W, B, G, N]; blocks begin one by one."""
+    scores = torch.randn(steps, 2, 2, num_blocks)
     begun = torch.arange(steps)[:, None] + num_blocks // 2 >= torch.arange(num_blocks)
-    return scores.where(begun, -INF)
+    return scores.where(begun[:, None, None], -INF)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 37, 128])
@@ -70,7 +70,7 @@ def test_updates_equal_the_reference(device, monkeypatch, num_blocks, steps):
     want = torch.full((2, 2, num_blocks), -INF), torch.zeros(2, 2, num_blocks)
     got = [tensor.clone().to(device) for tensor in want]
     for _ in range(2):
-        for step in scores.unbind(2):
+        for step in scores:
             update_prediction_reference(step, *want, (0.4, 0.3))
         room.update(scores.to(device), *got, (0.4, 0.3), are_comparable=True)
     for mine, its in zip(want, got, strict=True):
@@ -84,7 +84,7 @@ def test_standardised_updates_are_near_the_reference(device, listed):
         scores[..., 4:9] = LISTED
     want = torch.full((2, 2, 53), -INF), torch.zeros(2, 2, 53)
     got = [tensor.clone().to(device) for tensor in want]
-    for step in scores.unbind(2):
+    for step in scores:
         update_prediction_reference(standardise(step), *want, (0.4, 0.3))
     room.update(scores.to(device), *got, (0.4, 0.3), are_comparable=False)
     for mine, its in zip(want, got, strict=True):
@@ -96,7 +96,7 @@ def test_steps_without_scores_change_nothing(device):
     level, trend = torch.randn(1, 2, 20), torch.randn(1, 2, 20)
     for are_comparable in (True, False):
         got = [tensor.clone().to(device) for tensor in (level, trend)]
-        none = torch.full((1, 2, 3, 20), -INF, device=device)
+        none = torch.full((3, 1, 2, 20), -INF, device=device)
         room.update(none, *got, (0.4, 0.3), are_comparable=are_comparable)
         assert torch.equal(got[0].cpu(), level)
         assert torch.equal(got[1].cpu(), trend)
@@ -112,7 +112,7 @@ def test_long_sequences(device, num_blocks):
     for are_comparable in (True, False):
         want = level[:2, :2].clone(), trend[:2, :2].clone()
         got = [tensor.clone().to(device) for tensor in want]
-        for step in scores.unbind(2):
+        for step in scores:
             step = step if are_comparable else standardise(step)
             update_prediction_reference(step, *want, (0.4, 0.3))
         room.update(scores.to(device), *got, (0.4, 0.3), are_comparable=are_comparable)
@@ -127,4 +127,4 @@ def test_more_blocks_than_can_be_counted(device):
     with pytest.raises(UnsupportedInputError, match="32769 KV blocks is too long"):
         room.predict(level, level, lengths, ids, Choice(4, SIZE, 1, 1), 0.0)
     with pytest.raises(UnsupportedInputError, match="32769 KV blocks is too long"):
-        room.update(level[:, :, None], level, level, (0.4, 0.3), are_comparable=True)
+        room.update(level[None], level, level, (0.4, 0.3), are_comparable=True)

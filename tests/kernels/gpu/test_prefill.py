@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparda_compile.kernels.gpu.prefill import load_prefix, store_prefix
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.prefill_attention import past_keys_values
 from sparda_compile.runtime.transfer import _store_prefix
 
@@ -70,13 +71,16 @@ class Store:
 
     def check(self, num_stored):
         cache = self.cache
-        new = (self.k, self.v, self.mask, self.lengths, cache.table, cache.pages)
+        tokens = number_tokens(self.mask, self.lengths)
+        new = (self.k, self.v, *tokens, self.lengths, cache.table, cache.pages)
         want, counters = cache.host.clone(), torch.zeros(5, dtype=torch.int64)
-        _store_prefix(*new, want, counters)
+        _store_prefix(*new[:2], tokens, *new[5:], want, counters)
         before = cache.host.clone()
         on_device = cache.on_device(*new)
         count = torch.tensor([7], device=cache.device)
-        store_prefix(*on_device, addresses(cache.host, cache.device), count, self.num_programs)
+        k, v, *tokens, lengths, table, pages = on_device
+        home = addresses(cache.host, cache.device)
+        store_prefix(k, v, tokens, lengths, table, pages, home, count, self.num_programs)
         if cache.device == "cuda":
             torch.cuda.synchronize()
         assert int(count) - 7 == counters[4] == num_stored

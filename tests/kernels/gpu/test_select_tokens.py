@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparda_compile.kernels.gpu import select_tokens as kernels
+from sparda_compile.kernels.gpu import token_scores
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_tokens import select_tokens
@@ -63,23 +64,55 @@ class Prompt:
         summary = self.bounds if selector == "quest" else self.pooled
         # What the reference reads of windows that no token has completed is hidden behind it.
         exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
+        position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         want = select_tokens(
-            query.float(), [exact], self.mask, self.lengths, num_past, selector, SCALE,
+            query.float(), [exact], position, self.lengths, num_past, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
             *self.ordered(choice), geometry.short_list,
         )  # fmt: skip
-        position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
         assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
-        got = kernels.select_tokens(
-            query.to(device), [summary.to(device)], position.to(device), selector, SCALE,
-            geometry, choice, num_past,
-        ).cpu()  # fmt: skip
+        asked = kernels.Asked(
+            query.to(device), [summary.to(device)], position.to(device), self.lengths.to(device),
+            num_past, selector, SCALE, geometry,
+        )  # fmt: skip
+        got = torch.empty_like(want, device=device)
+        kernels.select_tokens(asked, choice, got)
+        self.check_in_two_parts(asked, choice, got)
+        got = got.cpu()
         assert got.dtype == torch.int32
         assert torch.equal(got, want) or least_equal < 1
         assert (got[..., None] == want[..., None, :]).any(-1).float().mean() >= least_equal
         assert torch.equal(got >= 0, want >= 0)
         assert got[~self.mask[:, None].expand(got.shape[:3])].eq(-1).all()
         return got
+
+    def check_in_two_parts(self, asked, choice, want):
+        """What is picked of the past first, by its own windows, changes no bit of the choice."""
+        open_blocks = self.geometry.num_open_blocks
+        settles = asked.selector in ("forecast", "quest")
+        if not settles or choice.local_blocks < open_blocks:
+            return
+        scores = torch.empty(want.shape, device=want.device)
+        near, ids = torch.empty_like(want), torch.empty_like(want)
+        kernels.select_past(self.of_the_past(asked), choice, near, scores)
+        kernels.select_near(asked, choice, (near, scores), ids)
+        assert torch.equal(ids, want)
+        first = (asked.lengths // choice.block_size)[:, None, None, None]
+        assert (near <= first).all()
+        is_past = (want >= 0) & (want < first)
+        assert ((want[..., None] == near[..., None, :]).any(-1) | ~is_past).all()
+
+    def of_the_past(self, asked):
+        """Return what is asked before the summary has the new keys: NaN where they will be."""
+        summary = asked.tensors[0].clone()
+        for row, length in enumerate(self.lengths.tolist()):
+            if asked.selector == "quest":
+                filled = -(-length // self.geometry.block_size)
+                summary[row, :, filled:] = float("nan")
+                continue
+            pool, stride = self.geometry.pool_size, self.geometry.pool_stride
+            summary[row, :, max((length - pool) // stride + 1, 0) :] = float("nan")
+        return dataclasses.replace(asked, tensors=[summary])
 
     @staticmethod
     def ordered(choice):
@@ -173,11 +206,11 @@ def test_a_prompt_from_its_first_token(device, selector):
 @pytest.mark.parametrize(("selector", "num_tokens"), [("forecast", 17), ("infllm2", 9)])
 def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
     """Several programs share the windows, not in whole tiles; few tokens are taken at a time."""
-    monkeypatch.setattr(kernels, "_PART_BLOCKS", 30)
-    monkeypatch.setattr(kernels, "_WINDOWS", 16)
-    monkeypatch.setattr(kernels, "_COLUMNS", 16)
-    monkeypatch.setattr(kernels, "_FORECAST_COLUMNS", 16)
-    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(token_scores, "_PART_BLOCKS", 30)
+    monkeypatch.setattr(token_scores, "_WINDOWS", 16)
+    monkeypatch.setattr(token_scores, "_COLUMNS", 16)
+    monkeypatch.setattr(token_scores, "_FORECAST_COLUMNS", 16)
+    monkeypatch.setattr(token_scores, "SCORE_BYTES", 1)
     prompt = Prompt([1500], [first(num_tokens, num_tokens)], (1, 4, 16), Geometry(100, 16, 8, 4))
     prompt.check(device, selector, Choice(10, 16, 1, 2))
 

@@ -96,7 +96,7 @@ def omissions(program):
 def unawaited(program):
     """Yield every program in which the start of a prefetch has lost both event and wait."""
     for i, it in enumerate(program):
-        if it.records is not None and "prefetch" in it.name:
+        if it.records is not None and ("prefetch" in it.name or "staged" in it.name):
             wait = next(n for n, other in enumerate(program) if other.waits == it.records)
             yield f"{it.name} is not awaited", without(changed(program, i, records=None), wait)
 
@@ -166,6 +166,19 @@ def test_no_mutation_of_a_decode_survives_in_any_model(plan_of, model, mode):
 @pytest.mark.parametrize("mode", ["dense", "forecast"])
 def test_no_mutation_of_a_prefill_survives_in_any_model(plan_of, model, mode):
     check_all(plan_of(model, "prefill", machine="h200", **MODES[mode]))
+
+
+@pytest.mark.parametrize("disable_passes", [(), UNSCHEDULED], ids=["scheduled", "unscheduled"])
+@pytest.mark.parametrize("machine", ["cpu", "h200"])
+@pytest.mark.parametrize("model", ["llama", "gemma3"])
+def test_no_mutation_of_a_sparse_prefill_survives(plan_of, model, machine, disable_passes):
+    plan = plan_of(model, "sparse_prefill", machine=machine, disable_passes=disable_passes)
+    program = check_all(plan)
+    layers = 2 if model == "llama" else 1
+    # Of each layer two copies with fork, event and wait, and what they keep alive.
+    assert len(list(omissions(program))) >= 6 * layers
+    names = {it.name for it in program if it.stream == COPY}
+    assert {"stage_1", "staged_1", "offload_blocks_1"} <= names
 
 
 @pytest.mark.parametrize("disable_passes", [(), UNSCHEDULED], ids=["scheduled", "unscheduled"])

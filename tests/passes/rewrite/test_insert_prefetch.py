@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sparda_compile.graph.effects import accesses, argument, is_state, stream_of
-from sparda_compile.graph.nodes import call_name, find_ops, program_order
+from sparda_compile.graph.nodes import call_name, fake_value, find_ops, program_order
 from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.text import graph_text
-from sparda_compile.isa.streams import COPY
+from sparda_compile.isa.streams import COMPUTE, COPY
 
 
 @pytest.fixture
@@ -26,13 +26,19 @@ def inserted(plan_of):
 # What choosing and fetching a layer's blocks uses.
 USED = {"block_table", "page_block", "page_stamp", "counters", "pages", "pooled_k", "recent_k"}
 COUNTS = {
-    "forecast": ({"mode": "forecast"}, (0, 2, 2, 4)),
-    "query": ({"mode": "query"}, (0, 0, 2, 2)),
-    "exact": ({"mode": "exact"}, (2, 2, 2, 6)),
-    "exact by the layer before": ({"mode": "exact", "hint": "previous_layer"}, (1, 2, 2, 5)),
-    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 2, 8)),
-    "prefill": ({"phase": "prefill"}, (0, 0, 2, 2)),
-    "window": ({"model": "gemma3"}, (0, 1, 1, 2)),
+    "forecast": ({"mode": "forecast"}, (0, 2, 0, 2, 4)),
+    "query": ({"mode": "query"}, (0, 0, 0, 2, 2)),
+    "exact": ({"mode": "exact"}, (2, 2, 0, 2, 6)),
+    "exact by the layer before": ({"mode": "exact", "hint": "previous_layer"}, (1, 2, 0, 2, 5)),
+    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 0, 2, 8)),
+    "prefill": ({"phase": "prefill"}, (0, 0, 0, 2, 2)),
+    "window": ({"model": "gemma3"}, (0, 1, 0, 1, 2)),
+    "sparse prefill": ({"phase": "sparse_prefill"}, (0, 0, 2, 2, 4)),
+    "sparse prefill by query": ({"phase": "sparse_prefill", "mode": "query"}, (0, 0, 0, 2, 2)),
+    "windows and a sparse prefill": (
+        {"model": "gemma3", "phase": "sparse_prefill"},
+        (0, 0, 1, 1, 2),
+    ),
 }
 
 
@@ -40,7 +46,7 @@ COUNTS = {
 def test_counts(inserted, case):
     settings, expected = COUNTS[case]
     _, counts = inserted(**settings)
-    names = ("hint_prefetches", "prefetches", "offloads", "waits")
+    names = ("hint_prefetches", "prefetches", "staged", "offloads", "waits")
     assert counts == dict(zip(names, expected, strict=True))
 
 
@@ -48,22 +54,73 @@ def test_counts(inserted, case):
 def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
     graph, _ = inserted(**COUNTS[case][0])
     order = program_order(graph)
-    starts = find_ops(graph, "prefetch_blocks", "offload_blocks")
+    starts = find_ops(graph, "prefetch_blocks", "offload_blocks", "record_event")
     waits = {argument(w, "event"): w for w in find_ops(graph, "wait_blocks")}
     events = [argument(n, "event") for n in (*starts, *find_ops(graph, "fork_stream"))]
     assert len(set(events)) == len(events) == 2 * len(starts)
     for start in starts:
-        fork, wait = argument(start, "after"), waits[argument(start, "event")]
+        copy = start if call_name(start) != "sparda.record_event" else start.args[0][0].args[0]
+        fork, wait = argument(copy, "after"), waits[argument(start, "event")]
         assert call_name(fork) == "sparda.fork_stream"
-        assert list(fork.users) == [start]
+        assert list(fork.users) == [copy]
         assert argument(wait, "ticket") is start
-        assert order[fork] < order[start] < order[wait]
-        assert stream_of(start) == COPY
-        layers = {LAYER.of(n) for n in (fork, start, wait)}
+        assert order[fork] < order[copy] <= order[start] < order[wait]
+        assert stream_of(copy) == stream_of(start) == COPY
+        layers = {LAYER.of(n) for n in (fork, copy, start, wait)}
         assert len(layers) == 1
         # So the fork depends on all that the copy must follow.
-        taken = {n for n in start.all_input_nodes if n is not fork}
+        taken = {n for n in copy.all_input_nodes if n is not fork and not is_number(n)}
         assert taken <= set(fork.all_input_nodes)
+
+
+def is_number(node):
+    return isinstance(fake_value(node), int)
+
+
+def test_a_prompt_picks_from_the_past_and_fetches_it_before_its_new_keys(inserted):
+    graph, _ = inserted(phase="sparse_prefill", mode="forecast")
+    order = program_order(graph)
+    for layer, stage in enumerate(find_ops(graph, "stage_blocks")):
+        (past, picked, update, attention) = (
+            find_ops(graph, name)[layer]
+            for name in ("select_past", "select_tokens", "update_summary", "attend_tokens")
+        )
+        near_ids = argument(stage, "block_ids")
+        assert near_ids.args == (past, 0)
+        assert argument(picked, "near_ids") is near_ids
+        assert argument(picked, "near_scores").args == (past, 1)
+        for name in ("query", "summary", "lengths", "selector", "num_selected", "local_blocks"):
+            assert argument(past, name) == argument(picked, name)
+        assert argument(attention, "block_ids") is picked
+        assert argument(attention, "staging").args == (stage, 0)
+        assert argument(attention, "slots").args == (stage, 1)
+        (mark,) = (u for u in argument(attention, "slots").users if u is not attention)
+        (wait,) = mark.users
+        places = [order[n] for n in (past, stage, mark, wait, update, picked, attention)]
+        assert places == sorted(places)
+        names = ("pages", "block_table", "pooled_k", "recent_k")
+        assert {a.state for a in accesses(wait)} == {f"sparda_{name}_{layer}" for name in names}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "query"},
+        {"mode": "exact"},
+        {"mode": "forecast", "offload": "never"},
+        # A window of the past that new keys complete would change a block that is not kept.
+        {"mode": "forecast", "local_blocks": 0},
+        {"mode": "forecast", "block_size": 16, "pool_size": 64, "local_blocks": 2},
+    ],
+)
+def test_a_prompt_fetches_in_line_what_it_cannot_know_before(inserted, settings):
+    graph, counts = inserted(phase="sparse_prefill", **settings)
+    assert counts.get("staged", 0) == 0
+    assert not find_ops(graph, "select_past", "record_event")
+    stages = find_ops(graph, "stage_blocks")
+    assert [stream_of(stage) for stage in stages] == [COMPUTE, COMPUTE]
+    picked = find_ops(graph, "select_tokens")
+    assert [argument(stage, "block_ids") for stage in stages] == picked
 
 
 def test_nothing_stays_in_line_but_the_fetches_of_mode_query(inserted):
@@ -163,7 +220,10 @@ def test_prefill_offloads_the_new_keys_and_values(inserted):
         new = argument(offload, "new_kv")
         assert len(new) == 2
         (wait,) = offload.users
-        assert sorted(n.name for n in argument(wait, "keepalive")) == sorted(n.name for n in new)
+        # The last copy is the last that reads the numbers of the tokens.
+        is_last = wait is find_ops(graph, "wait_blocks")[-1]
+        kept = {*new, *(argument(offload, "tokens") if is_last else ())}
+        assert set(argument(wait, "keepalive")) == kept
         assert any(is_state(n) for n in argument(offload, "after").all_input_nodes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparda_compile.graph.effects import argument, is_state
+from sparda_compile.graph.effects import argument, is_state, takes
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, is_sparda, module_path
 from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import FACTS, LAYER, SITE
@@ -53,13 +53,26 @@ def test_prefill(replaced):
     gm, counts, _ = replaced(phase="prefill")
     assert (counts["sparse"], counts["window"]) == (2, 0)
     assert ops_of(gm, 0) == ops_of(gm, 1) == PREFILL
-    assert ops_of(gm, -1) == ["advance_lengths"]
+    assert ops_of(gm, -1) == ["number_tokens", "advance_lengths"]
 
 
 def test_sparse_prefill(replaced):
     gm, counts, _ = replaced(phase="sparse_prefill")
     assert (counts["sparse"], counts["window"]) == (2, 0)
     assert ops_of(gm, 0) == ops_of(gm, 1) == SPARSE_PREFILL
+
+
+@pytest.mark.parametrize("phase", ["prefill", "sparse_prefill"])
+def test_tokens_are_numbered_once_before_all_layers(replaced, phase):
+    gm, *_ = replaced(phase=phase)
+    (numbered,) = find_ops(gm.graph, "number_tokens")
+    assert next(n for n in gm.graph.nodes if n.op != "placeholder") is numbered
+    taken = [argument(n, "tokens") for n in gm.graph.nodes if is_sparda(n) and takes(n, "tokens")]
+    assert len(taken) == (4 if phase == "sparse_prefill" else 3) * 2  # so many ops of each layer
+    for tokens in taken:
+        assert [node.args for node in tokens] == [(numbered, i) for i in range(3)]
+    for select in find_ops(gm.graph, "select_tokens"):
+        assert argument(select, "positions").args == (numbered, 0)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "sparse_prefill", "decode"])
@@ -138,7 +151,8 @@ def test_state_comes_as_inputs_of_the_layouts_shapes(replaced, phase):
     specs = plan.layout.traced().all_tensors()
     inputs = {n.name: fake_value(n) for n in gm.graph.nodes if is_state(n)}
     mask = inputs.pop("sparda_token_mask", None)
-    known = [inputs.pop(name, None) for name in ("sparda_num_past", "sparda_may_hide")]
+    by_name = {n.name: fake_value(n) for n in gm.graph.nodes if n.op == "placeholder"}
+    known = [by_name.get(name) for name in ("sparda_num_past", "sparda_may_hide")]
     assert (mask is not None) == (phase == "prefill")
     assert known == ([0, True] if phase == "prefill" else [None, None])
     assert state_name("pages", 1) in inputs

@@ -9,7 +9,7 @@ from sparda_compile.graph.effects import argument, stream_of
 from sparda_compile.graph.nodes import call_name, find_ops, program_order, snapshot
 from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import HINT, LAYER
-from sparda_compile.isa.streams import COMPUTE, SELECT
+from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
 from sparda_compile.passes.schedule.chains import Chains, ordered, set_streams
 
 UNSCHEDULED = {"disable_passes": ("schedule_transfers", "fuse_selection"), "machine": "h200"}
@@ -40,6 +40,25 @@ def test_a_chain_leads_from_the_forecast_to_the_copy(program):
         assert [node.name for node in chain.side(2)] == [f"block_ids_{layer}", f"plan_{layer}"]
         assert chain.side(9) == chain.stages
         assert chain.side(0) == []
+
+
+def test_a_chain_of_a_prompt_leads_from_the_forecast_to_the_mark_behind_its_copy(plan_of):
+    plan = plan_of("llama", "sparse_prefill", mode="forecast", **UNSCHEDULED)
+    graph = snapshot(plan.graph_module).graph
+    mark_order(graph)
+    for layer, stage in enumerate(find_ops(graph, "stage_blocks")):
+        chain = Chains(graph, dependence_graph(graph)).chain(stage)
+        names = [call_name(node).removeprefix("sparda.") for node in chain.nodes]
+        assert names[0] == "linear"
+        assert names[-1] == "record_event"
+        assert chain.prefetch is stage
+        assert [node.name for node in chain.stages] == [f"past_{layer}"]
+        assert {LAYER.of(node) for node in chain.nodes} == {layer}
+        assert {*stage.users, *chain.stages[0].users} & {*chain.nodes} >= {*stage.users}
+        set_streams(chain, chain.side(1))
+        assert (stream_of(chain.stages[0]), stream_of(stage)) == (SELECT, COPY)
+        assert argument(chain.stages[0], "after") is chain.fork
+        assert argument(stage, "after") is None
 
 
 def test_a_repair_stays_where_it_is(program):

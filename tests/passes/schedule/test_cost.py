@@ -71,6 +71,34 @@ def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
     assert cost(plan, "offload_blocks_0").link_bytes == 2 * HEADS * 1024 * 16 * 4
 
 
+@pytest.fixture
+def sparse_prefill(plan_of):
+    return plan_of("llama", "sparse_prefill", batch_size=3, **SETTINGS)
+
+
+def test_what_a_prompt_reads_of_the_past_crosses_the_link_once(sparse_prefill):
+    """The first token's blocks, and what each of 1024 replaces; or half of what the cache holds."""
+    half = 8192 // 64 // 2
+    expected = HEADS * half * BLOCK_BYTES
+    assert cost(sparse_prefill, "stage_1") == Cost(2.0 + expected / 45e3, 0, expected)
+    few = cost(sparse_prefill, "stage_1", top_k=1, sink_blocks=1, local_blocks=2)
+    assert few.link_bytes == HEADS * half * BLOCK_BYTES
+    none = cost(sparse_prefill, "stage_1", top_k=0, sink_blocks=1, local_blocks=2)
+    assert none.link_bytes == HEADS * 4 * BLOCK_BYTES
+    assert cost(sparse_prefill, "stage_1", offload="never").link_bytes == 0
+
+
+def test_scores_and_attention_of_a_prompt_are_products(sparse_prefill):
+    slow = dataclasses.replace(H200, tflops=0.001, latency_us={})
+    vectors = HEADS * 1024 * 16  # of Forecasts; there are twice as many query heads
+    for name, flop in (
+        ("past_1", 2 * vectors * (4096 / 16)),
+        ("block_ids_1", 2 * vectors * (1024 / 16)),
+        ("attend_tokens_1", 4 * (2 * vectors) * SELECTED * 64),
+    ):
+        assert cost(sparse_prefill, name, slow).us == pytest.approx(2.0 + flop / 1e3), name
+
+
 def test_matrix_multiplication_is_a_roofline(plan_of):
     plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
     node = linear(plan, "model.layers.0.mlp.gate_proj")

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from sparda_compile.graph.dependences import dependence_graph, mark_order
-from sparda_compile.graph.effects import argument, stream_of
+from sparda_compile.graph.effects import argument, stream_of, takes
 from sparda_compile.graph.nodes import call_name, find_ops, is_sparda, program_order
-from sparda_compile.isa.streams import COMPUTE, SELECT, STREAM_NAMES
+from sparda_compile.isa.streams import COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import node_cost
@@ -25,6 +25,8 @@ CASES = {
     "exact-previous_layer-h200": {"mode": "exact", "hint": "previous_layer", "machine": "h200"},
     "query-h200": {"mode": "query", "machine": "h200"},
     "prefill-h200": {"mode": "forecast", "machine": "h200", "phase": "prefill"},
+    "sparse_prefill-h200": {"mode": "forecast", "machine": "h200", "phase": "sparse_prefill"},
+    "sparse_prefill-cpu": {"mode": "forecast", "machine": "cpu", "phase": "sparse_prefill"},
     "window-h200": {"mode": "forecast", "machine": "h200", "model": "gemma3"},
 }
 EPSILON = 1e-6
@@ -94,6 +96,26 @@ class TestOrder:
         assert now["wait_blocks_1"] > now["offload_blocks_1"]
         assert record.schedule.choices == (
             "offload_blocks_0 is awaited before prefill_attention_1",
+        )
+
+    @pytest.mark.parametrize("machine", ["cpu", "h200"])
+    def test_past_of_a_prompt_is_fetched_while_the_layer_before_computes(self, scheduled, machine):
+        before, after, record = scheduled(**CASES[f"sparse_prefill-{machine}"])
+        was, now = places(before), places(after)
+        assert was["past_1"] > was["attend_tokens_0"]
+        assert now["past_1"] < now["stage_1"] < now["staged_1"] < now["attend_tokens_0"]
+        (wait,) = named(after, "staged_1").users
+        assert wait.next is named(after, "update_summary_1")
+        assert now["attend_tokens_0"] < now[wait.name] < now["block_ids_1"]
+        # Offloads are still awaited a layer later.
+        (offloaded,) = named(after, "offload_blocks_0").users
+        assert now["offload_blocks_0"] < now[offloaded.name] < now["attend_tokens_1"]
+        assert record.counts["chains"] == 2
+        streams = [stream_of(named(after, name)) for name in ("past_1", "stage_1")]
+        assert streams == [SELECT if machine == "h200" else COMPUTE, COPY]
+        # The copy takes the list of the selection, which the wait for the copy keeps.
+        assert argument(named(after, "stage_1"), "after") is (
+            None if machine == "h200" else named(after, "fork_1")
         )
 
     def test_mode_query_has_nothing_to_place(self, scheduled):
@@ -229,7 +251,9 @@ class TestPrediction:
         _, graph, _ = scheduled(**CASES[case])
         rows = {r.node: r for r in schedule.rows}
         for node in graph.nodes:
-            if is_sparda(node) and stream_of(node) != COMPUTE and argument(node, "after"):
+            if stream_of(node) == COMPUTE or not takes(node, "after"):
+                continue
+            if argument(node, "after"):
                 fork = rows[argument(node, "after").name]
                 assert rows[node.name].start_us >= fork.start_us - EPSILON
 

@@ -1,0 +1,399 @@
+"""Scores of blocks for each new token of a prompt, tile by tile.
+
+    sums     per token and head, over a part of the windows: peak, sum of 2^(logit - peak)   infllm2
+    blocks   per token and block: the best window that begins in the block, and the best of
+             those that reach into the next one
+
+No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
+many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time.
+
+A program takes `_COLUMNS` query vectors (tokens of one KV head times the heads of its group) and a
+part of the windows, so that a long prompt and one of few tokens both fill the device. The vectors
+are the columns of a product, its rows the windows that lie at one place of 64 blocks: the heads of
+a token are then summed mostly inside a thread, and the best window of a block is an elementwise
+maximum over as many products as a block has windows. Each pooled key is read, and multiplied,
+once per pass.
+
+Quest's bound is a product, too: sum_d max(q_d * min_d, q_d * max_d) is that of a block's bounds,
+as one vector, with the negative and the positive part of q. A mean of heads has more bits than a
+summary of 16: it goes in as three vectors that add up to it, summed like heads. Its windows are
+the blocks.
+
+NOSA's short list is picked of those scores, in the last kernel, which then ranks blocks by the best
+retention score of the windows that touch them: the last number of each pooled key.
+
+Blocks may be scored in two parts, at two times: those of the past by the windows that it has
+completed, and from the last block before that of the first new token on, by all. A product is the
+same in both, bit for bit.
+
+Floor, of T tokens over W windows, half of them before the mean token of a prompt from nothing:
+2 * T * W * D FLOP for each head and pass, one pass for a Forecast, two for InfLLM-V2, which at a
+group of 16 and D = 128 takes as many exponentials as a multiprocessor does beside the products.
+Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
+from sparda_compile.kernels.gpu.score import complete_windows
+from sparda_compile.kernels.gpu.select import MOST_BLOCKS
+from sparda_compile.kernels.workspace import SCORE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from sparda_compile.selectors import Geometry
+
+__all__ = ["Asked", "Blocks", "covers", "first_scored", "scored_tokens"]
+
+_SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
+# Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
+# half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
+_COLUMNS: Final = 128
+_FORECAST_COLUMNS: Final = 64
+# Windows of one product: a warp group multiplies 64 rows.
+_WINDOWS: Final = 64
+# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
+# of 32 bits, which threads multiply, not tensor cores: those hold less.
+_TILE_BYTES: Final = 32 * 1024
+_MOST_STAGES: Final = 3
+# Blocks of one program: few enough that one token of a long sequence has several programs.
+_PART_BLOCKS: Final = 256
+_LOG2_E: Final = math.log2(math.e)
+
+
+@triton.jit
+def _vectors(
+    query, positions, row, group, first, last, q_row, q_head, q_token, num_tokens,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return query vectors of the tokens from `first` to `last`, and the position of each."""
+    column = tl.arange(0, COLUMNS)
+    token, head = first + column // ROOM, column % ROOM
+    there = (token < last) & (head < HEADS)
+    position = tl.load(positions + row * num_tokens + token, mask=token < last, other=-1)
+    dims = tl.arange(0, DIMS)
+    place = row.to(tl.int64) * q_row + token.to(tl.int64) * q_token
+    place += (group * HEADS + head).to(tl.int64) * q_head
+    vectors = tl.load(
+        query + place[:, None] + dims[None, :],
+        mask=there[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+    if INTERPRETED:
+        vectors = vectors.to(tl.float32)
+    return vectors, position, there
+
+
+@triton.jit
+def _keys(
+    keys, window, end, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return the first numbers of the pooled keys of some windows."""
+    dims = tl.arange(0, DIMS)
+    mask = (window < end)[:, None] & (dims < DIM)[None, :]
+    tile = tl.load(keys + window[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
+    if INTERPRETED:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _token_sums(
+    query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
+    num_windows, begin, end, scored_from,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, POOL: tl.constexpr,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    PART: tl.constexpr, WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, group = pair // groups, pair % groups
+    first = begin + tile * (COLUMNS // ROOM)
+    vectors, position, _ = _vectors(
+        query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
+        HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
+    )  # fmt: skip
+    complete = complete_windows(position, POOL, STRIDE)
+    is_scored = tl.max(position, 0) >= scored_from
+    stop = tl.where(is_scored, tl.minimum(tl.max(complete, 0), (part + 1) * PART), 0)
+    own_stop = tl.minimum(complete, stop)
+    keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
+    peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for start in tl.range(part * PART, stop, WINDOWS, num_stages=STAGES):
+        window = start + tl.arange(0, WINDOWS)
+        keys = _keys(keys_at, window, stop, WIDTH, DIM, DIMS, INTERPRETED)
+        logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
+        logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(logits - safe[:, None]), axis=1)
+        peak = new_peak
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    columns = (end - begin) * ROOM
+    place = (pair.to(tl.int64) * tl.num_programs(1) + part) * columns + column
+    tl.store(maxima + place, peak, mask=column < columns)
+    tl.store(sums + place, total, mask=column < columns)
+
+
+@triton.jit
+def _normals(
+    maxima, sums, pair, tile, columns, parts,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return the binary logarithm of the sum of each column's weights."""
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    each = tl.arange(0, PARTS)
+    place = (pair.to(tl.int64) * parts + each[:, None]) * columns + column[None, :]
+    mask = (each < parts)[:, None] & (column < columns)[None, :]
+    peaks = tl.load(maxima + place, mask=mask, other=float("-inf"))
+    totals = tl.load(sums + place, mask=mask, other=0.0)
+    peak = tl.max(peaks, axis=0)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(totals * tl.exp2(peaks - safe[None, :]), axis=0)
+    return safe + tl.log2(tl.where(total == 0.0, 1.0, total))
+
+
+@triton.jit
+def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernels
+    """Return the first block that is scored where new tokens alone are.
+
+    The last block before that of the first new token may have windows that reach into it; and one
+    block more has those that reach into that.
+    """
+    return tl.maximum(length // SIZE - 2, 0)
+
+
+@triton.jit
+def _token_blocks(
+    query, pooled, positions, lengths, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
+    num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
+    POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
+    BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr,
+    INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, group = pair // groups, pair % groups
+    TOKENS: tl.constexpr = COLUMNS // ROOM
+    first = begin + tile * TOKENS
+    token = first + tl.arange(0, TOKENS)
+    position = tl.load(positions + row * num_tokens + token, mask=token < end, other=-1)
+    length = tl.load(lengths + row)
+    complete = complete_windows(tl.minimum(position, length) if PAST else position, POOL, STRIDE)
+    most = tl.max(complete, 0)
+    is_scored = tl.max(position, 0) >= scored_from
+    origin = first_scored(length, RATIO * STRIDE) if NEW else length * 0
+    start = origin + part * PART
+    stop = tl.where(is_scored, tl.minimum((most + RATIO - 1) // RATIO, start + PART), 0)
+    if start < stop:
+        vectors, _, there = _vectors(
+            query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
+            HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
+        )  # fmt: skip
+        if SOFTMAX:
+            columns = (end - begin) * ROOM
+            normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
+        keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
+        # [pair, token, which of the two, block]
+        at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * num_blocks))
+        at -= origin
+        own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
+        next_one = own
+        tiles = (stop - start + BLOCKS - 1) // BLOCKS
+        for step in tl.range(tiles * RATIO, num_stages=STAGES):
+            block = start + step // RATIO * BLOCKS + tl.arange(0, BLOCKS)
+            place = step % RATIO
+            window = block * RATIO + place
+            keys = _keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
+            weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
+            if SOFTMAX:
+                weight = tl.exp2(weight * factor - normal[None, :])
+                weight = tl.where(there[None, :], weight, 0.0)
+            if ROOM > 1:
+                weight = tl.sum(tl.reshape(weight, [BLOCKS, TOKENS, ROOM]), axis=2)
+            exists = window[:, None] < complete[None, :]
+            weight = tl.where(exists, weight, float("-inf"))
+            own = tl.maximum(tl.where(place == 0, float("-inf"), own), weight)
+            if OVERHANG > 0:
+                reaches = place + OVERHANG >= RATIO
+                next_one = tl.where(place == 0, float("-inf"), next_one)
+                next_one = tl.maximum(next_one, tl.where(reaches, weight, float("-inf")))
+            if place == RATIO - 1:
+                mask = (block < stop)[:, None] & (token < end)[None, :]
+                tl.store(at[None, :] + block[:, None], own, mask=mask)
+                if OVERHANG > 0:
+                    tl.store(at[None, :] + num_blocks + block[:, None], next_one, mask=mask)
+
+
+def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
+    """Whether these kernels select for a selector, for such queries and windows.
+
+    Not for a group of more than 128 heads, nor where a window reaches over more than two blocks.
+    """
+    if selector not in _SELECTORS or geometry.num_blocks > MOST_BLOCKS:
+        return False
+    reach = geometry.block_size + geometry.pool_stride
+    fits = query_BHTD.shape[1] <= _COLUMNS * groups and geometry.pool_size <= reach
+    return fits or selector == "quest"
+
+
+def _tile(query: Tensor, room: int, dims: int, *, softmax: bool) -> tuple[int, int, int]:
+    """Return query vectors and keys of a product, and tiles of keys that fit beside the queries."""
+    most = 2 * _TILE_BYTES // (dims * query.element_size() ** 2)
+    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
+    rows = max(min(_WINDOWS, most), 16)
+    if query.device.type != "cuda":
+        return columns, rows, _MOST_STAGES
+    vector = dims * query.element_size()
+    free = shared_bytes(query.device) - columns * vector - 4 * rows * columns
+    return columns, rows, max(min(_MOST_STAGES, free // (rows * vector)), 1)
+
+
+def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
+    """Return [B, G * n, T, 2D] vectors, n for each group: of the bounds' dtype, they add up to q.
+
+    The first half, for the smallest keys, is the negative part of the mean query.
+    """
+    mean = query_BHTD.unflatten(1, (bounds_BGN2D.shape[1], -1)).float().mean(2)
+    rest = torch.cat([mean.clamp(max=0.0), mean.clamp(min=0.0)], -1)
+    parts = []
+    for _ in range(1 if bounds_BGN2D.dtype == torch.float32 else 3):
+        parts.append(rest.to(bounds_BGN2D.dtype))
+        rest = rest - parts[-1].float()
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
+class Blocks(enum.Enum):
+    """Which blocks are scored, and by which windows."""
+
+    ALL = "all, by the windows before a token"
+    PAST = "those up to that of the first new token, by the windows before it"
+    NEW = "those that new tokens change, by the windows before a token"
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked for scores.
+
+    Attributes:
+        query: [B, H, T, D] queries, or Forecasts with as many heads as groups.
+        tensors: Of the summary; the first are pooled keys or bounds.
+        positions: [B, T] int32, -1 where no token is.
+        lengths: [B] int32, tokens before this call.
+        num_past: No sequence has more.
+        selector: One that `covers` has.
+        scale: Factor on q . k.
+        geometry: Sizes.
+    """
+
+    query: Tensor
+    tensors: Sequence[Tensor]
+    positions: Tensor
+    lengths: Tensor
+    num_past: int
+    selector: str
+    scale: float
+    geometry: Geometry
+
+    @property
+    def softmax(self) -> bool:
+        """Whether a head's scores are weights."""
+        return self.selector in ("infllm2", "nosa")
+
+    @property
+    def lists(self) -> bool:
+        """Whether the last number of a key is its retention score, which no query multiplies."""
+        return self.selector.startswith("nosa")
+
+    @property
+    def num_groups(self) -> int:
+        """KV heads."""
+        return self.tensors[0].shape[1]
+
+    @property
+    def windows(self) -> Geometry:
+        """Sizes of the windows that are scored: a bound is that of a whole block."""
+        if self.selector != "quest":
+            return self.geometry
+        size = self.geometry.block_size
+        return dataclasses.replace(self.geometry, pool_size=1, pool_stride=size)
+
+
+def _num_blocks(asked: Asked, blocks: Blocks) -> int:
+    """Return how many blocks may be scored, from the first that is."""
+    size, num_tokens = asked.geometry.block_size, asked.query.shape[2]
+    most: dict[Blocks, int] = {
+        Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
+        Blocks.PAST: asked.num_past // size + 1,
+        # New tokens lie in one block more than they fill, behind two others.
+        Blocks.NEW: triton.cdiv(num_tokens, size) + 3,
+    }
+    return min(most[blocks], asked.geometry.num_blocks)
+
+
+def scored_tokens(
+    asked: Asked, blocks: Blocks, scored_from: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Score, as many tokens at a time as there is room for; the next ones take the same room.
+
+    Yields the first token, the one behind the last, and scores [pairs, t, 2, n] float32: for each
+    block the best window that begins in it, and the best of those that reach into the next one.
+
+    Args:
+        asked: Queries and summary.
+        blocks: Which blocks; all of them for a softmax.
+        scored_from: Tokens before this position have no more blocks than they may read.
+    """
+    pooled, query, geometry = asked.tensors[0], asked.query, asked.windows
+    if asked.selector == "quest":
+        query, pooled = _quest_parts(query, pooled), pooled.flatten(3)
+    pool, size = (geometry.pool_size, geometry.pool_stride), geometry.block_size
+    batch, groups, num_windows, width = pooled.shape
+    dim = width - 1 if asked.lists else width
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
+    num_blocks = _num_blocks(asked, blocks)
+    room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
+    columns, rows, stages = _tile(query, room, dims, softmax=softmax)
+    ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
+    vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
+    chunk = SCORE_BYTES // (pairs * num_blocks * 8) // columns * columns
+    chunk = min(max(chunk, columns // room), num_tokens)
+    parts = triton.cdiv(num_blocks, _PART_BLOCKS)
+    # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, _PART_BLOCKS))
+    sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
+    maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
+    scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
+    factor = asked.scale * _LOG2_E
+    for begin in range(0, num_tokens, chunk):
+        end = min(begin + chunk, num_tokens)
+        tiles = triton.cdiv((end - begin) * room, columns)
+        if softmax:
+            launch(_token_sums, (tiles, parts, pairs))(
+                query, pooled, asked.positions, maxima, sums, factor, *strides, groups, num_tokens,
+                num_windows, begin, end, scored_from, *vectors, *pool, width, dim, dims,
+                _PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
+            )  # fmt: skip
+        launch(_token_blocks, (tiles, parts, pairs))(
+            query, pooled, asked.positions, asked.lengths, maxima, sums, scores, factor, *strides,
+            groups, num_tokens, num_windows, num_blocks, begin, end, scored_from, parts, *vectors,
+            all_parts, *pool, ratio, overhang, width, dim, dims, _PART_BLOCKS, rows, softmax,
+            blocks is Blocks.PAST, blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
+        )  # fmt: skip
+        yield begin, end, scores

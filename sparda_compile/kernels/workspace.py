@@ -1,0 +1,102 @@
+"""What ops for a prompt take on a GPU beside their results, in bytes.
+
+Each follows what the launcher, or torch's attention, allocates; see `isa.table.Instruction`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "SCORE_BYTES",
+    "UNION_BYTES",
+    "attend_tokens_bytes",
+    "prefill_attention_bytes",
+    "select_past_bytes",
+    "select_tokens_bytes",
+    "window_attention_bytes",
+]
+
+SCORE_BYTES: Final = 64 << 20
+"""Of block scores that are there at once: a part of the L2 cache, from which they are read."""
+UNION_BYTES: Final = 64 << 20
+"""Of the unions of tiles that are there at once."""
+# Positions and orders of tokens, for each token of each sequence.
+_PLACES: Final = 32
+_TILE_ROWS: Final = 64
+# Queries that see their keys at once where a mask says which.
+_MASKED_QUERIES: Final = 256
+
+
+def _bytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _places(query_BHTD: Tensor) -> int:
+    return _PLACES * int(query_BHTD.shape[0] * query_BHTD.shape[2])
+
+
+def select_past_bytes(a: Any) -> int:
+    """Return what `select_past` takes: scores of the past."""
+    return _scores(a, a.num_past // a.block_size + 1) if a.num_past else 0
+
+
+def _scores(a: Any, num_blocks: int) -> int:
+    vectors = int(a.query.shape[0] * a.summary[0].shape[1] * a.query.shape[2])
+    return int(min(SCORE_BYTES, vectors * min(a.num_blocks, num_blocks) * 8))
+
+
+def select_tokens_bytes(a: Any) -> int:
+    """Return what `select_tokens` takes: scores, and of Quest the parts of the mean query."""
+    num_tokens = int(a.query.shape[2])
+    vectors = int(a.query.shape[0] * a.summary[0].shape[1]) * num_tokens
+    num_blocks = -(-(a.num_past + num_tokens) // a.block_size)
+    if a.near_ids is not None and a.num_past:
+        num_blocks = -(-num_tokens // a.block_size) + 3
+    parts = 0
+    if a.selector == "quest":
+        width, itemsize = a.query.shape[3], a.query.dtype.itemsize
+        parts = vectors * width * (3 * 4 + 2 * 2 * 3 * itemsize)
+    return int(_scores(a, num_blocks) + _places(a.query) + parts)
+
+
+def attend_tokens_bytes(a: Any) -> int:
+    """Return what `attend_tokens` takes: unions of some tiles, and the order of tokens."""
+    batch, groups, num_tokens, selected = a.block_ids.shape
+    num_blocks = a.slots.shape[2]
+    tokens = max(_TILE_ROWS * groups // a.query.shape[1], 1)
+    each = 8 * min(num_blocks, tokens * selected) + 4 * num_blocks
+    unions = batch * groups * -(-num_tokens // tokens) * each
+    return int(min(UNION_BYTES, unions)) + _places(a.query)
+
+
+def prefill_attention_bytes(a: Any) -> int:
+    """Return what `prefill_attention` takes: of padded prompts the tensors in another order."""
+    keys, queries = _bytes(a.k) + _bytes(a.v), _bytes(a.query)
+    if a.num_past or a.softcap:
+        length = int(a.num_past + a.k.shape[2])
+        past = int(keys * a.num_past // a.k.shape[2])
+        return past + _masked(a, keys + past, length)
+    sums = math.prod(a.query.shape[:3]) * 4
+    return int(sums) + (3 * queries + keys if a.may_hide else 0)
+
+
+def window_attention_bytes(a: Any) -> int:
+    """Return what `window_attention` takes: keys of every query head, and results in parts."""
+    ring = _bytes(a.ring_k) + _bytes(a.ring_v)
+    length = int(a.ring_k.shape[2] + a.k.shape[2])
+    return _masked(a, ring + _bytes(a.k) + _bytes(a.v), length)
+
+
+def _masked(a: Any, keys: int, length: int) -> int:
+    """Return what attention by a mask takes: keys once more for each head, masks, its parts."""
+    batch, heads, tokens, dim = a.query.shape
+    repeated = 2 * batch * heads * length * dim * a.query.dtype.itemsize
+    masks = 4 * batch * min(tokens, _MASKED_QUERIES) * length
+    # With a soft cap all scores are there, in float32, before and behind it.
+    scores = 3 * heads * masks if a.softcap else 0
+    return int(keys + repeated + masks + scores) + _bytes(a.query)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparda_compile.kernels.gpu import token_scores
+from sparda_compile.kernels.gpu.token_scores import Asked, Blocks, scored_tokens
+from sparda_compile.selectors import Geometry
+
+GEOMETRY = Geometry(30, 16, 8, 4)
+RATIO = 4
+GROUPS, TOKENS, DIM = 2, 9, 16
+
+
+def asked(device, lengths=(300, 37), dtype=torch.float32):
+    """Return Forecasts of tokens behind others; NaN for windows that no token has completed."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    batch = len(lengths)
+    pooled = torch.randn(batch, GROUPS, GEOMETRY.num_windows, DIM, generator=generator)
+    for row, length in enumerate(lengths.tolist()):
+        pooled[row, :, max((length + TOKENS - 8) // 4 + 1, 0) :] = float("nan")
+    query = torch.randn(batch, GROUPS, TOKENS, DIM, generator=generator)
+    positions = (lengths[:, None] + torch.arange(TOKENS)).int()
+    places = (positions.to(device), lengths.to(device), int(lengths.max()))
+    tensors = [pooled.to(device, dtype)]
+    return Asked(query.to(device, dtype), tensors, *places, "forecast", 1.0, GEOMETRY)
+
+
+def by_token(it, blocks, scored_from=0):
+    """Return scores [B, G, T, 2, n] of all tokens."""
+    parts = [
+        scores[:, : end - begin].clone()
+        for begin, end, scores in scored_tokens(it, blocks, scored_from)
+    ]
+    return torch.cat(parts, 1).unflatten(0, (-1, GROUPS)).cpu()
+
+
+def truth(it, row, token):
+    """Return the best window that begins in each block, and the best that reaches into the next."""
+    complete = max((int(it.positions[row, token]) - 8) // 4 + 1, 0)
+    dots = it.tensors[0][row].cpu().double() @ it.query[row, :, token].cpu().double()[..., None]
+    dots = dots[..., 0]
+    dots[:, complete:] = float("-inf")
+    padded = torch.nn.functional.pad(dots, (0, -dots.shape[1] % RATIO), value=float("-inf"))
+    places = padded.unflatten(1, (-1, RATIO))
+    return torch.stack([places.amax(-1), places[..., -1]], 1), -(-complete // RATIO)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_maxima_of_products(device, dtype):
+    it = asked(device, dtype=dtype)
+    got = by_token(it, Blocks.ALL)
+    for row in range(2):
+        for token in range(TOKENS):
+            want, count = truth(it, row, token)
+            found = got[row, :, token, :, :count].double()
+            torch.testing.assert_close(found, want[..., :count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(300, 37), (304, 32), (33, 5), (7, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_parts_are_the_whole_bit_for_bit(device, lengths, dtype):
+    it = asked(device, lengths, dtype)
+    whole, past, new = (by_token(it, blocks) for blocks in Blocks)
+    for row, length in enumerate(lengths):
+        first = length // 16
+        settled = max(first - 1, 0)
+        assert torch.equal(past[row][..., :settled], whole[row][..., :settled])
+        origin = max(first - 2, 0)
+        for token in range(TOKENS):
+            count = -(-max((length + token - 8) // 4 + 1, 0) // RATIO)
+            if count > origin:
+                want = whole[row, :, token, :, origin:count]
+                assert torch.equal(new[row, :, token, :, : count - origin], want)
+
+
+def test_the_past_is_scored_by_its_own_windows(device):
+    """What new tokens complete is not there yet."""
+    it = asked(device)
+    before = it.tensors[0].clone()
+    for row, length in enumerate((300, 37)):
+        before[row, :, (length - 8) // 4 + 1 :] = float("nan")
+    past = by_token(dataclasses.replace(it, tensors=[before]), Blocks.PAST)
+    for row, length in enumerate((300, 37)):
+        complete = (length - 8) // 4 + 1
+        assert past[row][..., 0, : -(-complete // RATIO)].isfinite().all()
+
+
+def test_room_follows_from_what_the_cache_holds(device):
+    it = asked(device)
+    widths = [by_token(it, blocks).shape[-1] for blocks in Blocks]
+    # 309 tokens lie in 20 blocks; 300 in 19; 9 new ones in 2 at most, behind two others.
+    assert widths == [20, 19, 4]
+
+
+def test_parts_and_chunks_change_nothing(device, monkeypatch):
+    it = asked(device)
+    want = [by_token(it, blocks) for blocks in Blocks]
+    monkeypatch.setattr(token_scores, "_PART_BLOCKS", 3)
+    monkeypatch.setattr(token_scores, "_FORECAST_COLUMNS", 16)
+    monkeypatch.setattr(token_scores, "_WINDOWS", 16)
+    monkeypatch.setattr(token_scores, "_SCRATCH_BYTES", 1)
+    for blocks, whole in zip(Blocks, want, strict=True):
+        got = by_token(it, blocks)
+        for row, length in enumerate((300, 37)):
+            seen = length if blocks is Blocks.PAST else length + TOKENS - 1
+            origin = max(length // 16 - 2, 0) if blocks is Blocks.NEW else 0
+            count = -(-((seen - 8) // 4 + 1) // RATIO) - origin
+            torch.testing.assert_close(
+                got[row, :, -1, 0, :count], whole[row, :, -1, 0, :count], rtol=1e-5, atol=1e-5
+            )
+
+
+def test_tokens_within_the_budget_are_not_scored(device):
+    it = asked(device)
+    assert by_token(it, Blocks.ALL, 1000).isnan().all()
