@@ -175,6 +175,7 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         Blocks.__post_init__(self)
         Memory.__post_init__(self)
         Execution.__post_init__(self)
+        self._check_shared()
         self._check_capacity()
 
     @classmethod
@@ -228,6 +229,13 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
     def _group(self, kind: type[G]) -> G:
         names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
         return kind(**{name: getattr(self, name) for name in names})
+
+    def _check_shared(self) -> None:
+        if self.block_size % self.shared_tokens:
+            raise ConfigError(
+                f"shared_tokens={self.shared_tokens} does not divide block_size={self.block_size}; "
+                "tokens that read the same blocks lie in one block. Use a power of two, or 1."
+            )
 
     def _check_capacity(self) -> None:
         if self.max_tokens is None:

@@ -48,6 +48,10 @@ class Selection:
         prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
             its own blocks, those that a decode step would select there. `auto`: on a GPU, of the
             two what is expected to be faster for a prompt of that length; on a CPU `dense`.
+        shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
+            the first of them; it divides `block_size`. 1, the default, gives each token its own, as
+            a decode step would. More select as much faster, and what is selected depends on where
+            a prompt is cut, unless it is cut at multiples of it.
     """
 
     mode: Mode = "forecast"
@@ -59,6 +63,7 @@ class Selection:
     sink_blocks: int = 1
     local_blocks: int = 32
     prefill: Prefill = "auto"
+    shared_tokens: int = 1
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, _MODES)
@@ -67,6 +72,7 @@ class Selection:
         one_of("prefill", self.prefill, get_args(Prefill))
         for name in ("sink_blocks", "local_blocks", "short_list"):
             whole(name, getattr(self, name), 0)
+        whole("shared_tokens", self.shared_tokens, 1)
         if self.top_k is not None:
             whole("top_k", self.top_k, 0)
         if self.forecast_rank is not None:

@@ -27,6 +27,7 @@ REFUSED = {
     "selector": ("quests", ["selector='quests'", "infllm2, quest, nosa", "Did you mean 'quest'?"]),
     "hint": ("emma", ["hint='emma'", "forecast, previous_step, previous_layer"]),
     "prefill": (None, ["prefill=None", "auto, sparse, dense"]),
+    "shared_tokens": (3, ["shared_tokens=3", "does not divide block_size=64", "power of two"]),
     "chunk_tokens": (0, ["chunk_tokens=0", "use 1 or more"]),
     "offload": (True, ["offload=True", "always, never"]),
     "eviction": ("random", ["eviction='random'", "lru, fifo"]),
