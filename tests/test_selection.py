@@ -71,5 +71,5 @@ class TestPrediction:
         if name == "ema_damping":
             assert Prediction(ema_damping=0.0).ema_damping == 0.0
         else:
-            with pytest.raises(ConfigError, match="above 0.0"):
+            with pytest.raises(ConfigError, match=r"above 0\.0"):
                 Prediction(**{name: 0.0})
