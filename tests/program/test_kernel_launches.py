@@ -23,6 +23,10 @@ CASES = {
     "exact": (
         {"mode": "exact", "hint": "previous_step"}, {*ALWAYS, *COPIES, *INFLLM2, "_merge"}
     ),
+    "ema": (
+        {"mode": "exact", "hint": "ema"},
+        {*ALWAYS, *COPIES, *INFLLM2, "_merge", "_predict_blocks", "_update_prediction"},
+    ),
     "quest": (
         {"selector": "quest"},
         {*ALWAYS, *COPIES, "_score_quest", "_append_key_bounds"} - {"_append_pooled_keys"},
