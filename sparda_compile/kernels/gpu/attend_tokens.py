@@ -97,7 +97,7 @@ def _scores(q, keys, token, limit, factor, cap, SOFTCAP: tl.constexpr):
     return tl.where(token[None, :] <= limit[:, None], scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_tile"])
 def _attend_tokens(
     query, out, columns, lengths, union_counts, union_ids, readers, union_slots, staging, factor,
     cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, num_slots, first_tile,

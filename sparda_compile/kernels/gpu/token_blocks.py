@@ -91,7 +91,7 @@ def _order_tokens(token_mask, columns, counts, num_tokens, TILE: tl.constexpr):
         before += tl.sum(real.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _pack_blocks(
     k, v, columns, counts, lengths, block_table, pages, staging,
     k_row, k_head, k_token, v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages,
@@ -172,7 +172,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_tile"])
 def _tile_unions(
     block_ids, columns, counts, lengths, slots, union_counts, union_ids, readers,
     union_slots, groups, num_tokens, num_blocks, num_entries, first_tile,
