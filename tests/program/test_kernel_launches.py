@@ -1,4 +1,4 @@
-"""What a step will launch, found on fake tensors: of a decode, and of a prompt that is then read."""
+"""What a step launches, found on fake tensors: of a decode, and of prompts that are then read."""
 
 from __future__ import annotations
 
@@ -179,7 +179,9 @@ def test_a_prompt_launches_what_was_found(case, batch_size, traced_llama, monkey
 
 def test_a_prompt_of_nosa(monkeypatch):
     settings = {"selector": "nosa", "short_list": 1}
-    prompt = Prompt(sparda_compile.optimize(tiny_nosa(), CONFIG.replace(**settings)), "sparse_prefill", 1)
+    prompt = Prompt(
+        sparda_compile.optimize(tiny_nosa(), CONFIG.replace(**settings)), "sparse_prefill", 1
+    )
     for num_tokens in (97, 48):
         with monkeypatch.context() as patch:
             patch.setattr(FakeTensor, "is_cuda", True, raising=False)
