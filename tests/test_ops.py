@@ -108,8 +108,8 @@ def samples():
             ids[:, :, None].repeat(1, 1, 7, 1), lengths, pages, host, tables()[0], 70
         ),
         "attend_tokens": (
-            randn(ROWS, HEADS, 7, DIM), *prompt, ids[:, :, None].repeat(1, 1, 7, 1), mask,
-            lengths, randn(ROWS, GROUPS, 6, 2, SIZE, DIM), slots, pages, tables()[0], scale,
+            randn(ROWS, HEADS, 7, DIM), *prompt, ids[:, :, None].repeat(1, 1, 7, 1),
+            tokens, past, randn(ROWS, GROUPS, 6, 2, SIZE, DIM), slots, pages, tables()[0], scale,
             softcap,
         ),
         "window_attention": (

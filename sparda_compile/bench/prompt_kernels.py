@@ -197,8 +197,9 @@ def _attend(
     table = block.where(block < past_blocks, -1).int().expand(1, groups, -1).contiguous()
     host = torch.empty(0, dtype=torch.int64, device=device)
     ids = _block_ids(device, shape, groups)
-    mask = torch.ones(1, shape.tokens, dtype=torch.bool, device=device)
     lengths = torch.full((1,), shape.past, dtype=torch.int32, device=device)
+    columns = torch.arange(shape.tokens, dtype=torch.int32, device=device)[None]
+    numbered = (columns + shape.past, columns, lengths + shape.tokens)
     factors = (shape.dim**-0.5, 0.0)
     staging, slots = empty_staging(ids, pages, table, shape.past)
     room = staging.shape[2] - num_new_slots(shape.tokens, shape.block)
@@ -206,7 +207,7 @@ def _attend(
     copy()
     staged, paged = (staging, slots), (pages, table)
     call = partial(
-        attend_tokens.attend_tokens, query, kv, ids, mask, lengths, staged, paged, factors
+        attend_tokens.attend_tokens, query, kv, ids, numbered, lengths, staged, paged, factors
     )
     error = _error(call(), query, torch.stack(kv, 3), pages, ids, shape)
     if not error < 1e-2:
@@ -216,7 +217,7 @@ def _attend(
     rows = {f"attend_g{groups}": {**_row([call] * 2, flop, num_bytes, rates), "error": error}}
     copied = 2.0 * 2 * pages.numel()
     rows[f"stage_g{groups}"] = _row([copy] * 2, 0.0, copied + 4 * ids.numel(), rates)
-    prompt = token_blocks.pack_prompt(kv, mask, lengths, staged, paged)
+    prompt = token_blocks.pack_prompt(kv, numbered, lengths, staged, paged)
     out = torch.empty_like(query)
     for lines in (64, 128):
         tokens = lines * groups // shape.heads
@@ -224,6 +225,7 @@ def _attend(
         find = partial(token_blocks.unions, prompt, *at)
         union = find()
         attend = partial(attend_tokens.attend_unions, query, prompt, union, out, 0, factors, lines)
+        assert union.counts is not None
         found = float(union.counts.float().mean())
         name = f"g{groups}_rows_{lines}"
         rows[f"attend_{name}"] = {**_row([attend] * 2, flop, num_bytes, rates), "union": found}

@@ -11,6 +11,7 @@ What tokens have selected lies in the buffer of `runtime/staging.py`. On CUDA:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,12 @@ def prefill_attention(
     Returns:
         [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
     """
+    if query.is_cuda and (num_past or softcap):
+        from sparda_compile.kernels.gpu import attend_tokens as gpu
+
+        if gpu.covers(query, pages, block_table):
+            past, factors = (pages, host, block_table), (scale, softcap)
+            return gpu.attend_all(query, (k, v), token_mask, lengths, past, num_past, factors)
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())
@@ -270,7 +277,7 @@ def attend_tokens(
     k: Tensor,
     v: Tensor,
     block_ids: Tensor,
-    token_mask: Tensor,
+    tokens: Sequence[Tensor],
     lengths: Tensor,
     staging: Tensor,
     slots: Tensor,
@@ -286,7 +293,8 @@ def attend_tokens(
         k: [B, G, T, D] new keys, not in the cache yet.
         v: [B, G, T, D] new values.
         block_ids: [B, G, T, K] int32 blocks that each token reads, -1 for none.
-        token_mask: [B, T] bool, which tokens are real.
+        tokens: Of the new ones the positions [B, T], columns [B, T] and totals [B], int32, from
+            `number_tokens`.
         lengths: [B] int32, tokens in the cache.
         staging: [B, G, S, 2, P, D], see `runtime.staging`; its slots of new blocks are written.
         slots: [B, G, N] int32, the slot of each past block that is read.
@@ -304,14 +312,14 @@ def attend_tokens(
 
         if gpu.covers(query, pages, block_table):
             return gpu.attend_tokens(
-                query, (k, v), block_ids, token_mask, lengths, staged, paged, (scale, softcap)
+                query, (k, v), block_ids, tokens, lengths, staged, paged, (scale, softcap)
             )
-    position_BT = token_positions(lengths, token_mask, k.shape[2])
+    position_BT, _, total_B = (numbers.long() for numbers in tokens)
     _pack(k, v, position_BT, lengths, staging, paged)
     num_past = int(lengths.max())  # host-sync: the reference alone
     size = staging.shape[4]
     keys, values, place_BS = _by_position(
-        staged, lengths, lengths + token_mask.sum(1), -(-(num_past + k.shape[2]) // size)
+        staged, lengths, total_B, -(-(num_past + k.shape[2]) // size)
     )
     blocks = SelectedBlocks(block_ids, block_table.shape[2], size)
     return _token_major(

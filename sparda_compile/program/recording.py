@@ -111,6 +111,7 @@ class _Recorder:
         self._engine = engine
         self._owners: dict[int, set[int]] = {}  # storage -> registers
         self._storages: dict[int, int] = {}  # register -> storage
+        self._given: set[int] = set()  # what the last call was given, object by object
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         """Note the stream and pass the work on."""
@@ -130,6 +131,7 @@ class _Recorder:
     def begin(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Note what a call takes."""
         record = Record(call.name, call.node)
+        self._given = {id(a) for a in args}
         if call.node is None:
             record.takes["inputs"] = [_storage(a) for a in args if isinstance(a, Tensor)]
         else:
@@ -146,7 +148,9 @@ class _Recorder:
         for register, result in zip(call.results, results, strict=False):
             storage = _storage(result) if isinstance(result, Tensor) else 0
             record.returns.append(storage)
-            if storage and storage == self._storages.get(sources.get(register, -1)):
+            # A view of an input is another object, and nothing was written.
+            is_same = id(result) in self._given
+            if is_same and storage and storage == self._storages.get(sources.get(register, -1)):
                 record.reused.append(storage)
                 if self._owners[storage] - {*call.frees}:
                     record.overwritten.append(storage)

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.prefill_attention import (
     _causal_of_real,
     attend_tokens,
@@ -80,8 +81,8 @@ class Case:
         past = (self.pages, self.host, self.table)
         staged = stage_blocks(ids, self.lengths, *past, num_past)
         return attend_tokens(
-            self.query, self.k, self.v, ids, self.mask, self.lengths, *staged, self.pages,
-            self.table, 0.3, softcap,
+            self.query, self.k, self.v, ids, number_tokens(self.mask, self.lengths), self.lengths,
+            *staged, self.pages, self.table, 0.3, softcap,
         )  # fmt: skip
 
     def check(self, got, softcap, assert_near):

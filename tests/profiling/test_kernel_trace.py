@@ -33,7 +33,7 @@ OTHER_KERNELS = {
     "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_pooled_keys",
     "_extend_key_bounds", "_store_prefix",
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
-    "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed", "_order_tokens",
+    "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_pack_blocks", "_tile_unions",
     "_attend_tokens",
 }  # fmt: skip

@@ -128,17 +128,18 @@ class Prompt:
 
 
 STORED = {"_number_tokens", "_keep_blocks", "_extend_kv", "_store_prefix"}
-PACKED = {"_order_tokens", "_pack_blocks", "_tile_unions", "_attend_tokens"}
+PACKED = {"_pack_blocks", "_tile_unions", "_attend_tokens"}
 SELECTED = {"_token_blocks", "_pick_tokens"}
 POOLED = {"_extend_pooled_keys"}
 STAGED = {"_mark_blocks", "_place_blocks", "_gather_listed", "_copy_pages"}
+TURN = {*STAGED, *PACKED} - {"_mark_blocks", "_tile_unions"}
 SPARSE = {*STORED, *PACKED, *SELECTED, *POOLED}
 PROMPTS = {
     "dense": (
         "prefill", {"mode": "dense", "offload": "never"}, {*STORED} - {"_store_prefix"},
-        {*STORED, "_copy_runs"} - {"_store_prefix"},
+        {*STORED, *TURN} - {"_store_prefix", "_gather_listed"},
     ),
-    "dense first": ("prefill", {}, {*STORED, *POOLED}, {*STORED, *POOLED, "_copy_runs"}),
+    "dense first": ("prefill", {}, {*STORED, *POOLED}, {*STORED, *POOLED, *TURN}),
     "query": ("sparse_prefill", {}, {*SPARSE, "_token_sums"}, {*SPARSE, "_token_sums", *STAGED}),
     "quest": (
         "sparse_prefill", {"selector": "quest"},

@@ -29,20 +29,30 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+import torch
 import triton
 import triton.language as tl
 
+from sparda_compile.kernels.gpu.extend import number_tokens
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
-from sparda_compile.kernels.gpu.token_blocks import pack_prompt, unions, unions_bytes
+from sparda_compile.kernels.gpu.stage import stage
+from sparda_compile.kernels.gpu.token_blocks import (
+    all_blocks,
+    pack_prompt,
+    unions,
+    unions_bytes,
+)
+from sparda_compile.kernels.prefill_attention import num_new_slots
 from sparda_compile.kernels.workspace import UNION_BYTES
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
 
-__all__ = ["attend_tokens", "attend_unions", "covers", "tile_rows"]
+__all__ = ["attend_all", "attend_tokens", "attend_unions", "covers", "tile_rows"]
 
 # Query vectors of a tile. Numbers of 32 bits are multiplied by threads, not by tensor cores: those
 # hold less.
@@ -97,38 +107,74 @@ def _scores(q, keys, token, limit, factor, cap, SOFTCAP: tl.constexpr):
     return tl.where(token[None, :] <= limit[:, None], scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_tile"])
-def _attend_tokens(
-    query, out, columns, lengths, union_counts, union_ids, readers, union_slots, staging, factor,
-    cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, num_slots, first_tile,
-    HEADS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
-    DIMS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit
+def _queries(
+    query, columns, begin, num_tokens, q_head, q_token, dims,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    local_tile, pair = tl.program_id(0), tl.program_id(1)
-    row, group = pair // groups, pair % groups
+    """Return the rows of a tile: queries, token and head of each, its column, and a mask."""
     line = tl.arange(0, ROWS)
     reader, head = line // ROOM, line % ROOM
-    rank = (first_tile + local_tile) * (ROWS // ROOM) + reader
-    inside = (rank < num_tokens) & (head < HEADS)
-    column = tl.load(columns + row.to(tl.int64) * num_tokens + rank, mask=inside, other=0)
-    column = column.to(tl.int64)
-    position = tl.load(lengths + row) + rank
-    dims = tl.arange(0, DIMS)
+    inside = (begin + reader < num_tokens) & (head < HEADS)
+    column = tl.load(columns + begin + reader, mask=inside, other=0).to(tl.int64)
     mask = inside[:, None] & (dims < DIM)[None, :]
-    place = row.to(tl.int64) * q_row + (group * HEADS + head).to(tl.int64) * q_head
-    place += column * q_token
+    place = head.to(tl.int64) * q_head + column * q_token
     q = tl.load(query + place[:, None] + dims[None, :], mask=mask, other=0.0)
     if INTERPRETED:
         q = q.to(tl.float32)
+    return q, reader, head, column, mask
+
+
+@triton.jit
+def _add(acc, weights, peak, scores, values):
+    """Add values by their scores; returns the sums of both, and the largest score so far."""
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weight = tl.exp2(scores - safe[:, None])
+    fade = tl.exp2(peak - safe)
+    acc = acc * fade[:, None]
+    acc += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    return acc, weights * fade + tl.sum(weight, axis=1), new_peak
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_tile"])
+def _attend_tokens(
+    query, out, columns, totals, lengths, union_counts, union_ids, readers, union_slots, staging,
+    factor, cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, num_slots,
+    first_tile,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
+    DIMS: tl.constexpr, SOFTCAP: tl.constexpr, ALL: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    local_tile, pair = tl.program_id(0), tl.program_id(1)
+    row, group = pair // groups, pair % groups
+    begin = (first_tile + local_tile) * (ROWS // ROOM)
+    dims = tl.arange(0, DIMS)
+    query_at = query + row.to(tl.int64) * q_row + (group * HEADS).to(tl.int64) * q_head
+    q, reader, head, column, mask = _queries(
+        query_at, columns + row.to(tl.int64) * num_tokens, begin, num_tokens, q_head, q_token, dims,
+        HEADS, ROOM, ROWS, DIM, INTERPRETED,
+    )  # fmt: skip
+    length = tl.load(lengths + row)
+    position = length + begin + reader
     own = pair.to(tl.int64) * tl.num_programs(0) + local_tile
-    count = tl.load(union_counts + own)
+    if ALL:
+        # One union for all tiles, up to the block of the last real token; other rows see nothing.
+        own = pair.to(tl.int64)
+        total = tl.load(totals + row)
+        end = tl.minimum(total, length + begin + ROWS // ROOM)
+        count = tl.where(length + begin < end, (end - 1) // SIZE + 1, 0)
+        position = tl.where(position < total, position, -1)
+    else:
+        count = tl.load(union_counts + own)
     ids_at, slots_at = union_ids + own * num_entries, union_slots + own * num_entries
     staging_at = staging + pair.to(tl.int64) * num_slots * (2 * SIZE * DIM)
     readers_at = readers + own * num_blocks * WORDS
     word, shift = reader // 32, reader % 32
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
+    weights = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, DIMS], dtype=tl.float32)
     block, slot, bits = _entry(ids_at, slots_at, readers_at, count * 0, count, word, WORDS)
     for turn in tl.range(count * PARTS, num_stages=STAGES):
@@ -146,16 +192,9 @@ def _attend_tokens(
         if SIZE % TOKENS != 0:
             limit = tl.minimum(limit, SIZE - 1)
         scores = _scores(q, keys, token, limit, factor, cap, SOFTCAP)
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(scores - safe[:, None])
-        fade = tl.exp2(peak - safe)
-        total = total * fade + tl.sum(weight, axis=1)
-        acc = acc * fade[:, None]
-        acc += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-        peak = new_peak
+        acc, weights, peak = _add(acc, weights, peak, scores, values)
         block, slot, bits = next_block, next_slot, next_bits
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    result = acc / tl.where(weights == 0.0, 1.0, weights)[:, None]
     at = (row.to(tl.int64) * num_tokens + column) * (groups * HEADS) + group * HEADS + head
     tl.store(out + at[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
 
@@ -223,12 +262,15 @@ def attend_unions(
     tokens = min(_TILE, _TILE_BYTES // (dims * prompt.staging.element_size()))
     tokens = min(tokens, power_of_two(size, 16))
     factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
-    launch(_attend_tokens, (union.counts.shape[1], batch * groups))(
-        query_BHTD, out, prompt.columns, prompt.lengths, union.counts,
-        union.block_ids, union.readers, union.slots, prompt.staging, factor, softcap * _LOG2_E,
-        *query_BHTD.stride()[:3], groups, num_tokens, num_blocks, union.block_ids.shape[2],
-        prompt.staging.shape[2], first_tile, heads // groups, room, rows, union.readers.shape[3],
-        size, tokens, triton.cdiv(size, tokens), dim, dims, softcap != 0.0, interpreting(),
+    counts = union.counts
+    tiles = triton.cdiv(num_tokens, rows // room) if counts is None else counts.shape[1]
+    launch(_attend_tokens, (tiles, batch * groups))(
+        query_BHTD, out, prompt.columns, prompt.totals, prompt.lengths,
+        prompt.totals if counts is None else counts, union.block_ids, union.readers, union.slots,
+        prompt.staging, factor, softcap * _LOG2_E, *query_BHTD.stride()[:3], groups, num_tokens,
+        num_blocks, union.block_ids.shape[2], prompt.staging.shape[2], first_tile,
+        heads // groups, room, rows, union.readers.shape[3], size, tokens,
+        triton.cdiv(size, tokens), dim, dims, softcap != 0.0, counts is None, interpreting(),
         _stages(prompt.staging, rows, tokens, dims), num_warps=4 if rows <= 64 else 8,
     )  # fmt: skip
 
@@ -237,7 +279,7 @@ def attend_tokens(
     query_BHTD: Tensor,
     kv: tuple[Tensor, Tensor],
     block_ids_BGTK: Tensor,
-    token_mask_BT: Tensor,
+    numbered: Sequence[Tensor],
     lengths_B: Tensor,
     staged: tuple[Tensor, Tensor],
     paged: tuple[Tensor, Tensor],
@@ -250,7 +292,7 @@ def attend_tokens(
         query_BHTD: Queries.
         kv: [B, G, T, D] new keys and values.
         block_ids_BGTK: int32, -1 for none.
-        token_mask_BT: bool, which tokens are real.
+        numbered: Positions [B, T], columns [B, T] and totals [B], int32.
         lengths_B: int32, tokens in the cache.
         staged: The buffer [B, G, S, 2, P, D], whose first slots are written, and [B, G, N] int32
             slots of past blocks.
@@ -264,7 +306,7 @@ def attend_tokens(
     query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
     ids = block_ids_BGTK.contiguous()
     batch, groups, num_tokens, selected = ids.shape
-    prompt = pack_prompt(kv, token_mask_BT, lengths_B, staged, paged)
+    prompt = pack_prompt(kv, numbered, lengths_B, staged, paged)
     rows = rows or tile_rows(query.shape[1] // groups, query.shape[3], query.dtype)
     tokens = rows // power_of_two(query.shape[1] // groups)
     tiles = triton.cdiv(num_tokens, tokens)
@@ -275,4 +317,46 @@ def attend_tokens(
     for first in range(0, tiles, at_once):
         union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))
         attend_unions(query, prompt, union, out, first, factors, rows)
+    return out
+
+
+def attend_all(
+    query_BHTD: Tensor,
+    kv: tuple[Tensor, Tensor],
+    token_mask_BT: Tensor,
+    lengths_B: Tensor,
+    past: tuple[Tensor, Tensor, Tensor],
+    num_past: int,
+    factors: tuple[float, float],
+) -> Tensor:
+    """Attend to all that is before each token; see `kernels.prefill_attention`.
+
+    Args:
+        query_BHTD: Queries.
+        kv: [B, G, T, D] new keys and values.
+        token_mask_BT: bool, which tokens are real.
+        lengths_B: int32, tokens in the cache.
+        past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
+            the block table [B, G, N] int32.
+        num_past: No sequence has more tokens in the cache.
+        factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
+
+    Returns:
+        [B, H, T, D], a token's heads side by side; zero for tokens that are not real.
+    """
+    query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
+    (pages, _, table), (batch, heads, num_tokens, dim) = past, query.shape
+    size, groups = pages.shape[4], pages.shape[1]
+    room = num_past // size
+    num_slots = num_new_slots(num_tokens, size) + room
+    staging = pages.new_empty((batch, groups, num_slots, *pages.shape[3:]))
+    slots = torch.empty_like(table)
+    if room:
+        stage(None, lengths_B, past, staging, slots, room)
+    tokens = number_tokens(token_mask_BT, lengths_B)
+    prompt = pack_prompt(kv, tokens, lengths_B, (staging, slots), (pages, table))
+    rows = tile_rows(heads // groups, dim, query.dtype)
+    union = all_blocks(prompt, rows // power_of_two(heads // groups))
+    out = query.new_empty((batch, num_tokens, heads, dim)).transpose(1, 2)
+    attend_unions(query, prompt, union, out, 0, factors, rows)
     return out

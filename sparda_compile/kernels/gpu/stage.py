@@ -87,7 +87,7 @@ def _copy_pages(
 
 
 def stage(
-    block_ids_BGTK: Tensor,
+    block_ids_BGTK: Tensor | None,
     lengths_B: Tensor,
     past: tuple[Tensor, Tensor, Tensor],
     staging: Tensor,
@@ -97,7 +97,7 @@ def stage(
     """Copy the past blocks that any token has selected; see `runtime.staging`.
 
     Args:
-        block_ids_BGTK: int32, -1 for none.
+        block_ids_BGTK: int32, -1 for none; None for every block.
         lengths_B: int32, tokens before this call.
         past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
             the block table [B, G, N] int32.
@@ -106,15 +106,18 @@ def stage(
         num_room: Slots at the end of the buffer for blocks of the past, more than none.
     """
     pages, host, table = past
-    ids = block_ids_BGTK.contiguous()
     batch, groups, num_pages, _, size, _ = pages.shape
     num_blocks, num_slots, pairs = table.shape[2], staging.shape[2], batch * groups
-    num_ids, num_new = ids[0, 0].numel(), num_slots - num_room
+    num_new = num_slots - num_room
     words = pages[0, 0, 0].numel() * pages.element_size() // 4
-    wanted = table.new_zeros((pairs, num_blocks), dtype=torch.int8)
-    launch(_mark_blocks, (triton.cdiv(num_ids, _IDS), pairs))(
-        ids, wanted, num_ids, num_blocks, _IDS, num_warps=4
-    )
+    if block_ids_BGTK is None:
+        wanted = table.new_ones((pairs, num_blocks), dtype=torch.int8)
+    else:
+        wanted = table.new_zeros((pairs, num_blocks), dtype=torch.int8)
+        ids, num_ids = block_ids_BGTK.contiguous(), block_ids_BGTK[0, 0].numel()
+        launch(_mark_blocks, (triton.cdiv(num_ids, _IDS), pairs))(
+            ids, wanted, num_ids, num_blocks, _IDS, num_warps=4
+        )
     listed = table.new_empty((3, pairs, num_room))
     num_missed = table.new_empty((pairs,))
     launch(_place_blocks, (pairs,))(

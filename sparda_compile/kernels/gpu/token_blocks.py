@@ -1,6 +1,5 @@
 """Before attention of a prompt's tokens: the new blocks, and what neighbouring tokens read.
 
-    order      the columns of each sequence, those of real tokens first
     pack       the new keys and values as whole blocks, behind the past tokens of the first one
     union      for each tile of tokens, the blocks that any of them reads, and which tokens do
 
@@ -22,9 +21,11 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-__all__ = ["Prompt", "Unions", "pack_prompt", "unions", "unions_bytes"]
+__all__ = ["Prompt", "Unions", "all_blocks", "pack_prompt", "unions", "unions_bytes"]
 
 _TILE: Final = 1024
 # Elements that a program of `pack` holds of keys, and as many of values.
@@ -39,14 +40,14 @@ class Prompt:
 
     Attributes:
         columns: [B, T] int32, columns in the order of positions, then those of no token.
-        counts: [B] int32, real tokens.
+        totals: [B] int32, tokens behind them.
         lengths: [B] int32, tokens before them.
         staging: [B, G, S, 2, P, D], all blocks that somebody reads.
         slots: [B, G, N] int32, where those are that have no new token; any number elsewhere.
     """
 
     columns: Tensor
-    counts: Tensor
+    totals: Tensor
     lengths: Tensor
     staging: Tensor
     slots: Tensor
@@ -57,50 +58,31 @@ class Unions:
     """What some tiles of tokens read, for each pair of a sequence and a KV head.
 
     Attributes:
-        counts: [pairs, tiles] int32, blocks.
+        counts: [pairs, tiles] int32, blocks; None where each token reads all up to its own. Then
+            one tile stands for all of them.
         block_ids: [pairs, tiles, U] int32, ascending.
         readers: [pairs, tiles, N, w] int32, for the same entries: bit t % 32 of word t // 32 is
             set where token t of the tile reads the block.
         slots: [pairs, tiles, U] int32, where each lies among the slots of its pair.
     """
 
-    counts: Tensor
+    counts: Tensor | None
     block_ids: Tensor
     readers: Tensor
     slots: Tensor
 
 
-@triton.jit
-def _order_tokens(token_mask, columns, counts, num_tokens, TILE: tl.constexpr):
-    row = tl.program_id(0)
-    flags, out = token_mask + row.to(tl.int64) * num_tokens, columns + row.to(tl.int64) * num_tokens
-    count = tl.zeros([], dtype=tl.int32)
-    for start in tl.range(0, num_tokens, TILE):
-        column = start + tl.arange(0, TILE)
-        real = tl.load(flags + column, mask=column < num_tokens, other=0) != 0
-        count += tl.sum(real.to(tl.int32), 0)
-    tl.store(counts + row, count)
-    before = tl.zeros([], dtype=tl.int32)
-    for start in tl.range(0, num_tokens, TILE):
-        column = start + tl.arange(0, TILE)
-        inside = column < num_tokens
-        real = tl.load(flags + column, mask=inside, other=0) != 0
-        rank = before + tl.cumsum(real.to(tl.int32), 0) - 1
-        place = tl.where(real, rank, count + column - rank - 1)
-        tl.store(out + place, column, mask=inside)
-        before += tl.sum(real.to(tl.int32), 0)
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def _pack_blocks(
-    k, v, columns, counts, lengths, block_table, pages, staging,
+    k, v, columns, totals, lengths, block_table, pages, staging,
     k_row, k_head, k_token, v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages,
     num_slots,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     slot, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, head = pair // groups, pair % groups
-    length, count = tl.load(lengths + row), tl.load(counts + row)
+    length = tl.load(lengths + row)
+    count = tl.load(totals + row) - length
     block = length // SIZE + slot
     if block * SIZE < length + count:
         token = part * TOKENS + tl.arange(0, TOKENS)
@@ -131,7 +113,7 @@ def _pack_blocks(
 
 def pack_prompt(
     kv: tuple[Tensor, Tensor],
-    token_mask_BT: Tensor,
+    tokens: Sequence[Tensor],
     lengths_B: Tensor,
     staged: tuple[Tensor, Tensor],
     paged: tuple[Tensor, Tensor],
@@ -140,7 +122,7 @@ def pack_prompt(
 
     Args:
         kv: [B, G, T, D] new keys and values.
-        token_mask_BT: bool.
+        tokens: Their positions [B, T], columns [B, T] and totals [B], int32.
         lengths_B: int32.
         staged: The buffer [B, G, S, 2, P, D], whose first slots are written, and [B, G, N] int32
             slots of past blocks.
@@ -151,21 +133,16 @@ def pack_prompt(
     pages, table = paged
     batch, groups, num_pages, _, size, dim = pages.shape
     num_tokens, num_blocks = k.shape[2], table.shape[2]
-    columns = lengths_B.new_empty((batch, num_tokens), dtype=torch.int32)
-    counts = lengths_B.new_empty((batch,), dtype=torch.int32)
-    launch(_order_tokens, (batch,))(
-        token_mask_BT.contiguous().view(torch.int8), columns, counts, num_tokens, 4 * _TILE,
-        num_warps=8,
-    )  # fmt: skip
+    _, columns, totals = tokens
     num_new = min(triton.cdiv(num_tokens, size) + 1, num_blocks)
     dims = power_of_two(dim)
-    tokens = min(power_of_two(size), max(_PACK_TILE // dims, 1))
-    launch(_pack_blocks, (num_new, triton.cdiv(size, tokens), batch * groups))(
-        k, v, columns, counts, lengths_B, table, pages, staging, *k.stride()[:3],
-        *v.stride()[:3], groups, num_tokens, num_blocks, num_pages, staging.shape[2], size, tokens,
+    tile = min(power_of_two(size), max(_PACK_TILE // dims, 1))
+    launch(_pack_blocks, (num_new, triton.cdiv(size, tile), batch * groups))(
+        k, v, columns, totals, lengths_B, table, pages, staging, *k.stride()[:3],
+        *v.stride()[:3], groups, num_tokens, num_blocks, num_pages, staging.shape[2], size, tile,
         dim, dims, num_warps=4,
     )  # fmt: skip
-    return Prompt(columns, counts, lengths_B, staging, slots)
+    return Prompt(columns, totals, lengths_B, staging, slots)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -174,7 +151,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["num_tokens", "first_tile"])
 def _tile_unions(
-    block_ids, columns, counts, lengths, slots, union_counts, union_ids, readers,
+    block_ids, columns, totals, lengths, slots, union_counts, union_ids, readers,
     union_slots, groups, num_tokens, num_blocks, num_entries, first_tile,
     SELECTED: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     WORDS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
@@ -182,11 +159,11 @@ def _tile_unions(
     local_tile, pair = tl.program_id(0), tl.program_id(1)
     row, wide = pair // groups, pair.to(tl.int64)
     first = (first_tile + local_tile) * TOKENS
-    end = tl.minimum(tl.load(counts + row), first + TOKENS)
+    length = tl.load(lengths + row)
+    end = tl.minimum(tl.load(totals + row) - length, first + TOKENS)
     own = wide * tl.num_programs(0) + local_tile
     readers_at = readers + own * num_blocks * WORDS
     # Blocks up to the last token's own.
-    length = tl.load(lengths + row)
     stop = tl.where(first < end, (length + end - 1) // SIZE + 1, 0)
     for start in tl.range(0, stop * WORDS, TILE):
         word = start + tl.arange(0, TILE)
@@ -265,9 +242,25 @@ def unions(
     readers = new((*shape, num_blocks, words))
     listed = power_of_two(selected)
     launch(_tile_unions, (num_tiles, pairs))(
-        block_ids_BGTK, prompt.columns, prompt.counts, prompt.lengths, prompt.slots, counts,
+        block_ids_BGTK, prompt.columns, prompt.totals, prompt.lengths, prompt.slots, counts,
         ids, readers, slots, groups, num_tokens, num_blocks, num_entries, first_tile,
         selected, listed, min(max(_IDS // listed, 1), tokens), tokens, words, size, _TILE,
         num_warps=4,
     )  # fmt: skip
     return Unions(counts, ids, readers, slots)
+
+
+def all_blocks(prompt: Prompt, tokens: int) -> Unions:
+    """Return what tiles read where each token reads all blocks up to its own.
+
+    Args:
+        prompt: The tokens and the buffer, with a slot for each past block.
+        tokens: Of one tile, a power of two.
+    """
+    batch, groups, num_blocks = prompt.slots.shape
+    block = torch.arange(num_blocks, dtype=torch.int32, device=prompt.slots.device)
+    new = block - (prompt.lengths // prompt.staging.shape[4])[:, None, None]
+    shape = (batch * groups, 1, num_blocks)
+    slots = torch.where(new < 0, prompt.slots, new).reshape(shape)
+    readers = prompt.slots.new_full((*shape, _words(tokens)), -1)
+    return Unions(None, block.expand(shape).contiguous(), readers, slots)

@@ -111,7 +111,7 @@ class SiteRewrite:
         if self.ctx.is_sparse_prefill:
             self._update_summaries(tokens)
             block_ids = self._select_for_tokens()
-            out = self._attend_tokens(block_ids, mask)
+            out = self._attend_tokens(block_ids, tokens)
         else:
             out = emit.call(
                 "prefill_attention",
@@ -159,7 +159,7 @@ class SiteRewrite:
             )
         return out
 
-    def _attend_tokens(self, block_ids: fx.Node, mask: fx.Node) -> fx.Node:
+    def _attend_tokens(self, block_ids: fx.Node, tokens: list[fx.Node]) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
         staged = stage_blocks(emit, block_ids, self.state)
         return emit.call(
@@ -168,7 +168,7 @@ class SiteRewrite:
             site.k,
             site.v,
             block_ids,
-            mask,
+            tokens,
             lengths,
             *staged,
             self._get("pages"),

@@ -136,8 +136,8 @@ def run_all(dtype, dim, size):
         )
         attention.merge(*parts, parts if late else None, dtype)
         attend_tokens.attend_tokens(
-            query, (k, k), ids[:, :, None], is_miss[:, 0, :1], lengths, (pages, table),
-            (pages, table), (1.0, softcap),
+            query, (k, k), ids[:, :, None], (lengths[:, None], lengths[:, None], lengths), lengths,
+            (pages, table), (pages, table), (1.0, softcap),
         )  # fmt: skip
     stage.stage(ids[:, :, None], lengths, (pages, host, table), pages, table, PAGES - 2)
     launch_aligned_teacher(
@@ -184,9 +184,9 @@ def run_largest(dtype, dim, size):
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
     new, staged = (query[:, :GROUPS],) * 2, (pages, ints(BATCH, GROUPS, BLOCKS))
-    real = torch.ones(BATCH, 1, dtype=torch.bool)
+    numbered = (ints(BATCH, 1), ints(BATCH, 1), ints(BATCH))
     attend_tokens.attend_tokens(
-        query, new, ids[:, :, None], real, ints(BATCH), staged, staged, (1.0, 0.0)
+        query, new, ids[:, :, None], numbered, ints(BATCH), staged, staged, (1.0, 0.0)
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparda_compile.kernels.gpu import stage
+from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.prefill_attention import num_new_slots, token_positions
 from sparda_compile.runtime.staging import empty_staging
 
@@ -139,6 +140,10 @@ class PromptCase:
             pair = torch.arange(host.shape[0] * host.shape[1]).view(host.shape[:2])
             host = self.pinned.data_ptr() + pair * step
         return self.pages.to(device), host.to(device), self.table.to(device)
+
+    def numbered(self, device):
+        """Return positions, columns and totals of the new tokens."""
+        return [part.to(device) for part in number_tokens(self.mask, self.lengths)]
 
     def staged(self, device):
         """Return what kernels make of the past: the buffer, and the slot of each block."""

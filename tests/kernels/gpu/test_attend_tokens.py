@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.kernels.gpu import attend_tokens as kernels
-from sparda_compile.kernels.prefill_attention import attend_tokens
+from sparda_compile.kernels.prefill_attention import attend_tokens, prefill_attention
 from sparda_compile.runtime.staging import stage_blocks
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -16,16 +16,16 @@ def wanted(case, scale, softcap):
     pages, host = case.pages.float().nan_to_num(), case.host.float().nan_to_num()
     num_past = int(case.lengths.max())
     staged = stage_blocks(case.ids, case.lengths, pages, host, case.table, num_past)
-    known = (case.ids, case.mask, case.lengths)
+    known = (case.ids, case.numbered("cpu"), case.lengths)
     return attend_tokens(*plain, *known, *staged, pages, case.table, scale, softcap)
 
 
 def attended(case, device, scale=0.3, softcap=0.0, rows=0):
-    new = [t.to(device) for t in (case.query, case.k, case.v, case.ids, case.mask)]
-    query, k, v, ids, mask = new
+    new = [t.to(device) for t in (case.query, case.k, case.v, case.ids)]
+    query, k, v, ids = new
     out = kernels.attend_tokens(
-        query, (k, v), ids, mask, case.lengths.to(device), *case.staged(device),
-        (scale, softcap), rows,
+        query, (k, v), ids, case.numbered(device), case.lengths.to(device),
+        *case.staged(device), (scale, softcap), rows,
     )  # fmt: skip
     assert out.transpose(1, 2).is_contiguous()
     assert out.dtype == case.dtype
@@ -58,6 +58,44 @@ def test_kernels_equal_the_reference(device, assert_close, offload, dtype, promp
     case = prompt_case([83, 64, 0, 17], mask, (1, 3, 16, 24), dtype=dtype, offload=offload)
     assert offload == bool(((case.table < 0) & case.read).any() and case.host.numel())
     check(case, device, assert_close)
+
+
+def attended_to_all(case, device, softcap=0.0):
+    """Attend to everything before each token, by the kernel and by the reference."""
+    new = [t.to(device) for t in (case.query, case.k, case.v, case.mask)]
+    query, k, v, mask = new
+    case.read[:] = True
+    num_past = int(case.lengths.max())
+    got = kernels.attend_all(
+        query, (k, v), mask, case.lengths.to(device), case.where(device), num_past, (0.3, softcap)
+    )
+    assert got.transpose(1, 2).is_contiguous()
+    plain = [t.float().nan_to_num() for t in (case.query, case.k, case.v)]
+    past = [case.pages.float().nan_to_num(), case.host.float().nan_to_num(), case.table]
+    want = prefill_attention(
+        *plain, case.mask, case.lengths, *past, 0.3, softcap, num_past, may_hide=True
+    )
+    return got.cpu(), want
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "softcap", "width"),
+    [((83, 64, 0, 17), 0.0, 21), ((0, 0, 0, 0), 20.0, 21), ((40, 16, 0, 1), 0.0, 7)],
+)
+def test_all_blocks_equal_the_reference(
+    device, assert_close, prompt_case, lengths, softcap, width, offload, dtype
+):
+    """Behind pasts of several lengths, and behind none, with holes, padding and no token."""
+    holes, padding = [i % 5 != 1 for i in range(width)], [i > 4 for i in range(width)]
+    mask = [holes, padding, first(width, width), [False] * width]
+    case = prompt_case(list(lengths), mask, (1, 3, 16, 24), dtype=dtype, offload=offload)
+    got, want = attended_to_all(case, device, softcap)
+    for row, real in enumerate(case.mask):
+        if real.any():
+            assert_close(got[row][None, :, real], want[row][None, :, real], "attention", dtype)
+    assert got[~case.mask[:, None, :, None].expand(got.shape)].eq(0).all()
 
 
 @pytest.mark.parametrize("repeat", [1, 3, 4, 7, 8, 16, 71])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton.language as tl
+import triton.language as tl  # noqa: TC002 - what a kernel's annotations name
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -13,8 +13,8 @@ def test_unions_are_what_tiles_of_neighbours_read(device, prompt_case, tokens):
     staged, paged = case.staged(device)
     kv = (case.k.to(device), case.v.to(device))
     lengths, ids = case.lengths.to(device), case.ids.to(device)
-    prompt = token_blocks.pack_prompt(kv, case.mask.to(device), lengths, staged, paged)
-    assert prompt.counts.tolist() == [24, 36]
+    prompt = token_blocks.pack_prompt(kv, case.numbered(device), lengths, staged, paged)
+    assert prompt.totals.tolist() == [50 + 24, 3 + 36]
     tiles = -(-36 // tokens)
     union = token_blocks.unions(prompt, ids, tokens, 0, tiles)
     for row, group, tile in torch.cartesian_prod(*map(torch.arange, (2, 2, tiles))).tolist():
