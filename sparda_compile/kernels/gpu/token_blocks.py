@@ -72,7 +72,7 @@ class Unions:
     slots: Tensor
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
 def _pack_blocks(
     k, v, columns, totals, lengths, block_table, pages, staging,
     k_row, k_head, k_token, v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages,
