@@ -293,8 +293,7 @@ def test_kernels_of_a_decode_are_compiled_before_it_runs(lab):
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = listen
         lab.run(module, 3)
-    late = {name for ahead, name in compiled if not ahead and name.startswith("_")}
-    assert late <= {"_copy_runs"}  # of the prefill
+    assert not {name for ahead, name in compiled if not ahead and name.startswith("_")}
     assert {name for ahead, name in compiled if ahead} >= {"_gather", "_select_pages", "_partials"}
 
 

@@ -111,7 +111,7 @@ def _keys(
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
 def _token_sums(
     query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
     num_windows, begin, end, scored_from,
@@ -177,7 +177,7 @@ def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernel
     return tl.maximum(length // SIZE - 2, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
     num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
