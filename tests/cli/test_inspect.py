@@ -89,3 +89,13 @@ def test_wrong_usage(sparda, arguments, words):
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.stderr.replace("\u2502", " ").split())
     assert "Traceback" not in result.stderr
+
+
+def test_inspect_takes_several_hints(sparda, tmp_path):
+    page = tmp_path / "page.html"
+    named = ("--mode", "exact", "--hint", "ema", "--hint", "forecast")
+    result = sparda("inspect", "tiny-llama", *named, "--html", page)
+    assert result.exit_code == 0, result.stderr
+    text = page.read_text()
+    for name in ("predict_blocks_1", "ema_prefetch_1", "forecast_prefetch_1"):
+        assert name in text
