@@ -3,10 +3,12 @@
     cold     the first `generate` of that length: programs are made, compiled and proved
     compare  logits of ours against the model's own, where each token reads all of its blocks
     warm     `generate` of 30 tokens, several times: the first one, 2 to 10, and 11 to 30
+    profile  after all lengths: ours are made again, and the first token of a warm call is profiled
 
 Up to 32K tokens programs take turns; longer prompts are read by one program after another, and what
 is found is saved after each. A call that would take longer than a limit is left out. So is what
-would not end in the time that there is; it is measured by the next run.
+would not end in the time that there is; it is measured by the next run. The profiler slows what
+comes behind it: so nothing is profiled before everything is timed.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from sparda_compile.bench.hidden import can_profile, profile_copies
 from sparda_compile.bench.prompt_floor import fit_law, prompt_floor
 from sparda_compile.bench.prompt_programs import (
     BACKENDS,
@@ -84,6 +88,7 @@ class PrefillSetting:
         minutes: Time for everything.
         settings: Fields of SpardaConfig.
         repeat: How often each token of a prompt stands in a row.
+        profile: Whether to profile ours, on a GPU.
     """
 
     tokens: tuple[int, ...] = DEFAULT_TOKENS
@@ -93,6 +98,7 @@ class PrefillSetting:
     minutes: float = 60.0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     repeat: int = REPEAT
+    profile: bool = True
 
     def __post_init__(self) -> None:
         """Check what a run would only find out after minutes."""
@@ -144,6 +150,9 @@ class PrefillBench:
         """Measure every length that the file does not hold as a whole; returns its results."""
         for tokens in self.setting.tokens:
             self._length(tokens, file)
+        if self.setting.profile and can_profile(self.programs.device):
+            for tokens in self.setting.tokens:
+                self._profile(tokens, file)
         for result in with_laws(file.results):
             if result != file.get(result["tokens"]):
                 file.save(result)
@@ -165,6 +174,33 @@ class PrefillBench:
             file.save(self._result(tokens, rows, skipped, _UNFINISHED))
         if todo:
             file.save(self._result(tokens, rows, skipped, _UNFINISHED if late else None))
+
+    def _profile(self, tokens: int, file: ResultFile) -> None:
+        """Add what a profiler sees of the copies of ours, where a row lacks it."""
+        result = file.get(tokens)
+        assert result is not None
+        names = [name for name in self.setting.programs if name in OURS]
+        rows = {name: result["programs"][name] for name in names if name in result["programs"]}
+        for name in [name for name, row in rows.items() if "copies" not in row]:
+            reason = self._no_time(name, tokens, file.results)
+            found = {"copies_skipped": reason} if reason else self._copies(name, tokens)
+            if "copies_skipped" in found:
+                self.say(f"{tokens} tokens: {name} is not profiled: {found['copies_skipped']}")
+            row = {key: value for key, value in rows[name].items() if key != "copies_skipped"}
+            result = {**result, "programs": {**result["programs"], name: {**row, **found}}}
+            file.save(result)
+
+    def _copies(self, name: str, tokens: int) -> dict[str, Any]:
+        self.say(f"{tokens} tokens: profiling {name}")
+        self.programs.drop()
+        ids = prompt_of(tokens, self.programs.vocabulary, self.programs.device, self.setting.repeat)
+        try:
+            self.programs.generate(name, ids, NUM_NEW)  # makes and compiles it
+            return profile_copies(partial(self.programs.first_token, name, ids, NUM_NEW))
+        except NO_MEMORY as error:
+            return {"copies_skipped": out_of_memory(error)}
+        finally:
+            self.programs.drop()
 
     def _result(
         self,

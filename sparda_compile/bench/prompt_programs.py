@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
 from sparda_compile.api import optimize
 from sparda_compile.bench.memory import free_everything
@@ -222,6 +222,11 @@ class PromptPrograms:
         with sdpa_kernel([BACKENDS[name], *_OTHERS], set_priority=True):
             return token_times(self.model.generate, ids, num_new, **more)
 
+    def first_token(self, name: str, ids: Tensor, num_new: int) -> list[float]:
+        """Generate with a cache for so many tokens, and stop behind the first one."""
+        criteria = StoppingCriteriaList([_at_once])
+        return self.generate(name, ids, num_new, stopping_criteria=criteria)
+
     def kv_bytes(self, name: str, *, on_host: bool) -> int:
         """Return what the cache of a program's last call takes; 0 for transformers' caches."""
         cache = self.ours(name).last_cache if name in OURS else None
@@ -322,6 +327,10 @@ class PromptPrograms:
         out = self.model(ids[:, past + hidden :], logits_to_keep=1, use_cache=bool(past), **given)
         logits: Tensor = out.logits[0, -1].float()
         return logits
+
+
+def _at_once(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def _sizes(

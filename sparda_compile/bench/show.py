@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -47,11 +47,17 @@ _PREFILL_NOTE = """\
 Seconds to the first token; cold: the first call of that length. tf/: how many times as long \
 transformers takes, by its faster attention. floor: FLOP at the rate of a matrix product, or the \
 copy to CPU memory. early: the slowest of tokens 2 to 10 over the steady step, tokens 11 to 30. \
-GPU: peak beyond the weights. * not measured: by the law of the same program's shorter prompts."""
+hidden: share of the time of copies that is under compute, and busy: share of the time in which \
+the GPU works, to the first token, in a profiler's trace. GPU: peak beyond the weights. \
+* not measured: by the law of the same program's shorter prompts."""
+
+_PROFILED: Final = ("hidden", "busy")
 
 _TURNS_NOTE = """\
 Milliseconds of a generate of one token behind a past. first: the first turn of that length. tf/: \
-how many times as long transformers takes, by its fastest attention."""
+how many times as long transformers takes, by its fastest attention. hidden: share of the time of \
+copies that is under compute, and busy: share of the time in which the GPU works, in a profiler's \
+trace."""
 
 
 def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -222,7 +228,7 @@ def print_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print prompts: a row for each length and program, and what was left out."""
     times = ("cold", "first\ntoken", "tf/", "over\nfloor", "early", "steady\nms")
-    columns = ("tokens", "program", *times, "GPU\nGiB", "CPU\nGiB")
+    columns = ("tokens", "program", *times, *_PROFILED, "GPU\nGiB", "CPU\nGiB")
     table = _table("", columns, 2)
     for result in results:
         table.add_section()
@@ -234,11 +240,11 @@ def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> Non
             if row is not None:
                 cells = [_seconds(row["cold_s"]), *cells, _ratio(row["over_floor"])]
                 cells += [_ratio(max(row["tokens_2_to_10_over_steady"]))]
-                cells += [f"{1e3 * row['steady_s']:.2f}"]
+                cells += [f"{1e3 * row['steady_s']:.2f}", *_profiled(row)]
                 places = ("peak_gpu_bytes_beyond_weights", "host_kv_bytes")
                 cells += [f"{row[place] / GIB:.1f}" for place in places]
             else:
-                cells = ["-", *cells, "-", "-", "-", "-", "-"]
+                cells = ["-", *cells, *["-"] * 7]
             table.add_row(str(result["tokens"]), name, *cells)
     console.print(table)
     console.print(_PREFILL_NOTE, markup=False)
@@ -246,11 +252,12 @@ def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> Non
         tokens = f"{result['tokens']} tokens"
         console.print(f'{tokens}: prefill="auto" is {result["auto"]}.', markup=False)
         _print_skipped(tokens, result["skipped"], console)
+        _print_unprofiled(tokens, result["programs"], console)
 
 
 def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print turns: a row for each past, length and program, and what was left out."""
-    table = _table("", ("past", "turn", "program", "first", "then", "tf/"), 0)
+    table = _table("", ("past", "turn", "program", "first", "then", "tf/", *_PROFILED), 0)
     table.columns[2].justify = "left"
     skipped: dict[str, dict[str, str]] = {}
     for result in results:
@@ -266,11 +273,15 @@ def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:
                 if "median" in found:
                     times = (f"{1e3 * found[key]:.1f}" for key in ("first_s", "median"))
                     ratio = _ratio(ratios.get(name))
-                    table.add_row(str(result["past"]), turn, name, *times, ratio)
+                    table.add_row(str(result["past"]), turn, name, *times, ratio, *_profiled(found))
     console.print(table)
     console.print(_TURNS_NOTE, markup=False)
     for what, reasons in skipped.items():
         _print_skipped(what, reasons, console)
+    for result in results:
+        for turn in {turn: None for row in result["programs"].values() for turn in row["by_turn"]}:
+            rows = {n: row["by_turn"].get(turn, {}) for n, row in result["programs"].items()}
+            _print_unprofiled(f"behind {result['past']}, turns of {turn}", rows, console)
 
 
 def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
@@ -315,6 +326,17 @@ def _print_baselines(batch: str, found: Mapping[str, Any], console: Console) -> 
 def _print_skipped(what: str, skipped: Mapping[str, str], console: Console) -> None:
     for name, reason in skipped.items():
         console.print(f"{what}: {name} is left out: {reason}.", markup=False)
+
+
+def _print_unprofiled(what: str, rows: Mapping[str, Any], console: Console) -> None:
+    for name, row in rows.items():
+        if "copies_skipped" in row:
+            reason = row["copies_skipped"]
+            console.print(f"{what}: {name} is not profiled: {reason}.", markup=False)
+
+
+def _profiled(row: Mapping[str, Any]) -> tuple[str, str]:
+    return _ratio(row.get("hidden_share")), _ratio(row.get("gpu_busy"))
 
 
 def _table(title: str, columns: Sequence[str], left: int) -> Table:

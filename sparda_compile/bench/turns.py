@@ -3,15 +3,18 @@
 Nobody reads the past: the same random keys and values go into transformers' dynamic cache on the
 GPU, and from one like it into ours, by `new_cache(past=...)`. Then come turns of the same length,
 each behind the one before, for one length after the other; a turn is a `generate` of one token.
-Before, logits are compared behind a short past, where each token reads all blocks.
+Before, logits are compared behind a short past, where each token reads all blocks. After all of
+that a warm turn of each of ours is profiled; the profiler slows what comes behind it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.bench.hidden import can_profile, profile_copies
 from sparda_compile.bench.memory import dense_kv_bytes, too_big
 from sparda_compile.bench.prompt_programs import (
     BACKENDS,
@@ -28,7 +31,9 @@ from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
 
     from sparda_compile.bench.lab import ResultFile
     from sparda_compile.bench.memory import FreeMemory
@@ -40,6 +45,8 @@ __all__ = ["DEFAULT_TURNS", "TurnBench", "TurnSetting"]
 DEFAULT_TURNS: Final = (1, 200, 4000)
 # Of the warm turns of one length together, seconds; one is taken in any case.
 _ROUND_S: Final = 20.0
+# The first one compiles, the second may capture, the third is warm.
+_BEFORE_PROFILE: Final = 3
 _UNFINISHED: Final = "more is still to be measured"
 
 
@@ -54,6 +61,7 @@ class TurnSetting:
         rounds: Most warm turns of each length.
         settings: Fields of SpardaConfig.
         repeat: How often each token of a turn stands in a row.
+        profile: Whether to profile ours, on a GPU.
     """
 
     past: tuple[int, ...] = (131072,)
@@ -62,6 +70,7 @@ class TurnSetting:
     rounds: int = 5
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     repeat: int = REPEAT
+    profile: bool = True
 
     def __post_init__(self) -> None:
         """Check what a run would only find out after minutes."""
@@ -74,8 +83,8 @@ class TurnSetting:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens of all turns together."""
-        return (self.rounds + 1) * sum(self.turns)
+        """Tokens of all turns together, of those that are timed or of those that are profiled."""
+        return max(self.rounds + 1, _BEFORE_PROFILE + 1) * sum(self.turns)
 
 
 class TurnBench:
@@ -107,6 +116,9 @@ class TurnBench:
         """Measure every past that the file does not hold as a whole; returns its results."""
         for past in self.setting.past:
             self._past(past, file)
+        if self.setting.profile and can_profile(self.programs.device):
+            for past in self.setting.past:
+                self._profile(past, file)
         return file.results
 
     def _past(self, past: int, file: ResultFile) -> None:
@@ -129,6 +141,56 @@ class TurnBench:
         self.programs.drop()
         if todo:
             file.save(_result(past, rows, skipped))
+
+    def _profile(self, past: int, file: ResultFile) -> None:
+        """Add what a profiler sees of the copies of ours, to each turn that lacks it."""
+        result = file.get(past)
+        assert result is not None
+        for name in [name for name in self.setting.programs if name in OURS]:
+            row = result["programs"].get(name, {"by_turn": {}})
+            turns = [turn for turn in self.setting.turns if str(turn) in row["by_turn"]]
+            turns = [turn for turn in turns if "copies" not in row["by_turn"][str(turn)]]
+            if not turns:
+                continue
+            self.say(f"{past} tokens: profiling {name}")
+            self.programs.drop()
+            try:
+                found = self._copies(name, past, turns)
+            except NO_MEMORY as error:
+                reason = {"copies_skipped": out_of_memory(error)}
+                self.say(f"{past} tokens: {name} is not profiled: {reason['copies_skipped']}")
+                found = {str(turn): reason for turn in turns}
+            by_turn = {
+                turn: {**each, **found.get(turn, {})} for turn, each in row["by_turn"].items()
+            }
+            row = {**row, "by_turn": by_turn}
+            result = {**result, "programs": {**result["programs"], name: row}}
+            file.save(result)
+        self.programs.drop()
+
+    def _copies(self, name: str, past: int, turns: Sequence[int]) -> dict[str, Any]:
+        """Return what a profiler sees of a warm turn of each length."""
+        programs = self.programs
+        cache = programs.ours(name).new_cache(
+            past + self.setting.new_tokens + 1, past=fill_dynamic(programs.model, past)
+        )
+        text = self._text(past)
+        end = past
+        found = {}
+        for turn in turns:
+            for _ in range(_BEFORE_PROFILE):
+                end += turn
+                programs.generate(name, text[:, :end], 1, **{CACHE_NAME: cache})
+            end += turn
+            call = partial(programs.generate, name, text[:, :end], 1, **{CACHE_NAME: cache})
+            found[str(turn)] = profile_copies(call)
+        return found
+
+    def _text(self, past: int) -> Tensor:
+        """Return the tokens of a past and of all turns, [1, T]; nobody reads the past."""
+        num_tokens = past + self.setting.new_tokens
+        place = (self.programs.vocabulary, self.programs.device)
+        return prompt_of(num_tokens, *place, self.setting.repeat)
 
     def _missing(self, name: str, row: Mapping[str, Any] | None) -> tuple[int, ...]:
         """Return the turns that a program's row lacks."""
@@ -181,8 +243,7 @@ class TurnBench:
     def _turns(self, name: str, past: int, turns: tuple[int, ...], cache: Any) -> dict[str, Any]:
         """Take the turns of every length on one cache."""
         programs, rounds = self.programs, self.setting.rounds
-        place = (programs.vocabulary, programs.device)
-        text = prompt_of(past + self.setting.new_tokens, *place, self.setting.repeat)
+        text = self._text(past)
         end = past
         by_turn: dict[str, Any] = {}
         for turn in turns:

@@ -63,6 +63,13 @@ Repeat = Annotated[
         help="How often each random token stands in a row: neighbours then select alike.",
     ),
 ]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile/--no-profile",
+        help="Behind all that is timed, profile a call of each of ours: are its copies hidden?",
+    ),
+]
 Rounds = Annotated[
     int, typer.Option(min=1, max=_MOST_ROUNDS, help="Most warm calls; fewer of long ones.")
 ]
@@ -90,6 +97,7 @@ def bench_prefill(
     ] = 60.0,
     chunk_tokens: ChunkTokens = None,
     repeat: Repeat = _REPEAT,
+    profile: Profile = True,
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as prefill.png.")] = None,
     max_host_gib: HostGib = None,
@@ -112,6 +120,7 @@ def bench_prefill(
                 minutes,
                 _settings(chunk_tokens),
                 repeat,
+                profile,
             )
             check_plot(plot)
             check_folder(out)
@@ -154,6 +163,7 @@ def bench_turns(
     rounds: Rounds = _ROUNDS,
     chunk_tokens: ChunkTokens = None,
     repeat: Repeat = _REPEAT,
+    profile: Profile = True,
     out: OutFolder = Path("bench-results"),
     max_host_gib: HostGib = None,
     commit: Commit = None,
@@ -175,6 +185,7 @@ def bench_turns(
                 rounds,
                 _settings(chunk_tokens),
                 repeat,
+                profile,
             )
             check_folder(out)
             require_gpu("sparda bench turns")
@@ -196,7 +207,7 @@ def prompt_part(
     place: tuple[Path, str | None],
     lab: Callable[[str], Lab],
 ) -> Part:
-    """Return a part of `sparda bench all`.
+    """Return a part of `sparda bench all`; without profiles, which slow the parts behind it.
 
     Args:
         what: `prefill` or `turns`.
@@ -212,7 +223,7 @@ def prompt_part(
 
     out, commit = place
     if what == "prefill":
-        prompt = PrefillSetting((size,), minutes=2 * minutes)
+        prompt = PrefillSetting((size,), minutes=2 * minutes, profile=False)
         prefill_file = partial(_prefill_file, out, shape, commit)
         return Part(
             f"prefill {shape} {size} tokens",
@@ -220,7 +231,7 @@ def prompt_part(
             lambda: _is_whole(prefill_file(), size, prompt.programs),
             lambda: lab(shape).prefill(prompt, prefill_file()),
         )
-    turns = TurnSetting((size,))
+    turns = TurnSetting((size,), profile=False)
     turns_file = partial(_turns_file, out, shape, commit)
     return Part(
         f"turns {shape} behind {size} tokens",

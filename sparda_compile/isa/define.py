@@ -40,6 +40,7 @@ def define(
     forks: bool = False,
     work: Work = Work.TOUCHED,
     kernels: Sequence[str] = (),
+    prompt_copies: Sequence[str] = (),
     launched: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None,
     part: Part | None = None,
     before: Sequence[str] = (),
@@ -63,6 +64,7 @@ def define(
         forks: Whether it only marks where side streams may go on.
         work: What its time is made of.
         kernels: Kernels that it may launch in a decode step.
+        prompt_copies: Kernels by which it copies blocks in a prefill.
         launched: Says which of them it does launch; see `Instruction`.
         part: The part of a tensor that it uses.
         before: Ops of a layer that come behind it.
@@ -101,6 +103,7 @@ def define(
             forks=forks,
             work=work,
             kernels=tuple(kernels),
+            prompt_copies=tuple(prompt_copies),
             launched=launched,
             part=part,
             before=tuple(before),

@@ -4,7 +4,7 @@
     stream      where it runs, or that its argument `stream` says so
     event       whether it starts something that is awaited, or awaits it
     work        what its time is made of, for the cost model
-    kernels     what it launches on a GPU in a decode step
+    kernels     what it launches on a GPU in a decode step, and by what it copies in a prefill
     part        which part of a tensor it uses, where two ops share one without touching
     order       which ops of a layer it comes before or behind
 
@@ -74,6 +74,7 @@ class Instruction:
         forks: Whether it lets a side stream go on from here; it uses nothing of what it takes.
         work: What its time is made of.
         kernels: Names of the kernels that it may launch in a decode step.
+        prompt_copies: Names of the kernels by which it copies blocks in a prefill.
         launched: Given the arguments by name, tensors as fake ones, and the number of sequences:
             those that it does launch, in order; None for all of them.
         part: The part of a tensor that it uses, None for all of all.
@@ -98,6 +99,7 @@ class Instruction:
     forks: bool
     work: Work
     kernels: tuple[str, ...]
+    prompt_copies: tuple[str, ...]
     launched: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None
     part: Part | None
     before: tuple[str, ...]

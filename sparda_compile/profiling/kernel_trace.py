@@ -64,12 +64,14 @@ class Kernel:
         start_us: Start, microseconds on the profiler's clock.
         end_us: End.
         launch: Number that it shares with what launched it: one for all kernels of a replay.
+        stream: Number of its stream, or of its branch of a replayed graph; -1 if not known.
     """
 
     name: str
     start_us: float
     end_us: float
     launch: int
+    stream: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,8 @@ def read_kernels(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
         if event.get("ph") == "X" and event.get("cat") in _DEVICE_WORK:
             start, launch = float(event["ts"]), int(event["args"].get("correlation", -1))
             end = start + float(event["dur"])
-            found.append(Kernel(str(event["name"]), start, end, launch))
+            stream = int(event["args"].get("stream", -1))
+            found.append(Kernel(str(event["name"]), start, end, launch, stream))
     return sorted(found, key=lambda kernel: kernel.start_us)
 
 

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import BackendUnavailableError, UnsupportedInputError
 from sparda_compile.isa.streams import COMPUTE, STREAM_NAMES
 from sparda_compile.profiling.kernel_trace import planned_nodes, read_kernels, split_replays
+from sparda_compile.profiling.record import record_events
 from sparda_compile.profiling.replay import MODEL, OWN_OPS, WAIT, Replay, Totals, totals_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from sparda_compile.profiling.kernel_trace import PlannedNode
     from sparda_compile.program.plan import Plan
@@ -193,14 +192,12 @@ def measure_step(
         mark.record()
     torch.cuda.synchronize()
     step_us = statistics.median(1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+
+    def steps() -> None:
         for _ in range(replays):
             step()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = trace or Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+
+    events = record_events(steps, trace)
     nodes = planned_nodes(plan.graph_module.graph, plan.layout.batch_size)
     return measure(events, schedule, nodes, torch.cuda.get_device_name(), step_us)
 

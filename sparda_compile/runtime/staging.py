@@ -77,7 +77,12 @@ def _stage(
     staging[row, head, slots[row, head, block].long()] = blocks
 
 
-@define(fake=_fake, results=("staging", "slots"), work=Work.TO_STAGING)
+@define(
+    fake=_fake,
+    results=("staging", "slots"),
+    work=Work.TO_STAGING,
+    prompt_copies=("_gather_listed", "_copy_pages"),
+)
 def stage_blocks(
     block_ids: Tensor,
     lengths: Tensor,

@@ -238,6 +238,7 @@ def record_event(inputs: Sequence[Tensor], event: int, stream: int) -> Tensor:
     mutates=("host", "counters"),
     work=Work.TO_HOST,
     kernels=("_store_tail",),
+    prompt_copies=("_store_prefix",),
     behind=("sparse_attention",),
 )
 def store_blocks(
@@ -274,6 +275,7 @@ def store_blocks(
     starts=True,
     work=Work.TO_HOST,
     kernels=("_store_tail",),
+    prompt_copies=("_store_prefix",),
     behind=("sparse_attention", "attend_missing"),
 )
 def offload_blocks(

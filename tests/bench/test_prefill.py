@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from sparda_compile.bench import prefill
 from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.prefill import (
     DEFAULT_TOKENS,
@@ -268,3 +269,70 @@ def test_prompts_and_turns_on_a_gpu(tmp_path):
     (result,) = lab.turns(TurnSetting((7000,), rounds=2), file)
     assert not result["skipped"]
     assert set(result["transformers_over"]) == {"1", "200", "4000"}
+
+
+@pytest.fixture
+def profiled(monkeypatch):
+    """A device that can be profiled, and what was run since: names of `generate` and a profile."""
+    log = []
+    generate = PromptPrograms.generate
+
+    def noted(self, name, ids, num_new, **more):
+        log.append((name, ids.shape[1], num_new))
+        return generate(self, name, ids, num_new, **more)
+
+    def profile(call):
+        log.append("profile")
+        call()
+        return {"copies": {}, "hidden_share": 0.9, "gpu_busy": 0.8, "longest_idle_us": 5.0}
+
+    monkeypatch.setattr(PromptPrograms, "generate", noted)
+    monkeypatch.setattr(prefill, "can_profile", lambda device: True)
+    monkeypatch.setattr(prefill, "profile_copies", profile)
+    return log
+
+
+def test_ours_are_profiled_when_everything_is_timed(bench, profiled, tmp_path):
+    names = ("sparse_query", "transformers_flash")
+    file = file_at(tmp_path)
+    results = bench(40, 200, programs=names).measure(file)
+    first = profiled.index("profile")
+    timed = [name for name, *_ in profiled[: first - 1]]
+    assert timed.count("transformers_flash") == timed.count("sparse_query") == 2 * 3
+    # Each is made anew, called once, and called under the profiler.
+    call = [("sparse_query", 40, NUM_NEW), ("sparse_query", 200, NUM_NEW)]
+    assert profiled[first - 1 :] == [call[0], "profile", call[0], call[1], "profile", call[1]]
+    for result in results:
+        ours, theirs = (result["programs"][name] for name in names)
+        assert (ours["hidden_share"], ours["gpu_busy"], ours["copies"]) == (0.9, 0.8, {})
+        assert "hidden_share" not in theirs
+    profiled.clear()
+    bench(40, 200, programs=names).measure(file)
+    assert not profiled
+
+
+def test_nothing_is_profiled_without_a_gpu_or_where_it_is_not_wanted(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(prefill, "profile_copies", None)
+    (result,) = bench(40, programs=("dense",)).measure(file_at(tmp_path))
+    assert "copies" not in result["programs"]["dense"]
+    monkeypatch.setattr(prefill, "can_profile", lambda device: True)
+    bench(60, programs=("dense",), profile=False).measure(file_at(tmp_path))
+
+
+def test_what_was_not_profiled_says_why_and_is_asked_again(bench, profiled, monkeypatch, tmp_path):
+    file, names = file_at(tmp_path), ("dense",)
+
+    def no_room(call):
+        raise torch.OutOfMemoryError("no room\nfor much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefill, "profile_copies", no_room)
+        (result,) = bench(40, programs=names).measure(file)
+    row = result["programs"]["dense"]
+    assert row["copies_skipped"] == "out of memory: no room"
+    assert "copies" not in row
+    (result,) = bench(40, programs=names, minutes=0).measure(file)
+    assert "are left" in result["programs"]["dense"]["copies_skipped"]
+    (result,) = bench(40, programs=names).measure(file)
+    assert result["programs"]["dense"]["hidden_share"] == 0.9
+    assert "copies_skipped" not in result["programs"]["dense"]

@@ -83,6 +83,15 @@ def test_times_of_all_tokens(programs):
         assert min(times) > 0
 
 
+def test_first_token_alone_has_the_cache_of_all(programs):
+    ids = prompt_of(40, 256, torch.device("cpu"))
+    for name in ("sparse_query", "transformers_flash"):
+        assert len(programs.first_token(name, ids, 30)) == 1
+    capacity = programs.ours("sparse_query").last_cache.layout.max_tokens
+    programs.generate("sparse_query", ids, 30)
+    assert programs.ours("sparse_query").last_cache.layout.max_tokens == capacity >= 70
+
+
 def test_modules_are_kept_until_they_are_dropped(programs):
     first = programs.ours("dense")
     assert programs.ours("dense") is first

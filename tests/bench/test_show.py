@@ -192,14 +192,17 @@ def test_prefill(console):
         {
             "tokens": 131072,
             "auto": "sparse",
-            "programs": {"sparse_forecast": row(8.0), "transformers_flash": row(12.0)},
+            "programs": {
+                "sparse_forecast": {**row(8.0), "hidden_share": 0.97, "gpu_busy": 0.99},
+                "transformers_flash": row(12.0),
+            },
             "skipped": {"dense": "no time"},
             "transformers_over": {"sparse_forecast": 1.5},
         },
         {
             "tokens": 524288,
             "auto": "sparse",
-            "programs": {"sparse_forecast": row(30.0)},
+            "programs": {"sparse_forecast": {**row(30.0), "copies_skipped": "no time"}},
             "skipped": {"transformers_flash": "too long"},
             "by_law": {"transformers_flash": law},
             "transformers_over": {"sparse_forecast": 5.0},
@@ -207,12 +210,15 @@ def test_prefill(console):
     ]
     print_prefill(results, console)
     printed = lines(console)
-    assert "131072 sparse_forecast 30.50 8.000 1.500 2.100 1.250 6.10 3.0 4.0" in printed
-    assert "131072 transformers_flash 30.50 12.000 - 2.100 1.250 6.10 3.0 4.0" in printed
-    assert "524288 transformers_flash - 150.000* - - - - - -" in printed
+    assert (
+        "131072 sparse_forecast 30.50 8.000 1.500 2.100 1.250 6.10 0.970 0.990 3.0 4.0" in printed
+    )
+    assert "131072 transformers_flash 30.50 12.000 - 2.100 1.250 6.10 - - 3.0 4.0" in printed
+    assert "524288 transformers_flash - 150.000* - - - - - - - -" in printed
     assert '131072 tokens: prefill="auto" is sparse.' in printed
     assert "131072 tokens: dense is left out: no time." in printed
     assert "524288 tokens: transformers_flash is left out: too long." in printed
+    assert "524288 tokens: sparse_forecast is not profiled: no time." in printed
     assert "not measured: by the law" in " ".join(printed)
 
 
@@ -224,7 +230,12 @@ def test_turns(console):
         {
             "past": 131072,
             "programs": {
-                "sparse_query": {"by_turn": {"1": row(0.5, 0.05), "200": row(0.6, 0.1)}},
+                "sparse_query": {
+                    "by_turn": {
+                        "1": {**row(0.5, 0.05), "hidden_share": 0.9, "gpu_busy": 0.5},
+                        "200": {**row(0.6, 0.1), "copies_skipped": "no room"},
+                    }
+                },
                 "transformers_flash": {
                     "by_turn": {"1": row(0.1, 0.07), "200": {"skipped": "mask"}}
                 },
@@ -235,8 +246,9 @@ def test_turns(console):
     ]
     print_turns(results, console)
     printed = lines(console)
-    assert "131072 1 sparse_query 500.0 50.0 1.400" in printed
-    assert "131072 1 transformers_flash 100.0 70.0 -" in printed
-    assert "131072 200 sparse_query 600.0 100.0 -" in printed
+    assert "131072 1 sparse_query 500.0 50.0 1.400 0.900 0.500" in printed
+    assert "131072 1 transformers_flash 100.0 70.0 - - -" in printed
+    assert "131072 200 sparse_query 600.0 100.0 - - -" in printed
     assert "behind 131072: dense is left out: no memory." in printed
+    assert "behind 131072, turns of 200: sparse_query is not profiled: no room." in printed
     assert "behind 131072, turns of 200: transformers_flash is left out: mask." in printed

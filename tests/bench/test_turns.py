@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from sparda_compile.bench import turns as turns_module
 from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.memory import FreeMemory
 from sparda_compile.bench.prompt_programs import PromptPrograms
@@ -124,6 +125,51 @@ def test_only_turns_that_the_file_lacks_are_taken(bench, tmp_path):
         assert list(row["by_turn"]) == ["1", "20", "30"]
         assert row["by_turn"]["20"] == before[name]["by_turn"]["20"]
     assert list(file.get(300)["transformers_over"]) == ["1", "20", "30"]
+
+
+def test_a_warm_turn_of_ours_is_profiled_when_everything_is_timed(bench, monkeypatch, tmp_path):
+    log = []
+    generate = PromptPrograms.generate
+
+    def noted(self, name, ids, num_new, **more):
+        log.append((name, ids.shape[1]))
+        return generate(self, name, ids, num_new, **more)
+
+    def profile(call):
+        log.append("profile")
+        call()
+        return {"copies": {}, "hidden_share": 0.9, "gpu_busy": 0.8, "longest_idle_us": 5.0}
+
+    monkeypatch.setattr(PromptPrograms, "generate", noted)
+    monkeypatch.setattr(turns_module, "can_profile", lambda device: True)
+    monkeypatch.setattr(turns_module, "profile_copies", profile)
+    file, names = file_at(tmp_path), ("sparse_query", "transformers_flash")
+    (result,) = bench(300, programs=names).measure(file)
+    assert [name for name, _ in log[:12]] == [names[0]] * 6 + [names[1]] * 6
+    ends = [301, 302, 303, "profile", 304, 324, 344, 364, "profile", 384]
+    assert log[12:] == [end if end == "profile" else (names[0], end) for end in ends]
+    for turn in ("1", "20"):
+        ours, theirs = (result["programs"][name]["by_turn"][turn] for name in names)
+        assert (ours["hidden_share"], ours["runs"]) == (0.9, 2)
+        assert "copies" not in theirs
+    log.clear()
+    bench(300, programs=names).measure(file)
+    assert not log
+
+    def no_room(call):
+        raise torch.OutOfMemoryError("no room\nfor much")
+
+    monkeypatch.setattr(turns_module, "profile_copies", no_room)
+    (result,) = bench(300, programs=("dense",)).measure(file)
+    for found in result["programs"]["dense"]["by_turn"].values():
+        assert found["copies_skipped"] == "out of memory: no room"
+        assert found["runs"] == 2
+
+
+def test_no_turn_is_profiled_without_a_gpu(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(turns_module, "profile_copies", None)
+    (result,) = bench(300, programs=("dense",)).measure(file_at(tmp_path))
+    assert "copies" not in result["programs"]["dense"]["by_turn"]["1"]
 
 
 @pytest.mark.parametrize(
