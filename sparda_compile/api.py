@@ -23,6 +23,7 @@ from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
 from sparda_compile.passes.manager import check_disabled, check_dump_dir
+from sparda_compile.program.compiled_piece import start_compiler
 from sparda_compile.program.plan import (
     Plan,
     forecast_shapes,
@@ -91,6 +92,8 @@ def optimize(
                 f"the model is on {device}; optimize runs on cpu and cuda. "
                 "Call model.to('cuda') first."
             )
+        if config.lowering == "inductor":
+            start_compiler(device)  # while the model is traced
         decode = make_plan(
             captures,
             "decode",

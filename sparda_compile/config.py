@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.selection import Mode, Prediction, Prefill, Selection
 
 __all__ = [
     "MACHINE_NAMES",
@@ -19,89 +20,22 @@ __all__ = [
     "Memory",
     "Mode",
     "Offload",
+    "Prediction",
     "Prefill",
     "Selection",
     "SpardaConfig",
     "round_up",
 ]
 
-Mode = Literal["dense", "query", "forecast", "exact"]
 Eviction = Literal["lru", "fifo"]
 Lowering = Literal["inductor", "eager"]
 Offload = Literal["auto", "always", "never"]
-Prefill = Literal["auto", "sparse", "dense"]
 
-_MODES: Final = get_args(Mode)
 G = TypeVar("G")
 MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
 # Lengths are counted in 32 bits.
 MOST_TOKENS: Final = (1 << 31) - 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which blocks attention reads, and who says so.
-
-    Attributes:
-        mode: Who selects the KV blocks that attention reads. `dense`: nobody, all blocks.
-            `query`: the layer's own query. `forecast`: the previous layer's Forecast (SparDA).
-            `exact`: the layer's own query, with a hint that prefetches and a repair of what
-            the hint missed; equals `query` bit for bit.
-        selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head),
-            `quest` (bounds from each block's smallest and largest key) or `nosa` (`short_list`
-            blocks as `infllm2`, or the Forecast, ranks them, the rest by retention scores). A
-            model for `nosa` carries its retention score in the last channel of each key and 1 in
-            that of each query (docs/models.md); `optimize` refuses others by their queries.
-        hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer` or
-            `next_query` (the layer's query projection on the input of the layer before).
-        forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
-            [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
-            gives the full one. None leaves it to the file of weights, and without one to a rule:
-            no more numbers than 256 rows of the hidden width, SparDA's own size.
-        top_k: Blocks to pick beyond the sink and local ones; None picks every block. NOSA's
-            published constants are top_k=78 with local_blocks=16.
-        short_list: Of the top_k blocks, those that the query or the Forecast picks; read by
-            selector `nosa` alone.
-        sink_blocks: Always-kept first blocks.
-        local_blocks: Always-kept most recent blocks, besides the one being written.
-        prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
-            its own blocks, those that a decode step would select there. `auto`: on a GPU, of the
-            two what is expected to be faster for a prompt of that length; on a CPU `dense`.
-    """
-
-    mode: Mode = "forecast"
-    selector: str = "infllm2"
-    hint: str = "forecast"
-    forecast_rank: int | None = None
-    top_k: int | None = 62
-    short_list: int = 23
-    sink_blocks: int = 1
-    local_blocks: int = 32
-    prefill: Prefill = "auto"
-
-    def __post_init__(self) -> None:
-        one_of("mode", self.mode, _MODES)
-        one_of("selector", self.selector, SELECTORS.choices())
-        one_of("hint", self.hint, HINTS.choices())
-        one_of("prefill", self.prefill, get_args(Prefill))
-        for name in ("sink_blocks", "local_blocks", "short_list"):
-            whole(name, getattr(self, name), 0)
-        if self.top_k is not None:
-            whole("top_k", self.top_k, 0)
-        if self.forecast_rank is not None:
-            whole("forecast_rank", self.forecast_rank, 1)
-        if self.mode == "dense" and self.prefill == "sparse":
-            wrong = "prefill='sparse' selects by the mode, and mode='dense' selects nothing"
-            raise ConfigError(f"{wrong}; use prefill='auto', or mode='query' or 'forecast'.")
-        if self.top_k is None or self.short_list <= self.top_k:
-            return
-        if SELECTORS[self.selector].has_short_list:
-            raise ConfigError(
-                f"short_list={self.short_list} is more than the top_k={self.top_k} blocks that "
-                f"selector={self.selector!r} may pick; use short_list of 0 to {self.top_k}, or "
-                "raise top_k (published: short_list=23, top_k=78)."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,11 +153,11 @@ class Execution:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpardaConfig(Selection, Blocks, Memory, Execution):
+class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
     """What `optimize` should build. Every default is SparDA's published constant.
 
-    Its fields are those of four groups, each said and checked where its class is: `Selection`,
-    `Blocks`, `Memory` and `Execution`. All are given by keyword,
+    Its fields are those of five groups, each said and checked where its class is: `Selection`,
+    `Prediction`, `Blocks`, `Memory` and `Execution`. All are given by keyword,
 
         SpardaConfig(mode="query", block_size=64, offload="never")
 
@@ -237,13 +171,17 @@ class SpardaConfig(Selection, Blocks, Memory, Execution):
 
     def __post_init__(self) -> None:
         Selection.__post_init__(self)
+        Prediction.__post_init__(self)
         Blocks.__post_init__(self)
         Memory.__post_init__(self)
         Execution.__post_init__(self)
+        self._check_shared()
         self._check_capacity()
 
     @classmethod
-    def of(cls, *groups: Selection | Blocks | Memory | Execution, **changes: Any) -> SpardaConfig:
+    def of(
+        cls, *groups: Selection | Prediction | Blocks | Memory | Execution, **changes: Any
+    ) -> SpardaConfig:
         """Return a configuration made of groups.
 
         Args:
@@ -269,6 +207,11 @@ class SpardaConfig(Selection, Blocks, Memory, Execution):
         return self._group(Selection)
 
     @property
+    def prediction(self) -> Prediction:
+        """How hint `ema` predicts."""
+        return self._group(Prediction)
+
+    @property
     def blocks(self) -> Blocks:
         """How a sequence is cut."""
         return self._group(Blocks)
@@ -286,6 +229,13 @@ class SpardaConfig(Selection, Blocks, Memory, Execution):
     def _group(self, kind: type[G]) -> G:
         names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
         return kind(**{name: getattr(self, name) for name in names})
+
+    def _check_shared(self) -> None:
+        if self.block_size % self.shared_tokens:
+            raise ConfigError(
+                f"shared_tokens={self.shared_tokens} does not divide block_size={self.block_size}; "
+                "tokens that read the same blocks lie in one block. Use a power of two, or 1."
+            )
 
     def _check_capacity(self) -> None:
         if self.max_tokens is None:
@@ -326,8 +276,14 @@ class SpardaConfig(Selection, Blocks, Memory, Execution):
     @property
     def needs_forecast(self) -> bool:
         """Whether this configuration uses Forecast weights."""
-        is_hint = self.mode == "exact" and HINTS[self.hint].needs_forecast
-        return self.mode == "forecast" or bool(is_hint)
+        return self.mode == "forecast" or any(HINTS[name].needs_forecast for name in self.hints)
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Names of the hints that are used: none but in mode `exact`."""
+        if self.mode != "exact":
+            return ()
+        return (self.hint,) if isinstance(self.hint, str) else self.hint
 
     @property
     def forecast_selector(self) -> str:

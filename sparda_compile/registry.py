@@ -109,5 +109,6 @@ HINTS: Final[Registry[Any]] = Registry(
         "previous_step": "sparda_compile.hints.previous_step:PreviousStepHint",
         "previous_layer": "sparda_compile.hints.previous_layer:PreviousLayerHint",
         "next_query": "sparda_compile.hints.next_query:NextQueryHint",
+        "ema": "sparda_compile.hints.ema:EmaHint",
     },
 )

@@ -334,3 +334,12 @@ def test_a_folder_for_graphs_that_cannot_be_made_is_refused_first(call, tmp_path
     config = SpardaConfig(mode="query", dump_dir=str(tmp_path / "file" / "folder"))
     with pytest.raises(ConfigError, match=r"dump_dir=.* cannot be made"):
         call(None, config)
+
+
+def test_the_compiler_starts_before_the_model_is_traced(fast, monkeypatch):
+    started = []
+    monkeypatch.setattr("sparda_compile.api.start_compiler", lambda device: started.append(device))
+    optimize(fast, CONFIG)
+    assert not started
+    optimize(fast, CONFIG.replace(lowering="inductor"))
+    assert started == [torch.device("cpu")]

@@ -14,6 +14,7 @@ from sparda_compile.config import (
     Blocks,
     Execution,
     Memory,
+    Prediction,
     Selection,
     round_up,
 )
@@ -24,8 +25,9 @@ from sparda_compile.registry import SELECTORS
 REFUSED = {
     "mode": ("forcast", ["mode='forcast'", "Did you mean 'forecast'?"]),
     "selector": ("quests", ["selector='quests'", "infllm2, quest, nosa", "Did you mean 'quest'?"]),
-    "hint": ("ema", ["hint='ema'", "forecast, previous_step, previous_layer"]),
+    "hint": ("emma", ["hint='emma'", "forecast, previous_step, previous_layer"]),
     "prefill": (None, ["prefill=None", "auto, sparse, dense"]),
+    "shared_tokens": (3, ["shared_tokens=3", "does not divide block_size=64", "power of two"]),
     "chunk_tokens": (0, ["chunk_tokens=0", "use 1 or more"]),
     "offload": (True, ["offload=True", "always, never"]),
     "eviction": ("random", ["eviction='random'", "lru, fifo"]),
@@ -43,6 +45,9 @@ REFUSED = {
     "pool_size": (40, ["pool_stride=16", "pool_size=40"]),
     "max_tokens": (63, ["max_tokens=63", "use 64 or more"]),
     "page_ratio": (0.5, ["page_ratio=0.5", "use 1.0 or more"]),
+    "ema_level": (0.0, ["ema_level=0.0", "above 0.0 and at most 1.0"]),
+    "ema_trend": (1.1, ["ema_trend=1.1", "above 0.0 and at most 1.0"]),
+    "ema_damping": (-0.1, ["ema_damping=-0.1", "use 0.0 to 1.0"]),
     "expected_overlap": (1.5, ["expected_overlap=1.5", "use 0.0 to 1.0"]),
     "device_bytes": (0, ["device_bytes=0", "use 1 or more"]),
     "host_bytes": (-5, ["host_bytes=-5", "use 1 or more"]),
@@ -245,7 +250,7 @@ def test_model_without_block_sizes():
 
 class TestGroups:
     def test_fields_are_those_of_the_groups_once_each(self):
-        groups = (Selection, Blocks, Memory, Execution)
+        groups = (Selection, Prediction, Blocks, Memory, Execution)
         names = [field.name for group in groups for field in dataclasses.fields(group)]
         assert len(names) == len(set(names))
         assert set(names) == {field.name for field in dataclasses.fields(SpardaConfig)}
@@ -257,6 +262,7 @@ class TestGroups:
         assert config.memory == memory
         assert config.selection == Selection(mode="query", top_k=5)
         assert config.blocks == Blocks()
+        assert config.prediction == Prediction()
         assert config.execution == Execution()
 
     def test_two_of_a_kind_are_refused(self):

@@ -170,7 +170,7 @@ def state_table():
     for changes in (
         {"mode": "forecast"},
         {"mode": "query", "selector": "quest"},
-        {"mode": "exact", "hint": "previous_step"},
+        {"mode": "exact", "hint": ("previous_step", "ema")},
     ):
         layout = CacheLayout(CONFIG.replace(**changes), shapes, 2, 8192)
         specs = {LENGTHS.removeprefix("sparda_"): layout.all_tensors()[LENGTHS]}

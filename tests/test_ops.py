@@ -56,6 +56,7 @@ def samples():
     splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED, SIZE))
     partial = (randn(ROWS, GROUPS, splits, 3, DIM), randn(ROWS, GROUPS, splits, 3))
     ticket = torch.empty(0)
+    levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     selection = (query, pages, page_ids, ids)
     stored = (tables()[0], pages, host, counters)
@@ -87,6 +88,17 @@ def samples():
             ids[:, :, None].repeat(1, 1, 7, 1), tokens[0], torch.full_like(ids, -2),
         ),
         "recall_ids": (ids,),
+        "predict_blocks": (
+            randn(ROWS, GROUPS, BLOCKS), randn(ROWS, GROUPS, BLOCKS), lengths, SELECTED, SIZE, 1, 0,
+            0.5,
+        ),
+        "update_prediction": (
+            randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
+        ),
+        "begin_prediction": (
+            randn(ROWS, HEADS, 7, DIM), pooled, *from_earlier[1:], earlier, *levels, "infllm2",
+            scale, *GEOMETRY, 0.4, 0.3, True,
+        ),
         "number_tokens": (mask, past),
         "advance_lengths": (mask, lengths),
         "sparse_attention": (*selection, lengths, scale, softcap),

@@ -73,6 +73,7 @@ class _Following(Selector):
         self.forecast_selector = _name(inner.forecast_selector, steps)  # type: ignore[misc]
         self.has_short_list = inner.has_short_list  # type: ignore[misc]
         self.reads_retention = inner.reads_retention  # type: ignore[misc]
+        self.is_comparable = inner.is_comparable  # type: ignore[misc]
         self._inner = inner
 
     def score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -21,6 +22,7 @@ from sparda_compile.cli.options import (
     LARGEST_SEED,
     MOST_SEQUENCES,
     MOST_TOKENS,
+    Hint,
     LocalBlocks,
     Mode,
     Prompt,
@@ -29,11 +31,11 @@ from sparda_compile.cli.options import (
     Task,
 )
 from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
-from sparda_compile.config import SpardaConfig
+from sparda_compile.config import Prediction, SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -62,6 +64,22 @@ Modes = Annotated[
 Selectors = Annotated[
     list[Selector] | None,
     typer.Option(help="Selector of a query, may be given again.", show_default=_SELECTOR),
+]
+Hints = Annotated[
+    list[Hint] | None,
+    typer.Option(
+        help="Hint whose guesses are counted at 1, 1.25, 1.5 and 2 times the budget, beside those "
+        "by the last step and its scores. May be given again.",
+        show_default="none",
+    ),
+]
+Ema = Annotated[
+    tuple[float, float, float] | None,
+    typer.Option(
+        help="How hint ema predicts: ema_level, ema_trend and ema_damping.",
+        show_default=f"{SpardaConfig.ema_level} {SpardaConfig.ema_trend} "
+        f"{SpardaConfig.ema_damping}",
+    ),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -131,6 +149,8 @@ def evaluate_model(
     mode: Modes = None,
     selector: Selectors = None,
     short_list: ShortList = SpardaConfig.short_list,
+    hint: Hints = None,
+    ema: Ema = None,
     budget: Budgets = None,
     prefill: Prompts = None,
     task: Tasks = None,
@@ -159,7 +179,7 @@ def evaluate_model(
 
             where = find_device(device)
             weights = _forecast(model, forecast)
-            fields = _sizes(weights, pool_size=pool_size, pool_stride=pool_stride)
+            fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
@@ -171,10 +191,10 @@ def evaluate_model(
                 batch_size=batch,
                 seed=seed,
                 as_bytes=as_bytes,
+                hints=tuple(map(str, hint or ())),
             )
             parts.check(_config_of(model), where)
-            say(f"loading {model}")
-            loaded = _load(model, where)
+            loaded = _load(model, where, say)
             settings = {**parts.settings(), **fields, **_sources(model, forecast), "device": device}
             file = EvaluationFile(json_file, type(loaded).__name__, seed, settings)
             parts.measure(loaded, weights, file, say)
@@ -187,19 +207,25 @@ def evaluate_model(
     print_paths(written)
 
 
-def _sizes(weights: ForecastWeights | None, **given: int | None) -> dict[str, int]:
-    """Return the sizes of blocks and pooled keys: as given, else as the Forecast's."""
+def _sizes(
+    weights: ForecastWeights | None,
+    ema: tuple[float, float, float] | None,
+    **given: int | None,
+) -> dict[str, Any]:
+    """Return what is given: of sizes of blocks and pooled keys, else the Forecast's."""
     info = weights.info if weights is not None else None
-    sizes = dict(info.sizes) if info is not None else {}
-    return sizes | {field: size for field, size in given.items() if size is not None}
+    sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
+    names = [field.name for field in dataclasses.fields(Prediction)]
+    predict = dict(zip(names, ema, strict=True)) if ema is not None else {}
+    return sizes | predict | {field: size for field, size in given.items() if size is not None}
 
 
 def _bases(
-    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, int]
+    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, Any]
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
     return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **fields)  # type: ignore[arg-type]
+        SpardaConfig(mode=mode, selector=rule, top_k=None, **fields)
         for mode in modes
         for rule in _selectors(mode, selectors)
     ]
@@ -256,8 +282,9 @@ def _sources(name: str, forecast: Path | None) -> dict[str, Any]:
     return files if forecast is None else {**files, "forecast": fingerprint(forecast)}
 
 
-def _load(name: str, device: torch.device) -> Any:
+def _load(name: str, device: torch.device, say: Callable[[str], None]) -> Any:
     """Return the model in eval mode on its device."""
+    say(f"loading {name}")
     from sparda_compile.cli.targets import load_target
     from sparda_compile.demo.small_model import load_small_model
 

@@ -37,6 +37,7 @@ class EvaluationParts:
         batch_size: Sequences at once.
         seed: Seed of the sequences.
         as_bytes: Whether the model's vocabulary is bytes.
+        hints: Whose guesses are counted.
     """
 
     bases: list[SpardaConfig]
@@ -48,6 +49,7 @@ class EvaluationParts:
     batch_size: int
     seed: int
     as_bytes: bool
+    hints: tuple[str, ...] = ()
 
     def configs(self, length: int) -> dict[str, SpardaConfig]:
         """Return the configurations by name: dense once, every other at each budget and prompt.
@@ -103,7 +105,8 @@ class EvaluationParts:
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers of a part, beside its configurations, as plain data."""
         names = ("num_samples", "batch_size", "as_bytes")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found | ({"hints": [*self.hints]} if self.hints else {})
 
     def measure(
         self,
@@ -141,6 +144,7 @@ class EvaluationParts:
                     batch_size=self.batch_size,
                     forecast=weights,
                     prompts=self.prompt_configs(length),
+                    hints=self.hints,
                     seed=self.seed,
                     as_bytes=self.as_bytes,
                     progress=lambda text: say(", ".join(filter(None, (text, str(pace))))),

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["inspect_model"]
 
 _ALL: Final = "all"
+_HINT: Final = "forecast"
 _PAGE: Final = "sparda-report.html"
 
 Target = Annotated[
@@ -49,6 +50,10 @@ Target = Annotated[
         "a config.json, or a tiny model (tiny-llama). Weights are never read."
     ),
 ]
+Hints = Annotated[
+    list[Hint] | None,
+    typer.Option(help="What mode exact prefetches by, may be given again.", show_default=_HINT),
+]
 TopK = Annotated[str, typer.Option(help="Blocks to pick beyond sink and local ones, or 'all'.")]
 
 
@@ -56,7 +61,7 @@ def inspect_model(
     target: Target,
     mode: Annotated[Mode, typer.Option(help="Who selects the blocks.")] = "forecast",
     selector: Annotated[Selector, typer.Option(help="How a query scores blocks.")] = "infllm2",
-    hint: Annotated[Hint, typer.Option(help="What mode exact prefetches by.")] = "forecast",
+    hint: Hints = None,
     top_k: TopK = "62",
     short_list: ShortList = SpardaConfig.short_list,
     local_blocks: LocalBlocks = SpardaConfig.local_blocks,
@@ -81,7 +86,7 @@ def inspect_model(
         config = SpardaConfig(
             mode=mode,
             selector=selector,
-            hint=hint,
+            hint=tuple(hint or (_HINT,)),
             top_k=_parse_top_k(top_k),
             short_list=short_list,
             local_blocks=local_blocks,

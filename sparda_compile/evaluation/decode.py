@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from sparda_compile.config import round_up
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.evaluation.guesses import block_mask
 from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
 from sparda_compile.forecast.weights import projections_of
-from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS, Geometry
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.evaluation.guesses import GuessSums
 
 __all__ = ["PREDICTORS", "Decoded", "LayerRecord", "decode"]
 
@@ -72,6 +73,7 @@ def decode(
     config: SpardaConfig,
     *,
     forecast: Mapping[int, Tensor] | None = None,
+    guesses: GuessSums | None = None,
 ) -> Decoded:
     """Feed tokens one by one behind a reading, as a mode does.
 
@@ -82,6 +84,7 @@ def decode(
         config: Mode, selector, budget and sizes; `exact` decides what `query` decides.
         forecast: By target layer, as for `optimize`. Mode `forecast` needs it; given in other modes
             it is recorded as a predictor.
+        guesses: Counts what predictors guess of each step.
 
     Raises:
         ConfigError: If there is no step, or the Forecast is needed and missing.
@@ -94,7 +97,7 @@ def decode(
             "mode='forecast' needs Forecast weights; pass forecast, or use mode='query'."
         )
     _check_retention(model, reading, config)
-    decoder = _Decoder(model, reading, ids_BS.shape[1], config, forecast or {})
+    decoder = _Decoder(model, reading, ids_BS.shape[1], config, forecast or {}, guesses)
     logits, records = [], []
     for ids_B1 in ids_BS.split(1, dim=1):
         logits_BV, layers = decoder.step(ids_B1)
@@ -129,8 +132,12 @@ class _Decoder:
         num_steps: int,
         config: SpardaConfig,
         forecast: Mapping[int, Tensor],
+        guesses: GuessSums | None,
     ) -> None:
         self.model, self.config = model, config
+        self.guesses = guesses
+        if guesses is not None:
+            guesses.begin()
         self.forecast = projections_of(forecast)
         capacity = round_up(reading.length + num_steps, config.block_size)
         self.geometry = Geometry.of(config, capacity // config.block_size)
@@ -188,43 +195,38 @@ class _Decoder:
         """Return the blocks that the query and each predictor choose for a layer, [B, G, N]."""
         attention = self.model.model.layers[number].self_attn
         scale = attention.scaling
-        chosen = {"query": self._select(number, self.config.selector, q_BH1D, scale)}
+        scores = {"query": self._score(number, self.config.selector, q_BH1D, scale)}
         source_B1C = hidden_B1C if before is None else before[0]
         if number in self.forecast:
             projection = self.forecast[number].to(source_B1C)
             f_BG1D = rotate(heads_of(attention, projection(source_B1C)), rotation)
             rule = self.config.forecast_selector
-            chosen["forecast"] = self._select(number, rule, widened(self.width, f_BG1D, 1.0), scale)
+            scores["forecast"] = self._score(number, rule, widened(self.width, f_BG1D, 1.0), scale)
         if before is not None:
             next_BH1D = widened(self.width, rotated(attention, "q", source_B1C, rotation), 1.0)
-            chosen["next_query"] = self._select(number, self.config.selector, next_BH1D, scale)
-            if before[1].shape == chosen["query"].shape:
-                chosen["previous_layer"] = before[1]
+            scores["next_query"] = self._score(number, self.config.selector, next_BH1D, scale)
+        lengths_B = self._lengths(q_BH1D)
+        choice = (self.budget, *self._sizes())
+        chosen = {name: block_mask(each, lengths_B, choice) for name, each in scores.items()}
+        if before is not None and before[1].shape == chosen["query"].shape:
+            chosen["previous_layer"] = before[1]
         if number in self.last_choice:
             # A block may have begun since: it is forced, and so is what the window still holds.
             chosen["previous_step"] = self.last_choice[number] | self._existing()[1]
         self.last_choice[number] = chosen["query"]
+        if self.guesses is not None:
+            self.guesses.add(number, scores, chosen["query"], lengths_B)
         return chosen
 
-    def _select(self, number: int, selector: str, query: Tensor, scale: float) -> Tensor:
+    def _score(self, number: int, selector: str, query: Tensor, scale: float) -> Tensor:
         rule = SELECTORS[selector]
         tensors = self.summaries[number][rule.summary.name]
-        lengths_B = self._lengths(query)
-        scores_BGN = rule.score(query, tensors, lengths_B, scale, self.geometry)
+        scores: Tensor = rule.score(query, tensors, self._lengths(query), scale, self.geometry)
+        return scores
+
+    def _sizes(self) -> tuple[int, int, int]:
         config = self.config
-        ids_BGK = select_blocks_reference(
-            scores_BGN,
-            lengths_B,
-            self.budget,
-            config.block_size,
-            config.sink_blocks,
-            config.local_blocks,
-        ).long()
-        mask = torch.zeros(
-            *scores_BGN.shape[:2], scores_BGN.shape[2] + 1, dtype=torch.bool, device=query.device
-        )
-        # An id of -1, for a block that does not exist, goes to the column behind the last one.
-        return mask.scatter(2, ids_BGK.where(ids_BGK >= 0, scores_BGN.shape[2]), True)[..., :-1]
+        return config.block_size, config.sink_blocks, config.local_blocks
 
     def _existing(self) -> tuple[Tensor, Tensor]:
         """Return which blocks exist and which of them are forced, [N] each."""

@@ -54,6 +54,13 @@ class Reading:
         """T, tokens that were read."""
         return self.keys[0].shape[2]
 
+    def before(self, num_tokens: int) -> Reading:
+        """Return the reading of the first tokens alone; nothing is copied."""
+        keys, values = (
+            tuple(each[:, :, :num_tokens] for each in part) for part in (self.keys, self.values)
+        )
+        return Reading(keys, values)
+
     @classmethod
     def of(cls, past: Any) -> Reading:
         """Return what a DynamicCache of transformers holds; nothing is copied."""

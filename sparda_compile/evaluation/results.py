@@ -12,6 +12,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from sparda_compile.environment import kept_result, write_result
+from sparda_compile.evaluation.guesses import Guess
 from sparda_compile.evaluation.run import Evaluation, EvaluationRow, Recall
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def fingerprint(*paths: Path) -> str:
 
 def _row(plain: dict[str, Any]) -> EvaluationRow:
     recalls = tuple(Recall(**_numbers(Recall, each)) for each in plain["recalls"])
-    return EvaluationRow(**{**_numbers(EvaluationRow, plain), "recalls": recalls})
+    guesses = tuple(Guess(**_numbers(Guess, each)) for each in plain.get("guesses", ()))
+    numbers = _numbers(EvaluationRow, plain)
+    return EvaluationRow(**{**numbers, "recalls": recalls, "guesses": guesses})
 
 
 def _numbers(kind: type, plain: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.decode import decode
+from sparda_compile.evaluation.guesses import STEPS_AHEAD, Guess, GuessSums
 from sparda_compile.evaluation.metrics import (
     RecallSums,
     bootstrap_interval,
@@ -79,6 +80,7 @@ class EvaluationRow:
         agreement: Share of answer places where the likeliest token is the dense model's.
         recalls: By who chose and layer; empty for mode `dense` without a budget.
         prompt: Mode by which the tokens of the prompt selected; `dense` if they read everything.
+        guesses: What hints guessed of the blocks that steps read, if any was asked for.
     """
 
     name: str
@@ -97,6 +99,7 @@ class EvaluationRow:
     agreement: float
     recalls: tuple[Recall, ...]
     prompt: str = "dense"
+    guesses: tuple[Guess, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,7 @@ def evaluate(
     batch_size: int = 8,
     forecast: Mapping[int, Tensor] | None = None,
     prompts: Mapping[str, SpardaConfig] | None = None,
+    hints: Sequence[str] = (),
     seed: int = 0,
     as_bytes: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -184,6 +188,7 @@ def evaluate(
         batch_size: Sequences to run at once.
         forecast: Forecast weights by target layer.
         prompts: Configurations by which the haystack is read, for some of the names.
+        hints: Whose guesses of the blocks to come are counted, beside those that need nothing.
         seed: Seed of the sequences.
         as_bytes: Whether the model's vocabulary is bytes.
         progress: Called with what is being done: reading, and each configuration.
@@ -207,7 +212,7 @@ def evaluate(
         raise ConfigError(f"tasks {unknown} are not known; use some of {', '.join(TASKS)}.")
     rows: list[EvaluationRow] = []
     for task in tasks:
-        tallies = {name: _Tally() for name in configs}
+        tallies = {name: _Tally(hints, config) for name, config in configs.items()}
         for first in range(0, num_samples, batch_size):
             size = min(batch_size, num_samples - first)
             batch = make_batch(
@@ -254,6 +259,12 @@ def _measure(
         )
         if config.top_k is not None:
             tallies[name].recalls.add(decoded.records[step] for step in steps_A)
+            if tallies[name].guesses.names:
+                say(f"{name}, guesses")
+                part = reading.before(max(batch.question_start - STEPS_AHEAD, 1))
+                steps_BS = ids_BT[:, part.length : last]
+                guesses = tallies[name].guesses
+                decode(model, part, steps_BS, config, forecast=forecast, guesses=guesses)
 
 
 def _say(progress: Callable[[str], None], what: str, part: str) -> None:
@@ -263,7 +274,8 @@ def _say(progress: Callable[[str], None], what: str, part: str) -> None:
 class _Tally:
     """What is summed over the batches of one row."""
 
-    def __init__(self) -> None:
+    def __init__(self, hints: Sequence[str], config: SpardaConfig) -> None:
+        self.guesses = GuessSums(hints, config)
         self.num_samples = 0
         self.num_right = 0
         self.kls: list[Tensor] = []
@@ -302,6 +314,7 @@ class _Tally:
             kl=float(torch.cat(self.kls).mean()),
             agreement=float(torch.cat(self.agreements).mean()),
             recalls=tuple(_recalls(self.recalls)),
+            guesses=tuple(self.guesses.guesses()),
         )
 
 

@@ -31,6 +31,10 @@ Every row of this table has the same budget for each who chose. Blocks that are 
 local, current) count in it and are left out of both recalls. mass: of the attention to the other \
 blocks, what falls on those found; blocks: of the true query's blocks, those found. In brackets \
 the 95% interval of a bootstrap over sequences."""
+_GUESS_NOTE: Final = """\
+named: blocks that a guess names over those that a step reads, always-read ones included; they are \
+left out of the rest. coverage: of the blocks read, those guessed; precision: of the blocks \
+guessed, those read; fetched: blocks guessed that the step before did not read, over those read."""
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -46,6 +50,9 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     if rows:
         console.print(_recall_table(rows))
         console.print(_RECALL_NOTE, markup=False)
+    if any(row.guesses for row in rows):
+        console.print(_guess_table(rows))
+        console.print(_GUESS_NOTE, markup=False)
 
 
 def write_json(evaluation: Evaluation, path: Path) -> Path:
@@ -116,6 +123,25 @@ def _recall_table(rows: Sequence[EvaluationRow]) -> Table:
                 recall.name,
                 _interval(recall.mass, recall.mass_low, recall.mass_high),
                 _interval(recall.blocks, recall.blocks_low, recall.blocks_high),
+            )
+    return table
+
+
+def _guess_table(rows: Sequence[EvaluationRow]) -> Table:
+    table = Table(title="Who guessed the blocks before the step", box=SIMPLE_HEAD)
+    names = ("configuration", "task", "tokens", "guessed by", "named")
+    for place, name in enumerate((*names, "coverage", "precision", "fetched")):
+        table.add_column(name, justify="left" if place in (0, 1, 3) else "right")
+    for row in rows:
+        for guess in (guess for guess in row.guesses if guess.layer is None):
+            shares = (guess.coverage, guess.precision, guess.fetched)
+            table.add_row(
+                row.name,
+                row.task,
+                str(row.length),
+                guess.name,
+                f"{guess.budget:g}x",
+                *("-" if math.isnan(share) else f"{100 * share:.1f}%" for share in shares),
             )
     return table
 

@@ -3,7 +3,8 @@
 LAYER    node            layer that an op of ours is for, -1 for the whole program
 SITE     node            the attention that a node stands for
 ORDER    node            place of an op that uses state in the program as it was written
-HINTS    node            layers whose blocks these ids guess
+HINTS    node            whose blocks these ids guess: names of hints, each with its layer
+HINT     node            the hint whose guess a node leads to, plans, fetches or awaits
 FACTS    graph module    what holds of the graph
 JOINED   graph module    joined weight -> the weights that it joins, by rows
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 if TYPE_CHECKING:
     from sparda_compile.graph.site import AttentionSite
 
-__all__ = ["FACTS", "HINTS", "JOINED", "LAYER", "ORDER", "SITE", "Tag"]
+__all__ = ["FACTS", "HINT", "HINTS", "JOINED", "LAYER", "ORDER", "SITE", "Tag"]
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -62,6 +63,7 @@ class Tag(Generic[T]):
 LAYER: Final[Tag[int]] = Tag("sparda_layer")
 SITE: Final[Tag[AttentionSite]] = Tag("sparda")
 ORDER: Final[Tag[int]] = Tag("sparda_order")
-HINTS: Final[Tag[list[int]]] = Tag("sparda_hint_for")
+HINTS: Final[Tag[list[tuple[str, int]]]] = Tag("sparda_hint_for")
+HINT: Final[Tag[str]] = Tag("sparda_hint")
 FACTS: Final[Tag[frozenset[Any]]] = Tag("sparda_facts")
 JOINED: Final[Tag[dict[str, tuple[str, ...]]]] = Tag("sparda_joined")

@@ -134,12 +134,17 @@ class PagePlan:
 
 
 def plan_pages(
-    emit: Emitter, block_ids: fx.Node, state: StateInputs, layout: CacheLayout, *, is_hint: bool
+    emit: Emitter,
+    block_ids: fx.Node,
+    state: StateInputs,
+    layout: CacheLayout,
+    prefix: str = "",
+    *,
+    is_hint: bool,
 ) -> PagePlan:
     """Add a `plan_pages` and the choice of each of its results."""
     names = ("block_table", "page_block", "page_stamp", "counters")
     tables = [state.get(name, emit.layer) for name in names]
-    prefix = "hint_" if is_hint else ""
     node = emit.call(
         "plan_pages",
         block_ids,
@@ -225,6 +230,8 @@ def select_for_tokens(
     )
     if layout.geometry.short_list:
         set_argument(ids, "short_list", layout.geometry.short_list)
+    if config.shared_tokens > 1:
+        set_argument(ids, "shared", config.shared_tokens)
     return ids
 
 

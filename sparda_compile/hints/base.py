@@ -6,7 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
 from sparda_compile.graph.emit import Emitter
+from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.graph.writer import StateInputs
 from sparda_compile.state.strategy import HintMethod
 
@@ -28,10 +30,11 @@ class HintPoint:
         graph: The decode graph.
         source: Site of the layer before; the target itself for the first layer.
         target: Site whose blocks are guessed.
-        block_ids: Nodes of the true selections, by layer.
+        block_ids: Nodes of the true selections, by layer; none in a dense prefill.
         shape: Shape of the target's cache.
         state: State tensors.
         layout: Sizes.
+        prefix: What the names of a hint's nodes begin with, where they would be those of others.
     """
 
     graph: fx.Graph
@@ -41,10 +44,20 @@ class HintPoint:
     shape: LayerShape
     state: StateInputs
     layout: CacheLayout
+    prefix: str = "hint_"
 
     def after(self, node: fx.Node) -> Emitter:
         """Return an emitter that adds nodes for the target right behind `node`."""
         return Emitter(self.graph, node.next, self.source.query, self.target.layer)
+
+    def first(self) -> Emitter:
+        """Return an emitter that adds nodes for the target before all of the model's own."""
+        model = (n for n in self.graph.nodes if n.op != "placeholder" and not LAYER.on(n))
+        return Emitter(self.graph, next(model), self.source.query, self.target.layer)
+
+    def last(self, op: str) -> fx.Node:
+        """Return the last op of that name in the target's layer."""
+        return [n for n in find_ops(self.graph, op) if LAYER.of(n) == self.target.layer][-1]
 
 
 def hint_points(
@@ -73,7 +86,7 @@ class Hint(HintMethod, Protocol):
         """Add the nodes; return the ids [B, G, K] int32, or None if there is nothing to go by."""
 
     def emit_prompt(self, point: HintPoint) -> None:
-        """Add what a sparse prefill leaves behind for the first step; `block_ids` has the ids."""
+        """Add what a prefill leaves behind for the first step; `block_ids` has a sparse one's."""
 
 
 def late_inputs(

@@ -91,5 +91,5 @@ class ForecastHint(Hint):
             point.shape,
             point.state,
             point.layout,
-            prefix="hint_",
+            prefix=point.prefix,
         )

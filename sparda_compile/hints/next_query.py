@@ -73,5 +73,5 @@ class NextQueryHint(Hint):
             point.shape,
             point.state,
             point.layout,
-            prefix="hint_",
+            prefix=point.prefix,
         )

@@ -10,6 +10,8 @@ from sparda_compile.hints.base import Hint
 from sparda_compile.state.layout import TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
 
     from sparda_compile.hints.base import HintPoint
@@ -34,11 +36,16 @@ class PreviousStepHint(Hint):
         shape = (layout.batch_size, layer.num_groups, layout.num_selected)
         return {"last_block_ids": TensorSpec(shape, torch.int32, fill=-1)}
 
+    def source(self, target: LayerShape, layers: Sequence[LayerShape]) -> LayerShape | None:
+        """Return the layer itself: nothing of this step is used."""
+        del layers
+        return target
+
     def emit(self, point: HintPoint) -> fx.Node | None:
-        """Add the recall before the layer before, and the memory of this step's ids."""
+        """Add the recall before all else, and the memory of this step's ids."""
         layer = point.target.layer
         last = point.state.get("last_block_ids", layer)
-        recalled = point.after(point.source.hidden).call("recall_ids", last)
+        recalled = point.first().call("recall_ids", last)
         ids = point.block_ids[layer]
         point.after(ids).call("remember_ids", ids, last)
         return recalled
@@ -46,6 +53,8 @@ class PreviousStepHint(Hint):
     def emit_prompt(self, point: HintPoint) -> None:
         """Add the memory of what the last token of the prompt has selected."""
         layer, state = point.target.layer, point.state
-        ids = point.block_ids[layer]
+        ids = point.block_ids.get(layer)
+        if ids is None:  # a dense prefill selects nothing
+            return
         last = state.get("last_block_ids", layer)
         point.after(ids).call("remember_last", ids, state.tokens()[0], last)

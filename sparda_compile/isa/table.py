@@ -84,6 +84,8 @@ class Instruction:
             launch.
         is_free: Whether a layer may have any number of it; else the grammar says how many.
         is_marker: Whether it marks a place in a captured graph; no program has it.
+        is_for_later: Whether only later steps use what it does, so that it may run while this one
+            waits.
         workspace: Given what a call gives it, tensors as fake ones: the most bytes that it takes on
             a GPU beside its results; None where that is next to nothing.
     """
@@ -105,6 +107,7 @@ class Instruction:
     latency_us: float | None
     is_free: bool = False
     is_marker: bool = False
+    is_for_later: bool = False
     workspace: Callable[..., int] | None = None
 
     @functools.cached_property

@@ -18,7 +18,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.selectors import SELECTORS, Geometry
 
-__all__ = ["score_blocks"]
+__all__ = ["score_blocks", "write_scores"]
 
 
 def _kernel(selector: str) -> Callable[..., None] | None:
@@ -83,12 +83,24 @@ def score_blocks(
     batch, groups = summary[0].shape[:2]
     scores = torch.empty(batch, groups, num_blocks, dtype=torch.float32, device=query.device)
 
-    def work() -> None:
-        kernel = _kernel(selector) if query.is_cuda else None
-        if kernel is not None:
-            kernel(query, summary, lengths, scale, geometry, scores)
-        else:
-            scores.copy_(SELECTORS[selector].score(query, summary, lengths, scale, geometry))
-
-    current_engine().submit(stream, work)
+    current_engine().submit(
+        stream, lambda: write_scores(query, summary, lengths, selector, scale, geometry, scores)
+    )
     return scores
+
+
+def write_scores(
+    query: Tensor,
+    summary: Sequence[Tensor],
+    lengths: Tensor,
+    selector: str,
+    scale: float,
+    geometry: Geometry,
+    scores: Tensor,
+) -> None:
+    """Write what `score_blocks` returns to `scores`, contiguous, on the stream that is current."""
+    kernel = _kernel(selector) if query.is_cuda else None
+    if kernel is not None:
+        kernel(query, summary, lengths, scale, geometry, scores)
+    else:
+        scores.copy_(SELECTORS[selector].score(query, summary, lengths, scale, geometry))

@@ -19,9 +19,7 @@ selectors that it covers; any other's `score` runs there as it stands.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,12 +27,11 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
+from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.kernels.shared_sets import leads_of
 from sparda_compile.kernels.workspace import select_past_bytes, select_tokens_bytes
 from sparda_compile.selectors import SELECTORS, Geometry
-
-if TYPE_CHECKING:
-    from sparda_compile.selectors.base import Selector
 
 __all__ = ["select_past", "select_tokens"]
 
@@ -79,6 +76,7 @@ def select_tokens(
     short_list: int = 0,
     near_ids: Tensor | None = None,
     near_scores: Tensor | None = None,
+    shared: int = 1,
 ) -> Tensor:
     """Score and pick the blocks of each new token.
 
@@ -101,6 +99,7 @@ def select_tokens(
         near_ids: [B, G, T, K] int32 from `select_past`, None if the past is scored here; not read
             where there is none.
         near_scores: [B, G, T, K] float32 from it.
+        shared: Tokens that read one set, see `shared_sets`.
 
     Returns:
         [B, G, T, K] int32 block ids, ascending, -1 where fewer than K exist and for padding.
@@ -108,36 +107,50 @@ def select_tokens(
     geometry = Geometry(
         num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
     )
-    ids = _empty_ids(query, summary, num_selected)
+    choice = (num_selected, block_size, sink_blocks, local_blocks)
     near = None
     if num_past and near_ids is not None and near_scores is not None:
         near = (near_ids, near_scores)
-    if query.is_cuda:
+    asked = Asked(query, summary, positions, lengths, num_past, selector, scale, geometry)
+    ids = _empty_ids(query, summary, num_selected)
+    if shared == 1:
+        _select(asked, choice, near, ids)
+        return ids
+    leads = leads_of(positions, lengths, shared)
+    if near is not None:
+        near = (leads.of(near[0]), leads.of(near[1]))
+    asked = leads.ask(asked, shared)
+    picked = _empty_ids(asked.query, summary, num_selected)
+    _select(asked, choice, near, picked)
+    leads.spread(picked, ids)
+    return ids.masked_fill_(positions[:, None, :, None] < 0, -1)
+
+
+def _select(
+    asked: Asked,
+    choice: tuple[int, int, int, int],
+    near: tuple[Tensor, Tensor] | None,
+    ids: Tensor,
+) -> None:
+    """Write the blocks that each token picks to `ids`."""
+    if asked.query.is_cuda:
         from sparda_compile.kernels.gpu import select_tokens as gpu
 
-        if gpu.covers(selector, query, summary[0].shape[1], geometry):
-            choice = gpu.Choice(num_selected, block_size, sink_blocks, local_blocks)
-            keys = (query, summary, positions, lengths, num_past)
-            asked = gpu.Asked(*keys, selector, scale, geometry)
+        if gpu.covers(asked.selector, asked.query, asked.num_groups, asked.geometry):
             if near is None:
-                gpu.select_tokens(asked, choice, ids)
+                gpu.select_tokens(asked, gpu.Choice(*choice), ids)
             else:
-                gpu.select_near(asked, choice, near, ids)
-            return ids
-    position_BT = positions.long()
-    ids.copy_(_all_blocks(position_BT // block_size, num_selected))
-    scorer = _Scorer(query, summary, SELECTORS[selector], scale, geometry)
-    for row, columns in scorer.choosing(position_BT, num_selected):
+                gpu.select_near(asked, gpu.Choice(*choice), near, ids)
+            return
+    geometry, position_BT = asked.geometry, asked.positions.long()
+    ids.copy_(_all_blocks(position_BT // geometry.block_size, choice[0]))
+    for row, columns in _choosing(asked, choice[0]):
         place = position_BT[row, columns].int()
-        scores = scorer.scores(row, columns, place)
+        scores = _scores(asked, row, columns, place)
         if near is not None:
-            settled = int(lengths[row]) // block_size - geometry.num_open_blocks
+            settled = int(asked.lengths[row]) // geometry.block_size - geometry.num_open_blocks
             scores = _of_near(scores, [part[row][:, columns] for part in near], settled)
-        picked = select_blocks_reference(
-            scores, place, num_selected, block_size, sink_blocks, local_blocks
-        )
-        ids[row, :, columns] = picked.transpose(0, 1)
-    return ids
+        ids[row, :, columns] = select_blocks_reference(scores, place, *choice).transpose(0, 1)
 
 
 @define(
@@ -162,6 +175,7 @@ def select_past(
     num_selected: int,
     sink_blocks: int,
     local_blocks: int,
+    shared: int = 1,
     stream: int = 0,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -183,6 +197,7 @@ def select_past(
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept blocks before the current one, as many as have windows that reach
             into new tokens, or more.
+        shared: Tokens that read one set, see `shared_sets`.
         stream: 0 compute, 2 select.
         after: Result of the fork that starts the select stream's work, if this op is first on it.
 
@@ -194,62 +209,66 @@ def select_past(
     del after
     geometry = Geometry(num_blocks, block_size, pool_size, pool_stride)
     ids, kept = _empty_past(query, summary, num_selected, num_past)
+    choice = (num_selected, block_size, sink_blocks, local_blocks)
+    asked = Asked(query, summary, positions, lengths, num_past, selector, scale, geometry)
 
     def work() -> None:
         if not num_past:
             return
-        if query.is_cuda:
-            from sparda_compile.kernels.gpu import select_tokens as gpu
-
-            if gpu.covers(selector, query, summary[0].shape[1], geometry):
-                choice = gpu.Choice(num_selected, block_size, sink_blocks, local_blocks)
-                keys = (query, summary, positions, lengths, num_past)
-                gpu.select_past(gpu.Asked(*keys, selector, scale, geometry), choice, ids, kept)
-                return
-        position_BT = positions.long()
-        first_BT = (lengths // block_size)[:, None].where(position_BT >= 0, -1)
-        ids.copy_(_all_blocks(first_BT, num_selected))
-        scorer = _Scorer(query, summary, SELECTORS[selector], scale, geometry)
-        for row, columns in scorer.choosing(position_BT, num_selected):
-            place = lengths[row].expand(len(columns))
-            scores = scorer.scores(row, columns, place)
-            picked = select_blocks_reference(
-                scores, place, num_selected, block_size, sink_blocks, local_blocks
-            )
-            ids[row, :, columns] = picked.transpose(0, 1)
-            known = scores.gather(-1, picked.long().clamp(min=0))
-            kept[row, :, columns] = known.transpose(0, 1)
+        if shared == 1:
+            _select_past(asked, choice, ids, kept)
+            return
+        leads = leads_of(positions, lengths, shared)
+        asking = leads.ask(asked, shared)
+        found = _empty_past(asking.query, summary, num_selected, num_past)
+        _select_past(asking, choice, *found)
+        for part, out in zip(found, (ids, kept), strict=True):
+            leads.spread(part, out)
+        ids.masked_fill_(positions[:, None, :, None] < 0, -1)
 
     current_engine().submit(stream, work)
     return ids, kept
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scorer:
-    """Scores of the reference, for as many tokens at a time as memory has room for."""
+def _select_past(
+    asked: Asked, choice: tuple[int, int, int, int], ids: Tensor, kept: Tensor
+) -> None:
+    """Write what each token would pick of the past, and its scores."""
+    if asked.query.is_cuda:
+        from sparda_compile.kernels.gpu import select_tokens as gpu
 
-    query: Tensor
-    summary: Sequence[Tensor]
-    selector: Selector
-    scale: float
-    geometry: Geometry
+        if gpu.covers(asked.selector, asked.query, asked.num_groups, asked.geometry):
+            gpu.select_past(asked, gpu.Choice(*choice), ids, kept)
+            return
+    first_BT = (asked.lengths // asked.geometry.block_size)[:, None].where(asked.positions >= 0, -1)
+    ids.copy_(_all_blocks(first_BT, choice[0]))
+    for row, columns in _choosing(asked, choice[0]):
+        place = asked.lengths[row].expand(len(columns))
+        scores = _scores(asked, row, columns, place)
+        picked = select_blocks_reference(scores, place, *choice)
+        ids[row, :, columns] = picked.transpose(0, 1)
+        known = scores.gather(-1, picked.long().clamp(min=0))
+        kept[row, :, columns] = known.transpose(0, 1)
 
-    def choosing(self, position_BT: Tensor, num_selected: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield sequences, and columns of them that have more blocks than they may read."""
-        step = max(_MOST_NUMBERS // sum(tensor[0].numel() for tensor in self.summary), 1)
-        for row, position_T in enumerate(position_BT):
-            chosen = torch.where(position_T >= num_selected * self.geometry.block_size)[0]
-            yield from ((row, columns) for columns in chosen.split(step) if len(columns))
 
-    def scores(self, row: int, columns: Tensor, place: Tensor) -> Tensor:
-        """Return the scores of some tokens of a sequence, [n, G, N], at some positions."""
-        return self.selector.score(
-            self.query[row].transpose(0, 1)[columns].unsqueeze(2),
-            [tensor[row].expand(len(columns), *tensor.shape[1:]) for tensor in self.summary],
-            place,
-            self.scale,
-            self.geometry,
-        )
+def _choosing(asked: Asked, num_selected: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield sequences, and columns that have more blocks than they may read: as fit in memory."""
+    step = max(_MOST_NUMBERS // sum(tensor[0].numel() for tensor in asked.tensors), 1)
+    for row, position_T in enumerate(asked.positions):
+        chosen = torch.where(position_T >= num_selected * asked.geometry.block_size)[0]
+        yield from ((row, columns) for columns in chosen.split(step) if len(columns))
+
+
+def _scores(asked: Asked, row: int, columns: Tensor, place: Tensor) -> Tensor:
+    """Return the scores of some tokens of a sequence, [n, G, N], at some positions."""
+    scores: Tensor = SELECTORS[asked.selector].score(
+        asked.query[row].transpose(0, 1)[columns].unsqueeze(2),
+        [tensor[row].expand(len(columns), *tensor.shape[1:]) for tensor in asked.tensors],
+        place,
+        asked.scale,
+        asked.geometry,
+    )
+    return scores
 
 
 def _all_blocks(current_BT: Tensor, num_selected: int) -> Tensor:

@@ -3,7 +3,7 @@
     forward of T columns -> chunks of `SpardaConfig.chunk_tokens` -> one call of a program each
 
 A chunk is a turn: it attends to what the cache holds, then the cache takes it in. So selections are
-the same however a prompt is cut.
+the same however a prompt is cut. Kernels of all chunks begin to compile before the first is read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparda_compile.module.programs import Programs
+    from sparda_compile.program.program import Program
     from sparda_compile.runtime.kv_cache import KVCache
 
 __all__ = ["chunks_of", "read_prompt"]
@@ -55,9 +56,16 @@ def read_prompt(
         Logits [B, T or 1, vocabulary].
     """
     found: list[Tensor] = []
-    for begin, end in chunks_of(ids.shape[1], programs.config.chunk_tokens):
+    chunks = chunks_of(ids.shape[1], programs.config.chunk_tokens)
+
+    def program_of(begin: int, end: int) -> Program:
         phase = programs.prompt_phase(ids.shape[0], kv.longest + begin, end - begin)
-        program = programs.get(phase, ids.shape[0], kv.layout.max_tokens, last_only=last_only)
+        return programs.get(phase, ids.shape[0], kv.layout.max_tokens, last_only=last_only)
+
+    for begin, end in chunks if len(chunks) > 1 else ():
+        program_of(begin, end).compile_kernels(end - begin, kv.most_past + begin)
+    for begin, end in chunks:
+        program = program_of(begin, end)
         real = mask
         if end - begin == 1 and mask is None:
             real = torch.ones_like(ids, dtype=torch.bool)  # its neighbour is hidden

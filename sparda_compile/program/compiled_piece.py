@@ -25,7 +25,7 @@ from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, Size, size_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CompiledPiece"]
+__all__ = ["CompiledPiece", "start_compiler"]
 
 # Inductor compiles one piece at a time.
 _LOCK: Final = threading.RLock()
@@ -50,6 +50,21 @@ _PATCHES: Final = {
 # AOTAutograd keeps a graph on disk only if each method's tensor has this mark, as Dynamo gives it.
 # Without it a second process would trace every piece again, 0.5 to 2.5 s each.
 _META: Final[dict[str, Any]] = {"example_value": None}
+
+
+def start_compiler(device: torch.device) -> None:
+    """Start the processes in which Inductor compiles kernels for a GPU, and go on meanwhile.
+
+    It starts them itself when it is first called, and until they are there, which takes seconds,
+    it compiles one kernel after another.
+
+    Args:
+        device: Where pieces will run; on a CPU Inductor has no such processes.
+    """
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
 
 
 class CompiledPiece:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_report", "refused_report"]
 
-_TABLES = ("block_table", "page_block", "page_stamp", "counters", "last_block_ids")
+_TABLES = ("block_table", "page_block", "page_stamp", "counters")
 
 
 def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
@@ -124,7 +124,8 @@ def _layer(layout: CacheLayout, shape: LayerShape) -> LayerPlan:
     specs = layout.tensors(shape)
     device = {n: s.num_bytes for n, s in specs.items() if not s.on_host}
     pages = sum(device.get(n, 0) for n in ("pages", "ring_k", "ring_v"))
-    tables = sum(device.get(n, 0) for n in _TABLES)
+    hinted = [n for hint in layout.strategy.hints for n in hint.state(layout, shape)]
+    tables = sum(device.get(n, 0) for n in (*_TABLES, *hinted))
     return LayerPlan(
         layer=shape.layer,
         host_bytes=sum(s.num_bytes for s in specs.values() if s.on_host),

@@ -71,7 +71,8 @@ class Program:
         self._replays &= plan.layout.config.cuda_graph
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._joined: list[JoinedWeight] = []
-        self._has_begun_kernels = False
+        # By whether there is a past, the bits of the longest text.
+        self._begun_kernels: dict[bool, int] = {}
         self.proof: RunProof | None = None
         self._arguments = [
             self._argument(n) for n in plan.graph_module.graph.nodes if n.op == "placeholder"
@@ -95,17 +96,25 @@ class Program:
                 with stage("compile", what, done=i + 1, total=len(pieces)):
                     piece.compile(config.lowering)
 
-    def compile_kernels(self) -> None:
-        """Begin to compile the kernels of a decode step, in threads; nothing without a GPU.
+    def compile_kernels(self, num_tokens: int = 1, num_past: int = 0) -> None:
+        """Begin to compile the kernels of one step, in threads; nothing without a GPU.
 
-        Only the first call does: to collect the launches is to run the step on fake tensors, and
-        threads that compile take Python's time from the prompt that is read meanwhile.
+        To collect the launches is to run the step on fake tensors, and threads that compile take
+        Python's time from what runs meanwhile. So it is done once, for a prompt with a past and for
+        one without; and again for a text that is twice as long as all before.
+
+        Args:
+            num_tokens: Columns of the prompt; 1 for a decode.
+            num_past: Most tokens that a sequence of the cache has by then.
         """
-        plan, begun = self.plan, self._has_begun_kernels
-        self._has_begun_kernels = True
-        if not begun and plan.captured.device.type == "cuda" and plan.captured.phase == "decode":
-            graph, device = plan.graph_module.graph, plan.captured.device
-            compile_ahead(launches_of(graph, plan.layout.batch_size, device), device)
+        has_past, length = num_past > 0, (num_past + num_tokens).bit_length()
+        if length <= self._begun_kernels.get(has_past, 0):
+            return
+        self._begun_kernels[has_past] = length
+        plan, device = self.plan, self.plan.captured.device
+        if device.type == "cuda":
+            sizes = (plan.layout.batch_size, num_tokens, num_past)
+            compile_ahead(launches_of(plan.graph_module.graph, device, *sizes), device)
 
     @property
     def num_graphs(self) -> int:
@@ -175,8 +184,10 @@ class Program:
             weight.refresh()
         num_past, may_hide = kv.most_past, token_mask is not None
         kv.issue(input_ids.shape[1])
-        if token_mask is None and self.plan.captured.phase == "prefill":
-            token_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        if self.plan.captured.phase == "prefill":
+            self.compile_kernels(input_ids.shape[1], num_past)
+            if token_mask is None:
+                token_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if self._replays:
             with torch.cuda.device(self.plan.captured.device):
                 return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)

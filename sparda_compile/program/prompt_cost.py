@@ -111,7 +111,7 @@ def _site_cost(
         dense_us = dense / (_DENSE_SHARE * flop_us)
     scored = config.top_k or 0
     selected = config.num_forced + scored
-    readers = max(_ROWS * site.num_groups // site.num_heads, 1)
+    readers = max(_ROWS * site.num_groups // (site.num_heads * config.shared_tokens), 1)
     union = selected + scored * (readers - 1) * _NEW_SHARE
     attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _SPARSE_SHARE
     windows = seen / config.pool_stride
@@ -120,4 +120,5 @@ def _site_cost(
     else:
         score = 4.0 * site.num_heads * width * windows * num_tokens / _QUERY_SCORES_SHARE
     pick = _PICK_FLOP * site.num_groups * num_tokens * seen / config.block_size
-    return PromptCost(dense_us, (attend + score + pick) / flop_us)
+    select = (score + pick) / config.shared_tokens
+    return PromptCost(dense_us, (attend + select) / flop_us)

@@ -206,7 +206,7 @@ def update_summary(
     current_engine().submit(COMPUTE, work)
 
 
-@define(mutates=("last_block_ids",))
+@define(mutates=("last_block_ids",), is_for_later=True)
 def remember_ids(block_ids: Tensor, last_block_ids: Tensor) -> None:
     """Keep this step's selection for the next step's hint.
 

@@ -120,6 +120,8 @@ class Selector(Protocol):
             it as it is.
         reads_retention: Whether it reads a retention score from the last channel of each key, as
             models for NOSA carry it.
+        is_comparable: Whether the scores of one step can be compared with those of another, and
+            averaged; a prediction from past scores standardises others.
     """
 
     name: ClassVar[str]
@@ -129,6 +131,7 @@ class Selector(Protocol):
     has_short_list: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     reads_retention: ClassVar[bool] = False
+    is_comparable: ClassVar[bool] = False
 
     def score(
         self,

@@ -33,6 +33,7 @@ class InfLLM2(Selector):
     name: ClassVar[str] = "infllm2"
     kernels: ClassVar[tuple[str, ...]] = ("_infllm2_logits", "_infllm2_blocks")
     summary: ClassVar[Summary] = PooledKeys()
+    is_comparable: ClassVar[bool] = True  # shares of one attention
 
     def score(
         self,

@@ -8,7 +8,7 @@ A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device
     page_block   [B, G, C] int32      page -> block, -1 if free
     page_stamp   [B, G, C] int32      when the page's block was last selected (or loaded)
     counters     [5] int64            see `isa.counters`
-    ...                               the tensors of its selectors' summaries and of its hint
+    ...                               the tensors of its selectors' summaries and of its hints
 
 A window layer owns a ring of its last tokens, `ring_k` and `ring_v` [B, G, window, D].
 `lengths` [B] int32 is shared: tokens per sequence before the current step.
@@ -61,7 +61,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     on_host: bool = False
-    fill: int = 0
+    fill: float = 0
 
     @property
     def num_bytes(self) -> int:
@@ -174,8 +174,8 @@ class CacheLayout:
                 name: TensorSpec((*batch, *size), found.dtypes.get(name, layer.dtype))
                 for name, size in found.shapes(self.geometry, layer.head_dim).items()
             }
-        if self.strategy.hint is not None:
-            specs |= self.strategy.hint.state(self, layer)
+        for hint in self.strategy.hints:
+            specs |= hint.state(self, layer)
         return specs
 
     def all_tensors(self) -> dict[str, TensorSpec]:

@@ -1,11 +1,11 @@
 """What a mode means, worked out once from a configuration.
 
-| mode | blocks are selected by | the copy of a layer's blocks | hint |
+| mode | blocks are selected by | the copy of a layer's blocks | hints |
 |---|---|---|---|
 | `dense` | nobody: all are read | none | none |
 | `query` | the layer's query | in line | none |
 | `forecast` | the Forecast | starts early, awaited late | none |
-| `exact` | the layer's query | of the hint's early; the rest beside attention, then repair | one |
+| `exact` | the layer's query | of the hints' early; the rest beside attention, then repair | some |
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class HintMethod(Protocol):
         ops: Ops that it adds to its layer, besides the plan, the copy and the wait of what it
             guesses.
         prompt_ops: Ops that it adds to its layer in a sparse prefill.
+        dense_prompt_ops: Ops that it adds to its layer in a dense one.
         borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
     """
 
@@ -42,6 +43,7 @@ class HintMethod(Protocol):
     needs_forecast: ClassVar[bool] = False
     ops: ClassVar[tuple[str, ...]] = ()
     prompt_ops: ClassVar[tuple[str, ...]] = ()
+    dense_prompt_ops: ClassVar[tuple[str, ...]] = ()
     borrows_ids: ClassVar[bool] = False
 
     def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:
@@ -70,7 +72,7 @@ class Strategy:
         selector: Scores blocks against the layer's query; None where every block is read.
         forecast_selector: Scores them against a Forecast; None where there is none.
         selects_by_forecast: Whether the Forecast selects what attention reads.
-        hint: Guesses a layer's blocks early, None for nothing.
+        hints: Guess a layer's blocks early, each at its own time.
         overlaps: Whether copies start before they are awaited.
         repairs: Whether attention begins with what is there, and the rest is merged in later.
     """
@@ -78,7 +80,7 @@ class Strategy:
     selector: Selector | None
     forecast_selector: Selector | None
     selects_by_forecast: bool
-    hint: HintMethod | None
+    hints: tuple[HintMethod, ...]
     overlaps: bool
     repairs: bool
 
@@ -118,17 +120,17 @@ def strategy_of(config: SpardaConfig) -> Strategy:
     """Return what a configuration's mode means."""
     if config.mode == "dense":
         return Strategy(
-            None, None, selects_by_forecast=False, hint=None, overlaps=False, repairs=False
+            None, None, selects_by_forecast=False, hints=(), overlaps=False, repairs=False
         )
     selector = SELECTORS[config.selector]
-    hint = HINTS[config.hint] if config.mode == "exact" else None
+    hints = tuple(HINTS[name] for name in config.hints)
     by_forecast = config.mode == "forecast"
-    has_forecast = by_forecast or (hint is not None and hint.needs_forecast)
+    has_forecast = by_forecast or any(hint.needs_forecast for hint in hints)
     return Strategy(
         selector=selector,
         forecast_selector=SELECTORS[selector.forecast_selector] if has_forecast else None,
         selects_by_forecast=by_forecast,
-        hint=hint,
+        hints=hints,
         overlaps=config.mode in ("forecast", "exact"),
         repairs=config.mode == "exact",
     )

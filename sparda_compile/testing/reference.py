@@ -45,6 +45,7 @@ class _Rules:
     pool_stride: int
     short_list: int = 23
     is_prompt_sparse: bool = False
+    shared_tokens: int = 1
 
 
 @dataclasses.dataclass
@@ -72,6 +73,7 @@ def reference_decode(
     pool_stride: int = 16,
     short_list: int = 23,
     prefill: Literal["dense", "sparse"] = "dense",
+    shared_tokens: int = 1,
     forecast: Mapping[int | str, Tensor] | None = None,
     trace: list[BlockIds] | None = None,
 ) -> tuple[list[int], list[Tensor]]:
@@ -102,6 +104,8 @@ def reference_decode(
         pool_stride: Tokens between the starts of neighbouring pooled keys.
         short_list: For `nosa`: of the `top_k` blocks, those that the query or forecast picks.
         prefill: Whether tokens of the prompt read all earlier ones, or select blocks too.
+        shared_tokens: Tokens of the prompt that read what the first of them selects, from each
+            multiple on; for a sparse prompt.
         forecast: For `forecast`: under the key l the projection [G * D, C] of layer l's
             attention input that selects for layer l + 1; under `bootstrap` the projection of
             layer 0's attention input that selects for layer 0.
@@ -125,10 +129,15 @@ def reference_decode(
         pool_stride=pool_stride,
         short_list=short_list,
         is_prompt_sparse=prefill == "sparse",
+        shared_tokens=shared_tokens,
     )
     decoder = _Decoder(model, rules, forecast or {})
+    lead_ids: BlockIds | None = None
     for token in torch.as_tensor(prompt_ids).reshape(-1).tolist():
-        logits_V, _ = decoder.forward(token, is_prefill=not rules.is_prompt_sparse)
+        given = lead_ids if decoder.position % shared_tokens else None
+        logits_V, lead_ids = decoder.forward(
+            token, is_prefill=not rules.is_prompt_sparse, given=given
+        )
     tokens, logits = [int(logits_V.argmax())], [logits_V]
     while len(tokens) < num_steps:
         logits_V, block_ids = decoder.forward(tokens[-1], is_prefill=False)
@@ -189,10 +198,13 @@ class _Decoder:
             for _ in model.model.layers
         ]
 
-    def forward(self, token: int, *, is_prefill: bool) -> tuple[Tensor, BlockIds]:
+    def forward(
+        self, token: int, *, is_prefill: bool, given: BlockIds | None = None
+    ) -> tuple[Tensor, BlockIds]:
         """Run one token; return its logits [V] and the block ids by layer and group.
 
-        A token of a dense prompt reads all earlier ones and gives no ids.
+        A token of a dense prompt reads all earlier ones and gives no ids. With `given` it reads
+        those blocks.
         """
         x_C = self.model.model.embed_tokens.weight[token]
         previous_input_C: Tensor | None = None
@@ -212,6 +224,7 @@ class _Decoder:
                     f_D = None if forecast_GD is None else forecast_GD[group]
                     scale = layer.self_attn.scaling
                     ids = _select(q_RD, f_D, scale, keys, self.position, self.rules, worths)
+                    ids = given[layer_id][group] if given else ids
                     readable = [t for t in readable if t // self.rules.block_size in ids]
                     ids_by_group.append(ids)
                 keys.append(k_GD[group])

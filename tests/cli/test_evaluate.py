@@ -58,6 +58,26 @@ def test_json_alone_and_several_of_each(folder):
     ]
 
 
+def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
+    path = tmp_path / "found.json"
+    given = ("--task", "multi_key", "--mode", "query", "--hint", "ema", "--hint", "next_query")
+    result = run(folder, *SMALL, *given, "--ema", 0.5, 0.3, 0.25, "--json-file", path)
+    assert result.exit_code == 0, result.output
+    assert "Who guessed the blocks" in result.stdout
+    plain = json.loads(path.read_text())
+    (row,) = plain["rows"]
+    guesses = {(g["name"], g["budget"]) for g in row["guesses"] if g["layer"] is None}
+    names = ("ema", "next_query", "last_scores", "previous_step")
+    assert guesses == {(name, budget) for name in names for budget in (1.0, 1.25, 1.5, 2.0)}
+    assert plain["settings"]["ema_damping"] == 0.25
+    assert plain["settings"]["hints"] == ["ema", "next_query"]
+    assert "kept from" in run(folder, *SMALL, *given, "--ema", 0.5, 0.3, 0.25, "--json-file",
+                              path).stderr  # fmt: skip
+    wrong = run(folder, *SMALL, *given, "--ema", 0.0, 0.3, 0.25)
+    assert wrong.exit_code != 0
+    assert "ema_level=0.0" in wrong.stderr.replace("--ema-level ", "ema_level=")
+
+
 def trained(path, **sizes):
     """Return a file of Forecast weights for the folder's model."""
     info = ForecastInfo(

@@ -33,7 +33,7 @@ SMALL = {
     "lowering": "eager",
     "prefill": "dense",  # which `auto` would choose by the machine that is planned for
 }
-HINTS = ("forecast", "previous_step", "previous_layer", "next_query")
+HINTS = ("forecast", "previous_step", "previous_layer", "next_query", "ema")
 SEEDS = (None, 0, 1, 2, 3, 4)
 CHANGES = {
     "on_device": {"offload": "never"},

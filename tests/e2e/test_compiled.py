@@ -38,6 +38,8 @@ MODES = {
     "previous_step": {"mode": "exact", "hint": "previous_step"},
     "previous_layer": {"mode": "exact", "hint": "previous_layer"},
     "next_query": {"mode": "exact", "hint": "next_query"},
+    "ema": {"mode": "exact", "hint": "ema", "selector": "quest"},
+    "ema, forecast": {"mode": "exact", "hint": ("ema", "forecast")},
     "exact, nosa": {"mode": "exact", "selector": "nosa", "short_list": 2},
 }
 FAMILIES = ("llama", "qwen3", "glm4", "phi3", "mistral", "minicpm4")
@@ -51,6 +53,8 @@ PAIRS = [
     ("previous_layer", "minicpm4", 1),
     ("exact, quest", "llama", 4),
     ("query", "qwen3", 1),
+    ("ema", "qwen3", 2),
+    ("ema, forecast", "llama", 2),
     ("exact, nosa", "nosa", 2),
 ]
 # NOSA scores by a channel that only its own models have.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+import triton
 
 import sparda_compile
 from sparda_compile import SpardaConfig
@@ -112,3 +115,25 @@ def test_random_delays_change_nothing(lab, monkeypatch, prefill, chunk):
 
         monkeypatch.setattr(Program, "__call__", delayed)
         assert torch.equal(lab.run(lab.module("forecast", **settings)), want), f"seed {seed}"
+
+
+def test_kernels_of_prompts_are_compiled_before_they_are_launched(lab):
+    """All of them: a launch that was foreseen wrongly would be compiled where it is launched."""
+    compiled = []
+
+    def listen(*, src, cache_hit, **_):
+        name = getattr(src.fn, "__name__", "")
+        compiled.append((threading.current_thread().name.startswith("sparda"), name))
+
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = listen
+        for prefill in ("dense", "sparse"):
+            for mode in ("query", "forecast"):
+                for chunk in (None, 300):
+                    settings = {"prefill": prefill, "chunk_tokens": chunk, "block_size": 32}
+                    lab.run(lab.module(mode, lowering="inductor", **settings))
+    assert not {name for ahead, name in compiled if not ahead and name.startswith("_")}
+    assert {name for ahead, name in compiled if ahead} >= {
+        "_number_tokens", "_extend_kv", "_token_blocks", "_pick_tokens", "_attend_tokens",
+        "_copy_pages",
+    }  # fmt: skip

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import SpardaError
+from sparda_compile.registry import HINTS
 from sparda_compile.testing import build
 
 pytestmark = [
@@ -84,7 +85,7 @@ JUNK = st.sampled_from(
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "mode": st.sampled_from(("dense", "query", "forecast", "exact")),
     "selector": st.sampled_from(("infllm2", "quest", "nosa")),
-    "hint": st.sampled_from(("forecast", "previous_step", "previous_layer", "next_query")),
+    "hint": st.sampled_from((*HINTS.names(), ("ema", "forecast"), ("previous_step", "next_query"))),
     "forecast_rank": st.sampled_from((1, 4, 1000)),
     "top_k": st.sampled_from((0, 1, 8, 62)),
     "short_list": st.sampled_from((0, 2, 23)),

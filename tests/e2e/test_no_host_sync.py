@@ -81,6 +81,7 @@ def traced(traced_llama):
         ("exact", "forecast"),
         ("exact", "previous_step"),
         ("exact", "previous_layer"),
+        ("exact", "ema"),
     ],
 )
 def test_decode_reads_no_value_into_python(traced, mode, hint, offload, monkeypatch):
@@ -103,7 +104,7 @@ class OnPaper:
     """A prefill as a GPU runs it: kernels, interpreted, and blocks in CPU memory by address."""
 
     def __init__(self, model, **settings):
-        config = SpardaConfig(mode="query", **{**SMALL, **settings})
+        config = SpardaConfig(**{"mode": "query", **SMALL, **settings})
         self.fast = sparda_compile.optimize(model, config)
         self.program = self.fast.programs.get("prefill", 2, 512, last_only=True)
         self.kv, self.other = (KVCache(self.program.plan.layout, CPU) for _ in range(2))
@@ -145,6 +146,8 @@ def _as_address(host):
         ("llama", {"offload": "always", "selector": "infllm2", "page_ratio": 1.0}),
         ("llama", {"offload": "always", "selector": "quest", "eviction": "fifo"}),
         ("llama", {"offload": "never"}),
+        ("llama", {"mode": "exact", "hint": "ema"}),
+        ("llama", {"mode": "exact", "hint": "ema", "selector": "quest"}),
         ("gemma3", {"offload": "always"}),
     ],
 )

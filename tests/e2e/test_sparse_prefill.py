@@ -101,6 +101,12 @@ class TestReference:
         """Five blocks of 16 are read: 80 tokens is exactly the budget."""
         self.check(llama, module_of(mode="query"), forecast, (length,), 4, mode="query")
 
+    @pytest.mark.parametrize("shared", [4, 16])
+    @pytest.mark.parametrize("mode", ["query", "forecast"])
+    def test_tokens_that_share_a_set(self, llama, module_of, forecast, mode, shared):
+        fast = module_of(mode=mode, shared_tokens=shared)
+        self.check(llama, fast, forecast, (150, 101), 5, mode=mode, shared_tokens=shared)
+
     @pytest.mark.parametrize("groups", [1, 2, 8])
     def test_groups(self, groups):
         """With the model of two groups of two heads: 8, 4 and 1 heads a group."""
@@ -141,6 +147,19 @@ def test_however_a_prompt_is_cut(module_of, mode, chunk):
     every = cut(ids, attention_mask=mask).logits
     want = one_piece(ids, attention_mask=mask).logits
     torch.testing.assert_close(every[mask.bool()], want[mask.bool()], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("offload", ["always", "never"])
+def test_sets_are_shared_however_a_prompt_is_cut_between_them(module_of, offload):
+    """At multiples of them; elsewhere a call's first token picks for the rest of its run."""
+    ids, _ = ragged(150)
+    settings = {"mode": "forecast", "shared_tokens": 8, "offload": offload}
+    want = module_of(**settings)(ids).logits
+    for chunk in (16, 64):
+        got = module_of(**settings, chunk_tokens=chunk)(ids).logits
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    own = module_of(**{**settings, "shared_tokens": 1})(ids).logits
+    assert (own - want).abs().max() > 1e-2
 
 
 def test_turns_are_chunks(module_of):

@@ -8,7 +8,7 @@ import torch
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.evaluation.decode import decode
-from sparda_compile.evaluation.reading import read, read_selected
+from sparda_compile.evaluation.reading import Reading, read, read_selected
 from sparda_compile.testing import build, random_forecast, tiny_llama, tiny_nosa
 
 CONFIG = SpardaConfig(
@@ -66,3 +66,10 @@ def test_a_budget_of_everything_is_a_dense_reading():
 def test_models_that_are_not_built_like_llama_are_refused():
     with pytest.raises(UnsupportedInputError, match="cannot be evaluated offline"):
         read_selected(build("gpt2"), ids_of(20), CONFIG.replace(mode="query"))
+
+
+def test_a_part_of_a_reading_is_its_first_tokens():
+    keys = [torch.randn(1, 2, 30, 4) for _ in range(2)]
+    part = Reading(tuple(keys), tuple(keys)).before(12)
+    assert part.length == 12
+    assert torch.equal(part.values[1], keys[1][:, :, :12])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 
+from sparda_compile.evaluation.guesses import Guess
 from sparda_compile.evaluation.results import EvaluationFile, fingerprint
 from sparda_compile.evaluation.run import EvaluationRow, Recall
 
@@ -13,12 +14,13 @@ RECALL = Recall(
     name="query", layer=None, mass=NAN, mass_low=0.1, mass_high=0.2, blocks=0.5, blocks_low=0.4,
     blocks_high=0.6,
 )  # fmt: skip
+GUESS = Guess(name="ema", layer=3, budget=1.5, coverage=NAN, precision=0.6, fetched=0.4)
 ROW = EvaluationRow(
     name="query 10%", mode="query", selector="infllm2", task="multi_key", length=4096, budget=0.1,
     num_blocks=64, num_samples=20, num_right=19, accuracy=0.95, low=0.764, high=0.991, kl=0.125,
-    agreement=0.9, recalls=(RECALL,),
+    agreement=0.9, recalls=(RECALL,), guesses=(GUESS,),
 )  # fmt: skip
-DENSE = dataclasses.replace(ROW, name="dense", recalls=())
+DENSE = dataclasses.replace(ROW, name="dense", recalls=(), guesses=())
 
 
 def make(path, **changes):
@@ -34,6 +36,7 @@ def test_parts_are_kept_and_taken_over(tmp_path):
     assert file.keep("multi_key", 4096, ["dense", "query 10%"])
     assert file.rows[0] == DENSE
     assert math.isnan(file.rows[1].recalls[0].mass)
+    assert math.isnan(file.rows[1].guesses[0].coverage)
     assert str(file.rows) == str([DENSE, ROW])
     file.save([dataclasses.replace(ROW, task="key_value")])
     plain = json.loads(path.read_text())

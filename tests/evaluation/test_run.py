@@ -139,3 +139,16 @@ def test_wrong_arguments(model, changes, words):
     configs = arguments.pop("configs")
     with pytest.raises(ConfigError, match=words):
         evaluate(model, configs, length=100, **arguments)
+
+
+def test_guesses_are_counted_where_they_are_asked_for(model):
+    configs = {"dense": CONFIG.replace(mode="dense", top_k=None), "few": CONFIG}
+    asked = {"tasks": ["multi_value"], "length": 240, "num_samples": 2, "batch_size": 2}
+    plain = evaluate(model, configs, **asked)
+    found = evaluate(model, configs, hints=["ema"], **asked)
+    assert all(row.guesses == () for row in plain.rows)
+    assert found.rows[0].guesses == ()
+    few = found.rows[1]
+    assert {guess.name for guess in few.guesses} == {"ema", "last_scores", "previous_step"}
+    assert (few.accuracy, few.kl) == (plain.rows[1].accuracy, plain.rows[1].kl)
+    assert {guess.layer for guess in few.guesses} == {None, 0, 1}

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from sparda_compile.errors import BackendUnavailableError
+from sparda_compile.evaluation.guesses import Guess
 from sparda_compile.evaluation.run import Evaluation, EvaluationRow, Recall
 from sparda_compile.evaluation.show import print_evaluation, write_json, write_plot
 
@@ -50,6 +51,18 @@ def test_table():
     assert "50.0% [40.0, 60.0]" in who
     oracle = next(line for line in lines if "oracle" in line and "multi_key" in line)
     assert " - " in oracle
+
+
+def test_guesses():
+    assert "Who guessed" not in printed(EVALUATION)
+    guesses = [
+        Guess(name="ema", layer=layer, budget=1.25, coverage=0.9, precision=share, fetched=0.25)
+        for layer, share in ((None, NAN), (0, 0.125))
+    ]
+    text = printed(Evaluation("Model", 0, (DENSE, dataclasses.replace(ROW, guesses=guesses))))
+    rows = [line.split() for line in text.partition("Who guessed")[2].splitlines()]
+    assert ["query", "10%", "multi_key", "4096", "ema", "1.25x", "90.0%", "-", "25.0%"] in rows
+    assert not any("12.5%" in row for row in rows)
 
 
 def test_no_recall_table_without_recalls():

@@ -32,6 +32,8 @@ WRITES = {
     "window_attention": {"ring_k", "ring_v"},
     "remember_ids": {"last_block_ids"},
     "remember_last": {"last_block_ids"},
+    "update_prediction": {"level", "trend"},
+    "begin_prediction": {"level", "trend"},
     "advance_lengths": {"lengths"},
     "update_summary": {"tensors"},
     "attend_tokens": {"staging"},

@@ -26,4 +26,4 @@ def test_a_tag_is_put_read_and_dropped():
 
 def test_no_two_tags_share_a_key():
     all_tags = [value for value in vars(tags).values() if isinstance(value, Tag)]
-    assert len({tag.key for tag in all_tags}) == len(all_tags) == 6
+    assert len({tag.key for tag in all_tags}) == len(all_tags) == 7

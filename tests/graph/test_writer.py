@@ -35,7 +35,7 @@ def test_results_of_a_plan_have_their_names(plan_of):
     graph, layout, state = writer(plan_of, disable_passes=("fuse_selection",))
     ids = find_ops(graph, "select_blocks")[0]
     emit = Emitter(graph, ids.next, ids, 0)
-    guess = plan_pages(emit, ids, state, layout, is_hint=True)
+    guess = plan_pages(emit, ids, state, layout, "hint_", is_hint=True)
     assert argument(guess.node, "is_hint") is True
     assert guess.node.name == "hint_plan_0"
     assert guess.tail_page.name == "hint_tail_page_0"

@@ -3,10 +3,10 @@ from __future__ import annotations
 from sparda_compile.graph.site import sites_of
 
 
-def test_recall_is_early_and_memory_follows_the_selection(lab):
+def test_recall_comes_first_and_memory_follows_the_selection(lab):
     graph = lab.decode_graph("insert_forecast", mode="exact", hint="previous_step")
     order = {node.name: i for i, node in enumerate(graph.nodes)}
-    sites, attention = sites_of(graph), lab.ops(graph, "sparse_attention")
+    sites = sites_of(graph)
     recalls, memories = lab.ops(graph, "recall_ids"), lab.ops(graph, "remember_ids")
     ids = lab.ops(graph, "select_blocks")
     assert set(recalls) == set(memories) == set(ids) == set(range(lab.num_layers))
@@ -14,9 +14,8 @@ def test_recall_is_early_and_memory_follows_the_selection(lab):
         assert recalls[layer].args[0] is memories[layer].args[1]
         assert recalls[layer].args[0].name == f"sparda_last_block_ids_{layer}"
         assert memories[layer].args[0] is ids[layer]
-        before = max(layer - 1, 0)
-        hidden, recall = order[sites[before].hidden.name], order[recalls[layer].name]
-        assert hidden < recall < order[attention[before].name]
+        recall = order[recalls[layer].name]
+        assert recall < min(order[site.hidden.name] for site in sites)
         assert recall < order[ids[layer].name] < order[memories[layer].name]
 
 

@@ -146,7 +146,7 @@ def test_the_past_is_picked_where_its_stream_says():
     known = (places(mask, lengths), lengths, 130, "forecast", 0.3, BLOCKS, SIZE, 8, 4, *CHOICE)
     want = room.select_past(query, tensors, *known)
     with use_engine(DeferredEngine()) as engine:
-        got = room.select_past(query, tensors, *known, SELECT)
+        got = room.select_past(query, tensors, *known, 1, SELECT)
         assert engine.num_pending == 1
         current_engine().record(0, SELECT)
         current_engine().wait(0)

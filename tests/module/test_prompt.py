@@ -71,6 +71,25 @@ def test_a_chunk_of_one_column_has_a_hidden_one_beside_it(calls):
     assert [hidden for *_, hidden in calls.seen] == [None, None, [True, False]]
 
 
+def test_kernels_of_all_chunks_begin_before_the_first_is_read(calls, monkeypatch):
+    """Later ones have a past, and programs of their own."""
+    begun = []
+
+    def noted(self, *sizes):
+        if sizes:  # else of a decode
+            begun.append((len(calls.seen), self.plan.phase, *sizes))
+
+    monkeypatch.setattr(Program, "compile_kernels", noted)
+    calls(100, prefill="sparse", chunk_tokens=40)
+    assert begun == [
+        (0, "prefill", 40, 0), (0, "sparse_prefill", 40, 40), (0, "sparse_prefill", 20, 80),
+        (1, "prefill", 40, 0), (2, "sparse_prefill", 40, 40), (3, "sparse_prefill", 20, 80),
+    ]  # fmt: skip
+    begun.clear()
+    calls(39, chunk_tokens=40)
+    assert begun == [(1, "prefill", 39, 0)]
+
+
 def test_explain_and_graphs_show_the_sparse_prompt(traced_llama):
     fast = optimize(traced_llama, SpardaConfig(**SMALL, prefill="sparse"))
     names = {node.name for node in fast.sparda.graph("sparse_prefill").graph.nodes}

@@ -26,7 +26,13 @@ SETTINGS = {
 # VerifyTransfers changes nothing: its graph is that of the pass before.
 PASSES = [graph_pass.name for graph_pass in PIPELINE if graph_pass.name != "verify_transfers"]
 PHASES = ("decode", "prefill", "sparse_prefill")
-CASES = [(m, p, n) for m in ("forecast", "exact") for p in PHASES for n in PASSES]
+MODES = {
+    "forecast": {"mode": "forecast"},
+    "exact": {"mode": "exact"},
+    "ema": {"mode": "exact", "hint": "ema"},
+    "ema+forecast": {"mode": "exact", "hint": ("ema", "forecast")},
+}
+CASES = [(m, p, n) for m in MODES for p in PHASES for n in PASSES]
 
 
 def readable(gm):
@@ -76,7 +82,7 @@ def _value(argument):
 
 @pytest.mark.parametrize(("mode", "phase", "name"), CASES)
 def test_text_of_the_graph(plan_of, mode, phase, name):
-    text = readable(plan_of("llama", phase, mode=mode, **SETTINGS).stage(name))
+    text = readable(plan_of("llama", phase, **MODES[mode], **SETTINGS).stage(name))
     path = GOLDEN / f"{mode}_{phase}_{name}.txt"
     if os.environ.get("SPARDA_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
@@ -86,10 +92,10 @@ def test_text_of_the_graph(plan_of, mode, phase, name):
     assert text.count("\n") < 120
 
 
-@pytest.mark.parametrize("mode", ["forecast", "exact"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_verification_changes_nothing(plan_of, mode, phase):
-    plan = plan_of("llama", phase, mode=mode, **SETTINGS)
+    plan = plan_of("llama", phase, **MODES[mode], **SETTINGS)
     before, after = (plan.stage(n) for n in ("schedule_transfers", "verify_transfers"))
     assert graph_text(before) == graph_text(after)
 

@@ -39,6 +39,12 @@ MODES = {
     "query": {"mode": "query"},
     "forecast": {"mode": "forecast"},
     **{f"exact-{hint}": {"mode": "exact", "hint": hint} for hint in HINTS.names()},
+    "exact-ema+forecast": {"mode": "exact", "hint": ("ema", "forecast")},
+    "exact-next_query+forecast": {"mode": "exact", "hint": ("next_query", "forecast")},
+    "exact-previous_step+previous_layer": {
+        "mode": "exact",
+        "hint": ("previous_step", "previous_layer"),
+    },
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")
@@ -58,6 +64,9 @@ def cases():
     for mode in ("query", "forecast"):
         yield from ((mode, "sparse_prefill", offload, ()) for offload in ("always", "never"))
     yield "exact-previous_step", "sparse_prefill", "always", ()
+    yield from (("exact-ema", "decode", "always", disabled) for disabled in (UNSCHEDULED, IN_LINE))
+    for phase in ("prefill", "sparse_prefill"):
+        yield "exact-ema", phase, "always", ()
 
 
 CASES = [case for case in cases() if case[0] != "dense" or case[2] == "never"]

@@ -31,6 +31,8 @@ class Planted:
                 ("pages_0", (1, 2, 4, 2, 16, 8), torch.float32),
                 ("host_0", (1, 2, 8, 2, 16, 8), torch.float32),
                 ("last_block_ids_0", (1, 2, 3), torch.int32),
+                ("level_0", (1, 2, 8), torch.float32),
+                ("trend_0", (1, 2, 8), torch.float32),
                 ("lengths", (1,), torch.int32),
             )
         }
@@ -143,6 +145,51 @@ class TestSelectStream:
         planted.wait(ticket, 0, [picked])
         with pytest.raises(TransferRaceError, match=r"picked \(select|picked runs on the select"):
             planted.check()
+
+
+class TestPrediction:
+    """What predicts a step reads, on the select stream, what the step before has written."""
+
+    def program(self, *, fork=True, joins=True, updates_first=False):
+        planted = Planted()
+        kept = [planted.state["level_0"], planted.state["trend_0"]]
+        forked = planted.fork(1) if fork else None
+        sizes = (planted.state["lengths"], 3, 16, 1, 1, 0.0)
+        predicted = planted.emit.call(
+            "predict_blocks", *kept, *sizes, SELECT, forked, name="predicted"
+        )
+        args = (predicted, predicted, planted.state["host_0"], planted.state["pages_0"], 2, None)
+        ticket = planted.emit.call("prefetch_blocks", *args, name="prefetch2")
+        with planted.graph.inserting_before(planted.ids):
+            scores = planted._input("scores", (1, 2, 8), torch.float32)
+
+        def update():
+            planted.emit.call("update_prediction", scores, *kept, 0.4, 0.3, True, name="update")
+
+        def wait():
+            if joins:
+                planted.wait(ticket, 2, [predicted], ("pages_0", "level_0", "trend_0"))
+
+        for part in (update, wait) if updates_first else (wait, update):
+            part()
+        return planted
+
+    def test_the_wait_for_its_copy_orders_it_before_the_update(self):
+        assert self.program().check() > 0
+
+    def test_update_before_the_wait(self):
+        with pytest.raises(
+            TransferRaceError, match=r"predicted \(select.*update.*both use sparda_l"
+        ):
+            self.program(updates_first=True).check()
+
+    def test_wait_that_is_gone(self):
+        with pytest.raises(TransferRaceError, match="join: predicted runs on the select stream"):
+            self.program(joins=False).check()
+
+    def test_fork_that_is_gone_lets_the_next_step_predict_before_the_update(self):
+        with pytest.raises(TransferRaceError, match=r"allocation|in the next step"):
+            self.program(fork=False).check()
 
 
 class TestMessages:

@@ -6,10 +6,11 @@ import pytest
 import sympy
 import torch
 from torch import fx
+from torch._inductor import async_compile
 
 from sparda_compile.errors import PassError
 from sparda_compile.program import compiled_piece
-from sparda_compile.program.compiled_piece import CompiledPiece
+from sparda_compile.program.compiled_piece import CompiledPiece, start_compiler
 from sparda_compile.sizes import NUM_TOKENS, SAMPLES
 
 T = sympy.Symbol("T", positive=True, integer=True)
@@ -75,3 +76,12 @@ def test_one_variant_serves_every_prompt():
     assert piece.num_variants == 1
     guards = piece._variants[0][1]
     assert all(guards.hold({NUM_TOKENS: number}) for number in (1, 1 << 17, 1 << 24))
+
+
+def test_a_compiler_is_started_for_a_gpu_alone(monkeypatch):
+    started = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(True))
+    start_compiler(torch.device("cpu"))
+    assert not started
+    start_compiler(torch.device("cuda"))
+    assert started == [True]

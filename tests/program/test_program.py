@@ -154,24 +154,56 @@ def test_programs_of_one_model_share_their_joined_weights(
     assert [one == two for one, two in zip(joined[0], another, strict=True)].count(False) == 1
 
 
-@pytest.mark.parametrize(("phase", "num_collected"), [("decode", 1), ("prefill", 0)])
-def test_kernels_are_collected_once_for_a_program(
-    captures: Captures, phase: str, num_collected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many caches it serves: to collect them is to run the step on fake tensors."""
-    collected, begun = [], []
+SIZES = [(16, 0), (16, 0), (10, 0), (31, 0), (16, 1), (1, 20), (2, 40), (2, 40), (33, 0)]
 
-    def launches_of(graph: fx.Graph, *_: Any) -> list[Any]:
-        collected.append(graph)
+
+@pytest.mark.parametrize(
+    ("phase", "asked", "collected"),
+    [
+        ("decode", [(), (), ()], [(1, 0)]),
+        ("prefill", SIZES, [(16, 0), (16, 1), (2, 40), (33, 0)]),
+    ],
+)
+def test_kernels_are_collected_once_for_sizes_of_a_kind(
+    captures: Captures,
+    phase: str,
+    asked: list[tuple[int, ...]],
+    collected: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many caches a program serves: to collect them is to run it on fake tensors."""
+    seen, begun = [], []
+
+    def launches_of(graph: fx.Graph, device: torch.device, *sizes: int) -> list[Any]:
+        seen.append((graph, device.type, *sizes))
         return []
 
     monkeypatch.setattr(program_module, "launches_of", launches_of)
     monkeypatch.setattr(program_module, "compile_ahead", lambda launches, _: begun.append(launches))
-    plan = plan_of(captures, phase)
+    plan = plan_of(captures, phase, batch_size=2)
     program = Program(plan, forecast_of(plan))
     gpu = type("Captured", (), {"device": torch.device("cuda:0"), "phase": phase})()
     program.plan = dataclasses.replace(plan, captured=gpu)
-    for _ in range(3):
-        program.compile_kernels()
-    assert collected == [plan.graph_module.graph] * num_collected
-    assert begun == [[]] * num_collected
+    for sizes in asked:
+        program.compile_kernels(*sizes)
+    assert seen == [(plan.graph_module.graph, "cuda", 2, *sizes) for sizes in collected]
+    assert begun == [[]] * len(collected)
+
+
+def test_kernels_of_a_prompt_begin_before_its_pieces(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    plan = plan_of(captures, "prefill")
+    program = Program(plan, forecast_of(plan))
+    compile_pieces = Program.compile
+    monkeypatch.setattr(Program, "compile_kernels", lambda _, *sizes: done.append(sizes))
+    monkeypatch.setattr(
+        Program, "compile", lambda self: (done.append("pieces"), compile_pieces(self))
+    )
+    kv = KVCache(plan.layout, torch.device("cpu"))
+    ids = torch.ones(1, 9, dtype=torch.long)
+    for turn in range(2):
+        program(ids, torch.arange(9)[None] + 9 * turn, None, kv)
+        kv.advance(9, 9)
+    assert done == [(9, 0), "pieces", (9, 9)]

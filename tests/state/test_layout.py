@@ -97,6 +97,15 @@ def test_previous_step_remembers_its_ids():
     assert spec == TensorSpec((3, 2, 96), torch.int32, fill=-1)
 
 
+def test_ema_has_a_level_and_a_trend_for_each_block():
+    sizes = layout(mode="exact", hint=("previous_step", "ema"))
+    tensors = sizes.tensors(SPARSE)
+    shape = (3, 2, sizes.num_blocks)
+    assert tensors["level"] == TensorSpec(shape, torch.float32, fill=float("-inf"))
+    assert tensors["trend"] == TensorSpec(shape, torch.float32)
+    assert "last_block_ids" in tensors
+
+
 def test_window_layers_have_a_ring_only():
     tensors = layout(layers=(SPARSE, WINDOW)).tensors(WINDOW)
     ring = TensorSpec((3, 2, 100, 64), torch.bfloat16)

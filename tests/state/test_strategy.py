@@ -17,7 +17,7 @@ def test_dense_reads_all():
     dense = strategy(mode="dense", selector="quest")
     flags = (dense.selects, dense.overlaps, dense.repairs, dense.needs_forecast)
     assert not any(flags)
-    assert dense.hint is None
+    assert dense.hints == ()
     assert dense.scorers == ()
 
 
@@ -50,6 +50,15 @@ def test_exact_selects_by_the_query_and_repairs(hint):
     assert exact.overlaps
     assert exact.repairs
     assert not exact.selects_by_forecast
-    assert exact.hint is HINTS[hint]
+    assert exact.hints == (HINTS[hint],)
     assert exact.needs_forecast == (hint == "forecast")
     assert SpardaConfig(mode="exact", hint=hint).needs_forecast == exact.needs_forecast
+
+
+def test_several_hints_stay_in_order_and_need_what_each_needs():
+    names = ("next_query", "forecast", "ema")
+    exact = strategy(mode="exact", hint=names)
+    assert [hint.name for hint in exact.hints] == [*names]
+    assert exact.needs_forecast
+    assert not strategy(mode="exact", hint=("ema", "previous_step")).needs_forecast
+    assert strategy(mode="query", hint=names).hints == ()

@@ -138,7 +138,7 @@ def _add(acc, weights, peak, scores, values):
     return acc, weights * fade + tl.sum(weight, axis=1), new_peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "first_tile"])
 def _attend_tokens(
     query, out, columns, totals, lengths, union_counts, union_ids, readers, union_slots, staging,
     factor, cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, num_slots,

@@ -10,6 +10,8 @@ A kernel that is compiled in several forms whose results must be equal bit for b
 
 Triton compiles a kernel where it is first launched, one after another. `compile_ahead` does it in
 threads, for launches that were collected from a run on fake tensors; a launch waits for its kernel.
+A kernel is compiled in as many forms as there are constants, dtypes and kinds of numbers that it is
+launched with; the first that is collected is the first that is compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import enum
 import functools
+import inspect
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Launch",
+    "address_of",
     "as_written",
     "collect_launches",
     "compile_ahead",
@@ -64,12 +69,56 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What tells the compiled kernel from others of the same source."""
+        kinds = _kinds_of(self.kernel)
+        return (*map(_form, self.args, kinds), *self.options.items())
+
+
+class _Kind(enum.Enum):
+    """What becomes of a parameter when a kernel is compiled."""
+
+    CONSTANT = enum.auto()
+    SPECIALIZED = enum.auto()
+    PLAIN = enum.auto()
+
+
+@functools.cache
+def _kinds_by_name(function: Callable[..., Any], plain: tuple[str, ...]) -> list[_Kind]:
+    return [
+        _Kind.CONSTANT
+        if "constexpr" in str(parameter.annotation)
+        else _Kind.PLAIN
+        if name in plain
+        else _Kind.SPECIALIZED
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]
+
+
+def _kinds_of(kernel: Any) -> list[_Kind]:
+    options = kernel.kwargs if interpreting() else vars(kernel)
+    return _kinds_by_name(kernel.fn, tuple(options.get("do_not_specialize") or ()))
+
+
+def _form(argument: Any, kind: _Kind) -> Any:
+    """Return what a kernel is compiled for, of an argument: see Triton's specialization."""
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    if kind is _Kind.CONSTANT or argument is None:
+        return type(argument), argument
+    if type(argument) is not int:
+        return type(argument)
+    is_long = argument.bit_length() > 31
+    return is_long if kind is _Kind.PLAIN else (argument == 1, argument % 16 == 0, is_long)
+
 
 _collected: Final[contextvars.ContextVar[list[Launch] | None]] = contextvars.ContextVar(
     "sparda_launches", default=None
 )
 # Kernels that are being compiled: what a launch of each waits for.
-_PENDING: Final[dict[Any, list[Future[None]]]] = {}
+# By the id of the kernel, whose hash is that of its source and takes milliseconds to make.
+_PENDING: Final[dict[int, dict[Any, Future[None]]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
@@ -77,11 +126,25 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     launches = _collected.get()
     if launches is not None:
         return lambda *args, **options: launches.append(Launch(kernel, grid, args, options))
-    if _PENDING:  # a kernel's hash is that of its source
-        for future in _PENDING.pop(kernel, ()):
-            future.result()
     launcher: Callable[..., Any] = kernel[grid]
-    return launcher
+    if id(kernel) not in _PENDING:
+        return launcher
+
+    def launch_compiled(*args: Any, **options: Any) -> Any:
+        _await(Launch(kernel, grid, args, options))
+        return launcher(*args, **options)
+
+    return launch_compiled
+
+
+def _await(it: Launch) -> None:
+    """Wait for a kernel that is being compiled in the form of a launch."""
+    forms = _PENDING.get(id(it.kernel), {})
+    future = forms.get(it.form)
+    if future is not None:
+        future.result()
+    if all(future.done() for future in list(forms.values())):
+        _PENDING.pop(id(it.kernel), None)
 
 
 @contextlib.contextmanager
@@ -98,20 +161,27 @@ def collect_launches() -> Iterator[list[Launch]]:
 def compile_ahead(launches: list[Launch], device: torch.device) -> list[Future[None]]:
     """Compile the kernels of collected launches in threads, and go on meanwhile.
 
+    One pool of half the cores does it for all programs, in the order in which it was asked to.
+
     Args:
-        launches: What will be launched.
+        launches: What will be launched, soonest first.
         device: Where.
 
     Returns:
         What ends with each kernel.
     """
-    workers = ThreadPoolExecutor(max(os.cpu_count() or 1, 2) // 2, "sparda-kernels")
     futures = []
     for it in launches:
-        futures.append(workers.submit(_compile, it, device))
-        _PENDING.setdefault(it.kernel, []).append(futures[-1])
-    workers.shutdown(wait=False)
+        forms = _PENDING.setdefault(id(it.kernel), {})
+        if it.form not in forms:
+            forms[it.form] = _workers().submit(_compile, it, device)
+        futures.append(forms[it.form])
     return futures
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(os.cpu_count() or 1, 2) // 2, "sparda-kernels")
 
 
 def _compile(it: Launch, device: torch.device) -> None:
@@ -138,6 +208,11 @@ def launch_early() -> dict[str, bool]:
 def as_written() -> dict[str, bool]:
     """Return the launch options of a kernel in which each product and sum rounds by itself."""
     return {} if interpreting() else {"enable_fp_fusion": False}
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins; 0 where launches are collected."""
+    return 0 if _collected.get() is not None else tensor.data_ptr()
 
 
 def power_of_two(size: int, least: int = 1) -> int:

@@ -76,7 +76,7 @@ def _short_list(asked, block, exists, current, sink, local, listed):
     return find_largest(key, low, span, tl.sum(is_candidate.to(tl.int32), 0), listed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin"])
 def _pick_tokens(
     scores, retention, positions, ids, groups, num_tokens, num_blocks, num_windows, begin, sink,
     local, listed,
@@ -111,7 +111,7 @@ def _pick_tokens(
         tl.store(ids_at + rank, block, mask=picked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin"])
 def _pick_past(
     scores, positions, lengths, ids, known, groups, num_tokens, num_blocks, begin, sink, local,
     SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
@@ -143,7 +143,7 @@ def _pick_past(
         tl.store(ids + own + column, tl.full([COLUMNS], -1, tl.int32), mask=is_left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin"])
 def _pick_near(
     scores, positions, lengths, near_ids, near_scores, ids, groups, num_tokens, num_blocks, begin,
     sink, local,
@@ -260,7 +260,7 @@ def pick_near(
     places: tuple[Tensor, Tensor],
     near: tuple[Tensor, Tensor],
     ids_BGTK: Tensor,
-    tokens: tuple[int, int],
+    tokens: tuple[int, int, int],
     geometry: Geometry,
     choice: Choice,
 ) -> None:
@@ -271,15 +271,14 @@ def pick_near(
         places: As for `pick_past`.
         near: What `pick_past` has written.
         ids_BGTK: int32; those of the tokens are written.
-        tokens: The first, and the one behind the last.
+        tokens: The first, the one behind the last, and the blocks that any of them may have, of
+            those that are scored.
         geometry: Sizes.
         choice: What to pick.
     """
-    (begin, end), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
+    (begin, end, seen), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
     pairs, _, _, num_blocks = scores.shape
-    # Blocks that any of these tokens may have, behind those that no new token changes.
-    seen = min(num_blocks, triton.cdiv(end, geometry.block_size) + 2)
-    listed = power_of_two(selected + seen, _LEAST_BLOCKS)
+    listed = power_of_two(selected + min(num_blocks, seen), _LEAST_BLOCKS)
     launch(_pick_near, (end - begin, pairs))(
         scores, *places, *near, ids_BGTK, groups, num_tokens, num_blocks, begin,
         choice.sink_blocks, choice.local_blocks, *_sizes(geometry, choice), listed,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, block_bytes, copy_runs, copy_words
-from sparda_compile.kernels.gpu.launch import launch, power_of_two, tokens_of
+from sparda_compile.kernels.gpu.launch import address_of, launch, power_of_two, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ _CHUNK_WORDS: Final = 1024
 def _addresses(blocks_nX: Tensor) -> Tensor:
     """Return the address of each entry of the first dimension, [n] int64, on the device."""
     count = torch.arange(blocks_nX.shape[0], device=blocks_nX.device)
-    return blocks_nX.data_ptr() + count * (blocks_nX.stride(0) * blocks_nX.element_size())
+    return address_of(blocks_nX) + count * (blocks_nX.stride(0) * blocks_nX.element_size())
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_items"])
@@ -136,7 +136,7 @@ def load_prefix(pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: in
     blocks = pages.new_empty((batch, groups, num_blocks, *pages.shape[3:]))
     page = block_table[:, :, :num_blocks].long()
     pairs = torch.arange(batch * groups, device=pages.device).view(batch, groups, 1)
-    source = pages.data_ptr() + (pairs * num_pages + page.clamp(min=0)) * num_bytes
+    source = address_of(pages) + (pairs * num_pages + page.clamp(min=0)) * num_bytes
     if host.numel():
         numbers = torch.arange(num_blocks, device=pages.device) * num_bytes
         source = source.where(page >= 0, host[:, :, None] + numbers)

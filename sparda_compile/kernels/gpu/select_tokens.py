@@ -35,7 +35,7 @@ def select_tokens(asked: Asked, choice: Choice, ids: Tensor) -> None:
     scored_from = choice.num_selected * choice.block_size
     for begin, end, scores in scored_tokens(asked, Blocks.ALL, scored_from):
         # Blocks that any of these tokens may have.
-        seen = triton.cdiv(asked.num_past + end, choice.block_size)
+        seen = triton.cdiv(asked.num_past + end * asked.spread, choice.block_size)
         tokens = (begin, end, seen)
         pick_tokens(scores, retention, asked.positions, ids, tokens, asked.windows, choice)
 
@@ -67,4 +67,6 @@ def select_near(asked: Asked, choice: Choice, near: tuple[Tensor, Tensor], ids: 
     places = (asked.positions, asked.lengths)
     scored_from = choice.num_selected * choice.block_size
     for begin, end, scores in scored_tokens(asked, Blocks.NEW, scored_from):
-        pick_near(scores, places, near, ids, (begin, end), asked.windows, choice)
+        # Blocks that any of these tokens may have, behind those that no new token changes.
+        seen = triton.cdiv(end * asked.spread, choice.block_size) + 2
+        pick_near(scores, places, near, ids, (begin, end, seen), asked.windows, choice)

@@ -72,7 +72,7 @@ class Unions:
     slots: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
 def _pack_blocks(
     k, v, columns, totals, lengths, block_table, pages, staging,
     k_row, k_head, k_token, v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages,
@@ -149,7 +149,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_tile"])
 def _tile_unions(
     block_ids, columns, totals, lengths, slots, union_counts, union_ids, readers,
     union_slots, groups, num_tokens, num_blocks, num_entries, first_tile,

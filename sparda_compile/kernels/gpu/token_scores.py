@@ -34,7 +34,6 @@ Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a bloc
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import math
 from typing import TYPE_CHECKING, Final
@@ -43,13 +42,14 @@ import torch
 import triton
 import triton.language as tl
 
+from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.workspace import SCORE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -111,7 +111,7 @@ def _keys(
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
 def _token_sums(
     query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
     num_windows, begin, end, scored_from,
@@ -177,7 +177,7 @@ def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernel
     return tl.maximum(length // SIZE - 2, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
     num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
@@ -286,57 +286,9 @@ class Blocks(enum.Enum):
     NEW = "those that new tokens change, by the windows before a token"
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What is asked for scores.
-
-    Attributes:
-        query: [B, H, T, D] queries, or Forecasts with as many heads as groups.
-        tensors: Of the summary; the first are pooled keys or bounds.
-        positions: [B, T] int32, -1 where no token is.
-        lengths: [B] int32, tokens before this call.
-        num_past: No sequence has more.
-        selector: One that `covers` has.
-        scale: Factor on q . k.
-        geometry: Sizes.
-    """
-
-    query: Tensor
-    tensors: Sequence[Tensor]
-    positions: Tensor
-    lengths: Tensor
-    num_past: int
-    selector: str
-    scale: float
-    geometry: Geometry
-
-    @property
-    def softmax(self) -> bool:
-        """Whether a head's scores are weights."""
-        return self.selector in ("infllm2", "nosa")
-
-    @property
-    def lists(self) -> bool:
-        """Whether the last number of a key is its retention score, which no query multiplies."""
-        return self.selector.startswith("nosa")
-
-    @property
-    def num_groups(self) -> int:
-        """KV heads."""
-        return self.tensors[0].shape[1]
-
-    @property
-    def windows(self) -> Geometry:
-        """Sizes of the windows that are scored: a bound is that of a whole block."""
-        if self.selector != "quest":
-            return self.geometry
-        size = self.geometry.block_size
-        return dataclasses.replace(self.geometry, pool_size=1, pool_stride=size)
-
-
 def _num_blocks(asked: Asked, blocks: Blocks) -> int:
     """Return how many blocks may be scored, from the first that is."""
-    size, num_tokens = asked.geometry.block_size, asked.query.shape[2]
+    size, num_tokens = asked.geometry.block_size, asked.query.shape[2] * asked.spread
     most: dict[Blocks, int] = {
         Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
         Blocks.PAST: asked.num_past // size + 1,

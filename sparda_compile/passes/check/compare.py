@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparda_compile.graph.effects import is_state
 from sparda_compile.graph.op_index import result_of
+from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from sparda_compile.graph.op_index import Op
 
 
-__all__ = ["Operand", "Operands", "compare", "wanted_words", "words_of"]
+__all__ = ["Operand", "Operands", "compare", "wanted_words", "words_of", "wrong_numbers"]
 
 
 # Names of what arguments take; a pair is one result of a node, None is nothing.
@@ -69,3 +70,10 @@ def wanted_words(wanted: Operand | list[Operand]) -> str:
     if isinstance(wanted, list):
         return f"[{', '.join(map(wanted_words, wanted))}]"
     return f"result {wanted[1]} of {wanted[0]}" if isinstance(wanted, tuple) else str(wanted)
+
+
+def wrong_numbers(op: Op) -> Iterator[str]:
+    """Yield which number an op takes that its caller does not give."""
+    for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
+        if name in op.args and getattr(op.args[name], "name", None) != wanted:
+            yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"

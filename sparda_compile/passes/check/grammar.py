@@ -1,8 +1,8 @@
 """What a layer of a legal graph is made of: how many of which ops, and in which order.
 
 Every op plays one role in its layer, the fused `select_pages` two. A role is the op's name, with a
-word before it where a layer may have several: the hint's plan, copy and wait stand beside the
-layer's own, and `offload wait_blocks` beside both, or in a prompt beside `stage wait_blocks`.
+word before it where a layer may have several: the hints' plans, copies and waits stand beside the
+layer's own, and `offload wait_blocks` beside all, or in a prompt beside `stage wait_blocks`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
     from sparda_compile.state.layout import CacheLayout, LayerShape
+    from sparda_compile.state.strategy import HintMethod
 
-__all__ = ["LayerOps", "hint_source", "layers_of", "wrong_counts", "wrong_order"]
+__all__ = ["LayerOps", "hints_of", "layers_of", "wrong_counts", "wrong_order"]
 
 # Orders of roles that are no names of ops; those of ops stand in the table of instructions. What
 # one op makes and the other takes is not listed: the graph's own check sees to that.
@@ -88,13 +89,13 @@ def _roles(index: OpIndex, op: Op) -> tuple[str, ...]:
     return (op.name,)
 
 
-def hint_source(shape: LayerShape, ctx: PassContext) -> LayerShape | None:
-    """Return the layer that a layer's hint is made in, None if it has no hint."""
+def hints_of(shape: LayerShape, ctx: PassContext) -> dict[str, tuple[HintMethod, LayerShape]]:
+    """Return the hints that a layer has, by name, each with the layer that it is made in."""
     assert ctx.layout is not None
-    hint = ctx.strategy.hint
-    if hint is None or not ctx.is_decode or shape.kind == "window":
-        return None
-    return hint.source(shape, ctx.layout.layers)
+    if not ctx.is_decode or shape.kind == "window":
+        return {}
+    made = ((hint, hint.source(shape, ctx.layout.layers)) for hint in ctx.strategy.hints)
+    return {hint.name: (hint, source) for hint, source in made if source is not None}
 
 
 def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Counter[str]:
@@ -110,19 +111,17 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else ["store_blocks"]
     if not ctx.is_decode:
         roles += ["extend_kv", *["fork_stream"] * len(copies)]
-        if not ctx.is_sparse_prefill:
-            return Counter([*roles, "prefill_attention"])
-        roles += ["select_tokens", "stage_blocks", "attend_tokens"]
-        if is_async and layout.stages_ahead:
+        sparse = ("select_tokens", "stage_blocks", "attend_tokens")
+        roles += sparse if ctx.is_sparse_prefill else ("prefill_attention",)
+        if ctx.is_sparse_prefill and is_async and layout.stages_ahead:
             roles += ["select_past", "record_event", "stage wait_blocks", "fork_stream"]
-        if Fact.FORECAST_INSERTED in facts and strategy.hint is not None:
-            roles += strategy.hint.prompt_ops
+        for hint in strategy.hints if Fact.FORECAST_INSERTED in facts else ():
+            roles += hint.prompt_ops if ctx.is_sparse_prefill else hint.dense_prompt_ops
         return Counter(roles)
     roles += ["plan", "append_kv"]
     roles += ["all_blocks"] if not strategy.selects else ["score_blocks", "select_blocks"]
-    if Fact.FORECAST_INSERTED in facts and hint_source(shape, ctx):
-        assert strategy.hint is not None
-        roles += strategy.hint.ops
+    for hint, _ in hints_of(shape, ctx).values() if Fact.FORECAST_INSERTED in facts else ():
+        roles += hint.ops
         if is_async:
             roles += ["hint plan", "hint prefetch_blocks", "hint wait_blocks"]
             copies.append("hint prefetch_blocks")

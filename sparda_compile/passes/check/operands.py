@@ -1,7 +1,8 @@
 """What each op of a legal graph takes: an argument takes what its name says, of the op's layer.
 
 In layer 1, `pages` is `sparda_pages_1`, and `page_ids` is the first result of the layer's plan. The
-ops of a hint take the hint's own ids and plan, which `previous_layer` makes of another layer's ids.
+ops of a hint, which say whose they are, take the hint's own ids and plan; `previous_layer` makes
+those of another layer's ids.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sparda_compile.graph.effects import results_of
-from sparda_compile.graph.tags import LAYER, SITE
-from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
+from sparda_compile.graph.tags import HINT, LAYER, SITE
+from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
-from sparda_compile.passes.check.grammar import hint_source
+from sparda_compile.passes.check.grammar import hints_of
 from sparda_compile.passes.check.transfers import wrong_transfers
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of
+from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of, wrong_numbers
 from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
@@ -30,7 +31,8 @@ __all__ = ["wrong_operands"]
 
 _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
-_HINT_ROLES: Final = ("hint plan", "hint prefetch_blocks", "hint wait_blocks")
+_SCORING: Final = ("score_blocks", "select_tokens", "select_past", "begin_prediction")
+_GUESSES: Final = ("recall_ids", "predict_blocks", "select_blocks")
 _ATTENTIONS: Final = (
     *("sparse_attention", "attend_missing", "window_attention"),
     *("prefill_attention", "attend_tokens"),
@@ -101,8 +103,8 @@ class _Layer:
             for summary, tensors in of_summary.items()
         }
         self._own: Operands = {}
-        self._hint: Operands = {}
-        self._of_hint: set[Op] = set()
+        self._hints: dict[str, Operands] = {}
+        self._of_hint = {op: HINT.of(op.node) for op in layer.ops if HINT.on(op.node)}
 
     def sources(self, own_ids: dict[int, Any]) -> Iterator[str]:
         """Find out what is selected and planned, and yield what does not come from this layer.
@@ -118,36 +120,33 @@ class _Layer:
         chosen: Op | None = plan
         if plan.name == "plan_pages":
             chosen = self._index.ops.get(plan.args["block_ids"])
-        if chosen is None or chosen.name not in _SELECTIONS or chosen.layer != number:
+        is_own = chosen is not None and chosen.layer == number and chosen not in self._of_hint
+        if chosen is None or chosen.name not in _SELECTIONS or not is_own:
             taken = f"{plan.node.name} takes {words_of(plan.args['block_ids'])}"
             yield f"{taken} as its block_ids, no selection of layer {number}"
             return
         scored = self._index.ops.get(chosen.args.get("scores"))  # type: ignore[arg-type]
-        if "scores" in chosen.args and (scored is None or scored.layer != number):
+        is_own = scored is not None and scored.layer == number and scored not in self._of_hint
+        if "scores" in chosen.args and not is_own:
             taken = f"{chosen.node.name} takes {words_of(chosen.args['scores'])}"
             yield f"{taken} as its scores, not those of layer {number}"
             return
         own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
         self._own |= {**_results(plan), "block_ids": ids}
         self._own["scores"] = scored.node.name if scored else None
-        by_query = ("score_blocks", "select_blocks", "recall_ids")
-        others = (op for role in by_query for op in self._layer.by_role.get(role, ()))
-        self._of_hint = {op for op in others if op not in (chosen, scored)}
-        self._of_hint |= {op for role in _HINT_ROLES for op in self._layer.by_role.get(role, ())}
-        self._hint = self._hint_operands(own_ids)
+        for name, (hint, source) in hints_of(self._layer.shape, self._ctx).items():
+            borrowed = own_ids.get(source.layer) if hint.borrows_ids else None
+            self._hints[name] = self._hint_operands(name, borrowed)
 
-    def _hint_operands(self, own_ids: dict[int, Any]) -> Operands:
+    def _hint_operands(self, hint: str, borrowed: Any) -> Operands:
         """Return what the ops of a hint take where the layer's own take something else."""
-        by_name = {op.name: op.node.name for op in self._of_hint}
-        found: Operands = {"scores": by_name.get("score_blocks")}
-        source = hint_source(self._layer.shape, self._ctx)
-        hint = self._ctx.strategy.hint
-        if hint is not None and hint.borrows_ids:
-            found["block_ids"] = own_ids.get(source.layer) if source else None
-        else:
-            found["block_ids"] = by_name.get("recall_ids") or by_name.get("select_blocks")
-        plan = self._layer.one("hint plan")
-        return {**(_results(plan) if plan else {}), **found}
+        mine = [op for op, name in self._of_hint.items() if name == hint]
+        by_name = {op.name: op.node.name for op in mine}
+        found: Operands = {"scores": by_name.get("score_blocks"), "block_ids": borrowed}
+        if borrowed is None:
+            found["block_ids"] = next((by_name[n] for n in _GUESSES if n in by_name), None)
+        plans = [op for op in self._layer.by_role.get("hint plan", ()) if op in mine]
+        return {**(_results(plans[0]) if plans else {}), **found}
 
     def _site(self) -> Iterator[str]:
         """Take query, key and value from the site that the layer's attention carries."""
@@ -181,10 +180,10 @@ class _Layer:
 
     def operands(self) -> Iterator[str]:
         """Yield which op takes what it should not."""
-        hints = {**self._own, **self._hint}
         for op in self._layer.ops:
-            expected = hints if op in self._of_hint else self._own
-            if op.name in ("score_blocks", "select_tokens", "select_past"):
+            hint = self._hints.get(self._of_hint.get(op, ""), {})
+            expected = {**self._own, **hint}
+            if op.name in _SCORING:
                 expected = {**expected, "summary": self._summary_of(op)}
                 if self._is_forecast or op in self._of_hint:
                     del expected["query"]
@@ -204,7 +203,7 @@ class _Layer:
                 staged = self._layer.one("stage_blocks")
                 results = _results(staged).values() if staged else ()
                 expected = {"inputs": [*results]}
-            yield from _wrong_numbers(op)
+            yield from wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -218,6 +217,8 @@ class _Layer:
         query, number = scores.args["query"], self._layer.shape.layer
         if LAYER.get(query) != number:
             yield f"{scores.node.name} scores by {words_of(query)}, not made for layer {number}"
+        elif HINT.get(query) != self._of_hint.get(scores):
+            yield f"{scores.node.name} scores by {words_of(query)}, which is of another hint"
 
     def transfers(self) -> Iterator[str]:
         """Yield which wait or fork lacks something of its copy."""
@@ -229,21 +230,19 @@ class _Layer:
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
+        used = [str(name) for names in self._summaries.values() for name in names]
+        hints = hints_of(self._layer.shape, self._ctx)
+        if (name := self._of_hint.get(copy)) in hints:
+            assert self._ctx.layout is not None
+            own = hints[name][0].state(self._ctx.layout, self._layer.shape)
+            used += [self._state[tensor] for tensor in own]
         tables = _TABLES if self._ctx.is_decode else ("block_table",)
-        summaries = [str(name) for names in self._summaries.values() for name in names]
-        return [*(self._state[name] for name in ("pages", *tables)), *summaries]
+        return [*(self._state[name] for name in ("pages", *tables)), *used]
 
 
 def _results(plan: Op) -> Operands:
     """Return what the results of an op are, by the names of arguments that take them."""
     return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
-
-
-def _wrong_numbers(op: Op) -> Iterator[str]:
-    """Yield which number an op takes that its caller does not give."""
-    for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
-        if name in op.args and getattr(op.args[name], "name", None) != wanted:
-            yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
 
 
 def _token_mask(ctx: PassContext) -> Operand:

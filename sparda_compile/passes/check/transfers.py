@@ -10,7 +10,7 @@ from sparda_compile.isa.streams import SELECT
 from sparda_compile.passes.check.compare import compare, words_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import fx
 
@@ -28,23 +28,23 @@ _COPY_OF: Final = {
 
 
 def wrong_transfers(
-    index: OpIndex, layer: LayerOps, of_hint: Collection[Op], buffers_of: Callable[[Op], list[str]]
+    index: OpIndex,
+    layer: LayerOps,
+    of_hint: Mapping[Op, str],
+    buffers_of: Callable[[Op], list[str]],
 ) -> Iterator[str]:
     """Yield which wait or fork of a layer lacks something of its copy.
 
     Args:
         index: The ops of the graph.
         layer: The layer.
-        of_hint: Its ops that belong to a hint.
+        of_hint: Its ops that belong to a hint, each with the hint's name.
         buffers_of: Gives the state that the wait for a copy has to take.
     """
     forked: set[fx.Node] = set()
-    for wait, copy in _COPY_OF.items():
-        started, joined = layer.one(copy), layer.one(wait)
-        if started is None or joined is None:
-            continue
+    for started, joined in _pairs(layer, of_hint):
         yield from wrong_wait(started, joined, buffers_of(started))
-        copied = layer.one("stage_blocks") if copy == "record_event" else started
+        copied = layer.one("stage_blocks") if started.name == "record_event" else started
         if copied is None:
             continue
         first, work = _side(copied, layer, of_hint)
@@ -56,12 +56,21 @@ def wrong_transfers(
             yield f"{op.node.name} starts behind {fork}, the fork of others"
 
 
-def _side(copy: Op, layer: LayerOps, of_hint: Collection[Op]) -> tuple[Op, list[fx.Node]]:
+def _pairs(layer: LayerOps, of_hint: Mapping[Op, str]) -> Iterator[tuple[Op, Op]]:
+    """Yield each copy of a layer with the wait for it."""
+    for wait, copy in _COPY_OF.items():
+        waits = {of_hint.get(op): op for op in layer.by_role.get(wait, ())}
+        for started in layer.by_role.get(copy, ()):
+            if (joined := waits.get(of_hint.get(started))) is not None:
+                yield started, joined
+
+
+def _side(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> tuple[Op, list[fx.Node]]:
     """Return the first op of a copy's chain that is on a side stream, and all that are."""
-    is_hint, work = copy in of_hint, [copy]
+    hint, work = of_hint.get(copy), [copy]
     if copy.name in ("prefetch_blocks", "stage_blocks"):
         on_side = [op for op in layer.ops if op.args.get("stream") == SELECT]
-        work = [*(op for op in on_side if (op in of_hint) == is_hint), copy]
+        work = [*(op for op in on_side if of_hint.get(op) == hint), copy]
     return work[0], [op.node for op in work]
 
 

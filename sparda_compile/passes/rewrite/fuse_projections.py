@@ -13,7 +13,7 @@ costs: decode of one token is otherwise a row of kernels that wait for each othe
 weight is a copy, of 1.3 GB for a model of 8B; `Program` makes it and keeps it in step with the
 model's own.
 
-In mode `exact` what the hint projects stays apart: how a multiplication is split depends on its
+In mode `exact` what a hint projects stays apart: how a multiplication is split depends on its
 width, and keys and values must be, bit for bit, those of mode `query`.
 """
 
@@ -55,7 +55,7 @@ class FuseProjections:
         if ctx.is_decode and _on_gpu(gm.graph):
             for node in gm.graph.nodes:
                 if _weight_bytes(node) <= _MOST_BYTES:
-                    apart = ctx.strategy.hint is not None and LAYER.on(node)
+                    apart = bool(ctx.strategy.hints) and LAYER.on(node)
                     groups.setdefault((node.args[0], _bias(node) is None, apart), []).append(node)
         small = ctx.machine.memory_gbps * 1e3 * ctx.machine.launch_us
         found = [

@@ -22,7 +22,7 @@ from sparda_compile.graph.effects import argument, results_of, written
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives
 from sparda_compile.graph.nodes import call_name, find_ops, program_order
-from sparda_compile.graph.tags import LAYER
+from sparda_compile.graph.tags import HINT, LAYER
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def _fuse(graph: fx.Graph, plan: fx.Node, order: dict[fx.Node, int]) -> bool:
         name=plan.name.replace("plan", "select_pages"),
     )
     fused_results, results = results_of(fused), results_of(plan)
+    if HINT.on(plan):
+        HINT.put(fused, HINT.of(plan))
     place = fused_results.index("block_ids")
     picked = emit.item(fused, place, ids.name.replace("block_ids", "picked_ids"))
     ids.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not plan)

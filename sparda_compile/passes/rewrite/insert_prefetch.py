@@ -12,13 +12,14 @@ Before, and after (mode `forecast`):
     advance_lengths(%lengths)                   wait_blocks(%ticket, [%host], [...], 3)
                                                 advance_lengths(%lengths)
 
-Mode `exact` also fetches what the hint names, in the layer before, and hides the repair of what
-it missed behind the attention to what is there:
+Mode `exact` also fetches what each hint names, where its ids are, and hides the repair of what
+they missed behind the attention to what is there:
 
     %hint_plan = plan_pages(%hint_block_ids, ...)   prefetch_blocks(...)      layer l-1
     wait_blocks(hint)  plan_pages(%block_ids)                                 layer l
     append_kv  fork_stream  prefetch_blocks(repair)
     %partial = attend_resident(%q, ...)
+    ...                                         what only later steps use: an update of the hint
     wait_blocks(repair)
     %out = attend_missing(%q, ..., %partial)
 
@@ -48,14 +49,18 @@ ScheduleTransfers moves these nodes; this pass only makes them.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.graph.effects import accesses, argument, results_of, set_argument
+from sparda_compile.graph.effects import (
+    argument,
+    instruction,
+    results_of,
+    set_argument,
+)
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
-from sparda_compile.graph.tags import HINTS, LAYER, SITE
+from sparda_compile.graph.tags import HINT, HINTS, LAYER, SITE
 from sparda_compile.graph.writer import (
     PagePlan,
     StateInputs,
@@ -64,10 +69,9 @@ from sparda_compile.graph.writer import (
 )
 from sparda_compile.isa.streams import COPY
 from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import fx
 
 __all__ = ["InsertPrefetch"]
@@ -99,126 +103,102 @@ class InsertPrefetch:
         return PassResult(gm, modified=True, counts=counts)
 
 
-def _hinted(graph: fx.Graph) -> list[tuple[fx.Node, int]]:
-    return [(node, layer) for node in graph.nodes for layer in HINTS.get(node, ())]
+def _hinted(graph: fx.Graph) -> list[tuple[fx.Node, str, int]]:
+    return [(node, *guess) for node in graph.nodes for guess in HINTS.get(node, ())]
 
 
-class _Insertion:
-    """Makes one copy asynchronous at a time; numbers events."""
+class _Insertion(TransferNodes):
+    """Makes one copy asynchronous at a time."""
 
     def __init__(self, graph: fx.Graph, ctx: PassContext, state: StateInputs) -> None:
-        self._graph = graph
-        self._ctx = ctx
-        self._state = state
-        self._events: Iterator[int] = itertools.count()
+        super().__init__(graph, ctx, state)
+        self._first_waits: dict[int, fx.Node] = {}
 
-    def hint(self, hinted: tuple[fx.Node, int]) -> int:
+    def hint(self, hinted: tuple[fx.Node, str, int]) -> int:
         """Fetch what a hint names, and wait before the layer's own plan."""
-        assert self._ctx.layout is not None
-        ids, layer = hinted
-        plan = _plan_of(self._graph, layer)
-        emit = Emitter(self._graph, ids.next, ids, layer)
-        guess = plan_pages(emit, ids, self._state, self._ctx.layout, is_hint=True)
-        ticket, event = self._prefetch(emit, guess, "hint_")
-        self._wait(plan, ticket, event, self._used(guess))
+        layout, hints = self.ctx.layout, self.ctx.strategy.hints
+        assert layout is not None
+        ids, name, layer = hinted
+        plan = _plan_of(self.graph, layer)
+        emit = Emitter(self.graph, ids.next, ids, layer)
+        prefix = "hint_" if len(hints) == 1 else f"{name}_"
+        guess = plan_pages(emit, ids, self.state, layout, prefix, is_hint=True)
+        ticket, event = self.prefetch(emit, guess, prefix)
+        shape = next(shape for shape in layout.layers if shape.layer == layer)
+        state = next(hint for hint in hints if hint.name == name).state(layout, shape)
+        kept = [self.state.get(tensor, layer) for tensor in state]
+        # The last copy is awaited first: only then is nothing left on the select stream.
+        before = self._first_waits.get(layer, plan)
+        wait = self.wait(before, ticket, event, [*self.used(guess), *kept])
+        self._first_waits[layer] = wait
+        for node in (guess.node, *guess.node.users, ticket, wait):
+            HINT.put(node, name)
         return 1
 
     def fetch(self, fetch: fx.Node) -> int:
         """Split an in-line fetch into its start and its wait."""
-        if not self._ctx.strategy.overlaps:
+        if not self.ctx.strategy.overlaps:
             return 0
         layer = LAYER.of(fetch)
         plan = _plan_items(fetch.args[0].args[0])  # type: ignore[union-attr,arg-type]
         attention = next(
-            n for n in find_ops(self._graph, "sparse_attention") if LAYER.of(n) == layer
+            n for n in find_ops(self.graph, "sparse_attention") if LAYER.of(n) == layer
         )
-        if self._ctx.strategy.repairs:
-            emit = Emitter(self._graph, attention, fetch, layer)
-            ticket, event = self._prefetch(emit, plan, "")
+        if self.ctx.strategy.repairs:
+            emit = Emitter(self.graph, attention, fetch, layer)
+            ticket, event = self.prefetch(emit, plan, "")
             self._split_attention(emit, attention, plan, ticket, event)
         else:
-            emit = Emitter(self._graph, fetch, fetch, layer)
-            ticket, event = self._prefetch(emit, plan, "")
-            self._wait(fetch, ticket, event, self._used(plan))
-        self._graph.erase_node(fetch)
+            emit = Emitter(self.graph, fetch, fetch, layer)
+            ticket, event = self.prefetch(emit, plan, "")
+            self.wait(fetch, ticket, event, self.used(plan))
+        self.graph.erase_node(fetch)
         return 1
 
     def stage(self, stage: fx.Node) -> int:
         """Fetch what tokens of a prompt read of the past before the layer has new keys."""
-        assert self._ctx.layout is not None
-        if not self._ctx.layout.stages_ahead:
+        assert self.ctx.layout is not None
+        if not self.ctx.layout.stages_ahead:
             return 0
         layer, picked = LAYER.of(stage), argument(stage, "block_ids")
-        updates = find_ops(self._graph, "update_summary")
+        updates = find_ops(self.graph, "update_summary")
         update = next(n for n in updates if LAYER.of(n) == layer)
-        emit = Emitter(self._graph, update, stage, layer)
+        emit = Emitter(self.graph, update, stage, layer)
         near_ids, near_scores = select_past(emit, picked)
         set_argument(picked, "near_ids", near_ids)
         set_argument(picked, "near_scores", near_scores)
         set_argument(stage, "block_ids", near_ids)
         inputs = side_stream_inputs([stage])
-        fork = emit.call("fork_stream", inputs, next(self._events), name=f"fork_{layer}")
+        fork = emit.call("fork_stream", inputs, next(self.events), name=f"fork_{layer}")
         set_argument(stage, "stream", COPY)
         set_argument(stage, "after", fork)
         staged = list(stage.users)
         for node in (stage, *staged):
             update.prepend(node)
-        event = next(self._events)
+        event = next(self.events)
         ticket = emit.call("record_event", staged, event, COPY, name=f"staged_{layer}")
-        pools = [self._state.get(name, layer) for name in ("pages", "block_table")]
-        self._wait(update, ticket, event, [*pools, *self._summaries(layer)])
+        pools = [self.state.get(name, layer) for name in ("pages", "block_table")]
+        self.wait(update, ticket, event, [*pools, *self.summaries(layer)])
         return 1
 
     def store(self, store: fx.Node) -> int:
         """Split an in-line store into its start and a wait at the end of the step."""
         layer = LAYER.of(store)
-        emit = Emitter(self._graph, store, store, layer)
-        event = next(self._events)
+        emit = Emitter(self.graph, store, store, layer)
+        event = next(self.events)
         inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
-        event = next(self._events)
+        event = next(self.events)
         ticket = emit.call("offload_blocks", *store.args, event, fork)
-        end = find_ops(self._graph, "advance_lengths")[0]
-        self._wait(end, ticket, event, [self._state.get("host", layer)])
-        self._graph.erase_node(store)
+        end = find_ops(self.graph, "advance_lengths")[0]
+        self.wait(end, ticket, event, [self.state.get("host", layer)])
+        self.graph.erase_node(store)
         return 1
 
-    def _prefetch(self, emit: Emitter, plan: PagePlan, prefix: str) -> tuple[fx.Node, int]:
-        misses = (plan.miss_blocks, plan.miss_pages)
-        pools = (self._state.get("host", emit.layer), self._state.get("pages", emit.layer))
-        fork = emit.call(
-            "fork_stream",
-            [*misses, *pools],
-            next(self._events),
-            name=f"{prefix}fork_{emit.layer}",
-        )
-        event = next(self._events)
-        ticket = emit.call(
-            "prefetch_blocks", *misses, *pools, event, fork, name=f"{prefix}prefetch_{emit.layer}"
-        )
-        return ticket, event
-
-    def _used(self, plan: PagePlan) -> list[fx.Node]:
-        """Return the state that choosing a plan's blocks and fetching them uses."""
-        layer = LAYER.of(plan.node)
-        written = {access.state for access in accesses(plan.node) if access.is_write}
-        tables = [n for n in plan.node.all_input_nodes if n.name in written]
-        return [self._state.get("pages", layer), *tables, *self._summaries(layer)]
-
-    def _summaries(self, layer: int) -> list[fx.Node]:
-        """Return the tensors of a layer's summaries."""
-        assert self._ctx.layout is not None
-        layout = self._ctx.layout
-        shape = next(shape for shape in layout.layers if shape.layer == layer)
-        return [
-            self._state.get(name, layer)
-            for summary in layout.summaries()
-            for name in layout.summary_tensors(summary, shape)
-        ]
-
-    def _wait(self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]) -> None:
-        emit = Emitter(self._graph, before, ticket, LAYER.of(ticket))
-        emit.call("wait_blocks", ticket, buffers, [], event)
+    def _for_later(self, layer: int) -> list[fx.Node]:
+        """Return the ops of a layer whose work only later steps use."""
+        ops = ((n, instruction(n)) for n in self.graph.nodes if LAYER.get(n) == layer)
+        return [n for n, it in ops if it is not None and it.is_for_later]
 
     def _split_attention(
         self, emit: Emitter, attention: fx.Node, plan: PagePlan, ticket: fx.Node, event: int
@@ -227,11 +207,13 @@ class _Insertion:
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
         partial = emit.call("attend_resident", *selection, scale, softcap)
         parts = [emit.item(partial, i) for i in range(len(results_of(partial)))]
-        self._wait(attention, ticket, event, [self._state.get("pages", emit.layer)])
+        for node in self._for_later(emit.layer):
+            attention.prepend(node)  # nobody waits for it, and it runs while the copy does
+        self.wait(attention, ticket, event, [self.state.get("pages", emit.layer)])
         out = emit.call("attend_missing", *selection, *parts, scale, softcap)
         SITE.put(out, SITE.of(attention))
         attention.replace_all_uses_with(out)
-        self._graph.erase_node(attention)
+        self.graph.erase_node(attention)
 
 
 def _plan_of(graph: fx.Graph, layer: int) -> fx.Node:

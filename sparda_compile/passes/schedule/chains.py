@@ -4,7 +4,8 @@
     forecast, ids and scores of the past, fork, stage, record    a sparse prompt
 
 A chain is moved as a whole. Its stages, which say themselves on which stream they run, may go to
-the select stream from any of them on.
+the select stream from any of them on. One that takes nothing of this step, such as a prediction
+from earlier ones, may begin any number of layers ahead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sparda_compile.graph.effects import (
 from sparda_compile.graph.liveness import side_stream_inputs
 from sparda_compile.graph.nodes import call_name, is_sparda, program_order
 from sparda_compile.graph.site import sites_of
-from sparda_compile.graph.tags import LAYER
+from sparda_compile.graph.tags import HINT, LAYER
 from sparda_compile.isa.streams import COMPUTE, SELECT
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Chains:
     def __init__(self, graph: fx.Graph, dag: nx.DiGraph) -> None:
         self._graph = graph
         self._dag = dag
+        self._earliest: dict[int, fx.Node] = {}
 
     def chain(self, prefetch: fx.Node) -> Chain | None:
         """Return the chain that leads to a copy, None if it has to stay where it is."""
@@ -89,11 +91,18 @@ class Chains:
             # Something outside needs the chain and is needed by it: a repair, behind its layer's
             # own append. It stays where it is.
             return None
-        earliest = self._earliest(nodes, order)
-        wait = self._previous_wait(prefetch, order, earliest)
         # What says itself on which stream it runs, but for the copy.
         chosen = [(n, instruction(n)) for n in nodes if n not in (prefetch, last)]
         stages = [n for n, it in chosen if it is not None and it.stream is None]
+        # Another hint's chain of the layer moves by itself: behind its earliest place is enough,
+        # and what is tried keeps the two in order.
+        others = {n for n in needed if HINT.on(n) and LAYER.of(n) == layer}
+        before = [self._earliest[layer]] if others and layer in self._earliest else []
+        earliest: fx.Node = max([*(needed - others), *before], key=lambda p: order[p])
+        self._earliest[layer] = earliest
+        if earliest.op == "placeholder":
+            return Chain(nodes, prefetch, fork, stages, self._places_ahead(layer))
+        wait = self._previous_wait(prefetch, order, earliest)
         places = [(f"behind {earliest.name}", earliest)]
         if wait is not None:
             behind = wait.prev
@@ -114,18 +123,13 @@ class Chains:
                     stack.append(user)
         return found
 
-    def _earliest(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node:
-        """Return the last node that anything in the chain depends on."""
-        inside = set(nodes)
-        outside = {p for n in nodes for p in self._dag.predecessors(n)} - inside
-        last: fx.Node = max((p for p in outside), key=lambda p: order[p])
-        if last.op != "placeholder":
-            return last
-        # A chain without inputs may start anywhere; one layer ahead is enough.
-        layer = LAYER.of(nodes[-1])
+    def _places_ahead(self, layer: int) -> list[tuple[str, fx.Node]]:
+        """Return places one, two, four and so on layers ahead, and the beginning of the step."""
         before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
-        first: fx.Node = next(n for n in self._graph.nodes if n.op != "placeholder").prev
-        return before[-1] if before else first
+        ahead = [before[-(1 << i)] for i in range(len(before).bit_length())]
+        places = [(f"behind {node.name}", node) for node in ahead]
+        first = next(n for n in self._graph.nodes if n.op != "placeholder")
+        return [*places, ("at the beginning", first.prev)]
 
     def _previous_wait(
         self, prefetch: fx.Node, order: dict[fx.Node, int], earliest: fx.Node

@@ -28,6 +28,7 @@ picks from the past has chains, too: forecast, ids of the past, fork, stage, rec
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.errors import PassError
@@ -101,6 +102,7 @@ class _Planner:
         self.baseline_us = end_us(
             simulate(list(graph.nodes), self.costs, ctx, dict.fromkeys(graph.nodes, COMPUTE))
         )
+        self._between: list[tuple[fx.Node, fx.Node]] = []
         self.num_chains = 0
         self.num_moved = 0
 
@@ -120,7 +122,9 @@ class _Planner:
         # Where the prediction is the same, the compute stream does less.
         most = max(len(chain.stages) for chain in chains)
         cuts = sorted(range(most + 1), reverse=self._ctx.machine.overlaps)
-        options = [(place, cut) for cut in cuts for place in range(2)]
+        places = range(max(len(chain.places) for chain in chains))
+        options = [(place, cut) for cut in cuts for place in places]
+        self._between = self._edges_between(chains)
         best = min(options, key=lambda option: self._try(chains, [option] * len(chains)))
         decisions = [best] * len(chains)
         best_us = self._try(chains, decisions)
@@ -182,13 +186,31 @@ class _Planner:
                 nodes[min(consumers)].prepend(wait)
 
     def _try(self, chains: Sequence[Chain], decisions: Sequence[tuple[int, int]]) -> float:
-        """Return the predicted step time of a set of decisions."""
+        """Return the predicted step time of a set of decisions; infinity if it would be wrong."""
         nodes = ordered(self._graph, chains, decisions)
         streams = {node: stream_of(node) for node in nodes}
         for chain, (_, cut) in zip(chains, decisions, strict=True):
             streams |= dict.fromkeys(chain.stages, COMPUTE)
             streams |= dict.fromkeys(chain.side(cut), SELECT)
+        if self._between:
+            order = {node: i for i, node in enumerate(nodes)}
+            for first, second in self._between:
+                # Compute waits for the select stream only where it waits for the copy behind it.
+                behind = streams[first] == SELECT and streams[second] == COMPUTE
+                if behind or order[first] > order[second]:
+                    return math.inf
         return round(end_us(simulate(nodes, self.costs, self._ctx, streams)), 6)
+
+    def _edges_between(self, chains: Sequence[Chain]) -> list[tuple[fx.Node, fx.Node]]:
+        """Return what has to stay in order in two chains: a layer with two hints has two."""
+        chain_of = {node: i for i, chain in enumerate(chains) for node in chain.nodes}
+        forks = {chain.fork for chain in chains}
+        return [
+            (first, second)
+            for first, second in self._dag.edges
+            if first in chain_of and second in chain_of and second not in forks
+            if chain_of[first] != chain_of[second]
+        ]
 
     def _apply(self, chains: Sequence[Chain], decisions: Sequence[tuple[int, int]]) -> None:
         for node in ordered(self._graph, chains, decisions):

@@ -65,6 +65,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     copy,
     extend,
     extend_summary,
+    predict,
     prefill,
     score,
     select,
@@ -109,6 +110,9 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
+    predict.predict(scores, scores, lengths, ids, choice, 0.5)
+    for comparable in (True, False):
+        predict.update(scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
         keys = (asked, tensors, lengths[:, None], lengths)

@@ -10,6 +10,7 @@ from sparda_compile.kernels.gpu import token_scores
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_tokens import select_tokens
+from sparda_compile.kernels.shared_sets import leads_of
 from sparda_compile.selectors import Geometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -48,7 +49,7 @@ class Prompt:
             return torch.randint(low, high, shape, generator=self.generator).to(self.dtype)
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
-    def check(self, device, selector, choice, least_equal=1.0):
+    def check(self, device, selector, choice, least_equal=1.0, leads=None):
         """Compare with the reference, which is given the same numbers in fp32; return the ids.
 
         Fewer than all blocks may be equal where sums in another order decide what is nearly a tie.
@@ -65,6 +66,9 @@ class Prompt:
         # What the reference reads of windows that no token has completed is hidden behind it.
         exact = summary.float() if selector == "quest" else summary.float().nan_to_num()
         position = token_positions(self.lengths, self.mask, self.mask.shape[1]).int()
+        mask, spread = self.mask, 1
+        if leads is not None:
+            position, mask, spread = leads.positions, leads.positions >= 0, 8
         want = select_tokens(
             query.float(), [exact], position, self.lengths, num_past, selector, SCALE,
             geometry.num_blocks, geometry.block_size, geometry.pool_size, geometry.pool_stride,
@@ -73,7 +77,7 @@ class Prompt:
         assert kernels.covers(selector, query, self.pooled.shape[1], geometry)
         asked = kernels.Asked(
             query.to(device), [summary.to(device)], position.to(device), self.lengths.to(device),
-            num_past, selector, SCALE, geometry,
+            num_past, selector, SCALE, geometry, spread,
         )  # fmt: skip
         got = torch.empty_like(want, device=device)
         kernels.select_tokens(asked, choice, got)
@@ -83,7 +87,7 @@ class Prompt:
         assert torch.equal(got, want) or least_equal < 1
         assert (got[..., None] == want[..., None, :]).any(-1).float().mean() >= least_equal
         assert torch.equal(got >= 0, want >= 0)
-        assert got[~self.mask[:, None].expand(got.shape[:3])].eq(-1).all()
+        assert got[~mask[:, None].expand(got.shape[:3])].eq(-1).all()
         return got
 
     def check_in_two_parts(self, asked, choice, want):
@@ -131,6 +135,18 @@ def test_kernels_equal_the_reference(device, selector, dtype):
     prompt = Prompt([1000, 170, 90], mask, (1, 4, 24), Geometry(70, 16, 8, 4), dtype=dtype)
     ids = prompt.check(device, selector, Choice(9, 16, 1, 2))
     assert (ids >= 0).sum(-1).unique().tolist() == [0, 6, 9]
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_runs_of_tokens_share_what_their_first_one_picks(device, selector):
+    """Leads of a call are asked alone; they may have the blocks of all its tokens."""
+    prompt = Prompt([1000], [first(40, 40)], (1, 2, 16), Geometry(70, 16, 8, 4))
+    position = token_positions(prompt.lengths, prompt.mask, 40).int()
+    leads = leads_of(position, prompt.lengths, 8)
+    for name in ("queries", "forecasts"):
+        setattr(prompt, name, leads.of(getattr(prompt, name)))
+    assert leads.positions[0].tolist() == [1000, 1008, 1016, 1024, 1032, -1]
+    prompt.check(device, selector, Choice(9, 16, 1, 2), leads=leads)
 
 
 @pytest.mark.parametrize("repeat", [1, 3, 4, 7, 8, 16, 71])

@@ -10,12 +10,11 @@ from sparda_compile.graph.nodes import copy_graph
 from sparda_compile.graph.op_index import OpIndex
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import (
-    hint_source,
+    hints_of,
     layers_of,
     wrong_counts,
     wrong_order,
 )
-from sparda_compile.state.layout import LayerShape
 
 FACTS = frozenset(Fact)
 
@@ -121,15 +120,19 @@ class TestHintSource:
             config = context.config.replace(**settings)
             layout = dataclasses.replace(context.layout, layers=layers, config=config)
             changed = dataclasses.replace(context, layout=layout, config=config)
-            found = [hint_source(layer, changed) for layer in layers]
-            return [each.layer if isinstance(each, LayerShape) else None for each in found]
+            found = [hints_of(layer, changed) for layer in layers]
+            return [each[config.hint][1].layer if each else None for each in found]
 
         sources.layers = layers
         return sources
 
-    @pytest.mark.parametrize("hint", ["forecast", "previous_step", "next_query"])
+    @pytest.mark.parametrize("hint", ["forecast", "next_query"])
     def test_layer_before(self, source, hint):
         assert source(hint=hint) == [None, 0, 1, 2]
+
+    @pytest.mark.parametrize("hint", ["previous_step", "ema"])
+    def test_own_layer_where_only_earlier_steps_count(self, source, hint):
+        assert source(hint=hint) == [None, 1, 2, 3]
 
     def test_first_layer_is_its_own_where_that_can_be(self, source):
         assert source(source.layers[1:], hint="forecast") == [1, 1, 2]

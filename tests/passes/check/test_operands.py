@@ -80,7 +80,7 @@ WRONG = {
     ),
     "the hint's scores": (
         put("block_ids_1", "scores", "hint_scores_1"),
-        "hint_scores_1 takes add_16 as its query, not query_1",
+        "block_ids_1 takes hint_scores_1 as its scores, not those of layer 1",
     ),
     "another layer's keys": (
         put("append_kv_1", "k", "k_0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from sparda_compile.graph.nodes import (
     tensor_shape,
 )
 from sparda_compile.graph.site import sites_of
-from sparda_compile.graph.tags import HINTS, LAYER
+from sparda_compile.graph.tags import HINT, HINTS, LAYER
 from sparda_compile.graph.text import graph_text
 from sparda_compile.sizes import SAMPLES
 
@@ -106,7 +108,7 @@ def test_exact_leaves_selection_to_the_query_and_adds_a_hint(inserted):
         assert argument(guess, "selector") == "forecast"
         ids = named(graph, f"hint_block_ids_{layer}")
         assert argument(ids, "scores") is guess
-        assert HINTS.of(ids) == [layer]
+        assert HINTS.of(ids) == [("forecast", layer)]
         # Nobody takes the guess yet: it cannot change what is computed.
         assert list(ids.users) == []
 
@@ -125,14 +127,14 @@ def test_previous_step_remembers_and_recalls(inserted):
         assert remembered.args[0].name == f"block_ids_{layer}"
         projection = named(graph, site.projection.name)
         assert order[recalled] < order[projection] < order[remembered]
-        assert HINTS.of(recalled) == [layer]
+        assert HINTS.of(recalled) == [("previous_step", layer)]
     assert not any("sparda_forecast" in n.name for n in graph.nodes)
 
 
 def test_previous_layer_has_no_hint_for_the_first(inserted):
     graph, counts = inserted(mode="exact", hint="previous_layer")
     assert counts["hints"] == 1
-    assert HINTS.of(named(graph, "block_ids_0")) == [1]
+    assert HINTS.of(named(graph, "block_ids_0")) == [("previous_layer", 1)]
     assert not HINTS.on(named(graph, "block_ids_1"))
 
 
@@ -161,3 +163,40 @@ def test_new_nodes_are_for_the_target_and_have_values(inserted):
         for node in {forecast, *nodes_between(forecast, scored)}:
             assert LAYER.of(node) == layer
             assert node.meta["val"] is not None
+
+
+class TestSeveralHints:
+    SETTINGS: ClassVar = {
+        "mode": "exact",
+        "hint": ("previous_layer", "next_query", "forecast", "ema"),
+    }
+
+    @pytest.fixture
+    def graph(self, plan_of):
+        return plan_of("llama", **self.SETTINGS).stage("insert_forecast").graph
+
+    def test_each_makes_its_own_guess_under_its_own_name(self, graph):
+        guesses = [(guess, node.name) for node in graph.nodes for guess in HINTS.get(node, ())]
+        assert {guess: name for guess, name in guesses if guess[1] == 1} == {
+            ("ema", 1): "predict_blocks_1",
+            ("next_query", 1): "next_query_block_ids_1",
+            ("forecast", 1): "forecast_block_ids_1",
+            ("previous_layer", 1): "block_ids_0",
+        }
+
+    def test_what_leads_to_a_guess_says_whose_it_is(self, graph):
+        assert HINT.of(named(graph, "next_query_scores_1")) == "next_query"
+        assert HINT.of(named(graph, "forecast_scores_1")) == "forecast"
+        assert HINT.of(named(graph, "predict_blocks_0")) == "ema"
+        for name in ("scores_1", "block_ids_0", "block_ids_1", "update_prediction_1"):
+            assert not HINT.on(named(graph, name))
+
+    def test_of_those_made_at_one_place_the_first_that_is_named_stands_first(self, graph, plan_of):
+        def order(graph):
+            names = [node.name for node in graph.nodes]
+            return [names.index(f"{hint}_block_ids_1") for hint in ("next_query", "forecast")]
+
+        assert order(graph) == sorted(order(graph))
+        other = plan_of("llama", **{**self.SETTINGS, "hint": ("forecast", "next_query")})
+        after = order(other.stage("insert_forecast").graph)
+        assert after == sorted(after, reverse=True)

@@ -6,7 +6,7 @@ import pytest
 
 from sparda_compile.graph.effects import accesses, argument, is_state, stream_of
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, program_order
-from sparda_compile.graph.tags import LAYER, SITE
+from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.text import graph_text
 from sparda_compile.isa.streams import COMPUTE, COPY
 
@@ -30,6 +30,7 @@ COUNTS = {
     "query": ({"mode": "query"}, (0, 0, 0, 2, 2)),
     "exact": ({"mode": "exact"}, (2, 2, 0, 2, 6)),
     "exact by the layer before": ({"mode": "exact", "hint": "previous_layer"}, (1, 2, 0, 2, 5)),
+    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 0, 2, 8)),
     "prefill": ({"phase": "prefill"}, (0, 0, 0, 2, 2)),
     "window": ({"model": "gemma3"}, (0, 1, 0, 1, 2)),
     "sparse prefill": ({"phase": "sparse_prefill"}, (0, 0, 2, 2, 4)),
@@ -224,3 +225,45 @@ def test_prefill_offloads_the_new_keys_and_values(inserted):
         kept = {*new, *(argument(offload, "tokens") if is_last else ())}
         assert set(argument(wait, "keepalive")) == kept
         assert any(is_state(n) for n in argument(offload, "after").all_input_nodes)
+
+
+class TestTwoHints:
+    @pytest.fixture
+    def graph(self, inserted):
+        return inserted(mode="exact", hint=("ema", "forecast"), page_ratio=1.0)[0]
+
+    def test_each_plans_and_fetches_before_the_layer_does(self, graph):
+        order = [node.name for node in graph.nodes]
+        for layer in range(2):
+            names = [
+                *(f"ema_{what}_{layer}" for what in ("plan", "fork", "prefetch")),
+                *(f"forecast_{what}_{layer}" for what in ("plan", "fork", "prefetch")),
+                f"plan_{layer}",
+            ]
+            places = [order.index(name) for name in names]
+            assert places == sorted(places)
+
+    def test_the_last_copy_is_awaited_first(self, graph):
+        for layer in range(2):
+            waits = [n for n in find_ops(graph, "wait_blocks") if LAYER.of(n) == layer]
+            tickets = [argument(wait, "ticket").name for wait in waits]
+            assert tickets[:2] == [f"forecast_prefetch_{layer}", f"ema_prefetch_{layer}"]
+
+    def test_what_belongs_to_a_hint_says_so(self, graph):
+        for hint in ("ema", "forecast"):
+            plan = next(n for n in graph.nodes if n.name == f"{hint}_plan_1")
+            prefetch = next(n for n in graph.nodes if n.name == f"{hint}_prefetch_1")
+            for node in (plan, *plan.users, prefetch, *prefetch.users):
+                assert HINT.of(node) == hint
+        assert not HINT.on(next(n for n in graph.nodes if n.name == "plan_1"))
+
+
+def test_what_only_later_steps_use_runs_beside_the_repair(inserted):
+    for hint, op in (("ema", "update_prediction"), ("previous_step", "remember_ids")):
+        graph, _ = inserted(mode="exact", hint=hint)
+        order = program_order(graph)
+        for node in find_ops(graph, op):
+            layer = LAYER.of(node)
+            missing = next(n for n in find_ops(graph, "attend_missing") if LAYER.of(n) == layer)
+            resident = next(n for n in find_ops(graph, "attend_resident") if LAYER.of(n) == layer)
+            assert order[resident] < order[node] < order[missing]

@@ -7,7 +7,8 @@ import pytest
 from sparda_compile.graph.dependences import dependence_graph, mark_order
 from sparda_compile.graph.effects import argument, stream_of
 from sparda_compile.graph.nodes import call_name, find_ops, program_order, snapshot
-from sparda_compile.graph.tags import LAYER
+from sparda_compile.graph.site import sites_of
+from sparda_compile.graph.tags import HINT, LAYER
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
 from sparda_compile.passes.schedule.chains import Chains, ordered, set_streams
 
@@ -93,3 +94,29 @@ def test_a_cut_puts_stages_on_the_select_stream_behind_the_fork(program):
     assert chain.fork.next is side[0]
     assert set(side[0].all_input_nodes) <= {chain.fork, *argument(chain.fork, "inputs")}
     graph.lint()
+
+
+@pytest.mark.parametrize("hint", ["ema", "previous_step"])
+def test_what_takes_nothing_of_its_step_may_begin_any_number_of_layers_ahead(plan_of, hint):
+    plan = plan_of("qwen3", **UNSCHEDULED, mode="exact", hint=hint)
+    graph = snapshot(plan.graph_module).graph
+    mark_order(graph)
+    chains = Chains(graph, dependence_graph(graph))
+    sites = sites_of(graph)
+    guesses = [n for n in find_ops(graph, "prefetch_blocks") if n.name.startswith("hint")]
+    for number, node in enumerate(guesses):
+        places = chains.chain(node).places
+        want = [f"behind {sites[number - d].hidden.name}" for d in (1, 2, 4) if d <= number]
+        assert [words for words, _ in places] == [*want, "at the beginning"]
+        assert places[-1][1].op == "placeholder"
+
+
+def test_a_second_chain_of_a_layer_waits_for_nothing_of_the_first_to_find_its_place(program):
+    graph, chains = program(mode="exact", hint=("ema", "forecast"))
+    sites = sites_of(graph)
+    second = [c for c in chains if c is not None and c.prefetch.name.startswith("forecast")]
+    for layer, chain in enumerate(second):
+        order = program_order(graph)
+        before = sites[max(layer - 1, 0)]
+        assert order[chain.places[0][1]] >= order[before.hidden]
+        assert not HINT.on(chain.places[0][1])

@@ -1,0 +1,228 @@
+"""How much of what a step reads was guessed before it, at budgets above its own.
+
+Every guess names the blocks that are always read (sink, local, current), which count in its budget
+and are left out of what is counted here:
+
+    coverage   blocks that are guessed and read / blocks that are read
+    precision  blocks that are guessed and read / blocks that are guessed
+    fetched    blocks that are guessed and that the step before did not read / blocks that are read
+
+| who guesses | by |
+|---|---|
+| `ema` | level and trend of the scores of the steps before, as hint `ema` |
+| `last_scores` | the scores of the step before: `ema` with a level weight of 1 |
+| `previous_step` | what the newest steps read, newest first: what a pool of that many pages holds |
+| `previous_layer` | the scores of the layer before in this step |
+| `next_query`, `forecast` | their own scores |
+
+Levels begin with the first step that is watched. As many steps as begin them behind a prompt count
+for nobody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sparda_compile.kernels.predict_blocks import (
+    WINDOW,
+    standardise,
+    update_prediction_reference,
+)
+from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.selectors import SELECTORS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from sparda_compile.config import SpardaConfig
+
+__all__ = ["BUDGETS", "REFERENCES", "STEPS_AHEAD", "Guess", "GuessSums", "block_mask"]
+
+BUDGETS: Final = (1.0, 1.25, 1.5, 2.0)
+"""Blocks that a guess names, over those that a step reads."""
+REFERENCES: Final = ("last_scores", "previous_step")
+"""Guesses that need nothing, which are measured beside each other one."""
+STEPS_AHEAD: Final = 2 * WINDOW
+"""Tokens of a haystack that are decode steps too, for guesses: half of them count."""
+_NEVER: Final = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guess:
+    """What a guess found. Shares, NaN if there was nothing to find.
+
+    Attributes:
+        name: Who guessed.
+        layer: Which layer; None is all in which everyone guessed.
+        budget: Blocks that it names over those that a step reads, the always-read ones included.
+        coverage: Share of the blocks read that were guessed.
+        precision: Share of the blocks guessed that were read.
+        fetched: Blocks guessed that the step before did not read, over the blocks read.
+    """
+
+    name: str
+    layer: int | None
+    budget: float
+    coverage: float
+    precision: float
+    fetched: float
+
+
+@dataclasses.dataclass
+class _Layer:
+    """What the steps before have left of one layer; tensors are [B, G, N] float32."""
+
+    level: Tensor
+    trend: Tensor
+    last_scores: Tensor
+    last_read: Tensor
+    num_steps: int = 0
+
+    @classmethod
+    def like(cls, scores_BGN: Tensor) -> _Layer:
+        never = torch.full_like(scores_BGN, _NEVER)
+        return cls(never, torch.zeros_like(never), never.clone(), never.clone())
+
+
+class GuessSums:
+    """Counts of guesses, by layer, who guessed and budget; `add` watches a decoding.
+
+    Args:
+        names: Who guesses.
+        config: Budget and sizes, selector, and how `ema` predicts.
+    """
+
+    def __init__(self, names: Sequence[str], config: SpardaConfig) -> None:
+        self.names = tuple(dict.fromkeys([*names, *REFERENCES])) if names else ()
+        self._config = config
+        self._layers: dict[int, _Layer] = {}
+        self._before: Tensor | None = None
+        self._sums: dict[tuple[int, str, float], Tensor] = {}
+
+    def begin(self) -> None:
+        """Forget the steps of other sequences; what was counted stays."""
+        self._layers.clear()
+
+    def add(
+        self, number: int, scores: Mapping[str, Tensor], read_BGN: Tensor, lengths_B: Tensor
+    ) -> None:
+        """Count the guesses for one layer of one step, then take the step in.
+
+        Args:
+            number: Of the layer; layers come in order.
+            scores: [B, G, N] float32 by `query`, and by the predictors that have scores.
+            read_BGN: bool, the blocks that the query chooses.
+            lengths_B: int32, tokens before the step.
+        """
+        own = scores["query"]
+        layer = self._layers.setdefault(number, _Layer.like(own))
+        if number == 0:
+            self._before = None
+        ranked = {name: scores[name] for name in self.names if name in scores}
+        ranked |= self._from_state(layer)
+        if self._before is not None and self._before.shape == own.shape:
+            ranked["previous_layer"] = self._before
+        if layer.num_steps >= WINDOW:
+            for name in self.names:
+                if name in ranked:
+                    self._count(number, name, ranked[name], read_BGN, layer.last_read, lengths_B)
+        self._take_in(layer, own, read_BGN, lengths_B)
+        self._before = own
+
+    def _from_state(self, layer: _Layer) -> dict[str, Tensor]:
+        damping = self._config.ema_damping
+        return {
+            "ema": layer.level + damping * layer.trend,
+            "last_scores": layer.last_scores,
+            "previous_step": layer.last_read,
+        }
+
+    def _take_in(self, layer: _Layer, own: Tensor, read_BGN: Tensor, lengths_B: Tensor) -> None:
+        config = self._config
+        is_comparable = SELECTORS[config.selector].is_comparable
+        weights = (config.ema_level, config.ema_trend)
+        comparable = own if is_comparable else standardise(own)
+        update_prediction_reference(comparable, layer.level, layer.trend, weights)
+        layer.last_scores = own
+        layer.num_steps += 1
+        step_B11 = lengths_B.float()[:, None, None]
+        layer.last_read = torch.where(read_BGN, step_B11, layer.last_read)
+
+    def _count(
+        self,
+        number: int,
+        name: str,
+        ranked: Tensor,
+        read_BGN: Tensor,
+        last_read: Tensor,
+        lengths_B: Tensor,
+    ) -> None:
+        config = self._config
+        sizes = (config.block_size, config.sink_blocks, config.local_blocks)
+        num_blocks = ranked.shape[-1]
+        num_read = config.replace(mode="query").num_selected(num_blocks)
+        block_N = torch.arange(num_blocks, device=ranked.device)
+        current_B11 = (lengths_B.long() // config.block_size)[:, None, None]
+        is_forced = (block_N < config.sink_blocks) | (block_N >= current_B11 - config.local_blocks)
+        forced = is_forced.expand(ranked.shape)
+        was_read = last_read == (lengths_B.float() - 1.0)[:, None, None]
+        for budget in BUDGETS:
+            count = min(int(budget * num_read + 0.5), num_blocks)
+            guessed = block_mask(ranked, lengths_B, (count, *sizes))
+            guessed &= ~forced & (ranked > _NEVER)
+            wanted = read_BGN & ~forced
+            parts = (guessed & wanted, wanted, guessed, guessed & ~was_read)
+            sums = torch.stack([part.sum().double() for part in parts]).cpu()
+            key = (number, name, budget)
+            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+
+    def guesses(self) -> list[Guess]:
+        """Return what was found, by who guessed, budget and layer; first over all layers."""
+        found = {name for _, name, _ in self._sums}
+        numbers = sorted({number for number, _, _ in self._sums})
+        shared = [n for n in numbers if all((n, name, BUDGETS[0]) in self._sums for name in found)]
+        guesses = []
+        for name in (name for name in self.names if name in found):
+            for budget in BUDGETS:
+                parts = {n: self._sums.get((n, name, budget)) for n in numbers}
+                of_all = [parts[n] for n in shared]
+                if of_all:
+                    total = torch.stack([part for part in of_all if part is not None]).sum(0)
+                    guesses.append(_guess(name, None, budget, total))
+                guesses += [
+                    _guess(name, n, budget, part) for n, part in parts.items() if part is not None
+                ]
+        return guesses
+
+
+def block_mask(scores_BGN: Tensor, lengths_B: Tensor, choice: tuple[int, int, int, int]) -> Tensor:
+    """Return the blocks that a selection by scores picks, [B, G, N] bool.
+
+    Args:
+        scores_BGN: float32, -inf for a block without a score.
+        lengths_B: int32, tokens before the step.
+        choice: How many blocks, tokens of a block, sink blocks and local blocks.
+    """
+    ids_BGK = select_blocks_reference(scores_BGN, lengths_B, *choice).long()
+    num_blocks = scores_BGN.shape[-1]
+    # An id of -1, for a block that does not exist, goes to the column behind the last one.
+    mask = scores_BGN.new_zeros((*scores_BGN.shape[:2], num_blocks + 1), dtype=torch.bool)
+    return mask.scatter(2, ids_BGK.where(ids_BGK >= 0, num_blocks), True)[..., :-1]
+
+
+def _guess(name: str, layer: int | None, budget: float, sums: Tensor) -> Guess:
+    both, wanted, guessed, fetched = sums.tolist()
+    nan = float("nan")
+    return Guess(
+        name=name,
+        layer=layer,
+        budget=budget,
+        coverage=both / wanted if wanted else nan,
+        precision=both / guessed if guessed else nan,
+        fetched=fetched / wanted if wanted else nan,
+    )

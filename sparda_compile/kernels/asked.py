@@ -1,0 +1,66 @@
+"""What a selection of a prompt's blocks is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from sparda_compile.selectors import Geometry
+
+__all__ = ["Asked"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked for scores.
+
+    Attributes:
+        query: [B, H, T, D] queries, or Forecasts with as many heads as groups.
+        tensors: Of the summary; the first are pooled keys or bounds.
+        positions: [B, T] int32, -1 where no token is.
+        lengths: [B] int32, tokens before this call.
+        num_past: No sequence has more.
+        selector: One that `covers` has.
+        scale: Factor on q . k.
+        geometry: Sizes.
+        spread: A token's position is less than `num_past` and so many times one more than its
+            place.
+    """
+
+    query: Tensor
+    tensors: Sequence[Tensor]
+    positions: Tensor
+    lengths: Tensor
+    num_past: int
+    selector: str
+    scale: float
+    geometry: Geometry
+    spread: int = 1
+
+    @property
+    def softmax(self) -> bool:
+        """Whether a head's scores are weights."""
+        return self.selector in ("infllm2", "nosa")
+
+    @property
+    def lists(self) -> bool:
+        """Whether the last number of a key is its retention score, which no query multiplies."""
+        return self.selector.startswith("nosa")
+
+    @property
+    def num_groups(self) -> int:
+        """KV heads."""
+        return self.tensors[0].shape[1]
+
+    @property
+    def windows(self) -> Geometry:
+        """Sizes of the windows that are scored: a bound is that of a whole block."""
+        if self.selector != "quest":
+            return self.geometry
+        size = self.geometry.block_size
+        return dataclasses.replace(self.geometry, pool_size=1, pool_stride=size)

@@ -1,0 +1,134 @@
+"""Prediction of blocks by level and trend; the reference is `kernels/predict_blocks.py`.
+
+    _predict_blocks      level + damping * trend, then the K best as `select_blocks` picks them
+    _update_prediction   the scores of some steps, one after another, into level and trend
+
+A prediction has one program for each sequence and group. An update that standardises has, too, for
+it needs the mean of a step; else one for each part of the blocks. Floor: level and trend are read
+once, and written once by an update, N * 8 bytes per sequence and group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import triton
+import triton.language as tl
+
+from sparda_compile.kernels.gpu.launch import as_written, launch, power_of_two
+from sparda_compile.kernels.gpu.select import check_num_blocks, pick
+from sparda_compile.selectors.nosa import LISTED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparda_compile.kernels.gpu.select import Choice
+
+__all__ = ["predict", "update"]
+
+# Blocks of one program of an update that needs no mean.
+_BLOCKS: Final = 1024
+_LISTED = tl.constexpr(LISTED)
+
+
+@triton.jit
+def _predict_blocks(
+    level, trend, lengths, ids, damping, groups, num_blocks, sink, local,
+    SIZE: tl.constexpr, SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    current = tl.load(lengths + pair // groups) // SIZE
+    block = tl.arange(0, BLOCKS)
+    exists = (block <= current) & (block < num_blocks)
+    place = pair.to(tl.int64) * num_blocks + block
+    known = tl.load(level + place, mask=exists, other=float("-inf"))
+    score = known + damping * tl.load(trend + place, mask=exists, other=0.0)
+    picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+    forced = (block < sink) | (block >= current - local)
+    picked = picked & (forced | (known > float("-inf")))
+    row = ids + pair.to(tl.int64) * SELECTED
+    tl.store(row + tl.cumsum(picked.to(tl.int32), 0) - 1, block, mask=picked)
+    column = tl.arange(0, COLUMNS)
+    unused = (column < SELECTED) & (column >= tl.sum(picked.to(tl.int32), 0))
+    tl.store(row + column, -1, mask=unused)
+
+
+@triton.jit
+def _update_prediction(
+    scores, level, trend, level_weight, level_rest, trend_weight, trend_rest, num_steps, num_blocks,
+    COMPARABLE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block = part * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    place = pair * num_blocks + block
+    old = tl.load(level + place, mask=inside, other=float("-inf"))
+    slope = tl.load(trend + place, mask=inside, other=0.0)
+    for step in tl.range(num_steps):
+        at = (step * tl.num_programs(0) + pair) * num_blocks + block
+        score = tl.load(scores + at, mask=inside, other=float("-inf"))
+        scored = score > float("-inf")
+        if not COMPARABLE:
+            is_open = scored & (score < _LISTED)
+            count = tl.maximum(tl.sum(is_open.to(tl.int32), 0), 1).to(tl.float32)
+            mean = tl.sum(tl.where(is_open, score, 0.0), 0) / count
+            distance = tl.where(is_open, score - mean, 0.0)
+            variance = tl.sum(distance * distance, 0) / count
+            factor = tl.where(
+                variance > 0.0, 1.0 / tl.sqrt(tl.where(variance > 0.0, variance, 1.0)), 0.0
+            )
+            standard = distance * factor
+            best = tl.maximum(tl.max(tl.where(is_open, standard, float("-inf")), 0), 0.0)
+            score = tl.where(score >= _LISTED, best + 1.0, standard)
+        score = tl.where(scored, score, 0.0)
+        is_old = old > float("-inf")
+        known = tl.where(is_old, old, 0.0)
+        rise = trend_weight * (score - known) + trend_rest * slope
+        slope = tl.where(scored & is_old, rise, slope)
+        new = tl.where(is_old, level_weight * score + level_rest * known, score)
+        old = tl.where(scored, new, old)
+    tl.store(level + place, old, mask=inside)
+    tl.store(trend + place, slope, mask=inside)
+
+
+def predict(
+    level_BGN: Tensor,
+    trend_BGN: Tensor,
+    lengths_B: Tensor,
+    ids_BGK: Tensor,
+    choice: Choice,
+    damping: float,
+) -> None:
+    """Predict blocks; see `kernels.predict_blocks`. Writes `ids_BGK`."""
+    batch, groups, num_blocks = level_BGN.shape
+    check_num_blocks(num_blocks)
+    # As of `_select_pages`, which picks in the same way.
+    warps = 4 if num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16
+    launch(_predict_blocks, (batch * groups,))(
+        level_BGN, trend_BGN, lengths_B, ids_BGK, damping, groups, num_blocks,
+        choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
+        power_of_two(num_blocks), power_of_two(choice.num_selected), num_warps=warps,
+        **as_written(),
+    )  # fmt: skip
+
+
+def update(
+    scores_WBGN: Tensor,
+    level_BGN: Tensor,
+    trend_BGN: Tensor,
+    weights: tuple[float, float],
+    *,
+    are_comparable: bool,
+) -> None:
+    """Take in scores of W steps, in order; see `kernels.predict_blocks`. All are contiguous."""
+    num_steps, batch, groups, num_blocks = scores_WBGN.shape
+    check_num_blocks(num_blocks)
+    blocks = power_of_two(num_blocks)
+    if are_comparable:
+        blocks = min(blocks, _BLOCKS)
+    warps = 4 if blocks <= 1024 else 8 if blocks <= 8192 else 16
+    of_level, of_trend = weights
+    launch(_update_prediction, (batch * groups, triton.cdiv(num_blocks, blocks)))(
+        scores_WBGN, level_BGN, trend_BGN, of_level, 1.0 - of_level, of_trend, 1.0 - of_trend,
+        num_steps, num_blocks, are_comparable, blocks, num_warps=warps, **as_written(),
+    )  # fmt: skip

@@ -1,0 +1,278 @@
+"""Predict the KV blocks of the next step from the scores of past ones: a level and a trend.
+
+    predict_blocks      the K blocks with the largest level + damping * trend
+    update_prediction   trend = b * (score - level) + (1 - b) * trend, by the level as it was
+                        level = a * score + (1 - a) * level
+    begin_prediction    the same for the last tokens of a prompt, one after another
+
+A level of -inf says that the block was never scored; its first score becomes its level, its trend
+stays 0, and until then it is not predicted. A score of -inf changes nothing. Scores that cannot be
+compared between steps are standardised in each step: (score - mean) / deviation, over the scored
+blocks that are not on a short list; those on it get one more than the best of the others.
+
+Source: PRR (arXiv 2606.30389) section 4.1, equations 2 and 3. On CUDA: `gpu/predict.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from sparda_compile.isa.define import define
+from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.kernels.score_blocks import write_scores
+from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.selectors import Geometry
+from sparda_compile.selectors.nosa import LISTED
+
+__all__ = [
+    "WINDOW",
+    "begin_prediction",
+    "predict_blocks",
+    "predict_blocks_reference",
+    "standardise",
+    "update_prediction",
+    "update_prediction_reference",
+]
+
+WINDOW: Final = 32
+"""Tokens at the end of a prompt whose scores begin the levels."""
+
+
+def predict_blocks_reference(
+    level_BGN: Tensor,
+    trend_BGN: Tensor,
+    lengths_B: Tensor,
+    choice: tuple[int, int, int, int],
+    damping: float,
+) -> Tensor:
+    """Pick the best predicted blocks, as `select_blocks` picks; [B, G, K] int32, -1 at the end.
+
+    Args:
+        level_BGN: Levels, float32; -inf for a block that was never scored.
+        trend_BGN: Trends, float32.
+        lengths_B: Tokens before the step that is predicted, int32.
+        choice: K, tokens of a block, sink blocks and local blocks.
+        damping: Factor on the trend.
+    """
+    num_blocks = level_BGN.shape[-1]
+    _, block_size, sink_blocks, local_blocks = choice
+    ids_BGK = select_blocks_reference(level_BGN + damping * trend_BGN, lengths_B, *choice)
+    current_B11 = (lengths_B.long() // block_size)[:, None, None]
+    is_forced = (ids_BGK < sink_blocks) | (ids_BGK >= current_B11 - local_blocks)
+    has_level = level_BGN.gather(-1, ids_BGK.clamp(min=0).long()) > float("-inf")
+    is_kept = (ids_BGK >= 0) & (is_forced | has_level)
+    ids_BGK = ids_BGK.masked_fill(~is_kept, num_blocks).sort(-1).values
+    return ids_BGK.masked_fill(ids_BGK == num_blocks, -1)
+
+
+def standardise(scores_BGN: Tensor) -> Tensor:
+    """Return scores that can be compared between steps; -inf stays.
+
+    Args:
+        scores_BGN: Scores of one step, float32.
+    """
+    is_open = (scores_BGN > float("-inf")) & (scores_BGN < LISTED)
+    count = is_open.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores_BGN.where(is_open, 0.0).sum(-1, keepdim=True) / count
+    distance = (scores_BGN - mean).where(is_open, 0.0)
+    variance = distance.square().sum(-1, keepdim=True) / count
+    scale = torch.where(variance > 0.0, variance.rsqrt(), 0.0)
+    standard = distance * scale
+    best = standard.masked_fill(~is_open, float("-inf")).amax(-1, keepdim=True)
+    listed = (best.clamp(min=0.0) + 1.0).expand_as(standard)
+    standard = torch.where(scores_BGN >= LISTED, listed, standard)
+    return standard.masked_fill(scores_BGN == float("-inf"), float("-inf"))
+
+
+def update_prediction_reference(
+    scores_BGN: Tensor, level_BGN: Tensor, trend_BGN: Tensor, weights: tuple[float, float]
+) -> None:
+    """Take in the scores of one step, in place.
+
+    Args:
+        scores_BGN: Scores that can be compared between steps, float32.
+        level_BGN: Levels, float32, updated.
+        trend_BGN: Trends, float32, updated.
+        weights: Of the new score in the level, and of its distance from the level in the trend.
+    """
+    of_level, of_trend = weights
+    is_scored, is_old = scores_BGN > float("-inf"), level_BGN > float("-inf")
+    # Where there is no score or no level, numbers that nobody reads stand in.
+    score, level = scores_BGN.where(is_scored, 0.0), level_BGN.where(is_old, 0.0)
+    trend = of_trend * (score - level) + (1.0 - of_trend) * trend_BGN
+    trend_BGN.copy_(trend.where(is_scored & is_old, trend_BGN))
+    level = (of_level * score + (1.0 - of_level) * level).where(is_old, score)
+    level_BGN.copy_(level.where(is_scored, level_BGN))
+
+
+@define(
+    fake=lambda a: a.lengths.new_empty((*a.level.shape[:2], a.num_selected)),
+    kernels=("_predict_blocks",),
+    before=("update_prediction",),  # else the prediction knew this step's own scores
+)
+def predict_blocks(
+    level: Tensor,
+    trend: Tensor,
+    lengths: Tensor,
+    num_selected: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    damping: float,
+    stream: int = 0,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Predict the blocks that this step will read, from the scores of the steps before.
+
+    Args:
+        level: [B, G, N] float32, -inf for a block that was never scored.
+        trend: [B, G, N] float32.
+        lengths: [B] int32, tokens before this step; the new token is in block length // P.
+        num_selected: K, blocks to predict in all.
+        block_size: P, tokens of one block.
+        sink_blocks: Always-read first blocks.
+        local_blocks: Always-read blocks before the current one.
+        damping: Factor on the trend, 0 to 1.
+        stream: 0 compute, 2 select.
+        after: Result of the fork that starts the select stream's work, if this op is first on it.
+
+    Returns:
+        [B, G, K] int32 block ids, ascending, then -1: sink, local and current blocks, then the
+        best by level + damping * trend, the lower id where two are equal.
+    """
+    del after
+    ids = lengths.new_empty((*level.shape[:2], num_selected))
+    choice = (num_selected, block_size, sink_blocks, local_blocks)
+
+    def work() -> None:
+        if level.is_cuda:
+            from sparda_compile.kernels.gpu.predict import predict
+            from sparda_compile.kernels.gpu.select import Choice
+
+            predict(level, trend, lengths, ids, Choice(*choice), damping)
+        else:
+            ids.copy_(predict_blocks_reference(level, trend, lengths, choice, damping))
+
+    current_engine().submit(stream, work)
+    return ids
+
+
+@define(mutates=("level", "trend"), kernels=("_update_prediction",), is_for_later=True)
+def update_prediction(
+    scores: Tensor,
+    level: Tensor,
+    trend: Tensor,
+    level_weight: float,
+    trend_weight: float,
+    are_comparable: bool,
+) -> None:
+    """Take the scores of this step's selection into level and trend, for the next step.
+
+    Args:
+        scores: [B, G, N] float32, -inf for a block without a score.
+        level: [B, G, N] float32, updated.
+        trend: [B, G, N] float32, updated.
+        level_weight: Weight of the new score in the level, above 0 and at most 1.
+        trend_weight: Weight of its distance from the level in the trend, above 0 and at most 1.
+        are_comparable: Whether scores of two steps can be compared; else they are standardised.
+    """
+    current_engine().submit(
+        COMPUTE,
+        lambda: _update(scores[None], level, trend, (level_weight, trend_weight), are_comparable),
+    )
+
+
+def _score_bytes(arguments: Any) -> int:
+    """Return the bytes of the scores of a prompt's last tokens."""
+    num_scored: int = min(WINDOW, arguments.query.shape[2])
+    return num_scored * int(arguments.level.numel()) * 4
+
+
+@define(mutates=("level", "trend"), behind=("update_summary",), workspace=_score_bytes)
+def begin_prediction(
+    query: Tensor,
+    summary: Sequence[Tensor],
+    columns: Tensor,
+    totals: Tensor,
+    lengths: Tensor,
+    level: Tensor,
+    trend: Tensor,
+    selector: str,
+    scale: float,
+    num_blocks: int,
+    block_size: int,
+    pool_size: int,
+    pool_stride: int,
+    level_weight: float,
+    trend_weight: float,
+    are_comparable: bool,
+    short_list: int = 0,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+) -> None:
+    """Take the scores of the last tokens of a prompt into level and trend, one by one.
+
+    Each scores what lies before its own position, as a decode step there would. A sequence with
+    fewer new tokens than the window takes in those that it has.
+
+    Args:
+        query: [B, H, T, D] queries.
+        summary: The tensors of the selector's summary, with the new keys in them.
+        columns: [B, T] int32, columns of the real tokens by position, then the others.
+        totals: [B] int32, tokens behind this call.
+        lengths: [B] int32, tokens before this call.
+        level: [B, G, N] float32, updated.
+        trend: [B, G, N] float32, updated.
+        selector: Name of the selector.
+        scale: Factor on q . k.
+        num_blocks: N.
+        block_size: P.
+        pool_size: Tokens of one pooled key.
+        pool_stride: Tokens between pooled keys.
+        level_weight: Weight of a new score in the level.
+        trend_weight: Weight of its distance from the level in the trend.
+        are_comparable: Whether scores of two steps can be compared; else they are standardised.
+        short_list: Blocks that the query picks; for selectors that rank the rest otherwise.
+        sink_blocks: First blocks, which are not on the short list.
+        local_blocks: Blocks before the current one, which are not on the short list either.
+    """
+    geometry = Geometry(
+        num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
+    )
+    batch, _, num_tokens, dim = query.shape
+    num_scored = min(WINDOW, num_tokens)
+    scores = query.new_empty((num_scored, *level.shape[:2], num_blocks), dtype=torch.float32)
+    # Counted back from the last token of each sequence, which may have fewer.
+    back_W = torch.arange(num_scored, 0, -1, device=query.device)
+    number_BW = (totals - lengths)[:, None] - back_W
+    column_BW = columns.gather(1, number_BW.clamp(min=0)).long()
+    before_BW = (totals[:, None] - back_W).clamp(min=0).int()
+    for place in range(num_scored):
+        at = column_BW[:, None, place, None, None].expand(batch, query.shape[1], 1, dim)
+        asked, before = query.gather(2, at), before_BW[:, place].contiguous()
+        write_scores(asked, summary, before, selector, scale, geometry, scores[place])
+    scores.masked_fill_((number_BW < 0).T[:, :, None, None], float("-inf"))
+    _update(scores, level, trend, (level_weight, trend_weight), are_comparable)
+
+
+def _update(
+    scores_WBGN: Tensor,
+    level: Tensor,
+    trend: Tensor,
+    weights: tuple[float, float],
+    are_comparable: bool,
+) -> None:
+    """Take in the scores of some steps, in order."""
+    if level.is_cuda:
+        from sparda_compile.kernels.gpu.predict import update
+
+        update(scores_WBGN, level, trend, weights, are_comparable=are_comparable)
+        return
+    for scores_BGN in scores_WBGN:
+        scores_BGN = scores_BGN if are_comparable else standardise(scores_BGN)
+        update_prediction_reference(scores_BGN, level, trend, weights)

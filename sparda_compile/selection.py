@@ -1,0 +1,138 @@
+"""Groups of a configuration that say which blocks are read, and how they are guessed early."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final, Literal, get_args
+
+from sparda_compile.checks import number, one_of, whole
+from sparda_compile.errors import ConfigError
+from sparda_compile.registry import HINTS, SELECTORS
+
+__all__ = ["Mode", "Prediction", "Prefill", "Selection"]
+
+Mode = Literal["dense", "query", "forecast", "exact"]
+Prefill = Literal["auto", "sparse", "dense"]
+
+_MODES: Final = get_args(Mode)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which blocks attention reads, and who says so.
+
+    Attributes:
+        mode: Who selects the KV blocks that attention reads. `dense`: nobody, all blocks.
+            `query`: the layer's own query. `forecast`: the previous layer's Forecast (SparDA).
+            `exact`: the layer's own query, with a hint that prefetches and a repair of what
+            the hint missed; equals `query` bit for bit.
+        selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head),
+            `quest` (bounds from each block's smallest and largest key) or `nosa` (`short_list`
+            blocks as `infllm2`, or the Forecast, ranks them, the rest by retention scores). A
+            model for `nosa` carries its retention score in the last channel of each key and 1 in
+            that of each query (docs/models.md); `optimize` refuses others by their queries.
+        hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer`,
+            `next_query` (the layer's query projection on the input of the layer before) or `ema`
+            (the scores of past steps, smoothed; see `Prediction`). Several, as a tuple: each
+            prefetches at its own time, the later ones what the earlier have not brought.
+        forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
+            [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
+            gives the full one. None leaves it to the file of weights, and without one to a rule:
+            no more numbers than 256 rows of the hidden width, SparDA's own size.
+        top_k: Blocks to pick beyond the sink and local ones; None picks every block. NOSA's
+            published constants are top_k=78 with local_blocks=16.
+        short_list: Of the top_k blocks, those that the query or the Forecast picks; read by
+            selector `nosa` alone.
+        sink_blocks: Always-kept first blocks.
+        local_blocks: Always-kept most recent blocks, besides the one being written.
+        prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
+            its own blocks, those that a decode step would select there. `auto`: on a GPU, of the
+            two what is expected to be faster for a prompt of that length; on a CPU `dense`.
+        shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
+            the first of them; it divides `block_size`. 1, the default, gives each token its own, as
+            a decode step would. More select as much faster, and what is selected depends on where
+            a prompt is cut, unless it is cut at multiples of it.
+    """
+
+    mode: Mode = "forecast"
+    selector: str = "infllm2"
+    hint: str | tuple[str, ...] = "forecast"
+    forecast_rank: int | None = None
+    top_k: int | None = 62
+    short_list: int = 23
+    sink_blocks: int = 1
+    local_blocks: int = 32
+    prefill: Prefill = "auto"
+    shared_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, _MODES)
+        one_of("selector", self.selector, SELECTORS.choices())
+        object.__setattr__(self, "hint", _hint_of(self.hint))
+        one_of("prefill", self.prefill, get_args(Prefill))
+        for name in ("sink_blocks", "local_blocks", "short_list"):
+            whole(name, getattr(self, name), 0)
+        whole("shared_tokens", self.shared_tokens, 1)
+        if self.top_k is not None:
+            whole("top_k", self.top_k, 0)
+        if self.forecast_rank is not None:
+            whole("forecast_rank", self.forecast_rank, 1)
+        if self.mode == "dense" and self.prefill == "sparse":
+            wrong = "prefill='sparse' selects by the mode, and mode='dense' selects nothing"
+            raise ConfigError(f"{wrong}; use prefill='auto', or mode='query' or 'forecast'.")
+        if self.top_k is None or self.short_list <= self.top_k:
+            return
+        if SELECTORS[self.selector].has_short_list:
+            raise ConfigError(
+                f"short_list={self.short_list} is more than the top_k={self.top_k} blocks that "
+                f"selector={self.selector!r} may pick; use short_list of 0 to {self.top_k}, or "
+                "raise top_k (published: short_list=23, top_k=78)."
+            )
+
+
+def _hint_of(value: object) -> str | tuple[str, ...]:
+    """Return a name, or several different ones as a tuple."""
+    if not isinstance(value, (tuple, list)):
+        one_of("hint", value, HINTS.choices())
+        return str(value)
+    names = tuple(value)
+    for name in names:
+        one_of("hint", name, HINTS.choices())
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"hint={value!r} names {'a hint twice' if names else 'no hint'}; use one name, or "
+            f"several different ones such as ('ema', 'forecast'), of {', '.join(HINTS.choices())}."
+        )
+    return tuple(map(str, names)) if len(names) > 1 else str(names[0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How hint `ema` predicts the scores of a step from those of the steps before (PRR).
+
+    Attributes:
+        ema_level: Weight of the newest score in a block's level, above 0 and at most 1; 1 predicts
+            the blocks with the best scores of the last step. PRR's alpha.
+        ema_trend: Weight of the newest score's distance from the level in a block's trend, above 0
+            and at most 1. PRR's beta.
+        ema_damping: How much of its trend is added to a block's level, 0 to 1; at 0, the default,
+            the trend counts for nothing. PRR's gamma.
+    """
+
+    ema_level: float = 0.4
+    ema_trend: float = 0.3
+    ema_damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("ema_level", "ema_trend"):
+            number(name, getattr(self, name))
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is no weight of the newest score; use a number "
+                    "above 0.0 and at most 1.0."
+                )
+        number("ema_damping", self.ema_damping)
+        if not 0.0 <= self.ema_damping <= 1.0:
+            raise ConfigError(
+                f"ema_damping={self.ema_damping} is no share of the trend; use 0.0 to 1.0."
+            )

@@ -1,0 +1,125 @@
+"""Mode `exact` with the predictor: `query` bit for bit over many steps, whatever it predicts."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig, optimize
+from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.registry import HINTS
+from sparda_compile.testing import tiny_llama, tiny_nosa
+
+SMALL = {
+    "block_size": 16, "pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 3,
+    "page_ratio": 1.0, "machine": "h200", "lowering": "eager", "max_tokens": 512,
+    "prefill": "dense",
+}  # fmt: skip
+STEPS = 104  # of each of two turns
+CASES = {
+    "infllm2": {},
+    "quest": {"selector": "quest"},
+    "on the device": {"offload": "never"},
+    "more pages": {"page_ratio": 2.0},
+    "trend": {"ema_damping": 1.0, "ema_level": 0.2},
+    "sparse prompt": {"prefill": "sparse"},
+    "short turns": {"chunk_tokens": 16},
+    "forecast": {"hint": ("ema", "forecast")},
+    "forecast with quest": {"hint": ("ema", "forecast"), "selector": "quest"},
+    "forecast on the device": {"hint": ("ema", "forecast"), "offload": "never"},
+    "unscheduled": {"hint": ("ema", "next_query"), "disable_passes": ("schedule_transfers",)},
+    "all hints": {"hint": HINTS.names(), "page_ratio": 1.5},
+}
+
+
+def two_turns(fast, engine=None):
+    """Return the logits of two turns of a padded batch on one cache."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, 250, (2, 130), generator=generator)
+    more = torch.randint(2, 250, (2, 33), generator=generator)
+    mask = torch.arange(130) >= torch.tensor([[0], [77]])
+    settings = {
+        "max_new_tokens": STEPS, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    with use_engine(engine) if engine else warnings.catch_warnings():
+        one = fast.generate(ids, attention_mask=mask.long(), **settings)
+        rest = torch.ones(2, STEPS + 33, dtype=torch.int64)
+        two = fast.generate(
+            torch.cat([one.sequences, more], 1),
+            attention_mask=torch.cat([mask.long(), rest], 1),
+            past_key_values=one.past_key_values,
+            **settings,
+        )
+    return torch.stack(one.logits + two.logits)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Return a function that optimizes a model, traced once, and remembers what `query` gives."""
+    traced, known = {}, {}
+
+    def make(family, **settings):
+        if family not in traced:
+            model = tiny_nosa() if family == "nosa" else tiny_llama(num_hidden_layers=3)
+            traced[family] = optimize(model, SpardaConfig(mode="dense", lowering="eager"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a Forecast that nobody has trained
+            return optimize(traced[family], SpardaConfig(**{**SMALL, **settings}))
+
+    def by_query(family, **settings):
+        names = ("selector", "prefill", "chunk_tokens", "lowering", "short_list")
+        mine = {name: settings[name] for name in names if name in settings}
+        key = (family, *sorted(mine.items()))
+        if key not in known:
+            known[key] = two_turns(make(family, mode="query", **mine))
+        return known[key]
+
+    make.by_query = by_query
+    return make
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_exact_is_query_over_two_turns(made, settings):
+    fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
+    assert torch.equal(two_turns(fast), made.by_query("llama", **settings))
+    total = fast.sparda.stats().total
+    assert total.hits > 0
+
+
+def test_exact_is_query_with_nosa(made):
+    settings = {"selector": "nosa", "short_list": 2}
+    fast = made("nosa", mode="exact", hint="ema", **settings)
+    assert torch.equal(two_turns(fast), made.by_query("nosa", **settings))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints"])
+def test_late_streams_change_nothing(made, name, seed):
+    engine, settings = DeferredEngine(seed), CASES[name]
+    fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
+    assert torch.equal(two_turns(fast, engine), made.by_query("llama", **settings))
+    assert engine.num_pending == 0
+
+
+def test_a_later_hint_tops_up_what_an_earlier_one_did_not_bring(made):
+    misses = {}
+    for hint in ("ema", "next_query", ("ema", "next_query")):
+        fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
+        two_turns(fast)
+        misses[hint] = fast.sparda.stats().total.misses
+    assert misses["ema", "next_query"] < min(misses["ema"], misses["next_query"])
+
+
+def test_the_predictor_names_what_the_last_step_read_no_longer(made):
+    """Else it would be `previous_step`, whose blocks are there but after a prompt."""
+    counts = {}
+    for hint in ("ema", "previous_step"):
+        fast = made("llama", mode="exact", hint=hint)
+        two_turns(fast)
+        total = fast.sparda.stats().total
+        block = 2 * 16 * 16 * 4
+        counts[hint] = total.h2d_bytes // block - total.misses
+    assert counts["ema"] > 2 * counts["previous_step"]

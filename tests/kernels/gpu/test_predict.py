@@ -1,0 +1,130 @@
+"""Prediction moves ids, bit-equal to the reference; an update rounds as written, or in its sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.kernels.gpu import predict as room
+from sparda_compile.kernels.gpu.select import Choice
+from sparda_compile.kernels.predict_blocks import (
+    predict_blocks_reference,
+    standardise,
+    update_prediction_reference,
+)
+from sparda_compile.selectors.nosa import LISTED
+
+SIZE = 16
+INF = float("inf")
+
+
+def check_predict(device, level, trend, lengths, choice, damping):
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    want = predict_blocks_reference(level, trend, lengths, choice, damping)
+    got = torch.full(want.shape, -77, dtype=torch.int32, device=device)
+    room.predict(level.to(device), trend.to(device), lengths.to(device), got, choice, damping)
+    assert torch.equal(got.cpu(), want)
+    return want
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([1, 2, 8, 21, 32]), st.integers(0, 1 << 16), st.sampled_from([1, 2, 5, 20]),
+    st.integers(0, 3), st.integers(0, 3), st.sampled_from([0.0, 0.5, 1.0]),
+)  # fmt: skip
+def test_predictions_equal_the_reference(device, num_blocks, seed, selected, sink, local, damping):
+    """Few values, so there are many ties, and blocks that were never scored."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor([-INF, 0.0, -0.0, 1.0, -1.0, 0.5])
+    shape = (2, 3, num_blocks)
+    level = values[torch.randint(0, len(values), shape, generator=generator)]
+    trend = values[torch.randint(1, len(values), shape, generator=generator)]
+    lengths = torch.randint(0, num_blocks * SIZE, (2,), generator=generator).tolist()
+    choice = Choice(min(selected, num_blocks), SIZE, sink, local)
+    check_predict(device, level, trend, lengths, choice, damping)
+
+
+def test_nothing_to_go_by_predicts_the_forced_blocks(device):
+    level = torch.full((1, 1, 37), -INF)
+    ids = check_predict(
+        device, level, level.new_zeros(level.shape), [36 * SIZE], Choice(6, SIZE, 1, 1), 0.0
+    )
+    assert ids.tolist() == [[[0, 35, 36, -1, -1, -1]]]
+
+
+def steps_of(steps, num_blocks):
+    """Return scores [W, B, G, N]; blocks begin one by one."""
+    scores = torch.randn(steps, 2, 2, num_blocks)
+    begun = torch.arange(steps)[:, None] + num_blocks // 2 >= torch.arange(num_blocks)
+    return scores.where(begun[:, None, None], -INF)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 37, 128])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_updates_equal_the_reference(device, monkeypatch, num_blocks, steps):
+    monkeypatch.setattr(room, "_BLOCKS", 64)
+    scores = steps_of(steps, num_blocks)
+    want = torch.full((2, 2, num_blocks), -INF), torch.zeros(2, 2, num_blocks)
+    got = [tensor.clone().to(device) for tensor in want]
+    for _ in range(2):
+        for step in scores:
+            update_prediction_reference(step, *want, (0.4, 0.3))
+        room.update(scores.to(device), *got, (0.4, 0.3), are_comparable=True)
+    for mine, its in zip(want, got, strict=True):
+        assert torch.equal(its.cpu(), mine)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_standardised_updates_are_near_the_reference(device, listed):
+    scores = steps_of(7, 53) * 20 - 3
+    if listed:
+        scores[..., 4:9] = LISTED
+    want = torch.full((2, 2, 53), -INF), torch.zeros(2, 2, 53)
+    got = [tensor.clone().to(device) for tensor in want]
+    for step in scores:
+        update_prediction_reference(standardise(step), *want, (0.4, 0.3))
+    room.update(scores.to(device), *got, (0.4, 0.3), are_comparable=False)
+    for mine, its in zip(want, got, strict=True):
+        assert torch.equal(its.cpu() == -INF, mine == -INF)
+        assert torch.allclose(its.cpu(), mine, atol=1e-5)
+
+
+def test_steps_without_scores_change_nothing(device):
+    level, trend = torch.randn(1, 2, 20), torch.randn(1, 2, 20)
+    for are_comparable in (True, False):
+        got = [tensor.clone().to(device) for tensor in (level, trend)]
+        none = torch.full((3, 1, 2, 20), -INF, device=device)
+        room.update(none, *got, (0.4, 0.3), are_comparable=are_comparable)
+        assert torch.equal(got[0].cpu(), level)
+        assert torch.equal(got[1].cpu(), trend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_blocks", [300, 2048, 20000])
+def test_long_sequences(device, num_blocks):
+    level, trend = torch.randn(4, 8, num_blocks), torch.randn(4, 8, num_blocks)
+    lengths = [num_blocks * SIZE - 1, 0, 90 * SIZE, 100 * SIZE + 7]
+    check_predict(device, level, trend, lengths, Choice(96, SIZE, 1, 32), 0.5)
+    scores = steps_of(3, num_blocks)
+    for are_comparable in (True, False):
+        want = level[:2, :2].clone(), trend[:2, :2].clone()
+        got = [tensor.clone().to(device) for tensor in want]
+        for step in scores:
+            step = step if are_comparable else standardise(step)
+            update_prediction_reference(step, *want, (0.4, 0.3))
+        room.update(scores.to(device), *got, (0.4, 0.3), are_comparable=are_comparable)
+        for mine, its in zip(want, got, strict=True):
+            assert torch.allclose(its.cpu(), mine, atol=0.0 if are_comparable else 1e-5)
+
+
+def test_more_blocks_than_can_be_counted(device):
+    level = torch.zeros(1, 1, (1 << 15) + 1, device=device)
+    lengths = torch.zeros(1, dtype=torch.int32, device=device)
+    ids = torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
+    with pytest.raises(UnsupportedInputError, match="32769 KV blocks is too long"):
+        room.predict(level, level, lengths, ids, Choice(4, SIZE, 1, 1), 0.0)
+    with pytest.raises(UnsupportedInputError, match="32769 KV blocks is too long"):
+        room.update(level[None], level, level, (0.4, 0.3), are_comparable=True)
