@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from sparda_compile.bench.interference import bench_interference
 from sparda_compile.bench.memory import pinned_region_bytes
 from sparda_compile.bench.prompt_kernels import bench_prompt
+from sparda_compile.bench.prompt_others import compiled_flex
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 from sparda_compile.config import MIB
 from sparda_compile.kernels.gpu import attention, copy, score, select
@@ -280,7 +281,7 @@ def _attention(
     result["sdpa_gathered"] = graph_us(
         [partial(_sdpa, *operands, _SCALE) for operands in pairs_of]
     ).to_dict()
-    flex = _flex(_SCALE)
+    flex = compiled_flex(_SCALE)
     if float((flex(data[0][0], *gathered[0]) - exact).norm() / exact.norm()) < 5e-3:
         result["flex_gathered"] = graph_us(
             [partial(flex, *operands) for operands in pairs_of]
@@ -296,15 +297,3 @@ def _gathered(pages: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
-
-
-def _flex(scale: float) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def call(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out: Tensor = compiled(query, keys, values, scale=scale, enable_gqa=True)
-        return out
-
-    return call

@@ -177,6 +177,16 @@ def _print_prompt(result: Mapping[str, Any], console: Console) -> None:
         rates = (f"{row['tflops']:.0f}", f"{row['of_matmul']:.3f}")
         table.add_row(name, f"{us:.0f}", f"{floor:.0f}", _ratio(us / floor), *rates)
     console.print(table)
+    columns = ("attention", "us", "TFLOP/s", "mask us", "ours us", "over ours")
+    table = _table("What others offer, beside ours", columns, 1)
+    for name, row in result["others"].items():
+        if "skipped" not in row:
+            mask = f"{row['mask_us']:.0f}" if "mask_us" in row else "-"
+            times = (f"{row['median']:.0f}", f"{row['tflops']:.0f}", mask, f"{row['ours_us']:.0f}")
+            table.add_row(name, *times, _ratio(row["over_ours"]))
+    console.print(table)
+    skipped = {name: row["skipped"] for name, row in result["others"].items() if "skipped" in row}
+    _print_skipped("a prompt", skipped, console)
 
 
 def print_machine(machine: Machine, console: Console) -> None:

@@ -128,3 +128,18 @@ def test_a_call_is_profiled_and_read(monkeypatch):
     monkeypatch.setattr(hidden, "record_events", lambda call: [])
     with pytest.raises(BackendUnavailableError, match="CUPTI"):
         profile_copies(lambda: None)
+
+
+@pytest.mark.gpu
+def test_copies_of_a_prompt_on_a_gpu():
+    from sparda_compile.bench.lab import Lab
+    from sparda_compile.bench.prompt_programs import prompt_of
+
+    programs = Lab("tiny", lambda text: None).prompts
+    programs.configure(block_size=16, top_k=4, local_blocks=2, offload="always")
+    ids = prompt_of(2000, programs.vocabulary, programs.device)
+    programs.generate("sparse_query", ids, 30)
+    row = profile_copies(lambda: programs.first_token("sparse_query", ids, 30))
+    assert row["copies"]["_store_prefix"]["us"] > 0
+    assert 0 <= row["hidden_share"] <= 1
+    assert 0 < row["gpu_busy"] <= 1

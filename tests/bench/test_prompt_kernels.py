@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -38,21 +36,11 @@ def test_floors_are_those_of_the_larger_of_flop_and_bytes(timed):
     assert (row["floor_us"], row["tflops"]) == (1000.0, 0.0)
 
 
-def test_neighbours_share_nine_tenths_of_the_scored_blocks():
-    shape = dataclasses.replace(SMALL, tokens=200, block=16, past=16 * 2048, scored=40)
-    ids = prompt_kernels._block_ids(CPU, shape, 2)
-    assert ids.shape == (1, 2, 200, 44)
-    assert (ids.diff(dim=-1) > 0).all()
-    assert ids[0, :, :, 0].eq(0).all()
-    assert torch.equal(ids[0, 0, :, -1], (2048 + torch.arange(200) // 16).int())
-    scored = ids[0, :, :, 1:41]
-    assert scored.max() < 2048 - 2
-    shared = (scored[:, 1:] == scored[:, :-1]).float().mean()
-    assert 0.89 < shared < 0.92
-
-
 def test_every_kernel_is_compared_and_measured(timed, monkeypatch):
     monkeypatch.setattr(prompt_kernels, "_GROUPS", (2,))
+    monkeypatch.setattr(
+        prompt_kernels, "bench_others", lambda case, us, say: {f"flex_g{case.groups}": us}
+    )
     said = []
     result = prompt_kernels.bench_prompt(CPU, 4000.0, said.append, SMALL)
     assert len(said) == 2
@@ -61,6 +49,7 @@ def test_every_kernel_is_compared_and_measured(timed, monkeypatch):
     assert sorted(result["kernels"]) == sorted(ops + tiles)
     assert (result["tokens"], result["past"]) == (8, 256)
     assert result["kernels"]["attend_g2"]["error"] < 1e-2
+    assert result["others"] == {"flex_g2": 100.0}
     assert result["kernels"]["select_infllm2_g2"]["same_blocks"] > 0.98
     # Tiles of 8 tokens: at least as many blocks as one of them reads, and not all of them.
     union = result["kernels"]["attend_g2_rows_64"]["union"]
@@ -74,5 +63,5 @@ def test_wrong_results_are_not_timed(timed, monkeypatch):
         prompt_kernels.attend_tokens, "attend_tokens", lambda *args: 1.1 * real(*args)
     )
     with pytest.raises(AssertionError, match="off by"):
-        prompt_kernels._attend(CPU, SMALL, 2, (500.0, 4000.0))
+        prompt_kernels._attend(prompt_kernels.Case(CPU, SMALL, 2), (500.0, 4000.0))
     assert not timed

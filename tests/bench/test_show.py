@@ -88,6 +88,12 @@ def test_kernels(console):
             "tokens": 16384,
             "past": 131072,
             "kernels": {"attend_g2": spread(6000.0, floor_us=2400.0, tflops=274.9, of_matmul=0.41)},
+            "others": {
+                "flex_128x64_g2": spread(
+                    9000.0, tflops=183.2, mask_us=12000.0, ours_us=6000.0, over_ours=1.5
+                ),
+                "nsa_g2": {"skipped": "ImportError: no fla"},
+            },
         },
         "beside": {
             "b1": {
@@ -107,6 +113,8 @@ def test_kernels(console):
     assert "attention_b1_g2 9.0 1.50 6.000 20.0 -" in printed
     assert "16384 tokens of a prompt behind 131072, 96 blocks a token" in printed
     assert "attend_g2 6000 2400 2.500 275 0.410" in printed
+    assert "flex_128x64_g2 9000 183 12000 6000 1.500" in printed
+    assert "a prompt: nsa_g2 is left out: ImportError: no fla." in printed
     assert "Beside matrix products, batch 1" in printed
     assert "nobody - 730.5 - -" in printed
     assert "gather 8 500 830.5 0.8 0.25" in printed

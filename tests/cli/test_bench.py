@@ -136,7 +136,7 @@ def kernels(monkeypatch):
     found = {
         "copy": {"gbps": 4000.0},
         "gather": {"memcpy": {**spread(1.0), "gbps": 50.0}, "by_programs": {}},
-        "prompt": {"tokens": 64, "past": 512, "kernels": {}},
+        "prompt": {"tokens": 64, "past": 512, "kernels": {}, "others": {}},
         "beside": {},
     }
     module = pytest.importorskip("sparda_compile.bench.kernels")
@@ -179,8 +179,9 @@ def test_all_runs_in_order_goes_on_after_a_failure_and_keeps_what_is_there(
     assert [p["name"] for p in again if p["status"] != "kept"] == ["decode 8b batch 8"]
 
 
-def test_all_stops_in_time(asked, kernels, tmp_path):
-    result = run("all", "--out", tmp_path, "--minutes", 3)
+def test_all_stops_in_time(asked, kernels, monkeypatch, tmp_path):
+    monkeypatch.setattr("sparda_compile.cli.bench._KERNEL_MINUTES", 2.0)  # less than all others
+    result = run("all", "--out", tmp_path, "--minutes", 2.5)
     assert result.exit_code == 0, result.output
     assert asked == []
     assert "kernels done" in words(result.stdout)

@@ -13,6 +13,7 @@ from sparda_compile.graph.fake_runner import FakeRunner
 from sparda_compile.graph.nodes import fake_value
 from sparda_compile.kernels.gpu.launch import Launch
 from sparda_compile.program.kernel_launches import launches_of
+from sparda_compile.registry import HINTS
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.testing import tiny_nosa
 
@@ -88,7 +89,8 @@ def test_splits_are_those_of_the_batch(found):
 class Prompt:
     """A prompt as a GPU reads it: by kernels, and blocks in CPU memory by address.
 
-    No launch depends on a value (`e2e/test_no_host_sync.py`), so kernels are noted and do not run.
+    No launch depends on a value (`e2e/test_no_host_sync.py`), so kernels are noted and do not run;
+    but for the one whose numbers torch takes as indexes.
     """
 
     def __init__(self, fast, phase, batch_size, max_tokens=512):
@@ -118,7 +120,12 @@ class Prompt:
         launches = []
 
         def noted(kernel, grid):
-            return lambda *args, **options: launches.append(Launch(kernel, grid, args, options))
+            def run(*args, **options):
+                launches.append(Launch(kernel, grid, args, options))
+                if kernel.__name__ == "_number_tokens":
+                    kernel.run(*args, grid=grid, warmup=False, **options)
+
+            return run
 
         ids = torch.randint(2, 250, (self.batch_size, num_tokens))
         positions = self.kv.num_columns + torch.arange(num_tokens).expand_as(ids).contiguous()
@@ -138,6 +145,8 @@ POOLED = {"_extend_pooled_keys"}
 STAGED = {"_mark_blocks", "_place_blocks", "_gather_listed", "_copy_pages"}
 TURN = {*STAGED, *PACKED} - {"_mark_blocks", "_tile_unions"}
 SPARSE = {*STORED, *PACKED, *SELECTED, *POOLED}
+# What a hint keeps of a prompt's last token.
+PREDICTED = {"ema": INFLLM2 | {"_update_prediction"}}
 PROMPTS = {
     "dense": (
         "prefill", {"mode": "dense", "offload": "never"}, {*STORED} - {"_store_prefix"},
@@ -157,12 +166,16 @@ PROMPTS = {
         "sparse_prefill", {"offload": "never"}, {*SPARSE, "_token_sums"} - {"_store_prefix"},
         {*SPARSE, "_token_sums", *STAGED} - {"_store_prefix", "_gather_listed"},
     ),
+    "shared": (
+        "sparse_prefill", {"shared_tokens": 8},
+        {*SPARSE, "_token_sums"}, {*SPARSE, "_token_sums", *STAGED},
+    ),
     **{
         f"exact, {hint}": (
             "sparse_prefill", {"mode": "exact", "hint": hint},
-            {*SPARSE, "_token_sums"}, {*SPARSE, "_token_sums", *STAGED},
+            {*SPARSE, "_token_sums", *names}, {*SPARSE, "_token_sums", *STAGED, *names},
         )
-        for hint in ("forecast", "previous_step", "previous_layer", "next_query")
+        for hint, names in ((name, PREDICTED.get(name, ())) for name in HINTS.choices())
     },
 }  # fmt: skip
 

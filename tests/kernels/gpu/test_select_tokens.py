@@ -263,7 +263,8 @@ def test_large_shapes(device, selector, repeat, dim, dtype):
     geometry = Geometry(300, 64, 32, 16)
     lengths = [18000, 6000, 0]
     mask = [first(700, 700), [i >= 300 for i in range(700)], first(650, 700)]
-    whole = 2 if selector == "infllm2" else 40
+    whole = 2 if selector in ("infllm2", "nosa") else 40
     prompt = Prompt(lengths, mask, (2, repeat, dim), geometry, dtype=dtype, whole=whole)
+    least = 0.998 if selector == "nosa" else 0.999  # it picks twice
     exact = selector == "forecast" or (selector == "quest" and repeat != 7)
-    prompt.check(device, selector, Choice(96, 64, 1, 32), 1.0 if exact else 0.999)
+    prompt.check(device, selector, Choice(96, 64, 1, 32), 1.0 if exact else least)
