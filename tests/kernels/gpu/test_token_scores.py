@@ -102,7 +102,7 @@ def test_parts_and_chunks_change_nothing(device, monkeypatch):
     monkeypatch.setattr(token_scores, "_PART_BLOCKS", 3)
     monkeypatch.setattr(token_scores, "_FORECAST_COLUMNS", 16)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
-    monkeypatch.setattr(token_scores, "_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(token_scores, "SCORE_BYTES", 1)
     for blocks, whole in zip(Blocks, want, strict=True):
         got = by_token(it, blocks)
         for row, length in enumerate((300, 37)):
