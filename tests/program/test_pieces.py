@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -201,13 +202,15 @@ print(*(counts["autograd_cache_" + what] for what in ("miss", "hit", "bypass")))
 
 
 @pytest.mark.slow
-def test_a_second_process_traces_and_compiles_nothing():
+def test_a_second_process_traces_and_compiles_nothing(tmp_path):
+    """In a folder of their own: other tests compile at the same time."""
     new = repr(1e-6 * (1 + random.random()))  # a model that no process has compiled before
     printed = []
     for _ in range(2):
         ran = subprocess.run(
-            [sys.executable, "-c", _A_PROCESS, new], capture_output=True, text=True, check=False
-        )
+            [sys.executable, "-c", _A_PROCESS, new], capture_output=True, text=True, check=False,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        )  # fmt: skip
         assert ran.returncode == 0, ran.stderr[-3000:]
         printed.append(ran.stdout.split())
     # A piece before the attention and one behind it.
