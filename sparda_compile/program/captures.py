@@ -60,6 +60,8 @@ class Captures:
         model: Any = self.model
         try:
             return int(model.get_input_embeddings().weight.shape[0])
+        # A plain module has no such method, and an embedding that is no table has no weight;
+        # transformers raises the second for a model whose embedding it does not find.
         except (AttributeError, NotImplementedError):
             return None
 

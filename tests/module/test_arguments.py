@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from transformers import (
     CompileConfig,
@@ -304,7 +305,10 @@ class TestGenerate:
     @pytest.mark.parametrize("name", IDLE)
     def test_without_effect(self, model, fast, name, batch_size):
         if name in CONFIG and CONFIG[name].only == NOT_HERE:
-            pytest.skip("this version of transformers has no such attribute")
+            pytest.skip(
+                f"GenerationConfig of transformers {transformers.__version__} has no {name}, so "
+                "there is no effect to look for; other supported versions have it"
+            )
         base, with_it = resolved(batch_size, {}), resolved(batch_size, {name: IDLE[name]})
         want = generated(fast, base)
         assert alike(generated(model, with_it), want)
