@@ -12,6 +12,7 @@ of the last.
 from __future__ import annotations
 
 import bisect
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import sparda_compile.ops  # noqa: F401 - fills the table of instructions
@@ -19,6 +20,7 @@ from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.isa.table import INSTRUCTIONS, Work
 from sparda_compile.profiling.kernel_trace import read_kernels
 from sparda_compile.profiling.record import record_events
+from sparda_compile.profiling.replay import merged_spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -130,17 +132,10 @@ class _Cover:
     """
 
     def __init__(self, spans: Iterable[Span]) -> None:
-        self.starts: list[float] = []
-        self.ends: list[float] = []
-        for start, end in sorted(spans):
-            if self.ends and start <= self.ends[-1]:
-                self.ends[-1] = max(self.ends[-1], end)
-            else:
-                self.starts.append(start)
-                self.ends.append(end)
-        self._before = [0.0]
-        for start, end in zip(self.starts, self.ends, strict=True):
-            self._before.append(self._before[-1] + end - start)
+        stretches = merged_spans(spans)
+        self.starts = [start for start, _ in stretches]
+        self.ends = [end for _, end in stretches]
+        self._before = [*accumulate((end - start for start, end in stretches), initial=0.0)]
         self.total = self._before[-1]
 
     def within(self, start: float, end: float) -> float:

@@ -8,7 +8,7 @@ environment that a file holds already are kept.
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,8 +226,5 @@ class Lab:
         from sparda_compile.bench.turns import TurnBench
 
         self._configure(setting.settings)
-
-        def free() -> FreeMemory:
-            return FreeMemory.now(self.max_host_bytes)
-
+        free = partial(FreeMemory.now, self.max_host_bytes)
         return TurnBench(self.prompts, self.shape, free, setting, self.say).measure(file)

@@ -64,18 +64,16 @@ def prompt_floor(
     Returns:
         `linear`, `attention`, `select`, `d2h`, and `total`.
     """
-    begins = config.selection_starts_at
-    selects = name in OURS and OURS[name]["prefill"] == "sparse"
-    if begins is None or num_tokens < begins:
-        selects = False
+    is_sparse = name in OURS and OURS[name]["prefill"] == "sparse"
+    begins = config.selection_starts_at if is_sparse else None
     heads = shape.num_heads * shape.head_dim
     keys = shape.num_groups * shape.head_dim
     per_layer = shape.hidden * (2 * heads + 2 * keys + 3 * shape.ffn)
     linear = 2.0 * (num_tokens * shape.num_layers * per_layer + shape.hidden * shape.vocabulary)
-    most = begins - 1 if selects and begins is not None else num_tokens
+    most = num_tokens if begins is None else begins - 1
     attention = 4.0 * heads * shape.num_layers * _keys_read(num_tokens, most)
     flop = {"linear": linear, "attention": attention, "select": 0.0}
-    if selects:
+    if begins is not None and num_tokens >= begins:
         by_query = config.mode == "query"
         scored = 2 * heads if by_query else keys  # query heads, twice; or one Forecast a group
         windows = num_tokens / 2 / config.pool_stride

@@ -38,6 +38,8 @@ __all__ = ["bench_prefill", "bench_turns", "prompt_part"]
 _MOST_ROUNDS: Final = 1000
 _ROUNDS: Final = 5
 _REPEAT: Final = 10  # as `bench.prompt_programs.REPEAT`, which imports torch
+# What is measured -> the field that tells its results apart.
+_KEYS: Final = {"prefill": "tokens", "turns": "past"}
 
 Programs = Annotated[
     list[PromptProgram] | None,
@@ -125,7 +127,7 @@ def bench_prefill(
             check_plot(plot)
             check_folder(out)
             require_gpu("sparda bench prefill")
-            file = _prefill_file(out, shape, commit, repeat)
+            file = _result_file("prefill", out, shape, commit, repeat)
             make_lab(shape, say, max_host_gib).prefill(setting, file)
         from sparda_compile.bench.plots import write_prefill_plot
         from sparda_compile.bench.show import print_prefill
@@ -177,10 +179,9 @@ def bench_turns(
             from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
             from sparda_compile.cli.bench import make_lab, require_gpu
 
-            turns = tuple(dict.fromkeys(tokens or DEFAULT_TURNS))
             setting = TurnSetting(
                 tuple(dict.fromkeys(past or TurnSetting.past)),
-                turns,
+                tuple(dict.fromkeys(tokens or DEFAULT_TURNS)),
                 (*(program or OURS), *(BACKENDS if baseline else ())),
                 rounds,
                 _settings(chunk_tokens),
@@ -189,7 +190,7 @@ def bench_turns(
             )
             check_folder(out)
             require_gpu("sparda bench turns")
-            file = _turns_file(out, shape, commit, repeat)
+            file = _result_file("turns", out, shape, commit, repeat)
             make_lab(shape, say, max_host_gib).turns(setting, file)
         from sparda_compile.bench.show import print_turns
     if as_json:
@@ -222,22 +223,21 @@ def prompt_part(
     from sparda_compile.bench.turns import TurnSetting
 
     out, commit = place
+    file = partial(_result_file, what, out, shape, commit)
     if what == "prefill":
         prompt = PrefillSetting((size,), minutes=2 * minutes, profile=False)
-        prefill_file = partial(_prefill_file, out, shape, commit)
         return Part(
             f"prefill {shape} {size} tokens",
             minutes,
-            lambda: _is_whole(prefill_file(), size, prompt.programs),
-            lambda: lab(shape).prefill(prompt, prefill_file()),
+            lambda: _is_whole(file(), size, prompt.programs),
+            lambda: lab(shape).prefill(prompt, file()),
         )
     turns = TurnSetting((size,), profile=False)
-    turns_file = partial(_turns_file, out, shape, commit)
     return Part(
         f"turns {shape} behind {size} tokens",
         minutes,
-        lambda: _is_whole(turns_file(), size, turns.programs, turns.turns),
-        lambda: lab(shape).turns(turns, turns_file()),
+        lambda: _is_whole(file(), size, turns.programs, turns.turns),
+        lambda: lab(shape).turns(turns, file()),
     )
 
 
@@ -259,19 +259,12 @@ def _settings(chunk_tokens: int | None) -> dict[str, Any]:
     return {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
 
 
-def _prefill_file(out: Path, shape: str, commit: str | None, repeat: int = _REPEAT) -> ResultFile:
+def _result_file(
+    name: str, out: Path, shape: str, commit: str | None, repeat: int = _REPEAT
+) -> ResultFile:
+    """Return the file of `prefill` or of `turns`; its name says what is not the default."""
     from sparda_compile.bench.lab import ResultFile
 
-    head = {"name": "prefill", "shape": str(shape), "repeat": repeat}
-    return ResultFile(out / f"prefill-{shape}{_suffix(repeat)}.json", head, "tokens", commit)
-
-
-def _turns_file(out: Path, shape: str, commit: str | None, repeat: int = _REPEAT) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
-    head = {"name": "turns", "shape": str(shape), "repeat": repeat}
-    return ResultFile(out / f"turns-{shape}{_suffix(repeat)}.json", head, "past", commit)
-
-
-def _suffix(repeat: int) -> str:
-    return "" if repeat == _REPEAT else f"-repeat-{repeat}"
+    ending = "" if repeat == _REPEAT else f"-repeat-{repeat}"
+    head = {"name": name, "shape": str(shape), "repeat": repeat}
+    return ResultFile(out / f"{name}-{shape}{ending}.json", head, _KEYS[name], commit)

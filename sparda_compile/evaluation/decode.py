@@ -206,7 +206,8 @@ class _Decoder:
             next_BH1D = widened(self.width, rotated(attention, "q", source_B1C, rotation), 1.0)
             scores["next_query"] = self._score(number, self.config.selector, next_BH1D, scale)
         lengths_B = self._lengths(q_BH1D)
-        choice = (self.budget, *self._sizes())
+        config = self.config
+        choice = (self.budget, config.block_size, config.sink_blocks, config.local_blocks)
         chosen = {name: block_mask(each, lengths_B, choice) for name, each in scores.items()}
         if before is not None and before[1].shape == chosen["query"].shape:
             chosen["previous_layer"] = before[1]
@@ -223,10 +224,6 @@ class _Decoder:
         tensors = self.summaries[number][rule.summary.name]
         scores: Tensor = rule.score(query, tensors, self._lengths(query), scale, self.geometry)
         return scores
-
-    def _sizes(self) -> tuple[int, int, int]:
-        config = self.config
-        return config.block_size, config.sink_blocks, config.local_blocks
 
     def _existing(self) -> tuple[Tensor, Tensor]:
         """Return which blocks exist and which of them are forced, [N] each."""

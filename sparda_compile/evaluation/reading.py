@@ -203,7 +203,7 @@ class _Reader:
         ids_BGTK: Tensor = select_tokens(
             query,
             tensors,
-            self.position_BT.int(),
+            self.position_BT,
             self.none_B,
             0,
             selector,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.profiling.kernel_trace import Kernel, PlannedNode
 
-__all__ = ["MODEL", "OWN_OPS", "WAIT", "Replay", "Totals", "totals_of"]
+__all__ = ["MODEL", "OWN_OPS", "WAIT", "Replay", "Totals", "merged_spans", "totals_of"]
 
 MODEL: Final = "model"
 WAIT: Final = "sparda.wait_blocks"
@@ -154,7 +154,7 @@ def totals_of(spans: Sequence[Iterable[tuple[float, float]]], exposed_us: float)
         spans: By stream, start and end of each piece of work, without waits.
         exposed_us: Sum of the waits.
     """
-    merged = [_merged(each) for each in spans]
+    merged = [merged_spans(each) for each in spans]
     compute, copy = merged[COMPUTE], merged[COPY]
     ends = [end for each in merged for _, end in each]
     compute_us, copy_us, select_us = (
@@ -175,7 +175,7 @@ def totals_of(spans: Sequence[Iterable[tuple[float, float]]], exposed_us: float)
     )
 
 
-def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def merged_spans(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return spans without those that are empty, put together where they touch."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(span for span in spans if span[1] > span[0]):

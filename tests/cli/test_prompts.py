@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from sparda_compile import environment
 from sparda_compile.bench.lab import Lab
 from sparda_compile.bench.memory import FreeMemory
+from sparda_compile.bench.prefill import PrefillSetting
 from sparda_compile.bench.prompt_floor import Rates
 from sparda_compile.bench.suite import PARTS
 from sparda_compile.bench.turns import TurnSetting
@@ -201,6 +202,7 @@ def test_defaults(lab, monkeypatch, tmp_path):
     for command in ("prefill", "turns"):
         assert run(command, "--out", tmp_path).exit_code == 0
     prefill, turns = lab.asked
+    assert (prefill, turns) == (PrefillSetting(), TurnSetting())
     assert prefill.tokens == (1024, 131072, 32768, 524288, 1048576, 4096)
     assert len(prefill.programs) == 5
     assert (turns.past, turns.turns) == ((131072,), (1, 200, 4000))
