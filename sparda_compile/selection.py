@@ -50,8 +50,8 @@ class Selection:
             two what is expected to be faster for a prompt of that length; on a CPU `dense`.
         shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
             the first of them; it divides `block_size`. 1, the default, gives each token its own, as
-            a decode step would. More select as much faster, and what is selected depends on where
-            a prompt is cut, unless it is cut at multiples of it.
+            a decode step would. Of more, one scores blocks for all, and what is selected depends on
+            where a prompt is cut, unless it is cut at multiples of it.
     """
 
     mode: Mode = "forecast"

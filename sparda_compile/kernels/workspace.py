@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCORE_BYTES",
+    "TILE_ROWS",
     "UNION_BYTES",
     "attend_tokens_bytes",
     "prefill_attention_bytes",
     "select_past_bytes",
     "select_tokens_bytes",
+    "union_entries",
+    "union_words",
+    "unions_bytes",
     "window_attention_bytes",
 ]
 
@@ -25,9 +29,10 @@ SCORE_BYTES: Final = 64 << 20
 """Of block scores that are there at once: a part of the L2 cache, from which they are read."""
 UNION_BYTES: Final = 64 << 20
 """Of the unions of tiles that are there at once."""
+TILE_ROWS: Final = 64
+"""Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""
 # Positions and orders of tokens, for each token of each sequence.
 _PLACES: Final = 32
-_TILE_ROWS: Final = 64
 # Queries that see their keys at once where a mask says which.
 _MASKED_QUERIES: Final = 256
 
@@ -64,12 +69,27 @@ def select_tokens_bytes(a: Any) -> int:
     return int(_scores(a, num_blocks) + _places(a.query) + parts)
 
 
+def union_entries(num_blocks: int, tokens: int, selected: int) -> int:
+    """Return the most blocks that a tile of tokens reads, of K each."""
+    return min(num_blocks, tokens * selected)
+
+
+def union_words(tokens: int) -> int:
+    """Return the words of 32 bits that hold a bit for each token of a tile, a power of two."""
+    return 1 << (-(-tokens // 32) - 1).bit_length()
+
+
+def unions_bytes(num_blocks: int, tokens: int, selected: int) -> int:
+    """Return the bytes that `gpu.token_blocks.Unions` takes for one tile and pair."""
+    entries = union_entries(num_blocks, tokens, selected)
+    return 8 * entries + 4 * union_words(tokens) * num_blocks + 4
+
+
 def attend_tokens_bytes(a: Any) -> int:
     """Return what `attend_tokens` takes: unions of some tiles, and the order of tokens."""
     batch, groups, num_tokens, selected = a.block_ids.shape
-    num_blocks = a.slots.shape[2]
-    tokens = max(_TILE_ROWS * groups // a.query.shape[1], 1)
-    each = 8 * min(num_blocks, tokens * selected) + 4 * num_blocks
+    tokens = max(TILE_ROWS * groups // a.query.shape[1], 1)
+    each = unions_bytes(a.slots.shape[2], tokens, selected)
     unions = batch * groups * -(-num_tokens // tokens) * each
     return int(min(UNION_BYTES, unions)) + _places(a.query)
 

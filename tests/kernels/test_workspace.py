@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparda_compile import ops
 from sparda_compile.isa.define import implementation
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels.workspace import (
@@ -17,6 +18,7 @@ from sparda_compile.kernels.workspace import (
     select_tokens_bytes,
 )
 
+assert ops.OPS  # which fills the table of instructions
 BATCH, HEADS, GROUPS, DIM, SIZE = 2, 4, 2, 32, 16
 
 

@@ -20,7 +20,7 @@ which each token replaces a tenth, on one H200 (matrix products: 791 TFLOP/s):
 All rows multiply at one rate, so fewer rows, which multiply less for others, win: 64, the least
 that the matrix unit takes. Where neighbours share less, they win by more. Kernels that say what
 each warp does, with copies by TMA and products beside the softmax, multiply up to 494 TFLOP/s for
-128 rows; one in which either half of them passes by what only the other one reads took 1.02 to 1.06
+128 rows; one in which either half of them passes by what only the other one reads took 1.03 to 1.06
 times as long as this one (`benchmarks/results/2026-11-29-h200-prompt-attention-variants.json`).
 """
 
@@ -40,10 +40,9 @@ from sparda_compile.kernels.gpu.token_blocks import (
     all_blocks,
     pack_prompt,
     unions,
-    unions_bytes,
 )
 from sparda_compile.kernels.prefill_attention import num_new_slots
-from sparda_compile.kernels.workspace import UNION_BYTES
+from sparda_compile.kernels.workspace import TILE_ROWS, UNION_BYTES, unions_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,9 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attend_all", "attend_tokens", "attend_unions", "covers", "tile_rows"]
 
-# Query vectors of a tile. Numbers of 32 bits are multiplied by threads, not by tensor cores: those
-# hold less.
-_ROWS: Final = 64
+# Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
 _ROWS_OF_32_BITS: Final = 32
 # Keys of a turn, and as many values.
 _TILE: Final = 64
@@ -207,7 +204,7 @@ def tile_rows(heads: int, dim: int, dtype: torch.dtype) -> int:
         dim: D.
         dtype: Of queries.
     """
-    most = _ROWS_OF_32_BITS if dtype.itemsize == 4 else _ROWS
+    most = _ROWS_OF_32_BITS if dtype.itemsize == 4 else TILE_ROWS
     rows = min(most, _QUERY_BYTES // (power_of_two(dim) * dtype.itemsize))
     return max(rows, power_of_two(heads), 16)
 

@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
+from sparda_compile.kernels.workspace import union_entries, union_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["Prompt", "Unions", "all_blocks", "pack_prompt", "unions", "unions_bytes"]
+__all__ = ["Prompt", "Unions", "all_blocks", "pack_prompt", "unions"]
 
 _TILE: Final = 1024
 # Elements that a program of `pack` holds of keys, and as many of values.
@@ -208,19 +209,6 @@ def _tile_unions(
     tl.store(union_counts + own, count)
 
 
-def _entries(num_blocks: int, tokens: int, selected: int) -> int:
-    return min(num_blocks, tokens * selected)
-
-
-def _words(tokens: int) -> int:
-    return power_of_two(triton.cdiv(tokens, 32))
-
-
-def unions_bytes(num_blocks: int, tokens: int, selected: int) -> int:
-    """Return the bytes that `Unions` takes for one tile and pair."""
-    return 8 * _entries(num_blocks, tokens, selected) + 4 * _words(tokens) * num_blocks + 4
-
-
 def unions(
     prompt: Prompt, block_ids_BGTK: Tensor, tokens: int, first_tile: int, num_tiles: int
 ) -> Unions:
@@ -235,7 +223,7 @@ def unions(
     """
     batch, groups, num_tokens, selected = block_ids_BGTK.shape
     num_blocks, size = prompt.slots.shape[2], prompt.staging.shape[4]
-    num_entries, words = _entries(num_blocks, tokens, selected), _words(tokens)
+    num_entries, words = union_entries(num_blocks, tokens, selected), union_words(tokens)
     pairs = batch * groups
     shape, new = (pairs, num_tiles), prompt.columns.new_empty
     counts, ids, slots = new(shape), new((*shape, num_entries)), new((*shape, num_entries))
@@ -262,5 +250,5 @@ def all_blocks(prompt: Prompt, tokens: int) -> Unions:
     new = block - (prompt.lengths // prompt.staging.shape[4])[:, None, None]
     shape = (batch * groups, 1, num_blocks)
     slots = torch.where(new < 0, prompt.slots, new).reshape(shape)
-    readers = prompt.slots.new_full((*shape, _words(tokens)), -1)
+    readers = prompt.slots.new_full((*shape, union_words(tokens)), -1)
     return Unions(None, block.expand(shape).contiguous(), readers, slots)
