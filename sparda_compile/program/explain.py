@@ -59,12 +59,11 @@ def _prompt_memory(prefill: Plan) -> PromptMemory:
 
 
 def _weight_bytes(model: nn.Module, decode: Plan, forecasts: list[int]) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     joined = JOINED.get(decode.graph_module, {})
     copies = [n for n in decode.graph_module.graph.nodes if n.name in joined]
     itemsize = next(model.parameters()).dtype.itemsize
     return (
-        sum(map(_bytes, tensors.values()))
+        sum(map(_bytes, (*model.parameters(), *model.buffers())))
         + sum(_bytes(fake_value(node)) for node in copies)
         + sum(forecasts) * itemsize
     )
@@ -74,7 +73,7 @@ def _bytes(tensor: Tensor) -> int:
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return tensor.nbytes
 
 
 def refused_report(

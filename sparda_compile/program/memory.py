@@ -71,7 +71,7 @@ class _Walk:
         peak, peak_call = 0, ""
         for call in self._program.calls:
             taken = self._call(call)
-            reused = dict(call.reuses) if self._is_sliced(call) else {}
+            reused = dict(call.reuses) if self._sliced(call) else {}
             for register in call.results:
                 size = num_bytes(self._values[register], *self._sizes)
                 self._held[register] = self._held.pop(reused.get(register, -1), size)
@@ -100,20 +100,22 @@ class _Walk:
     def _taken_by(self, call: Call) -> int:
         piece, (batch, tokens) = call.piece, self._sizes
         assert piece is not None
-        is_sliced = self._is_sliced(call)
-        if is_sliced and isinstance(call.function, SlicedPiece):
-            tokens = call.function.most_tokens(batch, tokens)
+        sliced = self._sliced(call)
+        if sliced is not None:
+            tokens = sliced.most_tokens(batch, tokens)
         key = piece.key, tokens
         if key not in self._pieces:
             self._pieces[key] = piece_bytes(piece, self._lowering, batch, tokens)
         taken = self._pieces[key]
-        if is_sliced and isinstance(call.function, SlicedPiece):
-            return taken + call.function.copied_bytes(batch, self._sizes[1])
+        if sliced is not None:
+            return taken + sliced.copied_bytes(*self._sizes)
         # Its results are counted already.
         return taken - sum(num_bytes(self._values[r], *self._sizes) for r in call.results)
 
-    def _is_sliced(self, call: Call) -> bool:
-        return isinstance(call.function, SlicedPiece) and call.function.is_sliced(*self._sizes)
+    def _sliced(self, call: Call) -> SlicedPiece | None:
+        """Return the piece of a call if it runs in slices."""
+        piece = call.function
+        return piece if isinstance(piece, SlicedPiece) and piece.is_sliced(*self._sizes) else None
 
     def _whole(self) -> tuple[tuple[str, str], ...]:
         functions = [call.function for call in self._program.calls]

@@ -6,8 +6,9 @@
               not; scores of all windows; a pick among all blocks
 
 All layers of a model are alike here, or near enough: the sums are over the layers that select.
-Rates are shares of the machine's rate of matrix products, as measured on one H200 (November 2026;
-`benchmarks/results/`): `prompt-attention-variants` and `prompt-pick` have them.
+Rates are shares of the machine's rate of matrix products, as measured on one H200 in November 2026.
+In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts, and
+`prompt-pick` the time of a pick; of dense attention and of the scores no run is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.graph.site import sites_of
+from sparda_compile.passes.machine import machine_for
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
@@ -26,9 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["PromptCost", "prompt_cost", "prompt_phase"]
 
 _DENSE_SHARE: Final = 0.69
-# Behind a past, by the kernel of sparse prompts.
-_DENSE_TURN_SHARE: Final = 0.55
-_SPARSE_SHARE: Final = 0.55
+# The kernel of sparse prompts, which reads all blocks of a dense one behind a past.
+_KERNEL_SHARE: Final = 0.55
 # A softmax over windows is beside its products, a Forecast has none, and few of them.
 _QUERY_SCORES_SHARE: Final = 0.29
 _FORECAST_SCORES_SHARE: Final = 0.11
@@ -72,6 +73,8 @@ def prompt_phase(
     if config.prefill == "dense" or begins is None or num_past + num_tokens < begins:
         return "prefill"  # where each token reads all blocks, both are the same
     if config.prefill == "auto":
+        if not _machine(captures, config).overlaps:
+            return "prefill"  # on a CPU both are references, and nothing is won
         cost = prompt_cost(captures, config, batch_size, num_past, num_tokens)
         if cost.dense_us <= cost.sparse_us:
             return "prefill"
@@ -82,16 +85,18 @@ def prompt_cost(
     captures: Captures, config: SpardaConfig, batch_size: int, num_past: int, num_tokens: int
 ) -> PromptCost:
     """Return what new tokens are expected to take; arguments as for `prompt_phase`."""
-    found = captures.sites("decode", config)
-    machine = found.context(found.layout(batch_size, num_past + num_tokens)).machine
-    if not machine.overlaps:
-        return PromptCost(0.0, 0.0)  # on a CPU both are references, and nothing is won
-    sites = [site for site in sites_of(found.graph_module.graph) if not site.window]
+    machine = _machine(captures, config)
+    graph = captures.sites("decode", config).graph_module.graph
+    sites = [site for site in sites_of(graph) if not site.window]
     costs = [_site_cost(site, config, machine, num_past, num_tokens) for site in sites]
     return PromptCost(
         batch_size * sum(cost.dense_us for cost in costs),
         batch_size * sum(cost.sparse_us for cost in costs),
     )
+
+
+def _machine(captures: Captures, config: SpardaConfig) -> Machine:
+    return machine_for(config.machine, captures.get("decode").device)
 
 
 def _site_cost(
@@ -103,7 +108,7 @@ def _site_cost(
     pair_flop = 4.0 * width * site.num_heads  # of one token that looks at one other
     dense = num_tokens * seen * pair_flop
     if num_past:
-        dense_us = dense / (_DENSE_TURN_SHARE * flop_us)
+        dense_us = dense / (_KERNEL_SHARE * flop_us)
         past_bytes = 2 * num_past * site.num_groups * width * 2
         if config.offload != "never":
             dense_us = max(dense_us, past_bytes / (machine.link_gbps * 1e3))
@@ -113,7 +118,7 @@ def _site_cost(
     selected = config.num_forced + scored
     readers = max(_ROWS * site.num_groups // (site.num_heads * config.shared_tokens), 1)
     union = selected + scored * (readers - 1) * _NEW_SHARE
-    attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _SPARSE_SHARE
+    attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _KERNEL_SHARE
     windows = seen / config.pool_stride
     if config.needs_forecast and config.mode == "forecast":
         score = 2.0 * site.num_groups * width * windows * num_tokens / _FORECAST_SCORES_SHARE

@@ -111,7 +111,7 @@ class _Recorder:
         self._engine = engine
         self._owners: dict[int, set[int]] = {}  # storage -> registers
         self._storages: dict[int, int] = {}  # register -> storage
-        self._given: set[int] = set()  # what the last call was given, object by object
+        self._given: Sequence[Any] = ()  # what the call that runs was given
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         """Note the stream and pass the work on."""
@@ -131,7 +131,7 @@ class _Recorder:
     def begin(self, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Note what a call takes."""
         record = Record(call.name, call.node)
-        self._given = {id(a) for a in args}
+        self._given = args
         if call.node is None:
             record.takes["inputs"] = [_storage(a) for a in args if isinstance(a, Tensor)]
         else:
@@ -149,7 +149,7 @@ class _Recorder:
             storage = _storage(result) if isinstance(result, Tensor) else 0
             record.returns.append(storage)
             # A view of an input is another object, and nothing was written.
-            is_same = id(result) in self._given
+            is_same = any(result is given for given in self._given)
             if is_same and storage and storage == self._storages.get(sources.get(register, -1)):
                 record.reused.append(storage)
                 if self._owners[storage] - {*call.frees}:
@@ -157,6 +157,7 @@ class _Recorder:
             if storage:
                 self._storages[register] = storage
                 self._owners.setdefault(storage, set()).add(register)
+        self._given = ()
         for register in call.frees:
             storage = self._storages.pop(register, 0)
             if storage:

@@ -51,22 +51,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from sparda_compile.graph.effects import (
-    argument,
-    instruction,
-    results_of,
-    set_argument,
-)
+from sparda_compile.graph.effects import argument, instruction, results_of, set_argument
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.tags import HINT, HINTS, LAYER, SITE
-from sparda_compile.graph.writer import (
-    PagePlan,
-    StateInputs,
-    plan_pages,
-    select_past,
-)
+from sparda_compile.graph.writer import PagePlan, StateInputs, plan_pages, select_past
 from sparda_compile.isa.streams import COPY
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
@@ -124,8 +114,8 @@ class _Insertion(TransferNodes):
         prefix = "hint_" if len(hints) == 1 else f"{name}_"
         guess = plan_pages(emit, ids, self.state, layout, prefix, is_hint=True)
         ticket, event = self.prefetch(emit, guess, prefix)
-        shape = next(shape for shape in layout.layers if shape.layer == layer)
-        state = next(hint for hint in hints if hint.name == name).state(layout, shape)
+        hint = next(hint for hint in hints if hint.name == name)
+        state = hint.state(layout, self.shape(layer))
         kept = [self.state.get(tensor, layer) for tensor in state]
         # The last copy is awaited first: only then is nothing left on the select stream.
         before = self._first_waits.get(layer, plan)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.writer import PagePlan, StateInputs
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.state.layout import LayerShape
 
 __all__ = ["TransferNodes"]
 
@@ -61,13 +62,17 @@ class TransferNodes:
     def summaries(self, layer: int) -> list[fx.Node]:
         """Return the tensors of a layer's summaries."""
         assert self.ctx.layout is not None
-        layout = self.ctx.layout
-        shape = next(shape for shape in layout.layers if shape.layer == layer)
+        layout, shape = self.ctx.layout, self.shape(layer)
         return [
             self.state.get(name, layer)
             for summary in layout.summaries()
             for name in layout.summary_tensors(summary, shape)
         ]
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return the shape of a layer's cache."""
+        assert self.ctx.layout is not None
+        return next(shape for shape in self.ctx.layout.layers if shape.layer == layer)
 
     def wait(self, before: fx.Node, ticket: fx.Node, event: int, buffers: list[fx.Node]) -> fx.Node:
         """Wait for a copy before a node; return the wait, which takes the state as if it wrote."""
