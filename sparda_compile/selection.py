@@ -46,8 +46,8 @@ class Selection:
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept most recent blocks, besides the one being written.
         prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
-            its own blocks, those that a decode step would select there. `auto`: on a GPU, of the
-            two what is expected to be faster for a prompt of that length; on a CPU `dense`.
+            its own blocks, those that a decode step would select there. `auto`: planned for a GPU,
+            of the two what is expected to be faster for a prompt of that length; for a CPU `dense`.
         shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
             the first of them; it divides `block_size`. 1, the default, gives each token its own, as
             a decode step would. Of more, one scores blocks for all, and what is selected depends on

@@ -66,13 +66,14 @@ _OTHERS: Final = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 # A prompt without a past needs no mask, and these are the fastest there.
 PREFILL_BACKENDS: Final = ("transformers_cudnn", "transformers_flash")
 NO_MEMORY: Final = (torch.OutOfMemoryError, DevicePoolFullError, HostPoolFullError)
-# Of the norm of logits. Two ways to run random weights in bf16 differ by a twentieth; a program
-# that reads other blocks differs by more than half.
+# Of the norm of logits: more than two orders of summing in bf16 differ by, and less than what a
+# program that reads other blocks does.
 _ROUNDING: Final = 0.1
 _CHECKED_TOKENS: Final = 1024
 # Of a random model, tokens drawn one by one select blocks that have nothing to do with each other.
-# With ten equal tokens in a row neighbours share 88% of their 96 blocks; of one trained model 87 to
-# 94% are reported (docs/benchmarks.md).
+# With ten equal tokens in a row eight neighbours read 179 different blocks, as many as if two shared
+# 88% of their 96 (`prompt-attention-variants`); of one trained model 87 to 94% are reported
+# (docs/benchmarks.md).
 REPEAT: Final = 10
 # Tokens of the text, and of a past, that torch is asked with.
 _PROBED: Final = 64

@@ -7,8 +7,9 @@
 
 All layers of a model are alike here, or near enough: the sums are over the layers that select.
 Rates are shares of the machine's rate of matrix products, as measured on one H200 in November 2026.
-In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts, and
-`prompt-pick` the time of a pick; of dense attention and of the scores no run is kept.
+In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts,
+`prompt-pick` the time of a pick, and `prompt-profile` dense attention and scores. How many blocks
+a token changes is assumed, as for `prompt-attention-variants`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.graph.site import sites_of
+from sparda_compile.kernels.workspace import TILE_ROWS
 from sparda_compile.passes.machine import machine_for
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ _QUERY_SCORES_SHARE: Final = 0.29
 _FORECAST_SCORES_SHARE: Final = 0.11
 # FLOP that matrix units would do while one block is looked at by a pick, 6.9 ps on an H200.
 _PICK_FLOP: Final = 5.5e3
-# Query vectors of a tile, and the share of its scored blocks that a token changes.
-_ROWS: Final = 64
+# The share of its scored blocks that a token changes.
 _NEW_SHARE: Final = 0.1
 
 
@@ -116,7 +117,7 @@ def _site_cost(
         dense_us = dense / (_DENSE_SHARE * flop_us)
     scored = config.top_k or 0
     selected = config.num_forced + scored
-    readers = max(_ROWS * site.num_groups // (site.num_heads * config.shared_tokens), 1)
+    readers = max(TILE_ROWS * site.num_groups // (site.num_heads * config.shared_tokens), 1)
     union = selected + scored * (readers - 1) * _NEW_SHARE
     attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _KERNEL_SHARE
     windows = seen / config.pool_stride
