@@ -18,6 +18,7 @@ from sparda_compile.bench.decode import DecodeBench, DecodeSetting
 from sparda_compile.bench.memory import GIB, FreeMemory, free_everything, layout_of, misfits
 from sparda_compile.bench.programs import KNOBS
 from sparda_compile.bench.shapes import SHAPES, build_model
+from sparda_compile.bench.sharing import louder_tokens
 from sparda_compile.environment import kept_result, write_result
 from sparda_compile.program.captures import Captures
 
@@ -219,7 +220,8 @@ class Lab:
 
         self._configure(setting.settings)
         bench = PrefillBench(self.prompts, self.shape, self.rates, setting, self.say)
-        return bench.measure(file)
+        with louder_tokens(self.model):
+            return bench.measure(file)
 
     def turns(self, setting: TurnSetting, file: ResultFile) -> list[dict[str, Any]]:
         """Measure turns; the file gets each result, and what it holds is not measured again."""
@@ -227,4 +229,6 @@ class Lab:
 
         self._configure(setting.settings)
         free = partial(FreeMemory.now, self.max_host_bytes)
-        return TurnBench(self.prompts, self.shape, free, setting, self.say).measure(file)
+        bench = TurnBench(self.prompts, self.shape, free, setting, self.say)
+        with louder_tokens(self.model):
+            return bench.measure(file)

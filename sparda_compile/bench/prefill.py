@@ -33,6 +33,7 @@ from sparda_compile.bench.prompt_programs import (
     prompt_of,
     same_chunks,
 )
+from sparda_compile.bench.sharing import count_unions
 from sparda_compile.bench.timing import Spread
 from sparda_compile.errors import ConfigError
 
@@ -293,7 +294,10 @@ class PrefillBench:
         programs, tokens = self.programs, ids.shape[1]
         row: dict[str, Any] = {}
         try:
-            row["cold_s"] = round(programs.generate(name, ids, NUM_NEW)[0], 4)
+            with count_unions(programs.device) as sharing:
+                row["cold_s"] = round(programs.generate(name, ids, NUM_NEW)[0], 4)
+            if shared := sharing.row():
+                row["sharing"] = shared
             if name in OURS:
                 row["chunk_tokens"] = programs.config(name).chunk_tokens
                 row["compared"] = programs.compare(name, tokens, tokens + NUM_NEW, with_past=False)

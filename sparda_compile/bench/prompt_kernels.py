@@ -4,6 +4,7 @@
     stage                             the past blocks that they read, from device pages
     attend                            attention over them: the op as it is called, and its two large
                                       kernels by rows of a tile
+    published                         the op at the sizes of the row that InfLLM-V2 published
     others                            what others offer for the same: `prompt_others.py`
 
 Floors: FLOP that nobody can save, at the rate of a large matrix product, or bytes that have to be
@@ -15,6 +16,7 @@ are compared before anything is timed.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_prompt"]
 
+# InfLLM-V2 (arXiv 2509.24663): two sequences of 128K tokens, 32 query heads on 2 KV heads, 64
+# blocks a token, the forward of one layer in 158.42 ms on an H100.
+_PUBLISHED_US: Final = 158420.0
+_PUBLISHED_SCORED: Final = 30
 # KV heads: of 32 query heads, groups of 16 and of 4.
 _GROUPS: Final = (2, 8)
 _SAMPLE: Final = 8
@@ -65,6 +71,8 @@ def bench_prompt(
             rows[f"select_{selector}_g{groups}"] = _select(device, shape, groups, selector, rates)
         cases.append(Case(device, shape, groups))
         rows.update(_attend(cases[-1], rates))
+    say("a published row")
+    rows["attend_published"] = _published(device, shape, rates)
     others: dict[str, Any] = {}
     for case in cases:  # at the end, since a kernel of theirs that fails may take the device along
         others.update(bench_others(case, rows[f"attend_g{case.groups}"]["median"], say))
@@ -126,17 +134,45 @@ def _select(
     return {**_row([call] * 2, flop, num_bytes, rates), "same_blocks": round(same, 4)}
 
 
-def _attend(case: Case, rates: tuple[float, float]) -> dict[str, Any]:
-    """Return rows of the op, and for tiles of 64 and 128 rows of the union and of attention."""
-    shape, groups, query, ids = case.shape, case.groups, case.query, case.ids
+def _published(device: torch.device, shape: Shape, rates: tuple[float, float]) -> dict[str, Any]:
+    """Return the row of a whole prompt; its two sequences are the heads of one twice as wide."""
+    whole = dataclasses.replace(
+        shape,
+        tokens=shape.past + shape.tokens,
+        past=0,
+        heads=2 * shape.heads,
+        scored=min(_PUBLISHED_SCORED, shape.scored),
+    )
+    whole = dataclasses.replace(whole, tokens=min(whole.tokens, 1 << 17))
+    row = _op(Case(device, whole, 2 * _GROUPS[0]), rates)
+    return {
+        **row,
+        "tokens": whole.tokens,
+        "selected": whole.selected,
+        "published_us": _PUBLISHED_US,
+        "published_over": round(_PUBLISHED_US / row["median"], 3),
+    }
+
+
+def _bytes(case: Case) -> float:
+    """Return the bytes that attention reads and writes at least once."""
+    numbers = 2 * case.query.numel() + 2 * case.kv[0].numel() + case.pages.numel()
+    return 2.0 * numbers + 4.0 * case.ids.numel()
+
+
+def _op(case: Case, rates: tuple[float, float]) -> dict[str, Any]:
+    """Return the row of the op as it is called, behind a comparison with fp64."""
     case.stage()
     error = case.error(case.attend())
     if not error < MOST_ERROR:
         raise AssertionError(f"attention of a prompt is off by {error}")
-    num_bytes = 2.0 * (2 * query.numel() + 2 * case.kv[0].numel() + case.pages.numel())
-    num_bytes += 4 * ids.numel()
-    row = _row([case.attend] * 2, case.flop, num_bytes, rates)
-    rows = {f"attend_g{groups}": {**row, "error": error}}
+    return {**_row([case.attend] * 2, case.flop, _bytes(case), rates), "error": error}
+
+
+def _attend(case: Case, rates: tuple[float, float]) -> dict[str, Any]:
+    """Return rows of the op, and for tiles of 64 and 128 rows of the union and of attention."""
+    shape, groups, query, ids = case.shape, case.groups, case.query, case.ids
+    rows = {f"attend_g{groups}": _op(case, rates)}
     copied = 2.0 * 2 * case.pages.numel()
     rows[f"stage_g{groups}"] = _row([case.stage] * 2, 0.0, copied + 4 * ids.numel(), rates)
     paged = (case.pages, case.table)
@@ -153,7 +189,7 @@ def _attend(case: Case, rates: tuple[float, float]) -> dict[str, Any]:
         assert union.counts is not None
         found = float(union.counts.float().mean())
         name = f"g{groups}_rows_{lines}"
-        row = _row([attend] * 2, case.flop, num_bytes, rates)
+        row = _row([attend] * 2, case.flop, _bytes(case), rates)
         rows[f"attend_{name}"] = {**row, "union": found}
         moved = 4.0 * ids.numel() + 12.0 * float(union.counts.sum())
         rows[f"unions_{name}"] = _row([find] * 2, 0.0, moved, rates)

@@ -43,9 +43,9 @@ def test_every_kernel_is_compared_and_measured(timed, monkeypatch):
     )
     said = []
     result = prompt_kernels.bench_prompt(CPU, 4000.0, said.append, SMALL)
-    assert len(said) == 2
+    assert len(said) == 3
     tiles = [f"{name}_g2_rows_{rows}" for rows in (64, 128) for name in ("attend", "unions")]
-    ops = ["select_forecast_g2", "select_infllm2_g2", "stage_g2", "attend_g2"]
+    ops = ["select_forecast_g2", "select_infllm2_g2", "stage_g2", "attend_g2", "attend_published"]
     assert sorted(result["kernels"]) == sorted(ops + tiles)
     assert (result["tokens"], result["past"]) == (8, 256)
     assert result["kernels"]["attend_g2"]["error"] < 1e-2
@@ -54,6 +54,9 @@ def test_every_kernel_is_compared_and_measured(timed, monkeypatch):
     # Tiles of 8 tokens: at least as many blocks as one of them reads, and not all of them.
     union = result["kernels"]["attend_g2_rows_64"]["union"]
     assert SMALL.selected <= union < SMALL.geometry.num_blocks
+    published = result["kernels"]["attend_published"]
+    assert (published["tokens"], published["selected"]) == (264, 8)
+    assert published["published_over"] == 1584.2
     assert len(timed) == len(result["kernels"])
 
 
