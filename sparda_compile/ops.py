@@ -32,6 +32,7 @@ from sparda_compile.kernels import (  # noqa: F401 - fills the table
     select_blocks,
     select_tokens,
     sparse_attention,
+    speculation,
     window_attention,
 )
 from sparda_compile.runtime import (  # noqa: F401 - fills the table

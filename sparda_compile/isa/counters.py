@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["COUNTERS", "HITS", "MISSES", "OFFLOADED", "PREFETCHED", "REPAIRED"]
+__all__ = ["COUNTERS", "HITS", "MISSES", "OFFLOADED", "PREFETCHED", "REPAIRED", "WASTED"]
 
-COUNTERS: Final = ("hits", "misses", "prefetched_blocks", "repaired_blocks", "offloaded_blocks")
-HITS, MISSES, PREFETCHED, REPAIRED, OFFLOADED = range(len(COUNTERS))
+COUNTERS: Final = (
+    "hits",
+    "misses",
+    "prefetched_blocks",
+    "repaired_blocks",
+    "offloaded_blocks",
+    "wasted_blocks",
+)
+HITS, MISSES, PREFETCHED, REPAIRED, OFFLOADED, WASTED = range(len(COUNTERS))

@@ -170,6 +170,8 @@ def update_prediction(
     level_weight: float,
     trend_weight: float,
     are_comparable: bool,
+    stream: int = COMPUTE,
+    after: Tensor | None = None,
 ) -> None:
     """Take the scores of this step's selection into level and trend, for the next step.
 
@@ -180,9 +182,12 @@ def update_prediction(
         level_weight: Weight of the new score in the level, above 0 and at most 1.
         trend_weight: Weight of its distance from the level in the trend, above 0 and at most 1.
         are_comparable: Whether scores of two steps can be compared; else they are standardised.
+        stream: 0 compute, 3 attend.
+        after: Result of the fork that starts the side stream's work, if this op is first on it.
     """
+    del after
     current_engine().submit(
-        COMPUTE,
+        stream,
         lambda: _update(scores[None], level, trend, (level_weight, trend_weight), are_comparable),
     )
 

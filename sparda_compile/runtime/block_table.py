@@ -121,7 +121,7 @@ def plan_pages(
         block_table: [B, G, N] int32, updated.
         page_block: [B, G, C] int32, updated.
         page_stamp: [B, G, C] int32, updated.
-        counters: [5] int64, updated; see `isa.counters`.
+        counters: [6] int64, updated; see `isa.counters`.
         block_size: P.
         eviction: `lru` or `fifo`.
         is_hint: Whether the ids are a guess; guesses do not count as hits or misses.
@@ -232,7 +232,7 @@ def select_pages(
         block_table: [B, G, N] int32, updated.
         page_block: [B, G, C] int32, updated.
         page_stamp: [B, G, C] int32, updated.
-        counters: [5] int64, updated.
+        counters: [6] int64, updated.
         num_selected: K.
         block_size: P.
         sink_blocks: Always-kept first blocks.

@@ -262,7 +262,7 @@ def store_blocks(
         block_table: Prefill: [B, G, N] int32.
         pages: [B, G, C, 2, P, D].
         host: [B, G, N, 2, P, D], updated; empty without offload.
-        counters: [5] int64, updated.
+        counters: [6] int64, updated.
     """
     args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters)
     current_engine().submit(COMPUTE, lambda: _store(*args))
@@ -301,7 +301,7 @@ def offload_blocks(
         block_table: Prefill: [B, G, N] int32.
         pages: [B, G, C, 2, P, D].
         host: [B, G, N, 2, P, D], updated when the wait for `event` has passed.
-        counters: [5] int64, updated with it.
+        counters: [6] int64, updated with it.
         event: Number of the event, unique in the graph.
         after: Result of the fork before it.
 

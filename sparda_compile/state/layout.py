@@ -7,7 +7,7 @@ A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device
     block_table  [B, G, N] int32      block -> page, -1 if absent
     page_block   [B, G, C] int32      page -> block, -1 if free
     page_stamp   [B, G, C] int32      when the page's block was last selected (or loaded)
-    counters     [5] int64            see `isa.counters`
+    counters     [6] int64            see `isa.counters`
     ...                               the tensors of its selectors' summaries and of its hints
 
 A window layer owns a ring of its last tokens, `ring_k` and `ring_v` [B, G, window, D].

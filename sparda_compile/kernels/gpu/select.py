@@ -64,7 +64,7 @@ class Choice(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Where blocks are: [B, G, N], [B, G, C], [B, G, C] int32, and [5] int64 counters."""
+    """Where blocks are: [B, G, N], [B, G, C], [B, G, C] int32, and [6] int64 counters."""
 
     block_table: Tensor
     page_block: Tensor
