@@ -2,11 +2,11 @@
 
     cost(b) = max(T_select, T_speculate(b)) + T_repair(misses(b))
 
-The times are those of the cost model. The misses are counted on the device while the model runs, so
-they are known of budgets that were in use alone. A smaller budget misses at least as much as a
+The times are those of the cost model. The misses are counted on the device while the model runs,
+so they are known of budgets that were in use alone. A smaller budget misses at least as much as a
 larger one, and that is all that is assumed of one that was never used: it is tried if it could then
-win, and kept if it does. Where no budget pays, the smallest is left, that of blocks which are always
-read: those are never wrong.
+win, and kept if it does. Where no budget pays, the smallest is left, that of blocks which are read
+in every step: those are never wrong.
 
 Source: PRR (arXiv 2606.30389) section 4.4. Differs from the paper, which looks up one budget for a
 context length, by times alone: the largest that selection hides.
