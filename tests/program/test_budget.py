@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparda_compile.program.budget import BudgetControl, LayerTimes, budgets_of
+from sparda_compile.passes.schedule.layer_times import LayerTimes
+from sparda_compile.program.budget import BudgetControl, budgets_of
 
 # Selection hides about 144 blocks.
 TIMES = LayerTimes(
