@@ -21,7 +21,8 @@ keeps one partial for all predicted blocks, and so what it should not have read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def _empty_partials(query: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
 @define(
     fake=lambda a: _empty_partials(a.query, a.predicted),
     results=("partial_out", "partial_lse"),
-    kernels=("_attend_predicted",),
+    kernels=("_attend_blocks",),
     before=("predict_ahead",),  # else it read with the next step's prediction
 )
 def attend_predicted(
@@ -154,8 +155,8 @@ def attend_predicted(
         after: Result of the fork that starts the side stream's work, if this op is first on it.
 
     Returns:
-        Partial outputs [B, G, W, R, D] fp32 and their log-sum-exps [B, G, W, R] fp32; (0, -inf)
-        where there is no block.
+        Partial outputs [B, G, W, R, D] fp32 and their log-sum-exps [B, G, W, R] fp32. Where there
+        is no block, the log-sum-exp is -inf, and what the output holds means nothing.
     """
     del after
     out, lse = _empty_partials(query, predicted)
@@ -176,11 +177,19 @@ def attend_predicted(
     return out, lse
 
 
+def _late_bytes(a: Any) -> int:
+    """Return the bytes of the partials of what is repaired, and of the list of all sources."""
+    late = math.prod(a.block_ids.shape) * (a.query.shape[1] // a.block_ids.shape[1])
+    sources = math.prod(a.block_ids.shape) + (math.prod(a.predicted.shape) if a.union else 0)
+    return int(4 * (late * (a.query.shape[3] + 1) + sources))
+
+
 @define(
     mutates=("counters",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     kernels=("_repair_predicted", "_merge_predicted"),
     behind=("append_kv",),
+    workspace=_late_bytes,
 )
 def repair_predicted(
     query: Tensor,
