@@ -88,8 +88,9 @@ def predict_ahead(
         level: [B, G, N] float32, -inf for a block that was never scored.
         trend: [B, G, N] float32.
         lengths: [B] int32, tokens before this call.
-        budget: [1] int32, most blocks to predict in all, sink, local and current ones among them;
-            it may change from step to step.
+        budget: [1] int32, most blocks to predict in all; it may change from step to step. Sink,
+            local and current blocks come first: with less room than they need, the first of them
+            alone are predicted; with 0, none.
         predicted: [B, G, W] int32, written: ids, ascending, then -1; W is the largest budget.
         num_new: Tokens of this call: the next step has `num_new` more before it.
         block_size: P.
@@ -110,7 +111,7 @@ def predict_ahead(
 
             predict(level, trend, before, predicted, Choice(*choice), damping, budget)
             return
-        width = min(int(budget), choice[0])
+        width = min(max(int(budget), 0), choice[0])
         ids = predict_blocks_reference(level, trend, before, (width, *choice[1:]), damping)
         predicted.fill_(-1)
         predicted[..., :width] = ids

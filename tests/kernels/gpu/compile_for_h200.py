@@ -111,7 +111,8 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
-    predict.predict(scores, scores, lengths, ids, choice, 0.5)
+    for budget in (None, ints(1)):
+        predict.predict(scores, scores, lengths, ids, choice, 0.5, budget)
     for comparable in (True, False):
         predict.update(scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
