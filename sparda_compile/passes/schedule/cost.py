@@ -32,7 +32,7 @@ from sparda_compile.state.layout import state_name
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
 
-__all__ = ["Cost", "expected_misses", "node_cost"]
+__all__ = ["Cost", "node_cost"]
 
 _EXAMPLE_TOKENS: Final = 1024
 _FREE: Final = frozenset(
@@ -160,21 +160,11 @@ def _uncounted(node: fx.Node) -> set[str]:
     return {state_name(name, LAYER.of(node)) for name in names}
 
 
-def expected_misses(ctx: PassContext) -> float:
-    """Return how many selected blocks a prediction is expected to miss, the current one included.
-
-    As many of those that scores choose as the step before did not choose: a prediction that has
-    seen more steps is taken to miss no more.
-    """
-    assert ctx.layout is not None
-    scored = max(ctx.layout.num_selected - ctx.config.num_forced, 0)
-    return 1.0 + scored * (1.0 - ctx.config.expected_overlap)
-
-
 def _pool_bytes(pool: Tensor, work: Work, ctx: PassContext) -> int:
     """Return the bytes of the blocks of a pool that an op reads."""
-    assert ctx.layout is not None
-    num_blocks = {Work.PREDICTED: ctx.layout.num_predicted, Work.REPAIRED: expected_misses(ctx)}
+    layout = ctx.layout
+    assert layout is not None
+    num_blocks = {Work.PREDICTED: layout.num_predicted, Work.REPAIRED: layout.expected_misses}
     if work not in num_blocks:
         return _selected_bytes(pool, ctx)
     pairs, block = _numel(pool.shape[:2], ctx), _numel(pool.shape[3:], ctx)

@@ -1,4 +1,4 @@
-"""Times of a layer's parts: sums done by hand, those of the nodes, and whether a layer speculates."""
+"""Times of a layer's parts: sums by hand, those of the nodes, and whether a layer speculates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.schedule.cost import expected_misses, node_cost
+from sparda_compile.passes.schedule.cost import node_cost
 from sparda_compile.passes.schedule.layer_times import layer_times, speculates
 
 H200 = MACHINES["h200"]
@@ -38,9 +38,7 @@ def test_sums_by_hand(plan):
     assert times.start_us == latency("attend_predicted")
     assert times.block_us == pytest.approx(PAIRS * (BLOCK + PARTIAL) / US)
     assert times.miss_us == pytest.approx(PAIRS * BLOCK / US)
-    assert times.repair_us == pytest.approx(
-        latency("repair_predicted") + PAIRS * 96 * PARTIAL / US
-    )
+    assert times.repair_us == pytest.approx(latency("repair_predicted") + PAIRS * 96 * PARTIAL / US)
     assert times.serial_us == pytest.approx(6.2 + PAIRS * 96 * BLOCK / US)
     windows = PAIRS * (8192 // 16) * 16 * 4  # pooled keys; those in the making come on top
     scores = 2 * PAIRS * 128 * 4
@@ -57,7 +55,7 @@ def test_they_are_those_of_the_nodes(plan):
         return sum(node_cost(find_ops(graph, name)[0], ctx).us for name in names)
 
     early = times.start_us + ctx.layout.num_predicted * times.block_us
-    late = times.repair_us + expected_misses(ctx) * times.miss_us
+    late = times.repair_us + ctx.layout.expected_misses * times.miss_us
     assert us("attend_predicted") == pytest.approx(early, rel=0.02)
     assert us("repair_predicted") == pytest.approx(late, rel=0.05)
     selecting = us("score_blocks", "select_pages", "append_kv", "update_summary")
@@ -74,8 +72,8 @@ def test_choosing_takes_two_launches_where_it_is_not_fused(plan):
 
 
 def test_misses_are_the_current_block_and_what_changes(plan):
-    assert expected_misses(context(plan, expected_overlap=0.75)) == 1 + 62 * 0.25
-    assert expected_misses(context(plan, expected_overlap=1.0, top_k=None)) == 1.0
+    assert context(plan, expected_overlap=0.75).layout.expected_misses == 1 + 62 * 0.25
+    assert context(plan, expected_overlap=1.0, top_k=None).layout.expected_misses == 1.0
 
 
 class TestSpeculates:
