@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparda_compile.bench import decode, memory
+from sparda_compile.bench import decode, memory, prr_case
 from sparda_compile.bench.decode import DecodeSetting
 from sparda_compile.bench.lab import Lab
 
@@ -49,6 +49,17 @@ def roomy(monkeypatch):
     free = memory.FreeMemory(1 << 40, 1 << 40)
     monkeypatch.setattr(memory.FreeMemory, "now", classmethod(lambda cls, limit=None: free))
     monkeypatch.setattr(decode, "memcpy_gbps", lambda: 10.0)
+
+
+@pytest.fixture
+def small_layer(monkeypatch):
+    """Sizes of one layer's decode steps; two layers are enough where there is no cache to flush."""
+    monkeypatch.setattr(prr_case, "_MOST_LAYERS", 2)
+    monkeypatch.setattr(prr_case, "_MOST_SUMMARIES", 2)
+    return prr_case.DecodeShape(
+        tokens=384, batch=2, heads=8, groups=2, dim=16, block=16, pool=8, sink=1, local=2, scored=4,
+        overlap=0.75, steps=3,
+    )  # fmt: skip
 
 
 def _spread(us, **more):
