@@ -1,6 +1,7 @@
 """One layer's selection and attention: ours, serial and speculating, beside torch's and FlashInfer.
 
     torch_sdpa, torch_flex   selection, gather and attention by operators of torch
+    torch_compiled           torch_sdpa with a compiled selection; beside the baselines, not of them
     flashinfer_*             the same selection, and FlashInfer's block-sparse attention
     query                    ours, serial
     speculate_b<x>_c<y>      ours; x times K blocks are predicted, which hold a share y of the
@@ -47,11 +48,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparda_compile.bench.prr_case import DecodeShape
+    from sparda_compile.bench.prr_case import DecodeShape, PrrLayer
 
     # Of queries [B, H, 1, D], keys and values [B, G, S, D]; of a layer's place and a step.
     Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
     Step = Callable[[int, int], Tensor]
+    Selection = Callable[[PrrLayer, int], Tensor]
     Run = Callable[[], list[Tensor]]
 
 __all__ = ["LayerSetting", "measure_layer"]
@@ -72,12 +74,14 @@ class LayerSetting:
         overlaps: Shares of a step's scored blocks that the step before read; with all but the first
             only what depends on it is measured.
         rounds: Turns of each program.
+        compiles: Whether `torch_compiled` is measured, whose compilation takes seconds.
     """
 
     coverages: tuple[float, ...] = (0.7, 0.9, 0.98, 1.0)
     budgets: tuple[float, ...] = (1.0, 1.5, 2.0)
     overlaps: tuple[float, ...] = (0.9, 0.7)
     rounds: int = 8
+    compiles: bool = True
 
     @property
     def stated_coverage(self) -> float:
@@ -152,6 +156,8 @@ class _LayerBench:
         """Measure everything."""
         self._torch()
         self._offer("torch_flex", lambda: self._selected(_flex(self.case.scale)))
+        if self.setting.compiles:
+            self._compiled()
         for backend in _FLASHINFER:
             self._flashinfer(backend)
         self._ours("query", query_step(self.case))
@@ -176,6 +182,7 @@ class _LayerBench:
         form, self.forms = best_sdpa(self._gathered())
         if form is None:
             raise RuntimeError(f"no form of SDPA runs: {self.forms}")
+        self.attention = form[1]
         self._offer("torch_sdpa", lambda: self._selected(form[1]), form=form[0])
         if "torch_sdpa" in self.skipped:
             raise AssertionError(f"torch_sdpa cannot be compared with: {self.skipped}")
@@ -193,12 +200,17 @@ class _LayerBench:
             for layer in self.case.layers[:_PROBED]
         ]
 
-    def _selected(self, attention: Attention) -> Step:
+    def _compiled(self) -> None:
+        select = torch_selection(self.case, compiled=True)
+        self._offer("torch_compiled", lambda: self._selected(self.attention, select))
+
+    def _selected(self, attention: Attention, select: Selection | None = None) -> Step:
         """Return a step of torch's operators."""
+        choose = select or self.select
 
         def step(place: int, number: int) -> Tensor:
             layer = self.case.layers[place]
-            ids = self.select(layer, number)
+            ids = choose(layer, number)
             return attention(layer.queries[number], *gather(layer.pages, self.begin, ids))
 
         return step

@@ -1,7 +1,8 @@
 """What others offer for a decode step's selection and attention, on the data of `prr_case`.
 
     select       scores of pooled keys, softmax for each head, their sum over a group, max-pool to
-                 blocks, `torch.topk`: operators of torch, each of them one or two kernels
+                 blocks, `torch.topk`: operators of torch, each of them one or two kernels, or
+                 what `torch.compile` makes of them
     gather       keys and values of the selected blocks in a row, by `index_select`
     sdpa         SDPA over these, by the kernel and the form that is fastest there
     flex         FlexAttention over these, compiled
@@ -51,11 +52,18 @@ _BACKENDS: Final = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 _PROBES: Final = 5
+# Shapes that one process compiles a selection for; torch stops at eight.
+_MOST_FORMS: Final = 64
 _WORKSPACE_BYTES: Final = 128 << 20
 
 
-def torch_selection(case: PrrCase) -> Callable[[PrrLayer, int], Tensor]:
-    """Return InfLLM-V2's selection by operators of torch: [B, G, K] int64, in any order."""
+def torch_selection(case: PrrCase, *, compiled: bool = False) -> Callable[[PrrLayer, int], Tensor]:
+    """Return InfLLM-V2's selection by operators of torch: [B, G, K] int64, in any order.
+
+    Args:
+        case: What it selects from.
+        compiled: Whether `torch.compile` may join what it can.
+    """
     shape, geometry = case.shape, case.shape.geometry
     ratio = geometry.block_size // geometry.pool_stride
     overhang = geometry.pool_size // geometry.pool_stride - 1
@@ -64,15 +72,30 @@ def torch_selection(case: PrrCase) -> Callable[[PrrLayer, int], Tensor]:
     pairs = (shape.batch, shape.groups)
     nothing = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=case.device)
 
-    def select(layer: PrrLayer, step: int) -> Tensor:
-        keys = layer.pooled.flatten(0, 1)[:, : shape.num_windows].transpose(1, 2)
-        queries = layer.queries[step].view(len(keys), -1, shape.dim)
+    def best(queries: Tensor, keys: Tensor) -> Tensor:
         logits = torch.baddbmm(nothing, queries, keys, beta=0, alpha=case.scale)
         weights = logits.softmax(-1, dtype=torch.float32).sum(1).unflatten(0, pairs)
         scores = F.max_pool1d(weights, ratio + overhang, ratio, overhang, ceil_mode=True)
         return (scores + always).topk(shape.selected, sorted=False).indices
 
+    chosen = _compiled(best) if compiled else best
+
+    def select(layer: PrrLayer, step: int) -> Tensor:
+        keys = layer.pooled.flatten(0, 1)[:, : shape.num_windows].transpose(1, 2)
+        queries = layer.queries[step].view(len(keys), -1, shape.dim)
+        return chosen(queries, keys)
+
     return select
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+
+    def call(*operands: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_FORMS):
+            return compiled(*operands)
+
+    return call
 
 
 def in_row(case: PrrCase) -> Tensor:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_prr", "prr_part"]
 
-_MINUTES: Final = 10.0
+_MINUTES: Final = 9.0
 _PART_MINUTES: Final = 6.0
 # Blocks of 64: sink, local, current, one that is empty, and twice the scored ones.
 _BLOCK: Final = 64
