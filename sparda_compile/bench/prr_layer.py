@@ -227,7 +227,7 @@ class _LayerBench:
                 ]
                 for layer in case.layers
             ]
-            self.rows[name] = {"plan_us": sparse.mean_plan_us()}
+            self.rows[name] = {"plan_us": sparse.mean_plan_us(), "version": sparse.version}
 
             def step(place: int, number: int) -> Tensor:
                 self.select(case.layers[place], number)

@@ -189,6 +189,7 @@ class BlockSparse:
 
     Attributes:
         plan_us: CPU time of each plan, microseconds.
+        version: Of FlashInfer.
     """
 
     def __init__(self, backend: str, device: torch.device) -> None:
@@ -196,6 +197,7 @@ class BlockSparse:
         flashinfer = importlib.import_module("flashinfer")
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._make = partial(flashinfer.BlockSparseAttentionWrapper, workspace, backend=backend)
+        self.version = str(getattr(flashinfer, "__version__", "unknown"))
         self.plan_us: list[float] = []
 
     def planned(

@@ -104,6 +104,7 @@ def flashinfer(monkeypatch):
     """FlashInfer, as if it were installed; its backend `fa2` does not run."""
     module = ModuleType("flashinfer")
     module.BlockSparseAttentionWrapper = NaiveBlockSparse
+    module.__version__ = "0.6"
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     return module
 

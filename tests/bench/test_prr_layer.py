@@ -51,6 +51,7 @@ def test_rows_have_times_of_one_step_their_floor_and_their_ratios(result, small_
     assert rows["query"]["over_torch"] == pytest.approx(100 / 104, abs=1e-3)
     assert rows["reuse_last"]["over_query"] == pytest.approx(104 / 113, abs=1e-3)
     assert rows["flashinfer_auto"]["plan_us"] > 0
+    assert rows["flashinfer_auto"]["version"] == "0.6"
     serial = small_layer.pooled_bytes + 8 * small_layer.block_bytes
     assert rows["query"]["floor_us"] == pytest.approx(serial / 1e3, abs=1e-3)
     wasted = rows["speculate_b1.5_c0.714286"]
