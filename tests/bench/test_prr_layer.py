@@ -149,3 +149,19 @@ def test_a_selection_that_does_not_follow_its_trace_is_refused(
 def test_what_is_compared_is_next_to_what_the_paper_states():
     assert (LayerSetting().stated_coverage, LayerSetting().stated_budget) == (0.98, 1.5)
     assert LayerSetting((0.5, 0.8), (1.0,)).stated_coverage == 0.8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [2, 8])
+def test_a_layer_on_a_gpu(groups):
+    from sparda_compile.bench.prr_case import DecodeShape
+
+    setting = LayerSetting((0.9, 0.98), (1.0, 1.5), rounds=2)
+    shape = DecodeShape(16384, 2, groups=groups)
+    found = prr_layer.measure_layer(torch.device("cuda"), shape, setting, 4000.0, lambda text: None)
+    first = found["by_overlap"]["0.9"]
+    skipped = [name for name in first["skipped"] if not name.startswith("flashinfer")]
+    assert skipped == []
+    assert all(row["median"] > 0 for row in first["programs"].values())
+    assert all(row["same_bits"] for row in first["programs"].values() if "same_bits" in row)
+    assert first["headline"]["coverage"] == pytest.approx(0.98, abs=0.01)
