@@ -189,7 +189,7 @@ def test_runs_of_many_blocks(device, assert_close, monkeypatch, programs):
     case = Case(device, [16 * 24 + 3], 13, (1, 2, 16, 16))
     monkeypatch.setattr(partials, "_PROGRAMS_AT_ONCE", programs)
     monkeypatch.setattr(speculation, "_COMPARED", 8)
-    monkeypatch.setattr(speculation, "_MERGE_TILE", 8 * 32)
+    monkeypatch.setattr(partials, "_MERGE_TILE", 8 * 32)
     check_guesses(case)
     for union in (False, True):
         predicted = case.guess("some", 15)
