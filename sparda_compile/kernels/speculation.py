@@ -31,6 +31,7 @@ from sparda_compile.isa.counters import REPAIRED, WASTED
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.table import Part, Work
 from sparda_compile.kernels.partials import block_partials, merge
 from sparda_compile.kernels.predict_blocks import predict_blocks_reference
 
@@ -128,7 +129,9 @@ def _empty_partials(query: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
 @define(
     fake=lambda a: _empty_partials(a.query, a.predicted),
     results=("partial_out", "partial_lse"),
+    work=Work.PREDICTED,
     kernels=("_attend_blocks",),
+    parts=(Part("pages", "past", by="lengths"), Part("block_table", "past", by="lengths")),
     before=("predict_ahead",),  # else it read with the next step's prediction
 )
 def attend_predicted(
@@ -188,6 +191,7 @@ def _late_bytes(a: Any) -> int:
 @define(
     mutates=("counters",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    work=Work.REPAIRED,
     kernels=("_repair_predicted", "_merge_predicted"),
     behind=("append_kv",),
     workspace=_late_bytes,
