@@ -37,10 +37,10 @@ def budgets_of(num_forced: int, num_scored: int, most: int) -> tuple[int, ...]:
     Args:
         num_forced: Blocks that are read in every step.
         num_scored: Blocks that scores choose.
-        most: Blocks that there is room to predict.
+        most: Blocks that there is room to predict, one of the choices in any case.
     """
     wanted = {num_forced + round(share * num_scored) for share in _SHARES}
-    return tuple(sorted({min(budget, most) for budget in wanted}))
+    return tuple(sorted({most, *(budget for budget in wanted if budget < most)}))
 
 
 class BudgetControl:

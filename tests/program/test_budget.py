@@ -32,6 +32,7 @@ def test_budgets_are_shares_of_what_scores_choose():
     assert budgets_of(34, 62, 158) == (34, 65, 96, 112, 127, 158)
     assert budgets_of(34, 62, 100) == (34, 65, 96, 100)
     assert budgets_of(3, 0, 3) == (3,)
+    assert budgets_of(3, 4, 19) == (3, 5, 7, 8, 9, 11, 19)
 
 
 def test_the_best_budget_is_found_and_kept():

@@ -233,9 +233,7 @@ def _select_pages(
         block = tl.arange(0, BLOCKS)
         exists = (block <= current) & (block < num_blocks)
         score = tl.load(scores + pair * num_blocks + block, mask=exists, other=float("-inf"))
-        picked = pick(
-            score, current, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS
-        )
+        picked = pick(score, current, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(block_ids + pair * SELECTED + rank, block, mask=picked)
         num_picked = tl.minimum(current + 1, SELECTED)
