@@ -31,7 +31,7 @@ from sparda_compile.state.layout import CacheLayout
 if TYPE_CHECKING:
     from sparda_compile.program.captures import Captures
 
-__all__ = ["KNOBS", "build_body", "build_program", "variant_config"]
+__all__ = ["KNOBS", "build_body", "build_program", "plan_body", "variant_config"]
 
 _COPIES: Final = ("insert_prefetch", "schedule_transfers")
 KNOBS: Final[dict[str, dict[str, object]]] = {
@@ -91,12 +91,17 @@ def build_program(
 
 
 def build_body(captures: Captures, batch_size: int, lowering: Lowering = "inductor") -> Program:
-    """Return the decode program without attention: the query passes for its output.
+    """Return the decode program without attention; see `plan_body`."""
+    config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
+    return Program(plan_body(captures, batch_size, config), {})
+
+
+def plan_body(captures: Captures, batch_size: int, config: SpardaConfig) -> Plan:
+    """Return the plan of a decode without attention: the query passes for its output.
 
     Keys and values are still computed, and go into the sum, so that no compiler drops them. There
     is no cache; the program runs on one of this layout, which is empty.
     """
-    config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
     found = captures.sites("decode", config)
     gm, stages = found.copy(), found.records()
     sites = tuple(sites_of(gm.graph))
@@ -109,4 +114,4 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
     FACTS.put(gm, FACTS.of(gm) | FuseProjections.requires)  # it needs only to come behind that pass
     layout = CacheLayout(config, (), batch_size, config.block_size)
     stages += run_passes(gm, [FuseProjections()], found.context(layout))
-    return Program(Plan(found.captured, "decode", layout, sites, tuple(stages), gm), {})
+    return Plan(found.captured, "decode", layout, sites, tuple(stages), gm)

@@ -40,6 +40,9 @@ class EmaHint(Hint):
     """Blocks whose smoothed score in the steps before is highest."""
 
     name: ClassVar[str] = "ema"
+    # Of all blocks that are selected .72 to .77, on three texts read by a trained model of 135M
+    # parameters, at a tenth of the blocks; taken to be as much of those that are new.
+    recall: ClassVar[float] = 0.75
     ops: ClassVar[tuple[str, ...]] = ("predict_blocks", "update_prediction")
     prompt_ops: ClassVar[tuple[str, ...]] = ("begin_prediction",)
     dense_prompt_ops: ClassVar[tuple[str, ...]] = ("begin_prediction",)

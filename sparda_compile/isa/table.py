@@ -35,6 +35,8 @@ class Work(enum.Enum):
 
     NONE = "nothing: it only orders others"
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
+    HITS = "its latency, and what it reads and writes: of selected blocks those with a page"
+    MISSES = "its latency, and what it reads and writes: of selected blocks those that were fetched"
     TOKEN_SCORES = "its latency, and products of each new token's vectors with the summary"
     TOKEN_BLOCKS = "its latency, and products with keys and values of each new token's blocks"
     NEW_TOKENS = "its latency, and the new tokens, read and written"
