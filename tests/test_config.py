@@ -49,6 +49,7 @@ REFUSED = {
     "ema_trend": (1.1, ["ema_trend=1.1", "above 0.0 and at most 1.0"]),
     "ema_damping": (-0.1, ["ema_damping=-0.1", "use 0.0 to 1.0"]),
     "expected_overlap": (1.5, ["expected_overlap=1.5", "use 0.0 to 1.0"]),
+    "expected_recall": (-0.5, ["expected_recall=-0.5", "use 0.0 to 1.0"]),
     "device_bytes": (0, ["device_bytes=0", "use 1 or more"]),
     "host_bytes": (-5, ["host_bytes=-5", "use 1 or more"]),
 }
@@ -305,6 +306,7 @@ class TestGroups:
         ("page_ratio", float("nan"), "is not a finite number"),
         ("page_ratio", "2", "is not a finite number"),
         ("expected_overlap", None, "is not a finite number"),
+        ("expected_recall", "0.5", "is not a finite number"),
         ("disable_passes", "fuse_selection", "is not a tuple of names"),
         ("disable_passes", ["fuse_selection"], "is not a tuple of names"),
         ("disable_passes", (1,), "is not a tuple of names"),

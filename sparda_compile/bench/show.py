@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sparda_compile.bench.decode import VARIANTS
 from sparda_compile.bench.memory import GIB
+from sparda_compile.bench.predicted import SINCE
 from sparda_compile.bench.prefill import seconds_of
 from sparda_compile.bench.start import totals
 from sparda_compile.bench.start_child import TOKENS
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from sparda_compile.bench.predicted import Point
     from sparda_compile.passes.machine import Machine
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "print_kernels",
     "print_machine",
     "print_parts",
+    "print_predicted",
     "print_prefill",
     "print_start",
     "print_turns",
@@ -35,7 +38,7 @@ __all__ = [
 _DECODE_NOTE = """\
 Milliseconds of one step, medians. overlap: share of scored blocks that a step has in common with \
 the one before. floor: the resident step, or the time of the link if that is longer. MB: bytes \
-that a scheduled step copies to the device."""
+that a scheduled step copies to the device. pred: the time that the schedule predicts."""
 
 _START_NOTE = """\
 Seconds. cold: nothing is compiled yet. warm: another process, which finds what the cold one \
@@ -63,7 +66,7 @@ trace."""
 def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print decode results: a row for each batch size and overlap, and what was left out."""
     names = [n for n in VARIANTS if any(n in row for r in results for row in _rows(r).values())]
-    ratios = ("sched/\nbody", "inline/\nsched", "sched/\nfloor")
+    ratios = ("sched/\nbody", "inline/\nsched", "sched/\nfloor", "pred/\nsched")
     columns = ("batch", "overlap", *names, *ratios, "tokens/s", "MB")
     table = _table("", columns, 0)
     for result in results:
@@ -80,6 +83,7 @@ def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None
                         "scheduled_over_floor",
                     )
                 ),
+                _ratio(_predicted_over(row["scheduled"])),
                 f"{row['tokens_per_s']:.0f}",
                 f"{row['scheduled']['h2d_bytes'] / 1e6:.1f}",
             )
@@ -90,6 +94,23 @@ def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None
         _print_skipped(batch, result.get("skipped", {}), console)
         if "baselines" in result:
             _print_baselines(batch, result["baselines"], console)
+
+
+def print_predicted(points: Sequence[tuple[Point, float]], console: Console) -> None:
+    """Print predicted beside measured times, microseconds, and how far apart they are at most."""
+    columns = ("file", "program", "mode", "batch", "overlap", "predicted", "measured", "ratio")
+    table = _table("Milliseconds of one step", columns, 3)
+    for point, us in points:
+        what = (f"{point.shape} {point.variant}", point.mode, str(point.batch_size))
+        ratio = _ratio(us / point.measured_us) if point.is_judged else "-"
+        times = (f"{point.overlap:g}", _ms(us), _ms(point.measured_us), ratio)
+        table.add_row(point.file.removesuffix(".json"), *what, *times)
+    console.print(table)
+    ratios = [us / point.measured_us for point, us in points if point.is_judged]
+    if ratios:
+        told = f"{len(ratios)} points, from {min(ratios):.3f} to {max(ratios):.3f} of measured."
+        console.print(told, markup=False)
+    console.print(f"Without a ratio: kernels from before {SINCE} were measured.", markup=False)
 
 
 def print_budget(results: Iterable[Mapping[str, Any]], console: Console) -> None:
@@ -196,6 +217,8 @@ def print_machine(machine: Machine, console: Console) -> None:
     table.add_row("link, GB/s", f"{machine.link_gbps:.2f}")
     table.add_row("matrix multiplication, TFLOP/s", f"{machine.tflops:.1f}")
     table.add_row("least time of a kernel, us", f"{machine.launch_us:.2f}")
+    table.add_row("kernel of the model beside its bytes, us", f"{machine.kernel_us:.2f}")
+    table.add_row("share that a copy takes from compute", f"{machine.copy_share:.3f}")
     for op, us in sorted(machine.latency_us.items()):
         table.add_row(f"{op} beside its bytes, us", f"{us:.2f}")
     console.print(table)
@@ -305,6 +328,11 @@ def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | No
     rows |= {name: values("first_use", "token_s", name, None) for name in TOKENS[:2]}
     beyond = [each["beyond_s"]["total"] if "beyond_s" in each else None for each in found]
     return {**rows, "beyond": beyond}
+
+
+def _predicted_over(found: Mapping[str, Any]) -> float | None:
+    """Return predicted over measured; None for a result from before predictions were kept."""
+    return found["predicted_us"] / found["median"] if "predicted_us" in found else None
 
 
 def _rows(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -111,10 +111,26 @@ class Machine:
 
 MACHINES: Final = {
     "cpu": Machine(
-        "cpu", 13.1, 5.6, 0.15, 2.5, False, LATENCY_US["cpu"], kernel_us=2.5, copy_share=0.0
+        "cpu",
+        13.1,
+        5.6,
+        0.15,
+        2.5,
+        overlaps=False,
+        latency_us=LATENCY_US["cpu"],
+        kernel_us=2.5,
+        copy_share=0.0,
     ),
     "h100": Machine(
-        "h100", 3027.0, 47.9, 792.0, 1.2, True, LATENCY_US["h100"], kernel_us=2.4, copy_share=0.11
+        "h100",
+        3027.0,
+        47.9,
+        792.0,
+        1.2,
+        overlaps=True,
+        latency_us=LATENCY_US["h100"],
+        kernel_us=2.4,
+        copy_share=0.11,
     ),
     "h200": Machine("h200", 4300.0, 50.1, 790.0, 2.0, overlaps=True),
 }

@@ -10,8 +10,8 @@ Before, and after:
 A projection is small when a launch costs more than reading its weight. Where there is a small one,
 it and what shares its input are joined, but for weights above 64 MiB. Only on a GPU, where a launch
 costs: decode of one token is otherwise a row of kernels that wait for each other. A model on `meta`
-is planned as on the machine that the configuration names. The joined weight is a copy, of 1.3 GB for a model of 8B; `Program` makes it and keeps it in step with the
-model's own.
+is planned for the machine that the configuration names. The joined weight is a copy, of 1.3 GB for
+a model of 8B; `Program` makes it and keeps it in step with the model's own.
 
 In mode `exact` what a hint projects stays apart: how a multiplication is split depends on its
 width, and keys and values must be, bit for bit, those of mode `query`.

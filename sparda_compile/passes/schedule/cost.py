@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "costs_of", "node_cost"]
 
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What one node is expected to take while nothing runs beside it."""

@@ -102,9 +102,7 @@ class _Planner:
         self._ctx = ctx
         self._dag = dependence_graph(graph)
         self.simulator = Simulator(costs_of(graph, ctx), ctx)
-        self.baseline_us = self.simulator.end_us(
-            graph.nodes, dict.fromkeys(graph.nodes, COMPUTE)
-        )
+        self.baseline_us = self.simulator.end_us(graph.nodes, dict.fromkeys(graph.nodes, COMPUTE))
         self._between: list[tuple[fx.Node, fx.Node]] = []
         self.num_chains = 0
         self.num_moved = 0

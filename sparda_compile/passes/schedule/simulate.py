@@ -83,9 +83,7 @@ class Simulator:
         """Return when the last node ends, microseconds; arguments as for `rows`."""
         return max((end for _, _, end in self._times(nodes, streams)), default=0.0)
 
-    def rows(
-        self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]
-    ) -> list[ScheduleRow]:
+    def rows(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> list[ScheduleRow]:
         """Return the predicted times of a program.
 
         Args:
