@@ -31,7 +31,7 @@ from sparda_compile.cli.options import (
     Task,
 )
 from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
-from sparda_compile.config import Prediction, SpardaConfig
+from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ __all__ = ["evaluate_model"]
 _SMALL: Final = "small"
 _TASKS: Final = ("single_needle", "multi_key", "key_value")
 _DEFAULT_MODES: Final[tuple[Mode, ...]] = ("dense", "query")
+# Fields that --ema gives, in order.
+_EMA: Final = ("ema_level", "ema_trend", "ema_damping")
 _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
@@ -215,8 +217,7 @@ def _sizes(
     """Return what is given: of sizes of blocks and pooled keys, else the Forecast's."""
     info = weights.info if weights is not None else None
     sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
-    names = [field.name for field in dataclasses.fields(Prediction)]
-    predict = dict(zip(names, ema, strict=True)) if ema is not None else {}
+    predict = dict(zip(_EMA, ema, strict=True)) if ema is not None else {}
     return sizes | predict | {field: size for field, size in given.items() if size is not None}
 
 
@@ -225,15 +226,20 @@ def _bases(
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
     return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **fields)
+        SpardaConfig(mode=mode, selector=rule, top_k=None, **_memory(mode), **fields)
         for mode in modes
         for rule in _selectors(mode, selectors)
     ]
 
 
+def _memory(mode: str) -> dict[str, Any]:
+    """Return where a mode keeps its blocks; what it decides does not depend on it."""
+    return {"offload": "never"} if mode == "speculate" else {}
+
+
 def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
     """Return the selectors that make a difference to a mode."""
-    if mode in ("query", "exact"):
+    if mode in ("query", "exact", "speculate"):
         return list(selectors)
     rules = ["nosa" if mode == "forecast" and rule == "nosa" else "infllm2" for rule in selectors]
     return list(dict.fromkeys(rules))

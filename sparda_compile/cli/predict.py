@@ -37,7 +37,7 @@ def bench_predict(
             for point in points:
                 say(f"{point.file}: {point.variant}, batch {point.batch_size}")
                 found.append((point, predictor.step_us(point)))
-        from sparda_compile.bench.show import print_predicted
+        from sparda_compile.bench.predicted_show import print_predicted
     if as_json:
         rows = [
             {

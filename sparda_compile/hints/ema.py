@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sparda_compile.hints.base import HintPoint
     from sparda_compile.state.layout import CacheLayout, LayerShape
 
-__all__ = ["EmaHint"]
+__all__ = ["EmaHint", "ema_weights"]
 
 
 class EmaHint(Hint):
@@ -76,7 +76,7 @@ class EmaHint(Hint):
         )
         scores = argument(point.block_ids[layer], "scores")
         point.after(point.last("sparse_attention")).call(
-            "update_prediction", scores, *kept, *_weights(point.layout)
+            "update_prediction", scores, *kept, *ema_weights(point.layout)
         )
         return predicted
 
@@ -98,14 +98,14 @@ class EmaHint(Hint):
             config.selector,
             target.scale,
             *geometry_of(layout),
-            *_weights(layout),
+            *ema_weights(layout),
         )
         if layout.geometry.short_list:
             for name in ("short_list", "sink_blocks", "local_blocks"):
                 set_argument(begun, name, getattr(layout.geometry, name))
 
 
-def _weights(layout: CacheLayout) -> tuple[float, float, bool]:
+def ema_weights(layout: CacheLayout) -> tuple[float, float, bool]:
     """Return both weights of a new score, and whether scores can be compared between steps."""
     config = layout.config
     return config.ema_level, config.ema_trend, SELECTORS[config.selector].is_comparable

@@ -222,7 +222,7 @@ def _fake_partials(arguments: Any) -> tuple[Tensor, Tensor]:
     results=("partial_out", "partial_lse"),
     work=Work.HITS,
     kernels=("_partials",),
-    part=Part("pages", "hits", by="is_miss"),
+    parts=(Part("pages", "hits", by="is_miss"),),
     behind=("append_kv",),
 )
 def attend_resident(

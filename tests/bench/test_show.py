@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import io
 
 import pytest
@@ -8,14 +7,12 @@ from rich.console import Console
 
 from sparda_compile.bench.budget import budget_row
 from sparda_compile.bench.memory import GIB, LargestBatch
-from sparda_compile.bench.predicted import SINCE, Point
 from sparda_compile.bench.show import (
     print_budget,
     print_decode,
     print_kernels,
     print_machine,
     print_parts,
-    print_predicted,
     print_prefill,
     print_start,
     print_turns,
@@ -64,16 +61,6 @@ def test_baselines_say_whether_their_logits_agree(console, decode_results):
     assert "offloaded 200.000 WRONG 40.000" in printed
     assert "offloaded_repaired 210.000 agree (wait) 42.000" in printed
     assert "batch 16: static is left out: a static cache needs 64.0 GiB." in printed
-
-
-def test_predicted(console):
-    point = Point("a.json", SINCE, "h200", "8b", 16, 131072, "scheduled", "exact", 0.9, 10000.0)
-    older = dataclasses.replace(point, date="2026-11-25", mode="forecast")
-    print_predicted([(point, 9000.0), (older, 5000.0)], console)
-    printed = lines(console)
-    assert "a 8b scheduled exact 16 0.9 9.000 10.000 0.900" in printed
-    assert "a 8b scheduled forecast 16 0.9 5.000 10.000 -" in printed
-    assert "1 points, from 0.900 to 0.900 of measured." in printed
 
 
 def test_budget(console):

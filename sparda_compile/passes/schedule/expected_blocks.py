@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
     from sparda_compile.state.strategy import HintMethod
 
-__all__ = ["link_bytes", "read_bytes"]
+__all__ = ["expected_misses", "link_bytes", "read_bytes"]
 
 
 def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
@@ -61,15 +61,29 @@ def read_bytes(node: fx.Node, pool: Tensor, work: Work, ctx: PassContext) -> int
     Args:
         node: The op.
         pool: [B, G, pages, 2, P, D], fake.
-        work: Its kind; of `HITS` and `MISSES` each reads a part of the blocks.
+        work: Its kind; some read a part of the selected blocks, or those that were predicted.
         ctx: What the pass knows.
     """
     assert ctx.layout is not None
+    if work in (Work.PREDICTED, Work.REPAIRED):
+        predicted = ctx.layout.num_predicted
+        blocks = predicted if work is Work.PREDICTED else expected_misses(ctx)
+        pairs, block = numel(pool.shape[:2], ctx), numel(pool.shape[3:], ctx)
+        return int(pairs * blocks * block * pool.dtype.itemsize)
     selected = _selected_bytes(pool, ctx.layout.num_selected, ctx)
     if work not in (Work.HITS, Work.MISSES):
         return selected
     late = _late_share(node, ctx)
     return int(selected * (late if work is Work.MISSES else 1.0 - late))
+
+
+def expected_misses(ctx: PassContext) -> float:
+    """Return how many selected blocks a prediction is expected to miss, the current one included.
+
+    As many of those that scores choose as the step before did not choose: a prediction that has
+    seen more steps is taken to miss no more.
+    """
+    return 1.0 + _num_scored(ctx) * (1.0 - ctx.config.expected_overlap)
 
 
 def _selected_bytes(pool: Tensor, num_blocks: int, ctx: PassContext) -> int:
