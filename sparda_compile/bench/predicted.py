@@ -163,5 +163,5 @@ def _plan(captures: Captures, point: Point) -> Plan:
     if point.variant == "scheduled":
         settings["mode"] = point.mode
     config = variant_config(point.variant, point.max_tokens, 0, **settings)
-    sizes = {"batch_size": point.batch_size, "max_tokens": point.max_tokens}
-    return make_plan(captures, "decode", config, **sizes)
+    batch_size, max_tokens = point.batch_size, point.max_tokens
+    return make_plan(captures, "decode", config, batch_size=batch_size, max_tokens=max_tokens)

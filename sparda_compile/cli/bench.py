@@ -57,9 +57,7 @@ _LEAST_TOKENS: Final = 10176
 _KERNEL_MINUTES: Final = 4.0
 _BUDGET_MINUTES: Final = 5.0
 
-bench_app = typer.Typer(
-    help="Measure decode, prompts and kernels on this GPU.", no_args_is_help=True
-)
+bench_app = typer.Typer(help="Measure decode, prompts and kernels on a GPU.", no_args_is_help=True)
 bench_app.command("predict")(bench_predict)
 bench_app.command("profile")(bench_profile)
 bench_app.command("start")(bench_start)
