@@ -69,7 +69,7 @@ Hints = Annotated[
     list[Hint] | None,
     typer.Option(
         help="Hint whose guesses are counted at 1, 1.25, 1.5 and 2 times the budget, beside those "
-        "by the last step and its scores. May be given again.",
+        "by the last steps and their scores. May be given again; ema and next_query are mixed too.",
         show_default="none",
     ),
 ]

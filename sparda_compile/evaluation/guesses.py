@@ -12,16 +12,20 @@ and are left out of what is counted here:
 | `ema` | level and trend of the scores of the steps before, as hint `ema` |
 | `last_scores` | the scores of the step before: `ema` with a level weight of 1 |
 | `previous_step` | what the newest steps read, newest first: what a pool of that many pages holds |
+| `past_steps` | in how many of the last 8 steps a block was read; the newest first where equal |
 | `previous_layer` | the scores of the layer before in this step |
 | `next_query`, `forecast` | their own scores |
+| `mixed` | 0.75 of the scores of `next_query` and 0.25 of `ema`'s, where both are asked for |
+| `mixed_by_layer` | the same, by the share that found most of the layer's blocks before |
 
-Levels begin with the first step that is watched. As many steps as begin them behind a prompt count
-for nobody.
+Scores that cannot be compared are standardised before they are mixed. Levels begin with the first
+step that is watched. As many steps as begin them behind a prompt count for nobody.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -41,14 +45,31 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["BUDGETS", "REFERENCES", "STEPS_AHEAD", "Guess", "GuessSums", "block_mask"]
+__all__ = [
+    "BUDGETS",
+    "MIXED",
+    "REFERENCES",
+    "SHARES",
+    "STEPS_AHEAD",
+    "Guess",
+    "GuessSums",
+    "block_mask",
+    "mix",
+]
 
 BUDGETS: Final = (1.0, 1.25, 1.5, 2.0)
 """Blocks that a guess names, over those that a step reads."""
-REFERENCES: Final = ("last_scores", "previous_step")
+REFERENCES: Final = ("last_scores", "previous_step", "past_steps")
 """Guesses that need nothing, which are measured beside each other one."""
+MIXED: Final = ("mixed", "mixed_by_layer")
+"""Guesses by two hints at once, which are measured where both are asked for."""
+SHARES: Final = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Of `next_query` in a mixture, among which `mixed_by_layer` finds each layer's."""
 STEPS_AHEAD: Final = 2 * WINDOW
 """Tokens of a haystack that are decode steps too, for guesses: half of them count."""
+_MIXED_OF: Final = ("ema", "next_query")
+_SHARE: Final = 0.75
+_PAST_STEPS: Final = 8
 _NEVER: Final = float("-inf")
 
 
@@ -75,18 +96,41 @@ class Guess:
 
 @dataclasses.dataclass
 class _Layer:
-    """What the steps before have left of one layer; tensors are [B, G, N] float32."""
+    """What the steps before have left of one layer; tensors are [B, G, N] float32.
+
+    Attributes:
+        level: Smoothed scores, as hint `ema` keeps them.
+        trend: How fast they rise.
+        last_scores: Scores of the step before.
+        last_read: Number of the newest step that read each block, -inf for none.
+        reads: Blocks that the last 8 steps read, bool.
+        found: Blocks that a mixture by each of `SHARES` has found, float64.
+        num_steps: Steps that were seen.
+    """
 
     level: Tensor
     trend: Tensor
     last_scores: Tensor
     last_read: Tensor
+    reads: deque[Tensor]
+    found: Tensor
     num_steps: int = 0
 
     @classmethod
     def like(cls, scores_BGN: Tensor) -> _Layer:
         never = torch.full_like(scores_BGN, _NEVER)
-        return cls(never, torch.zeros_like(never), never.clone(), never.clone())
+        found = torch.zeros(len(SHARES), dtype=torch.float64, device=never.device)
+        reads: deque[Tensor] = deque(maxlen=_PAST_STEPS)
+        return cls(never, torch.zeros_like(never), never.clone(), never.clone(), reads, found)
+
+    def past_steps(self) -> Tensor:
+        """Return how many of the last steps read each block, and less than 1 for the newest."""
+        if not self.reads:
+            return torch.full_like(self.level, _NEVER)
+        reads = torch.stack([*self.reads], dim=-1)
+        number = torch.arange(1, len(self.reads) + 1, device=reads.device)
+        times, newest = reads.sum(-1), (reads * number).amax(-1)
+        return (times + newest / (_PAST_STEPS + 1)).masked_fill(times == 0, _NEVER)
 
 
 class GuessSums:
@@ -98,7 +142,8 @@ class GuessSums:
     """
 
     def __init__(self, names: Sequence[str], config: SpardaConfig) -> None:
-        self.names = tuple(dict.fromkeys([*names, *REFERENCES])) if names else ()
+        mixed = MIXED if set(_MIXED_OF) <= set(names) else ()
+        self.names = tuple(dict.fromkeys([*names, *mixed, *REFERENCES])) if names else ()
         self._config = config
         self._layers: dict[int, _Layer] = {}
         self._before: Tensor | None = None
@@ -127,6 +172,8 @@ class GuessSums:
         ranked |= self._from_state(layer)
         if self._before is not None and self._before.shape == own.shape:
             ranked["previous_layer"] = self._before
+        if MIXED[0] in self.names and "next_query" in ranked:
+            ranked |= self._mixtures(layer, ranked, read_BGN, lengths_B)
         if layer.num_steps >= WINDOW:
             for name in self.names:
                 if name in ranked:
@@ -140,15 +187,38 @@ class GuessSums:
             "ema": layer.level + damping * layer.trend,
             "last_scores": layer.last_scores,
             "previous_step": layer.last_read,
+            "past_steps": layer.past_steps(),
         }
 
+    def _mixtures(
+        self, layer: _Layer, ranked: Mapping[str, Tensor], read_BGN: Tensor, lengths_B: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the mixed scores, then count what each share finds, for the steps to come."""
+        asked = self._comparable(ranked["next_query"])
+        mixtures = [mix(asked, ranked["ema"], share) for share in SHARES]
+        best = int(layer.found.argmax()) if layer.num_steps else SHARES.index(_SHARE)
+        # Groups of all shares side by side: one selection instead of one for each.
+        guessed = block_mask(torch.cat(mixtures, dim=1), lengths_B, self._choice(read_BGN))
+        hits = guessed.unflatten(1, (len(SHARES), -1)) & read_BGN[:, None]
+        layer.found += hits.sum((0, 2, 3))
+        return dict(zip(MIXED, (mix(asked, ranked["ema"], _SHARE), mixtures[best]), strict=True))
+
+    def _comparable(self, scores: Tensor) -> Tensor:
+        """Return scores that can be compared with those of other steps."""
+        return scores if SELECTORS[self._config.selector].is_comparable else standardise(scores)
+
+    def _choice(self, like: Tensor, budget: float = 1.0) -> tuple[int, int, int, int]:
+        """Return how many blocks a guess names at a budget, and which of them always."""
+        config, num_blocks = self._config, like.shape[-1]
+        num_read = config.replace(mode="query").num_selected(num_blocks)
+        count = min(int(budget * num_read + 0.5), num_blocks)
+        return count, config.block_size, config.sink_blocks, config.local_blocks
+
     def _take_in(self, layer: _Layer, own: Tensor, read_BGN: Tensor, lengths_B: Tensor) -> None:
-        config = self._config
-        is_comparable = SELECTORS[config.selector].is_comparable
-        weights = (config.ema_level, config.ema_trend)
-        comparable = own if is_comparable else standardise(own)
-        update_prediction_reference(comparable, layer.level, layer.trend, weights)
+        weights = (self._config.ema_level, self._config.ema_trend)
+        update_prediction_reference(self._comparable(own), layer.level, layer.trend, weights)
         layer.last_scores = own
+        layer.reads.append(read_BGN)
         layer.num_steps += 1
         step_B11 = lengths_B.float()[:, None, None]
         layer.last_read = torch.where(read_BGN, step_B11, layer.last_read)
@@ -163,17 +233,13 @@ class GuessSums:
         lengths_B: Tensor,
     ) -> None:
         config = self._config
-        sizes = (config.block_size, config.sink_blocks, config.local_blocks)
-        num_blocks = ranked.shape[-1]
-        num_read = config.replace(mode="query").num_selected(num_blocks)
-        block_N = torch.arange(num_blocks, device=ranked.device)
+        block_N = torch.arange(ranked.shape[-1], device=ranked.device)
         current_B11 = (lengths_B.long() // config.block_size)[:, None, None]
         is_forced = (block_N < config.sink_blocks) | (block_N >= current_B11 - config.local_blocks)
         forced = is_forced.expand(ranked.shape)
         was_read = last_read == (lengths_B.float() - 1.0)[:, None, None]
         for budget in BUDGETS:
-            count = min(int(budget * num_read + 0.5), num_blocks)
-            guessed = block_mask(ranked, lengths_B, (count, *sizes))
+            guessed = block_mask(ranked, lengths_B, self._choice(ranked, budget))
             guessed &= ~forced & (ranked > _NEVER)
             wanted = read_BGN & ~forced
             parts = (guessed & wanted, wanted, guessed, guessed & ~was_read)
@@ -198,6 +264,19 @@ class GuessSums:
                     _guess(name, n, budget, part) for n, part in parts.items() if part is not None
                 ]
         return guesses
+
+
+def mix(asked_BGN: Tensor, level_BGN: Tensor, share: float) -> Tensor:
+    """Return a weighted sum of two hints' scores; -inf where either has none.
+
+    Args:
+        asked_BGN: Scores of `next_query`, float32, comparable with the levels.
+        level_BGN: What `ema` predicts, float32.
+        share: Weight of the former; the latter has the rest of 1.
+    """
+    is_known = (asked_BGN > _NEVER) & (level_BGN > _NEVER)
+    mixed = share * asked_BGN.where(is_known, 0.0) + (1.0 - share) * level_BGN.where(is_known, 0.0)
+    return mixed.masked_fill(~is_known, _NEVER)
 
 
 def block_mask(scores_BGN: Tensor, lengths_B: Tensor, choice: tuple[int, int, int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from sparda_compile.cli import evaluate
 from sparda_compile.cli import main as cli
 from sparda_compile.demo import small_model
+from sparda_compile.evaluation.guesses import MIXED, REFERENCES
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
 from sparda_compile.forecast.weights import ForecastInfo, ForecastWeights, projections_of
 
@@ -67,7 +68,7 @@ def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     plain = json.loads(path.read_text())
     (row,) = plain["rows"]
     guesses = {(g["name"], g["budget"]) for g in row["guesses"] if g["layer"] is None}
-    names = ("ema", "next_query", "last_scores", "previous_step")
+    names = ("ema", "next_query", *MIXED, *REFERENCES)
     assert guesses == {(name, budget) for name in names for budget in (1.0, 1.25, 1.5, 2.0)}
     assert plain["settings"]["ema_damping"] == 0.25
     assert plain["settings"]["hints"] == ["ema", "next_query"]

@@ -9,7 +9,15 @@ import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.evaluation.decode import decode
-from sparda_compile.evaluation.guesses import BUDGETS, REFERENCES, GuessSums, block_mask
+from sparda_compile.evaluation.guesses import (
+    BUDGETS,
+    MIXED,
+    REFERENCES,
+    SHARES,
+    GuessSums,
+    block_mask,
+    mix,
+)
 from sparda_compile.evaluation.reading import read
 from sparda_compile.kernels import predict_blocks
 from sparda_compile.testing import tiny_llama
@@ -101,6 +109,88 @@ def test_ema_is_the_predictor_and_last_scores_a_weight_of_one(monkeypatch):
     assert found[0.5].at("ema").coverage == pytest.approx(both / wanted)
 
 
+def test_past_steps_count_how_often_a_block_was_read_then_how_lately(monkeypatch):
+    watched = Watched(monkeypatch, "ema")
+    for best in ((3, 4), (3, 5), (6, 7)):
+        watched.step(scores_of(*best))
+    layer = watched.sums._layers[0]
+    times = layer.past_steps()[0, 0]
+    assert times.argsort(descending=True)[2:7].tolist() == [3, 6, 7, 5, 4]
+    assert times[3] == 2 + 2 / 9
+    assert times[8] == -math.inf
+    for _ in range(8):
+        watched.step(scores_of(8, 9))
+    assert torch.where(layer.past_steps()[0, 0] > -math.inf)[0].tolist() == [0, 8, 9, 16]
+
+
+def by_hand(asked, level, share):
+    """Return the mixed scores of one group, block by block."""
+    return [
+        share * a + (1 - share) * b if -math.inf not in (a, b) else -math.inf
+        for a, b in zip(asked, level, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_mixture_is_a_weighted_sum_of_what_both_know(share):
+    asked, level = torch.rand(2, 1, 1, 9)
+    asked[..., 2], level[..., 2:4] = -math.inf, -math.inf
+    want = by_hand(asked[0, 0].tolist(), level[0, 0].tolist(), share)
+    assert mix(asked, level, share)[0, 0].tolist() == pytest.approx(want)
+
+
+def test_mixtures_find_what_neither_hint_does_alone(monkeypatch):
+    """Each hint knows one of two blocks, and ranks the other behind what nobody reads."""
+    scores, asked = scores_of(5, 6), scores_of(5, 7)
+    watched = Watched(monkeypatch, "ema", "next_query", ema_level=1.0)
+    before = scores_of(6, 7)
+    before[..., 7] = before[..., 5] = -30.0
+    asked[..., 6] = 0.0
+    asked[..., 7] = 1.0
+    watched.step(before, next_query=asked)
+    watched.step(scores, next_query=asked)
+    assert watched.at("ema").coverage == watched.at("next_query").coverage == 0.5
+    mixed = by_hand(asked[0, 0].tolist(), before[0, 0].tolist(), 0.75)
+    best = set(sorted(range(1, 16), key=lambda block: -mixed[block])[:2])
+    assert watched.at("mixed").coverage == len(best & {5, 6}) / 2
+
+
+def test_a_layer_is_mixed_by_what_found_most_before(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    watched = Watched(monkeypatch, "ema", "next_query")
+    level = torch.full((1, 1, BLOCKS), -math.inf)
+    found = dict.fromkeys(SHARES, 0)
+    both = wanted = 0
+    for number in range(12):
+        scores, asked = torch.rand(2, 1, 1, BLOCKS, generator=generator)
+        choice = (4, SIZE, 1, 0)
+        masks = {s: block_mask(mix(asked, level, s), watched.lengths, choice) for s in SHARES}
+        read = block_mask(scores, watched.lengths, choice)
+        if number >= 1:
+            best = max(SHARES, key=lambda share: (found[share], -share))
+            free = read[..., 1 : int(watched.lengths) // SIZE]
+            both += int((masks[best][..., 1 : int(watched.lengths) // SIZE] & free).sum())
+            wanted += int(free.sum())
+        for share in SHARES:
+            found[share] += int((masks[share] & read).sum())
+        watched.step(scores, next_query=asked)
+        level = scores if number == 0 else 0.5 * scores + 0.5 * level
+    assert len(set(found.values())) > 1
+    assert watched.at("mixed_by_layer").coverage == pytest.approx(both / wanted)
+
+
+def test_scores_that_cannot_be_compared_are_mixed_in_one_scale(monkeypatch):
+    found = []
+    for factor in (1.0, 1000.0):
+        watched = Watched(monkeypatch, "ema", "next_query", selector="quest")
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(6):
+            scores, asked = torch.rand(2, 1, 1, BLOCKS, generator=generator)
+            watched.step(scores, next_query=factor * asked)
+        found.append([watched.at(name, budget) for name in MIXED for budget in BUDGETS])
+    assert found[0] == found[1]
+
+
 def test_layers_of_all_are_those_where_everyone_guessed(monkeypatch):
     watched = Watched(monkeypatch, "previous_layer")
     for _ in range(3):
@@ -129,6 +219,7 @@ def test_steps_that_begin_the_levels_count_for_nobody():
 def test_nobody_is_asked():
     assert GuessSums([], CONFIG).names == ()
     assert GuessSums(["ema"], CONFIG).names == ("ema", *REFERENCES)
+    assert GuessSums(["ema", "next_query"], CONFIG).names[2:4] == MIXED
     assert GuessSums([], CONFIG).guesses() == []
 
 
@@ -143,7 +234,8 @@ def test_a_decoding_is_watched(selector):
     seen = decode(model, reading, ids[:, 250:], config, guesses=sums)
     assert torch.equal(seen.logits_BSV, plain.logits_BSV)
     found = {(g.name, g.layer, g.budget): g for g in sums.guesses()}
-    assert {name for name, _, _ in found} == {"ema", "next_query", *REFERENCES}
+    assert {name for name, _, _ in found} == {"ema", "next_query", *MIXED, *REFERENCES}
+    assert {layer for name, layer, _ in found if name in MIXED} == {None, 1}
     for (name, layer, _), guess in found.items():
         assert 0.0 <= guess.coverage <= 1.0
         assert 0.0 < guess.precision <= 1.0
