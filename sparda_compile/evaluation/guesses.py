@@ -1,7 +1,7 @@
 """How much of what a step reads was guessed before it, at budgets above its own.
 
-Every guess names the blocks that are always read (sink, local, current), which count in its budget
-and are left out of what is counted here:
+Every guess names the blocks that are always read (sink, local, current), and by a budget of 1 as
+many others as a step chooses by score. What is counted leaves the former out:
 
     coverage   blocks that are guessed and read / blocks that are read
     precision  blocks that are guessed and read / blocks that are guessed
@@ -25,6 +25,7 @@ step that is watched. As many steps as begin them behind a prompt count for nobo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 BUDGETS: Final = (1.0, 1.25, 1.5, 2.0)
-"""Blocks that a guess names, over those that a step reads."""
+"""Blocks that a guess names, over those that a step chooses by score; always-read ones aside."""
 REFERENCES: Final = ("last_scores", "previous_step", "past_steps")
 """Guesses that need nothing, which are measured beside each other one."""
 MIXED: Final = ("mixed", "mixed_by_layer")
@@ -80,7 +81,7 @@ class Guess:
     Attributes:
         name: Who guessed.
         layer: Which layer; None is all in which everyone guessed.
-        budget: Blocks that it names over those that a step reads, the always-read ones included.
+        budget: Blocks that it names over those that a step chooses by score.
         coverage: Share of the blocks read that were guessed.
         precision: Share of the blocks guessed that were read.
         fetched: Blocks guessed that the step before did not read, over the blocks read.
@@ -210,8 +211,8 @@ class GuessSums:
     def _choice(self, like: Tensor, budget: float = 1.0) -> tuple[int, int, int, int]:
         """Return how many blocks a guess names at a budget, and which of them always."""
         config, num_blocks = self._config, like.shape[-1]
-        num_read = config.replace(mode="query").num_selected(num_blocks)
-        count = min(int(budget * num_read + 0.5), num_blocks)
+        num_scored = config.replace(mode="query").num_selected(num_blocks) - config.num_forced
+        count = min(config.num_forced + math.ceil(budget * num_scored), num_blocks)
         return count, config.block_size, config.sink_blocks, config.local_blocks
 
     def _take_in(self, layer: _Layer, own: Tensor, read_BGN: Tensor, lengths_B: Tensor) -> None:

@@ -33,8 +33,8 @@ local, current) count in it and are left out of both recalls. mass: of the atten
 blocks, what falls on those found; blocks: of the true query's blocks, those found. In brackets \
 the 95% interval of a bootstrap over sequences."""
 _GUESS_NOTE: Final = """\
-named: blocks that a guess names over those that a step reads, always-read ones included; they are \
-left out of the rest. coverage: of the blocks read, those guessed; precision: of the blocks \
+named: blocks that a guess names over those that a step chooses by score; always-read ones come on \
+top, and are left out of the rest. coverage: of the blocks read, those guessed; precision: of the blocks \
 guessed, those read; fetched: blocks guessed that the step before did not read, over those read; \
 lowest: coverage of the layer where it is lowest, and that layer."""
 

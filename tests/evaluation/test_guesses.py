@@ -68,9 +68,9 @@ def test_coverage_precision_and_what_is_fetched(monkeypatch):
     assert (guess.coverage, guess.precision, guess.fetched) == (0.5, 0.5, 1.0)
     guess = watched.at("last_scores")
     assert (guess.coverage, guess.precision, guess.fetched) == (0.5, 0.5, 0.0)
-    # Four blocks are read, sink and current ones too: six are named at 1.5.
+    # Two blocks are chosen by score: three are named at 1.5, beside the sink and the current one.
     guess = watched.at("last_scores", 1.5)
-    assert (guess.coverage, guess.precision, guess.fetched) == (0.5, 0.25, 1.0)
+    assert (guess.coverage, guess.precision, guess.fetched) == (0.5, pytest.approx(1 / 3), 0.5)
 
 
 def test_the_newest_steps_are_named_newest_first(monkeypatch):
@@ -78,9 +78,11 @@ def test_the_newest_steps_are_named_newest_first(monkeypatch):
     for best in ((3, 4), (5, 6), (7, 8), (5, 3)):
         watched.step(scores_of(*best))
     found = [watched.at("previous_step", budget).coverage for budget in BUDGETS]
-    # Of three steps with two blocks each: at 1.25 one block of the step before, the lower id; at
-    # 1.5 both; at 2 those of the first step too.
-    assert found == pytest.approx([0.0, 1 / 6, 1 / 6, 2 / 6])
+    # Of three steps with two blocks each. The last one names (7, 8); at 1.25, which is three
+    # blocks, and at 1.5 also the lower one of (5, 6), at 2 both.
+    assert found == pytest.approx([0.0, 1 / 6, 1 / 6, 1 / 6])
+    assert watched.at("previous_step", 1.25).precision == pytest.approx(1 / 8)
+    assert watched.at("previous_step", 2.0).precision == pytest.approx(1 / 10)
 
 
 def test_ema_is_the_predictor_and_last_scores_a_weight_of_one(monkeypatch):
