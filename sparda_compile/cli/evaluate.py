@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -31,7 +30,7 @@ from sparda_compile.cli.options import (
     Task,
 )
 from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
-from sparda_compile.config import Prediction, SpardaConfig
+from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
 _PROMPT: Final = "dense"
+_EMA: Final = ("ema_level", "ema_trend", "ema_damping")
 
 Model = Annotated[
     str,
@@ -80,6 +80,10 @@ Ema = Annotated[
         show_default=f"{SpardaConfig.ema_level} {SpardaConfig.ema_trend} "
         f"{SpardaConfig.ema_damping}",
     ),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--ema-calibrate", help="Calibrate hint ema by the first of the steps."),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -151,6 +155,7 @@ def evaluate_model(
     short_list: ShortList = SpardaConfig.short_list,
     hint: Hints = None,
     ema: Ema = None,
+    ema_calibrate: Calibrate = False,
     budget: Budgets = None,
     prefill: Prompts = None,
     task: Tasks = None,
@@ -181,6 +186,7 @@ def evaluate_model(
             weights = _forecast(model, forecast)
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
+            fields |= {"ema_calibrate": True} if ema_calibrate else {}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
                 tuple(budget or _BUDGETS),
@@ -215,8 +221,7 @@ def _sizes(
     """Return what is given: of sizes of blocks and pooled keys, else the Forecast's."""
     info = weights.info if weights is not None else None
     sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
-    names = [field.name for field in dataclasses.fields(Prediction)]
-    predict = dict(zip(names, ema, strict=True)) if ema is not None else {}
+    predict = dict(zip(_EMA, ema, strict=True)) if ema is not None else {}
     return sizes | predict | {field: size for field, size in given.items() if size is not None}
 
 

@@ -19,7 +19,8 @@ many others as a step chooses by score. What is counted leaves the former out:
 | `mixed_by_layer` | the same, by the share that found most of the layer's blocks before |
 
 Scores that cannot be compared are standardised before they are mixed. Levels begin with the first
-step that is watched. As many steps as begin them behind a prompt count for nobody.
+step that is watched. As many steps as begin them behind a prompt count for nobody, and decide by
+which weights `ema` guesses, if that is calibrated.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from sparda_compile.kernels.begin_prediction import WINDOW
+from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW, calibrate
 from sparda_compile.kernels.predict_blocks import (
-    WINDOW,
+    calibrated_or,
     standardise,
     update_prediction_reference,
 )
@@ -51,11 +54,11 @@ __all__ = [
     "MIXED",
     "REFERENCES",
     "SHARES",
-    "STEPS_AHEAD",
     "Guess",
     "GuessSums",
     "block_mask",
     "mix",
+    "num_first_steps",
 ]
 
 BUDGETS: Final = (1.0, 1.25, 1.5, 2.0)
@@ -66,12 +69,15 @@ MIXED: Final = ("mixed", "mixed_by_layer")
 """Guesses by two hints at once, which are measured where both are asked for."""
 SHARES: Final = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Of `next_query` in a mixture, among which `mixed_by_layer` finds each layer's."""
-STEPS_AHEAD: Final = 2 * WINDOW
-"""Tokens of a haystack that are decode steps too, for guesses: half of them count."""
 _MIXED_OF: Final = ("ema", "next_query")
 _SHARE: Final = 0.75
 _PAST_STEPS: Final = 8
 _NEVER: Final = float("-inf")
+
+
+def num_first_steps(config: SpardaConfig) -> int:
+    """Return how many steps begin the levels, and count for nobody."""
+    return CALIBRATION_WINDOW if config.ema_calibrate else WINDOW
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,8 @@ class _Layer:
         last_read: Number of the newest step that read each block, -inf for none.
         reads: Blocks that the last 8 steps read, bool.
         found: Blocks that a mixture by each of `SHARES` has found, float64.
+        calibrated: Weights that `ema` is calibrated to, [B, 3], 0 before that.
+        first: Scores of the first steps and tokens before them, for that.
         num_steps: Steps that were seen.
     """
 
@@ -115,6 +123,8 @@ class _Layer:
     last_read: Tensor
     reads: deque[Tensor]
     found: Tensor
+    calibrated: Tensor
+    first: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     num_steps: int = 0
 
     @classmethod
@@ -122,7 +132,9 @@ class _Layer:
         never = torch.full_like(scores_BGN, _NEVER)
         found = torch.zeros(len(SHARES), dtype=torch.float64, device=never.device)
         reads: deque[Tensor] = deque(maxlen=_PAST_STEPS)
-        return cls(never, torch.zeros_like(never), never.clone(), never.clone(), reads, found)
+        calibrated = never.new_zeros(len(never), 3)
+        kept = (never.clone(), never.clone(), reads, found, calibrated)
+        return cls(never, torch.zeros_like(never), *kept)
 
     def past_steps(self) -> Tensor:
         """Return how many of the last steps read each block, and less than 1 for the newest."""
@@ -175,7 +187,7 @@ class GuessSums:
             ranked["previous_layer"] = self._before
         if MIXED[0] in self.names and "next_query" in ranked:
             ranked |= self._mixtures(layer, ranked, read_BGN, lengths_B)
-        if layer.num_steps >= WINDOW:
+        if layer.num_steps >= num_first_steps(self._config):
             for name in self.names:
                 if name in ranked:
                     self._count(number, name, ranked[name], read_BGN, layer.last_read, lengths_B)
@@ -183,7 +195,7 @@ class GuessSums:
         self._before = own
 
     def _from_state(self, layer: _Layer) -> dict[str, Tensor]:
-        damping = self._config.ema_damping
+        damping = self._weights(layer)[2]
         return {
             "ema": layer.level + damping * layer.trend,
             "last_scores": layer.last_scores,
@@ -215,14 +227,44 @@ class GuessSums:
         count = min(config.num_forced + math.ceil(budget * num_scored), num_blocks)
         return count, config.block_size, config.sink_blocks, config.local_blocks
 
+    def _weights(self, layer: _Layer) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+        config = self._config
+        return calibrated_or(
+            (config.ema_level, config.ema_trend, config.ema_damping), layer.calibrated
+        )
+
     def _take_in(self, layer: _Layer, own: Tensor, read_BGN: Tensor, lengths_B: Tensor) -> None:
-        weights = (self._config.ema_level, self._config.ema_trend)
-        update_prediction_reference(self._comparable(own), layer.level, layer.trend, weights)
+        layer.num_steps += 1
+        num_first = num_first_steps(self._config)
+        if self._config.ema_calibrate and layer.num_steps <= num_first:
+            layer.first.append((own, lengths_B.clone()))
+        if self._config.ema_calibrate and layer.num_steps == num_first:
+            self._calibrate(layer)
+        else:
+            weights = self._weights(layer)[:2]
+            update_prediction_reference(self._comparable(own), layer.level, layer.trend, weights)
         layer.last_scores = own
         layer.reads.append(read_BGN)
-        layer.num_steps += 1
         step_B11 = lengths_B.float()[:, None, None]
         layer.last_read = torch.where(read_BGN, step_B11, layer.last_read)
+
+    def _calibrate(self, layer: _Layer) -> None:
+        """Find the weights by the first steps, and take these in by them."""
+        scores_WBGN, before_WB = (torch.stack(part) for part in zip(*layer.first, strict=True))
+        calibrate(
+            scores_WBGN,
+            before_WB.T.contiguous(),
+            torch.full_like(before_WB[0], len(before_WB)),
+            self._choice(scores_WBGN),
+            layer.calibrated,
+            are_comparable=SELECTORS[self._config.selector].is_comparable,
+        )
+        layer.level.fill_(_NEVER)
+        layer.trend.zero_()
+        for scores_BGN in scores_WBGN:
+            weights = self._weights(layer)[:2]
+            update_prediction_reference(scores_BGN, layer.level, layer.trend, weights)
+        layer.first.clear()
 
     def _count(
         self,

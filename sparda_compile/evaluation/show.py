@@ -34,9 +34,9 @@ blocks, what falls on those found; blocks: of the true query's blocks, those fou
 the 95% interval of a bootstrap over sequences."""
 _GUESS_NOTE: Final = """\
 named: blocks that a guess names over those that a step chooses by score; always-read ones come on \
-top, and are left out of the rest. coverage: of the blocks read, those guessed; precision: of the blocks \
-guessed, those read; fetched: blocks guessed that the step before did not read, over those read; \
-lowest: coverage of the layer where it is lowest, and that layer."""
+top, and are left out of the rest. coverage: of the blocks read, those guessed; precision: of the \
+blocks guessed, those read; fetched: blocks guessed that the step before did not read, over those \
+read; lowest: coverage of the layer where it is lowest, and that layer."""
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:

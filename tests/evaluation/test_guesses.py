@@ -20,6 +20,7 @@ from sparda_compile.evaluation.guesses import (
 )
 from sparda_compile.evaluation.reading import read
 from sparda_compile.kernels import predict_blocks
+from sparda_compile.kernels.begin_prediction import WINDOW
 from sparda_compile.testing import tiny_llama
 
 SIZE, BLOCKS = 16, 20
@@ -208,7 +209,7 @@ def test_layers_of_all_are_those_where_everyone_guessed(monkeypatch):
 def test_steps_that_begin_the_levels_count_for_nobody():
     sums = GuessSums(["ema"], CONFIG)
     read = block_mask(scores_of(5, 6), LENGTHS, (4, SIZE, 1, 0))
-    for _ in range(predict_blocks.WINDOW):
+    for _ in range(WINDOW):
         sums.add(0, {"query": scores_of(5, 6)}, read, LENGTHS)
     assert sums.guesses() == []
     sums.add(0, {"query": scores_of(5, 6)}, read, LENGTHS)

@@ -9,6 +9,7 @@ import torch
 
 from sparda_compile import ops
 from sparda_compile.kernels import predict_blocks as room
+from sparda_compile.kernels.begin_prediction import WINDOW
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.nosa import LISTED
 
@@ -212,7 +213,7 @@ def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
     for row in range(2):
         one = slice(row, row + 1)
         columns = torch.where(mask[row])[0]
-        for number in range(max(len(columns) - room.WINDOW, 0), len(columns)):
+        for number in range(max(len(columns) - WINDOW, 0), len(columns)):
             now = lengths[one] + number
             scores = rule.score(
                 query[one, :, columns[number], None], [t[one] for t in tensors], now, 0.3, geometry
