@@ -188,9 +188,8 @@ class GuessSums:
         if MIXED[0] in self.names and "next_query" in ranked:
             ranked |= self._mixtures(layer, ranked, read_BGN, lengths_B)
         if layer.num_steps >= num_first_steps(self._config):
-            for name in self.names:
-                if name in ranked:
-                    self._count(number, name, ranked[name], read_BGN, layer.last_read, lengths_B)
+            asked = {name: ranked[name] for name in self.names if name in ranked}
+            self._count(number, asked, read_BGN, layer.last_read, lengths_B)
         self._take_in(layer, own, read_BGN, lengths_B)
         self._before = own
 
@@ -269,26 +268,29 @@ class GuessSums:
     def _count(
         self,
         number: int,
-        name: str,
-        ranked: Tensor,
+        ranked: Mapping[str, Tensor],
         read_BGN: Tensor,
         last_read: Tensor,
         lengths_B: Tensor,
     ) -> None:
         config = self._config
-        block_N = torch.arange(ranked.shape[-1], device=ranked.device)
+        block_N = torch.arange(read_BGN.shape[-1], device=read_BGN.device)
         current_B11 = (lengths_B.long() // config.block_size)[:, None, None]
         is_forced = (block_N < config.sink_blocks) | (block_N >= current_B11 - config.local_blocks)
-        forced = is_forced.expand(ranked.shape)
         was_read = last_read == (lengths_B.float() - 1.0)[:, None, None]
+        wanted = read_BGN & ~is_forced
+        # All that guess at once, E of them: one sort instead of one for each and budget.
+        scores_EBGN = torch.stack([*ranked.values()])
+        is_free = (scores_EBGN > _NEVER) & ~is_forced
+        place_EBGN = _places(scores_EBGN.masked_fill(~is_free, _NEVER))
+        num_forced = (is_forced & (block_N <= current_B11)).sum(-1, keepdim=True)
         for budget in BUDGETS:
-            guessed = block_mask(ranked, lengths_B, self._choice(ranked, budget))
-            guessed &= ~forced & (ranked > _NEVER)
-            wanted = read_BGN & ~forced
-            parts = (guessed & wanted, wanted, guessed, guessed & ~was_read)
-            sums = torch.stack([part.sum().double() for part in parts]).cpu()
-            key = (number, name, budget)
-            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+            guessed = is_free & (place_EBGN < self._choice(read_BGN, budget)[0] - num_forced)
+            parts = (guessed & wanted, wanted.expand_as(guessed), guessed, guessed & ~was_read)
+            sums = torch.stack([part.sum((1, 2, 3)).double() for part in parts], dim=1).cpu()
+            for name, mine in zip(ranked, sums, strict=True):
+                key = (number, name, budget)
+                self._sums[key] = self._sums[key] + mine if key in self._sums else mine
 
     def guesses(self) -> list[Guess]:
         """Return what was found, by who guessed, budget and layer; first over all layers."""
@@ -335,6 +337,13 @@ def block_mask(scores_BGN: Tensor, lengths_B: Tensor, choice: tuple[int, int, in
     # An id of -1, for a block that does not exist, goes to the column behind the last one.
     mask = scores_BGN.new_zeros((*scores_BGN.shape[:2], num_blocks + 1), dtype=torch.bool)
     return mask.scatter(2, ids_BGK.where(ids_BGK >= 0, num_blocks), True)[..., :-1]
+
+
+def _places(scores_EBGN: Tensor) -> Tensor:
+    """Return the place of each block by its score, 0 for the best; ties go to the lower id."""
+    order = torch.sort(scores_EBGN, dim=-1, descending=True, stable=True).indices
+    number = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, number)
 
 
 def _guess(name: str, layer: int | None, budget: float, sums: Tensor) -> Guess:

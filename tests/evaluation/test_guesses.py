@@ -194,6 +194,28 @@ def test_scores_that_cannot_be_compared_are_mixed_in_one_scale(monkeypatch):
     assert found[0] == found[1]
 
 
+def test_a_guess_names_what_a_selection_by_its_scores_would(monkeypatch):
+    """With ties, blocks that were never scored, and lengths in which few blocks exist."""
+    monkeypatch.setattr("sparda_compile.evaluation.guesses.WINDOW", 0)
+    generator = torch.Generator().manual_seed(4)
+    values = torch.tensor([-math.inf, 0.0, 1.0, 0.5, -1.0])
+    lengths = torch.tensor([37, 100, 250, 319], dtype=torch.int32)
+    config = CONFIG.replace(local_blocks=1, sink_blocks=2)
+    guess = values[torch.randint(0, 5, (4, 3, BLOCKS), generator=generator)]
+    scores = torch.rand(4, 3, BLOCKS, generator=generator)
+    read = block_mask(scores, lengths, (6, SIZE, 2, 1))
+    sums = GuessSums(["next_query"], config)
+    sums.add(0, {"query": scores, "next_query": guess}, read, lengths)
+    block = torch.arange(BLOCKS)
+    current = (lengths // SIZE)[:, None, None]
+    free = (block >= 2) & (block < current - 1)
+    for found in (g for g in sums.guesses() if g.name == "next_query" and g.layer is None):
+        count = 4 + math.ceil(found.budget * 2)
+        named = block_mask(guess, lengths, (count, SIZE, 2, 1)) & free & (guess > -math.inf)
+        assert found.coverage == pytest.approx(float((named & read).sum() / (read & free).sum()))
+        assert found.precision == pytest.approx(float((named & read).sum() / named.sum()))
+
+
 def test_layers_of_all_are_those_where_everyone_guessed(monkeypatch):
     watched = Watched(monkeypatch, "previous_layer")
     for _ in range(3):

@@ -33,12 +33,12 @@ def _judge_rows(
     scores, worths, before, groups, num_blocks, sink, local, COMPARABLE: tl.constexpr,
     SIZE: tl.constexpr, SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, pair = tl.program_id(0), tl.program_id(1)
+    row, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(before + pair // groups * tl.num_programs(0) + row)
     current = length // SIZE
     block = tl.arange(0, BLOCKS)
     inside = block < num_blocks
-    at = (row.to(tl.int64) * tl.num_programs(1) + pair) * num_blocks + block
+    at = (row * tl.num_programs(1) + pair) * num_blocks + block
     score = tl.load(scores + at, mask=inside, other=float("-inf"))
     scored = score > float("-inf")
     if not COMPARABLE:
@@ -46,10 +46,9 @@ def _judge_rows(
         tl.store(scores + at, score, mask=inside)
     picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
     picked = picked & scored & (block >= sink) & (block < current - local)
-    weight = score
+    weight = tl.where(picked, score, 0.0)
     if not COMPARABLE:
-        weight = tl.exp(score - tl.max(score, 0))
-    weight = tl.where(picked, weight, 0.0)
+        weight = tl.where(picked, tl.exp(weight - tl.max(weight, 0)), 0.0)
     total = tl.sum(weight, 0)
     worth = tl.where(total > 0.0, weight / tl.where(total > 0.0, total, 1.0), 0.0)
     tl.store(worths + at, worth, mask=inside)
@@ -60,7 +59,7 @@ def _rate_candidates(
     scores, worths, before, weights, rates, groups, num_rows, num_blocks, sink, local,
     SIZE: tl.constexpr, SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    pair, candidate = tl.program_id(0), tl.program_id(1)
+    pair, candidate = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of_level = tl.load(weights + candidate * 3)
     of_trend = tl.load(weights + candidate * 3 + 1)
     damping = tl.load(weights + candidate * 3 + 2)
@@ -71,7 +70,7 @@ def _rate_candidates(
     rate = 0.0
     for row in tl.range(num_rows):
         current = tl.load(before + pair // groups * num_rows + row) // SIZE
-        at = (row.to(tl.int64) * tl.num_programs(0) + pair) * num_blocks + block
+        at = (row * tl.num_programs(0) + pair) * num_blocks + block
         predicted = old + damping * slope
         picked = pick(predicted, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
         worth = tl.load(worths + at, mask=inside & picked & (old > float("-inf")), other=0.0)
