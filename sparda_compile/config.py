@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
 
 __all__ = [
@@ -176,6 +177,7 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         Memory.__post_init__(self)
         Execution.__post_init__(self)
         self._check_shared()
+        self._check_speculation()
         self._check_capacity()
 
     @classmethod
@@ -237,6 +239,14 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
                 "tokens that read the same blocks lie in one block. Use a power of two, or 1."
             )
 
+    def _check_speculation(self) -> None:
+        if self.mode == "speculate" and self.offload == "always":
+            raise ConfigError(
+                "mode='speculate' attends to blocks before they are selected, so all of them have "
+                "to be on the device, and offload='always' keeps them in CPU memory; pass "
+                "offload='never', or use mode='exact' with hint='ema'."
+            )
+
     def _check_capacity(self) -> None:
         if self.max_tokens is None:
             return
@@ -266,6 +276,15 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
             return num_blocks
         return min(num_blocks, self.num_forced + self.top_k)
 
+    def num_predicted(self, num_blocks: int) -> int:
+        """Most blocks that mode `speculate` predicts for a step, out of `num_blocks`."""
+        return min(num_blocks, self.prediction_budget(num_blocks))
+
+    def prediction_budget(self, num_blocks: int) -> int:
+        """Sink, local and current blocks, and the budget's multiple of those chosen by score."""
+        scored = num_blocks if self.top_k is None else self.top_k
+        return self.num_forced + math.ceil(self.speculation_budget * scored)
+
     @property
     def selection_starts_at(self) -> int | None:
         """Tokens of a sequence from which on a decode step leaves blocks out; None for never."""
@@ -284,6 +303,13 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         if self.mode != "exact":
             return ()
         return (self.hint,) if isinstance(self.hint, str) else self.hint
+
+    @property
+    def predictor(self) -> str | None:
+        """Name of what predicts the blocks of a step; None but in mode `speculate`."""
+        if self.mode != "speculate":
+            return None
+        return self.hint if isinstance(self.hint, str) and self.hint in PREDICTORS else "ema"
 
     @property
     def forecast_selector(self) -> str:

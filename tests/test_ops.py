@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
+from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.ops import OPS
@@ -50,7 +51,7 @@ def samples():
         randn(ROWS, GROUPS, PAGES, 2, SIZE, DIM),
         randn(ROWS, GROUPS, BLOCKS, 2, SIZE, DIM),
     )
-    counters = torch.zeros(5, dtype=torch.int64)
+    counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
     pooled = [randn(ROWS, GROUPS, 19, DIM), randn(ROWS, GROUPS, 8, DIM)]
     misses = (int32([1, -1, -1]).expand_as(ids).contiguous(), page_ids)
     splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED, SIZE))
@@ -59,6 +60,7 @@ def samples():
     levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     selection = (query, pages, page_ids, ids)
+    guess = int32([0, 2, -1]).expand(ROWS, GROUPS, SELECTED).contiguous()
     stored = (tables()[0], pages, host, counters)
     scale, softcap = 0.25, 3.0
     return {
@@ -91,6 +93,14 @@ def samples():
         "predict_blocks": (
             randn(ROWS, GROUPS, BLOCKS), randn(ROWS, GROUPS, BLOCKS), lengths, SELECTED, SIZE, 1, 0,
             0.5,
+        ),
+        "predict_ahead": (
+            *levels, lengths, int32([2]), torch.full_like(ids, -2), 1, SIZE, 1, 0, 0.5,
+        ),
+        "attend_predicted": (query, pages, tables()[0], guess, lengths, scale, softcap),
+        "repair_predicted": (
+            *selection, guess, lengths, randn(ROWS, GROUPS, SELECTED, 3, DIM),
+            randn(ROWS, GROUPS, SELECTED, 3), counters, scale, softcap, True,
         ),
         "update_prediction": (
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,

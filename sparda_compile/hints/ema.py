@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sparda_compile.hints.base import HintPoint
     from sparda_compile.state.layout import CacheLayout, LayerShape
 
-__all__ = ["EmaHint", "take_calibrated"]
+__all__ = ["EmaHint", "ema_weights", "take_calibrated"]
 
 
 class EmaHint(Hint):
@@ -83,7 +83,7 @@ class EmaHint(Hint):
         )
         scores = argument(point.block_ids[layer], "scores")
         updated = point.after(point.last("sparse_attention")).call(
-            "update_prediction", scores, *kept, *_weights(point.layout)
+            "update_prediction", scores, *kept, *ema_weights(point.layout)
         )
         for node in (predicted, updated):
             take_calibrated(node, point)
@@ -107,7 +107,7 @@ class EmaHint(Hint):
             config.selector,
             target.scale,
             *geometry_of(layout),
-            *_weights(layout),
+            *ema_weights(layout),
         )
         if layout.geometry.short_list:
             for name in ("short_list", "sink_blocks", "local_blocks"):
@@ -125,7 +125,7 @@ def take_calibrated(node: fx.Node, point: HintPoint) -> bool:
     return point.layout.config.ema_calibrate
 
 
-def _weights(layout: CacheLayout) -> tuple[float, float, bool]:
+def ema_weights(layout: CacheLayout) -> tuple[float, float, bool]:
     """Return both weights of a new score, and whether scores can be compared between steps."""
     config = layout.config
     return config.ema_level, config.ema_trend, SELECTORS[config.selector].is_comparable

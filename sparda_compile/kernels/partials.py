@@ -4,7 +4,7 @@
     merge     lse = logsumexp_s lse_s ;  o = sum_s exp(lse_s - lse) o_s
     remove    r = exp(lse_n - lse) ;  o' = (o - r o_n) / (1 - r) ;  lse' = lse + log(1 - r)
 
-A partial of nothing is (0, -inf), and merges of such are, too. All is fp32. Merging in another order
+A partial of nothing is (0, -inf), and so are merges of such. All is fp32. Merging in another order
 changes the result by rounding alone: at most a few units of the last place of the largest partial.
 Removing multiplies the error of what it is given by 1 / (1 - r): it is refused where r is more than
 a limit, and the caller attends again instead.

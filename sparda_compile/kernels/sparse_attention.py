@@ -221,7 +221,7 @@ def _fake_partials(arguments: Any) -> tuple[Tensor, Tensor]:
     fake=_fake_partials,
     results=("partial_out", "partial_lse"),
     kernels=("_partials",),
-    part=Part("pages", "hits", by="is_miss"),
+    parts=(Part("pages", "hits", by="is_miss"),),
     behind=("append_kv",),
 )
 def attend_resident(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,8 +11,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.arguments import CONFIG
+from sparda_compile.runtime.kv_cache import check_budgets
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from sparda_compile.runtime.kv_cache import KVCache
@@ -43,6 +47,7 @@ class SpardaCache(Cache):
         self.owner = weakref.ref(owner)
         self.max_tokens = max_tokens
         self._held: list[KVCache] = []  # the pool's finalizer holds the same list
+        self._budgets: dict[int, int] = {}
         self._passed: list[tuple[Tensor | None, Tensor]] = []
         self.has_padding = False
         self.is_generating = False
@@ -55,8 +60,32 @@ class SpardaCache(Cache):
 
     def hold(self, kv: KVCache) -> list[KVCache]:
         """Take over memory, in the place of any other; returns the list that holds it."""
+        if self._budgets:
+            kv.set_budgets(self._budgets)
         self._held[:] = [kv]
         return self._held
+
+    def set_budgets(self, budgets: Mapping[int, int]) -> None:
+        """Set how many blocks layers predict for each step, in mode `speculate`.
+
+        It may be called between any two steps, and nothing is compiled or captured anew. What a
+        step returns does not change with it, but for `repair="union"`. `reset` keeps it.
+
+        Args:
+            budgets: By layer, for each sequence and KV head: 0 up to what
+                `SpardaConfig.speculation_budget` allows, sink, local and current blocks among them.
+                A layer that is not named keeps its own.
+
+        Raises:
+            ConfigError: If the mode predicts nothing, a layer does not, or a number is not allowed.
+        """
+        if self.kv is not None:
+            self.kv.set_budgets(budgets)
+        else:
+            owner: Any = self.owner()
+            layout = owner.programs.latest_plan("decode").layout
+            check_budgets(dataclasses.replace(layout, max_tokens=self.max_tokens), budgets)
+        self._budgets |= budgets
 
     def note(self, ids: Tensor | None, mask: Tensor, *, hides: bool) -> None:
         """Remember the tokens of a call that has ended.
@@ -135,6 +164,7 @@ class SpardaCache(Cache):
         self.has_padding = False
         if self.kv is not None:
             self.kv.reset()
+            self.hold(self.kv)  # with its budgets
 
     @property
     def is_linear(self) -> list[bool]:

@@ -123,7 +123,7 @@ def _layer(layout: CacheLayout, shape: LayerShape) -> LayerPlan:
     specs = layout.tensors(shape)
     device = {n: s.num_bytes for n, s in specs.items() if not s.on_host}
     pages = sum(device.get(n, 0) for n in ("pages", "ring_k", "ring_v"))
-    hinted = [n for hint in layout.strategy.hints for n in hint.state(layout, shape)]
+    hinted = [n for kept in layout.strategy.keepers for n in kept.state(layout, shape)]
     tables = sum(device.get(n, 0) for n in (*_TABLES, *hinted))
     return LayerPlan(
         layer=shape.layer,

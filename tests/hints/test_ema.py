@@ -93,15 +93,15 @@ def test_nothing_is_calibrated_by_default(lab):
     graph = lab.decode_graph("insert_forecast", **CONFIG)
     for name in ("predict_blocks", "update_prediction"):
         assert {argument(node, "calibrated") for node in lab.ops(graph, name).values()} == {None}
-    layout = lab.module(**CONFIG).new_cache(256).kv.layout
+    layout = lab.module(**CONFIG).programs.get("decode", 1, 256, last_only=True).plan.layout
     assert set(EmaHint().state(layout, layout.layers[0])) == {"level", "trend"}
 
 
 def test_each_prompt_is_calibrated_and_few_tokens_change_nothing(lab):
     module = lab.module(ema_calibrate=True, **CONFIG)
     cache = module.new_cache(256)
-    found = cache.kv.state["sparda_calibrated_1"]
     module(torch.randint(0, 256, (2, 9)), past_key_values=cache)
+    found = cache.kv.state["sparda_calibrated_1"]
     assert (found == 0.0).all()
     module(torch.randint(0, 256, (2, 100)), past_key_values=cache)
     grid = candidates(found.device).tolist()

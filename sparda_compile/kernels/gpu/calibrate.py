@@ -44,7 +44,7 @@ def _judge_rows(
     if not COMPARABLE:
         score = tl.where(scored, standardised(score, scored), float("-inf"))
         tl.store(scores + at, score, mask=inside)
-    picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+    picked = pick(score, current, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS)
     picked = picked & scored & (block >= sink) & (block < current - local)
     weight = tl.where(picked, score, 0.0)
     if not COMPARABLE:
@@ -72,7 +72,9 @@ def _rate_candidates(
         current = tl.load(before + pair // groups * num_rows + row) // SIZE
         at = (row * tl.num_programs(0) + pair) * num_blocks + block
         predicted = old + damping * slope
-        picked = pick(predicted, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+        picked = pick(
+            predicted, current, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS
+        )
         worth = tl.load(worths + at, mask=inside & picked & (old > float("-inf")), other=0.0)
         rate += tl.sum(worth, 0)
         score = tl.load(scores + at, mask=inside, other=float("-inf"))

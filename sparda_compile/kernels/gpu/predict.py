@@ -61,8 +61,9 @@ def taken_in(  # noqa: ANN201 - a part of kernels
 
 @triton.jit
 def _predict_blocks(
-    level, trend, lengths, ids, damping, calibrated, groups, num_blocks, sink, local,
+    level, trend, lengths, budget, ids, damping, calibrated, groups, num_blocks, sink, local,
     SIZE: tl.constexpr, SELECTED: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+    LIMITED: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     current = tl.load(lengths + pair // groups) // SIZE
@@ -74,7 +75,10 @@ def _predict_blocks(
     place = pair.to(tl.int64) * num_blocks + block
     known = tl.load(level + place, mask=exists, other=float("-inf"))
     score = known + damping * tl.load(trend + place, mask=exists, other=0.0)
-    picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+    wanted = SELECTED
+    if LIMITED:
+        wanted = tl.minimum(tl.maximum(tl.load(budget), 0), SELECTED)
+    picked = pick(score, current, num_blocks, sink, local, wanted, SELECTED, BLOCKS, COLUMNS)
     forced = (block < sink) | (block >= current - local)
     picked = picked & (forced | (known > float("-inf")))
     row = ids + pair.to(tl.int64) * SELECTED
@@ -123,19 +127,34 @@ def predict(
     ids_BGK: Tensor,
     choice: Choice,
     damping: float,
-    *,
+    budget: Tensor | None = None,
     calibrated: Tensor | None = None,
 ) -> None:
-    """Predict blocks; see `kernels.predict_blocks`. Writes `ids_BGK`."""
+    """Predict blocks; see `kernels.predict_blocks`. Writes `ids_BGK`.
+
+    Args:
+        level_BGN: float32, -inf for a block that was never scored.
+        trend_BGN: float32.
+        lengths_B: int32, tokens before the step that is predicted.
+        ids_BGK: int32, written: ascending, then -1.
+        choice: What to pick; K is the width of `ids_BGK`.
+        damping: Factor on the trend.
+        budget: [1] int32 on the device, most blocks to pick in all, if fewer than K. Sink, local
+            and current blocks are the best: with less room than they need, the first of them alone
+            are picked; with 0, none.
+        calibrated: [B, 3] float32 on the device, whose last counts instead of `damping` where a
+            prompt was calibrated.
+    """
     batch, groups, num_blocks = level_BGN.shape
     check_num_blocks(num_blocks)
     # As of `_select_pages`, which picks in the same way.
     warps = 4 if num_blocks <= 1024 else 8 if num_blocks <= 8192 else 16
     launch(_predict_blocks, (batch * groups,))(
-        level_BGN, trend_BGN, lengths_B, ids_BGK, damping, calibrated, groups, num_blocks,
+        level_BGN, trend_BGN, lengths_B, lengths_B if budget is None else budget, ids_BGK, damping,
+        calibrated, groups, num_blocks,
         choice.sink_blocks, choice.local_blocks, choice.block_size, choice.num_selected,
-        power_of_two(num_blocks), power_of_two(choice.num_selected), num_warps=warps,
-        **as_written(),
+        power_of_two(num_blocks), power_of_two(choice.num_selected), budget is not None,
+        num_warps=warps, **as_written(),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _SCORING: Final = ("score_blocks", "select_tokens", "select_past", "begin_prediction")
 _GUESSES: Final = ("recall_ids", "predict_blocks", "select_blocks")
 _ATTENTIONS: Final = (
-    *("sparse_attention", "attend_missing", "window_attention"),
+    *("sparse_attention", "attend_missing", "repair_predicted", "window_attention"),
     *("prefill_attention", "attend_tokens"),
 )
 
@@ -174,9 +174,9 @@ class _Layer:
             for role in ("select_past", "stage_blocks"):
                 made = self._layer.one(role)
                 self._own |= _results(made) if made else {}
-        partial = self._layer.one("attend_resident")
-        if partial is not None:
-            self._own |= _results(partial)
+        for role in ("attend_resident", "attend_predicted"):
+            partial = self._layer.one(role)
+            self._own |= _results(partial) if partial else {}
 
     def operands(self) -> Iterator[str]:
         """Yield which op takes what it should not."""
@@ -200,14 +200,22 @@ class _Layer:
                 near = self._own["near_ids"]
                 expected = {**expected, "block_ids": near or expected["block_ids"]}
             elif op.name == "record_event":
-                staged = self._layer.one("stage_blocks")
-                results = _results(staged).values() if staged else ()
-                expected = {"inputs": [*results]}
+                expected = {"inputs": self._marked(op)}
+            elif op.name == "predict_ahead" and not self._ctx.is_decode:
+                expected = {**expected, "lengths": self._own["totals"]}
             yield from wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
             yield f"{self._layer.title} updates {updated}, and not {sorted(self._summaries)}"
+
+    def _marked(self, mark: Op) -> list[Operand]:
+        """Return what the work behind which a mark stands has made."""
+        if mark in self._layer.by_role["prediction record_event"]:
+            return [self._state["predicted"]]
+        is_attention = mark in self._layer.by_role["parts record_event"]
+        made = self._layer.one("attend_predicted" if is_attention else "stage_blocks")
+        return [*_results(made).values()] if made else []
 
     def _summary_of(self, scores: Op) -> list[Operand]:
         return self._summaries.get(SELECTORS[scores.args["selector"]].summary.name, [])
@@ -226,6 +234,10 @@ class _Layer:
 
     def _buffers(self, copy: Op) -> list[str]:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
+        if copy in self._layer.by_role["parts record_event"]:
+            return [self._state[name] for name in ("pages", "block_table", "predicted")]
+        if copy in self._layer.by_role["prediction record_event"]:
+            return [self._state[name] for name in ("level", "trend", "predicted")]
         if copy.name == "offload_blocks":
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:

@@ -32,7 +32,7 @@ from sparda_compile.state.layout import state_name
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
 
-__all__ = ["Cost", "node_cost"]
+__all__ = ["Cost", "expected_misses", "node_cost"]
 
 _EXAMPLE_TOKENS: Final = 1024
 _FREE: Final = frozenset(
@@ -148,7 +148,7 @@ def _sparda_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         if source.name in uncounted:
             continue
         is_pool = isinstance(value, Tensor) and value.dim() == 6
-        total += _selected_bytes(value, ctx) if is_pool else _size(value, ctx)
+        total += _pool_bytes(value, work, ctx) if is_pool else _size(value, ctx)
     return total
 
 
@@ -158,6 +158,27 @@ def _uncounted(node: fx.Node) -> set[str]:
         return set()
     names = SELECTORS[argument(node, "selector")].summary.uncounted
     return {state_name(name, LAYER.of(node)) for name in names}
+
+
+def expected_misses(ctx: PassContext) -> float:
+    """Return how many selected blocks a prediction is expected to miss, the current one included.
+
+    As many of those that scores choose as the step before did not choose: a prediction that has
+    seen more steps is taken to miss no more.
+    """
+    assert ctx.layout is not None
+    scored = max(ctx.layout.num_selected - ctx.config.num_forced, 0)
+    return 1.0 + scored * (1.0 - ctx.config.expected_overlap)
+
+
+def _pool_bytes(pool: Tensor, work: Work, ctx: PassContext) -> int:
+    """Return the bytes of the blocks of a pool that an op reads."""
+    assert ctx.layout is not None
+    num_blocks = {Work.PREDICTED: ctx.layout.num_predicted, Work.REPAIRED: expected_misses(ctx)}
+    if work not in num_blocks:
+        return _selected_bytes(pool, ctx)
+    pairs, block = _numel(pool.shape[:2], ctx), _numel(pool.shape[3:], ctx)
+    return int(pairs * num_blocks[work] * block * pool.dtype.itemsize)
 
 
 def _selected_bytes(pool: Tensor, ctx: PassContext, *, forced: bool = True) -> int:

@@ -29,7 +29,7 @@ def rows_of(num_rows, num_blocks, batch=2, groups=2):
     last = num_blocks * SIZE - num_rows - 7 * torch.arange(batch)
     before = (last[:, None] + torch.arange(num_rows)).clamp(min=0)
     begun = torch.arange(num_blocks) * SIZE + SIZE <= before.T[..., None]
-    return scores.where(begun[:, :, None], -INF), before.int()
+    return scores.where(begun[:, :, None], -INF).contiguous(), before.int()
 
 
 def wanted(scores, before, choice, weights, are_comparable):
