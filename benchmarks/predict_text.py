@@ -59,11 +59,13 @@ class Watchers:
         self.plain.begin()
         self.calibrated.begin()
 
-    def add(self, number, *step):
+    def add(self, number, scores, *step):
         self.num_seen[number] = self.num_seen.get(number, 0) + 1
         if self.num_seen[number] > self.skipped:
-            self.plain.add(number, *step)
-        self.calibrated.add(number, *step)
+            self.plain.add(number, scores, *step)
+        # Both speak of the layers in which everyone guesses: not of the first one.
+        if "next_query" in scores:
+            self.calibrated.add(number, scores, *step)
 
     def guesses(self):
         """Return what each found, by its name."""
