@@ -74,6 +74,9 @@ def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     assert plain["settings"]["hints"] == ["ema", "next_query"]
     assert "kept from" in run(folder, *SMALL, *given, "--ema", 0.5, 0.3, 0.25, "--json-file",
                               path).stderr  # fmt: skip
+    searched = run(folder, *SMALL, *given, "--ema-calibrate", "--json-file", tmp_path / "new.json")
+    assert searched.exit_code == 0, searched.output
+    assert json.loads((tmp_path / "new.json").read_text())["settings"]["ema_calibrate"]
     wrong = run(folder, *SMALL, *given, "--ema", 0.0, 0.3, 0.25)
     assert wrong.exit_code != 0
     assert "ema_level=0.0" in wrong.stderr.replace("--ema-level ", "ema_level=")

@@ -21,6 +21,8 @@ from sparda_compile.evaluation.guesses import (
 from sparda_compile.evaluation.reading import read
 from sparda_compile.kernels import predict_blocks
 from sparda_compile.kernels.begin_prediction import WINDOW
+from sparda_compile.kernels.calibrate import calibrate
+from sparda_compile.selectors import SELECTORS
 from sparda_compile.testing import tiny_llama
 
 SIZE, BLOCKS = 16, 20
@@ -214,6 +216,35 @@ def test_a_guess_names_what_a_selection_by_its_scores_would(monkeypatch):
         named = block_mask(guess, lengths, (count, SIZE, 2, 1)) & free & (guess > -math.inf)
         assert found.coverage == pytest.approx(float((named & read).sum() / (read & free).sum()))
         assert found.precision == pytest.approx(float((named & read).sum() / named.sum()))
+
+
+@pytest.mark.parametrize("selector", ["infllm2", "quest"])
+def test_a_calibrated_guess_is_that_of_the_predictor_with_what_was_found(monkeypatch, selector):
+    """The first steps decide; they are then taken in by what they decided, and count for nobody."""
+    monkeypatch.setattr("sparda_compile.evaluation.guesses.CALIBRATION_WINDOW", 20)
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(30, 1, 2, BLOCKS, generator=generator) + torch.rand(1, 1, 2, BLOCKS)
+    watched = Watched(monkeypatch, "ema", ema_calibrate=True, selector=selector)
+    for scores in steps:
+        watched.step(scores)
+    choice, rule = (4, SIZE, 1, 0), SELECTORS[selector]
+    before = (LENGTHS + torch.arange(20)).int()[None]
+    weights, rows = torch.zeros(1, 3), steps[:20].clone()
+    calibrate(rows, before, torch.tensor([20]), choice, weights, are_comparable=rule.is_comparable)
+    assert weights[0, 0] > 0.0
+    level, trend = torch.full((1, 2, BLOCKS), -math.inf), torch.zeros(1, 2, BLOCKS)
+    both = wanted = 0
+    for number, scores in enumerate(steps):
+        lengths = LENGTHS + number
+        free = slice(1, int(lengths) // SIZE)
+        guess = block_mask(level + weights[0, 2] * trend, lengths, choice)[..., free]
+        read = block_mask(scores, lengths, choice)[..., free]
+        if number >= 20:
+            both += int((read & guess).sum())
+            wanted += int(read.sum())
+        scores = scores if rule.is_comparable else predict_blocks.standardise(scores)
+        predict_blocks.update_prediction_reference(scores, level, trend, weights[0, :2].tolist())
+    assert watched.at("ema").coverage == pytest.approx(both / wanted)
 
 
 def test_layers_of_all_are_those_where_everyone_guessed(monkeypatch):

@@ -89,6 +89,16 @@ def test_a_prompt_calibrates_what_steps_read(lab, phase):
             assert argument(node, "calibrated").name == f"sparda_calibrated_{layer}"
 
 
+def test_speculation_predicts_by_what_a_prompt_is_calibrated_to(lab):
+    config = {"mode": "speculate", "speculate_where": "always", "offload": "never"}
+    graph = lab.decode_graph(None, machine="h200", ema_calibrate=True, **config)
+    for name in ("predict_ahead", "update_prediction"):
+        found = {
+            layer: argument(node, "calibrated").name for layer, node in lab.ops(graph, name).items()
+        }
+        assert found == {n: f"sparda_calibrated_{n}" for n in range(lab.num_layers)}
+
+
 def test_nothing_is_calibrated_by_default(lab):
     graph = lab.decode_graph("insert_forecast", **CONFIG)
     for name in ("predict_blocks", "update_prediction"):

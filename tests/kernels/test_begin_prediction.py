@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sparda_compile import ops
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels.begin_prediction import WINDOW
-from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW, calibrate
+from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW, NUM_CANDIDATES, calibrate
 from sparda_compile.kernels.predict_blocks import standardise
 from sparda_compile.selectors import SELECTORS, Geometry
 
@@ -104,3 +105,35 @@ def test_a_prompt_is_calibrated_by_more_tokens_than_begin_the_levels(selector):
     assert torch.allclose(level[:1], alone[0], atol=1e-6)
     assert torch.allclose(trend[:1], alone[1], atol=1e-6)
     assert (level[1] > -INF).any()
+
+
+def test_to_calibrate_takes_more_memory():
+    workspace = INSTRUCTIONS["begin_prediction"].workspace
+    with torch.device("meta"):
+        query, level, calibrated = (
+            torch.empty(3, 4, 500, 8),
+            torch.empty(3, 2, 24),
+            torch.empty(3, 3),
+        )
+        none = torch.empty(3, dtype=torch.int32)
+    given = (
+        query,
+        [level],
+        none,
+        none,
+        none,
+        level,
+        level,
+        "infllm2",
+        0.3,
+        24,
+        SIZE,
+        8,
+        4,
+        0.4,
+        0.3,
+    )
+    assert workspace(*given, True) == 4 * WINDOW * 3 * 2 * 24
+    # Scores, and what each is worth, of each token; and a rate of each candidate.
+    found = workspace(*given, True, calibrated=calibrated)
+    assert found == 4 * 2 * CALIBRATION_WINDOW * 3 * 2 * 24 + 4 * NUM_CANDIDATES * 3 * 2
