@@ -27,6 +27,7 @@ from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels import (  # noqa: F401 - fills the table
     begin_prediction,
     number_tokens,
+    partials,
     predict_blocks,
     prefill_attention,
     score_blocks,

@@ -56,6 +56,7 @@ def samples():
     misses = (int32([1, -1, -1]).expand_as(ids).contiguous(), page_ids)
     splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED, SIZE))
     partial = (randn(ROWS, GROUPS, splits, 3, DIM), randn(ROWS, GROUPS, splits, 3))
+    parts = (randn(ROWS, GROUPS, SELECTED, 3, DIM), randn(ROWS, GROUPS, SELECTED, 3))
     ticket = torch.empty(0)
     levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
@@ -99,8 +100,7 @@ def samples():
         ),
         "attend_predicted": (query, pages, tables()[0], guess, lengths, scale, softcap),
         "repair_predicted": (
-            *selection, guess, lengths, randn(ROWS, GROUPS, SELECTED, 3, DIM),
-            randn(ROWS, GROUPS, SELECTED, 3), counters, scale, softcap, True,
+            *selection, guess, lengths, *parts, counters, scale, softcap, True,
         ),
         "update_prediction": (
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
@@ -116,6 +116,9 @@ def samples():
         "sparse_attention": (*selection, lengths, scale, softcap),
         "attend_resident": (*selection, is_miss, lengths, scale, softcap),
         "attend_missing": (*selection, is_miss, lengths, *partial, scale, softcap),
+        "attend_blocks": (query, pages, page_ids, ids, lengths, scale, softcap),
+        "merge_partials": (*parts, torch.tensor([True, False, True]).expand(ROWS, GROUPS, -1)),
+        "remove_partial": (parts[0][0], parts[1][0] + 1, parts[0][1], parts[1][1]),
         "prefill_attention": (
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths, pages, host, tables()[0],
             scale, softcap, 70, True,

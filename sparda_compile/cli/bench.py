@@ -33,6 +33,7 @@ from sparda_compile.cli.options import (
 from sparda_compile.cli.outputs import check_folder, check_plot, write_file
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
+from sparda_compile.cli.prr import bench_prr, prr_part
 from sparda_compile.cli.start import bench_start
 from sparda_compile.errors import ConfigError
 
@@ -62,6 +63,7 @@ bench_app.command("profile")(bench_profile)
 bench_app.command("start")(bench_start)
 bench_app.command("prefill")(bench_prefill)
 bench_app.command("turns")(bench_turns)
+bench_app.command("prr")(bench_prr)
 
 Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
 Rounds = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Turns of each program.")]
@@ -305,7 +307,8 @@ def _parts(
             _KERNEL_MINUTES,
             lambda: bool(_kernels_file(kernels, commit).results),
             lambda: _measure_kernels(kernels, commit, say),
-        )
+        ),
+        prr_part(out, commit, say),
     ]
     for what, shape, size, minutes in PARTS:
         if what != "decode":

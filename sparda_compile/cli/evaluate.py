@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sparda_compile.evaluation.run import Evaluation
     from sparda_compile.forecast.weights import ForecastWeights
 
 __all__ = ["evaluate_model"]
@@ -45,11 +46,12 @@ __all__ = ["evaluate_model"]
 _SMALL: Final = "small"
 _TASKS: Final = ("single_needle", "multi_key", "key_value")
 _DEFAULT_MODES: Final[tuple[Mode, ...]] = ("dense", "query")
+# Fields that --ema gives, in order.
+_EMA: Final = ("ema_level", "ema_trend", "ema_damping")
 _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
 _PROMPT: Final = "dense"
-_EMA: Final = ("ema_level", "ema_trend", "ema_damping")
 
 Model = Annotated[
     str,
@@ -180,13 +182,13 @@ def evaluate_model(
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
-            from sparda_compile.evaluation.show import print_evaluation, write_plot
+            from sparda_compile.evaluation.show import write_plot
 
             where = find_device(device)
             weights = _forecast(model, forecast)
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
-            fields |= {"short_list": short_list, "local_blocks": local_blocks}
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
+            fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
                 tuple(budget or _BUDGETS),
@@ -206,6 +208,12 @@ def evaluate_model(
             parts.measure(loaded, weights, file, say)
         evaluation = file.evaluation()
         written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
+    _print(evaluation, written, as_json=as_json)
+
+
+def _print(evaluation: Evaluation, written: list[Path | None], *, as_json: bool) -> None:
+    from sparda_compile.evaluation.show import print_evaluation
+
     if as_json:
         print_json(evaluation.to_dict())
         return
@@ -230,15 +238,20 @@ def _bases(
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
     return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **fields)
+        SpardaConfig(mode=mode, selector=rule, top_k=None, **_memory(mode), **fields)
         for mode in modes
         for rule in _selectors(mode, selectors)
     ]
 
 
+def _memory(mode: str) -> dict[str, Any]:
+    """Return where a mode keeps its blocks; what it decides does not depend on it."""
+    return {"offload": "never"} if mode == "speculate" else {}
+
+
 def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
     """Return the selectors that make a difference to a mode."""
-    if mode in ("query", "exact"):
+    if mode in ("query", "exact", "speculate"):
         return list(selectors)
     rules = ["nosa" if mode == "forecast" and rule == "nosa" else "infllm2" for rule in selectors]
     return list(dict.fromkeys(rules))

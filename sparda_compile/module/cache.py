@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.arguments import CONFIG
+from sparda_compile.module.budgets import Budgets
 from sparda_compile.runtime.kv_cache import check_budgets
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from sparda_compile.program.plan import Plan
     from sparda_compile.runtime.kv_cache import KVCache
 
 __all__ = ["SpardaCache", "keys_and_values"]
@@ -48,6 +50,7 @@ class SpardaCache(Cache):
         self.max_tokens = max_tokens
         self._held: list[KVCache] = []  # the pool's finalizer holds the same list
         self._budgets: dict[int, int] = {}
+        self._adaptation: Budgets | None = None
         self._passed: list[tuple[Tensor | None, Tensor]] = []
         self.has_padding = False
         self.is_generating = False
@@ -86,6 +89,22 @@ class SpardaCache(Cache):
             layout = owner.programs.latest_plan("decode").layout
             check_budgets(dataclasses.replace(layout, max_tokens=self.max_tokens), budgets)
         self._budgets |= budgets
+        if self._adaptation is not None:
+            self._adaptation.fix(budgets)
+
+    @property
+    def budgets(self) -> dict[int, int]:
+        """Blocks that each layer predicts for a step now, by layer; {} before the first step."""
+        kept = {} if self._adaptation is None else self._adaptation.controls
+        return {layer: control.budget for layer, control in kept.items()} | self._budgets
+
+    def adapt(self, plan: Plan) -> None:
+        """Let budgets follow the text; called behind each decode step, of this plan."""
+        if not plan.speculated or self.kv is None:
+            return
+        if self._adaptation is None or self._adaptation.kv is not self.kv:
+            self._adaptation = Budgets(plan, self.kv, self._budgets)
+        self._adaptation.step()
 
     def note(self, ids: Tensor | None, mask: Tensor, *, hides: bool) -> None:
         """Remember the tokens of a call that has ended.

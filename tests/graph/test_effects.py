@@ -34,6 +34,8 @@ WRITES = {
     "remember_last": {"last_block_ids"},
     "update_prediction": {"level", "trend"},
     "begin_prediction": {"level", "trend", "calibrated"},
+    "predict_ahead": {"predicted"},
+    "repair_predicted": {"counters"},
     "advance_lengths": {"lengths"},
     "update_summary": {"tensors"},
     "attend_tokens": {"staging"},

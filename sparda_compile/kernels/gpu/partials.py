@@ -1,13 +1,16 @@
-"""Partial results of attention, of each block alone.
+"""Partial results of attention: of each block alone, merged, and removed.
 
     _attend_blocks     o_b, lse_b = softmax(q K_b^T * scale) V_b        some blocks a program
+    _merge_partials    o = sum_s exp(lse_s - lse) o_s                   in the order of s
+    _remove_partial    o' = (o - r o_n) / (1 - r)
 
 A program takes every n-th block of a sequence and KV head, so that all have as much to do where
 there are fewer blocks than places, and reads keys and values some blocks ahead. Query heads of a
 group are the rows of one tile. `attend_each` is shared with `speculation.py`: a block's partial has
-the same bits wherever it is made, and whatever other blocks its program takes.
-Floor: 2*P*D elements read and R*D*4 bytes written per block. The reference is
-`kernels/partials.py`.
+the same bits wherever it is made, and whatever other blocks its program takes. A merge has a
+program for each query head and some columns, which sums up all partials.
+Floor: 2*P*D elements read and R*D*4 bytes written per block; a merge reads these again, a removal
+twice as much as it writes. The reference is `kernels/partials.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -31,7 +35,18 @@ from sparda_compile.kernels.gpu.launch import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WARPS", "Tiles", "attend_blocks", "attend_each", "factors", "run_length", "tiles_of"]
+__all__ = [
+    "WARPS",
+    "Tiles",
+    "attend_blocks",
+    "attend_each",
+    "factors",
+    "merge",
+    "merge_tiles",
+    "remove",
+    "run_length",
+    "tiles_of",
+]
 
 # As of `attention.py`: a tile of a block of 64 tokens, two of them on their way behind the one that
 # is computed. Two such programs have room on a multiprocessor, beside each other.
@@ -41,7 +56,11 @@ _TILE: Final = 64
 _TILE_BYTES: Final = 16 * 1024
 _PROGRAMS_AT_ONCE: Final = 2 * 132
 _LONGEST_RUN: Final = 32
+# Of a merge: columns of a program, and elements of a tile of partials.
+_COLUMNS: Final = 32
+_MERGE_TILE: Final = 4096
 _LOG2_E: Final = math.log2(math.e)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 _LN_2 = tl.constexpr(math.log(2.0))
 
 
@@ -181,7 +200,7 @@ def run_length(num_pairs: int, num_entries: int) -> int:
         num_pairs: Sequences times KV heads.
         num_entries: Blocks of each.
     """
-    return min(max(triton.cdiv(num_pairs * num_entries, _PROGRAMS_AT_ONCE), 1), _LONGEST_RUN)
+    return min(max(-(-num_pairs * num_entries // _PROGRAMS_AT_ONCE), 1), _LONGEST_RUN)
 
 
 def attend_blocks(
@@ -221,4 +240,125 @@ def attend_blocks(
         query, pages, page_ids, block_ids_BGK, lengths_B, *results, *factors(scale, softcap), q_row,
         q_head, groups, num_pages, page_ids.shape[-1], entries, splits, power_of_two(run), early,
         *tiles_of(pages, query.shape[1] // groups, softcap), num_warps=WARPS, **as_written(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_partials(
+    out, lse, keep, merged, merged_lse, num_partials,
+    HEADS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, PARTIALS: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    first = row * num_partials
+    number = tl.arange(0, PARTIALS)
+    inside = number < num_partials
+    if MASKED:
+        inside = inside & (tl.load(keep + first + number, mask=inside, other=0) != 0)
+    logs = tl.load(lse + (first + number) * HEADS + head, mask=inside, other=float("-inf"))
+    peak = tl.max(logs, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(logs - peak), 0)
+    dims = part * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([COLUMNS], dtype=tl.float32)
+    for start in tl.range(0, num_partials, TILE):
+        number = start + tl.arange(0, TILE)
+        inside = number < num_partials
+        if MASKED:
+            inside = inside & (tl.load(keep + first + number, mask=inside, other=0) != 0)
+        place = (first + number) * HEADS + head
+        weight = tl.exp(tl.load(lse + place, mask=inside, other=float("-inf")) - peak)
+        mask = (weight > 0.0)[:, None] & (dims < DIM)[None, :]
+        values = tl.load(out + place[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+        acc += tl.sum(values * weight[:, None], axis=0)
+    nothing = total == 0.0
+    sure = tl.where(nothing, 1.0, total)
+    place = row * HEADS + head
+    tl.store(merged + place * DIM + dims, acc / sure, mask=dims < DIM)
+    if part == 0:
+        tl.store(merged_lse + place, tl.where(nothing, float("-inf"), peak + tl.log(sure)))
+
+
+def merge_tiles(num_partials: int, dim: int) -> tuple[int, int, int]:
+    """Return the columns of a program of a merge, the partials it takes, padded, and those a turn.
+
+    Args:
+        num_partials: S.
+        dim: D.
+    """
+    columns, padded = min(power_of_two(dim), _COLUMNS), power_of_two(max(num_partials, 1))
+    return columns, padded, min(padded, max(_MERGE_TILE // columns, 1))
+
+
+def merge(
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    keep: Tensor | None,
+    results: tuple[Tensor, Tensor],
+) -> None:
+    """Merge partials in their order.
+
+    Args:
+        partial_out: [..., S, R, D] fp32.
+        partial_lse: [..., S, R] fp32.
+        keep: [..., S] bool, those that count; None for all.
+        results: [..., R, D] and [..., R] fp32, written.
+    """
+    num_partials, heads, dim = partial_out.shape[-3:]
+    if not results[1].numel():
+        return
+    rows = results[1].numel() // heads
+    columns, padded, tile = merge_tiles(num_partials, dim)
+    flags = partial_lse if keep is None else keep.contiguous().view(torch.int8)
+    launch(_merge_partials, (rows, heads, max(triton.cdiv(dim, columns), 1)))(
+        partial_out.contiguous(), partial_lse.contiguous(), flags, *results, num_partials, heads,
+        dim, columns, padded, tile, keep is not None, **as_written(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _remove_partial(
+    out, lse, part_out, part_lse, left_out, left_lse, is_usable, limit, num_rows,
+    ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    of_all = tl.load(lse + row, mask=inside, other=float("-inf"))
+    of_part = tl.load(part_lse + row, mask=inside, other=float("-inf"))
+    share = tl.exp(of_part - tl.maximum(of_all, _LOWEST))
+    fine = share <= limit
+    left = tl.where(fine, 1.0 - share, 1.0)
+    dims = tl.arange(0, DIMS)
+    place = row[:, None] * DIM + dims[None, :]
+    mask = (inside & fine)[:, None] & (dims < DIM)[None, :]
+    whole = tl.load(out + place, mask=mask, other=0.0)
+    part = tl.load(part_out + place, mask=mask & (share > 0.0)[:, None], other=0.0)
+    rest = tl.where(fine[:, None], whole - share[:, None] * part, 0.0) / left[:, None]
+    tl.store(left_out + place, rest, mask=inside[:, None] & (dims < DIM)[None, :])
+    tl.store(left_lse + row, tl.where(fine, of_all + tl.log(left), float("-inf")), mask=inside)
+    tl.store(is_usable + row, fine.to(tl.int8), mask=inside)
+
+
+def remove(
+    merged: tuple[Tensor, Tensor],
+    part: tuple[Tensor, Tensor],
+    limit: float,
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Take a partial out of a merged one.
+
+    Args:
+        merged: [..., R, D] and [..., R] fp32.
+        part: The same of what goes.
+        limit: Share of the mass that may go.
+        results: [..., R, D] and [..., R] fp32 and [..., R] bool, written.
+    """
+    num_rows, dim = merged[1].numel(), merged[0].shape[-1]
+    if not num_rows:
+        return
+    dims = power_of_two(max(dim, 1))
+    rows = max(_MERGE_TILE // dims, 1)
+    launch(_remove_partial, (triton.cdiv(num_rows, rows),))(
+        *(t.contiguous() for t in (*merged, *part)), results[0], results[1],
+        results[2].view(torch.int8), limit, num_rows, rows, dim, dims, **as_written(),
     )  # fmt: skip

@@ -35,6 +35,7 @@ from sparda_compile.kernels.gpu.partials import (
     attend_blocks,
     attend_each,
     factors,
+    merge_tiles,
     run_length,
     tiles_of,
 )
@@ -46,9 +47,6 @@ __all__ = ["attend_predicted", "repair_predicted"]
 
 # Ids of a list that are compared at once.
 _COMPARED: Final = 256
-# Of a merge: columns of a program, and elements of a tile of partials.
-_COLUMNS: Final = 32
-_MERGE_TILE: Final = 4096
 _LATE = tl.constexpr(-2)
 _REPAIRED = tl.constexpr(REPAIRED)
 _WASTED = tl.constexpr(WASTED)
@@ -238,10 +236,10 @@ def repair_predicted(
         *tiles_of(pages, heads, scaling[1]), num_warps=WARPS, **as_written(),
     )  # fmt: skip
     merged = rows.new_empty((batch, groups * heads, 1, dim))
-    columns, padded = min(power_of_two(dim), _COLUMNS), power_of_two(num_sources)
+    columns, padded, tile = merge_tiles(num_sources, dim)
     launch(_merge_predicted, (pairs, heads, triton.cdiv(dim, columns)))(
         source, *partials, late_out, late_lse, predicted, lengths, counters, merged, groups,
         num_sources, selected, width, size, heads, dim, columns, padded, power_of_two(width),
-        min(padded, _MERGE_TILE // columns), interpreting(), **launch_early(), **as_written(),
+        tile, interpreting(), **launch_early(), **as_written(),
     )  # fmt: skip
     return merged

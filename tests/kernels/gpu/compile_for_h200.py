@@ -66,6 +66,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     copy,
     extend,
     extend_summary,
+    partials,
     predict,
     prefill,
     score,
@@ -172,6 +173,12 @@ def run_speculation(query, pages, table, ids, lengths):
         speculation.repair_predicted(
             query, pages, chosen, lengths, partial, counters, scaling, union=union
         )
+        partials.attend_blocks(query, pages, ids, ids, lengths, 1.0, softcap, partial, early=False)
+    merged = partial[0][:, :, 0], partial[1][:, :, 0]
+    is_usable = torch.zeros(merged[1].shape, dtype=torch.bool)
+    for keep in (None, ids != 0):
+        partials.merge(*partial, keep, merged)
+    partials.remove(merged, merged, 0.5, (*merged, is_usable))
 
 
 def run_prompt(dtype, dim, size):

@@ -19,6 +19,7 @@ MOST_SHARED = 227 * 1024
 READ = {
     "_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks",
     "_token_sums", "_token_blocks", "_attend_tokens", "_attend_blocks", "_repair_predicted",
+    "_merge_partials", "_merge_predicted", "_remove_partial",
 }  # fmt: skip
 COPY = {
     "_gather",

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparda_compile.isa.counters import COUNTERS, REPAIRED, WASTED
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels import speculation as reference
 from sparda_compile.kernels.gpu import partials, speculation
+from sparda_compile.kernels.gpu.launch import collect_launches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN, INF = float("nan"), float("inf")
@@ -189,7 +191,7 @@ def test_runs_of_many_blocks(device, assert_close, monkeypatch, programs):
     case = Case(device, [16 * 24 + 3], 13, (1, 2, 16, 16))
     monkeypatch.setattr(partials, "_PROGRAMS_AT_ONCE", programs)
     monkeypatch.setattr(speculation, "_COMPARED", 8)
-    monkeypatch.setattr(speculation, "_MERGE_TILE", 8 * 32)
+    monkeypatch.setattr(partials, "_MERGE_TILE", 8 * 32)
     check_guesses(case)
     for union in (False, True):
         predicted = case.guess("some", 15)
@@ -215,6 +217,30 @@ def test_nothing_selected_is_nothing(device):
     for union in (False, True):
         got, *_ = case.run(case.guess("nothing", 4), union=union)
         assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("union", [False, True])
+def test_what_a_repair_takes_beside_its_result(device, union):
+    """Its partials, and where each partial to be merged comes from: what its kernels are given."""
+    case = Case(device, [70, 3], 3, (1, 2, 16, 16))
+    predicted, counters = case.guess("some", 4), torch.zeros(len(COUNTERS), dtype=torch.int64)
+    shape = (*predicted.shape, 2)
+    partial = torch.zeros(*shape, 16), torch.zeros(shape)
+    ids = (case.page_ids, case.block_ids, predicted)
+    given = (case.query, case.pages, *ids, case.lengths, *partial, counters, 0.2, 0.0, union)
+    with collect_launches() as launches:
+        speculation.repair_predicted(
+            *given[:2], ids, case.lengths, partial, counters, (0.2, 0.0), union=union
+        )
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    assert names == list(INSTRUCTIONS["repair_predicted"].kernels)
+    known = {tensor.data_ptr() for tensor in given if isinstance(tensor, torch.Tensor)}
+    scratch = {
+        tensor.data_ptr(): tensor.nbytes
+        for tensor in launches[0].args
+        if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in known
+    }
+    assert sum(scratch.values()) == INSTRUCTIONS["repair_predicted"].workspace(*given)
 
 
 @pytest.mark.parametrize(
