@@ -47,6 +47,7 @@ REFUSED = {
     "page_ratio": (0.5, ["page_ratio=0.5", "use 1.0 or more"]),
     "ema_level": (0.0, ["ema_level=0.0", "above 0.0 and at most 1.0"]),
     "ema_trend": (1.1, ["ema_trend=1.1", "above 0.0 and at most 1.0"]),
+    "ema_calibrate": ("yes", ["ema_calibrate='yes'", "True, False"]),
     "ema_damping": (-0.1, ["ema_damping=-0.1", "use 0.0 to 1.0"]),
     "speculation_budget": (4.5, ["speculation_budget=4.5", "use 0.0 to 4.0"]),
     "repair": ("unoin", ["repair='unoin'", "Did you mean 'union'?"]),
