@@ -123,16 +123,6 @@ class CacheLayout:
         return self.config.num_predicted(self.num_blocks)
 
     @property
-    def expected_misses(self) -> float:
-        """Selected blocks that a prediction is expected to miss, the current one included.
-
-        As many of those that scores choose as the step before did not choose: a prediction that has
-        seen more steps is taken to miss no more.
-        """
-        scored = max(self.num_selected - self.config.num_forced, 0)
-        return 1.0 + scored * (1.0 - self.config.expected_overlap)
-
-    @property
     def offload(self) -> bool:
         """Whether full blocks live in CPU memory.
 

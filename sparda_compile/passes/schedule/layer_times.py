@@ -15,7 +15,10 @@ layer.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Final
+
+from sparda_compile.passes.schedule.expected_blocks import expected_misses
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
@@ -114,4 +117,4 @@ def speculates(shape: LayerShape, group_size: int, ctx: PassContext) -> bool:
     if not ctx.machine.overlaps:
         return False
     times = layer_times(shape, group_size, ctx)
-    return times.pays(ctx.layout.num_predicted, ctx.layout.expected_misses)
+    return times.pays(ctx.layout.num_predicted, math.ceil(expected_misses(ctx)))

@@ -10,6 +10,7 @@ from sparda_compile.graph.nodes import find_ops
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import node_cost
+from sparda_compile.passes.schedule.expected_blocks import expected_misses
 from sparda_compile.passes.schedule.layer_times import layer_times, speculates
 
 H200 = MACHINES["h200"]
@@ -55,7 +56,7 @@ def test_they_are_those_of_the_nodes(plan):
         return sum(node_cost(find_ops(graph, name)[0], ctx).us for name in names)
 
     early = times.start_us + ctx.layout.num_predicted * times.block_us
-    late = times.repair_us + ctx.layout.expected_misses * times.miss_us
+    late = times.repair_us + expected_misses(ctx) * times.miss_us
     assert us("attend_predicted") == pytest.approx(early, rel=0.02)
     assert us("repair_predicted") == pytest.approx(late, rel=0.05)
     selecting = us("score_blocks", "select_pages", "append_kv", "update_summary")
@@ -72,8 +73,8 @@ def test_choosing_takes_two_launches_where_it_is_not_fused(plan):
 
 
 def test_misses_are_the_current_block_and_what_changes(plan):
-    assert context(plan, expected_overlap=0.75).layout.expected_misses == 1 + 62 * 0.25
-    assert context(plan, expected_overlap=1.0, top_k=None).layout.expected_misses == 1.0
+    assert expected_misses(context(plan, expected_overlap=0.75)) == 1 + 62 * 0.25
+    assert expected_misses(context(plan, expected_overlap=1.0, top_k=None)) == 1.0
 
 
 class TestSpeculates:
