@@ -251,25 +251,26 @@ def _merge_partials(
 ):  # fmt: skip
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = row * num_partials
-    number = tl.arange(0, PARTIALS)
-    inside = number < num_partials
+    every = tl.arange(0, PARTIALS)
+    is_there = every < num_partials
     if MASKED:
-        inside = inside & (tl.load(keep + first + number, mask=inside, other=0) != 0)
-    logs = tl.load(lse + (first + number) * HEADS + head, mask=inside, other=float("-inf"))
+        is_there = is_there & (tl.load(keep + first + every, mask=is_there, other=0) != 0)
+    logs = tl.load(lse + (first + every) * HEADS + head, mask=is_there, other=float("-inf"))
     peak = tl.max(logs, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp(logs - peak), 0)
     dims = part * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([COLUMNS], dtype=tl.float32)
     for start in tl.range(0, num_partials, TILE):
+        # Other names than above: a tile has another shape, and a loop carries what it renames.
         number = start + tl.arange(0, TILE)
         inside = number < num_partials
         if MASKED:
             inside = inside & (tl.load(keep + first + number, mask=inside, other=0) != 0)
-        place = (first + number) * HEADS + head
-        weight = tl.exp(tl.load(lse + place, mask=inside, other=float("-inf")) - peak)
+        at = (first + number) * HEADS + head
+        weight = tl.exp(tl.load(lse + at, mask=inside, other=float("-inf")) - peak)
         mask = (weight > 0.0)[:, None] & (dims < DIM)[None, :]
-        values = tl.load(out + place[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+        values = tl.load(out + at[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
         acc += tl.sum(values * weight[:, None], axis=0)
     nothing = total == 0.0
     sure = tl.where(nothing, 1.0, total)
