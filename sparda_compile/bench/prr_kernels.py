@@ -219,7 +219,7 @@ def bench_selection(
     for shape in shapes:
         say(f"selection from {shape.tokens} tokens")
         case = PrrCase(device, dataclasses.replace(shape, attends=False, steps=1))
-        steps = [(layer, step) for step in range(shape.steps) for layer in case.layers]
+        steps = [(layer, 0) for layer in case.layers]
         scored = [partial(score, case, *each) for each in steps]
         scores = scored[0]()
         theirs = torch_selection(case)

@@ -129,7 +129,8 @@ def graph_clock(monkeypatch):
         return {name: [100.0 + i] * rounds for i, name in enumerate(programs)}
 
     def graph_us(calls, rounds):
-        calls[0]()
+        for call in calls:
+            call()
         return Spread(5.0, 4.0, 6.0, rounds)
 
     def flex(scale):

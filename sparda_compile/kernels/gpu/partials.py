@@ -70,9 +70,13 @@ def attend_each(  # noqa: ANN201 - a part of kernels
     pair, groups, num_pages, num_entries,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr,
     TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr, columns=None,
 ):  # fmt: skip
-    """Attend to each wanted block of a list; write the partial of each to its entry of a pair."""
+    """Attend to each wanted block of a list; write the partial of each to its entry of a pair.
+
+    With `columns`, [DIMS] bool, values are read and outputs written in these alone: the products
+    are as many, so that what is written has the same bits.
+    """
     PARTS: tl.constexpr = ROOM // TOKENS
     count = tl.sum(wanted.to(tl.int32), 0)
     if count > 0:
@@ -100,8 +104,9 @@ def attend_each(  # noqa: ANN201 - a part of kernels
             page_id = tl.sum(tl.where(chosen, page, 0), 0)
             number = tl.sum(tl.where(chosen, entry, 0), 0)
             keys, values, seen = read_tile(
-                mine, block_id, page_id, part, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
-            )
+                mine, block_id, page_id, part, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED,
+                columns,
+            )  # fmt: skip
             scores = scaled_scores(q, keys, seen, factor, cap, SOFTCAP)
             old_peak = tl.where(part == 0, float("-inf"), peak)
             peak = tl.maximum(old_peak, tl.max(scores, axis=1))
@@ -116,11 +121,10 @@ def attend_each(  # noqa: ANN201 - a part of kernels
             log_sum = tl.where(nothing, float("-inf"), peak * _LN_2 + tl.log(sure))
             place = (pair.to(tl.int64) * num_entries + number) * HEADS + head
             ends = head < tl.where(part == PARTS - 1, HEADS, 0)
-            tl.store(
-                out + place[:, None] * DIM + dims[None, :],
-                acc / sure[:, None],
-                mask=ends[:, None] & is_dim[None, :],
-            )
+            written = ends[:, None] & is_dim[None, :]
+            if columns is not None:
+                written = written & columns[None, :]
+            tl.store(out + place[:, None] * DIM + dims[None, :], acc / sure[:, None], mask=written)
             tl.store(lse + place, log_sum, mask=ends)
 
 
@@ -251,25 +255,26 @@ def _merge_partials(
 ):  # fmt: skip
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = row * num_partials
-    number = tl.arange(0, PARTIALS)
-    inside = number < num_partials
+    every = tl.arange(0, PARTIALS)
+    is_there = every < num_partials
     if MASKED:
-        inside = inside & (tl.load(keep + first + number, mask=inside, other=0) != 0)
-    logs = tl.load(lse + (first + number) * HEADS + head, mask=inside, other=float("-inf"))
+        is_there = is_there & (tl.load(keep + first + every, mask=is_there, other=0) != 0)
+    logs = tl.load(lse + (first + every) * HEADS + head, mask=is_there, other=float("-inf"))
     peak = tl.max(logs, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp(logs - peak), 0)
     dims = part * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([COLUMNS], dtype=tl.float32)
     for start in tl.range(0, num_partials, TILE):
+        # Other names than above: a tile has another shape, and a loop carries what it renames.
         number = start + tl.arange(0, TILE)
         inside = number < num_partials
         if MASKED:
             inside = inside & (tl.load(keep + first + number, mask=inside, other=0) != 0)
-        place = (first + number) * HEADS + head
-        weight = tl.exp(tl.load(lse + place, mask=inside, other=float("-inf")) - peak)
+        at = (first + number) * HEADS + head
+        weight = tl.exp(tl.load(lse + at, mask=inside, other=float("-inf")) - peak)
         mask = (weight > 0.0)[:, None] & (dims < DIM)[None, :]
-        values = tl.load(out + place[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+        values = tl.load(out + at[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
         acc += tl.sum(values * weight[:, None], axis=0)
     nothing = total == 0.0
     sure = tl.where(nothing, 1.0, total)

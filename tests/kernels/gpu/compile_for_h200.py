@@ -178,6 +178,8 @@ def run_speculation(query, pages, table, ids, lengths):
     is_usable = torch.zeros(merged[1].shape, dtype=torch.bool)
     for keep in (None, ids != 0):
         partials.merge(*partial, keep, merged)
+    many = torch.zeros(BATCH, GROUPS, 200, *merged[0].shape[2:])  # more than a tile of them
+    partials.merge(many, many[..., 0].contiguous(), None, merged)
     partials.remove(merged, merged, 0.5, (*merged, is_usable))
 
 
