@@ -62,9 +62,7 @@ def _speculation(decode: Plan) -> str:
         return "Nothing is predicted: disable_passes leaves insert_speculation out."
     layout = decode.layout
     machine = machine_for(layout.config.machine, decode.captured.device).name
-    return speculation_sentence(
-        counts["speculated"], counts["left"], layout.num_predicted, machine
-    )
+    return speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
 
 
 def _prompt_memory(prefill: Plan) -> PromptMemory:

@@ -142,7 +142,7 @@ def test_budgets_and_predictions_change_no_bit_and_no_graph(lab):
     tokens, wanted = lab.truth()
     generator = torch.Generator().manual_seed(11)
     for step in range(60):
-        cache.set_budgets({layer: step % 10 for layer in range(2)})
+        cache.set_budgets(dict.fromkeys(range(2), step % 10))
         for layer in range(2):
             predicted = cache.kv.state[f"sparda_predicted_{layer}"]
             if step % 3 == 0:

@@ -1,4 +1,4 @@
-"""Times of a layer's parts: sums done by hand, those of the nodes, and whether a layer speculates."""
+"""Times of a layer's parts: sums by hand, those of the nodes, and whether a layer speculates."""
 
 from __future__ import annotations
 
