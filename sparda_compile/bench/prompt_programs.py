@@ -71,10 +71,9 @@ NO_MEMORY: Final = (torch.OutOfMemoryError, DevicePoolFullError, HostPoolFullErr
 _ROUNDING: Final = 0.1
 _CHECKED_TOKENS: Final = 1024
 # Of a random model, tokens drawn one by one select blocks that have nothing to do with each other.
-# With ten equal tokens in a row eight neighbours read 179 different blocks, as many as if two of
-# them shared 88% of their 96 (`prompt-attention-variants`); of one trained model 87 to 94% are
-# reported (docs/benchmarks.md).
-REPEAT: Final = 10
+# Of equal tokens in a row two neighbours share about as much as in a trained model, whose 87 to 94%
+# by intersection over union (docs/benchmarks.md) are 93 to 97% of a token's blocks; `sharing.py`.
+REPEAT: Final = 14
 # Tokens of the text, and of a past, that torch is asked with.
 _PROBED: Final = 64
 

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LOUDER", "Sharing", "count_unions", "louder_tokens"]
 
 # A power of two, so that no bit is lost. At 1, four neighbours among ten equal tokens read 120
-# different blocks in the first layer and 230 in the last; in trained models, whose neighbours share
-# 87 to 94% of 96 blocks (docs/benchmarks.md), that would be 113 to 133.
+# different blocks in the first layer and 230 in the last.
 LOUDER: Final = 256.0
 
 
@@ -40,19 +39,19 @@ class Sharing:
         self._counts: list[Tensor] = []
         self._tokens = 0
 
-    def add(self, counts: Tensor, block_ids_BGTK: Tensor, tokens: int, first_tile: int) -> None:
+    def add(self, counts: Tensor, block_ids: Tensor, tokens: int, first_tile: int) -> None:
         """Take in some tiles, of an attention that really runs; nothing waits for the GPU.
 
         Args:
             counts: [B * G, tiles] int32, blocks of each tile's union.
-            block_ids_BGTK: int32, -1 for none; of all tiles of the call.
+            block_ids: [B, G, T, K] int32, -1 for none; of all tiles of the call.
             tokens: R, of one tile.
             first_tile: The first one counted.
         """
         if isinstance(counts, FakeTensor):
             return
         begin = first_tile * tokens
-        ids = block_ids_BGTK[:, :, begin : begin + counts.shape[1] * tokens]
+        ids = block_ids[:, :, begin : begin + counts.shape[1] * tokens]
         read = (ids >= 0).sum()
         self._counts.append(torch.stack([counts.sum(), read, read * 0 + counts.numel()]))
         self._tokens = tokens
@@ -79,7 +78,8 @@ def count_unions(device: torch.device) -> Iterator[Sharing]:
         return
     from sparda_compile.kernels.gpu import attend_tokens
 
-    plain = attend_tokens.unions
+    kernels: Any = attend_tokens
+    plain = kernels.unions
 
     def counted(prompt: Any, ids: Tensor, tokens: int, first: int, tiles: int) -> Any:
         union = plain(prompt, ids, tokens, first, tiles)
@@ -87,11 +87,11 @@ def count_unions(device: torch.device) -> Iterator[Sharing]:
         sharing.add(union.counts, ids, tokens, first)
         return union
 
-    attend_tokens.unions = counted
+    kernels.unions = counted
     try:
         yield sharing
     finally:
-        attend_tokens.unions = plain
+        kernels.unions = plain
 
 
 @contextmanager

@@ -37,7 +37,7 @@ __all__ = ["bench_prefill", "bench_turns", "prompt_part"]
 
 _MOST_ROUNDS: Final = 1000
 _ROUNDS: Final = 5
-_REPEAT: Final = 10  # as `bench.prompt_programs.REPEAT`, which imports torch
+_REPEAT: Final = 14  # as `bench.prompt_programs.REPEAT`, which imports torch
 # What is measured -> the field that tells its results apart.
 _KEYS: Final = {"prefill": "tokens", "turns": "past"}
 

@@ -26,6 +26,8 @@ CASES = {
     "on the device": {"offload": "never"},
     "more pages": {"page_ratio": 2.0},
     "trend": {"ema_damping": 1.0, "ema_level": 0.2},
+    "calibrated": {"ema_calibrate": True},
+    "calibrated by a sparse prompt": {"ema_calibrate": True, "prefill": "sparse"},
     "sparse prompt": {"prefill": "sparse"},
     "short turns": {"chunk_tokens": 16},
     "forecast": {"hint": ("ema", "forecast")},
