@@ -119,7 +119,7 @@ def window_attention_bytes(a: Any) -> int:
     length = window + tokens - 1
     vectors = a.query.shape[0] * tokens * a.query.shape[1] * a.query.shape[3]
     queries = int(vectors) * a.query.dtype.itemsize
-    return ring + queries + _masked(a, ring // window * length, length, tokens)
+    return int(ring + queries) + _masked(a, ring // window * length, length, tokens)
 
 
 def _masked(a: Any, keys: int, length: int, tokens: int) -> int:
