@@ -73,9 +73,11 @@ class Memory:
     """Where the KV cache lives, and how much of it there may be.
 
     Attributes:
-        chunk_tokens: Columns of a prompt that are one turn; None reads it as one, layer by layer,
-            with what lies between attentions in slices. Shorter turns need less memory, and read
-            the past again from the cache; the result is the same but for rounding.
+        chunk_tokens: Columns of a prompt that are one turn. None reads it as one, layer by layer,
+            with what lies between attentions in slices, or, where the GPU has not the memory that
+            this is worked out to take, in the largest turns for which it has. Shorter turns need
+            less memory, and read the past again from the cache; the result is the same but for
+            rounding.
         max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
             (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
         offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the
@@ -123,6 +125,8 @@ class Execution:
             the machine that the model is on.
         expected_overlap: Share of the blocks chosen by score that the step before chose too;
             the scheduler's estimate of how many bytes a step moves.
+        expected_recall: Share of the other blocks that each hint names: the scheduler's estimate of
+            what is left to repair. None takes what was measured of each hint.
         disable_passes: Names of passes to leave out.
         dump_dir: Folder to write the graph after each pass to.
         progress: Whether long first calls show a line on a terminal, and one every ten seconds
@@ -133,6 +137,7 @@ class Execution:
     cuda_graph: bool = True
     machine: str | None = None
     expected_overlap: float = 0.9
+    expected_recall: float | None = None
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None
     progress: bool = True
@@ -146,11 +151,13 @@ class Execution:
             raise ConfigError(f"dump_dir={self.dump_dir!r} is no folder's path; use one, or None.")
         if self.machine is not None:
             one_of("machine", self.machine, MACHINE_NAMES)
-        number("expected_overlap", self.expected_overlap)
-        if not 0.0 <= self.expected_overlap <= 1.0:
-            raise ConfigError(
-                f"expected_overlap={self.expected_overlap} is not a share; use 0.0 to 1.0."
-            )
+        shares = {"expected_overlap": self.expected_overlap}
+        if self.expected_recall is not None:
+            shares["expected_recall"] = self.expected_recall
+        for name, value in shares.items():
+            number(name, value)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name}={value} is not a share; use 0.0 to 1.0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -106,8 +106,10 @@ def samples():
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
         ),
         "begin_prediction": (
-            randn(ROWS, HEADS, 7, DIM), pooled, *from_earlier[1:], earlier, *levels, "infllm2",
-            scale, *GEOMETRY, 0.4, 0.3, True,
+            # As many tokens as it takes to calibrate.
+            randn(ROWS, HEADS, 17, DIM), pooled,
+            *number_tokens(torch.ones(ROWS, 17, dtype=torch.bool), earlier)[1:], earlier, *levels,
+            "infllm2", scale, *GEOMETRY, 0.4, 0.3, True, 0, 1, 0, SELECTED, torch.zeros(ROWS, 3),
         ),
         "number_tokens": (mask, past),
         "advance_lengths": (mask, lengths),

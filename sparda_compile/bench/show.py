@@ -36,7 +36,7 @@ __all__ = [
 _DECODE_NOTE = """\
 Milliseconds of one step, medians. overlap: share of scored blocks that a step has in common with \
 the one before. floor: the resident step, or the time of the link if that is longer. MB: bytes \
-that a scheduled step copies to the device."""
+that a scheduled step copies to the device. pred: the time that the schedule predicts."""
 
 _START_NOTE = """\
 Seconds. cold: nothing is compiled yet. warm: another process, which finds what the cold one \
@@ -64,7 +64,7 @@ trace."""
 def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print decode results: a row for each batch size and overlap, and what was left out."""
     names = [n for n in VARIANTS if any(n in row for r in results for row in _rows(r).values())]
-    ratios = ("sched/\nbody", "inline/\nsched", "sched/\nfloor")
+    ratios = ("sched/\nbody", "inline/\nsched", "sched/\nfloor", "pred/\nsched")
     columns = ("batch", "overlap", *names, *ratios, "tokens/s", "MB")
     table = make_table("", columns, 0)
     for result in results:
@@ -81,6 +81,7 @@ def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None
                         "scheduled_over_floor",
                     )
                 ),
+                _ratio(_predicted_over(row["scheduled"])),
                 f"{row['tokens_per_s']:.0f}",
                 f"{row['scheduled']['h2d_bytes'] / 1e6:.1f}",
             )
@@ -199,6 +200,8 @@ def print_machine(machine: Machine, console: Console) -> None:
     table.add_row("link, GB/s", f"{machine.link_gbps:.2f}")
     table.add_row("matrix multiplication, TFLOP/s", f"{machine.tflops:.1f}")
     table.add_row("least time of a kernel, us", f"{machine.launch_us:.2f}")
+    table.add_row("kernel of the model beside its bytes, us", f"{machine.kernel_us:.2f}")
+    table.add_row("share that a copy takes from compute", f"{machine.copy_share:.3f}")
     for op, us in sorted(machine.latency_us.items()):
         table.add_row(f"{op} beside its bytes, us", f"{us:.2f}")
     console.print(table)
@@ -308,6 +311,11 @@ def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | No
     rows |= {name: values("first_use", "token_s", name, None) for name in TOKENS[:2]}
     beyond = [each["beyond_s"]["total"] if "beyond_s" in each else None for each in found]
     return {**rows, "beyond": beyond}
+
+
+def _predicted_over(found: Mapping[str, Any]) -> float | None:
+    """Return predicted over measured; None for a result from before predictions were kept."""
+    return found["predicted_us"] / found["median"] if "predicted_us" in found else None
 
 
 def _rows(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from sparda_compile.cli.options import (
     Variant,
 )
 from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+from sparda_compile.cli.predict import bench_predict
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
@@ -56,9 +57,8 @@ _LEAST_TOKENS: Final = 10176
 _KERNEL_MINUTES: Final = 4.0
 _BUDGET_MINUTES: Final = 5.0
 
-bench_app = typer.Typer(
-    help="Measure decode, prompts and kernels on this GPU.", no_args_is_help=True
-)
+bench_app = typer.Typer(help="Measure decode, prompts and kernels on a GPU.", no_args_is_help=True)
+bench_app.command("predict")(bench_predict)
 bench_app.command("profile")(bench_profile)
 bench_app.command("start")(bench_start)
 bench_app.command("prefill")(bench_prefill)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sparda_compile.evaluation.run import Evaluation
     from sparda_compile.forecast.weights import ForecastWeights
 
 __all__ = ["evaluate_model"]
@@ -71,7 +71,7 @@ Hints = Annotated[
     list[Hint] | None,
     typer.Option(
         help="Hint whose guesses are counted at 1, 1.25, 1.5 and 2 times the budget, beside those "
-        "by the last step and its scores. May be given again.",
+        "by the last steps and their scores. May be given again; ema and next_query are mixed too.",
         show_default="none",
     ),
 ]
@@ -82,6 +82,10 @@ Ema = Annotated[
         show_default=f"{SpardaConfig.ema_level} {SpardaConfig.ema_trend} "
         f"{SpardaConfig.ema_damping}",
     ),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--ema-calibrate", help="Calibrate hint ema by the first of the steps."),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -153,6 +157,7 @@ def evaluate_model(
     short_list: ShortList = SpardaConfig.short_list,
     hint: Hints = None,
     ema: Ema = None,
+    ema_calibrate: Calibrate = False,
     budget: Budgets = None,
     prefill: Prompts = None,
     task: Tasks = None,
@@ -177,11 +182,12 @@ def evaluate_model(
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
-            from sparda_compile.evaluation.show import print_evaluation, write_plot
+            from sparda_compile.evaluation.show import write_plot
 
             where = find_device(device)
             weights = _forecast(model, forecast)
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
+            fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
@@ -202,6 +208,12 @@ def evaluate_model(
             parts.measure(loaded, weights, file, say)
         evaluation = file.evaluation()
         written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
+    _print(evaluation, written, as_json=as_json)
+
+
+def _print(evaluation: Evaluation, written: list[Path | None], *, as_json: bool) -> None:
+    from sparda_compile.evaluation.show import print_evaluation
+
     if as_json:
         print_json(evaluation.to_dict())
         return

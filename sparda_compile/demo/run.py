@@ -241,9 +241,7 @@ def _configs(modes: Sequence[str], num_tokens: int) -> Iterator[SpardaConfig]:
     capacity = round_up(num_tokens, base.block_size)
     top_k = min(_TOP_K, capacity // base.block_size)
     for mode in modes:
-        config = base.replace(
-            mode=mode, max_tokens=capacity, top_k=None, **_SETTINGS.get(mode, {})
-        )
+        config = base.replace(mode=mode, max_tokens=capacity, top_k=None, **_SETTINGS.get(mode, {}))
         yield config
         if config.mode != "dense":
             yield config.replace(top_k=top_k)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from sparda_compile.graph.effects import argument
-from sparda_compile.hints.ema import EmaHint, ema_weights
+from sparda_compile.hints.ema import EmaHint, ema_weights, take_calibrated
 from sparda_compile.isa.streams import ATTEND, COMPUTE
 from sparda_compile.state.layout import TensorSpec
 
@@ -67,6 +67,7 @@ class EmaPredictor(EmaHint):
         update = emit.call(
             "update_prediction", scores, *kept, *ema_weights(point.layout), stream=ATTEND
         )
+        take_calibrated(update, point)
         return [update, _predict(point, emit, point.state.lengths, _DECODED, ATTEND)]
 
     def emit_prompt(self, point: HintPoint) -> None:
@@ -83,7 +84,7 @@ def _predict(
     level, trend, budget, predicted = (
         point.state.get(name, layer) for name in ("level", "trend", "budget", "predicted")
     )
-    return emit.call(
+    predict = emit.call(
         "predict_ahead",
         level,
         trend,
@@ -97,3 +98,5 @@ def _predict(
         config.ema_damping,
         stream=stream,
     )
+    take_calibrated(predict, point)
+    return predict

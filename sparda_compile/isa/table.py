@@ -35,6 +35,8 @@ class Work(enum.Enum):
 
     NONE = "nothing: it only orders others"
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
+    HITS = "the same; of pools the selected blocks that have a page"
+    MISSES = "the same; of pools the selected blocks that a copy has brought"
     PREDICTED = "the same; of pools the blocks that were predicted"
     REPAIRED = "the same; of pools the selected blocks that were not predicted"
     TOKEN_SCORES = "its latency, and products of each new token's vectors with the summary"

@@ -33,7 +33,7 @@ from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Part, Work
 from sparda_compile.kernels.partials import block_partials, merge
-from sparda_compile.kernels.predict_blocks import predict_blocks_reference
+from sparda_compile.kernels.predict_blocks import calibrated_or, predict_blocks_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +82,7 @@ def predict_ahead(
     damping: float,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    calibrated: Tensor | None = None,
 ) -> None:
     """Predict the blocks of the next step, for `attend_predicted` to begin with.
 
@@ -100,6 +101,7 @@ def predict_ahead(
         damping: Factor on the trend, 0 to 1.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        calibrated: As for `predict_blocks`.
     """
     del after
 
@@ -110,10 +112,12 @@ def predict_ahead(
             from sparda_compile.kernels.gpu.predict import predict
             from sparda_compile.kernels.gpu.select import Choice
 
-            predict(level, trend, before, predicted, Choice(*choice), damping, budget)
+            of = Choice(*choice)
+            predict(level, trend, before, predicted, of, damping, budget, calibrated=calibrated)
             return
         width = min(max(int(budget), 0), choice[0])
-        ids = predict_blocks_reference(level, trend, before, (width, *choice[1:]), damping)
+        factor = calibrated_or((0.0, 0.0, damping), calibrated)[2]
+        ids = predict_blocks_reference(level, trend, before, (width, *choice[1:]), factor)
         predicted.fill_(-1)
         predicted[..., :width] = ids
 

@@ -183,6 +183,7 @@ class SpardaCache(Cache):
         self.has_padding = False
         if self.kv is not None:
             self.kv.reset()
+            self._adaptation = None
             self.hold(self.kv)  # with its budgets
 
     @property

@@ -216,8 +216,7 @@ def _check_pairs(
         if first >= size:
             continue
         one, other = records[first], records[second % size]
-        nodes = [record.node for record in (one, other) if record.node is not None]
-        if len(nodes) == 2 and second < size and state and is_disjoint(*nodes, state):
+        if second < size and _are_apart(one, other, state):
             continue
         found += 1
         if not clocks[first][one.stream] <= clocks[second][one.stream]:
@@ -227,6 +226,13 @@ def _check_pairs(
                 f"({STREAM_NAMES[other.stream]} stream){when} use one storage and are not ordered"
             )
     return found
+
+
+def _are_apart(one: Record, other: Record, state: str | None) -> bool:
+    """Whether two calls of a run use different parts of a state tensor."""
+    if not state or one.node is None or other.node is None:
+        return False
+    return is_disjoint(one.node, other.node, state)
 
 
 def _check_held(records: Sequence[Record], clocks: Sequence[Clock]) -> int:

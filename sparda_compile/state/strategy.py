@@ -38,6 +38,10 @@ class HintMethod(Protocol):
         prompt_ops: Ops that it adds to its layer in a sparse prefill.
         dense_prompt_ops: Ops that it adds to its layer in a dense one.
         borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
+        recall: Share that it is expected to name of the blocks that its layer selects and the step
+            before did not; about what hints by scores have, where nobody has measured it.
+        fetched: Blocks that are new in a step among those that it names, right or wrong, over
+            those that are new among its layer's.
     """
 
     name: ClassVar[str]
@@ -46,6 +50,8 @@ class HintMethod(Protocol):
     prompt_ops: ClassVar[tuple[str, ...]] = ()
     dense_prompt_ops: ClassVar[tuple[str, ...]] = ()
     borrows_ids: ClassVar[bool] = False
+    recall: ClassVar[float] = 0.75
+    fetched: ClassVar[float] = 1.0
 
     def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:
         """Return the state tensors that it keeps for a layer, by short name."""

@@ -31,6 +31,7 @@ CASES = {
     "trend": {"ema_damping": 1.0, "ema_level": 0.2},
     "sparse prompt": {"prefill": "sparse"},
     "short turns": {"chunk_tokens": 16},
+    "calibrated": {"ema_calibrate": True},
     "no budget": {"speculation_budget": 0.0},
     "large budget": {"speculation_budget": 4.0},
     "not fused": {"disable_passes": ("fuse_selection",)},

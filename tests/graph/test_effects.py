@@ -33,7 +33,7 @@ WRITES = {
     "remember_ids": {"last_block_ids"},
     "remember_last": {"last_block_ids"},
     "update_prediction": {"level", "trend"},
-    "begin_prediction": {"level", "trend"},
+    "begin_prediction": {"level", "trend", "calibrated"},
     "predict_ahead": {"predicted"},
     "repair_predicted": {"counters"},
     "advance_lengths": {"lengths"},

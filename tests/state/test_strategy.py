@@ -67,7 +67,7 @@ def test_several_hints_stay_in_order_and_need_what_each_needs():
 def test_speculation_selects_by_the_query_and_predicts():
     found = strategy(mode="speculate", offload="never")
     assert found.selects
-    assert not (found.selects_by_forecast or found.overlaps or found.repairs or found.hints)
+    assert not any((found.selects_by_forecast, found.overlaps, found.repairs, found.hints))
     assert found.predictor is PREDICTORS["ema"]
     assert found.keepers == (PREDICTORS["ema"],)
     assert [scorer.name for scorer in found.scorers] == ["infllm2"]

@@ -14,7 +14,7 @@ from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
-from sparda_compile.passes.check.transfers import wrong_transfers
+from sparda_compile.passes.check.transfers import marked, marked_state, wrong_transfers
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -175,8 +175,7 @@ class _Layer:
                 made = self._layer.one(role)
                 self._own |= _results(made) if made else {}
         for role in ("attend_resident", "attend_predicted"):
-            partial = self._layer.one(role)
-            self._own |= _results(partial) if partial else {}
+            self._own |= _results(op) if (op := self._layer.one(role)) else {}
 
     def operands(self) -> Iterator[str]:
         """Yield which op takes what it should not."""
@@ -200,22 +199,14 @@ class _Layer:
                 near = self._own["near_ids"]
                 expected = {**expected, "block_ids": near or expected["block_ids"]}
             elif op.name == "record_event":
-                expected = {"inputs": self._marked(op)}
-            elif op.name == "predict_ahead" and not self._ctx.is_decode:
-                expected = {**expected, "lengths": self._own["totals"]}
+                expected = {"inputs": marked(op, self._layer, self._state)}
+            elif op.name == "predict_ahead":
+                expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
             yield from wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
             yield f"{self._layer.title} updates {updated}, and not {sorted(self._summaries)}"
-
-    def _marked(self, mark: Op) -> list[Operand]:
-        """Return what the work behind which a mark stands has made."""
-        if mark in self._layer.by_role["prediction record_event"]:
-            return [self._state["predicted"]]
-        is_attention = mark in self._layer.by_role["parts record_event"]
-        made = self._layer.one("attend_predicted" if is_attention else "stage_blocks")
-        return [*_results(made).values()] if made else []
 
     def _summary_of(self, scores: Op) -> list[Operand]:
         return self._summaries.get(SELECTORS[scores.args["selector"]].summary.name, [])
@@ -234,10 +225,8 @@ class _Layer:
 
     def _buffers(self, copy: Op) -> list[str]:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
-        if copy in self._layer.by_role["parts record_event"]:
-            return [self._state[name] for name in ("pages", "block_table", "predicted")]
-        if copy in self._layer.by_role["prediction record_event"]:
-            return [self._state[name] for name in ("level", "trend", "predicted")]
+        if names := marked_state(copy, self._layer):
+            return [self._state[name] for name in names]
         if copy.name == "offload_blocks":
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.graph.effects import is_state
+from sparda_compile.graph.effects import is_state, results_of
 from sparda_compile.graph.op_index import result_of
 from sparda_compile.isa.streams import ATTEND, SELECT
 from sparda_compile.passes.check.compare import compare, words_of
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.graph.op_index import Op, OpIndex
+    from sparda_compile.passes.check.compare import Operand
     from sparda_compile.passes.check.grammar import LayerOps
 
-__all__ = ["wrong_fork", "wrong_transfers", "wrong_wait"]
+__all__ = ["marked", "marked_state", "wrong_fork", "wrong_transfers", "wrong_wait"]
 
 _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
@@ -27,6 +28,33 @@ _COPY_OF: Final = {
     "parts wait_blocks": "parts record_event",
     "prediction wait_blocks": "prediction record_event",
 }
+
+# State that the wait behind a mark of the attend stream takes: what was read or written there.
+_MARKED_STATE: Final = {
+    "parts record_event": ("pages", "block_table", "predicted"),
+    "prediction record_event": ("level", "trend", "predicted"),
+}
+
+
+def marked_state(mark: Op, layer: LayerOps) -> tuple[str, ...]:
+    """Return short names of the state that the wait behind a mark takes; none if it is no mark."""
+    found = (names for role, names in _MARKED_STATE.items() if mark in layer.by_role.get(role, ()))
+    return next(found, ())
+
+
+def marked(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[Operand]:
+    """Return what the work behind which a mark stands has made.
+
+    Args:
+        mark: The mark.
+        layer: Its layer.
+        state: Names of the layer's state, by short name.
+    """
+    if mark in layer.by_role.get("prediction record_event", ()):
+        return [state["predicted"]]
+    is_attention = mark in layer.by_role.get("parts record_event", ())
+    made = layer.one("attend_predicted" if is_attention else "stage_blocks")
+    return [(made.node.name, i) for i in range(len(results_of(made.node)))] if made else []
 
 
 def wrong_transfers(
@@ -67,9 +95,9 @@ def _pairs(layer: LayerOps, of_hint: Mapping[Op, str]) -> Iterator[tuple[Op, Op]
 
 def _side(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> list[Op]:
     """Return the ops on side streams that lead to a copy or a mark, in order."""
-    if copy in layer.by_role["parts record_event"]:
+    if copy in layer.by_role.get("parts record_event", ()):
         return layer.by_role["attend_predicted"]
-    if copy in layer.by_role["prediction record_event"]:
+    if copy in layer.by_role.get("prediction record_event", ()):
         attend = [op for op in layer.ops if op.args.get("stream") == ATTEND]
         return [op for op in attend if op.name not in ("attend_predicted", "record_event")]
     if copy.name == "record_event":

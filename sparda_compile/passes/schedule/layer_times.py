@@ -19,7 +19,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.passes.schedule.cost import expected_misses
+from sparda_compile.passes.schedule.expected_blocks import expected_misses
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext

@@ -62,6 +62,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     append,
     attend_tokens,
     attention,
+    calibrate,
     copy,
     extend,
     extend_summary,
@@ -113,9 +114,16 @@ def run_all(dtype, dim, size):
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
     for budget in (None, ints(1)):
-        predict.predict(scores, scores, lengths, ids, choice, 0.5, budget)
+        for weights in (None, torch.zeros(BATCH, 3)):
+            predict.predict(scores, scores, lengths, ids, choice, 0.5, budget, weights)
     for comparable in (True, False):
-        predict.update(scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable)
+        for weights in (None, torch.zeros(BATCH, 3)):
+            predict.update(
+                scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable,
+                calibrated=weights,
+            )  # fmt: skip
+        rows = scores.repeat(64, 1, 1, 1), lengths[:, None].repeat(1, 64)
+        calibrate.hit_rates(*rows, choice, torch.zeros(80, 3), are_comparable=comparable)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
         keys = (asked, tensors, lengths[:, None], lengths)

@@ -132,6 +132,40 @@ def test_standardised_updates_are_near_the_reference(device, listed):
         assert torch.allclose(its.cpu(), mine, atol=1e-5)
 
 
+CALIBRATED = torch.tensor([[0.25, 0.75, 1.0], [0.0, 0.9, 0.9]])
+
+
+@pytest.mark.parametrize("are_comparable", [True, False])
+def test_each_sequence_has_the_weights_that_it_is_calibrated_to(device, are_comparable):
+    """The second one is not, and has the numbers."""
+    scores = steps_of(5, 37)
+    got = torch.full((2, 2, 37), -INF, device=device), torch.zeros(2, 2, 37, device=device)
+    room.update(
+        scores.to(device), *got, (0.4, 0.3), are_comparable=are_comparable,
+        calibrated=CALIBRATED.to(device),
+    )  # fmt: skip
+    for row, weights in enumerate(((0.25, 0.75), (0.4, 0.3))):
+        want = torch.full((1, 2, 37), -INF), torch.zeros(1, 2, 37)
+        for step in scores[:, row : row + 1]:
+            step = step if are_comparable else standardise(step)
+            update_prediction_reference(step, *want, weights)
+        for mine, its in zip(want, got, strict=True):
+            assert torch.allclose(its[row].cpu(), mine[0], atol=0.0 if are_comparable else 1e-5)
+
+
+def test_each_sequence_has_the_damping_that_it_is_calibrated_to(device):
+    level, trend = torch.randn(2, 3, 37), torch.randn(2, 3, 37)
+    lengths = torch.tensor([36 * SIZE, 30 * SIZE], dtype=torch.int32)
+    got = torch.full((2, 3, 9), -77, dtype=torch.int32, device=device)
+    choice = Choice(9, SIZE, 1, 1)
+    on_device = (tensor.to(device) for tensor in (level, trend, lengths))
+    room.predict(*on_device, got, choice, 0.25, calibrated=CALIBRATED.to(device))
+    for row, damping in enumerate((1.0, 0.25)):
+        one = slice(row, row + 1)
+        want = predict_blocks_reference(level[one], trend[one], lengths[one], choice, damping)
+        assert torch.equal(got[one].cpu(), want)
+
+
 def test_steps_without_scores_change_nothing(device):
     level, trend = torch.randn(1, 2, 20), torch.randn(1, 2, 20)
     for are_comparable in (True, False):

@@ -13,7 +13,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.graph.nodes import call_name, find_ops, module_path
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.schedule.cost import Cost, node_cost
+from sparda_compile.passes.schedule.cost import Cost, costs_of, node_cost
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import make_plan
 
@@ -22,7 +22,6 @@ SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
 BLOCK_BYTES = 2 * 64 * 16 * 4  # K and V, tokens, head dim, fp32
 HEADS = 3 * 2  # batch, KV heads
 SELECTED = 96
-SCORED = SELECTED - 1 - 32 - 1  # without sinks, local blocks and the one being written
 
 
 @pytest.fixture
@@ -49,43 +48,9 @@ def linear(plan, path):
     return next(n for n in nodes if call_name(n) == "linear" and module_path(n) == path)
 
 
-def test_prefetch_moves_the_blocks_that_are_new(decode):
-    expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25)
-    assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 45e3, 0, expected)
-
-
-def test_prefetch_of_nothing_is_a_launch(decode):
-    assert cost(decode, "prefetch_1", expected_overlap=1.0) == Cost(2.0, 0, 0)
-    everything = cost(decode, "prefetch_1", expected_overlap=0.0)
-    assert everything.link_bytes == HEADS * SCORED * BLOCK_BYTES
-    assert cost(decode, "prefetch_1", top_k=0, expected_overlap=0.0) == Cost(2.0, 0, 0)
-
-
-def test_offload_of_a_decode_moves_one_block_in_so_many_steps(decode):
-    assert cost(decode, "offload_blocks_0").link_bytes == HEADS * BLOCK_BYTES // 64
-
-
-def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
-    plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
-    # A prompt of unknown length counts as 1024 tokens.
-    assert cost(plan, "offload_blocks_0").link_bytes == 2 * HEADS * 1024 * 16 * 4
-
-
 @pytest.fixture
 def sparse_prefill(plan_of):
     return plan_of("llama", "sparse_prefill", batch_size=3, **SETTINGS)
-
-
-def test_what_a_prompt_reads_of_the_past_crosses_the_link_once(sparse_prefill):
-    """The first token's blocks, and what each of 1024 replaces; or half of what the cache holds."""
-    half = 8192 // 64 // 2
-    expected = HEADS * half * BLOCK_BYTES
-    assert cost(sparse_prefill, "stage_1") == Cost(2.0 + expected / 45e3, 0, expected)
-    few = cost(sparse_prefill, "stage_1", top_k=1, sink_blocks=1, local_blocks=2)
-    assert few.link_bytes == HEADS * half * BLOCK_BYTES
-    none = cost(sparse_prefill, "stage_1", top_k=0, sink_blocks=1, local_blocks=2)
-    assert none.link_bytes == HEADS * 4 * BLOCK_BYTES
-    assert cost(sparse_prefill, "stage_1", offload="never").link_bytes == 0
 
 
 def test_scores_and_attention_of_a_prompt_are_products(sparse_prefill):
@@ -112,11 +77,19 @@ def test_matrix_multiplication_is_a_roofline(plan_of):
     assert node_cost(node, context(plan)).hbm_bytes == num_bytes
 
 
-def test_small_kernel_takes_a_launch(decode):
+def test_kernel_of_the_model_takes_its_time_beside_its_bytes(decode):
     node = linear(decode, "model.layers.0.mlp.gate_proj")
-    assert node_cost(node, context(decode)).us == H200.launch_us
-    slow = dataclasses.replace(H200, launch_us=9.0)
-    assert node_cost(node, context(decode, slow)).us == 9.0
+    slow = dataclasses.replace(H200, kernel_us=9.0)
+    bytes_us = node_cost(node, context(decode)).us
+    assert bytes_us == pytest.approx(4 * (3 * 64 + 64 * 128 + 3 * 128) / 4300e3)
+    for machine in (H200, slow):
+        us = costs_of(decode.graph_module.graph, context(decode, machine))[node].us
+        assert us == pytest.approx(machine.kernel_us + bytes_us)
+
+
+def test_embedding_reads_rows_and_not_its_table(decode):
+    (node,) = (n for n in decode.graph_module.graph.nodes if call_name(n) == "embedding")
+    assert node_cost(node, context(decode)).hbm_bytes == 2 * 3 * 64 * 4
 
 
 def test_attention_reads_the_selected_blocks_and_not_the_pool(decode):
@@ -165,7 +138,7 @@ MEASURED = {
 AS_MEASURED = {
     "block_ids_0": {"disable_passes": ("fuse_selection",)},
     "plan_0": {"disable_passes": ("fuse_selection",)},
-    "attend_resident_0": {"mode": "exact"},
+    "attend_resident_0": {"mode": "exact", "expected_overlap": 1.0},
 }
 
 
@@ -242,11 +215,14 @@ def test_forks_waits_views_and_inputs_are_free(decode):
     assert {node_cost(n, context(decode)) for n in free} == {Cost(0.0)}
 
 
-def test_elementwise_nodes_cost_their_bytes_only(decode):
+def test_elementwise_nodes_cost_their_bytes_and_the_first_of_a_kernel_its_time(decode):
     graph = decode.graph_module.graph
-    node = next(n for n in graph.nodes if call_name(n) == "silu")
-    expected = 2 * 3 * 128 * 4
-    assert node_cost(node, context(decode)) == Cost(expected / 4300e3, expected)
+    silu = next(n for n in graph.nodes if call_name(n) == "silu")
+    (product,) = silu.users
+    expected = 3 * 128 * 4
+    costs = costs_of(graph, context(decode))
+    assert costs[silu] == Cost(H200.kernel_us + 2 * expected / 4300e3, 2 * expected)
+    assert costs[product] == Cost(3 * expected / 4300e3, 3 * expected)
 
 
 def test_everything_is_slower_on_the_cpu(decode):

@@ -1,4 +1,4 @@
-"""Times of a layer's parts: sums done by hand, those of the nodes, and whether a layer speculates."""
+"""Times of a layer's parts: sums by hand, those of the nodes, and whether a layer speculates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.schedule.cost import expected_misses, node_cost
+from sparda_compile.passes.schedule.cost import node_cost
+from sparda_compile.passes.schedule.expected_blocks import expected_misses
 from sparda_compile.passes.schedule.layer_times import layer_times, speculates
 
 H200 = MACHINES["h200"]
