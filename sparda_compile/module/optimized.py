@@ -189,8 +189,7 @@ class OptimizedModule(FrozenModule):
         batch_size, num_tokens = ids.shape
         mask = token_mask(attention_mask, cache, ids)
         check_holes(attention_mask, self.captures.windows.values())
-        # The one thing that a prompt asks the device, before it is read.
-        hides = attention_mask is not None and not bool(mask.all())
+        hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
         num_real, is_decode = num_tokens, num_tokens == 1
         if is_decode and hides:
             raise UnsupportedInputError(
@@ -241,8 +240,7 @@ class OptimizedModule(FrozenModule):
             self.version.check_view(self)
         settings = check_generation(self.generation_config, kwargs)
         ids = check_prompt(inputs, kwargs, settings)
-        num_tokens = 1 if ids is None else ids.shape[1]
-        total = length_of(num_tokens, settings, self.config)
+        total = length_of(1 if ids is None else ids.shape[1], settings, self.config)
         cache = take_cache(kwargs)
         is_given = cache is not None
         if not is_given:
