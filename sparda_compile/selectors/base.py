@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["Geometry", "Selector", "Summary", "valid_tokens"]
+__all__ = ["Geometry", "Selector", "Summary", "empty_summary", "valid_tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +142,17 @@ class Selector(Protocol):
         geometry: Geometry,
     ) -> Tensor:
         """Return [B, G, N] float32, higher is better, -inf for a block without a summary."""
+
+
+def empty_summary(summary: Summary, like_BGTD: Tensor, geometry: Geometry) -> list[Tensor]:
+    """Return the tensors of a summary of no keys, [B, G, ...], of the dtype that such keys have."""
+    batch, groups, _, dim = like_BGTD.shape
+    tensors = [
+        like_BGTD.new_empty(batch, groups, *shape, dtype=summary.dtypes.get(name, like_BGTD.dtype))
+        for name, shape in summary.shapes(geometry, dim).items()
+    ]
+    summary.reset(tensors)
+    return tensors
 
 
 def valid_tokens(k_GTD: Tensor, mask_T: Tensor | None) -> Tensor:

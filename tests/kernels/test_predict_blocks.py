@@ -170,9 +170,11 @@ class TestStandardise:
             room.update_prediction_reference(room.standardise(step), want, flat, (0.4, 0.3))
         assert torch.allclose(level, want, atol=1e-5)
 
-    def test_only_the_attention_of_infllm2_can_be_compared(self):
-        own = ("infllm2", "quest", "nosa", "forecast", "nosa_forecast")
-        assert [name for name in own if SELECTORS[name].is_comparable] == ["infllm2"]
+    def test_only_shares_of_attention_can_be_compared(self):
+        own = ("infllm2", "quest", "nosa", "lowbit2", "lowbit4")
+        own += tuple(SELECTORS[name].forecast_selector for name in own)
+        comparable = [name for name in own if SELECTORS[name].is_comparable]
+        assert comparable == ["infllm2", "lowbit2", "lowbit4"]
 
 
 MASKS = {
@@ -185,13 +187,16 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("selector", ["infllm2", "quest", "nosa"])
+@pytest.mark.parametrize("selector", ["infllm2", "quest", "nosa", "lowbit2"])
 def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
     """Each token scores by the keys before it alone, though the summary has them all."""
     geometry = Geometry(12, SIZE, 8, 4, 2, 1, 1) if selector == "nosa" else Geometry(12, SIZE, 8, 4)
     rule, generator = SELECTORS[selector], torch.Generator().manual_seed(3)
     lengths = torch.tensor([100, 61], dtype=torch.int32)
-    tensors = [torch.empty(2, 2, *s) for s in rule.summary.shapes(geometry, 8).values()]
+    tensors = [
+        torch.empty(2, 2, *shape, dtype=rule.summary.dtypes.get(name))
+        for name, shape in rule.summary.shapes(geometry, 8).items()
+    ]
     rule.summary.reset(tensors)
     past = torch.randn(2, 2, 100, 8, generator=generator)
     nothing = torch.zeros(2, dtype=torch.int32)

@@ -1,0 +1,234 @@
+"""Scores of every block by keys in few bits: unpacked, multiplied and summed in one pass.
+
+    masses    per block and head log2 sum_t 2^(q . k' * factor), over a part of the blocks;
+              per part and head the largest, and the sum of 2^(mass - largest)
+    scores    per block sum_h 2^(mass - log2 of all), for a query; a Forecast's are its masses
+
+A tile is 64 words of a channel's codes, the words of some blocks one below the other, beside all
+channels. Its first codes are 64 keys, its second ones 64 others, and so on: which token of a block
+is which makes no difference to a sum. A code becomes a number by being put into the last bits of a
+power of two, which is then subtracted: on a GPU that is cheaper than to convert it.
+
+Floor: codes, scales and zeros are read once, (bits / 8 * P + 2 * itemsize) * D bytes a block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from sparda_compile.kernels.gpu.launch import (
+    interpreting,
+    launch,
+    launch_early,
+    power_of_two,
+    rows_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from sparda_compile.selectors import Geometry
+
+__all__ = ["score_low_bit", "score_low_bit_forecast"]
+
+# Words of a channel in a tile, and tiles of a program.
+_TILE: Final = 64
+_TILES: Final = 4
+# Blocks of a program of the second kernel.
+_BLOCKS: Final = 64
+_LOG2_E: Final = math.log2(math.e)
+_LN_2: Final = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _codes(words, shift, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Return the codes that begin at a bit of each word, as numbers of a dtype."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if KIND == tl.bfloat16:
+        code = (((words >> shift) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True) - 128.0
+    elif KIND == tl.float16:
+        code = (((words >> shift) & MASK) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        code = ((words.to(tl.int32) >> shift) & MASK).to(tl.float32)
+    return code.to(KIND)
+
+
+@triton.jit
+def _low_bit_masses(
+    query, codes, scales, zeros, lengths, masses, maxima, sums, factor, q_row, q_head, groups,
+    num_blocks, parts,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr,
+    ROOM: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, DIM: tl.constexpr,
+    DIMS: tl.constexpr, SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    pair, part = tl.program_id(0), tl.program_id(1)
+    row, group = pair // groups, pair % groups
+    full = tl.load(lengths + row) // SIZE
+    head = tl.arange(0, ROWS)
+    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    BITS: tl.constexpr = 16 * WORDS // SIZE
+    KIND: tl.constexpr = tl.float32 if INTERPRETED else query.dtype.element_ty
+    dims = tl.arange(0, DIMS)
+    is_dim = dims < DIM
+    heads = group * HEADS + head
+    q = tl.load(
+        query + row * q_row + heads[:, None] * q_head + dims[None, :],
+        mask=(head < HEADS)[:, None] & is_dim[None, :],
+        other=0.0,
+    ).to(KIND)
+    place = tl.arange(0, BLOCKS * ROOM)
+    word = place % ROOM
+    first = part * (TILES * BLOCKS)
+    for tile in range(tl.minimum(tl.cdiv(tl.maximum(full - first, 0), BLOCKS), TILES)):
+        start = first + tile * BLOCKS
+        block = start + place // ROOM
+        exists = ((block < full) & (word < WORDS))[:, None] & is_dim[None, :]
+        number = pair.to(tl.int64) * num_blocks + block
+        words = tl.load(
+            codes + (number * WORDS + word)[:, None] * DIM + dims[None, :], mask=exists, other=0
+        )
+        channel = number[:, None] * DIM + dims[None, :]
+        scale = tl.load(scales + channel, mask=exists, other=0.0).to(KIND)
+        zero = tl.load(zeros + channel, mask=exists, other=0.0).to(KIND)
+        most = tl.full([ROWS, BLOCKS * ROOM], float("-inf"), dtype=tl.float32)
+        mass = tl.zeros([ROWS, BLOCKS * ROOM], dtype=tl.float32)
+        for i in tl.static_range(16 // BITS):
+            keys = _codes(words, i * BITS, BITS, KIND) * scale + zero
+            dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
+            above = tl.maximum(most, dots)
+            mass = mass * tl.exp2(most - above) + tl.exp2(dots - above)
+            most = above
+        # A word that a block lacks counts for nothing.
+        most = tl.where((word < WORDS)[None, :], most, float("-inf"))
+        most = tl.reshape(most, [ROWS, BLOCKS, ROOM])
+        above = tl.max(most, axis=2)
+        mass = tl.reshape(mass, [ROWS, BLOCKS, ROOM])
+        mass = tl.sum(mass * tl.exp2(most - above[:, :, None]), axis=2)
+        each = start + tl.arange(0, BLOCKS)
+        mass = tl.where((each < full)[None, :], above + tl.log2(mass), float("-inf"))
+        if SOFTMAX:
+            kept = (pair.to(tl.int64) * num_blocks + each)[None, :] * ROWS + head[:, None]
+            tl.store(masses + kept, mass, mask=(each < full)[None, :] & (head < ROWS)[:, None])
+            above = tl.maximum(peak, tl.max(mass, axis=1))
+            mass = tl.sum(tl.exp2(mass - above[:, None]), axis=1)
+            total = total * tl.exp2(peak - above) + mass
+            peak = above
+        else:
+            best = tl.sum(tl.where((head < HEADS)[:, None], mass, 0.0), axis=0)
+            tl.store(masses + pair * num_blocks + each, best * _LN_2, mask=each < full)
+    if SOFTMAX:
+        if not INTERPRETED:
+            cuda.gdc_launch_dependents()
+        place = (pair * parts + part) * ROWS + head
+        tl.store(maxima + place, peak)
+        tl.store(sums + place, total)
+    else:
+        each = first + tl.arange(0, TILES * BLOCKS)
+        hidden = (each >= full) & (each < num_blocks)
+        nothing = tl.full([TILES * BLOCKS], float("-inf"), dtype=tl.float32)
+        tl.store(masses + pair * num_blocks + each, nothing, mask=hidden)
+
+
+@triton.jit
+def _low_bit_scores(
+    masses, maxima, sums, lengths, scores, groups, num_blocks, parts,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    pair, part = tl.program_id(0), tl.program_id(1)
+    if not INTERPRETED:
+        cuda.gdc_wait()
+    full = tl.load(lengths + pair // groups) // SIZE
+    block = part * BLOCKS + tl.arange(0, BLOCKS)
+    score = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
+    if part * BLOCKS < full:
+        head, each = tl.arange(0, ROWS), tl.arange(0, PARTS)
+        place = (pair * parts + each[:, None]) * ROWS + head[None, :]
+        peaks = tl.load(maxima + place, mask=each[:, None] < parts, other=float("-inf"))
+        totals = tl.load(sums + place, mask=each[:, None] < parts, other=0.0)
+        peak = tl.max(peaks, axis=0)
+        all_of_it = peak + tl.log2(tl.sum(totals * tl.exp2(peaks - peak[None, :]), axis=0))
+        kept = (pair.to(tl.int64) * num_blocks + block)[:, None] * ROWS + head[None, :]
+        mask = (block < full)[:, None] & (head < HEADS)[None, :]
+        mass = tl.load(masses + kept, mask=mask, other=float("-inf"))
+        share = tl.where(mask, tl.exp2(mass - all_of_it[None, :]), 0.0)
+        score = tl.where(block < full, tl.sum(share, axis=1), float("-inf"))
+    tl.store(scores + pair * num_blocks + block, score, mask=block < num_blocks)
+
+
+def _masses(
+    query_BHTD: Tensor,
+    tensors: Sequence[Tensor],
+    lengths_B: Tensor,
+    factor: float,
+    out: tuple[Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    *,
+    softmax: bool,
+) -> None:
+    """Launch the first kernel; `out` has masses, and of parts the maxima and sums."""
+    codes = tensors[0]
+    batch, groups, num_blocks, words, dim = codes.shape
+    parts, rows, room = sizes
+    query, q_row, q_head = rows_of(query_BHTD)
+    heads = query.shape[1] // groups
+    launch(_low_bit_masses, (batch * groups, parts))(
+        query, *tensors[:3], lengths_B, *out, factor, q_row, q_head, groups, num_blocks, parts,
+        heads, rows, tensors[3].shape[2], words, room, _TILE // room, _TILES, dim,
+        power_of_two(dim, 16), softmax, interpreting(), num_warps=4,
+    )  # fmt: skip
+
+
+def _sizes(query: Tensor, codes: Tensor) -> tuple[int, int, int]:
+    """Return parts, rows of heads, and the words of a block with room for a power of two."""
+    room = power_of_two(codes.shape[3])
+    parts = triton.cdiv(codes.shape[2], _TILES * (_TILE // room))
+    return parts, power_of_two(query.shape[1] // codes.shape[1], 16), room
+
+
+def score_low_bit(
+    query_BH1D: Tensor,
+    tensors: Sequence[Tensor],
+    lengths_B: Tensor,
+    scale: float,
+    geometry: Geometry,
+    scores_BGN: Tensor,
+) -> None:
+    """Score by a query; arguments as those of `score.SCORE_KERNELS`."""
+    codes = tensors[0]
+    batch, groups, num_blocks = codes.shape[:3]
+    pairs = batch * groups
+    parts, rows, room = sizes = _sizes(query_BH1D, codes)
+    new = lengths_B.new_empty
+    masses = new((pairs, num_blocks, rows), dtype=torch.float32)
+    maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
+    out = (masses, maxima, sums)
+    _masses(query_BH1D, tensors, lengths_B, scale * _LOG2_E, out, sizes, softmax=True)
+    launch(_low_bit_scores, (pairs, triton.cdiv(num_blocks, _BLOCKS)))(
+        *out, lengths_B, scores_BGN, groups, num_blocks, parts, query_BH1D.shape[1] // groups,
+        rows, power_of_two(parts), geometry.block_size, _BLOCKS, interpreting(), num_warps=4,
+        **launch_early(),
+    )  # fmt: skip
+
+
+def score_low_bit_forecast(
+    query_BG1D: Tensor,
+    tensors: Sequence[Tensor],
+    lengths_B: Tensor,
+    scale: float,
+    geometry: Geometry,
+    scores_BGN: Tensor,
+) -> None:
+    """Score by a Forecast; arguments as those of `score.SCORE_KERNELS`."""
+    del geometry
+    out, sizes = (scores_BGN,) * 3, _sizes(query_BG1D, tensors[0])
+    _masses(query_BG1D, tensors, lengths_B, scale * _LOG2_E, out, sizes, softmax=False)
