@@ -120,6 +120,8 @@ class Selector(Protocol):
             it as it is.
         reads_retention: Whether it reads a retention score from the last channel of each key, as
             models for NOSA carry it.
+        selects_prompts: Whether it selects for the tokens of a prompt on a GPU. Where it does not,
+            `prefill="auto"` is dense there, and `prefill="sparse"` is refused.
         is_comparable: Whether the scores of one step can be compared with those of another, and
             averaged; a prediction from past scores standardises others.
     """
@@ -131,6 +133,7 @@ class Selector(Protocol):
     has_short_list: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     reads_retention: ClassVar[bool] = False
+    selects_prompts: ClassVar[bool] = True
     is_comparable: ClassVar[bool] = False
 
     def score(

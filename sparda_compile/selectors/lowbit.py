@@ -1,8 +1,9 @@
 """Attention mass by keys in 2 or 4 bits, quantised per channel and block when a block fills.
 
-    zero[n, d]  = min of block n's keys            scale[n, d] = (max - min) / (2^bits - 1)
-    code[t, d]  = floor((k[t, d] - zero) / scale + 1/2)         0 to 2^bits - 1
-    k'[t, d]    = code * scale + zero                           at most scale / 2 away from k
+    span[n, d] = (max - min of block n's keys) * L / (L - 1)    L = 2^bits
+    base[n, d] = min - span
+    code[t, d] = floor((k[t, d] - base) * L / span - L + 1/2)   0 to L - 1
+    k'[t, d]   = (1 + code / L) * span + base                   at most span / 2L away from k
 
     weight[h, t] = softmax_t(q_h . k'[t] * factor)              over the tokens of all full blocks
     score[g, n]  = sum_{h in g} sum_{t in n} weight[h, t]
@@ -11,6 +12,9 @@
 The block that is being written is read whatever its score. It has none, and no part in the
 normaliser: so a score is made of what a block was when it filled, and a token of a prompt scores as
 a decode step would at its position, however the prompt was cut.
+
+The factor is a number from 1 to 2 whose mantissa begins with the code, which is how a kernel makes
+it; span, base and k' are rounded to the dtype of the keys.
 
 Source of the codes: KIVI (arXiv 2402.02750) section 3, keys quantised per channel in groups of
 tokens, here a block each; it computes with them what here ranks blocks.
@@ -53,32 +57,35 @@ def quantize(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         bits: Of one code, 2 or 4.
 
     Returns:
-        Codes [..., C, D] int16, scale and zero [..., D] of the keys' dtype. Token t is in word
+        Codes [..., C, D] int16, span and base [..., D] of the keys' dtype. Token t is in word
         t // (16 / bits), the first one in the lowest bits. A channel that is constant, or almost,
-        has scale 0 and codes 0.
+        has span 0 and codes 0.
     """
     low, high = k.float().amin(-2), k.float().amax(-2)
-    scale = ((high - low) / (2**bits - 1)).to(k.dtype)
-    step = scale.float()[..., None, :]
-    steps = (k.float() - low[..., None, :]) / step.where(step > 0, 1.0)
-    codes = (steps.where(step > 0, 0.0) + 0.5).floor().clamp(max=2**bits - 1).int()
+    levels, largest = 2**bits, torch.finfo(k.dtype).max
+    span = ((high - low) * (levels / (levels - 1))).clamp(max=largest).to(k.dtype)
+    base = (low - span.float()).clamp(min=-largest).to(k.dtype)
+    step = span.float()[..., None, :] / levels
+    steps = (k.float() - base.float()[..., None, :]) / step.where(step > 0, 1.0) - levels
+    codes = (steps.where(step > 0, 0.0) + 0.5).floor().clamp(0, levels - 1).int()
     per_word = _WORD_BITS // bits
     shifts = torch.arange(per_word, device=k.device, dtype=torch.int32) * bits
     words = codes.unflatten(-2, (-1, per_word)) << shifts[:, None]
-    return words.sum(-2).to(torch.int16), scale, low.to(k.dtype)
+    return words.sum(-2).to(torch.int16), span, base
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Return k' of `quantize`'s results, [..., P, D] float32."""
+def dequantize(codes: Tensor, span: Tensor, base: Tensor, bits: int) -> Tensor:
+    """Return k' of `quantize`'s results, [..., P, D] of their dtype."""
     shifts = torch.arange(0, _WORD_BITS, bits, device=codes.device, dtype=torch.int32)
     each = (codes.int().unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)
-    return each.flatten(-3, -2) * scale.float().unsqueeze(-2) + zero.float().unsqueeze(-2)
+    factor = 1.0 + each.flatten(-3, -2) / 2**bits
+    return (factor * span.float().unsqueeze(-2) + base.float().unsqueeze(-2)).to(span.dtype)
 
 
 class LowBitKeys(Summary):
-    """Codes, scales and zeros of the full blocks, and the keys of the block being written.
+    """Codes, spans and bases of the full blocks, and the keys of the block being written.
 
-    key_codes [B, G, N, C, D] int16       key_scale, key_zero [B, G, N, D]
+    key_codes [B, G, N, C, D] int16       key_span, key_base [B, G, N, D]
     open_k    [B, G, P, D]                the token at position p in slot p % P
     """
 
@@ -95,8 +102,8 @@ class LowBitKeys(Summary):
         blocks, size = geometry.num_blocks, geometry.block_size
         return {
             "key_codes": (blocks, size * self.bits // _WORD_BITS, head_dim),
-            "key_scale": (blocks, head_dim),
-            "key_zero": (blocks, head_dim),
+            "key_span": (blocks, head_dim),
+            "key_base": (blocks, head_dim),
             "open_k": (size, head_dim),
         }
 
@@ -151,6 +158,7 @@ class _LowBit(Selector):
 
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses", "_low_bit_scores")
     is_comparable: ClassVar[bool] = True  # shares of one attention
+    selects_prompts: ClassVar[bool] = False  # no kernel: each token would score all tokens
     bits: ClassVar[int]
 
     def score(
@@ -177,6 +185,7 @@ class _LowBitForecast(Selector):
 
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses",)
     settles: ClassVar[bool] = True
+    selects_prompts: ClassVar[bool] = False
     bits: ClassVar[int]
 
     def score(
@@ -238,8 +247,8 @@ def _logits(
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Return q . k' * scale, [B, G, R, N, P], and which blocks are full, [B, N] bool."""
-    codes, key_scale, key_zero, _ = tensors
-    keys_BGNPD = dequantize(codes, key_scale, key_zero, bits)
+    codes, span, base, _ = tensors
+    keys_BGNPD = dequantize(codes, span, base, bits).float()
     query_BGRD = query_BHTD[:, :, 0].unflatten(1, (keys_BGNPD.shape[1], -1)).float()
     dots_BGRS = query_BGRD @ keys_BGNPD.flatten(2, 3).transpose(-1, -2)
     block_N = torch.arange(geometry.num_blocks, device=lengths_B.device)

@@ -50,14 +50,14 @@ def approximate(keys, bits):
 def test_codes_follow_the_formula(bits):
     generator = torch.Generator().manual_seed(bits)
     k = torch.randn(SIZE, 7, generator=generator, dtype=torch.float64).float()
-    codes, scale, zero = quantize(k, bits)
+    codes, span, base = quantize(k, bits)
     assert codes.shape == (SIZE * bits // 16, 7)
-    got = dequantize(codes, scale, zero, bits)
+    got = dequantize(codes, span, base, bits)
     for channel in range(7):
         want = torch.tensor(approximate(k[:, channel].double().tolist(), bits))
         torch.testing.assert_close(got[:, channel], want.float())
     word = codes[0, 0].item() & 0xFFFF
-    first = (k[0, 0] - zero[0]) / scale[0]
+    first = (k[0, 0] - base[0]) * 2**bits / span[0] - 2**bits
     assert word & (2**bits - 1) == math.floor(first + 0.5)  # the first token, in the lowest bits
 
 
@@ -72,11 +72,12 @@ def test_error_is_at_most_half_a_step_of_the_channel(bits, dtype, spread, shift,
     """Also where a step rounds, where keys are nearly equal and where they are far from zero."""
     generator = torch.Generator().manual_seed(seed)
     k = (torch.randn(2, 3, SIZE, 5, generator=generator) * spread + shift).to(dtype)
-    codes, scale, zero = quantize(k, bits)
-    error = (dequantize(codes, scale, zero, bits) - k.float()).abs().amax(-2)
+    codes, span, base = quantize(k, bits)
+    error = (dequantize(codes, span, base, bits).float() - k.float()).abs().amax(-2)
     wide = (k.float().amax(-2) - k.float().amin(-2)) / (2**bits - 1)
-    rounding = torch.finfo(dtype).eps * 2**bits * wide + torch.finfo(dtype).tiny
-    rounding += torch.finfo(torch.float32).eps * k.float().abs().amax(-2)
+    # Span, base and what they give round by themselves.
+    size = k.float().abs().amax(-2) + 2**bits * wide
+    rounding = 2 * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
     assert (error <= wide / 2 + rounding).all()
 
 
@@ -88,10 +89,10 @@ def test_a_constant_channel_is_exact_and_an_outlier_spoils_its_own_channel_alone
     plain = dequantize(*quantize(k, bits), bits)
     k[:, 1] = -3.25
     k[5, 2] = 6e4
-    codes, scale, zero = quantize(k, bits)
-    got = dequantize(codes, scale, zero, bits)
-    assert torch.equal(got[:, 1], k[:, 1].float())
-    assert scale[1] == 0
+    codes, span, base = quantize(k, bits)
+    got = dequantize(codes, span, base, bits)
+    assert torch.equal(got[:, 1], k[:, 1])
+    assert span[1] == 0
     assert torch.equal(got[:, [0, 3]], plain[:, [0, 3]])
     assert got.isfinite().all()
     largest = torch.finfo(dtype).max
@@ -260,5 +261,5 @@ def test_bytes_are_those_of_the_codes_and_two_numbers_a_channel():
         shapes = summary.shapes(geometry, 128)
         per_layer = {n: math.prod(s) * 2 * 2 / 2**20 for n, s in shapes.items()}
         assert per_layer["key_codes"] * 32 == mib
-        assert (per_layer["key_scale"] + per_layer["key_zero"]) * 32 == 64
+        assert (per_layer["key_span"] + per_layer["key_base"]) * 32 == 64
         assert per_layer["open_k"] * 32 == 1

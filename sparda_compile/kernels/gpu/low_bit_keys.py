@@ -1,7 +1,7 @@
 """Keys into the summaries of low-bit keys: in a decode step, and of a prompt.
 
     open_k[p % P] = k                                     the block that is being written
-    codes, scale, zero of block n  <-  its P keys         when its last one comes
+    codes, span, base of block n  <-  its P keys         when its last one comes
 
 A block is quantised by one function, from the same P keys, wherever they come from: so its bits are
 the same however a sequence was cut into steps. Programs share out the channels, which have nothing
@@ -10,8 +10,9 @@ to do with each other. Most steps of a decode fill no block, and store one key.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 import triton
 import triton.language as tl
 
@@ -32,9 +33,9 @@ _CHANNELS: Final = 64
 
 @triton.jit
 def _store_codes(
-    keys, place, dims, is_dim, codes, scales, zeros,
+    keys, place, dims, is_dim, codes, spans, bases,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, DIM: tl.constexpr,
-    DIMS: tl.constexpr,
+    DIMS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Quantise the keys [SLOTS, DIMS] of a block; `place` is its number among all blocks."""
     PER: tl.constexpr = 16 // BITS
@@ -43,12 +44,15 @@ def _store_codes(
     keys = keys.to(tl.float32)
     low = tl.min(tl.where(is_slot, keys, float("inf")), axis=0)
     high = tl.max(tl.where(is_slot, keys, float("-inf")), axis=0)
-    most = tl.full([DIMS], (1 << BITS) - 1, dtype=tl.float32)
-    scale = tl.div_rn(high - low, most).to(scales.dtype.element_ty)
-    step = scale.to(tl.float32)[None, :]
-    steps = tl.div_rn(keys - low[None, :], tl.where(step > 0, step, 1.0) + tl.zeros_like(keys))
+    LEVELS: tl.constexpr = 1 << BITS
+    span = tl.minimum((high - low) * (LEVELS / (LEVELS - 1)), LARGEST).to(spans.dtype.element_ty)
+    wide = span.to(tl.float32)
+    base = tl.maximum(low - wide, -LARGEST).to(bases.dtype.element_ty)
+    step = (wide * (1.0 / LEVELS))[None, :]
+    above = keys - base.to(tl.float32)[None, :]
+    steps = tl.div_rn(above, tl.where(step > 0, step, 1.0) + tl.zeros_like(keys)) - LEVELS
     steps = tl.floor(tl.where(step > 0, steps, 0.0) + 0.5)
-    code = tl.where(is_slot, tl.minimum(steps, most[None, :]), 0.0).to(tl.int32)
+    code = tl.where(is_slot, tl.clamp(steps, 0.0, LEVELS - 1.0), 0.0).to(tl.int32)
     shift = tl.arange(0, PER) * BITS
     parts = tl.reshape(code, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
     words = tl.sum(parts, axis=1).to(tl.int16)
@@ -56,15 +60,15 @@ def _store_codes(
     target = codes + (place.to(tl.int64) * WORDS + word[:, None]) * DIM + dims[None, :]
     tl.store(target, words, mask=(word < WORDS)[:, None] & is_dim[None, :])
     channel = place.to(tl.int64) * DIM + dims
-    tl.store(scales + channel, scale, mask=is_dim)
-    tl.store(zeros + channel, low.to(zeros.dtype.element_ty), mask=is_dim)
+    tl.store(spans + channel, span, mask=is_dim)
+    tl.store(bases + channel, base, mask=is_dim)
 
 
 @triton.jit
 def _append_low_bit_keys(
-    k, lengths, codes, scales, zeros, opened, k_row, k_head, groups, num_blocks,
+    k, lengths, codes, spans, bases, opened, k_row, k_head, groups, num_blocks,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, DIM: tl.constexpr,
-    DIMS: tl.constexpr,
+    DIMS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     row, head = pair // groups, pair % groups
@@ -82,7 +86,7 @@ def _append_low_bit_keys(
         keys = tl.where((slot == last)[:, None], key[None, :], keys)
         place = pair * num_blocks + length // SIZE
         _store_codes(
-            keys, place, dims, is_dim, codes, scales, zeros, SIZE, SLOTS, BITS, DIM, DIMS
+            keys, place, dims, is_dim, codes, spans, bases, SIZE, SLOTS, BITS, DIM, DIMS, LARGEST
         )
 
 
@@ -100,9 +104,9 @@ def append_low_bit_keys(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _extend_low_bit_keys(
-    k, columns, lengths, totals, codes, scales, zeros, opened, k_row, k_head, k_token, groups,
+    k, columns, lengths, totals, codes, spans, bases, opened, k_row, k_head, k_token, groups,
     num_tokens, num_blocks, SIZE: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     item, pair = tl.program_id(0), tl.program_id(1)
     row, head = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
@@ -128,8 +132,8 @@ def _extend_low_bit_keys(
         old = tl.load(slots, mask=is_old & is_dim[None, :], other=0.0)
         place = pair * num_blocks + block
         _store_codes(
-            tl.where(is_old, old, new), place, dims, is_dim, codes, scales, zeros,
-            SIZE, SLOTS, BITS, DIM, DIMS,
+            tl.where(is_old, old, new), place, dims, is_dim, codes, spans, bases,
+            SIZE, SLOTS, BITS, DIM, DIMS, LARGEST,
         )  # fmt: skip
     if item == 0:
         # The keys of the block that stays open, where those of the first block were read before.
@@ -163,11 +167,13 @@ def extend_low_bit_keys(
     )  # fmt: skip
 
 
-def _sizes(tensors: Sequence[Tensor]) -> tuple[int, int, int, tuple[int, ...]]:
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, int, int, tuple[Any, ...]]:
     """Return pairs, N, G, and what kernels are compiled for."""
     codes, opened = tensors[0], tensors[3]
     batch, groups, num_blocks, words, dim = codes.shape
     size = opened.shape[2]
     bits = 16 * words // size
     channels = min(power_of_two(dim, 16), _CHANNELS)
-    return batch * groups, num_blocks, groups, (size, power_of_two(size), bits, dim, channels)
+    largest = torch.finfo(opened.dtype).max
+    forms = (size, power_of_two(size), bits, dim, channels, largest)
+    return batch * groups, num_blocks, groups, forms

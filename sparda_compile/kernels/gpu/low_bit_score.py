@@ -6,10 +6,10 @@
 
 A tile is 64 words of a channel's codes, the words of some blocks one below the other, beside all
 channels. Its first codes are 64 keys, its second ones 64 others, and so on: which token of a block
-is which makes no difference to a sum. A code becomes a number by being put into the last bits of a
-power of two, which is then subtracted: on a GPU that is cheaper than to convert it.
+is which makes no difference to a sum. A code becomes a number by being put behind the exponent of
+1.0, which takes a third of what a conversion does.
 
-Floor: codes, scales and zeros are read once, (bits / 8 * P + 2 * itemsize) * D bytes a block.
+Floor: codes, spans and bases are read once, (bits / 8 * P + 2 * itemsize) * D bytes a block.
 """
 
 from __future__ import annotations
@@ -48,22 +48,54 @@ _LOG2_E: Final = math.log2(math.e)
 _LN_2: Final = tl.constexpr(math.log(2))
 
 
+# Two channels of a word at once: rotate the codes wanted to the top of a mantissa, put the exponent
+# of 1.0 before them, and multiply and add as pairs. By mantissa: bfloat16 7 bits, float16 10.
+_UNPACK: Final = (
+    "{{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, $2; lop3.b32 t, t, {mask}, {one}, 0xEA; "
+    "fma.rn.{kind} $0, t, $4, $5; }}"
+)
+_BFLOAT_2: Final = tl.constexpr(_UNPACK.format(mask="0x00600060", one="0x3F803F80", kind="bf16x2"))
+_BFLOAT_4: Final = tl.constexpr(_UNPACK.format(mask="0x00780078", one="0x3F803F80", kind="bf16x2"))
+_HALF_2: Final = tl.constexpr(_UNPACK.format(mask="0x03000300", one="0x3C003C00", kind="f16x2"))
+_HALF_4: Final = tl.constexpr(_UNPACK.format(mask="0x03C003C0", one="0x3C003C00", kind="f16x2"))
+
+
 @triton.jit
-def _codes(words, shift, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Return the codes that begin at a bit of each word, as numbers of a dtype."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    if KIND == tl.bfloat16:
-        code = (((words >> shift) & MASK) | 0x4300).to(tl.bfloat16, bitcast=True) - 128.0
-    elif KIND == tl.float16:
-        code = (((words >> shift) & MASK) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+def _key(words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Return the keys of the codes that stand in place i of each word."""
+    if KIND.is_fp32():
+        code = (words.to(tl.int32) >> (i * BITS)) & ((1 << BITS) - 1)
+        return (1.0 + code.to(tl.float32) * (1.0 / (1 << BITS))) * span + base
+    # The first bit of the code goes to the top of the mantissa.
+    MANTISSA: tl.constexpr = 7 if KIND.is_bf16() else 10
+    if KIND.is_bf16():
+        unpack: tl.constexpr = _BFLOAT_2 if BITS == 2 else _BFLOAT_4
     else:
-        code = ((words.to(tl.int32) >> shift) & MASK).to(tl.float32)
-    return code.to(KIND)
+        unpack: tl.constexpr = _HALF_2 if BITS == 2 else _HALF_4
+    return tl.inline_asm_elementwise(
+        unpack, "=r,r,r,r,r,r", [words, (i + 1) * BITS - MANTISSA, span, base],
+        dtype=span.dtype, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _logits(q, words, span, base, factor, i, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Return factor * q . k' of the keys in place i of each word, [ROWS, words]."""
+    keys = _key(words, span, base, i, BITS, KIND)
+    return tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
+
+
+@triton.jit
+def _add_four(most, mass, one, two, three, four):
+    """Add 2^x of four logits to a sum that is kept as 2^most * mass."""
+    above = tl.maximum(tl.maximum(most, tl.maximum(one, two)), tl.maximum(three, four))
+    mass = mass * tl.exp2(most - above) + tl.exp2(one - above) + tl.exp2(two - above)
+    return above, mass + tl.exp2(three - above) + tl.exp2(four - above)
 
 
 @triton.jit
 def _low_bit_masses(
-    query, codes, scales, zeros, lengths, masses, maxima, sums, factor, q_row, q_head, groups,
+    query, codes, spans, bases, lengths, masses, maxima, sums, factor, q_row, q_head, groups,
     num_blocks, parts,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr,
     ROOM: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, DIM: tl.constexpr,
@@ -97,16 +129,16 @@ def _low_bit_masses(
             codes + (number * WORDS + word)[:, None] * DIM + dims[None, :], mask=exists, other=0
         )
         channel = number[:, None] * DIM + dims[None, :]
-        scale = tl.load(scales + channel, mask=exists, other=0.0).to(KIND)
-        zero = tl.load(zeros + channel, mask=exists, other=0.0).to(KIND)
+        span = tl.load(spans + channel, mask=exists, other=0.0).to(KIND)
+        base = tl.load(bases + channel, mask=exists, other=0.0).to(KIND)
         most = tl.full([ROWS, BLOCKS * ROOM], float("-inf"), dtype=tl.float32)
         mass = tl.zeros([ROWS, BLOCKS * ROOM], dtype=tl.float32)
-        for i in tl.static_range(16 // BITS):
-            keys = _codes(words, i * BITS, BITS, KIND) * scale + zero
-            dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
-            above = tl.maximum(most, dots)
-            mass = mass * tl.exp2(most - above) + tl.exp2(dots - above)
-            most = above
+        for i in tl.static_range(0, 16 // BITS, 4):
+            one = _logits(q, words, span, base, factor, i, BITS, KIND)
+            two = _logits(q, words, span, base, factor, i + 1, BITS, KIND)
+            three = _logits(q, words, span, base, factor, i + 2, BITS, KIND)
+            four = _logits(q, words, span, base, factor, i + 3, BITS, KIND)
+            most, mass = _add_four(most, mass, one, two, three, four)
         # A word that a block lacks counts for nothing.
         most = tl.where((word < WORDS)[None, :], most, float("-inf"))
         most = tl.reshape(most, [ROWS, BLOCKS, ROOM])
@@ -207,7 +239,7 @@ def score_low_bit(
     codes = tensors[0]
     batch, groups, num_blocks = codes.shape[:3]
     pairs = batch * groups
-    parts, rows, room = sizes = _sizes(query_BH1D, codes)
+    parts, rows, _ = sizes = _sizes(query_BH1D, codes)
     new = lengths_B.new_empty
     masses = new((pairs, num_blocks, rows), dtype=torch.float32)
     maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
