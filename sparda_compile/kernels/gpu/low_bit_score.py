@@ -4,8 +4,8 @@
               per part and head the largest, and the sum of 2^(mass - largest)
     scores    per block sum_h 2^(mass - log2 of all), for a query; a Forecast's are its masses
 
-A tile is 64 words of a channel's codes, the words of some blocks one below the other, beside all
-channels. Its first codes are 64 keys, its second ones 64 others, and so on: which token of a block
+A tile is 32 words of a channel's codes, the words of some blocks one below the other, beside all
+channels. Its first codes are 32 keys, its second ones 32 others, and so on: which token of a block
 is which makes no difference to a sum. A code becomes a number by being put behind the exponent of
 1.0, which takes a third of what a conversion does.
 
@@ -15,7 +15,7 @@ Floor: codes, spans and bases are read once, (bits / 8 * P + 2 * itemsize) * D b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import triton
@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = ["score_low_bit", "score_low_bit_forecast"]
 
-# Words of a channel in a tile, and tiles of a program.
-_TILE: Final = 64
-_TILES: Final = 4
+# Words of a channel in a tile: with twice as many, half as many programs fit a multiprocessor.
+_TILE: Final = 32
+# Programs that an H200 has room for at once, four of each multiprocessor; and tiles of one program.
+_PROGRAMS: Final = 512
+_MOST_TILES: Final = 16
 # Blocks of a program of the second kernel.
 _BLOCKS: Final = 64
 _LOG2_E: Final = math.log2(math.e)
@@ -79,27 +81,36 @@ def _key(words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _logits(q, words, span, base, factor, i, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Return factor * q . k' of the keys in place i of each word, [ROWS, words]."""
+def _for_words(each, ROOM: tl.constexpr):
+    """Repeat the channels of each block for each of its words."""
+    repeated = tl.broadcast_to(each[:, None, :], [each.shape[0], ROOM, each.shape[1]])
+    return tl.reshape(repeated, [each.shape[0] * ROOM, each.shape[1]])
+
+
+@triton.jit
+def _dots(q, words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Return q . k' of the keys in place i of each word, [ROWS, words]."""
     keys = _key(words, span, base, i, BITS, KIND)
-    return tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
+    return tl.dot(q, tl.trans(keys), input_precision="ieee")
 
 
 @triton.jit
-def _add_four(most, mass, one, two, three, four):
-    """Add 2^x of four logits to a sum that is kept as 2^most * mass."""
+def _add_four(most, mass, factor, one, two, three, four):
+    """Add 2^(factor * x) of four products to a sum that is kept as 2^(factor * most) * mass."""
     above = tl.maximum(tl.maximum(most, tl.maximum(one, two)), tl.maximum(three, four))
-    mass = mass * tl.exp2(most - above) + tl.exp2(one - above) + tl.exp2(two - above)
-    return above, mass + tl.exp2(three - above) + tl.exp2(four - above)
+    peak = above * factor
+    mass = mass * tl.exp2(most * factor - peak)
+    mass += tl.exp2(one * factor - peak) + tl.exp2(two * factor - peak)
+    return above, mass + tl.exp2(three * factor - peak) + tl.exp2(four * factor - peak)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "tiles"])
 def _low_bit_masses(
     query, codes, spans, bases, lengths, masses, maxima, sums, factor, q_row, q_head, groups,
-    num_blocks, parts,
+    num_blocks, parts, tiles,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr,
-    ROOM: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, DIM: tl.constexpr,
-    DIMS: tl.constexpr, SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROOM: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
     row, group = pair // groups, pair % groups
@@ -119,8 +130,9 @@ def _low_bit_masses(
     ).to(KIND)
     place = tl.arange(0, BLOCKS * ROOM)
     word = place % ROOM
-    first = part * (TILES * BLOCKS)
-    for tile in range(tl.minimum(tl.cdiv(tl.maximum(full - first, 0), BLOCKS), TILES)):
+    first = part * tiles * BLOCKS
+    scored = tl.minimum(tl.cdiv(tl.maximum(full - first, 0), BLOCKS), tiles)
+    for tile in range(scored):
         start = first + tile * BLOCKS
         block = start + place // ROOM
         exists = ((block < full) & (word < WORDS))[:, None] & is_dim[None, :]
@@ -128,24 +140,25 @@ def _low_bit_masses(
         words = tl.load(
             codes + (number * WORDS + word)[:, None] * DIM + dims[None, :], mask=exists, other=0
         )
-        channel = number[:, None] * DIM + dims[None, :]
-        span = tl.load(spans + channel, mask=exists, other=0.0).to(KIND)
-        base = tl.load(bases + channel, mask=exists, other=0.0).to(KIND)
+        each = start + tl.arange(0, BLOCKS)
+        channel = (pair.to(tl.int64) * num_blocks + each)[:, None] * DIM + dims[None, :]
+        mask = (each < full)[:, None] & is_dim[None, :]
+        span = _for_words(tl.load(spans + channel, mask=mask, other=0.0).to(KIND), ROOM)
+        base = _for_words(tl.load(bases + channel, mask=mask, other=0.0).to(KIND), ROOM)
         most = tl.full([ROWS, BLOCKS * ROOM], float("-inf"), dtype=tl.float32)
         mass = tl.zeros([ROWS, BLOCKS * ROOM], dtype=tl.float32)
         for i in tl.static_range(0, 16 // BITS, 4):
-            one = _logits(q, words, span, base, factor, i, BITS, KIND)
-            two = _logits(q, words, span, base, factor, i + 1, BITS, KIND)
-            three = _logits(q, words, span, base, factor, i + 2, BITS, KIND)
-            four = _logits(q, words, span, base, factor, i + 3, BITS, KIND)
-            most, mass = _add_four(most, mass, one, two, three, four)
+            one = _dots(q, words, span, base, i, BITS, KIND)
+            two = _dots(q, words, span, base, i + 1, BITS, KIND)
+            three = _dots(q, words, span, base, i + 2, BITS, KIND)
+            four = _dots(q, words, span, base, i + 3, BITS, KIND)
+            most, mass = _add_four(most, mass, factor, one, two, three, four)
         # A word that a block lacks counts for nothing.
-        most = tl.where((word < WORDS)[None, :], most, float("-inf"))
+        most = tl.where((word < WORDS)[None, :], most * factor, float("-inf"))
         most = tl.reshape(most, [ROWS, BLOCKS, ROOM])
         above = tl.max(most, axis=2)
         mass = tl.reshape(mass, [ROWS, BLOCKS, ROOM])
         mass = tl.sum(mass * tl.exp2(most - above[:, :, None]), axis=2)
-        each = start + tl.arange(0, BLOCKS)
         mass = tl.where((each < full)[None, :], above + tl.log2(mass), float("-inf"))
         if SOFTMAX:
             kept = (pair.to(tl.int64) * num_blocks + each)[None, :] * ROWS + head[:, None]
@@ -156,7 +169,7 @@ def _low_bit_masses(
             peak = above
         else:
             best = tl.sum(tl.where((head < HEADS)[:, None], mass, 0.0), axis=0)
-            tl.store(masses + pair * num_blocks + each, best * _LN_2, mask=each < full)
+            tl.store(masses + pair * num_blocks + each, best * _LN_2, mask=each < num_blocks)
     if SOFTMAX:
         if not INTERPRETED:
             cuda.gdc_launch_dependents()
@@ -164,10 +177,10 @@ def _low_bit_masses(
         tl.store(maxima + place, peak)
         tl.store(sums + place, total)
     else:
-        each = first + tl.arange(0, TILES * BLOCKS)
-        hidden = (each >= full) & (each < num_blocks)
-        nothing = tl.full([TILES * BLOCKS], float("-inf"), dtype=tl.float32)
-        tl.store(masses + pair * num_blocks + each, nothing, mask=hidden)
+        for tile in range(scored, tiles):
+            each = first + tile * BLOCKS + tl.arange(0, BLOCKS)
+            nothing = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
+            tl.store(masses + pair * num_blocks + each, nothing, mask=each < num_blocks)
 
 
 @triton.jit
@@ -197,34 +210,52 @@ def _low_bit_scores(
     tl.store(scores + pair * num_blocks + block, score, mask=block < num_blocks)
 
 
+class _Split(NamedTuple):
+    """How the blocks of a sequence and group are shared out; by shapes alone.
+
+    Attributes:
+        parts: Programs.
+        tiles: Of each program.
+        rows: Query heads, with room for a product.
+        room: Words of a channel and block, with room for a power of two.
+    """
+
+    parts: int
+    tiles: int
+    rows: int
+    room: int
+
+    @classmethod
+    def of(cls, query: Tensor, codes: Tensor) -> _Split:
+        batch, groups, num_blocks, words, _ = codes.shape
+        room = power_of_two(words)
+        num_tiles = triton.cdiv(num_blocks * room, _TILE)
+        wanted = batch * groups * num_tiles // _PROGRAMS
+        tiles = min(1 << max(wanted.bit_length() - 1, 0), _MOST_TILES)
+        rows = power_of_two(query.shape[1] // groups, 16)
+        return cls(triton.cdiv(num_tiles, tiles), tiles, rows, room)
+
+
 def _masses(
     query_BHTD: Tensor,
     tensors: Sequence[Tensor],
     lengths_B: Tensor,
     factor: float,
     out: tuple[Tensor, Tensor, Tensor],
-    sizes: tuple[int, int, int],
     *,
     softmax: bool,
 ) -> None:
     """Launch the first kernel; `out` has masses, and of parts the maxima and sums."""
     codes = tensors[0]
     batch, groups, num_blocks, words, dim = codes.shape
-    parts, rows, room = sizes
+    split = _Split.of(query_BHTD, codes)
     query, q_row, q_head = rows_of(query_BHTD)
-    heads = query.shape[1] // groups
-    launch(_low_bit_masses, (batch * groups, parts))(
-        query, *tensors[:3], lengths_B, *out, factor, q_row, q_head, groups, num_blocks, parts,
-        heads, rows, tensors[3].shape[2], words, room, _TILE // room, _TILES, dim,
-        power_of_two(dim, 16), softmax, interpreting(), num_warps=4,
+    launch(_low_bit_masses, (batch * groups, split.parts))(
+        query, *tensors[:3], lengths_B, *out, factor, q_row, q_head, groups, num_blocks,
+        split.parts, split.tiles, query.shape[1] // groups, split.rows, tensors[3].shape[2], words,
+        split.room, _TILE // split.room, dim, power_of_two(dim, 16), softmax, interpreting(),
+        num_warps=4,
     )  # fmt: skip
-
-
-def _sizes(query: Tensor, codes: Tensor) -> tuple[int, int, int]:
-    """Return parts, rows of heads, and the words of a block with room for a power of two."""
-    room = power_of_two(codes.shape[3])
-    parts = triton.cdiv(codes.shape[2], _TILES * (_TILE // room))
-    return parts, power_of_two(query.shape[1] // codes.shape[1], 16), room
 
 
 def score_low_bit(
@@ -236,15 +267,14 @@ def score_low_bit(
     scores_BGN: Tensor,
 ) -> None:
     """Score by a query; arguments as those of `score.SCORE_KERNELS`."""
-    codes = tensors[0]
-    batch, groups, num_blocks = codes.shape[:3]
+    batch, groups, num_blocks = tensors[0].shape[:3]
     pairs = batch * groups
-    parts, rows, _ = sizes = _sizes(query_BH1D, codes)
+    parts, _, rows, _ = _Split.of(query_BH1D, tensors[0])
     new = lengths_B.new_empty
     masses = new((pairs, num_blocks, rows), dtype=torch.float32)
     maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
     out = (masses, maxima, sums)
-    _masses(query_BH1D, tensors, lengths_B, scale * _LOG2_E, out, sizes, softmax=True)
+    _masses(query_BH1D, tensors, lengths_B, scale * _LOG2_E, out, softmax=True)
     launch(_low_bit_scores, (pairs, triton.cdiv(num_blocks, _BLOCKS)))(
         *out, lengths_B, scores_BGN, groups, num_blocks, parts, query_BH1D.shape[1] // groups,
         rows, power_of_two(parts), geometry.block_size, _BLOCKS, interpreting(), num_warps=4,
@@ -262,5 +292,5 @@ def score_low_bit_forecast(
 ) -> None:
     """Score by a Forecast; arguments as those of `score.SCORE_KERNELS`."""
     del geometry
-    out, sizes = (scores_BGN,) * 3, _sizes(query_BG1D, tensors[0])
-    _masses(query_BG1D, tensors, lengths_B, scale * _LOG2_E, out, sizes, softmax=False)
+    out = (scores_BGN,) * 3
+    _masses(query_BG1D, tensors, lengths_B, scale * _LOG2_E, out, softmax=False)
