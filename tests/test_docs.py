@@ -170,6 +170,7 @@ def state_table():
     for changes in (
         {"mode": "forecast"},
         {"mode": "query", "selector": "quest"},
+        {"mode": "query", "selector": "lowbit2"},
         {"mode": "exact", "hint": ("previous_step", "ema")},
     ):
         layout = CacheLayout(CONFIG.replace(**changes), shapes, 2, 8192)

@@ -79,7 +79,9 @@ def dequantize(codes: Tensor, span: Tensor, base: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, _WORD_BITS, bits, device=codes.device, dtype=torch.int32)
     each = (codes.int().unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)
     factor = 1.0 + each.flatten(-3, -2) / 2**bits
-    return (factor * span.float().unsqueeze(-2) + base.float().unsqueeze(-2)).to(span.dtype)
+    near = factor * span.float().unsqueeze(-2) + base.float().unsqueeze(-2)
+    rounded: Tensor = near.to(span.dtype)
+    return rounded
 
 
 class LowBitKeys(Summary):
@@ -95,7 +97,7 @@ class LowBitKeys(Summary):
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self.name = f"lowbit{bits}_keys"  # type: ignore[misc]
+        self.name = f"lowbit{bits}_keys"
 
     def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes behind [B, G]."""

@@ -70,14 +70,13 @@ def _key(words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
         return (1.0 + code.to(tl.float32) * (1.0 / (1 << BITS))) * span + base
     # The first bit of the code goes to the top of the mantissa.
     MANTISSA: tl.constexpr = 7 if KIND.is_bf16() else 10
-    if KIND.is_bf16():
-        unpack: tl.constexpr = _BFLOAT_2 if BITS == 2 else _BFLOAT_4
-    else:
-        unpack: tl.constexpr = _HALF_2 if BITS == 2 else _HALF_4
+    HALF: tl.constexpr = _HALF_2 if BITS == 2 else _HALF_4
+    BFLOAT: tl.constexpr = _BFLOAT_2 if BITS == 2 else _BFLOAT_4
+    UNPACK: tl.constexpr = BFLOAT if KIND.is_bf16() else HALF
+    operands = [words, (i + 1) * BITS - MANTISSA, span, base]
     return tl.inline_asm_elementwise(
-        unpack, "=r,r,r,r,r,r", [words, (i + 1) * BITS - MANTISSA, span, base],
-        dtype=span.dtype, is_pure=True, pack=2,
-    )  # fmt: skip
+        UNPACK, "=r,r,r,r,r,r", operands, dtype=span.dtype, is_pure=True, pack=2
+    )
 
 
 @triton.jit
@@ -104,6 +103,29 @@ def _add_four(most, mass, factor, one, two, three, four):
     return above, mass + tl.exp2(three * factor - peak) + tl.exp2(four * factor - peak)
 
 
+@triton.jit
+def _block_masses(
+    q, words, span, base, is_word, factor,
+    BLOCKS: tl.constexpr, ROOM: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Return log2 sum_t 2^(q . k' * factor) of each block of a tile, [ROWS, BLOCKS]."""
+    ROWS: tl.constexpr = q.shape[0]
+    most = tl.full([ROWS, BLOCKS * ROOM], float("-inf"), dtype=tl.float32)
+    mass = tl.zeros([ROWS, BLOCKS * ROOM], dtype=tl.float32)
+    for i in tl.static_range(0, 16 // BITS, 4):
+        one = _dots(q, words, span, base, i, BITS, KIND)
+        two = _dots(q, words, span, base, i + 1, BITS, KIND)
+        three = _dots(q, words, span, base, i + 2, BITS, KIND)
+        four = _dots(q, words, span, base, i + 3, BITS, KIND)
+        most, mass = _add_four(most, mass, factor, one, two, three, four)
+    # A word that a block lacks counts for nothing.
+    most = tl.where(is_word[None, :], most * factor, float("-inf"))
+    most = tl.reshape(most, [ROWS, BLOCKS, ROOM])
+    above = tl.max(most, axis=2)
+    mass = tl.reshape(mass, [ROWS, BLOCKS, ROOM])
+    return above + tl.log2(tl.sum(mass * tl.exp2(most - above[:, :, None]), axis=2))
+
+
 @triton.jit(do_not_specialize=["parts", "tiles"])
 def _low_bit_masses(
     query, codes, spans, bases, lengths, masses, maxima, sums, factor, q_row, q_head, groups,
@@ -122,12 +144,9 @@ def _low_bit_masses(
     KIND: tl.constexpr = tl.float32 if INTERPRETED else query.dtype.element_ty
     dims = tl.arange(0, DIMS)
     is_dim = dims < DIM
-    heads = group * HEADS + head
-    q = tl.load(
-        query + row * q_row + heads[:, None] * q_head + dims[None, :],
-        mask=(head < HEADS)[:, None] & is_dim[None, :],
-        other=0.0,
-    ).to(KIND)
+    asked = query + row * q_row + (group * HEADS + head)[:, None] * q_head + dims[None, :]
+    mask = (head < HEADS)[:, None] & is_dim[None, :]
+    q = tl.load(asked, mask=mask, other=0.0).to(KIND)
     place = tl.arange(0, BLOCKS * ROOM)
     word = place % ROOM
     first = part * tiles * BLOCKS
@@ -145,24 +164,11 @@ def _low_bit_masses(
         mask = (each < full)[:, None] & is_dim[None, :]
         span = _for_words(tl.load(spans + channel, mask=mask, other=0.0).to(KIND), ROOM)
         base = _for_words(tl.load(bases + channel, mask=mask, other=0.0).to(KIND), ROOM)
-        most = tl.full([ROWS, BLOCKS * ROOM], float("-inf"), dtype=tl.float32)
-        mass = tl.zeros([ROWS, BLOCKS * ROOM], dtype=tl.float32)
-        for i in tl.static_range(0, 16 // BITS, 4):
-            one = _dots(q, words, span, base, i, BITS, KIND)
-            two = _dots(q, words, span, base, i + 1, BITS, KIND)
-            three = _dots(q, words, span, base, i + 2, BITS, KIND)
-            four = _dots(q, words, span, base, i + 3, BITS, KIND)
-            most, mass = _add_four(most, mass, factor, one, two, three, four)
-        # A word that a block lacks counts for nothing.
-        most = tl.where((word < WORDS)[None, :], most * factor, float("-inf"))
-        most = tl.reshape(most, [ROWS, BLOCKS, ROOM])
-        above = tl.max(most, axis=2)
-        mass = tl.reshape(mass, [ROWS, BLOCKS, ROOM])
-        mass = tl.sum(mass * tl.exp2(most - above[:, :, None]), axis=2)
-        mass = tl.where((each < full)[None, :], above + tl.log2(mass), float("-inf"))
+        mass = _block_masses(q, words, span, base, word < WORDS, factor, BLOCKS, ROOM, BITS, KIND)
+        mass = tl.where((each < full)[None, :], mass, float("-inf"))
         if SOFTMAX:
             kept = (pair.to(tl.int64) * num_blocks + each)[None, :] * ROWS + head[:, None]
-            tl.store(masses + kept, mass, mask=(each < full)[None, :] & (head < ROWS)[:, None])
+            tl.store(masses + kept, mass, mask=(each < full)[None, :])
             above = tl.maximum(peak, tl.max(mass, axis=1))
             mass = tl.sum(tl.exp2(mass - above[:, None]), axis=1)
             total = total * tl.exp2(peak - above) + mass
