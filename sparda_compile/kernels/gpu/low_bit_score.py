@@ -145,8 +145,7 @@ def _low_bit_masses(
     dims = tl.arange(0, DIMS)
     is_dim = dims < DIM
     asked = query + row * q_row + (group * HEADS + head)[:, None] * q_head + dims[None, :]
-    mask = (head < HEADS)[:, None] & is_dim[None, :]
-    q = tl.load(asked, mask=mask, other=0.0).to(KIND)
+    q = tl.load(asked, mask=(head < HEADS)[:, None] & is_dim[None, :], other=0.0).to(KIND)
     place = tl.arange(0, BLOCKS * ROOM)
     word = place % ROOM
     first = part * tiles * BLOCKS
