@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
 
 __all__ = [
@@ -122,6 +123,8 @@ class Execution:
             the machine that the model is on.
         expected_overlap: Share of the blocks chosen by score that the step before chose too;
             the scheduler's estimate of how many bytes a step moves.
+        expected_recall: Share of the other blocks that each hint names: the scheduler's estimate of
+            what is left to repair. None takes what was measured of each hint.
         disable_passes: Names of passes to leave out.
         dump_dir: Folder to write the graph after each pass to.
         progress: Whether long first calls show a line on a terminal, and one every ten seconds
@@ -132,6 +135,7 @@ class Execution:
     cuda_graph: bool = True
     machine: str | None = None
     expected_overlap: float = 0.9
+    expected_recall: float | None = None
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None
     progress: bool = True
@@ -145,11 +149,13 @@ class Execution:
             raise ConfigError(f"dump_dir={self.dump_dir!r} is no folder's path; use one, or None.")
         if self.machine is not None:
             one_of("machine", self.machine, MACHINE_NAMES)
-        number("expected_overlap", self.expected_overlap)
-        if not 0.0 <= self.expected_overlap <= 1.0:
-            raise ConfigError(
-                f"expected_overlap={self.expected_overlap} is not a share; use 0.0 to 1.0."
-            )
+        shares = {"expected_overlap": self.expected_overlap}
+        if self.expected_recall is not None:
+            shares["expected_recall"] = self.expected_recall
+        for name, value in shares.items():
+            number(name, value)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name}={value} is not a share; use 0.0 to 1.0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +182,7 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         Memory.__post_init__(self)
         Execution.__post_init__(self)
         self._check_shared()
+        self._check_speculation()
         self._check_capacity()
 
     @classmethod
@@ -237,6 +244,14 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
                 "tokens that read the same blocks lie in one block. Use a power of two, or 1."
             )
 
+    def _check_speculation(self) -> None:
+        if self.mode == "speculate" and self.offload == "always":
+            raise ConfigError(
+                "mode='speculate' attends to blocks before they are selected, so all of them have "
+                "to be on the device, and offload='always' keeps them in CPU memory; pass "
+                "offload='never', or use mode='exact' with hint='ema'."
+            )
+
     def _check_capacity(self) -> None:
         if self.max_tokens is None:
             return
@@ -266,6 +281,15 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
             return num_blocks
         return min(num_blocks, self.num_forced + self.top_k)
 
+    def num_predicted(self, num_blocks: int) -> int:
+        """Most blocks that mode `speculate` predicts for a step, out of `num_blocks`."""
+        return min(num_blocks, self.prediction_budget(num_blocks))
+
+    def prediction_budget(self, num_blocks: int) -> int:
+        """Sink, local and current blocks, and the budget's multiple of those chosen by score."""
+        scored = num_blocks if self.top_k is None else self.top_k
+        return self.num_forced + math.ceil(self.speculation_budget * scored)
+
     @property
     def selection_starts_at(self) -> int | None:
         """Tokens of a sequence from which on a decode step leaves blocks out; None for never."""
@@ -284,6 +308,13 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         if self.mode != "exact":
             return ()
         return (self.hint,) if isinstance(self.hint, str) else self.hint
+
+    @property
+    def predictor(self) -> str | None:
+        """Name of what predicts the blocks of a step; None but in mode `speculate`."""
+        if self.mode != "speculate":
+            return None
+        return self.hint if isinstance(self.hint, str) and self.hint in PREDICTORS else "ema"
 
     @property
     def forecast_selector(self) -> str:

@@ -25,7 +25,9 @@ from typing import Any, Final
 
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels import (  # noqa: F401 - fills the table
+    begin_prediction,
     number_tokens,
+    partials,
     predict_blocks,
     prefill_attention,
     score_blocks,

@@ -2,6 +2,7 @@
 
     SELECTORS   how a query or a Forecast scores blocks      one file each in `selectors/`
     HINTS       how mode `exact` guesses a layer's blocks    one file each in `hints/`
+    PREDICTORS  how mode `speculate` predicts a step's       the same
 
 To add one of the package, write its file and one line here. To add one from outside:
 
@@ -20,7 +21,7 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["HINTS", "SELECTORS", "Registry"]
+__all__ = ["HINTS", "PREDICTORS", "SELECTORS", "Registry"]
 
 T = TypeVar("T")
 
@@ -115,4 +116,9 @@ HINTS: Final[Registry[Any]] = Registry(
         "next_query": "sparda_compile.hints.next_query:NextQueryHint",
         "ema": "sparda_compile.hints.ema:EmaHint",
     },
+)
+
+# Of `hints.base.Predictor`.
+PREDICTORS: Final[Registry[Any]] = Registry(
+    "predictor", {"ema": "sparda_compile.hints.speculation:EmaPredictor"}
 )

@@ -7,14 +7,19 @@ from typing import Final, Literal, get_args
 
 from sparda_compile.checks import number, one_of, whole
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
 
-__all__ = ["Mode", "Prediction", "Prefill", "Selection"]
+__all__ = ["Mode", "Prediction", "Prefill", "Repair", "Selection", "Where"]
 
-Mode = Literal["dense", "query", "forecast", "exact"]
+Mode = Literal["dense", "query", "forecast", "exact", "speculate"]
 Prefill = Literal["auto", "sparse", "dense"]
+Repair = Literal["exact", "union"]
+Where = Literal["auto", "always"]
 
 _MODES: Final = get_args(Mode)
+_DEFAULT_HINT: Final = "forecast"
+# Predicted blocks over those that scores choose.
+_MOST_BUDGET: Final = 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,9 @@ class Selection:
         mode: Who selects the KV blocks that attention reads. `dense`: nobody, all blocks.
             `query`: the layer's own query. `forecast`: the previous layer's Forecast (SparDA).
             `exact`: the layer's own query, with a hint that prefetches and a repair of what
-            the hint missed; equals `query` bit for bit.
+            the hint missed; equals `query` bit for bit. `speculate`: the layer's own query, while
+            attention to predicted blocks already runs, then the rest (PRR; see `Prediction`);
+            equals `query` but for rounding, with KV on the device.
         selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head),
             `quest` (bounds from each block's smallest and largest key), `lowbit2` or `lowbit4`
             (attention mass by keys in 2 or 4 bits, token by token; on a GPU for decode steps
@@ -36,7 +43,8 @@ class Selection:
         hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer`,
             `next_query` (the layer's query projection on the input of the layer before) or `ema`
             (the scores of past steps, smoothed; see `Prediction`). Several, as a tuple: each
-            prefetches at its own time, the later ones what the earlier have not brought.
+            prefetches at its own time, the later ones what the earlier have not brought. Mode
+            `speculate` predicts by `ema`, whatever the default says.
         forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
             [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
             gives the full one. None leaves it to the file of weights, and without one to a rule:
@@ -58,7 +66,7 @@ class Selection:
 
     mode: Mode = "forecast"
     selector: str = "infllm2"
-    hint: str | tuple[str, ...] = "forecast"
+    hint: str | tuple[str, ...] = _DEFAULT_HINT
     forecast_rank: int | None = None
     top_k: int | None = 62
     short_list: int = 23
@@ -71,6 +79,11 @@ class Selection:
         one_of("mode", self.mode, _MODES)
         one_of("selector", self.selector, SELECTORS.choices())
         object.__setattr__(self, "hint", _hint_of(self.hint))
+        if self.mode == "speculate" and self.hint not in (_DEFAULT_HINT, *PREDICTORS.choices()):
+            raise ConfigError(
+                f"hint={self.hint!r} cannot be used by mode='speculate', which predicts by scores "
+                f"of past steps; use hint={PREDICTORS.choices()[0]!r}, or mode='exact' with it."
+            )
         one_of("prefill", self.prefill, get_args(Prefill))
         for name in ("sink_blocks", "local_blocks", "short_list"):
             whole(name, getattr(self, name), 0)
@@ -110,7 +123,7 @@ def _hint_of(value: object) -> str | tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """How hint `ema` predicts the scores of a step from those of the steps before (PRR).
+    """How hint `ema` and mode `speculate` predict a step from the steps before, and to what end.
 
     Attributes:
         ema_level: Weight of the newest score in a block's level, above 0 and at most 1; 1 predicts
@@ -119,11 +132,26 @@ class Prediction:
             and at most 1. PRR's beta.
         ema_damping: How much of its trend is added to a block's level, 0 to 1; at 0, the default,
             the trend counts for nothing. PRR's gamma.
+        ema_calibrate: Whether the end of each prompt decides, layer by layer, by which of 80
+            choices of these three its steps are predicted, as PRR does; those given count where a
+            prompt is shorter than 16 tokens. On a real model it predicted no better.
+        speculation_budget: Blocks that `speculate` predicts beside sink, local and current ones, as
+            a multiple of `top_k`, 0.0 to 4.0. It is the most; see `SpardaCache.set_budgets`. PRR's
+            delta.
+        repair: What `speculate` returns. `exact`: attention over the selected blocks. `union`: over
+            these and the predicted ones, as the paper does, which is approximate: what it returns
+            depends on what was predicted.
+        speculate_where: In which layers. `auto`: where the planning machine's constants say that it
+            is faster. `always`: in all that select.
     """
 
     ema_level: float = 0.4
     ema_trend: float = 0.3
     ema_damping: float = 0.0
+    ema_calibrate: bool = False
+    speculation_budget: float = 1.5
+    repair: Repair = "exact"
+    speculate_where: Where = "auto"
 
     def __post_init__(self) -> None:
         for name in ("ema_level", "ema_trend"):
@@ -133,8 +161,17 @@ class Prediction:
                     f"{name}={getattr(self, name)} is no weight of the newest score; use a number "
                     "above 0.0 and at most 1.0."
                 )
+        one_of("ema_calibrate", self.ema_calibrate, (True, False))
         number("ema_damping", self.ema_damping)
         if not 0.0 <= self.ema_damping <= 1.0:
             raise ConfigError(
                 f"ema_damping={self.ema_damping} is no share of the trend; use 0.0 to 1.0."
             )
+        number("speculation_budget", self.speculation_budget)
+        if not 0.0 <= self.speculation_budget <= _MOST_BUDGET:
+            raise ConfigError(
+                f"speculation_budget={self.speculation_budget} is no multiple of top_k that can "
+                f"be predicted; use 0.0 to {_MOST_BUDGET}."
+            )
+        one_of("repair", self.repair, get_args(Repair))
+        one_of("speculate_where", self.speculate_where, get_args(Where))

@@ -47,8 +47,13 @@ REFUSED = {
     "page_ratio": (0.5, ["page_ratio=0.5", "use 1.0 or more"]),
     "ema_level": (0.0, ["ema_level=0.0", "above 0.0 and at most 1.0"]),
     "ema_trend": (1.1, ["ema_trend=1.1", "above 0.0 and at most 1.0"]),
+    "ema_calibrate": ("yes", ["ema_calibrate='yes'", "True, False"]),
     "ema_damping": (-0.1, ["ema_damping=-0.1", "use 0.0 to 1.0"]),
+    "speculation_budget": (4.5, ["speculation_budget=4.5", "use 0.0 to 4.0"]),
+    "repair": ("merge", ["repair='merge'", "exact, union"]),
+    "speculate_where": ("never", ["speculate_where='never'", "auto, always"]),
     "expected_overlap": (1.5, ["expected_overlap=1.5", "use 0.0 to 1.0"]),
+    "expected_recall": (-0.5, ["expected_recall=-0.5", "use 0.0 to 1.0"]),
     "device_bytes": (0, ["device_bytes=0", "use 1 or more"]),
     "host_bytes": (-5, ["host_bytes=-5", "use 1 or more"]),
 }
@@ -71,8 +76,9 @@ def test_every_field_is_refused_or_free():
 def test_a_sparse_prompt_needs_a_mode_that_selects():
     with pytest.raises(ConfigError, match=r"prefill='sparse'.*mode='dense' selects nothing; use"):
         SpardaConfig(mode="dense", prefill="sparse")
-    for mode in ("query", "forecast", "exact"):
-        assert SpardaConfig(mode=mode, prefill="sparse", top_k=None).prefill == "sparse"
+    for mode in ("query", "forecast", "exact", "speculate"):
+        config = SpardaConfig(mode=mode, prefill="sparse", top_k=None, offload="never")
+        assert config.prefill == "sparse"
     assert SpardaConfig(mode="dense").prefill == "auto"
 
 
@@ -305,6 +311,7 @@ class TestGroups:
         ("page_ratio", float("nan"), "is not a finite number"),
         ("page_ratio", "2", "is not a finite number"),
         ("expected_overlap", None, "is not a finite number"),
+        ("expected_recall", "0.5", "is not a finite number"),
         ("disable_passes", "fuse_selection", "is not a tuple of names"),
         ("disable_passes", ["fuse_selection"], "is not a tuple of names"),
         ("disable_passes", (1,), "is not a tuple of names"),

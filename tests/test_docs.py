@@ -87,7 +87,8 @@ def stage_text(name):
     counts = ", ".join(f"{key} {value}" for key, value in stage.counts.items())
     if name == "find_attention":
         return f"Counts: {counts}.\n\n{site_table()}"
-    if name in ("fuse_projections", "verify_transfers"):  # the graph stays as it was
+    # The graph stays as it was.
+    if name in ("fuse_projections", "insert_speculation", "verify_transfers"):
         return f"Counts: {counts}.\n"
     return f"Counts: {counts}.\n\n{fence(excerpt(stage.graph_module))}"
 
@@ -162,6 +163,7 @@ def op_facts(instruction):
 def state_table():
     """Return every state tensor that some configuration has, with its shape in letters."""
     sizes = {2: "B", 3: "G", 128: "N", 20: "D", 21: "C", 64: "P", 511: "W", 96: "window", 14: "K"}
+    sizes[18] = "W"  # predicted
     shapes = (
         LayerShape(0, "sparse", 3, 20, 0, torch.bfloat16),
         LayerShape(1, "window", 3, 20, 96, torch.bfloat16),
@@ -172,6 +174,7 @@ def state_table():
         {"mode": "query", "selector": "quest"},
         {"mode": "query", "selector": "lowbit2"},
         {"mode": "exact", "hint": ("previous_step", "ema")},
+        {"mode": "speculate", "offload": "never"},
     ):
         layout = CacheLayout(CONFIG.replace(**changes), shapes, 2, 8192)
         specs = {LENGTHS.removeprefix("sparda_"): layout.all_tensors()[LENGTHS]}

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
+from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.ops import OPS
@@ -50,15 +51,17 @@ def samples():
         randn(ROWS, GROUPS, PAGES, 2, SIZE, DIM),
         randn(ROWS, GROUPS, BLOCKS, 2, SIZE, DIM),
     )
-    counters = torch.zeros(5, dtype=torch.int64)
+    counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
     pooled = [randn(ROWS, GROUPS, 19, DIM), randn(ROWS, GROUPS, 8, DIM)]
     misses = (int32([1, -1, -1]).expand_as(ids).contiguous(), page_ids)
     splits = -(-SELECTED // blocks_per_split(ROWS * GROUPS, SELECTED, SIZE))
     partial = (randn(ROWS, GROUPS, splits, 3, DIM), randn(ROWS, GROUPS, splits, 3))
+    parts = (randn(ROWS, GROUPS, SELECTED, 3, DIM), randn(ROWS, GROUPS, SELECTED, 3))
     ticket = torch.empty(0)
     levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     selection = (query, pages, page_ids, ids)
+    guess = int32([0, 2, -1]).expand(ROWS, GROUPS, SELECTED).contiguous()
     stored = (tables()[0], pages, host, counters)
     scale, softcap = 0.25, 3.0
     return {
@@ -92,18 +95,30 @@ def samples():
             randn(ROWS, GROUPS, BLOCKS), randn(ROWS, GROUPS, BLOCKS), lengths, SELECTED, SIZE, 1, 0,
             0.5,
         ),
+        "predict_ahead": (
+            *levels, lengths, int32([2]), torch.full_like(ids, -2), 1, SIZE, 1, 0, 0.5,
+        ),
+        "attend_predicted": (query, pages, tables()[0], guess, lengths, scale, softcap),
+        "repair_predicted": (
+            *selection, guess, lengths, *parts, counters, scale, softcap, True,
+        ),
         "update_prediction": (
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
         ),
         "begin_prediction": (
-            randn(ROWS, HEADS, 7, DIM), pooled, *from_earlier[1:], earlier, *levels, "infllm2",
-            scale, *GEOMETRY, 0.4, 0.3, True,
+            # As many tokens as it takes to calibrate.
+            randn(ROWS, HEADS, 17, DIM), pooled,
+            *number_tokens(torch.ones(ROWS, 17, dtype=torch.bool), earlier)[1:], earlier, *levels,
+            "infllm2", scale, *GEOMETRY, 0.4, 0.3, True, 0, 1, 0, SELECTED, torch.zeros(ROWS, 3),
         ),
         "number_tokens": (mask, past),
         "advance_lengths": (mask, lengths),
         "sparse_attention": (*selection, lengths, scale, softcap),
         "attend_resident": (*selection, is_miss, lengths, scale, softcap),
         "attend_missing": (*selection, is_miss, lengths, *partial, scale, softcap),
+        "attend_blocks": (query, pages, page_ids, ids, lengths, scale, softcap),
+        "merge_partials": (*parts, torch.tensor([True, False, True]).expand(ROWS, GROUPS, -1)),
+        "remove_partial": (parts[0][0], parts[1][0] + 1, parts[0][1], parts[1][1]),
         "prefill_attention": (
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths, pages, host, tables()[0],
             scale, softcap, 70, True,

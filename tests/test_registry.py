@@ -84,9 +84,10 @@ def generated(model, **settings):
     return fast, torch.cat(out.logits)
 
 
-@pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact", "speculate"])
 def test_a_selector_from_outside_runs_in_every_mode(model, mode):
-    fast, logits = generated(model, mode=mode, selector="newest_first")
+    resident = {"offload": "never", "speculate_where": "always"} if mode == "speculate" else {}
+    fast, logits = generated(model, mode=mode, selector="newest_first", **resident)
     assert torch.isfinite(logits).all()
     scores = find_ops(fast.sparda.graph("decode", after="replace_attention").graph, "score_blocks")
     first = "infllm2" if mode == "forecast" else "newest_first"

@@ -73,3 +73,46 @@ class TestPrediction:
         else:
             with pytest.raises(ConfigError, match=r"above 0\.0"):
                 Prediction(**{name: 0.0})
+
+
+class TestSpeculation:
+    def test_the_defaults_are_the_paper_s_but_exact(self):
+        config = SpardaConfig(mode="speculate", offload="never")
+        assert (config.speculation_budget, config.repair) == (1.5, "exact")
+        assert config.speculate_where == "auto"
+        assert config.predictor == "ema"
+        assert config.hints == ()
+        assert not config.needs_forecast
+        assert SpardaConfig(mode="query").predictor is None
+
+    def test_blocks_that_are_predicted(self):
+        config = SpardaConfig(mode="speculate", offload="never")
+        assert config.num_forced == 34
+        assert config.num_predicted(2048) == 34 + 93
+        assert config.num_predicted(100) == 100
+        assert config.replace(top_k=3).num_predicted(2048) == 34 + 5
+        assert config.replace(speculation_budget=0.0).num_predicted(2048) == 34
+        assert config.replace(top_k=None).num_predicted(64) == 64
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"offload": "always"}, "pass offload='never', or use mode='exact' with hint='ema'"),
+            ({"hint": "previous_step"}, "hint='previous_step' cannot be used by mode='speculate'"),
+            ({"hint": ("ema", "forecast")}, "predicts by scores of past steps; use hint='ema'"),
+            ({"speculation_budget": 4.5}, "no multiple of top_k that can be predicted; use 0.0 to"),
+            ({"speculation_budget": -0.1}, "use 0.0 to 4.0"),
+            ({"speculation_budget": "1"}, "is not a finite number"),
+            ({"repair": "none"}, "repair='none' is not known; use one of exact, union"),
+            ({"speculate_where": "never"}, "speculate_where='never' is not known"),
+        ],
+    )
+    def test_refused(self, fields, words):
+        with pytest.raises(ConfigError, match=words):
+            SpardaConfig(**{"mode": "speculate", "offload": "never", **fields})
+
+    def test_the_hint_may_be_named(self):
+        config = SpardaConfig(mode="speculate", offload="auto", hint="ema")
+        assert config.predictor == "ema"
+        # Other modes take what this one refuses.
+        assert SpardaConfig(mode="exact", hint="previous_step").speculation_budget == 1.5

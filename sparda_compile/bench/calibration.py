@@ -5,6 +5,8 @@ link_gbps     a gather of 32 KiB blocks from pinned memory, with the number of p
 tflops        an 8192^3 matrix multiplication in bf16
 launch_us     one of many tiny kernels in a CUDA graph
 latency_us    ops of a decode step at batch 1 in a CUDA graph, less the time of their bytes
+kernel_us     matrix products of a decode step in a CUDA graph, less the time of their bytes
+copy_share    how much longer these take beside a gather, over the time of the gather
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ _TINY_KERNELS: Final = 256
 
 def measure_machine(say: Callable[[str], None]) -> Machine:
     """Return the constants of the current CUDA device; `say` is told what is being measured."""
+    from sparda_compile.bench.interference import bench_interference, machine_constants
     from sparda_compile.bench.kernels import bench_copy, bench_gather, bench_latencies
 
     device = torch.device("cuda")
@@ -44,6 +47,9 @@ def measure_machine(say: Callable[[str], None]) -> Machine:
     launch_us = _launch_us(device)
     say("ops of a decode step")
     latency_us = bench_latencies(device, float(memory["gbps"]))
+    say("matrix products beside a copy")
+    beside = bench_interference(device, programs=(int(link["programs"]),))
+    kernel_us, copy_share = machine_constants(beside, float(memory["gbps"]))
     return Machine(
         name=torch.cuda.get_device_name(),
         memory_gbps=float(memory["gbps"]),
@@ -52,6 +58,8 @@ def measure_machine(say: Callable[[str], None]) -> Machine:
         launch_us=launch_us,
         overlaps=True,
         latency_us=latency_us,
+        kernel_us=kernel_us,
+        copy_share=copy_share,
     )
 
 

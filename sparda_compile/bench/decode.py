@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from sparda_compile.bench.memory import HOMES
-from sparda_compile.bench.programs import KNOBS, build_body, build_program
+from sparda_compile.bench.programs import KNOBS, build_body, build_program, predicted_us
 from sparda_compile.bench.synthetic import fill, follow, rewind, trace_steps_of
 from sparda_compile.bench.timing import Spread, time_calls, wait_for
 from sparda_compile.config import MIB
@@ -127,6 +127,7 @@ class DecodeBench:
     ) -> None:
         self.setting = setting
         self.say = say
+        self._captures = captures
         self.device = next(captures.model.parameters()).device
         self.start = setting.num_tokens
         self.programs: dict[str, Program] = {}
@@ -207,7 +208,7 @@ class DecodeBench:
         for overlap in self.setting.overlaps:
             self.say(f"batch {self.setting.batch_size}: overlap {overlap}")
             self.prepare(overlap)
-            by_overlap[str(overlap)] = self._row(self._times(), rate)
+            by_overlap[str(overlap)] = self._row(self._times(), rate, overlap)
             yield {**found, "by_overlap": dict(by_overlap)}
 
     def _sizes(self) -> dict[str, Any]:
@@ -240,10 +241,17 @@ class DecodeBench:
                     moved[variant] = self.moved_bytes(variant)
         return {variant: (times[variant], moved[variant]) for variant in self.programs}
 
-    def _row(self, times: dict[str, tuple[list[float], float]], rate: float) -> dict[str, Any]:
+    def _row(
+        self, times: dict[str, tuple[list[float], float]], rate: float, overlap: float
+    ) -> dict[str, Any]:
         row: dict[str, Any] = {}
         for variant, (values, num_bytes) in times.items():
-            row[variant] = {**Spread.of(values).to_dict(), "h2d_bytes": round(num_bytes)}
+            predicted = predicted_us(self._captures, self.programs[variant].plan, overlap)
+            row[variant] = {
+                **Spread.of(values).to_dict(),
+                "h2d_bytes": round(num_bytes),
+                "predicted_us": round(predicted, 1),
+            }
         us = {variant: spread["median"] for variant, spread in row.items()}
         link_us = row["scheduled"]["h2d_bytes"] / rate / 1e3
         row["link_us"] = round(link_us, 1)

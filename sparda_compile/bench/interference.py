@@ -24,11 +24,11 @@ from sparda_compile.kernels.gpu import copy
 from sparda_compile.runtime.pinned import PinnedMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["bench_interference"]
+__all__ = ["bench_interference", "machine_constants"]
 
 # Inputs and outputs of the products of one layer of the 8b shape.
 _PRODUCTS: Final = ((4096, 4608), (4096, 4096), (4096, 32768), (16384, 4096))
@@ -44,6 +44,7 @@ def bench_interference(
     device: torch.device,
     products: Sequence[tuple[int, int]] = _PRODUCTS,
     num_blocks: int = _BLOCKS,
+    programs: Sequence[int] = _PROGRAMS,
 ) -> dict[str, Any]:
     """Measure compute and copies, alone and at once.
 
@@ -52,6 +53,7 @@ def bench_interference(
         products: Inputs and outputs of the matrix products of a layer.
         num_blocks: Blocks of 32 KiB to copy; their copy should end before the compute of 14 layers
             does, and after that of 2.
+        programs: Numbers of programs of a gather.
 
     Returns:
         By batch size and by who copies: microseconds, `hidden` and `held_up`.
@@ -72,7 +74,7 @@ def bench_interference(
         few = partial(_multiply, weights[: _FEW_LAYERS * len(products)], inputs)
         alone, few_alone = graph_us([compute]).median, graph_us([few]).median
         rows = {}
-        for name, start in _copies(host, num_blocks, device).items():
+        for name, start in _copies(host, num_blocks, device, programs).items():
             copying, both = graph_us([start]).median, graph_us([_beside(compute, start)]).median
             with_few = graph_us([_beside(few, start)]).median
             rows[name] = {
@@ -86,12 +88,37 @@ def bench_interference(
     return result
 
 
+def machine_constants(
+    found: Mapping[str, Any],
+    memory_gbps: float,
+    products: Sequence[tuple[int, int]] = _PRODUCTS,
+) -> tuple[float, float]:
+    """Return `Machine.kernel_us` and `Machine.copy_share`, means over the batch sizes.
+
+    Args:
+        found: What `bench_interference` returned, in bf16, with the gather that is in use.
+        memory_gbps: Bandwidth of the device's memory, 10^9 bytes per second.
+        products: As measured.
+    """
+    kernels, shares = [], []
+    for name, row in found.items():
+        batch = int(name[1:])
+        elements = sum(wide * out + batch * (wide + out) for wide, out in products)
+        bytes_us = _LAYERS * elements * torch.bfloat16.itemsize / (memory_gbps * 1e3)
+        kernels.append((row["compute_us"] - bytes_us) / (_LAYERS * len(products)))
+        shares.append(1.0 - row["by_copy"][f"gather {copy.GATHER_PROGRAMS}"]["hidden"])
+    kernel_us, copy_share = (sum(each) / len(each) for each in (kernels, shares))
+    return round(max(kernel_us, 0.0), 2), round(min(max(copy_share, 0.0), 0.99), 3)
+
+
 def _multiply(weights: Sequence[Tensor], inputs: dict[int, Tensor]) -> None:
     for weight in weights:
         torch.mm(inputs[weight.shape[0]], weight)
 
 
-def _copies(host: Tensor, num_blocks: int, device: torch.device) -> dict[str, Callable[[], object]]:
+def _copies(
+    host: Tensor, num_blocks: int, device: torch.device, programs: Sequence[int] = _PROGRAMS
+) -> dict[str, Callable[[], object]]:
     """Return who can copy blocks of `host` [N, words], by name: random ones, or the first."""
     pages = torch.zeros(1, 1, num_blocks, 2, 64, 64, dtype=torch.int32, device=device)
     addresses = torch.tensor([[host.data_ptr()]], device=device)
@@ -99,7 +126,7 @@ def _copies(host: Tensor, num_blocks: int, device: torch.device) -> dict[str, Ca
     drawn = torch.randperm(len(host), device=device)[:num_blocks].int().view(1, 1, -1)
     calls: dict[str, Callable[[], object]] = {
         f"gather {count}": partial(copy.gather, drawn, order, addresses, pages, count)
-        for count in _PROGRAMS
+        for count in programs
     }
     target = pages.view(num_blocks, -1)
     return {**calls, "memcpy": partial(target.copy_, host[:num_blocks], non_blocking=True)}

@@ -11,6 +11,7 @@ Each variant is a name that results are listed by:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -24,6 +25,7 @@ from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import FACTS
 from sparda_compile.passes.manager import run_passes
 from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
+from sparda_compile.passes.schedule.simulate import end_us, predict
 from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
 from sparda_compile.program.program import Program
 from sparda_compile.state.layout import CacheLayout
@@ -31,7 +33,7 @@ from sparda_compile.state.layout import CacheLayout
 if TYPE_CHECKING:
     from sparda_compile.program.captures import Captures
 
-__all__ = ["KNOBS", "build_body", "build_program", "variant_config"]
+__all__ = ["KNOBS", "build_body", "build_program", "plan_body", "predicted_us", "variant_config"]
 
 _COPIES: Final = ("insert_prefetch", "schedule_transfers")
 KNOBS: Final[dict[str, dict[str, object]]] = {
@@ -90,13 +92,34 @@ def build_program(
     return Program(plan, forecast)
 
 
+def predicted_us(captures: Captures, plan: Plan, overlap: float) -> float:
+    """Return the predicted time of a step that follows a trace, microseconds.
+
+    A trace says which blocks every scorer picks. So in mode `exact` a hint that scores names all
+    that its layer selects, whatever recall it has elsewhere.
+
+    Args:
+        captures: The model's traced forwards.
+        plan: The program, scheduled for whatever was expected when it was made.
+        overlap: Share of scored blocks that a step has in common with the one before.
+    """
+    ctx = captures.sites(plan.phase, plan.layout.config).context(plan.layout)
+    config = ctx.config.replace(expected_overlap=overlap, expected_recall=1.0)
+    return end_us(predict(plan.graph_module.graph, dataclasses.replace(ctx, config=config)))
+
+
 def build_body(captures: Captures, batch_size: int, lowering: Lowering = "inductor") -> Program:
-    """Return the decode program without attention: the query passes for its output.
+    """Return the decode program without attention; see `plan_body`."""
+    config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
+    return Program(plan_body(captures, batch_size, config), {})
+
+
+def plan_body(captures: Captures, batch_size: int, config: SpardaConfig) -> Plan:
+    """Return the plan of a decode without attention: the query passes for its output.
 
     Keys and values are still computed, and go into the sum, so that no compiler drops them. There
     is no cache; the program runs on one of this layout, which is empty.
     """
-    config = SpardaConfig(mode="dense", offload="never", lowering=lowering)
     found = captures.sites("decode", config)
     gm, stages = found.copy(), found.records()
     sites = tuple(sites_of(gm.graph))
@@ -109,4 +132,4 @@ def build_body(captures: Captures, batch_size: int, lowering: Lowering = "induct
     FACTS.put(gm, FACTS.of(gm) | FuseProjections.requires)  # it needs only to come behind that pass
     layout = CacheLayout(config, (), batch_size, config.block_size)
     stages += run_passes(gm, [FuseProjections()], found.context(layout))
-    return Program(Plan(found.captured, "decode", layout, sites, tuple(stages), gm), {})
+    return Plan(found.captured, "decode", layout, sites, tuple(stages), gm)

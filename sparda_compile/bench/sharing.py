@@ -78,7 +78,8 @@ def count_unions(device: torch.device) -> Iterator[Sharing]:
         return
     from sparda_compile.kernels.gpu import attend_tokens
 
-    plain = attend_tokens.unions
+    kernels: Any = attend_tokens
+    plain = kernels.unions
 
     def counted(prompt: Any, ids: Tensor, tokens: int, first: int, tiles: int) -> Any:
         union = plain(prompt, ids, tokens, first, tiles)
@@ -86,11 +87,11 @@ def count_unions(device: torch.device) -> Iterator[Sharing]:
         sharing.add(union.counts, ids, tokens, first)
         return union
 
-    attend_tokens.unions = counted
+    kernels.unions = counted
     try:
         yield sharing
     finally:
-        attend_tokens.unions = plain
+        kernels.unions = plain
 
 
 @contextmanager

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparda_compile.passes.machine import Machine
 
 __all__ = [
+    "make_table",
     "print_budget",
     "print_decode",
     "print_kernels",
@@ -35,7 +36,7 @@ __all__ = [
 _DECODE_NOTE = """\
 Milliseconds of one step, medians. overlap: share of scored blocks that a step has in common with \
 the one before. floor: the resident step, or the time of the link if that is longer. MB: bytes \
-that a scheduled step copies to the device."""
+that a scheduled step copies to the device. pred: the time that the schedule predicts."""
 
 _START_NOTE = """\
 Seconds. cold: nothing is compiled yet. warm: another process, which finds what the cold one \
@@ -63,9 +64,9 @@ trace."""
 def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print decode results: a row for each batch size and overlap, and what was left out."""
     names = [n for n in VARIANTS if any(n in row for r in results for row in _rows(r).values())]
-    ratios = ("sched/\nbody", "inline/\nsched", "sched/\nfloor")
+    ratios = ("sched/\nbody", "inline/\nsched", "sched/\nfloor", "pred/\nsched")
     columns = ("batch", "overlap", *names, *ratios, "tokens/s", "MB")
-    table = _table("", columns, 0)
+    table = make_table("", columns, 0)
     for result in results:
         for overlap, row in _rows(result).items():
             table.add_row(
@@ -80,6 +81,7 @@ def print_decode(results: Sequence[Mapping[str, Any]], console: Console) -> None
                         "scheduled_over_floor",
                     )
                 ),
+                _ratio(_predicted_over(row["scheduled"])),
                 f"{row['tokens_per_s']:.0f}",
                 f"{row['scheduled']['h2d_bytes'] / 1e6:.1f}",
             )
@@ -106,7 +108,7 @@ def print_budget(results: Iterable[Mapping[str, Any]], console: Console) -> None
         "tokens/s",
         "ratio",
     )
-    table = _table("", columns, 0)
+    table = make_table("", columns, 0)
     for result in results:
         for overlap, row in (result["by_overlap"] or {"-": {}}).items():
             for side in ("resident", "scheduled"):
@@ -133,7 +135,9 @@ def print_kernels(result: Mapping[str, Any], console: Console) -> None:
     """Print kernels: time, floor, and what else could do the same."""
     console.print(f"Device copy: {result['copy']['gbps']:.0f} GB/s.", markup=False)
     gather = result["gather"]
-    table = _table("Gather of 8 MiB from pinned memory", ("programs", "us", "GB/s", "of memcpy"), 0)
+    table = make_table(
+        "Gather of 8 MiB from pinned memory", ("programs", "us", "GB/s", "of memcpy"), 0
+    )
     for programs, row in gather["by_programs"].items():
         cells = (f"{row['median']:.1f}", f"{row['gbps']:.1f}", f"{row['of_memcpy']:.3f}")
         table.add_row(str(programs), *cells)
@@ -141,7 +145,7 @@ def print_kernels(result: Mapping[str, Any], console: Console) -> None:
     table.add_row("memcpy", f"{memcpy['median']:.1f}", f"{memcpy['gbps']:.1f}", "1")
     console.print(table)
     columns = ("kernel", "us", "floor us", "over floor", "SDPA us", "FlexAttention us")
-    table = _table("At 128K tokens, 96 blocks selected", columns, 1)
+    table = make_table("At 128K tokens, 96 blocks selected", columns, 1)
     for name, row in result.items():
         if name.startswith("miss_list"):
             us, others = row["chain"]["median"], ["-", "-"]
@@ -159,7 +163,7 @@ def print_kernels(result: Mapping[str, Any], console: Console) -> None:
     _print_prompt(result["prompt"], console)
     for batch, found in result["beside"].items():
         heads = ("copied by", "alone us", "beside products us", "hidden", "held up")
-        table = _table(f"Beside matrix products, batch {batch[1:]}", heads, 1)
+        table = make_table(f"Beside matrix products, batch {batch[1:]}", heads, 1)
         table.add_row("nobody", "-", f"{found['compute_us']:g}", "-", "-")
         for name, row in found["by_copy"].items():
             keys = ("copy_us", "both_us", "hidden", "held_up")
@@ -171,14 +175,14 @@ def _print_prompt(result: Mapping[str, Any], console: Console) -> None:
     """Print the kernels of a prompt."""
     title = f"{result['tokens']} tokens of a prompt behind {result['past']}, 96 blocks a token"
     columns = ("kernel", "us", "floor us", "over floor", "TFLOP/s", "of a matrix product")
-    table = _table(title, columns, 1)
+    table = make_table(title, columns, 1)
     for name, row in result["kernels"].items():
         us, floor = row["median"], row["floor_us"]
         rates = (f"{row['tflops']:.0f}", f"{row['of_matmul']:.3f}")
         table.add_row(name, f"{us:.0f}", f"{floor:.0f}", _ratio(us / floor), *rates)
     console.print(table)
     columns = ("attention", "us", "TFLOP/s", "mask us", "ours us", "over ours")
-    table = _table("What others offer, beside ours", columns, 1)
+    table = make_table("What others offer, beside ours", columns, 1)
     for name, row in result["others"].items():
         if "skipped" not in row:
             mask = f"{row['mask_us']:.0f}" if "mask_us" in row else "-"
@@ -191,11 +195,13 @@ def _print_prompt(result: Mapping[str, Any], console: Console) -> None:
 
 def print_machine(machine: Machine, console: Console) -> None:
     """Print the constants of a machine."""
-    table = _table(f"{machine.name}, measured", ("constant", "value"), 1)
+    table = make_table(f"{machine.name}, measured", ("constant", "value"), 1)
     table.add_row("device memory, GB/s", f"{machine.memory_gbps:.1f}")
     table.add_row("link, GB/s", f"{machine.link_gbps:.2f}")
     table.add_row("matrix multiplication, TFLOP/s", f"{machine.tflops:.1f}")
     table.add_row("least time of a kernel, us", f"{machine.launch_us:.2f}")
+    table.add_row("kernel of the model beside its bytes, us", f"{machine.kernel_us:.2f}")
+    table.add_row("share that a copy takes from compute", f"{machine.copy_share:.3f}")
     for op, us in sorted(machine.latency_us.items()):
         table.add_row(f"{op} beside its bytes, us", f"{us:.2f}")
     console.print(table)
@@ -203,7 +209,7 @@ def print_machine(machine: Machine, console: Console) -> None:
 
 def print_parts(parts: Iterable[Mapping[str, Any]], console: Console) -> None:
     """Print what became of each part of the suite."""
-    table = _table("", ("part", "status", "seconds", "reason"), 4)
+    table = make_table("", ("part", "status", "seconds", "reason"), 4)
     for part in parts:
         seconds = f"{part['seconds']:.0f}" if "seconds" in part else "-"
         table.add_row(part["name"], part["status"], seconds, part.get("reason", ""))
@@ -213,7 +219,7 @@ def print_parts(parts: Iterable[Mapping[str, Any]], console: Console) -> None:
 def print_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print what starting takes: a column for each process, then what is missing and why."""
     columns = ("prompts", "stage", *(row["run"].replace(" ", "\n") for row in rows))
-    table = _table("", columns, 2)
+    table = make_table("", columns, 2)
     whole = [totals(row) for row in rows]
     for place, name in enumerate(("import", "optimize", *STAGES, "beyond")):
         cells = [_seconds(found[name]) for found in whole]
@@ -239,7 +245,7 @@ def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> Non
     """Print prompts: a row for each length and program, and what was left out."""
     times = ("cold", "first\ntoken", "tf/", "over\nfloor", "early", "steady\nms")
     columns = ("tokens", "program", *times, *_PROFILED, "GPU\nGiB", "CPU\nGiB")
-    table = _table("", columns, 2)
+    table = make_table("", columns, 2)
     for result in results:
         table.add_section()
         ratios = result.get("transformers_over", {})
@@ -267,7 +273,7 @@ def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> Non
 
 def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print turns: a row for each past, length and program, and what was left out."""
-    table = _table("", ("past", "turn", "program", "first", "then", "tf/", *_PROFILED), 0)
+    table = make_table("", ("past", "turn", "program", "first", "then", "tf/", *_PROFILED), 0)
     table.columns[2].justify = "left"
     skipped: dict[str, dict[str, str]] = {}
     for result in results:
@@ -307,6 +313,11 @@ def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | No
     return {**rows, "beyond": beyond}
 
 
+def _predicted_over(found: Mapping[str, Any]) -> float | None:
+    """Return predicted over measured; None for a result from before predictions were kept."""
+    return found["predicted_us"] / found["median"] if "predicted_us" in found else None
+
+
 def _rows(result: Mapping[str, Any]) -> Mapping[str, Any]:
     rows: Mapping[str, Any] = result["by_overlap"]
     return rows
@@ -316,7 +327,7 @@ def _print_baselines(batch: str, found: Mapping[str, Any], console: Console) -> 
     _print_skipped(batch, found["skipped"], console)
     if "static" not in found:
         return
-    table = _table(
+    table = make_table(
         f"{batch}, transformers' caches, overlap {found['overlap']}",
         ("cache", "ms", "logits", "over scheduled"),
         1,
@@ -349,7 +360,7 @@ def _profiled(row: Mapping[str, Any]) -> tuple[str, str]:
     return _ratio(row.get("hidden_share")), _ratio(row.get("gpu_busy"))
 
 
-def _table(title: str, columns: Sequence[str], left: int) -> Table:
+def make_table(title: str, columns: Sequence[str], left: int) -> Table:
     """Return an empty table whose first `left` columns are text and the others numbers."""
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)

@@ -171,7 +171,8 @@ def _build(job: Job) -> Any:
 def _optimize(model: Any, job: Job) -> Any:
     from sparda_compile import SpardaConfig, optimize
 
-    config = SpardaConfig(mode=job.mode, lowering=job.lowering)  # type: ignore[arg-type]
+    offload = "never" if job.mode == "speculate" else "always"
+    config = SpardaConfig(mode=job.mode, lowering=job.lowering, offload=offload)  # type: ignore[arg-type]
     return optimize(model, config)
 
 

@@ -20,12 +20,14 @@ from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.state.layout import LENGTHS, state_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.state.layout import CacheLayout
 
-__all__ = ["fill", "follow", "rewind", "trace_steps_of"]
+__all__ = ["draw_steps", "fill", "follow", "rewind", "trace_steps_of"]
 
 _TABLES = ("block_table", "page_block", "page_stamp")
 
@@ -121,15 +123,31 @@ def follow(kv: KVCache, num_tokens: int, overlap: float, seed: int = 0) -> None:
         generator = torch.Generator(device=device).manual_seed(seed * 1000 + shape.layer)
         trace.zero_()
         size = (*trace.shape[:2], end - first)
-        named: Tensor | None = None
-        for step in range(steps):
-            order = torch.rand(size, generator=generator, device=device)
-            fresh = order if named is None else order.masked_fill(named, -1.0)
-            count = scored if named is None else scored - kept
-            picked = torch.zeros_like(order, dtype=torch.bool)
-            picked.scatter_(-1, fresh.topk(count).indices, True)
-            if named is not None and kept:
-                stay = order.masked_fill(~named, -1.0).topk(kept).indices
-                picked.scatter_(-1, stay, True)
-            named = picked
+        for step, picked in enumerate(draw_steps(size, scored, kept, steps, generator)):
             trace[:, :, (num_tokens + step) % steps, first:end] = picked
+
+
+def draw_steps(
+    size: tuple[int, int, int], scored: int, kept: int, steps: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield [B, G, n] bool, one for each step: which of n blocks it reads.
+
+    Args:
+        size: B, G and n.
+        scored: Blocks of a step, at most half of n.
+        kept: Those that the step before read too.
+        steps: How many.
+        generator: Of the choice; the result is on its device.
+    """
+    named: Tensor | None = None
+    for _ in range(steps):
+        order = torch.rand(size, generator=generator, device=generator.device)
+        fresh = order if named is None else order.masked_fill(named, -1.0)
+        count = scored if named is None else scored - kept
+        picked = torch.zeros_like(order, dtype=torch.bool)
+        picked.scatter_(-1, fresh.topk(count).indices, True)
+        if named is not None and kept:
+            stay = order.masked_fill(~named, -1.0).topk(kept).indices
+            picked.scatter_(-1, stay, True)
+        named = picked
+        yield picked

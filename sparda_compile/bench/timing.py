@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Spread", "graph_us", "time_calls", "wait_for"]
+__all__ = ["Spread", "graph_us", "graphs_us", "time_calls", "time_turns", "wait_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +55,27 @@ def time_calls(call: Callable[[], object], runs: int) -> list[float]:
 
     Without a GPU it is the time that the CPU takes, for tests alone.
     """
+    return time_turns([call], runs)[0]
+
+
+def time_turns(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Return the times of calls that take turns, `rounds` of each; as `time_calls`."""
+    order = [call for _ in range(rounds) for call in calls]
     if not torch.cuda.is_available():
         times = [time.perf_counter()]
-        for _ in range(runs):
+        for call in order:
             call()
             times.append(time.perf_counter())
-        return [1e6 * (b - a) for a, b in pairwise(times)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]
+        spans = [1e6 * (b - a) for a, b in pairwise(times)]
+    else:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+        events[0].record()
+        for call, event in zip(order, events[1:], strict=True):
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        spans = [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]
+    return [spans[place :: len(calls)] for place in range(len(calls))]
 
 
 def graph_us(calls: Sequence[Callable[[], object]], rounds: int = 20) -> Spread:
@@ -77,13 +85,29 @@ def graph_us(calls: Sequence[Callable[[], object]], rounds: int = 20) -> Spread:
         calls: The same work on different data, so that no cache serves it.
         rounds: Replays.
     """
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def every() -> None:
         for call in calls:
             call()
-    graph.replay()
-    times = time_calls(graph.replay, rounds)
+
+    times = graphs_us({"": every}, rounds)[""]
     return Spread.of([us / len(calls) for us in times])
+
+
+def graphs_us(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the times of programs, each one CUDA graph, that take turns.
+
+    Args:
+        programs: By name; each is called once as it is, and once while it is captured.
+        rounds: Replays of each.
+    """
+    graphs = {}
+    for name, program in programs.items():
+        program()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            program()
+        graphs[name].replay()
+    times = time_turns([graph.replay for graph in graphs.values()], rounds)
+    return dict(zip(graphs, times, strict=True))

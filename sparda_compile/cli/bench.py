@@ -31,8 +31,10 @@ from sparda_compile.cli.options import (
     Variant,
 )
 from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+from sparda_compile.cli.predict import bench_predict
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
+from sparda_compile.cli.prr import bench_prr, prr_part
 from sparda_compile.cli.start import bench_start
 from sparda_compile.errors import ConfigError
 
@@ -55,13 +57,13 @@ _LEAST_TOKENS: Final = 10176
 _KERNEL_MINUTES: Final = 4.0
 _BUDGET_MINUTES: Final = 5.0
 
-bench_app = typer.Typer(
-    help="Measure decode, prompts and kernels on this GPU.", no_args_is_help=True
-)
+bench_app = typer.Typer(help="Measure decode, prompts and kernels on a GPU.", no_args_is_help=True)
+bench_app.command("predict")(bench_predict)
 bench_app.command("profile")(bench_profile)
 bench_app.command("start")(bench_start)
 bench_app.command("prefill")(bench_prefill)
 bench_app.command("turns")(bench_turns)
+bench_app.command("prr")(bench_prr)
 
 Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
 Rounds = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Turns of each program.")]
@@ -305,7 +307,8 @@ def _parts(
             _KERNEL_MINUTES,
             lambda: bool(_kernels_file(kernels, commit).results),
             lambda: _measure_kernels(kernels, commit, say),
-        )
+        ),
+        prr_part(out, commit, say),
     ]
     for what, shape, size, minutes in PARTS:
         if what != "decode":

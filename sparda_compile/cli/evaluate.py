@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -31,7 +30,7 @@ from sparda_compile.cli.options import (
     Task,
 )
 from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
-from sparda_compile.config import Prediction, SpardaConfig
+from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import SELECTORS
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sparda_compile.evaluation.run import Evaluation
     from sparda_compile.forecast.weights import ForecastWeights
 
 __all__ = ["evaluate_model"]
@@ -47,6 +47,8 @@ __all__ = ["evaluate_model"]
 _SMALL: Final = "small"
 _TASKS: Final = ("single_needle", "multi_key", "key_value")
 _DEFAULT_MODES: Final[tuple[Mode, ...]] = ("dense", "query")
+# Fields that --ema gives, in order.
+_EMA: Final = ("ema_level", "ema_trend", "ema_damping")
 _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
@@ -70,7 +72,7 @@ Hints = Annotated[
     list[Hint] | None,
     typer.Option(
         help="Hint whose guesses are counted at 1, 1.25, 1.5 and 2 times the budget, beside those "
-        "by the last step and its scores. May be given again.",
+        "by the last steps and their scores. May be given again; ema and next_query are mixed too.",
         show_default="none",
     ),
 ]
@@ -81,6 +83,10 @@ Ema = Annotated[
         show_default=f"{SpardaConfig.ema_level} {SpardaConfig.ema_trend} "
         f"{SpardaConfig.ema_damping}",
     ),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--ema-calibrate", help="Calibrate hint ema by the first of the steps."),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -152,6 +158,7 @@ def evaluate_model(
     short_list: ShortList = SpardaConfig.short_list,
     hint: Hints = None,
     ema: Ema = None,
+    ema_calibrate: Calibrate = False,
     budget: Budgets = None,
     prefill: Prompts = None,
     task: Tasks = None,
@@ -176,11 +183,12 @@ def evaluate_model(
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
-            from sparda_compile.evaluation.show import print_evaluation, write_plot
+            from sparda_compile.evaluation.show import write_plot
 
             where = find_device(device)
             weights = _forecast(model, forecast)
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
+            fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
@@ -201,6 +209,12 @@ def evaluate_model(
             parts.measure(loaded, weights, file, say)
         evaluation = file.evaluation()
         written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
+    _print(evaluation, written, as_json=as_json)
+
+
+def _print(evaluation: Evaluation, written: list[Path | None], *, as_json: bool) -> None:
+    from sparda_compile.evaluation.show import print_evaluation
+
     if as_json:
         print_json(evaluation.to_dict())
         return
@@ -216,8 +230,7 @@ def _sizes(
     """Return what is given: of sizes of blocks and pooled keys, else the Forecast's."""
     info = weights.info if weights is not None else None
     sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
-    names = [field.name for field in dataclasses.fields(Prediction)]
-    predict = dict(zip(names, ema, strict=True)) if ema is not None else {}
+    predict = dict(zip(_EMA, ema, strict=True)) if ema is not None else {}
     return sizes | predict | {field: size for field, size in given.items() if size is not None}
 
 
@@ -226,15 +239,20 @@ def _bases(
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
     return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **fields)
+        SpardaConfig(mode=mode, selector=rule, top_k=None, **_memory(mode), **fields)
         for mode in modes
         for rule in _selectors(mode, selectors)
     ]
 
 
+def _memory(mode: str) -> dict[str, Any]:
+    """Return where a mode keeps its blocks; what it decides does not depend on it."""
+    return {"offload": "never"} if mode == "speculate" else {}
+
+
 def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
     """Return the selectors that make a difference to a mode."""
-    if mode in ("query", "exact"):
+    if mode in ("query", "exact", "speculate"):
         return list(selectors)
     if mode == "dense":
         return [_SELECTOR]

@@ -136,14 +136,16 @@ def _parse_top_k(text: str) -> int | None:
 
 
 def _check_trace(config: SpardaConfig, trace: Path | None) -> None:
-    if trace is not None and (config.mode == "dense" or config.offload == "never"):
+    stays = config.offload == "never" and config.mode != "speculate"
+    if trace is not None and (config.mode == "dense" or stays):
         raise _no_schedule(config, trace)
 
 
 def _no_schedule(config: SpardaConfig, trace: Path) -> ConfigError:
     return ConfigError(
         f"--trace {trace}: mode={config.mode!r} with offload={config.offload!r} has no decode "
-        "schedule to trace; use --mode forecast, query or exact with --offload always."
+        "schedule to trace; use --mode forecast, query or exact with --offload always, or "
+        "speculate with --offload never."
     )
 
 

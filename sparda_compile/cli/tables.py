@@ -54,6 +54,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"Layers {format_layers(layers)} stay dense: {reason}.", markup=False)
     console.print(_bytes(report))
     console.print(report.selection, markup=False)
+    if report.speculation:
+        console.print(report.speculation, markup=False)
     console.print(_passes(report))
     if report.schedules:
         console.print(_schedules(report.schedules))

@@ -41,6 +41,7 @@ __all__ = ["NEEDLE_MODES", "NeedleDemo", "NeedleRow", "run_needle_demo", "run_sh
 
 NEEDLE_MODES: Final[tuple[str, ...]] = get_args(Mode)
 
+_SPECULATING: Final[dict[str, Any]] = {"offload": "never", "speculate_where": "always"}
 _TASK: Final = "multi_query"
 _SHARE: Final = 0.1
 _NUM_TOKENS: Final = 16448
@@ -217,9 +218,10 @@ def run_shipped_model(
 
 
 def _config(mode: str, num_tokens: int, *, has_forecast: bool) -> SpardaConfig:
+    guess = {"hint": "forecast" if has_forecast else "previous_step"}
     base = SMALL_CONFIG.replace(
         mode=mode,
-        hint="forecast" if has_forecast else "previous_step",
+        **(_SPECULATING if mode == "speculate" else guess),
         lowering="eager",
         max_tokens=round_up(num_tokens, SMALL_CONFIG.block_size),
         top_k=None,

@@ -36,6 +36,10 @@ __all__ = ["MODES", "Demo", "DemoRow", "demo_text", "run_demo"]
 
 MODES: Final[tuple[str, ...]] = get_args(Mode)
 
+_SETTINGS: Final[dict[str, Any]] = {
+    # The CPU gains nothing by it, and shows that its tokens are right.
+    "speculate": {"offload": "never", "speculate_where": "always"}
+}
 _TOP_K: Final = 8
 _LOCAL_BLOCKS: Final = 4
 _FILES: Final = ("LICENSE", "CONTRIBUTING.md", "README.md", "CHANGELOG.md")
@@ -237,7 +241,7 @@ def _configs(modes: Sequence[str], num_tokens: int) -> Iterator[SpardaConfig]:
     capacity = round_up(num_tokens, base.block_size)
     top_k = min(_TOP_K, capacity // base.block_size)
     for mode in modes:
-        config = base.replace(mode=mode, max_tokens=capacity, top_k=None)
+        config = base.replace(mode=mode, max_tokens=capacity, top_k=None, **_SETTINGS.get(mode, {}))
         yield config
         if config.mode != "dense":
             yield config.replace(top_k=top_k)

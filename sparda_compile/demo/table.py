@@ -25,8 +25,8 @@ runtime on one CPU thread with lowering="eager", where nothing overlaps."""
 _NEEDLE_NOTES = """\
 blocks: of all blocks, those that a step reads for each KV head. recall: of the attention that the \
 questions pay beyond sink and local blocks, what falls on the blocks picked. over the link: bytes \
-copied to the device by all steps; mode dense keeps everything there. on device: device memory of \
-the KV cache, tables and summaries included. Times are of the reference \
+copied to the device by all steps; modes dense and speculate keep everything there. on device: \
+device memory of the KV cache, tables and summaries included. Times are of the reference \
 runtime on the CPU with lowering="eager", where nothing overlaps."""
 _FRESH_FORECAST = """\
 The Forecast weights are not trained: they start from the mean of each group's query heads."""

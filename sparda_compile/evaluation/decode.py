@@ -82,7 +82,7 @@ def decode(
         model: The model of the reading.
         reading: What `read` returned; it is left as it is.
         ids_BS: [B, S] int64 tokens, one for each step.
-        config: Mode, selector, budget and sizes; `exact` decides what `query` decides.
+        config: Mode, selector, budget and sizes; `exact` and `speculate` decide what `query` does.
         forecast: By target layer, as for `optimize`. Mode `forecast` needs it; given in other modes
             it is recorded as a predictor.
         guesses: Counts what predictors guess of each step.

@@ -11,7 +11,7 @@ import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.decode import decode
-from sparda_compile.evaluation.guesses import STEPS_AHEAD, Guess, GuessSums
+from sparda_compile.evaluation.guesses import Guess, GuessSums, num_first_steps
 from sparda_compile.evaluation.metrics import (
     RecallSums,
     bootstrap_interval,
@@ -261,7 +261,9 @@ def _measure(
             tallies[name].recalls.add(decoded.records[step] for step in steps_A)
             if tallies[name].guesses.names:
                 say(f"{name}, guesses")
-                part = reading.before(max(batch.question_start - STEPS_AHEAD, 1))
+                # As many tokens of the haystack are steps that count as are steps that do not.
+                ahead = 2 * num_first_steps(config)
+                part = reading.before(max(batch.question_start - ahead, 1))
                 steps_BS = ids_BT[:, part.length : last]
                 guesses = tallies[name].guesses
                 decode(model, part, steps_BS, config, forecast=forecast, guesses=guesses)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from sparda_compile.evaluation.guesses import Guess
     from sparda_compile.evaluation.run import Evaluation, EvaluationRow, Recall
 
 __all__ = ["print_evaluation", "write_json", "write_plot"]
@@ -32,9 +33,10 @@ local, current) count in it and are left out of both recalls. mass: of the atten
 blocks, what falls on those found; blocks: of the true query's blocks, those found. In brackets \
 the 95% interval of a bootstrap over sequences."""
 _GUESS_NOTE: Final = """\
-named: blocks that a guess names over those that a step reads, always-read ones included; they are \
-left out of the rest. coverage: of the blocks read, those guessed; precision: of the blocks \
-guessed, those read; fetched: blocks guessed that the step before did not read, over those read."""
+named: blocks that a guess names over those that a step chooses by score; always-read ones come on \
+top, and are left out of the rest. coverage: of the blocks read, those guessed; precision: of the \
+blocks guessed, those read; fetched: blocks guessed that the step before did not read, over those \
+read; lowest: coverage of the layer where it is lowest, and that layer."""
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -130,7 +132,7 @@ def _recall_table(rows: Sequence[EvaluationRow]) -> Table:
 def _guess_table(rows: Sequence[EvaluationRow]) -> Table:
     table = Table(title="Who guessed the blocks before the step", box=SIMPLE_HEAD)
     names = ("configuration", "task", "tokens", "guessed by", "named")
-    for place, name in enumerate((*names, "coverage", "precision", "fetched")):
+    for place, name in enumerate((*names, "coverage", "precision", "fetched", "lowest")):
         table.add_column(name, justify="left" if place in (0, 1, 3) else "right")
     for row in rows:
         for guess in (guess for guess in row.guesses if guess.layer is None):
@@ -141,9 +143,29 @@ def _guess_table(rows: Sequence[EvaluationRow]) -> Table:
                 str(row.length),
                 guess.name,
                 f"{guess.budget:g}x",
-                *("-" if math.isnan(share) else f"{100 * share:.1f}%" for share in shares),
+                *map(_percent, shares),
+                _lowest(row.guesses, guess),
             )
     return table
+
+
+def _lowest(guesses: Sequence[Guess], of_all: Guess) -> str:
+    """Return the lowest coverage that a guess has in a layer, and which layer that is."""
+    same = (of_all.name, of_all.budget)
+    found = [
+        (guess.coverage, guess.layer)
+        for guess in guesses
+        if (guess.name, guess.budget) == same and guess.layer is not None
+        if not math.isnan(guess.coverage)
+    ]
+    if not found:
+        return "-"
+    coverage, layer = min(found)
+    return f"{_percent(coverage)} ({layer})"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f}%"
 
 
 def _with_recalls(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:

@@ -51,8 +51,8 @@ def _effect_edges(state: str, users: Sequence[fx.Node]) -> Iterator[tuple[fx.Nod
     writes = {n: any(a.is_write for a in accesses(n) if a.state == state) for n in users}
     for place, second in enumerate(users):
         for first in reversed(users[:place]):
-            if (writes[first] or writes[second]) and not is_disjoint(first, second):
+            if (writes[first] or writes[second]) and not is_disjoint(first, second, state):
                 yield first, second
                 # What came before a write is before it; but not what it is disjoint with.
-                if writes[first] and not uses_a_part(first):
+                if writes[first] and not uses_a_part(first, state):
                     break

@@ -17,6 +17,8 @@ from sparda_compile.isa.table import Instruction, instruction_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sparda_compile.isa.table import Part
+
 __all__ = [
     "Access",
     "accesses",
@@ -153,30 +155,47 @@ def waits_of(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if awaited_event(node) is not None]
 
 
-def is_disjoint(first: fx.Node, second: fx.Node) -> bool:
-    """Whether two ops that share a tensor use different parts of it; see `isa.table.Part`.
+def is_disjoint(first: fx.Node, second: fx.Node, state: str) -> bool:
+    """Whether two ops use different parts of a state tensor; see `isa.table.Part`.
 
     `attend_resident` reads the pages of a plan's hits; `prefetch_blocks` of the same plan writes
-    the pages of its misses.
+    the pages of its misses. `attend_predicted` reads blocks before the one that `lengths` says;
+    `append_kv` with the same `lengths` writes that one.
     """
-    one, other = instruction(first), instruction(second)
-    mine, theirs = (it.part if it is not None else None for it in (one, other))
-    if mine is None or theirs is None or mine.name == theirs.name or mine.tensor != theirs.tensor:
+    mine, theirs = _part_of(first, state), _part_of(second, state)
+    if mine is None or theirs is None or mine.name == theirs.name:
         return False
-    by = argument(first, mine.by), argument(second, theirs.by)
-    return bool(by[0].args and by[1].args and by[0].args[0] is by[1].args[0])
+    return _maker(argument(first, mine.by)) is _maker(argument(second, theirs.by))
 
 
-def uses_a_part(node: fx.Node) -> bool:
-    """Whether an op uses only a part of a tensor, so that others may use the rest."""
+def uses_a_part(node: fx.Node, state: str) -> bool:
+    """Whether an op uses only a part of a state tensor, so that others may use the rest."""
+    return _part_of(node, state) is not None
+
+
+def _part_of(node: fx.Node, state: str) -> Part | None:
+    """Return the part of a state tensor that an op uses, None for all of it."""
     it = instruction(node)
-    return it is not None and it.part is not None
+    for part in it.parts if it is not None else ():
+        if getattr(argument(node, part.tensor), "name", None) == state:
+            given = {name: _fake(value) for name, _, value in bound_arguments(node)}
+            return part if part.holds is None or part.holds(given) else None
+    return None
+
+
+def _fake(value: Any) -> Any:
+    return value.meta.get("val") if isinstance(value, fx.Node) else value
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """Return the op that a value is a result of, the value itself if it is no one's result."""
+    sources = node.all_input_nodes
+    is_choice = len(sources) == 1 and instruction(sources[0]) is not None
+    return sources[0] if is_choice and instruction(node) is None else node
 
 
 def conflicts(first: fx.Node, second: fx.Node) -> list[str]:
     """Return the state tensors over which two nodes must be ordered."""
-    if is_disjoint(first, second):
-        return []
     mine = {a.state: a.is_write for a in accesses(first)}
     both = [(a.state, a.is_write or mine[a.state]) for a in accesses(second) if a.state in mine]
-    return [state for state, is_write in both if is_write]
+    return [s for s, is_write in both if is_write and not is_disjoint(first, second, s)]

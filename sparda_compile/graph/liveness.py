@@ -17,7 +17,7 @@ from sparda_compile.graph.effects import (
     started_event,
     stream_of,
 )
-from sparda_compile.graph.nodes import call_name, is_sparda, program_order, tensor_shape
+from sparda_compile.graph.nodes import call_name, fake_value, is_sparda, program_order, tensor_shape
 from sparda_compile.isa.streams import BEHIND, COMPUTE
 from sparda_compile.isa.table import Work
 
@@ -30,14 +30,18 @@ __all__ = ["set_keepalives", "side_stream_inputs", "side_stream_uses"]
 
 
 def side_stream_uses(node: fx.Node) -> list[fx.Node]:
-    """Return the temporaries that a node of a side stream reads or writes; a wait uses none."""
+    """Return the temporaries that a node of a side stream reads or writes; a wait uses none.
+
+    What returns nothing has no result to keep.
+    """
     it = instruction(node)
     if it is not None and it.work is Work.NONE:
         return []
     touched = [n for n in node.all_input_nodes if n.op != "placeholder" and not is_state(n)]
     results = [u for u in node.users if call_name(u) == "getitem"] or [node]
     # Tickets are empty: nothing is stored in them.
-    return [n for n in [*touched, *results] if tensor_shape(n) != (0,)]
+    found = [n for n in [*touched, *results] if fake_value(n) is not None]
+    return [n for n in found if tensor_shape(n) != (0,)]
 
 
 def side_stream_inputs(work: Sequence[fx.Node]) -> list[fx.Node]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.state.layout import CacheLayout, LayerShape
 
-__all__ = ["Hint", "HintPoint", "hint_points", "late_inputs"]
+__all__ = ["Hint", "HintPoint", "Predictor", "hint_points", "late_inputs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,19 @@ class Hint(HintMethod, Protocol):
 
     def emit_prompt(self, point: HintPoint) -> None:
         """Add what a prefill leaves behind for the first step; `block_ids` has a sparse one's."""
+
+
+class Predictor(HintMethod, Protocol):
+    """Predicts the blocks of the next step, which `attend_predicted` begins with.
+
+    Of its state, `predicted` [B, G, W] int32 holds them, ascending, then -1.
+    """
+
+    def emit_step(self, point: HintPoint, emit: Emitter) -> list[fx.Node]:
+        """Add, on the attend stream, what a decode step leaves for the next; return the nodes."""
+
+    def emit_prompt(self, point: HintPoint) -> None:
+        """Add what a prefill leaves behind for the first step."""
 
 
 def late_inputs(

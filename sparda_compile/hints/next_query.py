@@ -37,6 +37,8 @@ class NextQueryHint(Hint):
     """Blocks that the layer's query, rehearsed on the input of the layer before, scores highest."""
 
     name: ClassVar[str] = "next_query"
+    # Of all blocks that are selected .78 to .80, measured as for `ema`.
+    recall: ClassVar[float] = 0.79
     ops: ClassVar[tuple[str, ...]] = ("score_blocks", "select_blocks")
 
     def source(self, target: LayerShape, layers: Sequence[LayerShape]) -> LayerShape | None:

@@ -28,6 +28,9 @@ class PreviousStepHint(Hint):
     """
 
     name: ClassVar[str] = "previous_step"
+    # By what it is: it names blocks that were selected before, which have a page.
+    recall: ClassVar[float] = 0.0
+    fetched: ClassVar[float] = 0.0
     ops: ClassVar[tuple[str, ...]] = ("recall_ids", "remember_ids")
     prompt_ops: ClassVar[tuple[str, ...]] = ("remember_last",)
 

@@ -42,7 +42,7 @@ def define(
     kernels: Sequence[str] = (),
     prompt_copies: Sequence[str] = (),
     launched: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None,
-    part: Part | None = None,
+    parts: Sequence[Part] = (),
     before: Sequence[str] = (),
     behind: Sequence[str] = (),
     latency_us: float | None = None,
@@ -66,7 +66,7 @@ def define(
         kernels: Kernels that it may launch in a decode step.
         prompt_copies: Kernels by which it copies blocks in a prefill.
         launched: Says which of them it does launch; see `Instruction`.
-        part: The part of a tensor that it uses.
+        parts: The parts of tensors that it uses.
         before: Ops of a layer that come behind it.
         behind: Ops of a layer that come before it.
         latency_us: What it takes beside its bytes where a machine does not say.
@@ -105,7 +105,7 @@ def define(
             kernels=tuple(kernels),
             prompt_copies=tuple(prompt_copies),
             launched=launched,
-            part=part,
+            parts=tuple(parts),
             before=tuple(before),
             behind=tuple(behind),
             latency_us=latency_us,

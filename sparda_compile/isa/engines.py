@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
-from sparda_compile.isa.streams import BEHIND, COMPUTE, COPY, SELECT
+from sparda_compile.isa.streams import ATTEND, BEHIND, COMPUTE, COPY, SELECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -210,8 +210,11 @@ class CudaEngine:
         if stream == COMPUTE:
             return torch.cuda.current_stream(self._device)
         if stream not in self._sides:
-            # Its kernels are few and small: they should not queue behind a wave of a large one.
-            self._sides[stream] = torch.cuda.Stream(self._device, priority=-1)
+            # Kernels of a copy or a selection are few and small: they should not queue behind a
+            # wave of a large one. Attention that begins early is one itself, and holds up nobody
+            # but the selection beside it.
+            priority = 0 if stream == ATTEND else -1
+            self._sides[stream] = torch.cuda.Stream(self._device, priority=priority)
         return self._sides[stream]
 
 

@@ -5,7 +5,7 @@
     event       whether it starts something that is awaited, or awaits it
     work        what its time is made of, for the cost model
     kernels     what it launches on a GPU in a decode step, and by what it copies in a prefill
-    part        which part of a tensor it uses, where two ops share one without touching
+    parts       which part of a tensor it uses, where two ops share one without touching
     order       which ops of a layer it comes before or behind
 
 `define` fills the table; scheduler, verifier, grammar, profiler, report and docs read it.
@@ -35,6 +35,10 @@ class Work(enum.Enum):
 
     NONE = "nothing: it only orders others"
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
+    HITS = "the same; of pools the selected blocks that have a page"
+    MISSES = "the same; of pools the selected blocks that a copy has brought"
+    PREDICTED = "the same; of pools the blocks that were predicted"
+    REPAIRED = "the same; of pools the selected blocks that were not predicted"
     TOKEN_SCORES = "its latency, and products of each new token's vectors with the summary"
     TOKEN_BLOCKS = "its latency, and products with keys and values of each new token's blocks"
     NEW_TOKENS = "its latency, and the new tokens, read and written"
@@ -47,17 +51,21 @@ class Work(enum.Enum):
 class Part:
     """The part of a tensor that an op uses.
 
-    Two ops that name different parts of one tensor by results of one op touch nothing in common.
+    Two ops that name different parts of one tensor touch nothing in common, if they name them by
+    results of one op, or by one and the same value.
 
     Attributes:
         tensor: Name of the argument that takes the tensor.
         name: Of the part, such as `hits`.
         by: Name of the argument that says which part that is.
+        holds: Given the arguments by name, tensors as fake ones: whether the op uses that part
+            alone; None for always.
     """
 
     tensor: str
     name: str
     by: str
+    holds: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Instruction:
         prompt_copies: Names of the kernels by which it copies blocks in a prefill.
         launched: Given the arguments by name, tensors as fake ones, and the number of sequences:
             those that it does launch, in order; None for all of them.
-        part: The part of a tensor that it uses, None for all of all.
+        parts: Of some tensors, the part that it uses; of the others it uses all.
         before: Ops of its layer that come behind it.
         behind: Ops of its layer that come before it.
         latency_us: What it takes beside its bytes on a machine that was not asked; None is one
@@ -101,7 +109,7 @@ class Instruction:
     kernels: tuple[str, ...]
     prompt_copies: tuple[str, ...]
     launched: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None
-    part: Part | None
+    parts: tuple[Part, ...]
     before: tuple[str, ...]
     behind: tuple[str, ...]
     latency_us: float | None

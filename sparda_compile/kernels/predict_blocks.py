@@ -3,7 +3,10 @@
     predict_blocks      the K blocks with the largest level + damping * trend
     update_prediction   trend = b * (score - level) + (1 - b) * trend, by the level as it was
                         level = a * score + (1 - a) * level
-    begin_prediction    the same for the last tokens of a prompt, one after another
+
+The weights a and b and the damping are numbers, or those that the prompt of each sequence was
+calibrated to (`calibrate.py`): `calibrated`, [B, 3] float32, whose first is 0 as long as no prompt
+was long enough for that, and the numbers count.
 
 A level of -inf says that the block was never scored; its first score becomes its level, its trend
 stays 0, and until then it is not predicted. A score of -inf changes nothing. Scores that cannot be
@@ -15,32 +18,24 @@ Source: PRR (arXiv 2606.30389) section 4.1, equations 2 and 3. On CUDA: `gpu/pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
-
 import torch
 from torch import Tensor
 
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
-from sparda_compile.kernels.score_blocks import write_scores
 from sparda_compile.kernels.select_blocks import select_blocks_reference
-from sparda_compile.selectors import Geometry
 from sparda_compile.selectors.nosa import LISTED
 
 __all__ = [
-    "WINDOW",
-    "begin_prediction",
+    "calibrated_or",
     "predict_blocks",
     "predict_blocks_reference",
     "standardise",
+    "take_in",
     "update_prediction",
     "update_prediction_reference",
 ]
-
-WINDOW: Final = 32
-"""Tokens at the end of a prompt whose scores begin the levels."""
 
 
 def predict_blocks_reference(
@@ -48,7 +43,7 @@ def predict_blocks_reference(
     trend_BGN: Tensor,
     lengths_B: Tensor,
     choice: tuple[int, int, int, int],
-    damping: float,
+    damping: float | Tensor,
 ) -> Tensor:
     """Pick the best predicted blocks, as `select_blocks` picks; [B, G, K] int32, -1 at the end.
 
@@ -57,7 +52,7 @@ def predict_blocks_reference(
         trend_BGN: Trends, float32.
         lengths_B: Tokens before the step that is predicted, int32.
         choice: K, tokens of a block, sink blocks and local blocks.
-        damping: Factor on the trend.
+        damping: Factor on the trend: a number, or one for each sequence, [B, 1, 1].
     """
     num_blocks = level_BGN.shape[-1]
     _, block_size, sink_blocks, local_blocks = choice
@@ -90,7 +85,10 @@ def standardise(scores_BGN: Tensor) -> Tensor:
 
 
 def update_prediction_reference(
-    scores_BGN: Tensor, level_BGN: Tensor, trend_BGN: Tensor, weights: tuple[float, float]
+    scores_BGN: Tensor,
+    level_BGN: Tensor,
+    trend_BGN: Tensor,
+    weights: tuple[float | Tensor, float | Tensor],
 ) -> None:
     """Take in the scores of one step, in place.
 
@@ -98,7 +96,8 @@ def update_prediction_reference(
         scores_BGN: Scores that can be compared between steps, float32.
         level_BGN: Levels, float32, updated.
         trend_BGN: Trends, float32, updated.
-        weights: Of the new score in the level, and of its distance from the level in the trend.
+        weights: Of the new score in the level, and of its distance from the level in the trend;
+            numbers, or one for each sequence, [B, 1, 1].
     """
     of_level, of_trend = weights
     is_scored, is_old = scores_BGN > float("-inf"), level_BGN > float("-inf")
@@ -108,6 +107,24 @@ def update_prediction_reference(
     trend_BGN.copy_(trend.where(is_scored & is_old, trend_BGN))
     level = (of_level * score + (1.0 - of_level) * level).where(is_old, score)
     level_BGN.copy_(level.where(is_scored, level_BGN))
+
+
+def calibrated_or(
+    numbers: tuple[float, float, float], calibrated_B3: Tensor | None
+) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+    """Return level weight, trend weight and damping: [B, 1, 1] each, or the numbers.
+
+    Args:
+        numbers: What counts for a sequence that was not calibrated.
+        calibrated_B3: float32, 0 in front for such a sequence; None if prompts are not calibrated.
+    """
+    if calibrated_B3 is None:
+        return numbers
+    found_B3 = torch.where(
+        calibrated_B3[:, :1] > 0.0, calibrated_B3, calibrated_B3.new_tensor(numbers)
+    )
+    of_level, of_trend, damping = found_B3[:, :, None, None].unbind(1)
+    return of_level, of_trend, damping
 
 
 @define(
@@ -126,6 +143,7 @@ def predict_blocks(
     damping: float,
     stream: int = 0,
     after: Tensor | None = None,
+    calibrated: Tensor | None = None,
 ) -> Tensor:
     """Predict the blocks that this step will read, from the scores of the steps before.
 
@@ -140,6 +158,8 @@ def predict_blocks(
         damping: Factor on the trend, 0 to 1.
         stream: 0 compute, 2 select.
         after: Result of the fork that starts the select stream's work, if this op is first on it.
+        calibrated: [B, 3] float32, whose last counts instead of `damping` where a prompt was
+            calibrated; None if prompts are not.
 
     Returns:
         [B, G, K] int32 block ids, ascending, then -1: sink, local and current blocks, then the
@@ -154,9 +174,10 @@ def predict_blocks(
             from sparda_compile.kernels.gpu.predict import predict
             from sparda_compile.kernels.gpu.select import Choice
 
-            predict(level, trend, lengths, ids, Choice(*choice), damping)
+            predict(level, trend, lengths, ids, Choice(*choice), damping, calibrated=calibrated)
         else:
-            ids.copy_(predict_blocks_reference(level, trend, lengths, choice, damping))
+            factor = calibrated_or((0.0, 0.0, damping), calibrated)[2]
+            ids.copy_(predict_blocks_reference(level, trend, lengths, choice, factor))
 
     current_engine().submit(stream, work)
     return ids
@@ -172,6 +193,7 @@ def update_prediction(
     are_comparable: bool,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    calibrated: Tensor | None = None,
 ) -> None:
     """Take the scores of this step's selection into level and trend, for the next step.
 
@@ -184,100 +206,38 @@ def update_prediction(
         are_comparable: Whether scores of two steps can be compared; else they are standardised.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        calibrated: [B, 3] float32, whose first two count instead of the weights where a prompt was
+            calibrated; None if prompts are not.
     """
     del after
+    weights = (level_weight, trend_weight)
     current_engine().submit(
-        stream,
-        lambda: _update(scores[None], level, trend, (level_weight, trend_weight), are_comparable),
+        stream, lambda: take_in(scores[None], level, trend, weights, are_comparable, calibrated)
     )
 
 
-def _score_bytes(arguments: Any) -> int:
-    """Return the bytes of the scores of a prompt's last tokens."""
-    num_scored: int = min(WINDOW, arguments.query.shape[2])
-    return num_scored * int(arguments.level.numel()) * 4
-
-
-@define(mutates=("level", "trend"), behind=("update_summary",), workspace=_score_bytes)
-def begin_prediction(
-    query: Tensor,
-    summary: Sequence[Tensor],
-    columns: Tensor,
-    totals: Tensor,
-    lengths: Tensor,
-    level: Tensor,
-    trend: Tensor,
-    selector: str,
-    scale: float,
-    num_blocks: int,
-    block_size: int,
-    pool_size: int,
-    pool_stride: int,
-    level_weight: float,
-    trend_weight: float,
-    are_comparable: bool,
-    short_list: int = 0,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-) -> None:
-    """Take the scores of the last tokens of a prompt into level and trend, one by one.
-
-    Each scores what lies before its own position, as a decode step there would. A sequence with
-    fewer new tokens than the window takes in those that it has.
-
-    Args:
-        query: [B, H, T, D] queries.
-        summary: The tensors of the selector's summary, with the new keys in them.
-        columns: [B, T] int32, columns of the real tokens by position, then the others.
-        totals: [B] int32, tokens behind this call.
-        lengths: [B] int32, tokens before this call.
-        level: [B, G, N] float32, updated.
-        trend: [B, G, N] float32, updated.
-        selector: Name of the selector.
-        scale: Factor on q . k.
-        num_blocks: N.
-        block_size: P.
-        pool_size: Tokens of one pooled key.
-        pool_stride: Tokens between pooled keys.
-        level_weight: Weight of a new score in the level.
-        trend_weight: Weight of its distance from the level in the trend.
-        are_comparable: Whether scores of two steps can be compared; else they are standardised.
-        short_list: Blocks that the query picks; for selectors that rank the rest otherwise.
-        sink_blocks: First blocks, which are not on the short list.
-        local_blocks: Blocks before the current one, which are not on the short list either.
-    """
-    geometry = Geometry(
-        num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks
-    )
-    batch, _, num_tokens, dim = query.shape
-    num_scored = min(WINDOW, num_tokens)
-    scores = query.new_empty((num_scored, *level.shape[:2], num_blocks), dtype=torch.float32)
-    # Counted back from the last token of each sequence, which may have fewer.
-    back_W = torch.arange(num_scored, 0, -1, device=query.device)
-    number_BW = (totals - lengths)[:, None] - back_W
-    column_BW = columns.gather(1, number_BW.clamp(min=0)).long()
-    before_BW = (totals[:, None] - back_W).clamp(min=0).int()
-    for place in range(num_scored):
-        at = column_BW[:, None, place, None, None].expand(batch, query.shape[1], 1, dim)
-        asked, before = query.gather(2, at), before_BW[:, place].contiguous()
-        write_scores(asked, summary, before, selector, scale, geometry, scores[place])
-    scores.masked_fill_((number_BW < 0).T[:, :, None, None], float("-inf"))
-    _update(scores, level, trend, (level_weight, trend_weight), are_comparable)
-
-
-def _update(
+def take_in(
     scores_WBGN: Tensor,
     level: Tensor,
     trend: Tensor,
     weights: tuple[float, float],
     are_comparable: bool,
+    calibrated: Tensor | None,
 ) -> None:
-    """Take in the scores of some steps, in order."""
+    """Take in the scores of some steps, in order, as `update_prediction` does those of one."""
     if level.is_cuda:
         from sparda_compile.kernels.gpu.predict import update
 
-        update(scores_WBGN, level, trend, weights, are_comparable=are_comparable)
+        update(
+            scores_WBGN,
+            level,
+            trend,
+            weights,
+            are_comparable=are_comparable,
+            calibrated=calibrated,
+        )
         return
+    of_level, of_trend, _ = calibrated_or((*weights, 0.0), calibrated)
     for scores_BGN in scores_WBGN:
         scores_BGN = scores_BGN if are_comparable else standardise(scores_BGN)
-        update_prediction_reference(scores_BGN, level, trend, weights)
+        update_prediction_reference(scores_BGN, level, trend, (of_level, of_trend))

@@ -24,7 +24,7 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
-from sparda_compile.isa.table import Part
+from sparda_compile.isa.table import Part, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -220,8 +220,9 @@ def _fake_partials(arguments: Any) -> tuple[Tensor, Tensor]:
 @define(
     fake=_fake_partials,
     results=("partial_out", "partial_lse"),
+    work=Work.HITS,
     kernels=("_partials",),
-    part=Part("pages", "hits", by="is_miss"),
+    parts=(Part("pages", "hits", by="is_miss"),),
     behind=("append_kv",),
 )
 def attend_resident(
@@ -279,6 +280,7 @@ def attend_resident(
 
 @define(
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
+    work=Work.MISSES,
     kernels=("_partials", "_merge"),
     behind=("wait_blocks",),
 )

@@ -21,7 +21,8 @@ keeps one partial for all predicted blocks, and so what it should not have read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ from sparda_compile.isa.counters import REPAIRED, WASTED
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.table import Part, Work
 from sparda_compile.kernels.partials import block_partials, merge
-from sparda_compile.kernels.predict_blocks import predict_blocks_reference
+from sparda_compile.kernels.predict_blocks import calibrated_or, predict_blocks_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +82,7 @@ def predict_ahead(
     damping: float,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    calibrated: Tensor | None = None,
 ) -> None:
     """Predict the blocks of the next step, for `attend_predicted` to begin with.
 
@@ -87,8 +90,9 @@ def predict_ahead(
         level: [B, G, N] float32, -inf for a block that was never scored.
         trend: [B, G, N] float32.
         lengths: [B] int32, tokens before this call.
-        budget: [1] int32, most blocks to predict in all, sink, local and current ones among them;
-            it may change from step to step.
+        budget: [1] int32, most blocks to predict in all; it may change from step to step. Sink,
+            local and current blocks come first: with less room than they need, the first of them
+            alone are predicted; with 0, none.
         predicted: [B, G, W] int32, written: ids, ascending, then -1; W is the largest budget.
         num_new: Tokens of this call: the next step has `num_new` more before it.
         block_size: P.
@@ -97,6 +101,7 @@ def predict_ahead(
         damping: Factor on the trend, 0 to 1.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        calibrated: As for `predict_blocks`.
     """
     del after
 
@@ -107,10 +112,12 @@ def predict_ahead(
             from sparda_compile.kernels.gpu.predict import predict
             from sparda_compile.kernels.gpu.select import Choice
 
-            predict(level, trend, before, predicted, Choice(*choice), damping, budget)
+            of = Choice(*choice)
+            predict(level, trend, before, predicted, of, damping, budget, calibrated=calibrated)
             return
-        width = min(int(budget), choice[0])
-        ids = predict_blocks_reference(level, trend, before, (width, *choice[1:]), damping)
+        width = min(max(int(budget), 0), choice[0])
+        factor = calibrated_or((0.0, 0.0, damping), calibrated)[2]
+        ids = predict_blocks_reference(level, trend, before, (width, *choice[1:]), factor)
         predicted.fill_(-1)
         predicted[..., :width] = ids
 
@@ -126,7 +133,9 @@ def _empty_partials(query: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
 @define(
     fake=lambda a: _empty_partials(a.query, a.predicted),
     results=("partial_out", "partial_lse"),
-    kernels=("_attend_predicted",),
+    work=Work.PREDICTED,
+    kernels=("_attend_blocks",),
+    parts=(Part("pages", "past", by="lengths"), Part("block_table", "past", by="lengths")),
     before=("predict_ahead",),  # else it read with the next step's prediction
 )
 def attend_predicted(
@@ -154,8 +163,8 @@ def attend_predicted(
         after: Result of the fork that starts the side stream's work, if this op is first on it.
 
     Returns:
-        Partial outputs [B, G, W, R, D] fp32 and their log-sum-exps [B, G, W, R] fp32; (0, -inf)
-        where there is no block.
+        Partial outputs [B, G, W, R, D] fp32 and their log-sum-exps [B, G, W, R] fp32. Where there
+        is no block, the log-sum-exp is -inf, and what the output holds means nothing.
     """
     del after
     out, lse = _empty_partials(query, predicted)
@@ -176,11 +185,20 @@ def attend_predicted(
     return out, lse
 
 
+def _late_bytes(a: Any) -> int:
+    """Return the bytes of the partials of what is repaired, and of the list of all sources."""
+    late = math.prod(a.block_ids.shape) * (a.query.shape[1] // a.block_ids.shape[1])
+    sources = math.prod(a.block_ids.shape) + (math.prod(a.predicted.shape) if a.union else 0)
+    return int(4 * (late * (a.query.shape[3] + 1) + sources))
+
+
 @define(
     mutates=("counters",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
-    kernels=("_repair_predicted", "_merge_predicted"),
+    work=Work.REPAIRED,
+    kernels=("_repair_predicted",),
     behind=("append_kv",),
+    workspace=_late_bytes,
 )
 def repair_predicted(
     query: Tensor,

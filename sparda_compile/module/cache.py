@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,10 +11,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.arguments import CONFIG
+from sparda_compile.module.budgets import Budgets
+from sparda_compile.runtime.kv_cache import check_budgets
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
+    from sparda_compile.program.plan import Plan
     from sparda_compile.runtime.kv_cache import KVCache
 
 __all__ = ["SpardaCache", "keys_and_values"]
@@ -43,6 +49,8 @@ class SpardaCache(Cache):
         self.owner = weakref.ref(owner)
         self.max_tokens = max_tokens
         self._held: list[KVCache] = []  # the pool's finalizer holds the same list
+        self._budgets: dict[int, int] = {}
+        self._adaptation: Budgets | None = None
         self._passed: list[tuple[Tensor | None, Tensor]] = []
         self.has_padding = False
         self.is_generating = False
@@ -55,8 +63,48 @@ class SpardaCache(Cache):
 
     def hold(self, kv: KVCache) -> list[KVCache]:
         """Take over memory, in the place of any other; returns the list that holds it."""
+        if self._budgets:
+            kv.set_budgets(self._budgets)
         self._held[:] = [kv]
         return self._held
+
+    def set_budgets(self, budgets: Mapping[int, int]) -> None:
+        """Set how many blocks layers predict for each step, in mode `speculate`.
+
+        It may be called between any two steps, and nothing is compiled or captured anew. What a
+        step returns does not change with it, but for `repair="union"`. `reset` keeps it.
+
+        Args:
+            budgets: By layer, for each sequence and KV head: 0 up to what
+                `SpardaConfig.speculation_budget` allows, sink, local and current blocks among them.
+                A layer that is not named keeps its own.
+
+        Raises:
+            ConfigError: If the mode predicts nothing, a layer does not, or a number is not allowed.
+        """
+        if self.kv is not None:
+            self.kv.set_budgets(budgets)
+        else:
+            owner: Any = self.owner()
+            layout = owner.programs.latest_plan("decode").layout
+            check_budgets(dataclasses.replace(layout, max_tokens=self.max_tokens), budgets)
+        self._budgets |= budgets
+        if self._adaptation is not None:
+            self._adaptation.fix(budgets)
+
+    @property
+    def budgets(self) -> dict[int, int]:
+        """Blocks that each layer predicts for a step now, by layer; {} before the first step."""
+        kept = {} if self._adaptation is None else self._adaptation.controls
+        return {layer: control.budget for layer, control in kept.items()} | self._budgets
+
+    def adapt(self, plan: Plan) -> None:
+        """Let budgets follow the text; called behind each decode step, of this plan."""
+        if not plan.speculated or self.kv is None:
+            return
+        if self._adaptation is None or self._adaptation.kv is not self.kv:
+            self._adaptation = Budgets(plan, self.kv, self._budgets)
+        self._adaptation.step()
 
     def note(self, ids: Tensor | None, mask: Tensor, *, hides: bool) -> None:
         """Remember the tokens of a call that has ended.
@@ -135,6 +183,8 @@ class SpardaCache(Cache):
         self.has_padding = False
         if self.kv is not None:
             self.kv.reset()
+            self._adaptation = None
+            self.hold(self.kv)  # with its budgets
 
     @property
     def is_linear(self) -> list[bool]:

@@ -215,6 +215,8 @@ class OptimizedModule(FrozenModule):
         kv.advance(num_tokens, num_real)
         kv.is_broken = False
         cache.note(ids, mask, hides=hides)
+        if is_decode:
+            cache.adapt(step.plan)
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 

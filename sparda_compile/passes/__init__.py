@@ -10,6 +10,7 @@ from sparda_compile.passes.rewrite.fuse_projections import FuseProjections
 from sparda_compile.passes.rewrite.fuse_selection import FuseSelection
 from sparda_compile.passes.rewrite.insert_forecast import InsertForecast
 from sparda_compile.passes.rewrite.insert_prefetch import InsertPrefetch
+from sparda_compile.passes.rewrite.insert_speculation import InsertSpeculation
 from sparda_compile.passes.rewrite.replace_attention import ReplaceAttention
 from sparda_compile.passes.schedule.schedule_transfers import ScheduleTransfers
 
@@ -24,13 +25,20 @@ PIPELINE: Final[tuple[GraphPass, ...]] = (
     InsertForecast(),
     FuseProjections(),
     InsertPrefetch(),
+    InsertSpeculation(),
     FuseSelection(),
     ScheduleTransfers(),
     VerifyTransfers(),
 )
 
-# Without these the program is slower, not wrong: copies stay in line, or where they were made, and
-# selecting and projecting take more launches.
+# Without these the program is slower, not wrong: copies stay in line, or where they were made,
+# attention begins when the selection has ended, and selecting and projecting take more launches.
 OPTIONAL_PASSES: Final = frozenset(
-    {"fuse_projections", "insert_prefetch", "fuse_selection", "schedule_transfers"}
+    {
+        "fuse_projections",
+        "insert_prefetch",
+        "insert_speculation",
+        "fuse_selection",
+        "schedule_transfers",
+    }
 )

@@ -31,6 +31,7 @@ class Fact(enum.Enum):
         "projections of one input, one small, are one matrix multiplication on a GPU"
     )
     TRANSFERS_ASYNC = "copies have a start and a wait"
+    SPECULATION_INSERTED = "attention begins with predicted blocks where the mode says so"
     SELECTION_FUSED = "a selection and its plan are one op where they can be"
     TRANSFERS_SCHEDULED = "every transfer has its place and its stream"
     TRANSFERS_VERIFIED = "no two conflicting accesses are unordered"

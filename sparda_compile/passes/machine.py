@@ -1,10 +1,11 @@
 """Constants of a machine, for the cost model. Measured, not from a datasheet.
 
-H200 values: medians measured on one H200 with PCIe Gen5 (device copy 4.3 TB/s, gathers of 32 KiB
-blocks from pinned memory 45 GB/s, 8192^3 bf16 matmul 790 TFLOP/s). CPU values: two cores of a
-server, best of 15 runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul and a
-small elementwise op; there nothing runs beside anything else. H100 values: `sparda calibrate` on
-one H100, November 2026. `LATENCY_US` has its own source.
+H200 values: medians measured on one H200 with PCIe Gen5: device copy 4.3 TB/s, 8192^3 bf16 matmul
+790 TFLOP/s; of gathers from pinned memory and of matrix products with and without one beside them,
+as in benchmarks/results/2026-11-26-h200-kernels.json. H100 values: `sparda calibrate` on one H100,
+and the last two from 2026-11-25-h100-kernels.json. CPU values: two cores of a server, best of 15
+runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul and a small elementwise op;
+there nothing runs beside anything else. `LATENCY_US` has its own source.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class Machine:
         overlaps: Whether the side streams run beside the compute stream.
         latency_us: Sparda op -> what it takes beside its bytes, microseconds. Constants that were
             written before it was measured have that of an H200.
+        kernel_us: What a kernel of the model takes beside its bytes, microseconds: matrix products
+            of a decode step in a row, less the time of their bytes.
+        copy_share: Share of its rate that the compute stream loses while a copy between CPU and
+            device runs beside it, 0.0 to 1.0.
     """
 
     name: str
@@ -91,6 +96,8 @@ class Machine:
     latency_us: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict(LATENCY_US["h200"]), hash=False
     )
+    kernel_us: float = 3.1
+    copy_share: float = 0.15
 
     def latency_of(self, op: str, default_us: float | None = None) -> float:
         """Return what a sparda op, such as `select_pages`, takes beside its bytes.
@@ -103,9 +110,29 @@ class Machine:
 
 
 MACHINES: Final = {
-    "cpu": Machine("cpu", 13.1, 5.6, 0.15, 2.5, overlaps=False, latency_us=LATENCY_US["cpu"]),
-    "h100": Machine("h100", 3027.0, 47.9, 792.0, 1.2, overlaps=True, latency_us=LATENCY_US["h100"]),
-    "h200": Machine("h200", 4300.0, 45.0, 790.0, 2.0, overlaps=True),
+    "cpu": Machine(
+        "cpu",
+        13.1,
+        5.6,
+        0.15,
+        2.5,
+        overlaps=False,
+        latency_us=LATENCY_US["cpu"],
+        kernel_us=2.5,
+        copy_share=0.0,
+    ),
+    "h100": Machine(
+        "h100",
+        3027.0,
+        47.9,
+        792.0,
+        1.2,
+        overlaps=True,
+        latency_us=LATENCY_US["h100"],
+        kernel_us=2.4,
+        copy_share=0.11,
+    ),
+    "h200": Machine("h200", 4300.0, 50.1, 790.0, 2.0, overlaps=True),
 }
 
 

@@ -33,6 +33,8 @@ OWN_OPS: Final = frozenset(
         "sparda.sparse_attention",
         "sparda.attend_resident",
         "sparda.attend_missing",
+        "sparda.attend_predicted",
+        "sparda.repair_predicted",
         "sparda.window_attention",
     }
 )

@@ -14,13 +14,14 @@ context length, by times alone: the largest that selection hides.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["BudgetControl", "LayerTimes", "budgets_of"]
+    from sparda_compile.passes.schedule.layer_times import LayerTimes
+
+__all__ = ["BudgetControl", "budgets_of"]
 
 # Of what blocks are chosen by score, as PRR's own tables have them.
 _SHARES: Final = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0)
@@ -30,51 +31,16 @@ _GAIN: Final = 0.02
 _NEWEST: Final = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerTimes:
-    """What the parts of a layer take, microseconds.
-
-    Attributes:
-        select_us: Scores and the choice of blocks.
-        start_us: Attention to predicted blocks, however few.
-        block_us: Each of them more, of all sequences and KV heads.
-        repair_us: Repair and merge, if nothing was missed.
-        miss_us: Each missed block more.
-        serial_us: Attention that begins when the selection has ended.
-    """
-
-    select_us: float
-    start_us: float
-    block_us: float
-    repair_us: float
-    miss_us: float
-    serial_us: float
-
-    def speculating_us(self, budget: float, misses: float) -> float:
-        """Return what selection and attention take with a budget.
-
-        Args:
-            budget: Blocks predicted for each sequence and KV head.
-            misses: Selected blocks among them that were not, on the mean.
-        """
-        early = self.start_us + budget * self.block_us
-        return max(self.select_us, early) + self.repair_us + misses * self.miss_us
-
-    def pays(self, budget: float, misses: float) -> bool:
-        """Return whether that is less than without speculation."""
-        return self.speculating_us(budget, misses) < self.select_us + self.serial_us
-
-
 def budgets_of(num_forced: int, num_scored: int, most: int) -> tuple[int, ...]:
     """Return the budgets to choose from, ascending.
 
     Args:
         num_forced: Blocks that are read in every step.
         num_scored: Blocks that scores choose.
-        most: Blocks that there is room to predict.
+        most: Blocks that there is room to predict, one of the choices in any case.
     """
     wanted = {num_forced + round(share * num_scored) for share in _SHARES}
-    return tuple(sorted({min(budget, most) for budget in wanted}))
+    return tuple(sorted({most, *(budget for budget in wanted if budget < most)}))
 
 
 class BudgetControl:

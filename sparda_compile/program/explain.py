@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sparda_compile.graph.nodes import fake_value, module_path
 from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.text import graph_text
+from sparda_compile.passes.machine import machine_for
 from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.plan import forecast_shapes
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
-from sparda_compile.report.text import selection_sentence
+from sparda_compile.report.text import selection_sentence, speculation_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,7 +49,20 @@ def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
         selection=selection_sentence(layout.config, layout.max_tokens),
         weight_bytes=_weight_bytes(model, decode, [shape.num_weights for shape in shapes.values()]),
         prompt=_prompt_memory(prefill),
+        speculation=_speculation(decode),
     )
+
+
+def _speculation(decode: Plan) -> str:
+    """Return which layers speculate, in a sentence; nothing in modes that do not."""
+    counts = next((s.counts for s in decode.stages if s.name == "insert_speculation"), None)
+    if decode.layout.strategy.predictor is None:
+        return ""
+    if counts is None:
+        return "Nothing is predicted: disable_passes leaves insert_speculation out."
+    layout = decode.layout
+    machine = machine_for(layout.config.machine, decode.captured.device).name
+    return speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
 
 
 def _prompt_memory(prefill: Plan) -> PromptMemory:
@@ -123,7 +137,7 @@ def _layer(layout: CacheLayout, shape: LayerShape) -> LayerPlan:
     specs = layout.tensors(shape)
     device = {n: s.num_bytes for n, s in specs.items() if not s.on_host}
     pages = sum(device.get(n, 0) for n in ("pages", "ring_k", "ring_v"))
-    hinted = [n for hint in layout.strategy.hints for n in hint.state(layout, shape)]
+    hinted = [n for kept in layout.strategy.keepers for n in kept.state(layout, shape)]
     tables = sum(device.get(n, 0) for n in (*_TABLES, *hinted))
     return LayerPlan(
         layer=shape.layer,

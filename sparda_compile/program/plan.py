@@ -16,17 +16,23 @@ from torch import fx
 from sparda_compile import ops
 from sparda_compile.errors import ConfigError
 from sparda_compile.forecast.projection import from_inputs
-from sparda_compile.graph.nodes import fake_value
+from sparda_compile.graph.nodes import fake_value, find_ops
 from sparda_compile.graph.site import AttentionSite, sites_of
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.manager import StageRecord, run_passes
+from sparda_compile.passes.schedule.layer_times import layer_times
 from sparda_compile.program.lower import split_graph
 from sparda_compile.progress import showing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sparda_compile.capture.forward import CapturedGraph
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast.projection import ProjectionShape
+    from sparda_compile.passes.base import PassContext
+    from sparda_compile.passes.schedule.layer_times import LayerTimes
     from sparda_compile.program.captures import Captures
     from sparda_compile.report.schedule import Schedule
     from sparda_compile.state.layout import CacheLayout
@@ -51,6 +57,7 @@ class Plan:
         sites: The model's attentions.
         stages: Graphs after capture and after each pass.
         graph_module: The last graph.
+        speculated: What the parts of each layer take that begins its attention early, by layer.
     """
 
     captured: CapturedGraph
@@ -59,6 +66,7 @@ class Plan:
     sites: tuple[AttentionSite, ...]
     stages: tuple[StageRecord, ...]
     graph_module: fx.GraphModule
+    speculated: Mapping[int, LayerTimes] = dataclasses.field(default_factory=dict)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -136,7 +144,22 @@ def _plan(
         return again.graph
 
     stages = run_passes(gm, PIPELINE[1:], ctx, graph_after)
-    return Plan(found.captured, phase, layout, sites, (*found.records(), *stages), gm)
+    records = (*found.records(), *stages)
+    return Plan(found.captured, phase, layout, sites, records, gm, _speculated(gm, sites, ctx))
+
+
+def _speculated(
+    gm: fx.GraphModule, sites: Sequence[AttentionSite], ctx: PassContext
+) -> dict[int, LayerTimes]:
+    """Return what the parts of layers take whose attention begins early."""
+    assert ctx.layout is not None
+    early = {LAYER.of(node) for node in find_ops(gm.graph, "attend_predicted")}
+    shapes = {shape.layer: shape for shape in ctx.layout.layers}
+    return {
+        site.layer: layer_times(shapes[site.layer], site.num_heads // site.num_groups, ctx)
+        for site in sites
+        if site.layer in early
+    }
 
 
 def _place(name: str) -> int:

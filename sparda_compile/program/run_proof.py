@@ -83,7 +83,7 @@ def check_recording(graph: fx.Graph, recording: Recording) -> RunProof:
     records = recording.records
     num_ops = _check_same(graph, recording)
     clocks = _clocks(records, runs=2)
-    conflicts = _check_ordered(records, clocks)
+    conflicts = _check_ordered(recording, clocks)
     storages = _check_held(records, clocks)
     return RunProof(num_ops, len(records) - num_ops, conflicts, storages)
 
@@ -176,36 +176,47 @@ def _clocks(records: Sequence[Record], runs: int) -> list[Clock]:
     return clocks
 
 
-def _check_ordered(records: Sequence[Record], clocks: Sequence[Clock]) -> int:
-    users: dict[int, list[tuple[int, bool]]] = {}
+def _check_ordered(recording: Recording, clocks: Sequence[Clock]) -> int:
+    records, users = recording.records, dict[int, list[tuple[int, bool]]]()
+    states = {storage: name for name, storage in recording.state.items()}
     for i, record in enumerate(records):
         for storage, is_write in record.accesses().items():
             users.setdefault(storage, []).append((i, is_write))
         for storage in record.frees:
             # What is let go of may be given to a later call: those are checked by `held`.
-            _check_pairs(records, clocks, users.pop(storage, []), across=False)
-    return sum(_check_pairs(records, clocks, mine, across=True) for mine in users.values())
+            _check_pairs(records, clocks, users.pop(storage, []), None)
+    return sum(
+        _check_pairs(records, clocks, mine, states.get(storage, ""))
+        for storage, mine in users.items()
+    )
 
 
 def _check_pairs(
     records: Sequence[Record],
     clocks: Sequence[Clock],
     users: Sequence[tuple[int, bool]],
-    *,
-    across: bool,
+    state: str | None,
 ) -> int:
-    """Check the users of one storage, in a run and, `across`, from one run to the next."""
+    """Check the users of one storage.
+
+    Args:
+        records: The calls.
+        clocks: Of two runs.
+        users: Calls that use the storage, each with whether it writes.
+        state: The state tensor that it holds, "" for another that is there in the next run too;
+            None for one that is let go of before.
+    """
     found = 0
     size = len(records)
-    later = [*users, *((i + size, is_write) for i, is_write in users)] if across else users
+    next_run = [(i + size, is_write) for i, is_write in users]
+    later = users if state is None else [*users, *next_run]
     written = [user for user in later if user[1]]
     pairs = {(min(w, u), max(w, u)) for w, _ in written for u, _ in later if w != u}
     for first, second in sorted(pairs):
         if first >= size:
             continue
         one, other = records[first], records[second % size]
-        is_apart = one.node is not None and other.node is not None and second < size
-        if is_apart and is_disjoint(one.node, other.node):  # type: ignore[arg-type]
+        if second < size and _are_apart(one, other, state):
             continue
         found += 1
         if not clocks[first][one.stream] <= clocks[second][one.stream]:
@@ -215,6 +226,13 @@ def _check_pairs(
                 f"({STREAM_NAMES[other.stream]} stream){when} use one storage and are not ordered"
             )
     return found
+
+
+def _are_apart(one: Record, other: Record, state: str | None) -> bool:
+    """Whether two calls of a run use different parts of a state tensor."""
+    if not state or one.node is None or other.node is None:
+        return False
+    return is_disjoint(one.node, other.node, state)
 
 
 def _check_held(records: Sequence[Record], clocks: Sequence[Clock]) -> int:

@@ -125,6 +125,8 @@ class Report:
         selection_starts_at: Tokens of a sequence from which on a step leaves blocks out; None if
             it never does.
         selection: The same as a sentence.
+        speculation: In mode `speculate`, which layers begin their attention early, in a sentence;
+            else empty.
         weight_bytes: Of the model's weights and buffers, of Forecasts, and of joined copies.
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
     """
@@ -144,6 +146,7 @@ class Report:
     selection: str = ""
     weight_bytes: int = 0
     prompt: PromptMemory | None = None
+    speculation: str = ""
 
     @property
     def host_bytes(self) -> int:
@@ -204,6 +207,7 @@ class Report:
         if self.error:
             return f"<p>{html.escape(self._refusal)}</p>"
         rows = [*self._facts.items(), ("Selection", self.selection)]
+        rows += [("Speculation", self.speculation)] if self.speculation else []
         rows += [("Step", schedule.summary) for schedule in self.schedules]
         table = html_table(f"Report of {self.model}, {self._rewritten}", (), rows)
         return f"{table}<p>{html.escape(_MORE)}</p>"
@@ -222,7 +226,7 @@ class Report:
     @property
     def _known(self) -> list[str]:
         lines = [f"{name}: {value}" for name, value in self._facts.items()]
-        return [*lines, self.selection] if self.selection else lines
+        return [*lines, *(text for text in (self.selection, self.speculation) if text)]
 
     @property
     def _facts(self) -> dict[str, str]:

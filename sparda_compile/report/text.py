@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["columns", "format_bytes", "html_table", "selection_sentence"]
+__all__ = [
+    "columns",
+    "format_bytes",
+    "html_table",
+    "selection_sentence",
+    "speculation_sentence",
+]
 
 _UNITS: Final = ["B", "KiB", "MiB", "GiB", "TiB"]
 # Wider than any row: what is no terminal gets whole lines.
@@ -80,3 +86,18 @@ def selection_sentence(config: SpardaConfig, max_tokens: int | None = None) -> s
     if max_tokens is not None and max_tokens < first:
         text += f" At most {max_tokens:,} are held here, so nothing is selected."
     return text
+
+
+def speculation_sentence(speculated: int, left: int, most: int, machine: str) -> str:
+    """Say how many layers begin their attention before their selection has ended.
+
+    Args:
+        speculated: Layers that do.
+        left: Layers that do not, for the cost model sees no gain.
+        most: Blocks that one of them predicts for a sequence and KV head, at most.
+        machine: What was planned for.
+    """
+    if not speculated:
+        return f"Nothing is predicted: on {machine} no layer is expected to gain by it."
+    text = f"Layers that attend to up to {most} predicted blocks while they select: {speculated}."
+    return f"{text} {left} would gain nothing on {machine}, and do not." if left else text

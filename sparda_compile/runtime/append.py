@@ -17,14 +17,19 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
-from sparda_compile.isa.table import Work
+from sparda_compile.isa.table import Part, Work
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named
 
 __all__ = ["advance_lengths", "append_kv", "extend_kv", "update_summary"]
 
 
-@define(mutates=("pages",), work=Work.NEW_TOKENS, kernels=("_append_kv",))
+@define(
+    mutates=("pages",),
+    work=Work.NEW_TOKENS,
+    kernels=("_append_kv",),
+    parts=(Part("pages", "current", by="lengths"),),
+)
 def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: Tensor) -> None:
     """Write one token per sequence to its tail page.
 

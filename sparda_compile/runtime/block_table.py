@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from torch import Tensor
 from sparda_compile.isa.counters import HITS, MISSES, PREFETCHED, REPAIRED
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.table import Part
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.runtime.eviction import TOUCHES_HITS, victim_order
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["assign_pages", "plan_pages", "select_pages"]
 
@@ -92,6 +96,15 @@ def _scatter(target: Tensor, index: Tensor, values: Tensor, mask: Tensor) -> Non
     target.copy_(padded[..., :size])
 
 
+def _is_resident(arguments: Mapping[str, Any]) -> bool:
+    """Whether there is a page for every block: then none leaves, and only new ones get theirs."""
+    return bool(arguments["page_block"].shape == arguments["block_table"].shape)
+
+
+# Of a decode step, the one new block is the current one.
+_CURRENT: Final = Part("block_table", "current", by="lengths", holds=_is_resident)
+
+
 def _fake_plan(arguments: Any) -> tuple[Tensor, ...]:
     block_ids = arguments.block_ids
     ids = [torch.empty_like(block_ids) for _ in range(3)]
@@ -99,7 +112,13 @@ def _fake_plan(arguments: Any) -> tuple[Tensor, ...]:
     return ids[0], is_miss, ids[1], ids[2], block_ids.new_empty(block_ids.shape[:2])
 
 
-@define(mutates=TABLES, fake=_fake_plan, results=PLAN_RESULTS, kernels=("_select_pages",))
+@define(
+    mutates=TABLES,
+    fake=_fake_plan,
+    results=PLAN_RESULTS,
+    kernels=("_select_pages",),
+    parts=(_CURRENT,),
+)
 def plan_pages(
     block_ids: Tensor,
     lengths: Tensor,
@@ -207,6 +226,7 @@ def _fake_selection(arguments: Any) -> tuple[Tensor, ...]:
     fake=_fake_selection,
     results=("block_ids", *PLAN_RESULTS),
     kernels=("_select_pages",),
+    parts=(_CURRENT,),
 )
 def select_pages(
     scores: Tensor,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from sparda_compile.errors import KVCacheError
+from sparda_compile.checks import whole
+from sparda_compile.errors import ConfigError, KVCacheError
 from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.report.text import selection_sentence
 from sparda_compile.runtime.block_table import assign_pages
@@ -30,9 +31,11 @@ from sparda_compile.selectors import summary_named
 from sparda_compile.state.layout import LENGTHS, CacheLayout, state_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "check_budgets"]
 
 # What says where blocks are.
 _PAGED: Final = ("pages", "host", "block_table", "page_block", "page_stamp")
@@ -166,7 +169,8 @@ class KVCache:
         taken = rows[changed]
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the CPU is about to read what the GPU wrote
-        shared = {state_name("counters", shape.layer) for shape in self.layout.layers}
+        specs = self.layout.all_tensors()
+        shared = {name for name, spec in specs.items() if spec.is_shared}
         # On CUDA the state has the addresses of the blocks in CPU memory; those stay.
         for name, tensor in (self.state | self.host_blocks).items():
             if name not in shared and tensor.numel():
@@ -178,7 +182,8 @@ class KVCache:
 
     def stats(self) -> CacheStats:
         """Return the counts since the last reset; waits for the device."""
-        layers = {}
+        layers, layout = {}, self.layout
+        speculates = layout.strategy.predictor is not None
         for shape in self.layout.layers:
             if shape.kind != "sparse":
                 continue
@@ -192,9 +197,23 @@ class KVCache:
                 misses=count["misses"],
                 h2d_bytes=fetched * block_bytes if self.layout.offload else 0,
                 d2h_bytes=count["offloaded_blocks"] * block_bytes,
+                repaired=count["repaired_blocks"] if speculates else 0,
+                wasted=count["wasted_blocks"],
             )
-        layout = self.layout
-        return CacheStats(layers, selection_sentence(layout.config, layout.max_tokens))
+        sentence = selection_sentence(layout.config, layout.max_tokens)
+        return CacheStats(layers, sentence, speculates)
+
+    def set_budgets(self, budgets: Mapping[int, int]) -> None:
+        """Set how many blocks layers predict for a step, from the next prediction on.
+
+        They are read on the device, so nothing is compiled or captured anew.
+
+        Args:
+            budgets: By layer; see `check_budgets`.
+        """
+        check_budgets(self.layout, budgets)
+        for layer, blocks in budgets.items():
+            self.state[state_name("budget", layer)].fill_(blocks)
 
     def reset_stats(self) -> None:
         """Zero the counters."""
@@ -210,6 +229,31 @@ class KVCache:
                 names = self.layout.summary_tensors(summary, shape)
                 tensors = [self.state[state_name(n, shape.layer)] for n in names]
                 summary_named(summary).reset(tensors)
+
+
+def check_budgets(layout: CacheLayout, budgets: Mapping[int, int]) -> None:
+    """Check how many blocks layers are to predict.
+
+    Args:
+        layout: Sizes of the cache.
+        budgets: By layer: 0 to W blocks, sink, local and current ones among them.
+
+    Raises:
+        ConfigError: If the mode predicts nothing, a layer does not, or a number is not allowed.
+    """
+    if layout.strategy.predictor is None:
+        raise ConfigError(
+            f"budgets are how many blocks mode='speculate' predicts, and this cache is one of "
+            f"mode={layout.config.mode!r}, which predicts none; leave them out."
+        )
+    layers = [shape.layer for shape in layout.layers if shape.kind == "sparse"]
+    for layer, blocks in budgets.items():
+        if layer not in layers:
+            raise ConfigError(
+                f"a budget is given for layer {layer!r}, but those that predict blocks are "
+                f"{', '.join(map(str, layers))}."
+            )
+        whole(f"the budget of layer {layer}", blocks, 0, layout.num_predicted)
 
 
 def _as_input(blocks: Tensor, device: torch.device) -> Tensor:

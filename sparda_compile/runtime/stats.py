@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.report.text import format_bytes, html_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["CacheStats", "LayerStats"]
 
 # What a notebook shows at most.
 _NUM_LAYERS: Final = 16
+_PREDICTIONS: Final = ("repaired", "in vain", "coverage", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +26,38 @@ class LayerStats:
         misses: Selected blocks that had to be fetched after the selection was known.
         h2d_bytes: Bytes copied to the device, hints included.
         d2h_bytes: Bytes copied to CPU memory.
+        repaired: Selected blocks that mode `speculate` had not predicted. The one that is being
+            written never is, so a layer that speculates repairs something in every step.
+        wasted: Blocks that it predicted and that were not selected.
     """
 
     hits: int
     misses: int
     h2d_bytes: int
     d2h_bytes: int
+    repaired: int = 0
+    wasted: int = 0
 
     @property
     def hit_rate(self) -> float:
         """Share of selected blocks that were resident; 1.0 when nothing was selected."""
         selected = self.hits + self.misses
         return self.hits / selected if selected else 1.0
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of selected blocks that were predicted; None of a layer that predicts nothing."""
+        return self._used / (self._used + self.repaired) if self.repaired else None
+
+    @property
+    def precision(self) -> float | None:
+        """Share of predicted blocks that were selected; None where nothing was predicted."""
+        early = self._used + self.wasted
+        return self._used / early if self.repaired and early else None
+
+    @property
+    def _used(self) -> int:
+        return self.hits + self.misses - self.repaired
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -43,21 +67,22 @@ class CacheStats:
     Attributes:
         layers: Counts by layer.
         selection: A sentence that says from which length on steps leave blocks out.
+        speculates: Whether blocks are predicted, so that it is shown how well.
     """
 
     layers: dict[int, LayerStats]
     selection: str = ""
+    speculates: bool = False
 
     @property
     def total(self) -> LayerStats:
         """Sum over layers."""
-        layers = self.layers.values()
-        return LayerStats(
-            hits=sum(layer.hits for layer in layers),
-            misses=sum(layer.misses for layer in layers),
-            h2d_bytes=sum(layer.h2d_bytes for layer in layers),
-            d2h_bytes=sum(layer.d2h_bytes for layer in layers),
-        )
+        return _sum(self.layers.values())
+
+    @property
+    def predicted(self) -> LayerStats:
+        """Sum over the layers that predict blocks."""
+        return _sum(layer for layer in self.layers.values() if layer.repaired)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -84,11 +109,21 @@ class CacheStats:
                 f"{100 * each.hit_rate:.1f}%",
                 format_bytes(each.h2d_bytes),
                 format_bytes(each.d2h_bytes),
+                *self._predictions(self.predicted if layer == "all" else each),
             )
             for layer, each in rows
         ]
         text = f"CacheStats of {self._what}. {self.selection}".rstrip()
-        return html_table(text, ("layer", "hits", "misses", "hit rate", "H2D", "D2H"), cells)
+        head = ("layer", "hits", "misses", "hit rate", "H2D", "D2H")
+        return html_table(text, (*head, *(_PREDICTIONS if self.speculates else ())), cells)
+
+    def _predictions(self, stats: LayerStats) -> tuple[str, ...]:
+        """Return what a row says of predictions."""
+        if not self.speculates:
+            return ()
+        counts = (stats.repaired, stats.wasted) if stats.repaired else (None, None)
+        shares = (_percent(stats.coverage), _percent(stats.precision))
+        return (*("-" if n is None else str(n) for n in counts), *shares)
 
     @property
     def _what(self) -> str:
@@ -97,7 +132,25 @@ class CacheStats:
     @property
     def _counts(self) -> str:
         total = self.total
-        return (
+        text = (
             f"{total.hits} hits, {total.misses} misses ({100 * total.hit_rate:.1f}% hits), "
             f"{total.h2d_bytes} bytes H2D, {total.d2h_bytes} bytes D2H"
         )
+        if not self.speculates:
+            return text
+        found = self.predicted
+        if not found.repaired:
+            return f"{text}, nothing predicted"
+        return (
+            f"{text}, {found.repaired} blocks repaired ({_percent(found.coverage)} predicted), "
+            f"{found.wasted} predicted in vain ({_percent(found.precision)} of predictions read)"
+        )
+
+
+def _sum(layers: Iterable[LayerStats]) -> LayerStats:
+    counts = [dataclasses.astuple(layer) for layer in layers]
+    return LayerStats(*map(sum, zip(*counts, strict=True))) if counts else LayerStats(0, 0, 0, 0)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"

@@ -167,7 +167,7 @@ def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: T
     starts=True,
     work=Work.TO_DEVICE,
     kernels=("_gather",),
-    part=Part("pages", "misses", by="miss_blocks"),
+    parts=(Part("pages", "misses", by="miss_blocks"),),
 )
 def prefetch_blocks(
     miss_blocks: Tensor,

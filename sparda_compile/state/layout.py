@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from sparda_compile.errors import ConfigError
 from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.selectors import Geometry, summary_named
 from sparda_compile.sizes import SAMPLES
@@ -56,12 +57,16 @@ class LayerShape:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and home of one state tensor; `fill` is its value in an empty cache."""
+    """Shape, dtype and home of one state tensor; `fill` is its value in an empty cache.
+
+    `is_shared` says that it is one for all sequences, and not a row for each.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     on_host: bool = False
     fill: float = 0
+    is_shared: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -113,14 +118,32 @@ class CacheLayout:
         return dataclasses.replace(self, config=config, batch_size=SAMPLES.batch)
 
     @property
+    def num_predicted(self) -> int:
+        """W, most blocks that a step predicts."""
+        return self.config.num_predicted(self.num_blocks)
+
+    @property
     def offload(self) -> bool:
-        """Whether full blocks live in CPU memory."""
+        """Whether full blocks live in CPU memory.
+
+        Raises:
+            ConfigError: If they would have to and the mode wants them on the device.
+        """
         if not self.strategy.selects or self.config.offload == "never":
             return False
         if self.config.offload == "always":
             return True
         limit = self.config.device_bytes
-        return limit is not None and self._resident_bytes() > limit
+        is_too_large = limit is not None and self._resident_bytes() > limit
+        if is_too_large and self.strategy.predictor is not None:
+            raise ConfigError(
+                f"a KV cache of {self.batch_size} x {self.max_tokens} tokens takes "
+                f"{self._resident_bytes():,} bytes, and device_bytes={limit:,} would move it to "
+                f"CPU memory, where mode={self.config.mode!r} cannot attend before it has "
+                "selected; raise device_bytes, pass offload='never' or fewer tokens, or use "
+                "mode='exact' with hint='ema'."
+            )
+        return is_too_large
 
     @property
     def stages_ahead(self) -> bool:
@@ -166,7 +189,7 @@ class CacheLayout:
             "block_table": TensorSpec((*batch, blocks), torch.int32, fill=-1),
             "page_block": TensorSpec((*batch, pages), torch.int32, fill=-1),
             "page_stamp": TensorSpec((*batch, pages), torch.int32, fill=-1),
-            "counters": TensorSpec((len(COUNTERS),), torch.int64),
+            "counters": TensorSpec((len(COUNTERS),), torch.int64, is_shared=True),
         }
         for summary in self.summaries():
             found = summary_named(summary)
@@ -174,8 +197,8 @@ class CacheLayout:
                 name: TensorSpec((*batch, *size), found.dtypes.get(name, layer.dtype))
                 for name, size in found.shapes(self.geometry, layer.head_dim).items()
             }
-        for hint in self.strategy.hints:
-            specs |= hint.state(self, layer)
+        for keeper in self.strategy.keepers:
+            specs |= keeper.state(self, layer)
         return specs
 
     def all_tensors(self) -> dict[str, TensorSpec]:

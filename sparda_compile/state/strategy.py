@@ -6,6 +6,7 @@
 | `query` | the layer's query | in line | none |
 | `forecast` | the Forecast | starts early, awaited late | none |
 | `exact` | the layer's query | of the hints' early; the rest beside attention, then repair | some |
+| `speculate` | the layer's query | none: all are on the device | none, but a prediction |
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,10 @@ class HintMethod(Protocol):
         prompt_ops: Ops that it adds to its layer in a sparse prefill.
         dense_prompt_ops: Ops that it adds to its layer in a dense one.
         borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
+        recall: Share that it is expected to name of the blocks that its layer selects and the step
+            before did not; about what hints by scores have, where nobody has measured it.
+        fetched: Blocks that are new in a step among those that it names, right or wrong, over
+            those that are new among its layer's.
     """
 
     name: ClassVar[str]
@@ -45,6 +50,8 @@ class HintMethod(Protocol):
     prompt_ops: ClassVar[tuple[str, ...]] = ()
     dense_prompt_ops: ClassVar[tuple[str, ...]] = ()
     borrows_ids: ClassVar[bool] = False
+    recall: ClassVar[float] = 0.75
+    fetched: ClassVar[float] = 1.0
 
     def state(self, layout: CacheLayout, layer: LayerShape) -> dict[str, TensorSpec]:
         """Return the state tensors that it keeps for a layer, by short name."""
@@ -75,6 +82,8 @@ class Strategy:
         hints: Guess a layer's blocks early, each at its own time.
         overlaps: Whether copies start before they are awaited.
         repairs: Whether attention begins with what is there, and the rest is merged in later.
+        predictor: Predicts the blocks of the next step, for attention to begin with; None where
+            attention begins when the selection has ended.
     """
 
     selector: Selector | None
@@ -83,6 +92,12 @@ class Strategy:
     hints: tuple[HintMethod, ...]
     overlaps: bool
     repairs: bool
+    predictor: HintMethod | None = None
+
+    @property
+    def keepers(self) -> tuple[HintMethod, ...]:
+        """What keeps state of its own from step to step."""
+        return self.hints if self.predictor is None else (*self.hints, self.predictor)
 
     @property
     def selects(self) -> bool:
@@ -139,4 +154,5 @@ def strategy_of(config: SpardaConfig) -> Strategy:
         hints=hints,
         overlaps=config.mode in ("forecast", "exact"),
         repairs=config.mode == "exact",
+        predictor=None if config.predictor is None else PREDICTORS[config.predictor],
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockIds", "ReferenceMode", "random_forecast", "reference_decode"]
 
-ReferenceMode = Literal["dense", "query", "exact", "forecast"]
+ReferenceMode = Literal["dense", "query", "exact", "speculate", "forecast"]
 ReferenceSelector = Literal["infllm2", "quest", "nosa"]
 BlockIds = list[list[list[int]]]
 """Ascending block ids of one decode step, by layer and group."""
@@ -91,8 +91,8 @@ def reference_decode(
             `Qwen3ForCausalLM` or `NosaForCausalLM`, in fp32.
         prompt_ids: Tokens of the prompt, one sequence: a list, or a tensor [T] or [1, T].
         num_steps: Tokens to make; the first needs no decode step.
-        mode: Who scores: `query` (also under the name `exact`) the layer's own query,
-            `forecast` the layer before, `dense` nobody, so every block is read.
+        mode: Who scores: `query` (also under the names `exact` and `speculate`) the layer's
+            own query, `forecast` the layer before, `dense` nobody, so every block is read.
         selector: How a query scores: `infllm2` by pooled keys, `quest` by bounds; `nosa`, for
             a `NosaForCausalLM` alone: as `infllm2` or the forecast for `short_list` blocks, and
             the others by retention.

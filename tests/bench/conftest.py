@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
+import sys
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
 
-from sparda_compile.bench import decode, memory
+from sparda_compile.bench import decode, memory, prr_case
 from sparda_compile.bench.decode import DecodeSetting
 from sparda_compile.bench.lab import Lab
+from sparda_compile.bench.timing import Spread
 
 SMALL = {"lowering": "eager", "top_k": 4, "local_blocks": 2}
 
@@ -49,6 +54,97 @@ def roomy(monkeypatch):
     free = memory.FreeMemory(1 << 40, 1 << 40)
     monkeypatch.setattr(memory.FreeMemory, "now", classmethod(lambda cls, limit=None: free))
     monkeypatch.setattr(decode, "memcpy_gbps", lambda: 10.0)
+
+
+@pytest.fixture
+def small_layer(monkeypatch):
+    """Sizes of one layer's decode steps; two layers are enough where there is no cache to flush."""
+    monkeypatch.setattr(prr_case, "_MOST_LAYERS", 2)
+    monkeypatch.setattr(prr_case, "_MOST_SUMMARIES", 2)
+    return prr_case.DecodeShape(
+        tokens=384, batch=2, heads=8, groups=2, dim=16, block=16, pool=8, sink=1, local=2, scored=4,
+        overlap=0.75, steps=3,
+    )  # fmt: skip
+
+
+class NaiveBlockSparse:
+    """What FlashInfer's wrapper says that it does, row by row in fp32, and when it was planned."""
+
+    def __init__(self, workspace, backend):
+        if backend == "fa2":
+            raise RuntimeError("no such backend\nat all")
+        self.device = workspace.device
+
+    def plan(self, indptr, indices, M, N, R, C, num_qo_heads, num_kv_heads, head_dim, *,
+             q_data_type, o_data_type):  # fmt: skip
+        assert (num_qo_heads, num_kv_heads, q_data_type) == (1, 1, o_data_type)
+        assert indptr.dtype == indices.dtype == torch.int32
+        self.rows = [indices[a:b].tolist() for a, b in pairwise(indptr.tolist())]
+        assert (len(self.rows) * R, 0) == (M, N % C)
+        assert max(max(row) for row in self.rows) < N // C
+        self.sizes = (M, N, R, C, head_dim)
+
+    def run(self, q, k, v):
+        tokens, length, row, size, dim = self.sizes
+        assert (q.shape, k.shape, v.shape) == (
+            (tokens, 1, dim), (length, 1, dim), (length, 1, dim),
+        )  # fmt: skip
+        assert v.is_contiguous()
+        out = torch.empty_like(q)
+        for number, blocks in enumerate(self.rows):
+            places = torch.tensor([b * size + i for b in blocks for i in range(size)])
+            mine = slice(number * row, (number + 1) * row)
+            scores = q[mine, 0].float() @ k[places, 0].float().T * dim**-0.5
+            out[mine, 0] = (scores.softmax(-1) @ v[places, 0].float()).to(q.dtype)
+        return out
+
+
+@pytest.fixture
+def flashinfer(monkeypatch):
+    """FlashInfer, as if it were installed; its backend `fa2` does not run."""
+    module = ModuleType("flashinfer")
+    module.BlockSparseAttentionWrapper = NaiveBlockSparse
+    module.__version__ = "0.6"
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    return module
+
+
+@pytest.fixture
+def no_flashinfer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+
+
+@pytest.fixture
+def graph_clock(monkeypatch):
+    """A clock for programs that take turns: 100 us for the first, 1 more for each other.
+
+    Each still has to run. FlexAttention runs uncompiled.
+    """
+    timed = []
+
+    def graphs_us(programs, rounds):
+        timed.append(list(programs))
+        for program in programs.values():
+            program()
+        return {name: [100.0 + i] * rounds for i, name in enumerate(programs)}
+
+    def graph_us(calls, rounds):
+        for call in calls:
+            call()
+        return Spread(5.0, 4.0, 6.0, rounds)
+
+    def flex(scale):
+        return lambda q, k, v: flex_attention(q, k, v, scale=scale, enable_gqa=True)
+
+    for name in ("prr_layer", "prr_others", "prr_kernels"):
+        module = pytest.importorskip(f"sparda_compile.bench.{name}")
+        monkeypatch.setattr(module, "graphs_us", graphs_us)
+        if hasattr(module, "graph_us"):
+            monkeypatch.setattr(module, "graph_us", graph_us)
+        if hasattr(module, "compiled_flex"):
+            module._flex.cache_clear()
+            monkeypatch.setattr(module, "compiled_flex", flex)
+    return timed
 
 
 def _spread(us, **more):

@@ -33,6 +33,7 @@ def test_what_is_written_is_what_is_planned_with(gpu, tmp_path):
 
 def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
     kernels = pytest.importorskip("sparda_compile.bench.kernels")
+    interference = pytest.importorskip("sparda_compile.bench.interference")
     rows = {programs: {"gbps": float(programs)} for programs in (1, 8, 32)}
     monkeypatch.setattr(kernels, "bench_copy", lambda device: {"gbps": 4000.0})
     found = {"programs": 8, "by_programs": rows}
@@ -42,13 +43,25 @@ def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
     )
     monkeypatch.setattr(calibration, "matmul_tflops", lambda device: 700.0)
     monkeypatch.setattr(calibration, "_launch_us", lambda device: 1.25)
+    monkeypatch.setattr(interference, "bench_interference", lambda device, programs: programs)
+    monkeypatch.setattr(
+        interference, "machine_constants", lambda found, gbps: (float(found[0]), gbps / 16000.0)
+    )
     told = []
     machine = measure_machine(told.append)
     latencies = {**LATENCIES, "plan_pages": 4000.0}
     assert machine == Machine(
-        "Fake GPU 9000", 4000.0, 8.0, 700.0, 1.25, overlaps=True, latency_us=latencies
+        "Fake GPU 9000",
+        4000.0,
+        8.0,
+        700.0,
+        1.25,
+        overlaps=True,
+        latency_us=latencies,
+        kernel_us=8.0,
+        copy_share=0.25,
     )
-    assert len(told) == 5
+    assert len(told) == 6
 
 
 def test_rate_of_a_matrix_multiplication(monkeypatch):
@@ -65,3 +78,5 @@ def test_real_machine():
     assert 0.2 < machine.launch_us < 20
     assert all(0.2 < us < 100 for us in machine.latency_us.values())
     assert set(machine.latency_us) == set(LATENCY_US["h200"])
+    assert 0.0 < machine.kernel_us < 20
+    assert 0.0 <= machine.copy_share < 0.5

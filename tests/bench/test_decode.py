@@ -8,7 +8,7 @@ import torch
 from sparda_compile.bench.decode import VARIANTS, DecodeBench, DecodeSetting
 from sparda_compile.errors import ConfigError
 
-TIMES = ("median", "low", "high", "runs", "h2d_bytes")
+TIMES = ("median", "low", "high", "runs", "h2d_bytes", "predicted_us")
 
 
 def test_result_has_each_variant_at_each_overlap(lab, setting, roomy):
@@ -28,6 +28,8 @@ def test_result_has_each_variant_at_each_overlap(lab, setting, roomy):
         assert row["floor_us"] == round(max(us["resident"], row["link_us"]), 1)
         assert row["tokens_per_s"] == round(2e6 / us["scheduled"], 1)
         assert row["scheduled"]["h2d_bytes"] == row["inline"]["h2d_bytes"]
+        predicted = {variant: row[variant]["predicted_us"] for variant in VARIANTS}
+        assert 0 < predicted["body"] < predicted["resident"] < predicted["scheduled"]
         assert row["resident"]["h2d_bytes"] == row["dense"]["h2d_bytes"] == 0
     # Without overlap every scored block is new; with overlap 1 none is.
     block_bytes = 2 * 64 * 16 * 2

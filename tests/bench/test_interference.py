@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from sparda_compile.bench.timing import Spread
+from sparda_compile.passes.machine import MACHINES
 
 interference = pytest.importorskip("sparda_compile.bench.interference")
 
@@ -77,3 +81,34 @@ def test_hidden_is_what_the_copy_adds_no_time_for(monkeypatch):
         f"b{batch}": {"compute_us": 100.0, "by_copy": {"memcpy": row}} for batch in (1, 16)
     }
     assert not made[0].is_open
+
+
+def test_constants_are_what_products_take_beside_bytes_and_what_a_copy_takes_from_them():
+    """Alone 2 us a product beside its bytes, then 4; the gather costs a fifth, then a tenth."""
+    products = ((1000, 2000), (2000, 1000))
+    found = {}
+    for batch, kernel_us, hidden in ((1, 2.0, 0.8), (16, 4.0, 0.9)):
+        num_bytes = 14 * 2 * 2 * (2_000_000 + batch * 3000)
+        row = {"gather 64": {"hidden": hidden}, "memcpy": {"hidden": 0.5}}
+        found[f"b{batch}"] = {"compute_us": 28 * kernel_us + num_bytes / 1e6, "by_copy": row}
+    assert interference.machine_constants(found, 1000.0, products) == (3.0, 0.15)
+    for row in found.values():  # a copy for nothing, and compute that is all bytes
+        row["by_copy"]["gather 64"]["hidden"] = 1.1
+        row["compute_us"] = 1.0
+    assert interference.machine_constants(found, 1000.0, products) == (0.0, 0.0)
+
+
+def test_constants_of_an_h200_are_those_of_its_run():
+    file = Path(__file__).parents[2] / "benchmarks/results/2026-11-26-h200-kernels.json"
+    (result,) = json.loads(file.read_text())["results"]
+    machine = MACHINES["h200"]
+    found = interference.machine_constants(result["beside"], machine.memory_gbps)
+    assert (machine.kernel_us, machine.copy_share) == pytest.approx(found, rel=0.02)
+    gather = result["gather"]
+    rate = gather["by_programs"][str(gather["programs"])]["gbps"]
+    assert machine.link_gbps == pytest.approx(rate, rel=0.01)
+
+
+def test_one_gather_may_be_measured_alone():
+    host = torch.zeros(3, interference._WORDS, dtype=torch.int32)
+    assert set(interference._copies(host, 3, CPU, (8,))) == {"gather 8", "memcpy"}

@@ -37,12 +37,20 @@ def lines(console):
 def test_decode(console, decode_results):
     print_decode(decode_results, console)
     printed = lines(console)
-    assert "sched/ inline/ sched/" in printed[1]
-    assert printed[2] == "batch overlap scheduled inline resident body body sched floor tokens/s MB"
-    assert "1 0.9 5.000 7.500 4.000 3.500 1.429 1.500 1.250 3200 40.0" in printed
-    assert "16 0.5 20.000 30.000 16.000 14.000 1.429 1.500 1.250 800 200.0" in printed
+    assert "sched/ inline/ sched/ pred/" in printed[1]
+    columns = "batch overlap scheduled inline resident body body sched floor sched tokens/s MB"
+    assert printed[2] == columns
+    # Results from before predictions were kept have none.
+    assert "1 0.9 5.000 7.500 4.000 3.500 1.429 1.500 1.250 - 3200 40.0" in printed
+    assert "16 0.5 20.000 30.000 16.000 14.000 1.429 1.500 1.250 - 800 200.0" in printed
     assert "batch 16: dense is left out: its KV cache needs 64.0 GiB." in printed
     assert "batch 64: scheduled is left out: its KV cache needs 256.0 GiB." in printed
+
+
+def test_decode_says_how_far_its_prediction_is_off(console, decode_results):
+    decode_results[0]["by_overlap"]["0.9"]["scheduled"]["predicted_us"] = 5500.0
+    print_decode(decode_results, console)
+    assert "1 0.9 5.000 7.500 4.000 3.500 1.429 1.500 1.250 1.100 3200 40.0" in lines(console)
 
 
 def test_baselines_say_whether_their_logits_agree(console, decode_results):
@@ -124,8 +132,10 @@ def test_machine(console):
     print_machine(MACHINES["h200"], console)
     printed = lines(console)
     assert "h200, measured" in printed
-    assert "link, GB/s 45.00" in printed
+    assert "link, GB/s 50.10" in printed
     assert "select_pages beside its bytes, us 8.80" in printed
+    assert "kernel of the model beside its bytes, us 3.10" in printed
+    assert "share that a copy takes from compute 0.150" in printed
 
 
 def test_parts(console):

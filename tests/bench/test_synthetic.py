@@ -7,7 +7,7 @@ import torch
 
 from sparda_compile.bench.memory import layout_of
 from sparda_compile.bench.shapes import SHAPES
-from sparda_compile.bench.synthetic import fill, follow, rewind
+from sparda_compile.bench.synthetic import draw_steps, fill, follow, rewind
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.state.layout import LENGTHS, LayerShape, state_name
 
@@ -90,3 +90,16 @@ def test_sliding_windows_are_refused():
     object.__setattr__(kv.layout, "layers", (ring,))
     with pytest.raises(ValueError, match="sliding window"):
         fill(kv, TOKENS)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 5])
+def test_steps_share_as_many_blocks_as_are_kept(kept):
+    random = torch.Generator().manual_seed(0)
+    steps = list(draw_steps((2, 3, 12), 5, kept, 4, random))
+    assert len(steps) == 4
+    for step in steps:
+        assert step.shape == (2, 3, 12)
+        assert (step.sum(-1) == 5).all()
+    for one, other in pairwise(steps):
+        assert ((one & other).sum(-1) == kept).all()
+    assert kept == 5 or not torch.equal(steps[0][0], steps[0][1])

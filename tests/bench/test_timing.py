@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.bench.timing import Spread, graph_us, time_calls, wait_for
+from sparda_compile.bench.timing import (
+    Spread,
+    graph_us,
+    graphs_us,
+    time_calls,
+    time_turns,
+    wait_for,
+)
 
 
 def test_spread():
@@ -23,6 +30,14 @@ def test_each_call_has_its_time():
     assert min(times) > 0
 
 
+def test_calls_take_turns():
+    calls = []
+    times = time_turns([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] * 3
+    assert [len(each) for each in times] == [3, 3]
+    assert min(map(min, times)) > 0
+
+
 def test_only_a_gpu_is_waited_for(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
@@ -38,3 +53,11 @@ def test_graph_is_timed_by_call():
     assert spread.runs == 4
     assert spread.median > 10  # 128 MiB read and written
     assert all(int(v[0]) == 6 for v in values)  # once as it is, five replays
+
+
+@pytest.mark.gpu
+def test_graphs_take_turns():
+    values = {name: torch.zeros(1 << 24, device="cuda") for name in "ab"}
+    times = graphs_us({name: lambda v=v: v.add_(1) for name, v in values.items()}, rounds=3)
+    assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
+    assert all(int(v[0]) == 5 for v in values.values())  # once as it is, four replays

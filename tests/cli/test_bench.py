@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sparda_compile import environment
 from sparda_compile.bench import memory, suite
 from sparda_compile.bench.memory import GIB
-from sparda_compile.bench.suite import PARTS, WITH_BASELINES
+from sparda_compile.bench.suite import PARTS, WITH_BASELINES, Part
 from sparda_compile.cli import bench
 from sparda_compile.cli import main as cli
 
@@ -79,6 +79,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(environment, "_commit", lambda: "abc123")
     monkeypatch.setattr(memory, "free_everything", lambda: None)
     monkeypatch.setattr(suite, "free_everything", lambda: None)
+    monkeypatch.setattr(bench, "prr_part", lambda *args: Part("prr", 1.0, lambda: True, list))
     return asked
 
 
@@ -162,8 +163,10 @@ def test_all_runs_in_order_goes_on_after_a_failure_and_keeps_what_is_there(
     parts = json.loads(result.stdout)["parts"]
     words_of = {"decode": "batch {}", "prefill": "{} tokens", "turns": "behind {} tokens"}
     names = [f"{what} {shape} {words_of[what].format(size)}" for what, shape, size, _ in PARTS]
-    assert [part["name"] for part in parts] == ["kernels", *names, "budget 8 GiB", "budget 16 GiB"]
-    assert {part["status"] for part in parts} == {"done", "failed"}
+    assert [part["name"] for part in parts] == [
+        "kernels", "prr", *names, "budget 8 GiB", "budget 16 GiB",
+    ]  # fmt: skip
+    assert {part["status"] for part in parts} == {"done", "failed", "kept"}
     measured = [entry for entry in asked if len(entry) == 3][:-2]
     for (name, setting, how), (what, shape, size, _) in zip(measured, PARTS, strict=True):
         assert name == shape

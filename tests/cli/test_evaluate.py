@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from sparda_compile.cli import evaluate
 from sparda_compile.cli import main as cli
 from sparda_compile.demo import small_model
+from sparda_compile.evaluation.guesses import MIXED, REFERENCES
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
 from sparda_compile.forecast.weights import ForecastInfo, ForecastWeights, projections_of
 
@@ -67,12 +68,15 @@ def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     plain = json.loads(path.read_text())
     (row,) = plain["rows"]
     guesses = {(g["name"], g["budget"]) for g in row["guesses"] if g["layer"] is None}
-    names = ("ema", "next_query", "last_scores", "previous_step")
+    names = ("ema", "next_query", *MIXED, *REFERENCES)
     assert guesses == {(name, budget) for name in names for budget in (1.0, 1.25, 1.5, 2.0)}
     assert plain["settings"]["ema_damping"] == 0.25
     assert plain["settings"]["hints"] == ["ema", "next_query"]
     assert "kept from" in run(folder, *SMALL, *given, "--ema", 0.5, 0.3, 0.25, "--json-file",
                               path).stderr  # fmt: skip
+    searched = run(folder, *SMALL, *given, "--ema-calibrate", "--json-file", tmp_path / "new.json")
+    assert searched.exit_code == 0, searched.output
+    assert json.loads((tmp_path / "new.json").read_text())["settings"]["ema_calibrate"]
     wrong = run(folder, *SMALL, *given, "--ema", 0.0, 0.3, 0.25)
     assert wrong.exit_code != 0
     assert "ema_level=0.0" in wrong.stderr.replace("--ema-level ", "ema_level=")

@@ -100,6 +100,6 @@ def test_shipped_model_is_missing(monkeypatch, tmp_path):
 
 def test_shipped_model_answers_rightly():
     demo = needle_demo.run_shipped_model(num_tokens=4096, seed=2)
-    assert [row.mode for row in demo.rows] == ["dense", "query", "forecast", "exact"]
+    assert [row.mode for row in demo.rows] == ["dense", "query", "forecast", "exact", "speculate"]
     assert demo.mismatches == ()
     assert min(row.num_right for row in demo.rows) == 4

@@ -18,7 +18,7 @@ from sparda_compile.program.program import Program
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.testing import tiny_llama
 
-NUM_THREADS, CALLS_PER_THREAD = 8, 25
+NUM_THREADS, CALLS_PER_THREAD = 8, 12
 TIMEOUT_S = 300
 CONFIG = SpardaConfig(
     mode="query", top_k=1, local_blocks=1, block_size=16, lowering="eager", page_ratio=1.0

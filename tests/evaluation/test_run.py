@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError
+from sparda_compile.evaluation.guesses import REFERENCES
 from sparda_compile.evaluation.run import budget_config, evaluate
 from sparda_compile.evaluation.tasks import make_batch
 from sparda_compile.evaluation.vocabulary import NUM_TOKENS
@@ -149,6 +150,6 @@ def test_guesses_are_counted_where_they_are_asked_for(model):
     assert all(row.guesses == () for row in plain.rows)
     assert found.rows[0].guesses == ()
     few = found.rows[1]
-    assert {guess.name for guess in few.guesses} == {"ema", "last_scores", "previous_step"}
+    assert {guess.name for guess in few.guesses} == {"ema", *REFERENCES}
     assert (few.accuracy, few.kl) == (plain.rows[1].accuracy, plain.rows[1].kl)
     assert {guess.layer for guess in few.guesses} == {None, 0, 1}

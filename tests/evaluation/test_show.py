@@ -56,12 +56,15 @@ def test_table():
 def test_guesses():
     assert "Who guessed" not in printed(EVALUATION)
     guesses = [
-        Guess(name="ema", layer=layer, budget=1.25, coverage=0.9, precision=share, fetched=0.25)
-        for layer, share in ((None, NAN), (0, 0.125))
+        Guess(name="ema", layer=layer, budget=1.25, coverage=found, precision=share, fetched=0.25)
+        for layer, found, share in ((None, 0.9, NAN), (0, 0.8, 0.125), (1, 0.7, 0.5), (2, NAN, 0.5))
     ]
+    guesses.append(dataclasses.replace(guesses[0], name="mixed"))
     text = printed(Evaluation("Model", 0, (DENSE, dataclasses.replace(ROW, guesses=guesses))))
     rows = [line.split() for line in text.partition("Who guessed")[2].splitlines()]
-    assert ["query", "10%", "multi_key", "4096", "ema", "1.25x", "90.0%", "-", "25.0%"] in rows
+    head = ["query", "10%", "multi_key", "4096"]
+    assert [*head, "ema", "1.25x", "90.0%", "-", "25.0%", "70.0%", "(1)"] in rows
+    assert [*head, "mixed", "1.25x", "90.0%", "-", "25.0%", "-"] in rows
     assert not any("12.5%" in row for row in rows)
 
 

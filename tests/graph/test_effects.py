@@ -33,7 +33,9 @@ WRITES = {
     "remember_ids": {"last_block_ids"},
     "remember_last": {"last_block_ids"},
     "update_prediction": {"level", "trend"},
-    "begin_prediction": {"level", "trend"},
+    "begin_prediction": {"level", "trend", "calibrated"},
+    "predict_ahead": {"predicted"},
+    "repair_predicted": {"counters"},
     "advance_lengths": {"lengths"},
     "update_summary": {"tensors"},
     "attend_tokens": {"staging"},
@@ -150,10 +152,11 @@ def test_layers_do_not_conflict(graph):
 def test_partial_attention_and_the_fetch_of_its_misses_touch_other_pages(graph):
     resident = find_ops(graph, "attend_resident")[1]
     repair, hint = named(graph, "prefetch_1"), named(graph, "hint_prefetch_1")
-    assert is_disjoint(resident, repair)
-    assert is_disjoint(repair, resident)
+    pages = "sparda_pages_1"
+    assert is_disjoint(resident, repair, pages)
+    assert is_disjoint(repair, resident, pages)
     assert conflicts(resident, repair) == []
     # The hint's copy is for other pages than those that this plan knows to be there.
-    assert not is_disjoint(resident, hint)
-    assert conflicts(resident, hint) == ["sparda_pages_1"]
-    assert not is_disjoint(find_ops(graph, "attend_missing")[1], repair)
+    assert not is_disjoint(resident, hint, pages)
+    assert conflicts(resident, hint) == [pages]
+    assert not is_disjoint(find_ops(graph, "attend_missing")[1], repair, pages)

@@ -8,7 +8,9 @@ import torch
 from sparda_compile.graph.effects import argument
 from sparda_compile.graph.nodes import program_order, tensor_shape
 from sparda_compile.graph.site import sites_of
+from sparda_compile.hints.ema import EmaHint
 from sparda_compile.kernels import predict_blocks
+from sparda_compile.kernels.calibrate import candidates
 from sparda_compile.kernels.predict_blocks import predict_blocks_reference
 
 CONFIG = {"mode": "exact", "hint": "ema", "machine": "h200"}
@@ -69,6 +71,64 @@ def test_a_prompt_begins_the_levels_behind_the_summary(lab, phase, selector):
         assert argument(node, "are_comparable") == (selector == "infllm2")
         assert order[summaries[layer]] < order[node]
         assert tensor_shape(argument(node, "level")) == tensor_shape(argument(node, "trend"))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "sparse_prefill"])
+def test_a_prompt_calibrates_what_steps_read(lab, phase):
+    module = lab.module(ema_calibrate=True, **CONFIG)
+    graph = module.programs.get(phase, 1, 256, last_only=True).plan.graph_module.graph
+    layout = module.programs.get("decode", 1, 256, last_only=True).plan.layout
+    for layer, node in lab.ops(graph, "begin_prediction").items():
+        assert argument(node, "calibrated").name == f"sparda_calibrated_{layer}"
+        assert argument(node, "num_selected") == layout.num_selected
+        assert argument(node, "sink_blocks") == layout.config.sink_blocks
+        assert argument(node, "local_blocks") == layout.config.local_blocks
+    graph = lab.decode_graph("insert_forecast", ema_calibrate=True, **CONFIG)
+    for name in ("predict_blocks", "update_prediction"):
+        for layer, node in lab.ops(graph, name).items():
+            assert argument(node, "calibrated").name == f"sparda_calibrated_{layer}"
+
+
+def test_speculation_predicts_by_what_a_prompt_is_calibrated_to(lab):
+    config = {"mode": "speculate", "speculate_where": "always", "offload": "never"}
+    graph = lab.decode_graph(None, machine="h200", ema_calibrate=True, **config)
+    for name in ("predict_ahead", "update_prediction"):
+        found = {
+            layer: argument(node, "calibrated").name for layer, node in lab.ops(graph, name).items()
+        }
+        assert found == {n: f"sparda_calibrated_{n}" for n in range(lab.num_layers)}
+
+
+def test_nothing_is_calibrated_by_default(lab):
+    graph = lab.decode_graph("insert_forecast", **CONFIG)
+    for name in ("predict_blocks", "update_prediction"):
+        assert {argument(node, "calibrated") for node in lab.ops(graph, name).values()} == {None}
+    layout = lab.module(**CONFIG).programs.get("decode", 1, 256, last_only=True).plan.layout
+    assert set(EmaHint().state(layout, layout.layers[0])) == {"level", "trend"}
+
+
+def test_each_prompt_is_calibrated_and_few_tokens_change_nothing(lab):
+    module = lab.module(ema_calibrate=True, **CONFIG)
+    cache = module.new_cache(256)
+    module(torch.randint(0, 256, (2, 9)), past_key_values=cache)
+    found = cache.kv.state["sparda_calibrated_1"]
+    assert (found == 0.0).all()
+    module(torch.randint(0, 256, (2, 100)), past_key_values=cache)
+    grid = candidates(found.device).tolist()
+    assert all(row in grid for row in found.tolist())
+    kept = found.clone()
+    for _ in range(3):
+        module(torch.randint(0, 256, (2, 1)), past_key_values=cache)
+    module(torch.randint(0, 256, (2, 5)), past_key_values=cache)
+    assert torch.equal(found, kept)
+    found[1] = torch.tensor([0.2, 0.1, 0.75])
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(found[0], found[1])
+    layout = cache.kv.layout
+    larger = cache.kv.grow(type(layout)(layout.config, layout.layers, 2, 512))
+    assert torch.equal(larger.state["sparda_calibrated_1"], found)
+    cache.reset()
+    assert (found == 0.0).all()
 
 
 def level_of(cache, layer):

@@ -18,8 +18,9 @@ def test_an_instruction_is_true_to_its_schema(name):
     assert it.places == {e.name: i for i, e in enumerate(schema.arguments)}
     assert (it.stream is None) == ("stream" in it.places)
     assert len(it.results) == (len(schema.returns) if len(schema.returns) > 1 else 0)
-    for part in (it.part,) if it.part else ():
+    for part in it.parts:
         assert {part.tensor, part.by} <= set(it.places)
+    assert len({part.tensor for part in it.parts}) == len(it.parts)
     if it.starts or it.waits:
         assert "event" in it.places
     assert not (it.starts and it.waits)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from sparda_compile import ops
 from sparda_compile.kernels import predict_blocks as room
-from sparda_compile.selectors import SELECTORS, Geometry
+from sparda_compile.selectors import SELECTORS
 from sparda_compile.selectors.nosa import LISTED
 
 assert ops.OPS
@@ -105,6 +103,34 @@ def test_a_step_without_a_score_leaves_a_block_as_it_is():
     assert trend.tolist() == [[[0.5, 1.25, 0.5]]]
 
 
+class TestCalibrated:
+    """The first sequence was calibrated, the second was not."""
+
+    CALIBRATED = torch.tensor([[0.25, 0.75, 1.0], [0.0, 0.9, 0.9]])
+
+    def test_updates_take_the_weights_of_each_sequence(self):
+        level, trend = empty()
+        wanted = [empty() for _ in range(2)]
+        for step in scores_of(12):
+            torch.ops.sparda.update_prediction(
+                step, level, trend, 0.5, 0.5, True, calibrated=self.CALIBRATED
+            )
+            for want, weights in zip(wanted, ((0.25, 0.75), (0.5, 0.5)), strict=True):
+                torch.ops.sparda.update_prediction(step, *want, *weights, True)
+        for row, (want_level, want_trend) in enumerate(wanted):
+            assert torch.equal(level[row], want_level[row])
+            assert torch.equal(trend[row], want_trend[row])
+
+    def test_predictions_take_the_damping_of_each_sequence(self):
+        level = torch.tensor([0.0, 3.0, 2.0, 0.0]).expand(2, 1, 4).contiguous()
+        trend = torch.tensor([0.0, 0.0, 2.0, 0.0]).expand(2, 1, 4).contiguous()
+        lengths = torch.tensor([3 * SIZE] * 2, dtype=torch.int32)
+        ids = torch.ops.sparda.predict_blocks(
+            level, trend, lengths, 3, SIZE, 1, 0, 0.0, calibrated=self.CALIBRATED
+        )
+        assert ids.tolist() == [[[0, 2, 3]], [[0, 1, 3]]]
+
+
 class TestPrediction:
     def test_forced_blocks_are_always_in_and_others_only_if_they_were_scored(self):
         level, trend = empty()
@@ -175,56 +201,3 @@ class TestStandardise:
         own += tuple(SELECTORS[name].forecast_selector for name in own)
         comparable = [name for name in own if SELECTORS[name].is_comparable]
         assert comparable == ["infllm2", "lowbit2", "lowbit4"]
-
-
-MASKS = {
-    "no padding": torch.ones(2, 50, dtype=torch.bool),
-    "left": torch.arange(50) >= torch.tensor([[0], [35]]),
-    "holes": torch.arange(50) % torch.tensor([[3], [5]]) > 0,
-    "one sequence without a token": (torch.arange(50) >= 0) & torch.tensor([[True], [False]]),
-    "fewer than the window": torch.ones(2, 7, dtype=torch.bool),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("selector", ["infllm2", "quest", "nosa", "lowbit2"])
-def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
-    """Each token scores by the keys before it alone, though the summary has them all."""
-    geometry = Geometry(12, SIZE, 8, 4, 2, 1, 1) if selector == "nosa" else Geometry(12, SIZE, 8, 4)
-    rule, generator = SELECTORS[selector], torch.Generator().manual_seed(3)
-    lengths = torch.tensor([100, 61], dtype=torch.int32)
-    tensors = [
-        torch.empty(2, 2, *shape, dtype=rule.summary.dtypes.get(name))
-        for name, shape in rule.summary.shapes(geometry, 8).items()
-    ]
-    rule.summary.reset(tensors)
-    past = torch.randn(2, 2, 100, 8, generator=generator)
-    nothing = torch.zeros(2, dtype=torch.int32)
-    rule.summary.extend(tensors, past, nothing, torch.arange(100) < lengths[:, None], geometry)
-    k = torch.randn(2, 2, mask.shape[1], 8, generator=generator)
-    rule.summary.extend(tensors, k, lengths, mask, geometry)
-    query = torch.randn(2, 4, mask.shape[1], 8, generator=generator)
-    level = torch.full((2, 2, 12), -INF)
-    level[:, :, :3] = 0.7
-    trend = torch.zeros_like(level)
-    want_level, want_trend = level.clone(), trend.clone()
-    _, columns, totals = torch.ops.sparda.number_tokens(mask, lengths)
-    torch.ops.sparda.begin_prediction(
-        query, tensors, columns, totals, lengths, level, trend, selector, 0.3, 12, SIZE, 8, 4, 0.4,
-        0.3,
-        rule.is_comparable, geometry.short_list, geometry.sink_blocks, geometry.local_blocks,
-    )  # fmt: skip
-    for row in range(2):
-        one = slice(row, row + 1)
-        columns = torch.where(mask[row])[0]
-        for number in range(max(len(columns) - room.WINDOW, 0), len(columns)):
-            now = lengths[one] + number
-            scores = rule.score(
-                query[one, :, columns[number], None], [t[one] for t in tensors], now, 0.3, geometry
-            )
-            torch.ops.sparda.update_prediction(
-                scores, want_level[one], want_trend[one], 0.4, 0.3, rule.is_comparable
-            )
-    assert torch.equal(level, want_level)
-    assert torch.equal(trend, want_trend)
-    assert not math.isnan(level.sum())

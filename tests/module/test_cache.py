@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.capture.cache_name import CACHE_NAME
-from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.errors import ConfigError, KVCacheError, UnsupportedInputError
 from sparda_compile.module.cache import SpardaCache
 
 CONFIG = SpardaConfig(mode="query", top_k=None, block_size=16, lowering="eager")
@@ -144,3 +144,72 @@ def test_a_reorder_that_did_not_end_breaks_the_cache(fast, monkeypatch):
         cache.reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(KVCacheError, match="began and did not end"):
         fast(tokens(1, 2), past_key_values=cache)
+
+
+@pytest.fixture(scope="module")
+def speculating(traced_llama):
+    config = SpardaConfig(
+        mode="speculate", offload="never", top_k=4, local_blocks=1, block_size=16, machine="h200",
+        lowering="eager",
+    )  # fmt: skip
+    return optimize(traced_llama, config)
+
+
+class TestBudgets:
+    """Blocks that layers predict in mode `speculate`: top_k=4, so that 1.5 times as many fit."""
+
+    def budgets(self, cache):
+        return [cache.kv.state[f"sparda_budget_{layer}"].item() for layer in range(2)]
+
+    def test_set_before_and_between_calls(self, speculating):
+        cache = speculating.new_cache(100)
+        cache.set_budgets({1: 5})
+        speculating(tokens(300), past_key_values=cache)
+        assert self.budgets(cache) == [9, 5]
+        predicted = [cache.kv.state[f"sparda_predicted_{layer}"] for layer in range(2)]
+        assert [(ids >= 0).sum(-1).max().item() for ids in predicted] == [9, 5]
+        cache.set_budgets({0: 0})
+        speculating(tokens(1), past_key_values=cache)
+        assert self.budgets(cache) == [0, 5]
+        assert (predicted[0] == -1).all()
+
+    def test_they_outlive_growth_and_reset(self, speculating):
+        cache = speculating.new_cache(100)
+        cache.set_budgets({0: 7})
+        speculating(tokens(500), past_key_values=cache)
+        speculating(tokens(100), past_key_values=cache)
+        assert cache.get_max_cache_shape() == 1024
+        assert self.budgets(cache) == [7, 9]
+        cache.reset()
+        assert self.budgets(cache) == [7, 9]
+
+    def test_another_cache_has_its_own(self, speculating):
+        cache = speculating.new_cache(100)
+        speculating(tokens(20), past_key_values=cache)
+        cache.set_budgets({0: 2})
+        del cache
+        other = speculating.new_cache(100)
+        speculating(tokens(20), past_key_values=other)
+        assert self.budgets(other) == [9, 9]
+
+    @pytest.mark.parametrize("has_memory", [False, True])
+    @pytest.mark.parametrize(
+        ("budgets", "words"),
+        [
+            ({2: 3}, "given for layer 2, but those that predict blocks are 0, 1"),
+            ({0: 10}, "the budget of layer 0=10 is too large; use 0 to 9"),
+            ({0: -1}, "is too small"),
+            ({0: 1.5}, "is not a whole number"),
+        ],
+    )
+    def test_refused(self, speculating, has_memory, budgets, words):
+        cache = speculating.new_cache(100)
+        if has_memory:
+            speculating(tokens(20), past_key_values=cache)
+        with pytest.raises(ConfigError, match=words):
+            cache.set_budgets(budgets)
+
+    def test_other_modes_predict_nothing(self, fast):
+        cache = fast.new_cache(100)
+        with pytest.raises(ConfigError, match="mode='query', which predicts none"):
+            cache.set_budgets({0: 1})

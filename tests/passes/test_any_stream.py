@@ -10,7 +10,7 @@ import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import TransferRaceError
-from sparda_compile.graph.effects import argument, set_argument, started_event, stream_of
+from sparda_compile.graph.effects import argument, set_argument, started_event
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops, snapshot
@@ -19,8 +19,7 @@ from sparda_compile.isa.engines import DeferredEngine, ImmediateEngine, use_engi
 from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY
 from sparda_compile.passes.check.issued import extract_program
 from sparda_compile.passes.check.verify_transfers import check_program
-from sparda_compile.passes.schedule.cost import node_cost
-from sparda_compile.passes.schedule.simulate import simulate
+from sparda_compile.passes.schedule.simulate import predict
 from sparda_compile.program.program import Program
 from sparda_compile.testing import tiny_llama
 
@@ -182,10 +181,7 @@ def test_a_missing_join_shows_and_is_found(lab):
 def test_simulator_runs_it_beside_compute(lab, context_of):
     gm = lab.graph_module()
     ctx = context_of(lab.own.plan)
-    nodes = list(gm.graph.nodes)
-    costs = {node: node_cost(node, ctx) for node in nodes}
-    rows = simulate(nodes, costs, ctx, {node: stream_of(node) for node in nodes})
-    by_name = {row.node: row for row in rows}
+    by_name = {row.node: row for row in predict(gm.graph, ctx)}
     for layer in range(3):
         attention, joined = by_name[f"sparse_attention_{layer}"], by_name[f"joined_{layer}"]
         assert (attention.stream, joined.stream) == (ATTEND, COMPUTE)

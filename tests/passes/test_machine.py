@@ -17,7 +17,7 @@ from sparda_compile.passes.machine import LATENCY_US, MACHINES, calibration_file
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 MEASURED = {
     "name": "h200", "memory_gbps": 4000.5, "link_gbps": 41.0, "tflops": 700.0, "launch_us": 2.5,
-    "overlaps": True, "latency_us": {"select_pages": 9.5},
+    "overlaps": True, "latency_us": {"select_pages": 9.5}, "kernel_us": 2.75, "copy_share": 0.2,
 }  # fmt: skip
 
 
@@ -26,8 +26,11 @@ def test_constants_are_named_positive_and_in_proportion(name):
     machine = MACHINES[name]
     assert machine.name == name
     numbers = [v for v in dataclasses.astuple(machine) if isinstance(v, float)]
-    assert len(numbers) == 4
-    assert min(numbers) > 0
+    assert len(numbers) == 6
+    assert min(numbers[:-1]) > 0
+    # A copy takes nothing where nothing runs beside it.
+    assert 0 <= machine.copy_share < 0.5
+    assert (machine.copy_share > 0) == machine.overlaps
     # The link is what everything here is about: slower than the device's own memory.
     assert machine.link_gbps < machine.memory_gbps
 
@@ -133,9 +136,12 @@ def test_gpu_that_was_measured_is_planned_for_as_it_is(calibration, caplog):
 
 
 def test_constants_without_latencies_have_those_of_an_h200(calibration):
-    older = {key: value for key, value in MEASURED.items() if key != "latency_us"}
+    newer = ("latency_us", "kernel_us", "copy_share")
+    older = {key: value for key, value in MEASURED.items() if key not in newer}
     calibration.write_text(json.dumps({"machine": older}))
-    assert machine_for(None, GPU).latency_us == LATENCY_US["h200"]
+    machine = machine_for(None, GPU)
+    assert machine.latency_us == LATENCY_US["h200"]
+    assert (machine.kernel_us, machine.copy_share) == (3.1, 0.15)
 
 
 @pytest.mark.parametrize(

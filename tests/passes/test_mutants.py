@@ -45,6 +45,7 @@ MODES = {
         "mode": "exact",
         "hint": ("previous_step", "previous_layer"),
     },
+    "speculate": {"mode": "speculate"},
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")
@@ -54,7 +55,7 @@ TIES = ("keepalive",)
 
 
 def cases():
-    """Yield mode, phase, offload and what is disabled; dense never offloads."""
+    """Yield mode, phase, offload and what is disabled; not every mode offloads."""
     for mode in MODES:
         yield from ((mode, "decode", offload, ()) for offload in ("always", "never"))
     for mode in ("forecast", "exact-forecast"):
@@ -67,10 +68,15 @@ def cases():
     yield from (("exact-ema", "decode", "always", disabled) for disabled in (UNSCHEDULED, IN_LINE))
     for phase in ("prefill", "sparse_prefill"):
         yield "exact-ema", phase, "always", ()
+        yield "speculate", phase, "never", ()
+    yield "speculate", "decode", "never", UNSCHEDULED
 
 
-CASES = [case for case in cases() if case[0] != "dense" or case[2] == "never"]
-COPYING = [case for case in CASES if case[2] == "always" and case[3] != IN_LINE]
+CASES = [c for c in cases() if c[0] not in ("dense", "speculate") or c[2] == "never"]
+COPYING = [
+    case for case in CASES
+    if (case[2] == "always" and case[3] != IN_LINE) or case[:2] == ("speculate", "decode")
+]  # fmt: skip
 
 
 class Case:

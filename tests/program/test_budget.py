@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparda_compile.program.budget import BudgetControl, LayerTimes, budgets_of
+from sparda_compile.passes.schedule.layer_times import LayerTimes
+from sparda_compile.program.budget import BudgetControl, budgets_of
 
 # Selection hides about 144 blocks.
 TIMES = LayerTimes(
@@ -31,6 +32,7 @@ def test_budgets_are_shares_of_what_scores_choose():
     assert budgets_of(34, 62, 158) == (34, 65, 96, 112, 127, 158)
     assert budgets_of(34, 62, 100) == (34, 65, 96, 100)
     assert budgets_of(3, 0, 3) == (3,)
+    assert budgets_of(3, 4, 19) == (3, 5, 7, 8, 9, 11, 19)
 
 
 def test_the_best_budget_is_found_and_kept():

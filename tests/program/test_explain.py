@@ -7,6 +7,7 @@ import pytest
 from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.passes import PIPELINE
 from sparda_compile.program.explain import refused_report
+from sparda_compile.program.plan import planned_capacity
 from sparda_compile.testing import build
 
 CONFIG = SpardaConfig(mode="query", top_k=4, sink_blocks=1, local_blocks=2, block_size=16)
@@ -53,7 +54,7 @@ def test_planned_bytes(report):
         assert layer.host_bytes == heads * blocks * block_bytes
         assert layer.page_bytes == heads * pages * block_bytes
         assert layer.summary_bytes == heads * (windows + 32) * 16 * 4
-        assert layer.table_bytes == heads * (blocks + 2 * pages) * 4 + 5 * 8
+        assert layer.table_bytes == heads * (blocks + 2 * pages) * 4 + 6 * 8
     assert pages == selected * 3 // 2
     assert report.host_bytes == 2 * heads * blocks * block_bytes
 
@@ -94,6 +95,33 @@ def test_passes_that_are_left_out(fast):
     report = explain(fast, CONFIG.replace(disable_passes=disabled))
     assert not {p.name for p in report.passes} & set(disabled)
     assert report.schedules == ()
+
+
+def test_speculation_is_said_in_a_sentence(fast):
+    config = CONFIG.replace(mode="speculate", offload="never", machine="h200", top_k=8)
+    said = "Layers that attend to up to {} predicted blocks while they select: 2."
+    for changes, text in (
+        ({}, said.format(config.num_predicted(planned_capacity(config) // config.block_size))),
+        ({"machine": "cpu"}, "Nothing is predicted: on cpu no layer is expected to gain by it."),
+        (
+            {"disable_passes": ("insert_speculation",)},
+            "Nothing is predicted: disable_passes leaves insert_speculation out.",
+        ),
+    ):
+        report = explain(fast, config.replace(**changes))
+        assert report.speculation == text
+        assert text in str(report)
+        assert text in repr(report)
+        assert text in report._repr_html_()
+    assert explain(fast, CONFIG).speculation == ""
+    report = explain(fast, config)
+    rows = {row.op: row for row in report.schedules[0].rows}
+    early, selecting = rows["sparda.attend_predicted"], rows["sparda.score_blocks"]
+    assert (early.stream, early.start_us) == (3, selecting.start_us)
+    assert rows["sparda.repair_predicted"].start_us > early.end_us
+    table = str(report.schedules[0])
+    assert "attend" in table
+    assert "sparda.repair_predicted" in table
 
 
 def test_window_layer_stays_dense_and_says_why():

@@ -183,6 +183,11 @@ PROMPTS = {
         "sparse_prefill", {"shared_tokens": 8},
         {*SPARSE, "_token_sums"}, {*SPARSE, "_token_sums", *STAGED},
     ),
+    "calibrated": (
+        "prefill", {"mode": "exact", "hint": "ema", "ema_calibrate": True},
+        {*STORED, *POOLED, *PREDICTED["ema"], "_judge_rows", "_rate_candidates"},
+        {*STORED, *POOLED, *PREDICTED["ema"], "_judge_rows", "_rate_candidates", *TURN},
+    ),
     **{
         f"exact, {hint}": (
             "sparse_prefill", {"mode": "exact", "hint": hint},

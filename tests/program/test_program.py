@@ -113,7 +113,7 @@ def test_program_follows_its_model_s_joined_weights(
     captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apart = plan_of(captures, mode="query", machine="h200")
-    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph, ctx: True)
     plan = plan_of(captures, mode="query", machine="h200")
     assert len(JOINED.of(plan.graph_module)) == 4
     one = torch.ones(1, 1, dtype=torch.long)
@@ -140,7 +140,7 @@ def test_program_follows_its_model_s_joined_weights(
 def test_programs_of_one_model_share_their_joined_weights(
     captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph, ctx: True)
     plans = [plan_of(captures, batch_size=size, machine="h200") for size in (1, 2)]
     forecast, other = (forecast_of(plans[0]) for _ in range(2))
     joined = [

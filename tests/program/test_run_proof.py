@@ -14,9 +14,10 @@ from sparda_compile import SpardaConfig
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.graph.effects import argument, bound_arguments, stream_of, takes
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
-from sparda_compile.graph.nodes import call_name
+from sparda_compile.graph.nodes import call_name, find_ops, snapshot
 from sparda_compile.isa.engines import ImmediateEngine, current_engine, use_engine
-from sparda_compile.isa.streams import COMPUTE
+from sparda_compile.isa.streams import COMPUTE, STREAM_NAMES
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.program.lower import LoweredProgram, Register, lower, set_frees
 from sparda_compile.program.recording import record_run
 from sparda_compile.program.run_proof import check_recording
@@ -35,7 +36,9 @@ CASES = {
     "query": {"mode": "query"},
     "forecast-of-two": {"mode": "forecast", "batch_size": 2},
     "prefill": {"mode": "forecast", "phase": "prefill"},
+    "speculate": {"mode": "speculate", "offload": "never", "speculate_where": "always"},
 }
+STREAMS = frozenset(range(len(STREAM_NAMES)))
 
 
 class Lab:
@@ -264,7 +267,7 @@ def _needed(program, i):
 
 
 def test_every_wrong_event_is_found(lab):
-    for i in ops(lab.calls(), "prefetch_blocks", "offload_blocks", "wait_blocks"):
+    for i in ops(lab.calls(), "prefetch_blocks", "offload_blocks", "record_event", "wait_blocks"):
         program = lab.calls()
         event = argument(program.calls[i].node, "event")
         put(program.calls[i], "event", event + 1)
@@ -275,7 +278,7 @@ def test_every_wrong_stream_is_found(lab):
     for i in ops(lab.calls()):
         program = lab.calls()
         node = program.calls[i].node
-        for stream in {0, 1, 2} - {stream_of(node)}:
+        for stream in STREAMS - {stream_of(node)}:
             if takes(node, "stream"):
                 program = lab.calls()
                 call = program.calls[i]
@@ -306,7 +309,7 @@ def test_every_submission_to_another_stream_is_found(lab):
     lab.check(lab.calls(), faithful)
     assert faithful.noted
     for place, right in enumerate(faithful.noted):
-        for stream in {0, 1, 2} - {right}:
+        for stream in STREAMS - {right}:
             with pytest.raises(TransferRaceError, match="stream"):
                 lab.check(lab.calls(), Astray(place, stream))
 
@@ -336,3 +339,56 @@ def test_every_other_argument_is_found(lab):
                 mutants += 1
                 lab.dies_or_fails(program, "took something else than")
     assert mutants
+
+
+@pytest.fixture(scope="module")
+def mine(traced_llama):
+    return Lab(traced_llama, **CASES["speculate"])
+
+
+class TestSpeculation:
+    """Programs made of graphs that are wrong themselves: the run's own clocks find the race."""
+
+    def check(self, lab, change):
+        """Run the program of a changed graph, and check it against that graph."""
+        module = snapshot(lab.program.plan.graph_module)
+        change(module.graph)
+        program = lower(module, "eager")
+        for name, tensor in lab.state.items():
+            lab.kv.state[name].copy_(tensor)
+        with use_engine(ImmediateEngine()):
+            _, recording = record_run(program, lab.program._bound(lab.call, lab.kv))
+        return check_recording(module.graph, recording)
+
+    def wait(self, graph, name):
+        return next(iter(next(n for n in graph.nodes if n.name == name).users))
+
+    def test_nothing_changed(self, mine):
+        assert self.check(mine, lambda graph: None).conflicts > 0
+
+    def test_without_the_wait(self, mine):
+        with pytest.raises(TransferRaceError, match=r"attend_predicted_1 .*repair_predicted_1"):
+            self.check(mine, lambda graph: graph.erase_node(self.wait(graph, "parts_1")))
+
+    def test_wait_too_late(self, mine):
+        def later(graph):
+            find_ops(graph, "repair_predicted")[1].append(self.wait(graph, "parts_1"))
+
+        with pytest.raises(TransferRaceError, match=r"attend_predicted_1 .*repair_predicted_1"):
+            self.check(mine, later)
+
+    def test_prediction_that_is_not_awaited(self, mine):
+        def erase(graph):
+            for name in ("prediction_0", "prediction_1"):
+                graph.erase_node(self.wait(graph, name))
+
+        with pytest.raises(TransferRaceError, match=r"(predict|update)\w+_\d"):
+            self.check(mine, erase)
+
+    def test_token_written_to_what_was_predicted(self, mine, monkeypatch):
+        """The two touch different blocks: without that knowledge the run would be refused."""
+        append, attend = INSTRUCTIONS["append_kv"], INSTRUCTIONS["attend_predicted"]
+        for it in (append, attend):
+            monkeypatch.setitem(it.__dict__, "parts", ())
+        with pytest.raises(TransferRaceError, match=r"attend_predicted_0 .*append_kv_0"):
+            self.check(mine, lambda graph: None)

@@ -3,7 +3,13 @@
 import pytest
 
 from sparda_compile import SpardaConfig
-from sparda_compile.report.text import columns, format_bytes, html_table, selection_sentence
+from sparda_compile.report.text import (
+    columns,
+    format_bytes,
+    html_table,
+    selection_sentence,
+    speculation_sentence,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +61,20 @@ def test_cache_that_ends_before_selection_begins_says_so(max_tokens, is_short):
 def test_what_never_selects_says_so(config, why):
     assert config.selection_starts_at is None
     assert selection_sentence(config) == f"Nothing is selected: {why} reads all blocks."
+
+
+@pytest.mark.parametrize(
+    ("speculated", "left", "text"),
+    [
+        (3, 0, "Layers that attend to up to 127 predicted blocks while they select: 3."),
+        (
+            1,
+            2,
+            "Layers that attend to up to 127 predicted blocks while they select: 1. "
+            "2 would gain nothing on h200, and do not.",
+        ),
+        (0, 3, "Nothing is predicted: on h200 no layer is expected to gain by it."),
+    ],
+)
+def test_which_layers_speculate(speculated, left, text):
+    assert speculation_sentence(speculated, left, 127, "h200") == text

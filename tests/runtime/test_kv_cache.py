@@ -138,16 +138,16 @@ def test_reset_forgets_all_and_keeps_the_memory():
 
 @pytest.mark.parametrize("offload", ["always", "never"])
 def test_sequences_take_over_what_others_hold(offload):
-    kv = make(batch_size=5, offload=offload)  # as many as there are counters
-    fill(kv, [40, 20, 33, 7, 1])
+    kv = make(batch_size=6, offload=offload)  # as many as there are counters
+    fill(kv, [40, 20, 33, 7, 1, 9])
     addresses = {name: tensor.data_ptr() for name, tensor in kv.state.items()}
     before = {name: tensor.clone() for name, tensor in kv.state.items()}
-    kv.state["sparda_counters_0"].copy_(torch.arange(5))
-    rows = torch.tensor([1, 1, 4, 0, 4])
+    kv.state["sparda_counters_0"].copy_(torch.arange(6))
+    rows = torch.tensor([1, 1, 4, 0, 4, 5])
     kv.reorder(rows)
     assert {name: tensor.data_ptr() for name, tensor in kv.state.items()} == addresses
-    assert kv.state.pop("sparda_counters_0").tolist() == [0, 1, 2, 3, 4]
-    assert kv.lengths() == [20, 20, 1, 40, 1]
+    assert kv.state.pop("sparda_counters_0").tolist() == [0, 1, 2, 3, 4, 5]
+    assert kv.lengths() == [20, 20, 1, 40, 1, 9]
     for name, tensor in kv.state.items():
         want = before[name][rows] if tensor.numel() else before[name]
         torch.testing.assert_close(tensor, want, rtol=0, atol=0, equal_nan=True, msg=name)
@@ -202,7 +202,7 @@ def test_pools_that_are_too_small_are_found_at_once(config, error, message):
 
 def test_stats_are_bytes_of_whole_blocks_of_sparse_layers():
     kv = make()
-    kv.state["sparda_counters_0"].copy_(torch.tensor([7, 5, 4, 2, 3]))
+    kv.state["sparda_counters_0"].copy_(torch.tensor([7, 5, 4, 2, 3, 0]))
     stats = kv.stats()
     assert stats.layers == {0: LayerStats(7, 5, 6 * BLOCK_BYTES, 3 * BLOCK_BYTES)}
     kv.reset_stats()
@@ -211,7 +211,7 @@ def test_stats_are_bytes_of_whole_blocks_of_sparse_layers():
 
 def test_nothing_is_copied_to_the_device_that_stays_there():
     kv = make(offload="never")
-    kv.state["sparda_counters_0"].copy_(torch.tensor([7, 5, 4, 2, 0]))
+    kv.state["sparda_counters_0"].copy_(torch.tensor([7, 5, 4, 2, 0, 0]))
     assert kv.stats().total.h2d_bytes == 0
 
 

@@ -19,7 +19,9 @@ def test_total_is_the_sum_over_layers():
 
 def test_plain_values_and_text():
     stats = CacheStats({7: LayerStats(3, 1, 30, 40)})
-    layer = {"hits": 3, "misses": 1, "h2d_bytes": 30, "d2h_bytes": 40}
+    layer = {
+        "hits": 3, "misses": 1, "h2d_bytes": 30, "d2h_bytes": 40, "repaired": 0, "wasted": 0,
+    }  # fmt: skip
     assert json.loads(json.dumps(stats.to_dict())) == {
         "layers": {"7": layer},
         "total": layer,
@@ -43,3 +45,29 @@ def test_shown_at_a_prompt_it_is_short_however_deep_the_model():
     assert page.count("<tr>") == 1 + 1 + 16
     assert "<td>200.0 GiB</td>" in page
     assert "Selection &lt;begins&gt;." in page
+
+
+def test_coverage_is_of_what_was_selected_and_precision_of_what_was_predicted():
+    layer = LayerStats(100, 0, 0, 0, repaired=10, wasted=30)
+    assert layer.coverage == 0.9
+    assert layer.precision == 0.75
+    assert LayerStats(8, 0, 0, 0, repaired=8).coverage == 0.0
+    assert LayerStats(8, 0, 0, 0, repaired=8).precision is None
+    left = LayerStats(100, 0, 0, 0)
+    assert left.coverage is left.precision is None
+
+
+def test_predictions_are_shown_where_the_mode_makes_them():
+    layers = {0: LayerStats(100, 0, 0, 0, repaired=10, wasted=30), 1: LayerStats(100, 0, 0, 0)}
+    stats = CacheStats(layers, speculates=True)
+    assert stats.predicted == layers[0]
+    assert str(stats).endswith(
+        ", 10 blocks repaired (90.0% predicted), 30 predicted in vain (75.0% of predictions read)"
+    )
+    page = stats._repr_html_()
+    assert "<th>coverage</th><th>precision</th>" in page
+    assert "<td>10</td><td>30</td><td>90.0%</td><td>75.0%</td>" in page
+    assert page.count("<td>-</td><td>-</td><td>-</td><td>-</td>") == 1
+    assert str(CacheStats({1: layers[1]}, speculates=True)).endswith(", nothing predicted")
+    others = CacheStats(layers)
+    assert "repaired" not in str(others) + others._repr_html_()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig
+from sparda_compile.errors import ConfigError
 from sparda_compile.state.layout import COUNTERS, CacheLayout, LayerShape, TensorSpec, state_name
 
 SPARSE = LayerShape(0, "sparse", 2, 64, 0, torch.bfloat16)
@@ -107,6 +108,25 @@ def test_ema_has_a_level_and_a_trend_for_each_block():
     assert tensors["level"] == TensorSpec(shape, torch.float32, fill=float("-inf"))
     assert tensors["trend"] == TensorSpec(shape, torch.float32)
     assert "last_block_ids" in tensors
+
+
+def test_speculation_has_its_prediction_and_a_budget_for_all_sequences():
+    sizes = layout(mode="speculate", offload="never", speculation_budget=0.5)
+    tensors = sizes.tensors(SPARSE)
+    assert {"level", "trend"} <= set(tensors)
+    assert tensors["predicted"] == TensorSpec((3, 2, 34 + 31), torch.int32, fill=-1)
+    assert tensors["budget"] == TensorSpec((1,), torch.int32, fill=65, is_shared=True)
+    assert not sizes.offload
+
+
+def test_speculation_refuses_what_does_not_fit_the_device():
+    fits = layout(mode="speculate", offload="auto", device_bytes=1 << 40)
+    assert not fits.offload
+    small = layout(mode="speculate", offload="auto", device_bytes=1 << 20)
+    with pytest.raises(ConfigError, match=r"device_bytes=1,048,576 .* or use mode='exact' with"):
+        assert small.offload
+    with pytest.raises(ConfigError, match="raise device_bytes, pass offload='never'"):
+        small.all_tensors()
 
 
 def test_window_layers_have_a_ring_only():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparda_compile import SpardaConfig
-from sparda_compile.registry import HINTS
+from sparda_compile.registry import HINTS, PREDICTORS
 from sparda_compile.state.strategy import strategy_of
 
 
@@ -62,3 +62,14 @@ def test_several_hints_stay_in_order_and_need_what_each_needs():
     assert exact.needs_forecast
     assert not strategy(mode="exact", hint=("ema", "previous_step")).needs_forecast
     assert strategy(mode="query", hint=names).hints == ()
+
+
+def test_speculation_selects_by_the_query_and_predicts():
+    found = strategy(mode="speculate", offload="never")
+    assert found.selects
+    assert not any((found.selects_by_forecast, found.overlaps, found.repairs, found.hints))
+    assert found.predictor is PREDICTORS["ema"]
+    assert found.keepers == (PREDICTORS["ema"],)
+    assert [scorer.name for scorer in found.scorers] == ["infllm2"]
+    assert strategy(mode="query").keepers == ()
+    assert strategy(mode="exact", hint="ema").keepers == (HINTS["ema"],)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["attend", "merge", "partials"]
+__all__ = ["attend", "merge", "partials", "read_tile", "scaled_scores"]
 
 # Measured on H200s (head_dim 128, blocks of 64, bf16) with 2 to 256 pairs of sequence and KV head.
 # A program takes two tiles a turn, with one softmax, and has two turns in flight: it has a
@@ -65,12 +65,15 @@ def _ids_of(block_ids, page_ids, tile, end, ROOM: tl.constexpr, TOKENS: tl.const
 
 
 @triton.jit
-def _read(
+def read_tile(  # noqa: ANN201 - a part of kernels
     pages, block, page, tile, length, dims,
     SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, columns=None,
 ):  # fmt: skip
-    """Return keys and values of a tile, and which of its tokens there are."""
+    """Return keys and values of a tile, and which of its tokens there are.
+
+    Of the values only some columns are read, where that is asked for; the others are 0.
+    """
     if TOKENS > ROOM:
         token = tl.arange(0, TOKENS) % ROOM
         start = pages + page[:, None].to(tl.int64) * (2 * SIZE * DIM)
@@ -81,6 +84,8 @@ def _read(
     source = start + token[:, None] * DIM + dims[None, :]
     mask = seen[:, None] & (dims < DIM)[None, :]
     keys = tl.load(source, mask=mask, other=0.0)
+    if columns is not None:
+        mask = mask & columns[None, :]
     values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
     if INTERPRETED:
         keys, values = keys.to(tl.float32), values.to(tl.float32)
@@ -88,7 +93,7 @@ def _read(
 
 
 @triton.jit
-def _scores(q, keys, seen, factor, cap, SOFTCAP: tl.constexpr):
+def scaled_scores(q, keys, seen, factor, cap, SOFTCAP: tl.constexpr):  # noqa: ANN201
     """Return scores times log2(e): their exponential is then a power of two, which is one step."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
     if SOFTCAP:
@@ -142,14 +147,14 @@ def _partials(
             tile = 2 * turn
             next_block, next_page = _ids_of(blocks_at, pages_at, tile + 2, end, ROOM, TOKENS)
             next_block2, next_page2 = _ids_of(blocks_at, pages_at, tile + 3, end, ROOM, TOKENS)
-            keys, values, seen = _read(
+            keys, values, seen = read_tile(
                 mine, block, page, tile, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
             )
-            keys2, values2, seen2 = _read(
+            keys2, values2, seen2 = read_tile(
                 mine, block2, page2, tile + 1, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
             )
-            scores = _scores(q, keys, seen, factor, cap, SOFTCAP)
-            scores2 = _scores(q, keys2, seen2, factor, cap, SOFTCAP)
+            scores = scaled_scores(q, keys, seen, factor, cap, SOFTCAP)
+            scores2 = scaled_scores(q, keys2, seen2, factor, cap, SOFTCAP)
             new_peak = tl.maximum(peak, tl.max(tl.maximum(scores, scores2), axis=1))
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             weight = tl.exp2(scores - safe[:, None])

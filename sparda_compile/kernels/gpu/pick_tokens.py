@@ -106,7 +106,7 @@ def _pick_tokens(
             kept_at = retention + pair.to(tl.int64) * num_windows
             kept = _retained(kept_at, block, exists, complete, RATIO, OVERHANG)
             score = tl.where(is_listed, _LISTED, kept)
-        picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+        picked = pick(score, current, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(ids_at + rank, block, mask=picked)
 
@@ -135,7 +135,7 @@ def _pick_past(
         score = _best_of_two(
             at, block, block < num_blocks, complete, at + num_blocks, RATIO, OVERHANG
         )
-        picked = pick(score, first, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+        picked = pick(score, first, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(ids + own + rank, block, mask=picked)
         tl.store(known + own + rank, score, mask=picked)

@@ -141,10 +141,13 @@ def pick_listed(score, forced, exists, SELECTED: tl.constexpr):  # noqa: ANN201
 
 @triton.jit
 def pick(  # noqa: ANN201
-    score, current, num_blocks, sink, local, SELECTED: tl.constexpr, BLOCKS: tl.constexpr,
+    score, current, num_blocks, sink, local, wanted, SELECTED: tl.constexpr, BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mark the SELECTED best blocks; `score` may be anything where there is none."""
+    """Mark the best blocks; `score` may be anything where there is none.
+
+    As many as are wanted: SELECTED itself, or a number that the device knows, not more than that.
+    """
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
     forced = (block < sink) | (block >= current - local)
@@ -158,11 +161,11 @@ def pick(  # noqa: ANN201
     low = tl.where(current + 1 >= SELECTED * RUN, low, _LEAST + 1)
     high = tl.max(tl.where(forced, _LEAST, key), 0)
     span = tl.maximum(high.to(tl.int64) - low + 1, 1)
-    if sink + local + 1 >= SELECTED:
+    if sink + local + 1 >= wanted:
         # No more than the forced ones are wanted, which are the largest.
         low = tl.max(key, 0)
         span = low.to(tl.int64) * 0 + 1
-    return find_largest(key, low, span, current + 1, SELECTED)
+    return find_largest(key, low, span, current + 1, wanted)
 
 
 @triton.jit
@@ -230,7 +233,7 @@ def _select_pages(
         block = tl.arange(0, BLOCKS)
         exists = (block <= current) & (block < num_blocks)
         score = tl.load(scores + pair * num_blocks + block, mask=exists, other=float("-inf"))
-        picked = pick(score, current, num_blocks, sink, local, SELECTED, BLOCKS, COLUMNS)
+        picked = pick(score, current, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS)
         rank = tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(block_ids + pair * SELECTED + rank, block, mask=picked)
         num_picked = tl.minimum(current + 1, SELECTED)

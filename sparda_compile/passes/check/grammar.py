@@ -2,7 +2,8 @@
 
 Every op plays one role in its layer, the fused `select_pages` two. A role is the op's name, with a
 word before it where a layer may have several: the hints' plans, copies and waits stand beside the
-layer's own, and `offload wait_blocks` beside all, or in a prompt beside `stage wait_blocks`.
+layer's own, and `offload wait_blocks` beside all, or in a prompt beside `stage wait_blocks`. What
+marks the end of a side stream's work, and the wait for it, are named after that work.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Final
 
+from sparda_compile.graph.tags import SITE
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.passes.base import Fact
+from sparda_compile.passes.schedule.layer_times import speculates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +30,7 @@ __all__ = ["LayerOps", "hints_of", "layers_of", "wrong_counts", "wrong_order"]
 # one op makes and the other takes is not listed: the graph's own check sees to that.
 _ORDER: Final = (
     ("hint wait_blocks", "plan"),  # the plan may give away pages that the copy fills
+    ("append_kv", "parts wait_blocks"),  # it runs while predicted blocks are attended to
 )
 
 
@@ -43,6 +47,7 @@ class LayerOps:
 
     Attributes:
         shape: The layer.
+        sites: Nodes that carry the site of its attention; one in a legal graph.
         ops: In program order.
         by_role: Ops by role; each list in program order.
         title: The layer in words.
@@ -50,12 +55,13 @@ class LayerOps:
 
     def __init__(self, index: OpIndex, shape: LayerShape) -> None:
         self.shape = shape
+        self.sites = index.sites.get(shape.layer, [])
         self.ops = index.by_layer.get(shape.layer, [])
         self.by_role: defaultdict[str, list[Op]] = defaultdict(list)
         for op in self.ops:
             for role in _roles(index, op):
                 self.by_role[role].append(op)
-        nodes = [*index.sites.get(shape.layer, ()), *(op.node for op in self.ops)]
+        nodes = [*self.sites, *(op.node for op in self.ops)]
         self.title = f"layer {shape.layer}, that of {nodes[0] if nodes else 'no op'},"
 
     def one(self, role: str) -> Op | None:
@@ -79,14 +85,23 @@ def _roles(index: OpIndex, op: Op) -> tuple[str, ...]:
     if op.name == "wait_blocks":
         copy = index.maker(op.args["ticket"])
         if copy is not None and copy.name == "record_event":
-            return (f"stage {op.name}",)
+            return (f"{_marked(index, copy)} {op.name}",)
         if copy is None or copy.name not in ("prefetch_blocks", "offload_blocks"):
             return (op.name,)
         copies = _roles(index, copy)[0]
         return (
             copies.replace("offload_blocks", "offload ").replace("prefetch_blocks", "") + op.name,
         )
+    if op.name == "record_event":
+        return (f"{_marked(index, op)} {op.name}",)
     return (op.name,)
+
+
+def _marked(index: OpIndex, mark: Op) -> str:
+    """Return in a word whose end a mark is: of state, that of the prediction which writes it."""
+    makers = [index.maker(node) for node in mark.args["inputs"]]
+    made = next((maker.name for maker in makers if maker is not None), None)
+    return {"attend_predicted": "parts", None: "prediction"}.get(made, "stage")
 
 
 def hints_of(shape: LayerShape, ctx: PassContext) -> dict[str, tuple[HintMethod, LayerShape]]:
@@ -98,13 +113,22 @@ def hints_of(shape: LayerShape, ctx: PassContext) -> dict[str, tuple[HintMethod,
     return {hint.name: (hint, source) for hint, source in made if source is not None}
 
 
-def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Counter[str]:
+def _begins_early(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> bool:
+    """Whether a layer has to attend to predicted blocks, or prepare that in a prompt."""
+    if Fact.SPECULATION_INSERTED not in facts or not layer.sites:
+        return False
+    site = SITE.of(layer.sites[0])
+    return speculates(layer.shape, site.num_heads // site.num_groups, ctx)
+
+
+def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Counter[str]:
     """Return how often each role has to be there in a layer."""
     assert ctx.layout is not None
-    layout, strategy = ctx.layout, ctx.strategy
+    shape, layout, strategy = layer.shape, ctx.layout, ctx.strategy
     if shape.kind == "window":
         return Counter(["window_attention"])
     is_async = layout.offload and Fact.TRANSFERS_ASYNC in facts
+    is_early = _begins_early(layer, ctx, facts)
     roles = ["update_summary"] * len(layout.summaries())
     copies = ["offload_blocks"] if is_async else []
     if layout.offload:
@@ -114,9 +138,12 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         sparse = ("select_tokens", "stage_blocks", "attend_tokens")
         roles += sparse if ctx.is_sparse_prefill else ("prefill_attention",)
         if ctx.is_sparse_prefill and is_async and layout.stages_ahead:
-            roles += ["select_past", "record_event", "stage wait_blocks", "fork_stream"]
-        for hint in strategy.hints if Fact.FORECAST_INSERTED in facts else ():
-            roles += hint.prompt_ops if ctx.is_sparse_prefill else hint.dense_prompt_ops
+            roles += ["select_past", "stage record_event", "stage wait_blocks", "fork_stream"]
+        keepers = [*strategy.hints] if Fact.FORECAST_INSERTED in facts else []
+        if strategy.predictor is not None and is_early:
+            keepers.append(strategy.predictor)
+        for keeper in keepers:
+            roles += keeper.prompt_ops if ctx.is_sparse_prefill else keeper.dense_prompt_ops
         return Counter(roles)
     roles += ["plan", "append_kv"]
     roles += ["all_blocks"] if not strategy.selects else ["score_blocks", "select_blocks"]
@@ -132,6 +159,10 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
         roles.append("fetch_blocks")
     if is_async and strategy.repairs:
         roles += ["attend_resident", "attend_missing"]
+    elif strategy.predictor is not None and is_early:
+        roles += ["attend_predicted", "repair_predicted", *strategy.predictor.ops]
+        for work in ("parts", "prediction"):
+            roles += [f"{work} record_event", f"{work} wait_blocks", "fork_stream"]
     else:
         roles.append("sparse_attention")
     return Counter([*roles, *["fork_stream"] * len(copies)])
@@ -140,7 +171,7 @@ def _required(shape: LayerShape, ctx: PassContext, facts: frozenset[Fact]) -> Co
 def wrong_counts(layers: list[LayerOps], ctx: PassContext, facts: frozenset[Fact]) -> Iterator[str]:
     """Yield what a layer has too often, or not often enough."""
     for layer in layers:
-        required = _required(layer.shape, ctx, facts)
+        required = _required(layer, ctx, facts)
         free = {op.name for op in layer.ops if (it := INSTRUCTIONS.get(op.name)) and it.is_free}
         for role in dict.fromkeys([*required, *(r for r in layer.by_role if r not in free)]):
             found = layer.by_role.get(role, [])

@@ -14,7 +14,7 @@ from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
-from sparda_compile.passes.check.transfers import wrong_transfers
+from sparda_compile.passes.check.transfers import marked, marked_state, wrong_transfers
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -34,7 +34,7 @@ _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _SCORING: Final = ("score_blocks", "select_tokens", "select_past", "begin_prediction")
 _GUESSES: Final = ("recall_ids", "predict_blocks", "select_blocks")
 _ATTENTIONS: Final = (
-    *("sparse_attention", "attend_missing", "window_attention"),
+    *("sparse_attention", "attend_missing", "repair_predicted", "window_attention"),
     *("prefill_attention", "attend_tokens"),
 )
 
@@ -174,9 +174,8 @@ class _Layer:
             for role in ("select_past", "stage_blocks"):
                 made = self._layer.one(role)
                 self._own |= _results(made) if made else {}
-        partial = self._layer.one("attend_resident")
-        if partial is not None:
-            self._own |= _results(partial)
+        for role in ("attend_resident", "attend_predicted"):
+            self._own |= _results(op) if (op := self._layer.one(role)) else {}
 
     def operands(self) -> Iterator[str]:
         """Yield which op takes what it should not."""
@@ -200,9 +199,9 @@ class _Layer:
                 near = self._own["near_ids"]
                 expected = {**expected, "block_ids": near or expected["block_ids"]}
             elif op.name == "record_event":
-                staged = self._layer.one("stage_blocks")
-                results = _results(staged).values() if staged else ()
-                expected = {"inputs": [*results]}
+                expected = {"inputs": marked(op, self._layer, self._state)}
+            elif op.name == "predict_ahead":
+                expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
             yield from wrong_numbers(op)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
@@ -226,6 +225,8 @@ class _Layer:
 
     def _buffers(self, copy: Op) -> list[str]:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
+        if names := marked_state(copy, self._layer):
+            return [self._state[name] for name in names]
         if copy.name == "offload_blocks":
             return [self._state["host"]]
         if self._ctx.strategy.repairs and copy not in self._of_hint:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["check_spec"]
 
 _STARTS: Final = ("prefetch_blocks", "offload_blocks", "record_event")
+# What returns the attention of a layer in a decode step.
+_DECODED: Final = ("sparse_attention", "attend_missing", "repair_predicted")
 
 
 def check_spec(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext, after: str) -> None:
@@ -47,7 +49,7 @@ def _wrong(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext) -> Iterato
         yield from _unfinished(index)
         yield from _ends(index)
         yield from _shapes(index)
-    if Fact.TRANSFERS_ASYNC in facts:
+    if facts & {Fact.TRANSFERS_ASYNC, Fact.SPECULATION_INSERTED}:
         yield from _events(index)
         yield from _tickets(index)
     if Fact.ATTENTION_REPLACED in facts:
@@ -81,7 +83,7 @@ def _ends(index: OpIndex) -> Iterator[str]:
 
 
 def _shapes(index: OpIndex) -> Iterator[str]:
-    for op in (*index.by_name["sparse_attention"], *index.by_name["attend_missing"]):
+    for op in (op for name in _DECODED for op in index.by_name[name]):
         if fake_value(op.node).shape != fake_value(op.args["query"]).shape:
             yield f"{op.node.name} has another shape than its query"
 

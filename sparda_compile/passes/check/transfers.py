@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.graph.effects import is_state
+from sparda_compile.graph.effects import is_state, results_of
 from sparda_compile.graph.op_index import result_of
-from sparda_compile.isa.streams import SELECT
+from sparda_compile.isa.streams import ATTEND, SELECT
 from sparda_compile.passes.check.compare import compare, words_of
 
 if TYPE_CHECKING:
@@ -15,16 +15,46 @@ if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.graph.op_index import Op, OpIndex
+    from sparda_compile.passes.check.compare import Operand
     from sparda_compile.passes.check.grammar import LayerOps
 
-__all__ = ["wrong_fork", "wrong_transfers", "wrong_wait"]
+__all__ = ["marked", "marked_state", "wrong_fork", "wrong_transfers", "wrong_wait"]
 
 _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
     "hint wait_blocks": "hint prefetch_blocks",
     "offload wait_blocks": "offload_blocks",
-    "stage wait_blocks": "record_event",
+    "stage wait_blocks": "stage record_event",
+    "parts wait_blocks": "parts record_event",
+    "prediction wait_blocks": "prediction record_event",
 }
+
+# State that the wait behind a mark of the attend stream takes: what was read or written there.
+_MARKED_STATE: Final = {
+    "parts record_event": ("pages", "block_table", "predicted"),
+    "prediction record_event": ("level", "trend", "predicted"),
+}
+
+
+def marked_state(mark: Op, layer: LayerOps) -> tuple[str, ...]:
+    """Return short names of the state that the wait behind a mark takes; none if it is no mark."""
+    found = (names for role, names in _MARKED_STATE.items() if mark in layer.by_role.get(role, ()))
+    return next(found, ())
+
+
+def marked(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[Operand]:
+    """Return what the work behind which a mark stands has made.
+
+    Args:
+        mark: The mark.
+        layer: Its layer.
+        state: Names of the layer's state, by short name.
+    """
+    if mark in layer.by_role.get("prediction record_event", ()):
+        return [state["predicted"]]
+    is_attention = mark in layer.by_role.get("parts record_event", ())
+    made = layer.one("attend_predicted" if is_attention else "stage_blocks")
+    return [(made.node.name, i) for i in range(len(results_of(made.node)))] if made else []
 
 
 def wrong_transfers(
@@ -44,12 +74,10 @@ def wrong_transfers(
     forked: set[fx.Node] = set()
     for started, joined in _pairs(layer, of_hint):
         yield from wrong_wait(started, joined, buffers_of(started))
-        copied = layer.one("stage_blocks") if started.name == "record_event" else started
-        if copied is None:
-            continue
-        first, work = _side(copied, layer, of_hint)
-        forked.add(first.node)
-        yield from wrong_fork(index, first, work)
+        side = _side(started, layer, of_hint)
+        if side:
+            forked.add(side[0].node)
+            yield from wrong_fork(index, side[0], [op.node for op in side])
     for op in layer.ops:
         if op.args.get("after") is not None and op.node not in forked:
             fork = words_of(op.args["after"])
@@ -65,13 +93,24 @@ def _pairs(layer: LayerOps, of_hint: Mapping[Op, str]) -> Iterator[tuple[Op, Op]
                 yield started, joined
 
 
-def _side(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> tuple[Op, list[fx.Node]]:
-    """Return the first op of a copy's chain that is on a side stream, and all that are."""
-    hint, work = of_hint.get(copy), [copy]
-    if copy.name in ("prefetch_blocks", "stage_blocks"):
-        on_side = [op for op in layer.ops if op.args.get("stream") == SELECT]
-        work = [*(op for op in on_side if of_hint.get(op) == hint), copy]
-    return work[0], [op.node for op in work]
+def _side(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> list[Op]:
+    """Return the ops on side streams that lead to a copy or a mark, in order."""
+    if copy in layer.by_role.get("parts record_event", ()):
+        return layer.by_role["attend_predicted"]
+    if copy in layer.by_role.get("prediction record_event", ()):
+        attend = [op for op in layer.ops if op.args.get("stream") == ATTEND]
+        return [op for op in attend if op.name not in ("attend_predicted", "record_event")]
+    if copy.name == "record_event":
+        copied = layer.one("stage_blocks")
+        return [] if copied is None else _chosen(copied, layer, of_hint)
+    return _chosen(copy, layer, of_hint) if copy.name == "prefetch_blocks" else [copy]
+
+
+def _chosen(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> list[Op]:
+    """Return a copy behind what chooses its blocks on the select stream."""
+    hint = of_hint.get(copy)
+    on_side = [op for op in layer.ops if op.args.get("stream") == SELECT]
+    return [*(op for op in on_side if of_hint.get(op) == hint), copy]
 
 
 def wrong_wait(copy: Op, wait: Op, buffers: Sequence[str]) -> Iterator[str]:

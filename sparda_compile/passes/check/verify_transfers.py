@@ -15,7 +15,8 @@ which mostly is compute). Then
     join         every started copy has its wait, and the side streams are done when the step ends
 
 State is checked for one step and for two consecutive ones. `attend_resident` and the prefetch of
-the same plan touch different pages (hits, misses), so they need no order.
+the same plan touch different pages (hits, misses), so they need no order within a step; neither do
+`attend_predicted` and the `append_kv` of the same position (blocks before it, its block).
 
 Changes nothing, so there is no before and after; raises TransferRaceError naming both nodes.
 """
@@ -197,7 +198,7 @@ def _check_state(program: Sequence[Issued], clocks: Sequence[Clock]) -> int:
             if not (writes[first] or writes[second]):
                 continue
             a, b = program[first], program[second]
-            if first != second and not is_disjoint(a.node, b.node):
+            if first != second and not is_disjoint(a.node, b.node, state):
                 found += 1
                 early, late = (first, second) if a.order < b.order else (second, first)
                 if not happens_before(program, clocks, early, late):

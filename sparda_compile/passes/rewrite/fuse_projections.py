@@ -9,9 +9,9 @@ Before, and after:
 
 A projection is small when a launch costs more than reading its weight. Where there is a small one,
 it and what shares its input are joined, but for weights above 64 MiB. Only on a GPU, where a launch
-costs: decode of one token is otherwise a row of kernels that wait for each other. The joined
-weight is a copy, of 1.3 GB for a model of 8B; `Program` makes it and keeps it in step with the
-model's own.
+costs: decode of one token is otherwise a row of kernels that wait for each other. A model on `meta`
+is planned for the machine that the configuration names. The joined weight is a copy, of 1.3 GB for
+a model of 8B; `Program` makes it and keeps it in step with the model's own.
 
 In mode `exact` what a hint projects stays apart: how a multiplication is split depends on its
 width, and keys and values must be, bit for bit, those of mode `query`.
@@ -52,7 +52,7 @@ class FuseProjections:
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite the graph in place."""
         groups: dict[tuple[Any, ...], list[fx.Node]] = {}
-        if ctx.is_decode and _on_gpu(gm.graph):
+        if ctx.is_decode and _on_gpu(gm.graph, ctx):
             for node in gm.graph.nodes:
                 if _weight_bytes(node) <= _MOST_BYTES:
                     apart = bool(ctx.strategy.hints) and LAYER.on(node)
@@ -71,9 +71,11 @@ class FuseProjections:
         return PassResult(gm, modified=bool(found), counts=counts)
 
 
-def _on_gpu(graph: fx.Graph) -> bool:
+def _on_gpu(graph: fx.Graph, ctx: PassContext) -> bool:
+    """Whether the model is on a GPU; one on `meta`, which never runs, is where the machine says."""
+    kinds = {"cuda", "meta"} if ctx.machine.overlaps else {"cuda"}
     values = (fake_value(n) for n in graph.nodes if n.op == "placeholder")
-    return any(isinstance(v, torch.Tensor) and v.device.type == "cuda" for v in values)
+    return any(isinstance(v, torch.Tensor) and v.device.type in kinds for v in values)
 
 
 def _bias(node: fx.Node) -> Any:

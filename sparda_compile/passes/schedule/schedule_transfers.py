@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from sparda_compile.errors import PassError
 from sparda_compile.graph.dependences import dependence_graph, mark_order
@@ -46,7 +46,7 @@ from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.schedule.cost import node_cost
+from sparda_compile.passes.schedule.cost import costs_of
 from sparda_compile.report.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -54,9 +54,12 @@ if TYPE_CHECKING:
 
     from torch import fx
 from sparda_compile.passes.schedule.chains import Chain, Chains, ordered, set_streams
-from sparda_compile.passes.schedule.simulate import end_us, simulate
+from sparda_compile.passes.schedule.simulate import Simulator
 
 __all__ = ["ScheduleTransfers"]
+
+# What is predicted to be faster by less than a thousandth is not.
+_CLEARLY: Final = 0.999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ class ScheduleTransfers:
         if not ctx.is_decode:
             choices += planner.place_offload_waits()
         keepalives = set_keepalives(gm.graph)
-        rows = simulate(list(gm.graph.nodes), planner.costs, ctx, planner.streams())
+        rows = planner.simulator.rows(gm.graph.nodes, planner.streams())
         schedule = Schedule(
             ctx.phase, ctx.machine.name, tuple(rows), tuple(choices), planner.baseline_us
         )
@@ -98,10 +101,8 @@ class _Planner:
         self._graph = graph
         self._ctx = ctx
         self._dag = dependence_graph(graph)
-        self.costs = {node: node_cost(node, ctx) for node in graph.nodes}
-        self.baseline_us = end_us(
-            simulate(list(graph.nodes), self.costs, ctx, dict.fromkeys(graph.nodes, COMPUTE))
-        )
+        self.simulator = Simulator(costs_of(graph, ctx), ctx)
+        self.baseline_us = self.simulator.end_us(graph.nodes, dict.fromkeys(graph.nodes, COMPUTE))
         self._between: list[tuple[fx.Node, fx.Node]] = []
         self.num_chains = 0
         self.num_moved = 0
@@ -119,21 +120,23 @@ class _Planner:
         self._sink_waits()
         if not chains:
             return []
-        # Where the prediction is the same, the compute stream does less.
+        # Where the prediction is about the same, the compute stream does less, and copies begin
+        # earlier: more of them may come than is expected.
         most = max(len(chain.stages) for chain in chains)
         cuts = sorted(range(most + 1), reverse=self._ctx.machine.overlaps)
         places = range(max(len(chain.places) for chain in chains))
         options = [(place, cut) for cut in cuts for place in places]
         self._between = self._edges_between(chains)
-        best = min(options, key=lambda option: self._try(chains, [option] * len(chains)))
-        decisions = [best] * len(chains)
-        best_us = self._try(chains, decisions)
+        times = {option: self._try(chains, [option] * len(chains)) for option in options}
+        best_us = min(times.values())
+        best = next(option for option in options if times[option] * _CLEARLY <= best_us)
+        decisions, best_us = [best] * len(chains), times[best]
         # Chains differ at the ends of the model: let the first and the last one choose again.
         for i in {0, len(chains) - 1}:
             for option in options:
                 changed = [*decisions[:i], option, *decisions[i + 1 :]]
                 us = self._try(chains, changed)
-                if us < best_us - 1e-6:
+                if us < best_us * _CLEARLY:
                     best_us, decisions = us, changed
         before = program_order(self._graph)
         self._apply(chains, decisions)
@@ -199,7 +202,7 @@ class _Planner:
                 behind = streams[first] == SELECT and streams[second] == COMPUTE
                 if behind or order[first] > order[second]:
                     return math.inf
-        return round(end_us(simulate(nodes, self.costs, self._ctx, streams)), 6)
+        return self.simulator.end_us(nodes, streams)
 
     def _edges_between(self, chains: Sequence[Chain]) -> list[tuple[fx.Node, fx.Node]]:
         """Return what has to stay in order in two chains: a layer with two hints has two."""

@@ -1,28 +1,42 @@
-"""The predicted times of a program."""
+"""The predicted times of a program: each stream by itself, and what streams cost each other.
+
+A side stream has the higher priority, and what it does takes the time that it takes alone. What it
+takes from the compute stream meanwhile is
+
+    a copy          the share `Machine.copy_share` of the rate of all that is no copy: it holds
+                    multiprocessors, and shares the memory system
+    anything else   the share of the memory's bandwidth that it uses: what it leaves is the most
+                    that work on the compute stream gets
+
+so a node that uses the share m of the bandwidth while it runs alone goes on at the rate
+
+    min(1, (1 - taken) / m) * (1 - copy_share if a copy is in flight)
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
-from sparda_compile.graph.effects import (
-    awaited_event,
-    started_event,
-)
+from sparda_compile.graph.effects import awaited_event, started_event, stream_of
 from sparda_compile.graph.nodes import call_name, is_sparda
 from sparda_compile.graph.tags import LAYER
 from sparda_compile.isa.streams import BEHIND, COMPUTE, STREAM_NAMES
+from sparda_compile.passes.schedule.cost import costs_of
 from sparda_compile.report.schedule import ScheduleRow
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import fx
 
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.passes.machine import Machine
     from sparda_compile.passes.schedule.cost import Cost
 
 
-__all__ = ["end_us", "simulate"]
+__all__ = ["Simulator", "end_us", "predict"]
 
 
 def end_us(rows: Sequence[ScheduleRow]) -> float:
@@ -30,50 +44,170 @@ def end_us(rows: Sequence[ScheduleRow]) -> float:
     return max((row.end_us for row in rows), default=0.0)
 
 
-def simulate(
-    nodes: Sequence[fx.Node],
-    costs: dict[fx.Node, Cost],
-    ctx: PassContext,
-    streams: dict[fx.Node, int],
-) -> list[ScheduleRow]:
-    """Predict the times of a program.
+def predict(graph: fx.Graph, ctx: PassContext) -> list[ScheduleRow]:
+    """Predict the times of a program as it stands, scheduled or not."""
+    simulator = Simulator(costs_of(graph, ctx), ctx)
+    return simulator.rows(graph.nodes, {node: stream_of(node) for node in graph.nodes})
+
+
+class _Item(NamedTuple):
+    """What a node is for its times, in whatever order and on whatever stream it runs."""
+
+    us: float
+    memory: float  # share of the bandwidth that it uses
+    is_copy: bool
+    awaits: int | None
+    starts: int | None
+
+
+class Simulator:
+    """Predicts the times of a program in any order, on any streams.
 
     Each stream runs its nodes in program order. What a side stream does starts behind all that was
     issued before it to the streams that `streams.BEHIND` names; a wait holds its stream back to the
     event that it names. On a machine without overlap all streams are one.
+
+    Args:
+        costs: Cost of each node.
+        ctx: What the pass knows.
     """
-    clock = [0.0] * len(STREAM_NAMES)
-    event_end: dict[int, float] = {}
-    rows = []
-    for node in nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        name, cost, stream = call_name(node), costs[node], streams[node]
-        lane = stream if ctx.machine.overlaps else COMPUTE
-        exposed = 0.0
-        if (awaited := awaited_event(node)) is not None:
-            done = event_end.get(awaited, 0.0)
-            exposed = max(done - clock[lane], 0.0) if ctx.machine.overlaps else 0.0
-            start, end = clock[lane], clock[lane] + exposed
-        else:
-            start = max(clock[each] for each in (lane, *BEHIND[lane]))
-            end = start + cost.us
-        clock[lane] = end
-        if (started := started_event(node)) is not None:
-            event_end[started] = end
-        if cost.us or is_sparda(node):
-            layer = int(LAYER.get(node, -1))
-            rows.append(
-                ScheduleRow(
-                    node.name,
-                    name,
-                    layer,
-                    stream,
-                    start,
-                    end,
-                    cost.hbm_bytes,
-                    cost.link_bytes,
-                    exposed,
+
+    def __init__(self, costs: Mapping[fx.Node, Cost], ctx: PassContext) -> None:
+        self._costs = costs
+        self._machine = ctx.machine
+        found = {n: _item(n, cost, ctx.machine) for n, cost in costs.items()}
+        # Most nodes are views and inputs, which take no time and hold nobody back.
+        self._items = {n: item for n, item in found.items() if item.us or item[3:] != (None, None)}
+
+    def end_us(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> float:
+        """Return when the last node ends, microseconds; arguments as for `rows`."""
+        return max((end for _, _, end in self._times(nodes, streams)), default=0.0)
+
+    def rows(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> list[ScheduleRow]:
+        """Return the predicted times of a program.
+
+        Args:
+            nodes: In program order.
+            streams: Stream of each node.
+        """
+        nodes = list(nodes)
+        times = {node: (start, end) for node, start, end in self._times(nodes, streams)}
+        clock = dict.fromkeys(range(len(STREAM_NAMES)), 0.0)
+        rows = []
+        for node in nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            cost, stream = self._costs[node], streams[node]
+            lane = self._lane(stream)
+            start, end = times.get(node, (clock[lane], clock[lane]))
+            clock[lane] = end
+            if cost.us or is_sparda(node):
+                waits = self._machine.overlaps and awaited_event(node) is not None
+                rows.append(
+                    ScheduleRow(
+                        node.name,
+                        call_name(node),
+                        int(LAYER.get(node, -1)),
+                        stream,
+                        start,
+                        end,
+                        cost.hbm_bytes,
+                        cost.link_bytes,
+                        end - start if waits else 0.0,
+                    )
                 )
-            )
-    return rows
+        return rows
+
+    def _lane(self, stream: int) -> int:
+        return stream if self._machine.overlaps else COMPUTE
+
+    def _times(
+        self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]
+    ) -> Iterator[tuple[fx.Node, float, float]]:
+        """Yield start and end of each node that takes time, starts or awaits something."""
+        clock = [0.0] * len(STREAM_NAMES)
+        beside = _Beside(self._machine)
+        event_end: dict[int, float] = {}
+        items, overlaps = self._items, self._machine.overlaps
+        for node in nodes:
+            item = items.get(node)
+            if item is None:
+                continue
+            lane = streams[node] if overlaps else COMPUTE
+            if item.awaits is not None:
+                start = clock[lane]
+                end = max(start, event_end.get(item.awaits, 0.0)) if overlaps else start
+            else:
+                start = max([clock[lane], *[clock[each] for each in BEHIND[lane]]])
+                end = beside.end_of(item, start, lane)
+            clock[lane] = end
+            if item.starts is not None:
+                event_end[item.starts] = end
+            yield node, start, end
+
+
+def _item(node: fx.Node, cost: Cost, machine: Machine) -> _Item:
+    memory = cost.hbm_bytes / (machine.memory_gbps * 1e3 * cost.us) if cost.us else 0.0
+    return _Item(
+        cost.us,
+        min(memory, 1.0),
+        is_copy=cost.link_bytes > 0,
+        awaits=awaited_event(node),
+        starts=started_event(node),
+    )
+
+
+class _Span(NamedTuple):
+    """Work of a side stream: when it runs, and what it takes from the compute stream meanwhile."""
+
+    start: float
+    end: float
+    memory: float
+    is_copy: bool
+
+
+class _Beside:
+    """What side streams do while the compute stream works.
+
+    Nodes come in program order, and what is issued to a side stream later starts no earlier than
+    the compute stream has come: so all that runs beside a node of the compute stream is known when
+    that node comes, and what has ended by then is forgotten.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._copy_rate = 1.0 - machine.copy_share
+        self._spans: list[deque[_Span]] = [deque() for _ in STREAM_NAMES]
+
+    def end_of(self, item: _Item, start: float, lane: int) -> float:
+        """Return when work that starts at a time on a stream ends, microseconds."""
+        if lane == COMPUTE:
+            return self._slowed(item, start) if item.us else start
+        end = start + item.us
+        if item.us:
+            self._spans[lane].append(_Span(start, end, item.memory, item.is_copy))
+        return end
+
+    def _slowed(self, item: _Item, start: float) -> float:
+        """Return when work of the compute stream ends."""
+        now, left = start, item.us
+        while True:
+            change, taken, rate = math.inf, 0.0, 1.0
+            for spans in self._spans:
+                while spans and spans[0].end <= now:
+                    spans.popleft()
+                if not spans:
+                    continue
+                span = spans[0]  # of one stream one at a time
+                if span.start > now:
+                    change = min(change, span.start)
+                    continue
+                change = min(change, span.end)
+                taken += span.memory
+                if span.is_copy:
+                    rate = self._copy_rate
+            if item.memory > 1.0 - taken:
+                rate *= max(1.0 - taken, 0.0) / item.memory
+            if left <= rate * (change - now):
+                return now + left / rate
+            left -= rate * (change - now)
+            now = change

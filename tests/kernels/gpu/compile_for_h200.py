@@ -62,14 +62,17 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     append,
     attend_tokens,
     attention,
+    calibrate,
     copy,
     extend,
     extend_summary,
+    partials,
     predict,
     prefill,
     score,
     select,
     select_tokens,
+    speculation,
     stage,
 )
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named  # noqa: E402
@@ -109,9 +112,17 @@ def run_all(dtype, dim, size):
 
     choice = select.Choice(SELECTED, size, 1, 4)
     select.select(scores, lengths, ids, choice)
-    predict.predict(scores, scores, lengths, ids, choice, 0.5)
+    for budget in (None, ints(1)):
+        for weights in (None, torch.zeros(BATCH, 3)):
+            predict.predict(scores, scores, lengths, ids, choice, 0.5, budget, weights)
     for comparable in (True, False):
-        predict.update(scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable)
+        for weights in (None, torch.zeros(BATCH, 3)):
+            predict.update(
+                scores[None], scores, scores, (0.4, 0.3), are_comparable=comparable,
+                calibrated=weights,
+            )  # fmt: skip
+        rows = scores.repeat(64, 1, 1, 1), lengths[:, None].repeat(1, 64)
+        calibrate.hit_rates(*rows, choice, torch.zeros(80, 3), are_comparable=comparable)
     for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
         tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
         keys = (asked, tensors, lengths[:, None], lengths)
@@ -143,10 +154,32 @@ def run_all(dtype, dim, size):
             (pages, table), (pages, table), (1.0, softcap),
         )  # fmt: skip
     stage.stage(ids[:, :, None], lengths, (pages, host, table), pages, table, PAGES - 2)
+    run_speculation(query, pages, table, ids, lengths)
     launch_aligned_teacher(
         torch.zeros(1, HEADS, 64, dim, dtype=dtype), torch.zeros(1, GROUPS, 40, dim, dtype=dtype),
         range(64), (32, 16), 1.0, 0.0,
     )  # fmt: skip
+
+
+def run_speculation(query, pages, table, ids, lengths):
+    """Attend to predicted blocks, and repair, in both forms."""
+    shape = (*ids.shape, HEADS // GROUPS)
+    partial = torch.zeros(*shape, query.shape[-1]), torch.zeros(shape)
+    counters = torch.zeros(6, dtype=torch.int64)
+    for softcap, union in ((0.0, False), (30.0, True)):
+        speculation.attend_predicted(query, pages, table, ids, lengths, 1.0, softcap, partial)
+        chosen, scaling = (ids, ids, ids), (1.0, softcap)
+        speculation.repair_predicted(
+            query, pages, chosen, lengths, partial, counters, scaling, union=union
+        )
+        partials.attend_blocks(query, pages, ids, ids, lengths, 1.0, softcap, partial, early=False)
+    merged = partial[0][:, :, 0], partial[1][:, :, 0]
+    is_usable = torch.zeros(merged[1].shape, dtype=torch.bool)
+    for keep in (None, ids != 0):
+        partials.merge(*partial, keep, merged)
+    many = torch.zeros(BATCH, GROUPS, 200, *merged[0].shape[2:])  # more than a tile of them
+    partials.merge(many, many[..., 0].contiguous(), None, merged)
+    partials.remove(merged, merged, 0.5, (*merged, is_usable))
 
 
 def run_prompt(dtype, dim, size):
@@ -184,6 +217,7 @@ def run_largest(dtype, dim, size):
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
+    run_speculation(query, pages, ids, ids, ints(BATCH))
     new, staged = (query[:, :GROUPS],) * 2, (pages, ints(BATCH, GROUPS, BLOCKS))
     numbered = (ints(BATCH, 1), ints(BATCH, 1), ints(BATCH))
     attend_tokens.attend_tokens(

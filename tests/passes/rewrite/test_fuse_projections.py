@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Make the pass act; of the weights in fp32, k, v and forecasts are small, all else large."""
-    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph, ctx: True)
     machine = dataclasses.replace(MACHINES["h200"], memory_gbps=6.0)
     monkeypatch.setitem(MACHINES, "h200", machine)
 
@@ -134,7 +134,7 @@ def test_large_projections_are_left(planned, monkeypatch):
     monkeypatch.setattr(fuse_projections, "_MOST_BYTES", 8192)
     assert list(parts_of(planned(mode="query")).values()) == [["k_proj", "v_proj"]] * 2
     monkeypatch.undo()
-    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph: True)
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph, ctx: True)
     # Where a launch is as long as reading a layer, everything of one input is joined.
     slow = dataclasses.replace(MACHINES["h200"], launch_us=1e6)
     monkeypatch.setitem(MACHINES, "h200", slow)
@@ -296,15 +296,24 @@ def test_second_run_is_refused(planned):
         run_passes(gm, [FuseProjections()], ctx)
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True)])
-def test_the_device_is_that_of_the_inputs(planned, device, expected):
+@pytest.mark.parametrize(
+    ("device", "machine", "expected"),
+    [
+        ("cpu", "h200", False),
+        ("cuda", "cpu", True),
+        ("meta", "h200", True),  # it runs nowhere, and is planned for that machine
+        ("meta", "cpu", False),
+    ],
+)
+def test_the_device_is_that_of_the_inputs(planned, device, machine, expected):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graph = snapshot(planned(mode="query").stage("capture")).graph
     with FakeTensorMode():
         for node in graph.nodes:
             if node.op == "placeholder":
-                node.meta["val"] = torch.empty(1, device="meta")
+                node.meta["val"] = torch.empty(1, device="cpu" if device == "cuda" else device)
         node = next(n for n in graph.nodes if n.op == "placeholder")
         node.meta["val"] = torch.empty(1, device=device)
-    assert fuse_projections._on_gpu(graph) is expected
+    ctx = PassContext(SpardaConfig(), "decode", {}, "Model", None, MACHINES[machine])
+    assert fuse_projections._on_gpu(graph, ctx) is expected

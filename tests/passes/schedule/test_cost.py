@@ -10,12 +10,15 @@ import torch
 from sparda_compile.bench.shapes import ModelShape, build_model
 from sparda_compile.bench.trace import following
 from sparda_compile.config import SpardaConfig
-from sparda_compile.graph.nodes import call_name, find_ops, module_path
+from sparda_compile.graph.effects import argument
+from sparda_compile.graph.nodes import call_name, fake_value, find_ops, module_path
+from sparda_compile.graph.tags import LAYER
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.schedule.cost import Cost, node_cost
+from sparda_compile.passes.schedule.cost import Cost, costs_of, node_cost
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import make_plan
+from sparda_compile.registry import HINTS
 
 H200 = MACHINES["h200"]
 SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
@@ -51,7 +54,7 @@ def linear(plan, path):
 
 def test_prefetch_moves_the_blocks_that_are_new(decode):
     expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25)
-    assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 45e3, 0, expected)
+    assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 50.1e3, 0, expected)
 
 
 def test_prefetch_of_nothing_is_a_launch(decode):
@@ -80,7 +83,7 @@ def test_what_a_prompt_reads_of_the_past_crosses_the_link_once(sparse_prefill):
     """The first token's blocks, and what each of 1024 replaces; or half of what the cache holds."""
     half = 8192 // 64 // 2
     expected = HEADS * half * BLOCK_BYTES
-    assert cost(sparse_prefill, "stage_1") == Cost(2.0 + expected / 45e3, 0, expected)
+    assert cost(sparse_prefill, "stage_1") == Cost(2.0 + expected / 50.1e3, 0, expected)
     few = cost(sparse_prefill, "stage_1", top_k=1, sink_blocks=1, local_blocks=2)
     assert few.link_bytes == HEADS * half * BLOCK_BYTES
     none = cost(sparse_prefill, "stage_1", top_k=0, sink_blocks=1, local_blocks=2)
@@ -112,11 +115,103 @@ def test_matrix_multiplication_is_a_roofline(plan_of):
     assert node_cost(node, context(plan)).hbm_bytes == num_bytes
 
 
-def test_small_kernel_takes_a_launch(decode):
+def test_kernel_of_the_model_takes_its_time_beside_its_bytes(decode):
     node = linear(decode, "model.layers.0.mlp.gate_proj")
-    assert node_cost(node, context(decode)).us == H200.launch_us
-    slow = dataclasses.replace(H200, launch_us=9.0)
-    assert node_cost(node, context(decode, slow)).us == 9.0
+    slow = dataclasses.replace(H200, kernel_us=9.0)
+    bytes_us = node_cost(node, context(decode)).us
+    assert bytes_us == pytest.approx(4 * (3 * 64 + 64 * 128 + 3 * 128) / 4300e3)
+    for machine in (H200, slow):
+        us = costs_of(decode.graph_module.graph, context(decode, machine))[node].us
+        assert us == pytest.approx(machine.kernel_us + bytes_us)
+
+
+def test_embedding_reads_rows_and_not_its_table(decode):
+    (node,) = (n for n in decode.graph_module.graph.nodes if call_name(n) == "embedding")
+    assert node_cost(node, context(decode)).hbm_bytes == 2 * 3 * 64 * 4
+
+
+BOTH = {"mode": "exact", "hint": ("next_query", "forecast")}
+
+
+def copied(plan, **changes):
+    """Return the bytes of each copy of layer 1, from CPU memory, by name."""
+    ctx = context(plan, **changes)
+    copies = find_ops(plan.graph_module.graph, "prefetch_blocks")
+    mine = [n for n in copies if LAYER.of(n) == 1]
+    return {n.name: node_cost(n, ctx).link_bytes for n in mine}
+
+
+def test_what_a_hint_has_brought_is_not_fetched_again(plan_of, decode):
+    exact = plan_of("llama", batch_size=3, **SETTINGS | {"mode": "exact"})
+    new = cost(decode, "prefetch_1").link_bytes  # as many as in mode `query`
+    found = copied(exact)
+    assert found == {"hint_prefetch_1": new, "prefetch_1": int(new * 0.25)}
+    # A hint that names all of them leaves nothing, and one that names none leaves all.
+    assert copied(exact, expected_recall=1.0) == {"hint_prefetch_1": new, "prefetch_1": 0}
+    assert copied(exact, expected_recall=0.0)["prefetch_1"] == new
+
+
+def test_copies_of_perfect_hints_add_up_to_those_of_query(plan_of, decode):
+    new = cost(decode, "prefetch_1").link_bytes
+    both = plan_of("llama", batch_size=3, **SETTINGS | BOTH)
+    found = copied(both, expected_recall=1.0)
+    assert sum(found.values()) == new
+    assert found == {"next_query_prefetch_1": new, "forecast_prefetch_1": 0, "prefetch_1": 0}
+
+
+def test_hints_compose(plan_of, decode):
+    """What the first brings the second does not; the repair is what both have missed."""
+    new = cost(decode, "prefetch_1").link_bytes
+    first, second = HINTS["next_query"].recall, HINTS["forecast"].recall
+    both = plan_of("llama", batch_size=3, **SETTINGS | BOTH)
+    expected = {
+        "next_query_prefetch_1": new,
+        "forecast_prefetch_1": new * (1 - first * second),
+        "prefetch_1": new * (1 - first) * (1 - second),
+    }
+    assert copied(both) == pytest.approx(expected, abs=1)
+
+
+def test_a_layer_without_a_guess_fetches_all_itself(plan_of, decode):
+    plan = plan_of("llama", batch_size=3, **SETTINGS | {"mode": "exact", "hint": "next_query"})
+    ctx = context(plan)
+    copies = find_ops(plan.graph_module.graph, "prefetch_blocks")
+    (first,) = (n for n in copies if LAYER.of(n) == 0)
+    assert node_cost(first, ctx).link_bytes == cost(decode, "prefetch_0").link_bytes
+
+
+def test_hint_of_the_step_before_brings_nothing(plan_of, decode):
+    settings = SETTINGS | {"mode": "exact", "hint": "previous_step"}
+    found = copied(plan_of("llama", batch_size=3, **settings))
+    new = cost(decode, "prefetch_1").link_bytes
+    assert found == {"hint_prefetch_1": 0, "prefetch_1": new}
+
+
+def test_attention_in_parts_reads_each_block_once(plan_of):
+    """Of 96 blocks 62 are scored, a quarter of these is new, and of those a hint misses a part.
+
+    Attention goes by splits: one of s blocks waits if one of them is missing.
+    """
+    plan = plan_of("llama", batch_size=3, **SETTINGS | {"mode": "exact"})
+    pool = HEADS * SELECTED * BLOCK_BYTES
+    resident, missing = (
+        next(n for n in plan.graph_module.graph.nodes if n.name == f"{name}_1")
+        for name in ("attend_resident", "attend_missing")
+    )
+    splits = fake_value(argument(missing, "partial_lse")).shape[2]
+
+    def pools(**changes):
+        ctx = context(plan, **changes)
+        none = context(plan, **changes | {"expected_overlap": 1.0})
+        others = node_cost(resident, none).hbm_bytes - pool, node_cost(missing, none).hbm_bytes
+        both = (node_cost(n, ctx).hbm_bytes for n in (resident, missing))
+        return [found - other for found, other in zip(both, others, strict=True)]
+
+    assert pools(expected_recall=1.0) == [pool, 0]
+    late = 1 - (1 - 0.25 * 0.25 * SCORED / SELECTED) ** (SELECTED / splits)
+    assert 0 < late < 1
+    assert pools() == pytest.approx([pool * (1 - late), pool * late], abs=1)
+    assert sum(pools(expected_recall=0.0)) == pytest.approx(pool, abs=1)
 
 
 def test_attention_reads_the_selected_blocks_and_not_the_pool(decode):
@@ -165,7 +260,7 @@ MEASURED = {
 AS_MEASURED = {
     "block_ids_0": {"disable_passes": ("fuse_selection",)},
     "plan_0": {"disable_passes": ("fuse_selection",)},
-    "attend_resident_0": {"mode": "exact"},
+    "attend_resident_0": {"mode": "exact", "expected_overlap": 1.0},
 }
 
 
@@ -242,11 +337,14 @@ def test_forks_waits_views_and_inputs_are_free(decode):
     assert {node_cost(n, context(decode)) for n in free} == {Cost(0.0)}
 
 
-def test_elementwise_nodes_cost_their_bytes_only(decode):
+def test_elementwise_nodes_cost_their_bytes_and_the_first_of_a_kernel_its_time(decode):
     graph = decode.graph_module.graph
-    node = next(n for n in graph.nodes if call_name(n) == "silu")
-    expected = 2 * 3 * 128 * 4
-    assert node_cost(node, context(decode)) == Cost(expected / 4300e3, expected)
+    silu = next(n for n in graph.nodes if call_name(n) == "silu")
+    (product,) = silu.users
+    expected = 3 * 128 * 4
+    costs = costs_of(graph, context(decode))
+    assert costs[silu] == Cost(H200.kernel_us + 2 * expected / 4300e3, 2 * expected)
+    assert costs[product] == Cost(3 * expected / 4300e3, 3 * expected)
 
 
 def test_everything_is_slower_on_the_cpu(decode):

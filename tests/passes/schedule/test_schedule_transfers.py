@@ -13,8 +13,7 @@ from sparda_compile.graph.nodes import call_name, find_ops, is_sparda, program_o
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.schedule.cost import node_cost
-from sparda_compile.passes.schedule.simulate import simulate
+from sparda_compile.passes.schedule.simulate import predict
 
 CASES = {
     "forecast-h200": {"mode": "forecast", "machine": "h200"},
@@ -210,9 +209,7 @@ def predicted(plan, machine, phase):
     ctx = PassContext(
         layout.config, phase, {}, "Model", layout.traced(), machine, layout.batch_size
     )
-    nodes = list(plan.graph_module.graph.nodes)
-    costs = {n: node_cost(n, ctx) for n in nodes}
-    return simulate(nodes, costs, ctx, {n: stream_of(n) for n in nodes})
+    return predict(plan.graph_module.graph, ctx)
 
 
 @pytest.mark.parametrize("case", CASES)

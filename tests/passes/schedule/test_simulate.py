@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import fx
@@ -14,7 +16,7 @@ from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, SELECT
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import Cost
-from sparda_compile.passes.schedule.simulate import end_us, simulate
+from sparda_compile.passes.schedule.simulate import Simulator, end_us
 
 assert ops.OPS
 
@@ -22,18 +24,22 @@ assert ops.OPS
 class Program:
     """Nodes on streams, each of a time given by hand."""
 
-    def __init__(self, machine="h200"):
+    def __init__(self, machine="h200", copy_share=0.0):
         self.graph = fx.Graph()
         self.x = self.graph.placeholder("x")
         with FakeTensorMode():
             self.x.meta["val"] = torch.empty(2)
         self.emit = Emitter(self.graph, self.graph.output((self.x,)), self.x, 0)
         self.costs, self.streams = {}, {}
-        self.ctx = PassContext(SpardaConfig(), "decode", {}, "Model", None, MACHINES[machine])
+        machine = dataclasses.replace(MACHINES[machine], copy_share=copy_share)
+        self.ctx = PassContext(SpardaConfig(), "decode", {}, "Model", None, machine)
 
-    def work(self, name, us, stream=COMPUTE):
+    def work(self, name, us, stream=COMPUTE, memory=0.0):
+        """Add work that uses a share of the memory's bandwidth; a copy uses the link."""
         node = self.emit.function(torch.neg, (self.x,), {}, name)
-        self.costs[node], self.streams[node] = Cost(us), stream
+        hbm_bytes = round(memory * us * self.ctx.machine.memory_gbps * 1e3)
+        link_bytes = 1 if stream == COPY else 0
+        self.costs[node], self.streams[node] = Cost(us, hbm_bytes, link_bytes), stream
         return node
 
     def mark(self, event, stream):
@@ -47,8 +53,9 @@ class Program:
 
     def times(self):
         nodes = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
-        rows = simulate(nodes, self.costs, self.ctx, self.streams)
+        rows = Simulator(self.costs, self.ctx).rows(nodes, self.streams)
         self.total = end_us(rows)
+        assert Simulator(self.costs, self.ctx).end_us(nodes, self.streams) == self.total
         return {row.node: (row.start_us, row.end_us, row.exposed_us) for row in rows}
 
 
@@ -100,3 +107,79 @@ def test_without_overlap_all_streams_are_one():
     assert times["copy"][:2] == (10.0, 40.0)
     assert times["wait1"][2] == 0.0
     assert end_us([]) == 0.0
+
+
+def test_a_copy_lengthens_the_compute_beside_it_by_its_share():
+    program = Program(copy_share=0.2)
+    program.work("copy", 40.0, COPY)
+    program.work("a", 20.0)
+    program.work("b", 20.0)
+    times = program.times()
+    assert times["copy"][:2] == (0.0, 40.0)  # the copy itself is not held up
+    assert times["a"][:2] == (0.0, 25.0)
+    # 15 us beside the rest of the copy do 12 us of work, and 8 are left.
+    assert times["b"][:2] == (25.0, 48.0)
+
+
+@pytest.mark.parametrize("without", ["copy", "share", "overlap"])
+def test_where_no_copy_runs_beside_it_nothing_changes(without):
+    machine = "cpu" if without == "overlap" else "h200"
+    program = Program(machine, copy_share=0.0 if without == "share" else 0.2)
+    if without != "copy":
+        program.work("copy", 40.0, COPY)
+    program.work("ids", 5.0, SELECT)
+    program.work("a", 20.0)
+    times = program.times()
+    assert times["a"][1] - times["a"][0] == 20.0
+
+
+def test_a_copy_takes_nothing_before_it_begins_and_after_it_ends():
+    program = Program(copy_share=0.5)
+    program.work("a", 10.0)
+    program.work("copy", 10.0, COPY)
+    program.work("copy_behind", 10.0, COPY)
+    program.work("b", 30.0)
+    program.work("c", 10.0)
+    times = program.times()
+    assert times["a"][:2] == (0.0, 10.0)
+    assert times["copy_behind"][:2] == (20.0, 30.0)
+    assert times["b"][:2] == (10.0, 50.0)
+    assert times["c"][:2] == (50.0, 60.0)
+
+
+def test_a_wait_ends_with_the_copy_and_what_follows_is_free_again():
+    program = Program(copy_share=0.5)
+    program.work("copy", 10.0, COPY)
+    program.wait(program.mark(1, COPY), 1)
+    program.work("a", 5.0)
+    times = program.times()
+    assert times["wait1"] == (0.0, 10.0, 10.0)
+    assert times["a"][:2] == (10.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    ("side", "mine", "us"),
+    [
+        (0.5, 0.5, 20.0),  # together all of the bandwidth
+        (0.5, 0.0, 20.0),  # it reads nothing
+        (0.5, 1.0, 25.0),  # half the rate for 10 us
+        (0.8, 0.4, 25.0),  # a fifth is left of the two that it uses
+        (1.0, 1.0, 30.0),  # it stands still meanwhile
+    ],
+)
+def test_streams_share_the_bandwidth_of_the_memory(side, mine, us):
+    program = Program()
+    program.work("scores", 10.0, SELECT, memory=side)
+    program.work("a", 20.0, memory=mine)
+    times = program.times()
+    assert times["scores"][:2] == (0.0, 10.0)
+    assert times["a"][1] == pytest.approx(us)
+
+
+def test_two_side_streams_take_from_compute_together():
+    program = Program(copy_share=0.5)
+    program.work("attention", 10.0, ATTEND, memory=0.25)
+    program.work("copy", 10.0, COPY)
+    program.work("a", 10.0, memory=1.0)
+    # For 10 us three quarters of the bandwidth at half the rate.
+    assert program.times()["a"][1] == pytest.approx(10.0 + 10.0 - 3.75)

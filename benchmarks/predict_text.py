@@ -1,0 +1,152 @@
+"""Count what hints guess of the blocks that a model reads on a text; writes JSON.
+
+    python benchmarks/predict_text.py MODEL --text prose=GPL-3.txt --out result.json
+
+MODEL is a folder that transformers' `save_pretrained` wrote, with its tokenizer. A text is read
+densely up to 64 tokens before its context ends. These, and the steps behind them, are decode steps
+fed with the text's own tokens: each reads the blocks that its query selects. The 64 begin the
+levels of the predictors, and calibrate one of them; the others count. Texts that the result has
+from another run are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from sparda_compile import SpardaConfig
+from sparda_compile.cli.targets import load_target
+from sparda_compile.environment import write_result
+from sparda_compile.evaluation.decode import decode
+from sparda_compile.evaluation.guesses import GuessSums, num_first_steps
+from sparda_compile.evaluation.reading import read_ahead
+from sparda_compile.evaluation.run import budget_config
+from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a model with its tokenizer")
+    parser.add_argument("--text", action="append", required=True, help="name=file")
+    parser.add_argument("--context", type=int, default=6144, help="tokens before the steps")
+    parser.add_argument("--steps", type=int, default=200, help="decode steps that count")
+    parser.add_argument("--share", type=float, action="append", help="of the blocks [0.1, 0.25]")
+    parser.add_argument("--selector", action="append", help="[infllm2]")
+    parser.add_argument("--local-blocks", type=int, default=2)
+    parser.add_argument("--commit", help="of the code that runs [default: what git says]")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+class Watchers:
+    """Counts of a predictor that is calibrated, and of all others, over the same steps."""
+
+    def __init__(self, config):
+        self.plain = GuessSums(["ema", "next_query"], config)
+        self.calibrated = GuessSums(["ema"], config.replace(ema_calibrate=True))
+        self.names = self.plain.names
+        # Levels begin as they do behind a prompt: the plain ones from fewer tokens.
+        self.skipped = CALIBRATION_WINDOW - num_first_steps(config)
+        self.num_seen = {}
+
+    def begin(self):
+        self.plain.begin()
+        self.calibrated.begin()
+
+    def add(self, number, scores, *step):
+        self.num_seen[number] = self.num_seen.get(number, 0) + 1
+        if self.num_seen[number] > self.skipped:
+            self.plain.add(number, scores, *step)
+        # Both speak of the layers in which everyone guesses: not of the first one.
+        if "next_query" in scores:
+            self.calibrated.add(number, scores, *step)
+
+    def guesses(self):
+        """Return what each found, by its name."""
+        found = [(guess.name, guess) for guess in self.plain.guesses()]
+        calibrated = (guess for guess in self.calibrated.guesses() if guess.name == "ema")
+        return found + [("ema_calibrated", guess) for guess in calibrated]
+
+
+def perplexity(logits_SV, ids_S):
+    """Return the perplexity of tokens by the logits that predict them."""
+    return float(F.cross_entropy(logits_SV, ids_S).exp())
+
+
+def shares_of(found):
+    """Return coverage and precision by name and budget: over all layers, and by layer."""
+    by_name = {}
+    for name, guess in found:
+        budget = by_name.setdefault(name, {}).setdefault(f"{guess.budget:g}", {"by_layer": {}})
+        if guess.layer is None:
+            budget |= {
+                part: round(getattr(guess, part), 4)
+                for part in ("coverage", "precision", "fetched")
+            }
+        else:
+            budget["by_layer"][str(guess.layer)] = round(guess.coverage, 3)
+    return by_name
+
+
+def measure(args, model, ids_1T, name, say):
+    """Yield a row for each selector and share of the blocks."""
+    begin = args.context - CALIBRATION_WINDOW
+    reading, dense_1SV = read_ahead(model, ids_1T[:, :-1], begin)
+    after_S = ids_1T[0, args.context + 1 :]
+    say(f"{name}: {args.context} tokens read")
+    for selector in args.selector or ("infllm2",):
+        base = SpardaConfig(
+            mode="query", selector=selector, top_k=None, local_blocks=args.local_blocks
+        )
+        for share in args.share or (0.1, 0.25):
+            config = budget_config(base, args.context + args.steps, share)
+            watchers = Watchers(config)
+            decoded = decode(model, reading, ids_1T[:, begin:-1], config, guesses=watchers)
+            say(f"{name}: {selector}, {100 * share:g}% of the blocks")
+            yield {
+                "text": name,
+                "selector": selector,
+                "share": share,
+                "num_blocks": -(-(args.context + args.steps) // config.block_size),
+                "num_forced": config.num_forced,
+                "num_scored": config.top_k,
+                "block_size": config.block_size,
+                "perplexity": {
+                    "dense": perplexity(dense_1SV[0, CALIBRATION_WINDOW:], after_S),
+                    "selected": perplexity(decoded.logits_BSV[0, CALIBRATION_WINDOW:], after_S),
+                },
+                "guesses": shares_of(watchers.guesses()),
+            }
+
+
+def main():
+    args = parse()
+    start = time.perf_counter()
+
+    def say(text):
+        print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
+
+    model = load_target(args.model).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    head = {"model": Path(args.model).name, "context": args.context, "steps": args.steps}
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    for text in args.text:
+        name, _, path = text.partition("=")
+        needed = args.context + args.steps + 1
+        ids_1T = tokenizer(Path(path).read_text(), return_tensors="pt").input_ids[:, :needed]
+        if ids_1T.shape[1] < needed:
+            raise SystemExit(f"{path} has {ids_1T.shape[1]} tokens; use a text of {needed} or more")
+        with torch.no_grad():
+            new = list(measure(args, model, ids_1T, name, say))
+        rows = [row for row in rows if row["text"] != name] + new
+        write_result(args.out, {"name": "predict_text", **head, "rows": rows}, args.commit)
+
+
+if __name__ == "__main__":
+    main()

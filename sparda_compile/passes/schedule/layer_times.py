@@ -1,0 +1,120 @@
+"""What the parts of a layer's attention take, as the planning machine's constants say.
+
+    select      scores, the choice of blocks and their pages, the new token's key and value
+    speculate   attention to predicted blocks, beside it
+    repair      the selected blocks that were not predicted, and the merge
+    serial      attention that begins when the selection has ended
+
+A layer speculates if max(select, speculate) + repair < select + serial. Known of it are its shapes
+alone, so that prompts, which leave the first prediction, decide as the decode does.
+
+Source: PRR (arXiv 2606.30389) sections 2 and 4.4. Differs from the paper, which speculates in every
+layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Final
+
+from sparda_compile.passes.schedule.expected_blocks import expected_misses
+
+if TYPE_CHECKING:
+    from sparda_compile.passes.base import PassContext
+    from sparda_compile.state.layout import LayerShape
+
+__all__ = ["LayerTimes", "layer_times", "speculates"]
+
+_SELECTING: Final = ("score_blocks", "append_kv", "update_summary")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """What the parts of a layer take, microseconds.
+
+    Attributes:
+        select_us: Scores and the choice of blocks.
+        start_us: Attention to predicted blocks, however few.
+        block_us: Each of them more, of all sequences and KV heads.
+        repair_us: Repair and merge, if nothing was missed.
+        miss_us: Each missed block more.
+        serial_us: Attention that begins when the selection has ended.
+    """
+
+    select_us: float
+    start_us: float
+    block_us: float
+    repair_us: float
+    miss_us: float
+    serial_us: float
+
+    def speculating_us(self, budget: float, misses: float) -> float:
+        """Return what selection and attention take with a budget.
+
+        Args:
+            budget: Blocks predicted for each sequence and KV head.
+            misses: Selected blocks among them that were not, on the mean.
+        """
+        early = self.start_us + budget * self.block_us
+        return max(self.select_us, early) + self.repair_us + misses * self.miss_us
+
+    def pays(self, budget: float, misses: float) -> bool:
+        """Return whether that is less than without speculation."""
+        return self.speculating_us(budget, misses) < self.select_us + self.serial_us
+
+
+def layer_times(shape: LayerShape, group_size: int, ctx: PassContext) -> LayerTimes:
+    """Return what the parts of a sparse layer take in a decode step.
+
+    Args:
+        shape: The layer.
+        group_size: R, query heads of one KV head.
+        ctx: What passes know; it has a layout.
+    """
+    assert ctx.layout is not None
+    assert ctx.strategy.selector is not None
+    machine, selector = ctx.machine, ctx.strategy.selector
+    layout = dataclasses.replace(ctx.layout, batch_size=ctx.batch_size)
+    specs, pairs = layout.tensors(shape), ctx.batch_size * shape.num_groups
+    scored = set(layout.summary_tensors(selector.summary.name, shape))
+    read = sum(specs[name].num_bytes for name in scored - {*selector.summary.uncounted})
+    is_fused = "fuse_selection" not in ctx.config.disable_passes
+    choosing = ("select_pages",) if is_fused else ("select_blocks", "plan_pages")
+    block = 2 * layout.config.block_size * shape.head_dim * shape.dtype.itemsize
+    partial = group_size * (shape.head_dim + 1) * 4
+
+    def us(op: str, num_bytes: float = 0.0) -> float:
+        return machine.latency_of(op) + bytes_us(num_bytes)
+
+    def bytes_us(num_bytes: float) -> float:
+        return num_bytes / (machine.memory_gbps * 1e3)
+
+    scores = pairs * layout.num_blocks * 4
+    return LayerTimes(
+        select_us=sum(map(us, (*_SELECTING, *choosing))) + bytes_us(read + 2 * scores),
+        start_us=us("attend_predicted"),
+        block_us=bytes_us(pairs * (block + partial)),
+        repair_us=us("repair_predicted", pairs * layout.num_selected * partial),
+        miss_us=bytes_us(pairs * block),
+        serial_us=us("sparse_attention", pairs * layout.num_selected * block),
+    )
+
+
+def speculates(shape: LayerShape, group_size: int, ctx: PassContext) -> bool:
+    """Return whether a layer begins its attention before its selection has ended.
+
+    Args:
+        shape: The layer.
+        group_size: R, query heads of one KV head.
+        ctx: What passes know; it has a layout.
+    """
+    assert ctx.layout is not None
+    if ctx.strategy.predictor is None or shape.kind != "sparse":
+        return False
+    if ctx.config.speculate_where == "always":
+        return True
+    if not ctx.machine.overlaps:
+        return False
+    times = layer_times(shape, group_size, ctx)
+    return times.pays(ctx.layout.num_predicted, math.ceil(expected_misses(ctx)))
