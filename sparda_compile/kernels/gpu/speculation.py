@@ -117,9 +117,8 @@ def _repair_predicted(
     current = length // SIZE
     chosen, guessed = block_ids + wide_pair * selected, predicted + wide_pair * width
     sources = source + wide_pair * num_sources
-    every = tl.arange(0, DIMS)
-    columns = (every >= part * COLUMNS) & (every < (part + 1) * COLUMNS)
-    num_late, num_wasted = 0, 0
+    columns = tl.arange(0, DIMS) // COLUMNS == part
+    num_late, num_wasted = current * 0, current * 0
     for start in tl.range(0, selected, ENTRIES, num_stages=1):
         entry = start + tl.arange(0, ENTRIES)
         inside = entry < selected
