@@ -267,9 +267,10 @@ def _speculation(
     attend = partial(
         speculation.attend_predicted, query, pages, table, ids, lengths, _SCALE, 0.0, results
     )
-    blocks, factors = (places, ids, ids), (_SCALE, 0.0)
-    operands = (query, pages, blocks, lengths, results, counters, factors)
-    return attend, partial(speculation.repair_predicted, *operands, union=False)
+    chosen, scaling = (places, ids, ids), (_SCALE, 0.0)
+    operands = (query, pages, chosen, lengths, results, counters, scaling)
+    repair = partial(speculation.repair_predicted, *operands, union=False)
+    return attend, repair
 
 
 def _sparse(
