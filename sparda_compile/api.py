@@ -124,6 +124,7 @@ def explain(
     *,
     batch_size: int = 1,
     max_tokens: int | None = None,
+    memory_bytes: int | None = None,
 ) -> Report:
     """Say what `optimize` would do, without running the model.
 
@@ -132,6 +133,9 @@ def explain(
         config: As for `optimize`.
         batch_size: Sequences to plan for.
         max_tokens: Tokens per sequence to plan for; None is `config.max_tokens`, or 4096.
+        memory_bytes: Memory of the GPU, by which the chunks of a prompt are chosen where
+            `config.chunk_tokens` is None. None is that of the GPU that the model is on, and no
+            limit where it is on none.
 
     Returns:
         Sites, what stays dense and why, planned bytes, counts of each pass and schedules. A model
@@ -163,7 +167,11 @@ def explain(
         except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
             return refused_report(model, config, batch_size, max_tokens, str(error))
         is_optimized = hasattr(model, "sparda_config")
-        return build_report(captures.model if is_optimized else model, plans[0], plans[1])
+        model = captures.model if is_optimized else model
+        device = plans[1].captured.device
+        if memory_bytes is None and device.type == "cuda":
+            memory_bytes = torch.cuda.get_device_properties(device).total_memory
+        return build_report(model, plans[0], plans[1], memory_bytes)
 
 
 def _forecast_weights(

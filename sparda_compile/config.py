@@ -73,9 +73,11 @@ class Memory:
     """Where the KV cache lives, and how much of it there may be.
 
     Attributes:
-        chunk_tokens: Columns of a prompt that are one turn; None reads it as one, layer by layer,
-            with what lies between attentions in slices. Shorter turns need less memory, and read
-            the past again from the cache; the result is the same but for rounding.
+        chunk_tokens: Columns of a prompt that are one turn. None reads it as one, layer by layer,
+            with what lies between attentions in slices, or, where the GPU has not the memory that
+            this is worked out to take, in the largest turns for which it has. Shorter turns need
+            less memory, and read the past again from the cache; the result is the same but for
+            rounding.
         max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
             (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
         offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the

@@ -15,6 +15,7 @@ __all__ = [
     "SCORE_BYTES",
     "TILE_ROWS",
     "UNION_BYTES",
+    "WINDOW_TOKENS",
     "attend_tokens_bytes",
     "prefill_attention_bytes",
     "select_past_bytes",
@@ -31,6 +32,8 @@ UNION_BYTES: Final = 64 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64
 """Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""
+WINDOW_TOKENS: Final = 512
+"""Tokens of a prompt that are read at once by attention over a sliding window."""
 # Positions and orders of tokens, for each token of each sequence.
 _PLACES: Final = 32
 # Queries that see their keys at once where a mask says which.
@@ -102,7 +105,7 @@ def prefill_attention_bytes(a: Any) -> int:
         past = int(keys * a.num_past // a.k.shape[2])
         if a.query.device.type == "cuda":  # the past and the new tokens, side by side
             return int(past + keys) + _places(a.query)
-        return past + _masked(a, keys + past, length)
+        return past + _masked(a, keys + past, length, int(a.query.shape[2]))
     sums = math.prod(a.query.shape[:3]) * 4
     # On an H200 a prompt takes as much as if cuDNN's result were moved; on a CPU nothing is.
     moved = queries if a.query.device.type == "cuda" else 0
@@ -110,17 +113,29 @@ def prefill_attention_bytes(a: Any) -> int:
 
 
 def window_attention_bytes(a: Any) -> int:
-    """Return what `window_attention` takes: keys of every query head, and results in parts."""
+    """Return what `window_attention` takes: the ring in order, and what a band reads and makes."""
     ring = _bytes(a.ring_k) + _bytes(a.ring_v)
-    length = int(a.ring_k.shape[2] + a.k.shape[2])
-    return _masked(a, ring + _bytes(a.k) + _bytes(a.v), length)
+    window, tokens = int(a.ring_k.shape[2]), min(int(a.query.shape[2]), WINDOW_TOKENS)
+    length = window + tokens - 1
+    vectors = a.query.shape[0] * tokens * a.query.shape[1] * a.query.shape[3]
+    queries = int(vectors) * a.query.dtype.itemsize
+    return int(ring + queries) + _masked(a, ring // window * length, length, tokens)
 
 
-def _masked(a: Any, keys: int, length: int) -> int:
-    """Return what attention by a mask takes: keys once more for each head, masks, its parts."""
-    batch, heads, tokens, dim = a.query.shape
+def _masked(a: Any, keys: int, length: int, tokens: int) -> int:
+    """Return what attention by a mask takes: keys once more for each head, masks, its parts.
+
+    Args:
+        a: What the op is given: `query`, [B, H, any, D], and `softcap`.
+        keys: Bytes of keys and values, before that.
+        length: Keys.
+        tokens: Queries.
+    """
+    batch, heads, _, dim = a.query.shape
     repeated = 2 * batch * heads * length * dim * a.query.dtype.itemsize
-    masks = 4 * batch * min(tokens, _MASKED_QUERIES) * length
-    # With a soft cap all scores are there, in float32, before and behind it.
-    scores = 3 * heads * masks if a.softcap else 0
-    return int(keys + repeated + masks + scores) + _bytes(a.query)
+    pairs = batch * min(tokens, _MASKED_QUERIES) * length
+    # A byte says what is seen. With a soft cap all scores are there, in float32, before and behind
+    # it; else torch makes a number of the query's kind of each byte.
+    masks = pairs * (1 + (12 * heads if a.softcap else a.query.dtype.itemsize))
+    parts = batch * heads * tokens * dim * a.query.dtype.itemsize
+    return int(keys + repeated + masks + parts)

@@ -45,7 +45,7 @@ from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
 from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
-from sparda_compile.module.prompt import read_prompt
+from sparda_compile.module.prompt import Reading, read_prompt
 from sparda_compile.module.version import Version
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
@@ -150,8 +150,7 @@ class OptimizedModule(FrozenModule):
         """
         weight = next(self.parameters())
         check_autocast(weight.device.type, weight.dtype)
-        config = self.config
-        ids = check_call(input_ids, kwargs, config)
+        ids = check_call(input_ids, kwargs, self.config)
         check_kept(logits_to_keep)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
         with self._lock, neutral():
@@ -160,11 +159,11 @@ class OptimizedModule(FrozenModule):
             self._check_model(held, ids)
             logits = self._step(held, ids, attention_mask, position_ids, logits_to_keep)
         if use_cache is None:
-            use_cache = getattr(config, "use_cache", True)
+            use_cache = getattr(self.config, "use_cache", True)
         is_returned = use_cache is not False or given is not None
         output = output_with_cache(logits, held if is_returned else None)
         if return_dict is None:
-            return_dict = getattr(config, "return_dict", True)
+            return_dict = getattr(self.config, "return_dict", True)
         return output.to_tuple() if return_dict is False else output
 
     def _check_model(self, cache: SpardaCache, ids: Tensor) -> None:
@@ -190,8 +189,7 @@ class OptimizedModule(FrozenModule):
         batch_size, num_tokens = ids.shape
         mask = token_mask(attention_mask, cache, ids)
         check_holes(attention_mask, self.captures.windows.values())
-        # The one thing that a prompt asks the device, before it is read.
-        hides = attention_mask is not None and not bool(mask.all())
+        hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
         num_real, is_decode = num_tokens, num_tokens == 1
         if is_decode and hides:
             raise UnsupportedInputError(
@@ -201,8 +199,10 @@ class OptimizedModule(FrozenModule):
         if num_tokens > 1:
             num_real = int(mask.sum(1).max()) if hides else num_tokens
             kv.check_room(num_real)
-        positions = self._positions.of(position_ids, mask, cache, hides=hides)
         last_only = is_decode or is_last(logits_to_keep)
+        reading = Reading(self.programs, kv, (batch_size, num_tokens), hides, last_only)
+        chunks = () if is_decode else reading.chunks()
+        positions = self._positions.of(position_ids, mask, cache, hides=hides)
         kv.is_broken = True  # until the step has ended
         with showing(self.sparda_config.progress):
             if is_decode:
@@ -210,8 +210,7 @@ class OptimizedModule(FrozenModule):
                 logits = step(ids.contiguous(), positions, None, kv)
             else:
                 self.captures.refresh_joined()  # behind what asks the device: it would wait
-                parts = (ids, positions, mask if hides else None)
-                logits = read_prompt(self.programs, kv, *parts, last_only=last_only)
+                logits = read_prompt(reading, chunks, ids, positions, mask if hides else None)
         kv.advance(num_tokens, num_real)
         kv.is_broken = False
         cache.note(ids, mask, hides=hides)
@@ -241,8 +240,7 @@ class OptimizedModule(FrozenModule):
             self.version.check_view(self)
         settings = check_generation(self.generation_config, kwargs)
         ids = check_prompt(inputs, kwargs, settings)
-        num_tokens = 1 if ids is None else ids.shape[1]
-        total = length_of(num_tokens, settings, self.config)
+        total = length_of(1 if ids is None else ids.shape[1], settings, self.config)
         cache = take_cache(kwargs)
         is_given = cache is not None
         if not is_given:
@@ -389,12 +387,8 @@ class OptimizedModule(FrozenModule):
             )
         needed = kv.longest + num_tokens
         if needed > kv.layout.max_tokens and self.sparda_config.max_tokens is None:
-            plan = self.programs.get(
-                "decode",
-                batch_size,
-                self.programs.capacity(max(needed, 2 * kv.layout.max_tokens)),
-                last_only=True,
-            ).plan
+            capacity = self.programs.capacity(max(needed, 2 * kv.layout.max_tokens))
+            plan = self.programs.get("decode", batch_size, capacity, last_only=True).plan
             kv = kv.grow(plan.layout)
             cache.hold(kv)
         elif num_tokens == 1:

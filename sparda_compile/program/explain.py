@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -10,6 +11,8 @@ from sparda_compile.graph.nodes import fake_value, module_path
 from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.text import graph_text
 from sparda_compile.passes.machine import machine_for
+from sparda_compile.program.chunks import RESERVE, chunk_sizes, largest_chunk
+from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.plan import forecast_shapes
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
@@ -29,11 +32,24 @@ __all__ = ["build_report", "refused_report"]
 _TABLES = ("block_table", "page_block", "page_stamp", "counters")
 
 
-def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
-    """Return what is known about a rewritten model."""
+def build_report(
+    model: nn.Module, prefill: Plan, decode: Plan, memory_bytes: int | None = None
+) -> Report:
+    """Return what is known about a rewritten model.
+
+    Args:
+        model: The model.
+        prefill: Its plan for a prompt.
+        decode: Its plan for steps.
+        memory_bytes: Memory of the GPU; None is no limit.
+    """
     layout = decode.layout
     schedules = [p.schedule for p in (decode, prefill) if p.schedule is not None]
     shapes = forecast_shapes(decode)
+    weights = _weight_bytes(model, decode, [shape.num_weights for shape in shapes.values()])
+    room = None
+    if memory_bytes is not None:
+        room = memory_bytes - weights - layout.num_bytes(on_host=False)
     return Report(
         model=type(model).__name__,
         mode=layout.config.mode,
@@ -47,8 +63,8 @@ def build_report(model: nn.Module, prefill: Plan, decode: Plan) -> Report:
         model_parameters=sum(p.numel() for p in model.parameters()),
         selection_starts_at=layout.config.selection_starts_at,
         selection=selection_sentence(layout.config, layout.max_tokens),
-        weight_bytes=_weight_bytes(model, decode, [shape.num_weights for shape in shapes.values()]),
-        prompt=_prompt_memory(prefill),
+        weight_bytes=weights,
+        prompt=_prompt_memory(prefill, room),
         speculation=_speculation(decode),
     )
 
@@ -65,11 +81,27 @@ def _speculation(decode: Plan) -> str:
     return speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
 
 
-def _prompt_memory(prefill: Plan) -> PromptMemory:
-    """Return the memory of the last chunk of a prompt that fills the KV cache."""
-    most = prefill.layout.max_tokens
-    num_tokens = max(min(prefill.layout.config.chunk_tokens or most, most), 2)
-    return prompt_memory(prefill, num_tokens, max(most - num_tokens, 0))
+def _prompt_memory(prefill: Plan, room: int | None) -> PromptMemory:
+    """Return the memory of the last chunk of a prompt that fills the KV cache.
+
+    Args:
+        prefill: The plan.
+        room: Bytes that it may take, which choose the chunk where the configuration does not.
+    """
+    most, config = prefill.layout.max_tokens, prefill.layout.config
+    program = lower(prefill.graph_module, "eager")
+
+    def memory(chunk: int) -> PromptMemory:
+        num_tokens = max(min(chunk, most), 2)
+        return prompt_memory(prefill, num_tokens, max(most - num_tokens, 0), program=program)
+
+    def fits(chunk: int) -> bool:
+        return room is None or memory(chunk).peak_bytes * RESERVE <= room
+
+    chunk = config.chunk_tokens or most
+    if config.chunk_tokens is None and not fits(most):
+        chunk = largest_chunk(config, most, fits) or chunk_sizes(config, most)[-1]
+    return dataclasses.replace(memory(chunk), room_bytes=room)
 
 
 def _weight_bytes(model: nn.Module, decode: Plan, forecasts: list[int]) -> int:

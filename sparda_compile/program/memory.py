@@ -33,19 +33,28 @@ if TYPE_CHECKING:
 __all__ = ["prompt_memory"]
 
 
-def prompt_memory(plan: Plan, num_tokens: int, num_past: int = 0) -> PromptMemory:
-    """Work out the memory of a prompt without padding.
+def prompt_memory(
+    plan: Plan,
+    num_tokens: int,
+    num_past: int = 0,
+    *,
+    may_hide: bool = False,
+    program: LoweredProgram | None = None,
+) -> PromptMemory:
+    """Work out the memory of a prompt.
 
     Args:
         plan: Of a prefill.
         num_tokens: Columns that are read at once, two or more.
         num_past: Tokens in the cache.
+        may_hide: Whether some token may be padding.
+        program: The plan's calls, where they are at hand.
     """
     lowering = plan.layout.config.lowering
-    program = lower(plan.graph_module, "eager")
+    program = program or lower(plan.graph_module, "eager")
     inputs = [n for n in plan.graph_module.graph.nodes if n.op == "placeholder"]
     batch = plan.layout.batch_size
-    given = {BATCH_SIZE: batch, NUM_TOKENS: num_tokens, NUM_PAST: num_past, MAY_HIDE: False}
+    given = {BATCH_SIZE: batch, NUM_TOKENS: num_tokens, NUM_PAST: num_past, MAY_HIDE: may_hide}
     return _Walk(program, inputs, given, lowering).run()
 
 
@@ -81,7 +90,8 @@ class _Walk:
             for register in call.frees:
                 self._held.pop(register, None)
                 self._values[register] = None
-        return PromptMemory(self._sizes[1], peak, peak_call, self._whole())
+        logits = num_bytes(self._values[self._program.result], *self._sizes)
+        return PromptMemory(self._sizes[1], peak, peak_call, self._whole(), logits)
 
     def _call(self, call: Call) -> int:
         """Note the results of a call; returns what it takes beside them."""

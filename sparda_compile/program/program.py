@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ from sparda_compile.program.compiler_errors import compiler_errors
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
+from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.recording import record_run
 from sparda_compile.program.run_proof import check_recording
 from sparda_compile.program.step_graph import StepGraph
@@ -37,10 +38,14 @@ if TYPE_CHECKING:
     from sparda_compile.program.lower import LoweredProgram
     from sparda_compile.program.plan import Plan
     from sparda_compile.program.run_proof import RunProof
+    from sparda_compile.report.model import PromptMemory
     from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.state.layout import CacheLayout
 
 __all__ = ["Program"]
+
+# Of a prompt, whose memory is remembered.
+_MOST_SHAPES: Final = 64
 
 
 class Program:
@@ -73,6 +78,8 @@ class Program:
         self._joined: list[JoinedWeight] = []
         # By whether there is a past, the bits of the longest text.
         self._begun_kernels: dict[bool, int] = {}
+        self._is_compiled = False
+        self._memory: dict[tuple[int, int, bool], PromptMemory] = {}
         self.proof: RunProof | None = None
         self._arguments = [
             self._argument(n) for n in plan.graph_module.graph.nodes if n.op == "placeholder"
@@ -81,7 +88,7 @@ class Program:
     @property
     def is_compiled(self) -> bool:
         """Whether the program has run, or was compiled ahead."""
-        return "lowered" in self.__dict__
+        return self._is_compiled
 
     def compile(self) -> None:
         """Compile now, not at the first step.
@@ -89,6 +96,7 @@ class Program:
         Raises:
             BackendUnavailableError: If there is no compiler that works.
         """
+        self._is_compiled = True
         pieces, config = self.lowered.pieces(), self.plan.layout.config
         with showing(config.progress):
             for i, piece in enumerate(pieces):
@@ -125,6 +133,23 @@ class Program:
     def lowered(self) -> LoweredProgram:
         """The calls that run; made when first asked for."""
         return lower(self.plan.graph_module, self.plan.layout.config.lowering)
+
+    def prompt_memory(self, num_tokens: int, num_past: int, *, may_hide: bool) -> PromptMemory:
+        """Return what a prompt takes, see `memory.prompt_memory`; worked out once for each shape.
+
+        Args:
+            num_tokens: Columns.
+            num_past: Most tokens that a sequence has before them.
+            may_hide: Whether some token may be padding.
+        """
+        key = (num_tokens, num_past, may_hide)
+        if key not in self._memory:
+            if len(self._memory) == _MOST_SHAPES:
+                self._memory.clear()
+            self._memory[key] = prompt_memory(
+                self.plan, num_tokens, num_past, may_hide=may_hide, program=self.lowered
+            )
+        return self._memory[key]
 
     def _function(self, *args: Any) -> Tensor:
         if self._engine is None:

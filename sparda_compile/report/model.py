@@ -69,16 +69,25 @@ class PromptMemory:
     """What reading a prompt takes on a GPU, beside weights and KV cache.
 
     Attributes:
-        num_tokens: Columns that are read at once, of each sequence.
+        num_tokens: Columns that are read at once, of each sequence: one chunk.
         peak_bytes: Most bytes that are held at once.
         peak_call: Name of the op or piece that holds them.
         whole: Pieces that cannot run on slices of a prompt, each with the reason.
+        logits_bytes: Logits of the chunk, which are part of it.
+        room_bytes: Memory that is left for all of it; None where nothing limits it.
     """
 
     num_tokens: int
     peak_bytes: int
     peak_call: str
     whole: tuple[tuple[str, str], ...] = ()
+    logits_bytes: int = 0
+    room_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it."""
+        return self.room_bytes is None or self.peak_bytes <= self.room_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,9 +253,13 @@ class Report:
     def _reading(self) -> dict[str, str]:
         if self.prompt is None:
             return {}
+        chunk, room = self.prompt.num_tokens, self.prompt.room_bytes
         whole = "".join(f"; {name} runs whole: {reason}" for name, reason in self.prompt.whole)
+        if room is not None and not self.prompt.fits:
+            whole = f", for which {format_bytes(max(room, 0))} are left: it does not fit{whole}"
+        at_once = f", {chunk} at once" if chunk < self.max_tokens else ""
         return {
-            f"GPU memory while {self.batch_size} x {self.prompt.num_tokens} tokens are read": (
+            f"GPU memory while {self.batch_size} x {self.max_tokens} tokens are read{at_once}": (
                 f"{format_bytes(self.peak_device_bytes)}: {format_bytes(self.weight_bytes)} of "
                 f"weights, {format_bytes(self.device_bytes)} of KV cache, "
                 f"{format_bytes(self.prompt.peak_bytes)} in {self.prompt.peak_call}{whole}"

@@ -11,11 +11,17 @@ from sparda_compile.errors import DevicePoolFullError
 if TYPE_CHECKING:
     from sparda_compile.state.layout import TensorSpec
 
-__all__ = ["DevicePool"]
+__all__ = ["DevicePool", "free_device_bytes"]
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Return what the driver and torch's own allocator can still give on a CUDA device."""
+def free_device_bytes(device: torch.device) -> int | None:
+    """Return what the driver and torch's own allocator can still give; it waits for no kernel.
+
+    Args:
+        device: A CUDA device. Of any other nothing is known: None.
+    """
+    if device.type != "cuda":
+        return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -36,10 +42,9 @@ class DevicePool:
     def check(self, num_bytes: int, batch_size: int, max_tokens: int) -> None:
         """Raise DevicePoolFullError if so many bytes are not allowed, or not there."""
         limit, whose = self._limit_bytes, "device_bytes allows"
-        if self._device.type == "cuda":
-            free = _free_bytes(self._device)
-            if limit is None or free < limit:
-                limit, whose = free, f"{self._device} has free"
+        free = free_device_bytes(self._device)
+        if free is not None and (limit is None or free < limit):
+            limit, whose = free, f"{self._device} has free"
         if limit is None or num_bytes <= limit:
             return
         mib = 1 << 20

@@ -98,6 +98,7 @@ OUTPUTS = {
     "bench prefill --out": ["bench", "prefill", "--out"],
     "bench prefill --plot": ["bench", "prefill", "--plot"],
     "bench turns --out": ["bench", "turns", "--out"],
+    "bench prr --out": ["bench", "prr", "--out"],
     "bench start --out": ["bench", "start", "--device", "cpu", "--out"],
 }
 

@@ -10,6 +10,7 @@ import torch
 from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.program import memory, slices
+from sparda_compile.program.chunks import chunk_sizes
 from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.slices import SlicedPiece
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS
@@ -112,6 +113,27 @@ def test_explain_says_what_all_of_it_takes():
     assert prompt.peak_call in repr(report)
     chunked = explain(tiny_llama(), SpardaConfig(**{**SMALL, "chunk_tokens": 100}))
     assert chunked.prompt.num_tokens == 100
+    assert "GPU memory while 1 x 512 tokens are read, 100 at once: " in str(chunked)
+
+
+def test_explain_chooses_the_chunk_that_a_gpu_has_room_for():
+    model, config = tiny_llama(), SpardaConfig(**{**SMALL, "max_tokens": 65536})
+    whole = explain(model, config)
+    beside = whole.weight_bytes + whole.device_bytes
+    assert whole.prompt.fits
+    assert whole.prompt.room_bytes is None
+    ample = explain(model, config, memory_bytes=2 * whole.peak_device_bytes)
+    assert (ample.prompt.num_tokens, ample.prompt.fits) == (65536, True)
+    part = explain(model, config, memory_bytes=whole.peak_device_bytes)  # a reserve is kept
+    assert part.prompt.num_tokens < 65536
+    assert part.prompt.num_tokens in chunk_sizes(config, 65536)
+    # But for the lengths of the sequences, which belong to no layer.
+    assert part.prompt.room_bytes == pytest.approx(whole.prompt.peak_bytes, abs=4)
+    assert part.prompt.fits
+    assert f"are read, {part.prompt.num_tokens} at once: " in str(part)
+    none = explain(model, config, memory_bytes=beside + 1000)
+    assert (none.prompt.num_tokens, none.prompt.fits) == (16, False)
+    assert "B are left: it does not fit" in str(none)
 
 
 def test_explain_names_what_runs_whole():

@@ -46,7 +46,7 @@ def test_a_gpu_gives_no_more_than_it_has_free(monkeypatch, limit, whose):
             torch.cuda, name, lambda device, size=size: asked.append(device) or size
         )
     gpu = torch.device("cuda:1")
-    assert device_pool._free_bytes(gpu) == 7 * MIB // 2
+    assert device_pool.free_device_bytes(gpu) == 7 * MIB // 2
     pool = DevicePool(gpu, limit)
     pool.check(3 * MIB, 3, 4096)
     with pytest.raises(

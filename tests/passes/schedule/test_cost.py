@@ -10,22 +10,18 @@ import torch
 from sparda_compile.bench.shapes import ModelShape, build_model
 from sparda_compile.bench.trace import following
 from sparda_compile.config import SpardaConfig
-from sparda_compile.graph.effects import argument
-from sparda_compile.graph.nodes import call_name, fake_value, find_ops, module_path
-from sparda_compile.graph.tags import LAYER
+from sparda_compile.graph.nodes import call_name, find_ops, module_path
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import Cost, costs_of, node_cost
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import make_plan
-from sparda_compile.registry import HINTS
 
 H200 = MACHINES["h200"]
 SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
 BLOCK_BYTES = 2 * 64 * 16 * 4  # K and V, tokens, head dim, fp32
 HEADS = 3 * 2  # batch, KV heads
 SELECTED = 96
-SCORED = SELECTED - 1 - 32 - 1  # without sinks, local blocks and the one being written
 
 
 @pytest.fixture
@@ -52,43 +48,9 @@ def linear(plan, path):
     return next(n for n in nodes if call_name(n) == "linear" and module_path(n) == path)
 
 
-def test_prefetch_moves_the_blocks_that_are_new(decode):
-    expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25)
-    assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 50.1e3, 0, expected)
-
-
-def test_prefetch_of_nothing_is_a_launch(decode):
-    assert cost(decode, "prefetch_1", expected_overlap=1.0) == Cost(2.0, 0, 0)
-    everything = cost(decode, "prefetch_1", expected_overlap=0.0)
-    assert everything.link_bytes == HEADS * SCORED * BLOCK_BYTES
-    assert cost(decode, "prefetch_1", top_k=0, expected_overlap=0.0) == Cost(2.0, 0, 0)
-
-
-def test_offload_of_a_decode_moves_one_block_in_so_many_steps(decode):
-    assert cost(decode, "offload_blocks_0").link_bytes == HEADS * BLOCK_BYTES // 64
-
-
-def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
-    plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
-    # A prompt of unknown length counts as 1024 tokens.
-    assert cost(plan, "offload_blocks_0").link_bytes == 2 * HEADS * 1024 * 16 * 4
-
-
 @pytest.fixture
 def sparse_prefill(plan_of):
     return plan_of("llama", "sparse_prefill", batch_size=3, **SETTINGS)
-
-
-def test_what_a_prompt_reads_of_the_past_crosses_the_link_once(sparse_prefill):
-    """The first token's blocks, and what each of 1024 replaces; or half of what the cache holds."""
-    half = 8192 // 64 // 2
-    expected = HEADS * half * BLOCK_BYTES
-    assert cost(sparse_prefill, "stage_1") == Cost(2.0 + expected / 50.1e3, 0, expected)
-    few = cost(sparse_prefill, "stage_1", top_k=1, sink_blocks=1, local_blocks=2)
-    assert few.link_bytes == HEADS * half * BLOCK_BYTES
-    none = cost(sparse_prefill, "stage_1", top_k=0, sink_blocks=1, local_blocks=2)
-    assert none.link_bytes == HEADS * 4 * BLOCK_BYTES
-    assert cost(sparse_prefill, "stage_1", offload="never").link_bytes == 0
 
 
 def test_scores_and_attention_of_a_prompt_are_products(sparse_prefill):
@@ -128,90 +90,6 @@ def test_kernel_of_the_model_takes_its_time_beside_its_bytes(decode):
 def test_embedding_reads_rows_and_not_its_table(decode):
     (node,) = (n for n in decode.graph_module.graph.nodes if call_name(n) == "embedding")
     assert node_cost(node, context(decode)).hbm_bytes == 2 * 3 * 64 * 4
-
-
-BOTH = {"mode": "exact", "hint": ("next_query", "forecast")}
-
-
-def copied(plan, **changes):
-    """Return the bytes of each copy of layer 1, from CPU memory, by name."""
-    ctx = context(plan, **changes)
-    copies = find_ops(plan.graph_module.graph, "prefetch_blocks")
-    mine = [n for n in copies if LAYER.of(n) == 1]
-    return {n.name: node_cost(n, ctx).link_bytes for n in mine}
-
-
-def test_what_a_hint_has_brought_is_not_fetched_again(plan_of, decode):
-    exact = plan_of("llama", batch_size=3, **SETTINGS | {"mode": "exact"})
-    new = cost(decode, "prefetch_1").link_bytes  # as many as in mode `query`
-    found = copied(exact)
-    assert found == {"hint_prefetch_1": new, "prefetch_1": int(new * 0.25)}
-    # A hint that names all of them leaves nothing, and one that names none leaves all.
-    assert copied(exact, expected_recall=1.0) == {"hint_prefetch_1": new, "prefetch_1": 0}
-    assert copied(exact, expected_recall=0.0)["prefetch_1"] == new
-
-
-def test_copies_of_perfect_hints_add_up_to_those_of_query(plan_of, decode):
-    new = cost(decode, "prefetch_1").link_bytes
-    both = plan_of("llama", batch_size=3, **SETTINGS | BOTH)
-    found = copied(both, expected_recall=1.0)
-    assert sum(found.values()) == new
-    assert found == {"next_query_prefetch_1": new, "forecast_prefetch_1": 0, "prefetch_1": 0}
-
-
-def test_hints_compose(plan_of, decode):
-    """What the first brings the second does not; the repair is what both have missed."""
-    new = cost(decode, "prefetch_1").link_bytes
-    first, second = HINTS["next_query"].recall, HINTS["forecast"].recall
-    both = plan_of("llama", batch_size=3, **SETTINGS | BOTH)
-    expected = {
-        "next_query_prefetch_1": new,
-        "forecast_prefetch_1": new * (1 - first * second),
-        "prefetch_1": new * (1 - first) * (1 - second),
-    }
-    assert copied(both) == pytest.approx(expected, abs=1)
-
-
-def test_a_layer_without_a_guess_fetches_all_itself(plan_of, decode):
-    plan = plan_of("llama", batch_size=3, **SETTINGS | {"mode": "exact", "hint": "next_query"})
-    ctx = context(plan)
-    copies = find_ops(plan.graph_module.graph, "prefetch_blocks")
-    (first,) = (n for n in copies if LAYER.of(n) == 0)
-    assert node_cost(first, ctx).link_bytes == cost(decode, "prefetch_0").link_bytes
-
-
-def test_hint_of_the_step_before_brings_nothing(plan_of, decode):
-    settings = SETTINGS | {"mode": "exact", "hint": "previous_step"}
-    found = copied(plan_of("llama", batch_size=3, **settings))
-    new = cost(decode, "prefetch_1").link_bytes
-    assert found == {"hint_prefetch_1": 0, "prefetch_1": new}
-
-
-def test_attention_in_parts_reads_each_block_once(plan_of):
-    """Of 96 blocks 62 are scored, a quarter of these is new, and of those a hint misses a part.
-
-    Attention goes by splits: one of s blocks waits if one of them is missing.
-    """
-    plan = plan_of("llama", batch_size=3, **SETTINGS | {"mode": "exact"})
-    pool = HEADS * SELECTED * BLOCK_BYTES
-    resident, missing = (
-        next(n for n in plan.graph_module.graph.nodes if n.name == f"{name}_1")
-        for name in ("attend_resident", "attend_missing")
-    )
-    splits = fake_value(argument(missing, "partial_lse")).shape[2]
-
-    def pools(**changes):
-        ctx = context(plan, **changes)
-        none = context(plan, **changes | {"expected_overlap": 1.0})
-        others = node_cost(resident, none).hbm_bytes - pool, node_cost(missing, none).hbm_bytes
-        both = (node_cost(n, ctx).hbm_bytes for n in (resident, missing))
-        return [found - other for found, other in zip(both, others, strict=True)]
-
-    assert pools(expected_recall=1.0) == [pool, 0]
-    late = 1 - (1 - 0.25 * 0.25 * SCORED / SELECTED) ** (SELECTED / splits)
-    assert 0 < late < 1
-    assert pools() == pytest.approx([pool * (1 - late), pool * late], abs=1)
-    assert sum(pools(expected_recall=0.0)) == pytest.approx(pool, abs=1)
 
 
 def test_attention_reads_the_selected_blocks_and_not_the_pool(decode):
