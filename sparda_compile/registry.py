@@ -97,10 +97,14 @@ SELECTORS: Final[Registry[Any]] = Registry(
         "infllm2": "sparda_compile.selectors.infllm2:InfLLM2",
         "quest": "sparda_compile.selectors.quest:Quest",
         "nosa": "sparda_compile.selectors.nosa:Nosa",
+        "lowbit2": "sparda_compile.selectors.lowbit:LowBit2",
+        "lowbit4": "sparda_compile.selectors.lowbit:LowBit4",
         "forecast": "sparda_compile.selectors.forecast:Forecast",
         "nosa_forecast": "sparda_compile.selectors.nosa:NosaForecast",
+        "lowbit2_forecast": "sparda_compile.selectors.lowbit:LowBit2Forecast",
+        "lowbit4_forecast": "sparda_compile.selectors.lowbit:LowBit4Forecast",
     },
-    internal=("forecast", "nosa_forecast"),
+    internal=("forecast", "nosa_forecast", "lowbit2_forecast", "lowbit4_forecast"),
 )
 
 HINTS: Final[Registry[Any]] = Registry(

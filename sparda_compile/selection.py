@@ -34,8 +34,10 @@ class Selection:
             attention to predicted blocks already runs, then the rest (PRR; see `Prediction`);
             equals `query` but for rounding, with KV on the device.
         selector: How a query scores blocks: `infllm2` (mean-pooled keys, softmax per head),
-            `quest` (bounds from each block's smallest and largest key) or `nosa` (`short_list`
-            blocks as `infllm2`, or the Forecast, ranks them, the rest by retention scores). A
+            `quest` (bounds from each block's smallest and largest key), `lowbit2` or `lowbit4`
+            (attention mass by keys in 2 or 4 bits, token by token; on a GPU for decode steps
+            alone) or `nosa` (`short_list` blocks as `infllm2`, or the Forecast, ranks them, the
+            rest by retention scores). A
             model for `nosa` carries its retention score in the last channel of each key and 1 in
             that of each query (docs/models.md); `optimize` refuses others by their queries.
         hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer`,

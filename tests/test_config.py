@@ -189,10 +189,10 @@ def test_replace_checks_again():
 
 def test_names_are_those_that_exist():
     assert set(MACHINE_NAMES) == set(MACHINES)
-    own = ("infllm2", "quest", "nosa")
+    own = ("infllm2", "quest", "nosa", "lowbit2", "lowbit4")
     assert set(own) <= set(SELECTORS.choices())
     scorers = {SpardaConfig(selector=name).forecast_selector for name in own}
-    assert scorers == {"forecast", "nosa_forecast"}
+    assert scorers == {"forecast", *(f"{name}_forecast" for name in own[2:])}
     assert {*own, *scorers} <= set(SELECTORS.names())
 
 

@@ -25,7 +25,8 @@ from sparda_compile.bench.prompt_kernels import bench_prompt
 from sparda_compile.bench.prompt_others import compiled_flex
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 from sparda_compile.config import MIB
-from sparda_compile.kernels.gpu import attention, copy, score, select
+from sparda_compile.isa.counters import COUNTERS
+from sparda_compile.kernels.gpu import attention, copy, score, select, speculation
 from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.runtime.pinned import PinnedMemory
 from sparda_compile.selectors import Geometry
@@ -146,10 +147,16 @@ def bench_latencies(device: torch.device, rate: float) -> dict[str, float]:
     blocks = blocks_per_split(2, _SELECTED, _SIZE)
     calls["attend_resident"] = [partial(_partials, *operands, blocks) for operands in data]
     calls["sparse_attention"] = [partial(_sparse, *operands, blocks) for operands in data]
+    speculating = [_speculation(*operands) for operands in data]
+    calls["attend_predicted"] = [attend for attend, _ in speculating]
+    calls["repair_predicted"] = [repair for _, repair in speculating]
+    partials = 4 * 32 * _SELECTED * (_DIM + 1)  # fp32 outputs and log-sum-exps of 32 query heads
     num_bytes = {
         "score_blocks": pooled_bytes,
         "attend_resident": kv_bytes,
         "sparse_attention": kv_bytes,
+        "attend_predicted": kv_bytes + partials,
+        "repair_predicted": kv_bytes // _SELECTED + partials,
     }
     latencies = {}
     for op, each in calls.items():
@@ -245,6 +252,25 @@ def _partials(
     query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor, blocks: int
 ) -> tuple[Tensor, Tensor]:
     return attention.partials(query, pages, places, ids, None, lengths, _SCALE, 0.0, blocks)
+
+
+def _speculation(
+    query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return attention to predicted blocks, all but the current one, and the repair."""
+    shape = (*ids.shape, query.shape[1] // pages.shape[1])
+    partials = query.new_empty((*shape, _DIM), dtype=torch.float32)
+    results = (partials, partials.new_empty(shape))
+    table = ids.new_full((*ids.shape[:2], _BLOCKS), -1)
+    table.scatter_(-1, ids.long(), places)
+    counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=query.device)
+    attend = partial(
+        speculation.attend_predicted, query, pages, table, ids, lengths, _SCALE, 0.0, results
+    )
+    chosen, scaling = (places, ids, ids), (_SCALE, 0.0)
+    operands = (query, pages, chosen, lengths, results, counters, scaling)
+    repair = partial(speculation.repair_predicted, *operands, union=False)
+    return attend, repair
 
 
 def _sparse(

@@ -74,6 +74,7 @@ class _Following(Selector):
         self.has_short_list = inner.has_short_list  # type: ignore[misc]
         self.reads_retention = inner.reads_retention  # type: ignore[misc]
         self.is_comparable = inner.is_comparable  # type: ignore[misc]
+        self.selects_prompts = inner.selects_prompts  # type: ignore[misc]
         self._inner = inner
 
     def score(

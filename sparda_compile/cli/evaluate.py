@@ -32,6 +32,7 @@ from sparda_compile.cli.options import (
 from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
+from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -253,8 +254,13 @@ def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
     """Return the selectors that make a difference to a mode."""
     if mode in ("query", "exact", "speculate"):
         return list(selectors)
-    rules = ["nosa" if mode == "forecast" and rule == "nosa" else "infllm2" for rule in selectors]
-    return list(dict.fromkeys(rules))
+    if mode == "dense":
+        return [_SELECTOR]
+    # Of those that score a Forecast alike one is enough: the usual one, or the first.
+    named = {SELECTORS[rule].forecast_selector: rule for rule in (*reversed(selectors), _SELECTOR)}
+    return [
+        named[scorer] for scorer in dict.fromkeys(SELECTORS[r].forecast_selector for r in selectors)
+    ]
 
 
 def _forecast(name: str, path: Path | None) -> ForecastWeights | None:

@@ -24,6 +24,7 @@ from sparda_compile.evaluation.guesses import block_mask
 from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
 from sparda_compile.forecast.weights import projections_of
 from sparda_compile.selectors import SELECTORS, Geometry
+from sparda_compile.selectors.base import empty_summary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -259,13 +260,11 @@ class _Decoder:
 
     def _summarize(self, keys_BGTD: Tensor) -> dict[str, list[Tensor]]:
         """Return the tensors of each summary that a choice needs, for the keys of one layer."""
-        batch, groups, num_tokens, dim = keys_BGTD.shape
+        batch, _, num_tokens, _ = keys_BGTD.shape
         every = torch.ones(batch, num_tokens, dtype=torch.bool, device=keys_BGTD.device)
         summaries = {}
         for name, summary in self._rules().items():
-            shapes = summary.shapes(self.geometry, dim).values()
-            tensors = [keys_BGTD.new_empty(batch, groups, *shape) for shape in shapes]
-            summary.reset(tensors)
+            tensors = empty_summary(summary, keys_BGTD, self.geometry)
             start_B = torch.zeros(batch, dtype=torch.int32, device=keys_BGTD.device)
             summary.extend(tensors, keys_BGTD, start_B, every, self.geometry)
             summaries[name] = tensors

@@ -20,6 +20,7 @@ from sparda_compile.forecast.weights import projections_of
 from sparda_compile.kernels.prefill_attention import SelectedBlocks, masked_attention
 from sparda_compile.kernels.select_tokens import select_tokens
 from sparda_compile.selectors import SELECTORS, Geometry
+from sparda_compile.selectors.base import empty_summary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -195,10 +196,7 @@ class _Reader:
     def _select(self, query: Tensor, k_BGTD: Tensor, selector: str, scale: float) -> Tensor:
         geometry, config = self.geometry, self.config
         summary = SELECTORS[selector].summary
-        batch, groups, _, dim = k_BGTD.shape
-        shapes = summary.shapes(geometry, dim).values()
-        tensors = [k_BGTD.new_empty(batch, groups, *shape) for shape in shapes]
-        summary.reset(tensors)
+        tensors = empty_summary(summary, k_BGTD, geometry)
         summary.extend(tensors, k_BGTD, self.none_B, self.mask_BT, geometry)
         ids_BGTK: Tensor = select_tokens(
             query,

@@ -89,7 +89,7 @@ class ForecastHint(Hint):
             point.after(forecast),
             forecast,
             selector,
-            1.0,
+            point.target.scale,
             point.shape,
             point.state,
             point.layout,

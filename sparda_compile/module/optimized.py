@@ -387,12 +387,8 @@ class OptimizedModule(FrozenModule):
             )
         needed = kv.longest + num_tokens
         if needed > kv.layout.max_tokens and self.sparda_config.max_tokens is None:
-            plan = self.programs.get(
-                "decode",
-                batch_size,
-                self.programs.capacity(max(needed, 2 * kv.layout.max_tokens)),
-                last_only=True,
-            ).plan
+            capacity = self.programs.capacity(max(needed, 2 * kv.layout.max_tokens))
+            plan = self.programs.get("decode", batch_size, capacity, last_only=True).plan
             kv = kv.grow(plan.layout)
             cache.hold(kv)
         elif num_tokens == 1:

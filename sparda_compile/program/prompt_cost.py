@@ -17,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
+from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.graph.site import sites_of
 from sparda_compile.kernels.workspace import TILE_ROWS
 from sparda_compile.passes.machine import machine_for
+from sparda_compile.state.strategy import strategy_of
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
@@ -69,16 +71,26 @@ def prompt_phase(
     Returns:
         `prefill`, or `sparse_prefill` where a token may leave blocks out and the configuration
         says so, or leaves it open and it is faster.
+
+    Raises:
+        UnsupportedInputError: If it says so, on a GPU, of a selector that selects for no prompt.
     """
     begins = config.selection_starts_at
     if config.prefill == "dense" or begins is None or num_past + num_tokens < begins:
         return "prefill"  # where each token reads all blocks, both are the same
+    selects_prompts = strategy_of(config).selects_prompts
     if config.prefill == "auto":
-        if not _machine(captures, config).overlaps:
+        if not _machine(captures, config).overlaps or not selects_prompts:
             return "prefill"  # on a CPU both are references, and nothing is won
         cost = prompt_cost(captures, config, batch_size, num_past, num_tokens)
         if cost.dense_us <= cost.sparse_us:
             return "prefill"
+    elif not selects_prompts and captures.get("decode").device.type != "cpu":
+        raise UnsupportedInputError(
+            f"prefill='sparse' with selector={config.selector!r} runs on a CPU alone: no kernel "
+            "selects by it for the tokens of a prompt. Use prefill='auto' or 'dense', which read "
+            "all of a prompt, or selector='infllm2'."
+        )
     return "sparse_prefill"
 
 

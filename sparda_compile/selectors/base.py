@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["Geometry", "Selector", "Summary", "valid_tokens"]
+__all__ = ["Geometry", "Selector", "Summary", "empty_summary", "valid_tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,8 @@ class Selector(Protocol):
             it as it is.
         reads_retention: Whether it reads a retention score from the last channel of each key, as
             models for NOSA carry it.
+        selects_prompts: Whether it selects for the tokens of a prompt on a GPU. Where it does not,
+            `prefill="auto"` is dense there, and `prefill="sparse"` is refused.
         is_comparable: Whether the scores of one step can be compared with those of another, and
             averaged; a prediction from past scores standardises others.
     """
@@ -131,6 +133,7 @@ class Selector(Protocol):
     has_short_list: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     reads_retention: ClassVar[bool] = False
+    selects_prompts: ClassVar[bool] = True
     is_comparable: ClassVar[bool] = False
 
     def score(
@@ -142,6 +145,17 @@ class Selector(Protocol):
         geometry: Geometry,
     ) -> Tensor:
         """Return [B, G, N] float32, higher is better, -inf for a block without a summary."""
+
+
+def empty_summary(summary: Summary, like_BGTD: Tensor, geometry: Geometry) -> list[Tensor]:
+    """Return the tensors of a summary of no keys, [B, G, ...], of the dtype that such keys have."""
+    batch, groups, _, dim = like_BGTD.shape
+    tensors = [
+        like_BGTD.new_empty(batch, groups, *shape, dtype=summary.dtypes.get(name, like_BGTD.dtype))
+        for name, shape in summary.shapes(geometry, dim).items()
+    ]
+    summary.reset(tensors)
+    return tensors
 
 
 def valid_tokens(k_GTD: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -110,6 +110,12 @@ class Strategy:
         return self.forecast_selector is not None
 
     @property
+    def selects_prompts(self) -> bool:
+        """Whether what selects does so for the tokens of a prompt on a GPU, too."""
+        rule = self.forecast_selector if self.selects_by_forecast else self.selector
+        return rule is not None and rule.selects_prompts
+
+    @property
     def first_selector(self) -> str:
         """Name of what scores a query until a Forecast takes its place, by the same summary."""
         assert self.selector is not None

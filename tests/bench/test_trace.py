@@ -38,8 +38,8 @@ def sample(name, num_blocks=37):
     selector, generator = SELECTORS[name], torch.Generator().manual_seed(0)
     geometry = Geometry(num_blocks, 16, 8, 4, 5, 2, 3)
     tensors = [
-        torch.zeros(2, 3, *size, dtype=torch.bool) if key == TRACE
-        else torch.randn(2, 3, *size, generator=generator)
+        torch.zeros(2, 3, *size, dtype=selector.summary.dtypes[key])
+        if key in selector.summary.dtypes else torch.randn(2, 3, *size, generator=generator)
         for key, size in selector.summary.shapes(geometry, 20).items()
     ]  # fmt: skip
     heads = 3 if "forecast" in name else 6
@@ -48,9 +48,11 @@ def sample(name, num_blocks=37):
     return query, tensors, lengths, geometry
 
 
-@pytest.mark.parametrize("base", ["infllm2", "quest", "forecast", "nosa", "nosa_forecast"])
+@pytest.mark.parametrize(
+    "base", ["infllm2", "quest", "forecast", "nosa", "nosa_forecast", "lowbit2"]
+)
 def test_what_is_named_for_the_step_of_each_row_is_best(base):
-    query_selector = "nosa" if "nosa" in base else "quest" if base == "quest" else "infllm2"
+    query_selector = base.removesuffix("_forecast") if base != "forecast" else "infllm2"
     following(SpardaConfig(selector=query_selector, short_list=5), 10)
     name = f"{base}_following_10"
     query, tensors, lengths, geometry = sample(name)

@@ -133,9 +133,10 @@ def test_model_without_retention(folder):
 
 
 def test_modes_take_the_selectors_that_they_read():
-    selectors = ["infllm2", "quest", "nosa"]
+    selectors = ["infllm2", "quest", "nosa", "lowbit2"]
     assert evaluate._selectors("exact", selectors) == selectors
-    assert evaluate._selectors("forecast", selectors) == ["infllm2", "nosa"]
+    assert evaluate._selectors("forecast", selectors) == ["infllm2", "nosa", "lowbit2"]
+    assert evaluate._selectors("forecast", ["lowbit4", "quest"]) == ["lowbit4", "infllm2"]
     assert evaluate._selectors("dense", selectors) == ["infllm2"]
 
 

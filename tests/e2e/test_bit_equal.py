@@ -105,10 +105,11 @@ def lab(shared_llama, traced_llama):
 
 
 @pytest.mark.parametrize("hint", HINTS)
-def test_exact_equals_query_with_quest(lab, hint):
-    """The other selector's turn comes with the late copies."""
-    module = lab.module(mode="exact", hint=hint, selector="quest", page_ratio=1.0)
-    assert torch.equal(lab.run(module), lab.baseline(mode="query", selector="quest"))
+@pytest.mark.parametrize("selector", ["quest", "lowbit2", "lowbit4"])
+def test_exact_equals_query_with_other_selectors(lab, selector, hint):
+    """Their turn comes with the late copies."""
+    module = lab.module(mode="exact", hint=hint, selector=selector, page_ratio=1.0)
+    assert torch.equal(lab.run(module), lab.baseline(mode="query", selector=selector))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,9 @@ def test_modes_differ(lab):
     logits = [
         lab.baseline(mode="query"),
         lab.baseline(mode="query", selector="quest"),
+        lab.baseline(mode="query", selector="lowbit2"),
         lab.baseline(mode="forecast"),
+        lab.baseline(mode="forecast", selector="lowbit2"),
     ]
     for i, one in enumerate(logits):
         assert torch.isfinite(one).all()

@@ -40,6 +40,8 @@ MODES = {
     "next_query": {"mode": "exact", "hint": "next_query"},
     "ema": {"mode": "exact", "hint": "ema", "selector": "quest"},
     "ema, forecast": {"mode": "exact", "hint": ("ema", "forecast")},
+    "forecast, lowbit2": {"mode": "forecast", "selector": "lowbit2"},
+    "exact, lowbit4": {"mode": "exact", "hint": ("ema", "forecast"), "selector": "lowbit4"},
     "exact, nosa": {"mode": "exact", "selector": "nosa", "short_list": 2},
 }
 FAMILIES = ("llama", "qwen3", "glm4", "phi3", "mistral", "minicpm4")
@@ -55,6 +57,8 @@ PAIRS = [
     ("query", "qwen3", 1),
     ("ema", "qwen3", 2),
     ("ema, forecast", "llama", 2),
+    ("forecast, lowbit2", "mistral", 2),
+    ("exact, lowbit4", "phi3", 2),
     ("exact, nosa", "nosa", 2),
 ]
 # NOSA scores by a channel that only its own models have.

@@ -23,6 +23,8 @@ STEPS, MANY_STEPS, LATE_STEPS = 40, 104, 24
 CASES = {
     "infllm2": {},
     "quest": {"selector": "quest"},
+    "lowbit2": {"selector": "lowbit2"},
+    "forecast with lowbit4": {"hint": ("ema", "forecast"), "selector": "lowbit4"},
     "on the device": {"offload": "never"},
     "more pages": {"page_ratio": 2.0},
     "trend": {"ema_damping": 1.0, "ema_level": 0.2},

@@ -47,8 +47,14 @@ def around(config, traced, model, batch=1):
 @pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"selector": "quest"}, {"local_blocks": 0}, {"sink_blocks": 0, "top_k": 0}],
-    ids=["infllm2", "quest", "no local blocks", "local blocks alone"],
+    [
+        {},
+        {"selector": "quest"},
+        {"selector": "lowbit2"},
+        {"local_blocks": 0},
+        {"sink_blocks": 0, "top_k": 0},
+    ],
+    ids=["infllm2", "quest", "lowbit2", "no local blocks", "local blocks alone"],
 )
 def test_a_block_is_left_out_from_there_on(traced_llama, shared_llama, mode, changes):
     config = SpardaConfig(mode=mode, **SMALL | changes)

@@ -30,6 +30,10 @@ MODES = {
     "forecast": {"mode": "forecast"},
     "exact": {"mode": "exact", "hint": "previous_step"},
 }
+LOW_BIT = {
+    "lowbit2": {"mode": "query", "selector": "lowbit2"},
+    "lowbit4 by forecast": {"mode": "forecast", "selector": "lowbit4"},
+}
 
 
 def ragged(*lengths):
@@ -140,9 +144,9 @@ class TestReference:
         self.check(model, fast, forecast, (120, 90), 5, mode=mode, selector="nosa", short_list=1)
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_equals_decode_steps(module_of, name):
-    fast = module_of(**MODES[name])
+@pytest.mark.parametrize("settings", (MODES | LOW_BIT).values(), ids=MODES | LOW_BIT)
+def test_equals_decode_steps(module_of, settings):
+    fast = module_of(**settings)
     ids, _ = ragged(130)
     whole, cache = fast(ids).logits, fast.new_cache(256)
     steps = [fast(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]

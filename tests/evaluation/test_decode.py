@@ -74,6 +74,8 @@ def program_logits(optimized, ids, config, forecast=None):
         {},
         {"selector": "quest"},
         {"mode": "forecast"},
+        {"selector": "lowbit2"},
+        {"mode": "forecast", "selector": "lowbit2"},
         {"mode": "exact", "hint": "previous_step"},
     ],
     ids=str,

@@ -30,6 +30,8 @@ CASES = {
     "query": (tiny_llama, {"mode": "query"}),
     "quest": (tiny_llama, {"mode": "query", "selector": "quest"}),
     "forecast": (tiny_llama, {"mode": "forecast"}),
+    "lowbit4": (tiny_llama, {"mode": "query", "selector": "lowbit4"}),
+    "lowbit2 by forecast": (tiny_llama, {"mode": "forecast", "selector": "lowbit2"}),
     "norms": (lambda: build("qwen3"), {"mode": "query"}),
     "nosa": (tiny_nosa, {"mode": "query", "selector": "nosa", "short_list": 1}),
     "nosa by forecast": (tiny_nosa, {"mode": "forecast", "selector": "nosa", "short_list": 1}),

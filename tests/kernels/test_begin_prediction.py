@@ -13,6 +13,7 @@ from sparda_compile.kernels.begin_prediction import WINDOW
 from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW, NUM_CANDIDATES, calibrate
 from sparda_compile.kernels.predict_blocks import standardise
 from sparda_compile.selectors import SELECTORS, Geometry
+from sparda_compile.selectors.base import empty_summary
 
 assert ops.OPS
 INF = float("inf")
@@ -27,14 +28,13 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("selector", ["infllm2", "quest", "nosa"])
+@pytest.mark.parametrize("selector", ["infllm2", "quest", "nosa", "lowbit2"])
 def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
     """Each token scores by the keys before it alone, though the summary has them all."""
     geometry = Geometry(12, SIZE, 8, 4, 2, 1, 1) if selector == "nosa" else Geometry(12, SIZE, 8, 4)
     rule, generator = SELECTORS[selector], torch.Generator().manual_seed(3)
     lengths = torch.tensor([100, 61], dtype=torch.int32)
-    tensors = [torch.empty(2, 2, *s) for s in rule.summary.shapes(geometry, 8).values()]
-    rule.summary.reset(tensors)
+    tensors = empty_summary(rule.summary, torch.empty(2, 2, 1, 8), geometry)
     past = torch.randn(2, 2, 100, 8, generator=generator)
     nothing = torch.zeros(2, dtype=torch.int32)
     rule.summary.extend(tensors, past, nothing, torch.arange(100) < lengths[:, None], geometry)
@@ -71,8 +71,7 @@ def test_a_prompt_is_calibrated_by_more_tokens_than_begin_the_levels(selector):
     """The second sequence has too few tokens, and is taken in by the numbers."""
     geometry = Geometry(24, SIZE, 8, 4)
     rule, generator = SELECTORS[selector], torch.Generator().manual_seed(3)
-    tensors = [torch.empty(2, 2, *s) for s in rule.summary.shapes(geometry, 8).values()]
-    rule.summary.reset(tensors)
+    tensors = empty_summary(rule.summary, torch.empty(2, 2, 1, 8), geometry)
     mask = torch.arange(300) >= torch.tensor([[0], [288]])
     lengths = torch.tensor([0, 200], dtype=torch.int32)
     past = torch.randn(2, 2, 200, 8, generator=generator)

@@ -196,6 +196,8 @@ class TestStandardise:
             room.update_prediction_reference(room.standardise(step), want, flat, (0.4, 0.3))
         assert torch.allclose(level, want, atol=1e-5)
 
-    def test_only_the_attention_of_infllm2_can_be_compared(self):
-        own = ("infllm2", "quest", "nosa", "forecast", "nosa_forecast")
-        assert [name for name in own if SELECTORS[name].is_comparable] == ["infllm2"]
+    def test_only_shares_of_attention_can_be_compared(self):
+        own = ("infllm2", "quest", "nosa", "lowbit2", "lowbit4")
+        own += tuple(SELECTORS[name].forecast_selector for name in own)
+        comparable = [name for name in own if SELECTORS[name].is_comparable]
+        assert comparable == ["infllm2", "lowbit2", "lowbit4"]

@@ -14,12 +14,16 @@ def sample(selector, num_blocks, dtype, dim=60):
     generator = torch.Generator().manual_seed(0)
     summary = SELECTORS[selector].summary
     tensors = [
-        torch.randn(2, 3, *shape, generator=generator).to(dtype)
-        for shape in summary.shapes(geometry, dim).values()
+        (
+            torch.randn(2, 3, *shape, generator=generator)
+            * (30000 if name in summary.dtypes else 1)
+        ).to(summary.dtypes.get(name, dtype))
+        for name, shape in summary.shapes(geometry, dim).items()
     ]
     repeat = 1 if selector.endswith("forecast") else 7
     query = torch.randn(2, 3 * repeat, 1, dim, generator=generator).to(dtype)
-    lengths = torch.tensor([num_blocks * 16 - 1, num_blocks * 8], dtype=torch.int32)
+    newest = num_blocks * 16 - (num_blocks > 1)  # one block alone is full: some score full ones
+    lengths = torch.tensor([newest, num_blocks * 8], dtype=torch.int32)
     return query, tensors, lengths, geometry
 
 

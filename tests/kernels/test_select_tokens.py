@@ -23,8 +23,10 @@ def case(selector, lengths, mask):
     generator = torch.Generator().manual_seed(7)
     batch, num_tokens = mask.shape
     summary = SELECTORS[selector].summary
-    shapes = summary.shapes(GEOMETRY, DIM).values()
-    tensors = [torch.empty(batch, GROUPS, *shape) for shape in shapes]
+    tensors = [
+        torch.empty(batch, GROUPS, *shape, dtype=summary.dtypes.get(name))
+        for name, shape in summary.shapes(GEOMETRY, DIM).items()
+    ]
     summary.reset(tensors)
     past = torch.zeros(batch, dtype=torch.int32)
     most = int(lengths.max())
@@ -75,7 +77,7 @@ MASKS = {
 
 @pytest.mark.parametrize("most", [1, 1 << 24])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("selector", ["infllm2", "quest", "forecast", "nosa", "nosa_forecast"])
+@pytest.mark.parametrize("selector", SELECTORS.names())
 def test_equals_decode_at_each_position(monkeypatch, selector, mask, most):
     monkeypatch.setattr(room, "_MOST_NUMBERS", most)
     lengths = torch.tensor([130, 57], dtype=torch.int32)[: len(mask)]

@@ -150,7 +150,7 @@ def test_a_reorder_that_did_not_end_breaks_the_cache(fast, monkeypatch):
 def speculating(traced_llama):
     config = SpardaConfig(
         mode="speculate", offload="never", top_k=4, local_blocks=1, block_size=16, machine="h200",
-        lowering="eager",
+        lowering="eager", speculate_where="always",
     )  # fmt: skip
     return optimize(traced_llama, config)
 

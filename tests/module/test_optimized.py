@@ -23,6 +23,7 @@ MODES = {
     "dense": {"mode": "dense"},
     "query": {"mode": "query"},
     "quest": {"mode": "query", "selector": "quest"},
+    "lowbit2": {"mode": "query", "selector": "lowbit2"},
     "exact": {"mode": "exact", "hint": "previous_step"},
     "resident": {"mode": "query", "offload": "never"},
 }

@@ -31,7 +31,7 @@ MODES = {
     "exact": {"mode": "exact"},
     "ema": {"mode": "exact", "hint": "ema"},
     "ema+forecast": {"mode": "exact", "hint": ("ema", "forecast")},
-    "speculate": {"mode": "speculate", "offload": "never"},
+    "speculate": {"mode": "speculate", "offload": "never", "speculate_where": "always"},
 }
 CASES = [(m, p, n) for m in MODES for p in PHASES for n in PASSES]
 

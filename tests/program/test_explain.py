@@ -98,11 +98,16 @@ def test_passes_that_are_left_out(fast):
 
 
 def test_speculation_is_said_in_a_sentence(fast):
-    config = CONFIG.replace(mode="speculate", offload="never", machine="h200", top_k=8)
+    config = CONFIG.replace(
+        mode="speculate", offload="never", machine="h200", top_k=8, speculate_where="always"
+    )
     said = "Layers that attend to up to {} predicted blocks while they select: 2."
     for changes, text in (
         ({}, said.format(config.num_predicted(planned_capacity(config) // config.block_size))),
-        ({"machine": "cpu"}, "Nothing is predicted: on cpu no layer is expected to gain by it."),
+        (
+            {"machine": "cpu", "speculate_where": "auto"},
+            "Nothing is predicted: on cpu no layer is expected to gain by it.",
+        ),
         (
             {"disable_passes": ("insert_speculation",)},
             "Nothing is predicted: disable_passes leaves insert_speculation out.",

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 ALWAYS = {"_select_pages", "_append_kv", "_append_pooled_keys", "_partials"}
 COPIES = {"_gather", "_store_tail"}
 INFLLM2 = {"_infllm2_logits", "_infllm2_blocks"}
+LOW_BIT = {"_low_bit_masses", "_append_low_bit_keys"}
 CASES = {
     "query": ({}, {*ALWAYS, *COPIES, *INFLLM2}),
     "forecast": ({"mode": "forecast"}, {*ALWAYS, *COPIES, "_score_forecast"}),
@@ -38,6 +39,14 @@ CASES = {
     "quest": (
         {"selector": "quest"},
         {*ALWAYS, *COPIES, "_score_quest", "_append_key_bounds"} - {"_append_pooled_keys"},
+    ),
+    "lowbit2": (
+        {"selector": "lowbit2"},
+        {*ALWAYS, *COPIES, *LOW_BIT, "_low_bit_scores"} - {"_append_pooled_keys"},
+    ),
+    "lowbit4 by forecast": (
+        {"mode": "forecast", "selector": "lowbit4"},
+        {*ALWAYS, *COPIES, *LOW_BIT} - {"_append_pooled_keys"},
     ),
     "resident": ({"offload": "never"}, {*ALWAYS, *INFLLM2}),
 }  # fmt: skip
@@ -153,6 +162,10 @@ PROMPTS = {
         {*STORED, *TURN} - {"_store_prefix", "_gather_listed"},
     ),
     "dense first": ("prefill", {}, {*STORED, *POOLED}, {*STORED, *POOLED, *TURN}),
+    "dense first, lowbit2": (
+        "prefill", {"selector": "lowbit2"}, {*STORED, "_extend_low_bit_keys"},
+        {*STORED, "_extend_low_bit_keys", *TURN},
+    ),
     "query": ("sparse_prefill", {}, {*SPARSE, "_token_sums"}, {*SPARSE, "_token_sums", *STAGED}),
     "quest": (
         "sparse_prefill", {"selector": "quest"},

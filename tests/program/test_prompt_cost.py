@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+import torch
 
 from sparda_compile import SpardaConfig, explain
+from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.program.prompt_cost import prompt_cost, prompt_phase
 
 MODES = ("query", "forecast", "exact")
@@ -75,3 +79,20 @@ def test_a_report_is_of_the_longest_prompt(traced_llama):
     for max_tokens, want in ((1 << 13, "prefill"), (1 << 18, "sparse_prefill")):
         report = explain(traced_llama, config, max_tokens=max_tokens)
         assert {summary.phase for summary in report.passes} == {want, "decode"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+def test_a_selector_without_a_kernel_for_prompts_reads_them_densely_or_refuses(
+    captures, mode, selector
+):
+    settings = {"mode": mode, "selector": selector}
+    assert phase(captures, 0, 1 << 20, **settings) == "prefill"
+    assert phase(captures, 0, 1 << 20, prefill="sparse", **settings) == "sparse_prefill"
+    config = SpardaConfig(prefill="sparse", **settings)
+    on_gpu = types.SimpleNamespace(
+        get=lambda phase: types.SimpleNamespace(device=torch.device("cuda"))
+    )
+    with pytest.raises(UnsupportedInputError, match=f"'sparse' with selector='{selector}' runs on"):
+        prompt_phase(on_gpu, config, 1, 0, 1 << 20)
+    assert prompt_phase(on_gpu, config, 1, 0, 100) == "prefill"  # each token reads all blocks

@@ -39,6 +39,7 @@ CONFIGS = [
     {"offload": "never", "selector": "quest"},
     {"mode": "exact", "hint": "previous_step", "offload": "always"},
     {"mode": "exact", "hint": "ema", "offload": "always"},
+    {"mode": "forecast", "selector": "lowbit2", "offload": "always"},
     {"mode": "dense"},
 ]
 

@@ -86,6 +86,15 @@ def test_cache_is_what_a_prefill_leaves(model, fast, prompt, past, mode, offload
     check_steps(module, taken, read, ids[:, -3:], mask)
 
 
+@pytest.mark.parametrize("selector", ["quest", "lowbit2"])
+def test_summaries_of_other_selectors_are_made(fast, prompt, past, selector):
+    module = optimize(fast, BASE.replace(mode="query", selector=selector))
+    ids, mask = prompt
+    taken = module.new_cache(past=past, attention_mask=mask)
+    read = module(ids, attention_mask=mask, position_ids=positions_of(mask)).past_key_values
+    check_steps(module, taken, read, ids[:, -3:], mask)
+
+
 @pytest.fixture(scope="module")
 def windowed():
     """A model whose layers have sliding windows of less than 90 tokens, and the same optimized."""

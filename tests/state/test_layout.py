@@ -83,12 +83,15 @@ def test_auto_offloads_what_does_not_fit():
         ({"mode": "exact", "selector": "infllm2"}, ("pooled_keys",)),
         ({"mode": "query", "selector": "nosa"}, ("pooled_keys",)),
         ({"mode": "forecast", "selector": "nosa"}, ("pooled_keys",)),
+        ({"mode": "query", "selector": "lowbit4"}, ("lowbit4_keys",)),
+        ({"mode": "forecast", "selector": "lowbit2"}, ("lowbit2_keys",)),
+        ({"mode": "exact", "selector": "lowbit2"}, ("lowbit2_keys",)),
     ],
 )
 def test_summaries_are_those_that_are_scored(config, summaries):
     sizes = layout(**config)
     assert sizes.summaries() == summaries
-    for summary in ("key_bounds", "pooled_keys"):
+    for summary in ("key_bounds", "pooled_keys", *summaries):
         for name in sizes.summary_tensors(summary, SPARSE):
             assert (name in sizes.tensors(SPARSE)) == (summary in summaries)
 

@@ -32,7 +32,7 @@ def test_query_selects_in_line():
 @pytest.mark.parametrize(
     ("selector", "first", "forecast"),
     [("infllm2", "infllm2", "forecast"), ("quest", "infllm2", "forecast"),
-     ("nosa", "nosa", "nosa_forecast")],
+     ("nosa", "nosa", "nosa_forecast"), ("lowbit4", "lowbit4", "lowbit4_forecast")],
 )  # fmt: skip
 def test_forecast_selects_early(selector, first, forecast):
     by_forecast = strategy(mode="forecast", selector=selector)

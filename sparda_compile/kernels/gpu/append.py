@@ -3,6 +3,7 @@
     pages[b, g, tail_page, :, length % P] = k, v
     recent_k[length % size] = k ;  pooled_k[j] = mean(recent_k)     when token length ends window j
     key_bounds[block, 0 or 1] = min or max with k
+    low-bit keys in `low_bit_keys.py`
 
 One program per sequence and group. Moves a few hundred bytes each: the launch is what it costs.
 """
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two, rows_of
+from sparda_compile.kernels.gpu.low_bit_keys import append_low_bit_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,4 +131,6 @@ def _key_bounds(
 SUMMARY_KERNELS: Final[dict[str, Callable[..., None]]] = {
     "pooled_keys": _pooled_keys,
     "key_bounds": _key_bounds,
+    "lowbit2_keys": append_low_bit_keys,
+    "lowbit4_keys": append_low_bit_keys,
 }

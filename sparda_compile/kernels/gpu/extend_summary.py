@@ -2,6 +2,7 @@
 
     pooled keys    pooled_k[j] = mean of window j, its past keys from the ring; then the ring
     key bounds     key_bounds[block] = min and max with the block's new keys
+    low-bit keys   in `low_bit_keys.py`
 
 Grids follow from shapes alone, as in `extend.py`. A mean is summed in the order in which
 `append.py` sums it: a key is pooled alike by decode steps and by prompts, however those were cut.
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two, tokens_of
+from sparda_compile.kernels.gpu.low_bit_keys import extend_low_bit_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -172,4 +174,6 @@ def _key_bounds(
 PROMPT_SUMMARY_KERNELS: Final[dict[str, Callable[..., None]]] = {
     "pooled_keys": _pooled_keys,
     "key_bounds": _key_bounds,
+    "lowbit2_keys": extend_low_bit_keys,
+    "lowbit4_keys": extend_low_bit_keys,
 }

@@ -3,6 +3,7 @@
     forecast   max over the windows of a block of f . pooled_k                       one launch
     infllm2    logits and, per part, their maxima and sums; then weights, max        two launches
     quest      sum_d max(qbar_d * min_d, qbar_d * max_d)                             one launch
+    lowbit     in `low_bit_score.py`
 
 Floor: the summary is read once, W*D elements per sequence and group.
 """
@@ -23,6 +24,7 @@ from sparda_compile.kernels.gpu.launch import (
     power_of_two,
     rows_of,
 )
+from sparda_compile.kernels.gpu.low_bit_score import score_low_bit, score_low_bit_forecast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -257,4 +259,8 @@ SCORE_KERNELS: Final[dict[str, Callable[..., None]]] = {
     "forecast": _forecast,
     "infllm2": _infllm2,
     "quest": _quest,
+    "lowbit2": score_low_bit,
+    "lowbit4": score_low_bit,
+    "lowbit2_forecast": score_low_bit_forecast,
+    "lowbit4_forecast": score_low_bit_forecast,
 }

@@ -70,7 +70,7 @@ class InsertForecast:
                 forecast = emit_forecast(point)
                 set_argument(scores, "query", forecast)  # type: ignore[arg-type]
                 set_argument(scores, "selector", strategy.forecast_selector.name)  # type: ignore[arg-type]
-                set_argument(scores, "scale", 1.0)  # type: ignore[arg-type]
+                set_argument(scores, "scale", point.target.scale)  # type: ignore[arg-type]
                 counts["bootstraps" if is_first else "forecasts"] += 1
                 continue
             counts["hints"] += sum(_add_hint(hint, point, ctx) for hint in reversed(strategy.hints))

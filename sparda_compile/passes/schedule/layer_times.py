@@ -5,8 +5,9 @@
     repair      the selected blocks that were not predicted, and the merge
     serial      attention that begins when the selection has ended
 
-A layer speculates if max(select, speculate) + repair < select + serial. Known of it are its shapes
-alone, so that prompts, which leave the first prediction, decide as the decode does.
+A layer speculates if max(select, speculate, bytes of both) + repair < select + serial: what runs
+beside each other shares the memory's bandwidth. Known of a layer are its shapes alone, so that
+prompts, which leave the first prediction, decide as the decode does.
 
 Source: PRR (arXiv 2606.30389) sections 2 and 4.4. Differs from the paper, which speculates in every
 layer.
@@ -40,6 +41,7 @@ class LayerTimes:
         repair_us: Repair and merge, if nothing was missed.
         miss_us: Each missed block more.
         serial_us: Attention that begins when the selection has ended.
+        read_us: Of `select_us`, what its bytes take.
     """
 
     select_us: float
@@ -48,6 +50,7 @@ class LayerTimes:
     repair_us: float
     miss_us: float
     serial_us: float
+    read_us: float = 0.0
 
     def speculating_us(self, budget: float, misses: float) -> float:
         """Return what selection and attention take with a budget.
@@ -57,7 +60,8 @@ class LayerTimes:
             misses: Selected blocks among them that were not, on the mean.
         """
         early = self.start_us + budget * self.block_us
-        return max(self.select_us, early) + self.repair_us + misses * self.miss_us
+        both_read = self.read_us + budget * self.block_us
+        return max(self.select_us, early, both_read) + self.repair_us + misses * self.miss_us
 
     def pays(self, budget: float, misses: float) -> bool:
         """Return whether that is less than without speculation."""
@@ -90,14 +94,15 @@ def layer_times(shape: LayerShape, group_size: int, ctx: PassContext) -> LayerTi
     def bytes_us(num_bytes: float) -> float:
         return num_bytes / (machine.memory_gbps * 1e3)
 
-    scores = pairs * layout.num_blocks * 4
+    reading = bytes_us(read + 2 * pairs * layout.num_blocks * 4)  # scores: written, read
     return LayerTimes(
-        select_us=sum(map(us, (*_SELECTING, *choosing))) + bytes_us(read + 2 * scores),
+        select_us=sum(map(us, (*_SELECTING, *choosing))) + reading,
         start_us=us("attend_predicted"),
         block_us=bytes_us(pairs * (block + partial)),
         repair_us=us("repair_predicted", pairs * layout.num_selected * partial),
         miss_us=bytes_us(pairs * block),
         serial_us=us("sparse_attention", pairs * layout.num_selected * block),
+        read_us=reading,
     )
 
 

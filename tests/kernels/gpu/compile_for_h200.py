@@ -75,7 +75,8 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     speculation,
     stage,
 )
-from sparda_compile.selectors import Geometry, summary_named  # noqa: E402
+from sparda_compile.selectors import SELECTORS, Geometry, summary_named  # noqa: E402
+from sparda_compile.selectors.base import empty_summary  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
 BLOCKS, SELECTED, PAGES = 300, 20, 31
@@ -101,13 +102,11 @@ def run_all(dtype, dim, size):
     append.append_kv(k, k, tail, lengths, pages)
     summaries = {}
     for name, kernel in append.SUMMARY_KERNELS.items():
-        shapes = summary_named(name).shapes(geometry, dim).values()
-        summaries[name] = [torch.zeros(BATCH, GROUPS, *s, dtype=dtype) for s in shapes]
+        summaries[name] = empty_summary(summary_named(name), k, geometry)
         kernel(k, lengths, summaries[name], geometry)
     for name, kernel in score.SCORE_KERNELS.items():
-        asked = k if name == "forecast" else query
-        tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
-        kernel(asked, tensors, lengths, 1.0, geometry, scores)
+        asked = k if name.endswith("forecast") else query
+        kernel(asked, summaries[SELECTORS[name].summary.name], lengths, 1.0, geometry, scores)
     trace = torch.zeros(BATCH, GROUPS, 3, BLOCKS, dtype=torch.bool)
     raise_scores(trace, lengths, scores, 1e30)
 
@@ -200,9 +199,7 @@ def run_prompt(dtype, dim, size):
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
         prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
-        shapes = summary_named(name).shapes(geometry, dim).values()
-        tensors = [torch.zeros(BATCH, GROUPS, *shape, dtype=dtype) for shape in shapes]
-        kernel(k, numbered, lengths, tensors, geometry)
+        kernel(k, numbered, lengths, empty_summary(summary_named(name), k, geometry), geometry)
 
 
 def run_largest(dtype, dim, size):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,8 +15,10 @@ SCALE = 0.3
 def filled_summary(name, lengths, groups, geometry, dim, dtype):
     """Return a selector's summary; what no token has completed is NaN, or empty bounds."""
     summary = SELECTORS[name].summary
-    shapes = summary.shapes(geometry, dim).values()
-    tensors = [torch.randn(len(lengths), groups, *shape).to(dtype) for shape in shapes]
+    shapes = summary.shapes(geometry, dim)
+    if "key_codes" in shapes:
+        return filled_codes(shapes, lengths, groups, geometry, dtype)
+    tensors = [torch.randn(len(lengths), groups, *shape).to(dtype) for shape in shapes.values()]
     for row, length in enumerate(lengths):
         if summary.name == "pooled_keys":
             num_windows = max((length - geometry.pool_size) // geometry.pool_stride + 1, 0)
@@ -28,14 +32,29 @@ def filled_summary(name, lengths, groups, geometry, dim, dtype):
     return tensors
 
 
+def filled_codes(shapes, lengths, groups, geometry, dtype):
+    """Return random codes; spans and bases of blocks that are not full are NaN."""
+    size = (len(lengths), groups)
+    codes = torch.randint(-(1 << 15), 1 << 15, (*size, *shapes["key_codes"])).to(torch.int16)
+    span = torch.rand(*size, *shapes["key_span"]).to(dtype)
+    base = torch.randn(*size, *shapes["key_base"]).to(dtype)
+    for row, length in enumerate(lengths):
+        span[row, :, length // geometry.block_size :] = float("nan")
+        base[row, :, length // geometry.block_size :] = float("nan")
+    opened = torch.full((*size, *shapes["open_k"]), float("nan"), dtype=dtype)
+    return [codes, span, base, opened]
+
+
 def check_scores(device, assert_close, name, lengths, sizes, geometry, dtype=torch.float32):
     """Score with the kernel, and with the selector in fp32 of the same values."""
     groups, repeat, dim = sizes
     tensors = filled_summary(name, lengths, groups, geometry, dim, dtype)
-    heads = groups * (1 if name == "forecast" else repeat)
+    heads = groups * (1 if name.endswith("forecast") else repeat)
     query = torch.randn(len(lengths), 1, heads, dim).to(dtype).transpose(1, 2)
     length = torch.tensor(lengths, dtype=torch.int32)
-    exact = [tensor.float() for tensor in tensors]
+    # What stands for a key has the keys' dtype, but in the interpreter, which rounds otherwise.
+    is_exact = "lowbit" in name and device == "cuda"
+    exact = [t.float() if t.is_floating_point() and not is_exact else t for t in tensors]
     want = SELECTORS[name].score(query.float(), exact, length, SCALE, geometry)
     got = torch.full(want.shape, float("nan"), device=device)
     on_device = [tensor.to(device) for tensor in tensors]
@@ -54,7 +73,11 @@ def test_kernel_equals_the_selector(device, assert_close, name, dtype):
 
 @pytest.mark.parametrize(
     ("name", "repeat"),
-    [("forecast", 1), *((name, n) for name in ("infllm2", "quest") for n in (1, 3, 7, 16))],
+    [
+        ("forecast", 1),
+        ("lowbit2_forecast", 1),
+        *((name, n) for name in ("infllm2", "quest", "lowbit2", "lowbit4") for n in (1, 3, 7, 16)),
+    ],
 )
 def test_groups_of_every_size(device, assert_close, name, repeat):
     check_scores(device, assert_close, name, [37, 75], (2, repeat, 20), Geometry(5, 16, 8, 4))
@@ -67,7 +90,11 @@ def test_groups_of_every_size(device, assert_close, name, repeat):
 @pytest.mark.parametrize("name", SCORE_KERNELS)
 def test_geometries(device, assert_close, name, geometry):
     """One block, windows without overlap, sizes that are no power of two, and long windows."""
-    full = geometry.num_blocks * geometry.block_size - 1
+    if "lowbit" in name:  # a block is a multiple of 16 tokens
+        geometry = dataclasses.replace(
+            geometry, block_size={12: 48, 8: 128}.get(geometry.block_size, 16)
+        )
+    full = geometry.num_blocks * geometry.block_size - (geometry.num_blocks > 1)
     check_scores(device, assert_close, name, [full, full // 2], (1, 3, 16), geometry)
 
 
@@ -77,7 +104,10 @@ def test_blocks_without_a_summary_score_minus_infinity(device, assert_close, nam
     geometry = Geometry(35, 16, 8, 4)
     got = check_scores(device, assert_close, name, [0, 1, 7, 8, 16, 20], (1, 2, 16), geometry)
     scored = got.isfinite().sum(-1).flatten().tolist()
-    assert scored == ([0, 1, 1, 1, 1, 2] if name == "quest" else [0, 0, 0, 1, 1, 2])
+    wanted = {"quest": [0, 1, 1, 1, 1, 2]} | {
+        low: [0, 0, 0, 0, 1, 1] for low in SCORE_KERNELS if "lowbit" in low
+    }
+    assert scored == wanted.get(name, [0, 0, 0, 1, 1, 2])
     assert got[~got.isfinite()].eq(float("-inf")).all()
 
 

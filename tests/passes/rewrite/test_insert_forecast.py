@@ -44,7 +44,7 @@ def test_forecast_replaces_the_query_of_every_score(inserted):
     assert counts == {"forecasts": 1, "bootstraps": 1, "hints": 0}
     for scores in find_ops(graph, "score_blocks"):
         assert argument(scores, "selector") == "forecast"
-        assert argument(scores, "scale") == 1.0
+        assert argument(scores, "scale") == 0.25  # of a head dim of 16
         assert tensor_shape(argument(scores, "query")) == (SAMPLES.batch, 2, 1, 16)
 
 

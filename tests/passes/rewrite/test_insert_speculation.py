@@ -13,7 +13,9 @@ from sparda_compile.isa.streams import ATTEND, COMPUTE
 from sparda_compile.passes.check.issued import extract_program
 from sparda_compile.passes.check.verify_transfers import check_program
 
-SPECULATE = {"mode": "speculate", "offload": "never", "machine": "h200"}
+SPECULATE = {
+    "mode": "speculate", "offload": "never", "machine": "h200", "speculate_where": "always",
+}  # fmt: skip
 PROMPTS = ("prefill", "sparse_prefill")
 
 
@@ -39,12 +41,13 @@ def by_layer(graph, name):
     [
         ({}, (2, 0)),
         ({"model": "gemma3"}, (1, 0)),
-        ({"machine": "cpu"}, (0, 2)),
+        ({"speculate_where": "auto"}, (0, 2)),
+        ({"machine": "cpu", "speculate_where": "auto"}, (0, 2)),
         ({"machine": "cpu", "speculate_where": "always"}, (2, 0)),
         ({"mode": "query"}, (0, 0)),
         ({"mode": "exact", "hint": "ema"}, (0, 0)),
     ],
-    ids=["llama", "window beside", "no gain", "always", "query", "exact"],
+    ids=["llama", "window beside", "no gain", "nothing beside", "always", "query", "exact"],
 )
 def test_counts(inserted, phase, settings, counts):
     graph, found = inserted(phase=phase, **settings)

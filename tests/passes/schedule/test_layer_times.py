@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.passes.base import PassContext
@@ -14,6 +15,7 @@ from sparda_compile.passes.schedule.expected_blocks import expected_misses
 from sparda_compile.passes.schedule.layer_times import layer_times, speculates
 
 H200 = MACHINES["h200"]
+QUICK = dataclasses.replace(H200, latency_us={**H200.latency_us, "repair_predicted": 2.0})
 SPECULATE = {"mode": "speculate", "offload": "never", "machine": "h200"}
 PAIRS = 3 * 2  # sequences, KV heads
 HEADS = 2  # of queries, of one KV head
@@ -26,6 +28,14 @@ def context(plan, machine=H200, **changes):
     config = plan.layout.config.replace(**changes)
     layout = dataclasses.replace(plan.layout, config=config).traced()
     return PassContext(config, plan.phase, {}, "Model", layout, machine, plan.layout.batch_size)
+
+
+def as_measured(plan, batch):
+    """Return a layer and what passes know, with the sizes of `sparda bench prr`."""
+    sizes = {"num_groups": 2, "head_dim": 128, "dtype": torch.bfloat16}
+    layout = dataclasses.replace(plan.layout, max_tokens=131072, batch_size=batch)
+    ctx = dataclasses.replace(context(plan), layout=layout, batch_size=batch)
+    return dataclasses.replace(plan.layout.layers[0], **sizes), ctx
 
 
 @pytest.fixture
@@ -47,7 +57,8 @@ def test_sums_by_hand(plan):
     assert times.select_us == pytest.approx(known + (windows + scores) / US, rel=5e-3)
 
 
-def test_they_are_those_of_the_nodes(plan):
+def test_they_are_those_of_the_nodes(plan_of):
+    plan = plan_of("llama", batch_size=3, speculate_where="always", **SPECULATE)
     ctx = context(plan)
     graph = plan.graph_module.graph
     times = layer_times(plan.layout.layers[0], HEADS, ctx)
@@ -80,10 +91,30 @@ def test_misses_are_the_current_block_and_what_changes(plan):
 class TestSpeculates:
     def test_where_the_machine_gains(self, plan):
         shape = plan.layout.layers[0]
-        assert speculates(shape, HEADS, context(plan))
+        assert speculates(shape, HEADS, context(plan, QUICK))
         slow = dataclasses.replace(H200, latency_us={**H200.latency_us, "repair_predicted": 9.0})
         assert not speculates(shape, HEADS, context(plan, slow))
         assert speculates(shape, HEADS, context(plan, slow, speculate_where="always"))
+
+    @pytest.mark.parametrize("batch", [1, 16])
+    def test_not_where_it_was_measured_slower(self, plan, batch):
+        """128K tokens, 2 KV heads, 32 query heads: serial 24.2 and 79.3 us, 25.5 and 97.8 us."""
+        shape, ctx = as_measured(plan, batch)
+        assert not speculates(shape, 16, ctx)
+
+    def test_what_was_measured_of_one_sequence(self, plan):
+        shape, ctx = as_measured(plan, 1)
+        times = layer_times(shape, 16, ctx)
+        assert times.select_us + times.serial_us == pytest.approx(24.2, rel=0.02)
+        assert times.speculating_us(96, 3) == pytest.approx(25.5, rel=0.02)
+        assert times.speculating_us(192, 3) == pytest.approx(27.4, rel=0.1)
+
+    def test_what_runs_beside_each_other_shares_the_bandwidth(self, plan):
+        times = layer_times(plan.layout.layers[0], HEADS, context(plan))
+        assert 0.0 < times.read_us < times.select_us
+        times = dataclasses.replace(times, select_us=30.0, read_us=20.0, start_us=4.0, block_us=0.2)
+        assert times.speculating_us(50, 0) == 30.0 + times.repair_us
+        assert times.speculating_us(60, 0) == 32.0 + times.repair_us
 
     def test_not_where_nothing_runs_beside(self, plan):
         shape = plan.layout.layers[0]
