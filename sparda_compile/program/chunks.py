@@ -44,7 +44,9 @@ def largest_chunk(config: SpardaConfig, num_tokens: int, fits: Callable[[int], b
     Args:
         config: See `chunk_sizes`.
         num_tokens: Columns of the prompt, all of which cannot.
-        fits: Whether chunks of a size fit; what is larger takes as much or more.
+        fits: Whether chunks of a size fit. What is larger takes as much or more, but for small
+            differences by what reads the past: so sizes are tried by halving, and what is returned
+            fits in any case.
     """
     sizes = chunk_sizes(config, num_tokens)
     place = bisect.bisect_left(sizes, True, key=fits)
