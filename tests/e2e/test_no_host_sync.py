@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparda_compile
 from sparda_compile import SpardaConfig
-from sparda_compile.kernels import predict_blocks
+from sparda_compile.kernels import begin_prediction
 from sparda_compile.module.version import Version
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.testing import build
@@ -155,7 +155,7 @@ def _as_address(host):
 )
 def test_prefill_reads_no_value_into_python(model, settings, traced_llama, monkeypatch):
     """Of a ragged prompt and of later turns, whole or padded, which leave the reference's state."""
-    monkeypatch.setattr(predict_blocks, "WINDOW", 5)  # of the last tokens, each scored by itself
+    monkeypatch.setattr(begin_prediction, "WINDOW", 5)  # of the last tokens, each scored by itself
     paper = OnPaper(traced_llama if model == "llama" else build(model), **settings)
     column = torch.arange(90)
     paper.turn(monkeypatch, column >= 31, column < 80)
