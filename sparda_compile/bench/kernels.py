@@ -257,7 +257,7 @@ def _partials(
 def _speculation(
     query: Tensor, pages: Tensor, places: Tensor, ids: Tensor, lengths: Tensor
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return attention to predicted blocks and the repair: all but the current one are predicted."""
+    """Return attention to predicted blocks, all but the current one, and the repair."""
     shape = (*ids.shape, query.shape[1] // pages.shape[1])
     partials = query.new_empty((*shape, _DIM), dtype=torch.float32)
     results = (partials, partials.new_empty(shape))
@@ -267,10 +267,9 @@ def _speculation(
     attend = partial(
         speculation.attend_predicted, query, pages, table, ids, lengths, _SCALE, 0.0, results
     )
-    repair = partial(
-        speculation.repair_predicted, query, pages, (places, ids, ids), lengths, results, counters,
-        (_SCALE, 0.0), union=False,
-    )  # fmt: skip
+    chosen, scaling = (places, ids, ids), (_SCALE, 0.0)
+    operands = (query, pages, chosen, lengths, results, counters, scaling)
+    repair = partial(speculation.repair_predicted, *operands, union=False)
     return attend, repair
 
 

@@ -9,19 +9,29 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
+    "PART_BLOCKS",
+    "QUERY_BYTES",
     "SCORE_BYTES",
+    "SCORE_COLUMNS",
     "TILE_ROWS",
     "UNION_BYTES",
     "WINDOW_TOKENS",
+    "all_blocks_bytes",
     "attend_tokens_bytes",
+    "most_vectors",
     "prefill_attention_bytes",
+    "score_columns",
+    "scored_at_once",
     "select_past_bytes",
     "select_tokens_bytes",
+    "tile_rows",
     "union_entries",
     "union_words",
+    "unions_at_once",
     "unions_bytes",
     "window_attention_bytes",
 ]
@@ -32,10 +42,24 @@ UNION_BYTES: Final = 64 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64
 """Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""
+# Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
+_ROWS_OF_32_BITS: Final = 32
+QUERY_BYTES: Final = 64 * 1024
+"""Of a tile's queries; vectors that are too long for it are fewer."""
 WINDOW_TOKENS: Final = 512
 """Tokens of a prompt that are read at once by attention over a sliding window."""
-# Positions and orders of tokens, for each token of each sequence.
-_PLACES: Final = 32
+SCORE_COLUMNS: Final = 128
+"""Query vectors of a program that scores; more of them read fewer keys.
+
+128 columns of sums in 32 bits are half of the registers of 4 warps. A Forecast keeps maxima of
+every column, too, and has fewer.
+"""
+_FORECAST_COLUMNS: Final = 64
+# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
+# of 32 bits, which threads multiply, not tensor cores: those hold less.
+_SCORE_TILE_BYTES: Final = 32 * 1024
+PART_BLOCKS: Final = 256
+"""Blocks of a program that scores: a token of a long sequence has several programs."""
 # Queries that see their keys at once where a mask says which.
 _MASKED_QUERIES: Final = 256
 
@@ -44,32 +68,115 @@ def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _places(query_BHTD: Tensor) -> int:
-    return _PLACES * int(query_BHTD.shape[0] * query_BHTD.shape[2])
+def _power_of_two(number: int, least: int = 1) -> int:
+    return max(1 << (int(number) - 1).bit_length(), least)
+
+
+def tile_rows(heads: int, dim: int, dtype: torch.dtype) -> int:
+    """Return the rows of a tile of attention, tokens times heads (as a power of two each).
+
+    Args:
+        heads: Query heads of a group.
+        dim: D.
+        dtype: Of queries.
+    """
+    most = _ROWS_OF_32_BITS if dtype.itemsize == 4 else TILE_ROWS
+    rows = min(most, QUERY_BYTES // (_power_of_two(dim) * dtype.itemsize))
+    return max(rows, _power_of_two(heads), 16)
+
+
+def most_vectors(dims: int, itemsize: int) -> int:
+    """Return how many queries, or keys, of so many numbers a program that scores can hold."""
+    return 2 * _SCORE_TILE_BYTES // (dims * itemsize**2)
+
+
+def score_columns(room: int, dims: int, itemsize: int, *, softmax: bool) -> int:
+    """Return the query vectors of a program that scores.
+
+    Args:
+        room: Vectors of one token, a power of two.
+        dims: Numbers of a vector, a power of two.
+        itemsize: Bytes of one.
+        softmax: Whether a head's scores are weights.
+    """
+    most = SCORE_COLUMNS if softmax else _FORECAST_COLUMNS
+    return max(min(most, most_vectors(dims, itemsize)), room, 16)
+
+
+def scored_at_once(scores: int, columns: int, room: int, num_tokens: int) -> int:
+    """Return the tokens whose scores are there at once.
+
+    Args:
+        scores: Of one token: blocks of all sequences and KV heads.
+        columns: See `score_columns`.
+        room: Vectors of one token.
+        num_tokens: All of them.
+    """
+    chunk = SCORE_BYTES // (scores * 8) // columns * columns
+    return min(max(chunk, columns // room), num_tokens)
 
 
 def select_past_bytes(a: Any) -> int:
-    """Return what `select_past` takes: scores of the past."""
-    return _scores(a, a.num_past // a.block_size + 1) if a.num_past else 0
-
-
-def _scores(a: Any, num_blocks: int) -> int:
-    vectors = int(a.query.shape[0] * a.summary[0].shape[1] * a.query.shape[2])
-    return int(min(SCORE_BYTES, vectors * min(a.num_blocks, num_blocks) * 8))
+    """Return what `select_past` takes: scores of the past, and what leads of runs take."""
+    if not a.num_past:
+        return 0
+    leads, tokens = _leads(a)
+    return leads + _scores(a, tokens, a.num_past // a.block_size + 1)
 
 
 def select_tokens_bytes(a: Any) -> int:
-    """Return what `select_tokens` takes: scores, and of Quest the parts of the mean query."""
-    num_tokens = int(a.query.shape[2])
-    vectors = int(a.query.shape[0] * a.summary[0].shape[1]) * num_tokens
-    num_blocks = -(-(a.num_past + num_tokens) // a.block_size)
+    """Return what `select_tokens` takes: scores, and what leads of runs take."""
+    leads, tokens = _leads(a)
+    new = tokens * a.shared
+    num_blocks = -(-(a.num_past + new) // a.block_size)
     if a.near_ids is not None and a.num_past:
-        num_blocks = -(-num_tokens // a.block_size) + 3
-    parts = 0
+        num_blocks = -(-new // a.block_size) + 3
+    return leads + _scores(a, tokens, num_blocks)
+
+
+def _leads(a: Any) -> tuple[int, int]:
+    """Return what it takes that some tokens pick for all, and how many those are."""
+    batch, heads, num_tokens, dim = a.query.shape
+    if a.shared == 1:
+        return 0, int(num_tokens)
+    tokens = -(-int(num_tokens) // a.shared) + 1
+    queries = batch * heads * tokens * dim * a.query.dtype.itemsize
+    picked = batch * a.summary[0].shape[1] * tokens * a.num_selected * 4
+    # Of each token the run, in 64 bits; of leads columns and positions.
+    return int(queries + picked + 8 * batch * num_tokens + 12 * batch * tokens), tokens
+
+
+def _scores(a: Any, tokens: int, num_blocks: int) -> int:
+    """Return what it takes to score blocks for so many tokens."""
+    batch, groups = a.summary[0].shape[:2]
+    pairs, num_blocks = batch * groups, min(a.num_blocks, num_blocks)
+    vectors, dim = a.query.shape[1] // groups, a.query.shape[3]
+    itemsize = a.query.dtype.itemsize
+    parts = while_made = 0
     if a.selector == "quest":
-        width, itemsize = a.query.shape[3], a.query.dtype.itemsize
-        parts = vectors * width * (3 * 4 + 2 * 2 * 3 * itemsize)
-    return int(_scores(a, num_blocks) + _places(a.query) + parts)
+        while_made, parts, vectors = _mean_parts(a, pairs * tokens * dim)
+        dim, itemsize = 2 * dim, a.summary[0].dtype.itemsize
+    retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
+    softmax = a.selector in ("infllm2", "nosa")
+    room = _power_of_two(vectors)
+    columns = score_columns(room, _power_of_two(dim, 16), itemsize, softmax=softmax)
+    chunk = scored_at_once(pairs * num_blocks, columns, room, tokens)
+    sums = pairs * -(-num_blocks // PART_BLOCKS) * chunk * room if softmax else 1
+    return int(max(while_made, parts + retention + pairs * chunk * num_blocks * 8 + 8 * sums))
+
+
+def _mean_parts(a: Any, numbers: int) -> tuple[int, int, int]:
+    """Return what Quest's mean query takes: while it is split, and in parts; and how many.
+
+    Args:
+        a: What the op is given.
+        numbers: Of all mean queries.
+    """
+    heads = int(a.query.shape[1] // a.summary[0].shape[1])
+    if a.summary[0].dtype.itemsize == 4:
+        return 28 * numbers, 8 * numbers, 1
+    # All queries in 32 bits and their mean; or that, what is left of it twice, and the parts.
+    return max(4 * heads + 4, 40) * numbers, 12 * numbers, 3
 
 
 def union_entries(num_blocks: int, tokens: int, selected: int) -> int:
@@ -88,28 +195,56 @@ def unions_bytes(num_blocks: int, tokens: int, selected: int) -> int:
     return 8 * entries + 4 * union_words(tokens) * num_blocks + 4
 
 
+def unions_at_once(pairs: int, num_blocks: int, tokens: int, selected: int, tiles: int) -> int:
+    """Return how many tiles' unions are there at once.
+
+    Args:
+        pairs: Sequences times KV heads.
+        num_blocks: N.
+        tokens: Of one tile.
+        selected: K.
+        tiles: All of them.
+    """
+    return max(min(UNION_BYTES // (pairs * unions_bytes(num_blocks, tokens, selected)), tiles), 1)
+
+
 def attend_tokens_bytes(a: Any) -> int:
-    """Return what `attend_tokens` takes: unions of some tiles, and the order of tokens."""
+    """Return what `attend_tokens` takes: unions of some tiles."""
     batch, groups, num_tokens, selected = a.block_ids.shape
-    tokens = max(TILE_ROWS * groups // a.query.shape[1], 1)
-    each = unions_bytes(a.slots.shape[2], tokens, selected)
-    unions = batch * groups * -(-num_tokens // tokens) * each
-    return int(min(UNION_BYTES, unions)) + _places(a.query)
+    heads, num_blocks, pairs = a.query.shape[1] // groups, a.slots.shape[2], batch * groups
+    tokens = tile_rows(heads, a.query.shape[3], a.query.dtype) // _power_of_two(heads)
+    at_once = unions_at_once(pairs, num_blocks, tokens, selected, -(-num_tokens // tokens))
+    return int(pairs * at_once * unions_bytes(num_blocks, tokens, selected))
 
 
 def prefill_attention_bytes(a: Any) -> int:
     """Return what `prefill_attention` takes: of padded prompts the tensors in another order."""
     keys, queries = _bytes(a.k) + _bytes(a.v), _bytes(a.query)
     if a.num_past or a.softcap:
+        if a.query.device.type == "cuda":
+            return all_blocks_bytes(a)
         length = int(a.num_past + a.k.shape[2])
         past = int(keys * a.num_past // a.k.shape[2])
-        if a.query.device.type == "cuda":  # the past and the new tokens, side by side
-            return int(past + keys) + _places(a.query)
         return past + _masked(a, keys + past, length, int(a.query.shape[2]))
     sums = math.prod(a.query.shape[:3]) * 4
     # On an H200 a prompt takes as much as if cuDNN's result were moved; on a CPU nothing is.
     moved = queries if a.query.device.type == "cuda" else 0
     return int(sums) + moved + (3 * queries + keys if a.may_hide else 0)
+
+
+def all_blocks_bytes(a: Any) -> int:
+    """Return what the kernel for all blocks takes: the past and the new tokens as whole blocks.
+
+    Beside them slots of the past, positions and columns of the new tokens, and one union.
+    """
+    batch, groups, num_blocks = a.block_table.shape
+    size, num_tokens, pairs = a.pages.shape[4], int(a.k.shape[2]), batch * groups
+    blocks = -(-num_tokens // size) + 1 + a.num_past // size
+    staging = blocks * _bytes(a.pages) // a.pages.shape[2]
+    heads = a.query.shape[1] // groups
+    tokens = tile_rows(heads, a.query.shape[3], a.query.dtype) // _power_of_two(heads)
+    tables = 4 * pairs * num_blocks * (3 + union_words(tokens))
+    return int(staging + tables + 8 * batch * num_tokens + 4 * batch)
 
 
 def window_attention_bytes(a: Any) -> int:

@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 # h200: `sparda calibrate` on one H200, November 2026 (batch 1, 128K tokens, 2 KV heads of 128, 96
 # blocks, bf16), but for the ops that select or attend, whose kernels are newer: alone in replayed
 # CUDA graphs, and `attend_resident` as much less than both kernels as it was before.
-# Of h200, `repair_predicted` is what is left of a layer that speculates (25.46 us; 128K tokens, 2 KV
-# heads, 98% predicted) less one without attention (24.21 - 7.66) and the bytes of the partials, by
-# `sparda bench prr`, November 2026; `attend_predicted` was not measured alone: it is the same phases
-# as `attend_resident`.
+# `repair_predicted` of h200 is what is left of a layer that speculates (25.46 us; 128K tokens, 2 KV
+# heads, 98% predicted) less one without attention (24.21 - 7.66) and the bytes of the partials: by
+# `sparda bench prr`, November 2026. `attend_predicted` was not measured alone: its phases are those
+# of `attend_resident`.
 # h100: `sparda calibrate` on one H100, with the kernels before those.
 # cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
 # 16, fp32. Attention is not named: there it is arithmetic.

@@ -80,7 +80,7 @@ class _Walk:
         peak, peak_call = 0, ""
         for call in self._program.calls:
             taken = self._call(call)
-            reused = dict(call.reuses) if self._sliced(call) else {}
+            reused = self._reused(call)
             for register in call.results:
                 size = num_bytes(self._values[register], *self._sizes)
                 self._held[register] = self._held.pop(reused.get(register, -1), size)
@@ -126,6 +126,14 @@ class _Walk:
         """Return the piece of a call if it runs in slices."""
         piece = call.function
         return piece if isinstance(piece, SlicedPiece) and piece.is_sliced(*self._sizes) else None
+
+    def _reused(self, call: Call) -> dict[int, int]:
+        """Return the results that take the memory of another register, each with it."""
+        piece = self._sliced(call)
+        if piece is None:
+            return {}
+        places = {register: i for i, register in enumerate(call.results)}
+        return {to: source for to, source in call.reuses if piece.takes_memory(places[to])}
 
     def _whole(self) -> tuple[tuple[str, str], ...]:
         functions = [call.function for call in self._program.calls]

@@ -100,6 +100,13 @@ class SlicedPiece:
         """Whether a prompt runs in slices."""
         return len(slices_of(batch, tokens)) > 1 and not self.reason
 
+    def takes_memory(self, place: int) -> bool:
+        """Whether a result, by its place, takes the memory of an input where it runs in slices.
+
+        A piece that ran whole may have returned two views of one memory; slices never do.
+        """
+        return place in self._reuses and not self._reuses[place][1].reason
+
     def most_tokens(self, batch: int, tokens: int) -> int:
         """Return the columns of the longest slice that is run."""
         return max(end - begin for begin, end in self._needed(slices_of(batch, tokens)))
@@ -145,14 +152,9 @@ class SlicedPiece:
         return results
 
     def _whole(self, place: int, sizes: Mapping[str, int], inputs: Sequence[Tensor]) -> Tensor:
-        """Return memory for a result: an input's that is free, or new.
-
-        A piece that ran whole may have returned two views of one memory; slices never do.
-        """
-        if place in self._reuses:
-            source, maker = self._reuses[place]
-            if not maker.reason:
-                return inputs[source]
+        """Return memory for a result: an input's that is free, or new."""
+        if self.takes_memory(place):
+            return inputs[self._reuses[place][0]]
         fake = fake_value(self._piece.outputs[place])
         return _empty(fake, sizes, inputs[0].device)
 

@@ -21,6 +21,12 @@ SMALL = {
     "max_tokens": 512, "lowering": "eager",
 }  # fmt: skip
 
+# Which lengths it rotates how makes the first piece look at all tokens.
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "factor": 4.0,
+    "long_factor": [4.0 + i for i in range(8)], "original_max_position_embeddings": 64,
+}  # fmt: skip
+
 
 class Held:
     """Counts the bytes that registers hold behind each call, as an observer of a run."""
@@ -86,6 +92,25 @@ def test_registers_hold_what_was_worked_out(name, prefill, batch, rows, monkeypa
         assert held <= worked_out  # a piece that runs whole may return views of one tensor
 
 
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+def test_behind_a_piece_that_runs_whole_nothing_takes_its_memory(prefill, monkeypatch):
+    """The residual stream is there twice then, while it goes from one to the other."""
+    monkeypatch.setattr(slices, "SLICE_ROWS", 64)
+    monkeypatch.setattr(SlicedPiece, "copied_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory._Walk, "_taken_by", lambda *_: 0)
+    model = tiny_llama(rope_parameters=LONG_ROPE, max_position_embeddings=1024)
+    fast = fast_of(model, mode="query", prefill=prefill, offload="always")
+    phase = "sparse_prefill" if prefill == "sparse" else "prefill"
+    program = fast.programs.get(phase, 1, 512, last_only=True)
+    for instruction in INSTRUCTIONS.values():
+        monkeypatch.setitem(instruction.__dict__, "workspace", None)
+    worked_out = prompt_memory(program.plan, 160)
+    assert worked_out.whole
+    held = held_by(fast, program, 1, 160)
+    # A piece that runs whole may return views of one tensor: less than a residual stream.
+    assert held <= worked_out.peak_bytes < held + 160 * 64 * 4
+
+
 def test_slices_bound_what_a_long_prompt_takes():
     """Of eight times the width only a slice is there: a token costs what is kept of it."""
     model = tiny_llama(hidden_size=64, intermediate_size=4096)
@@ -137,11 +162,7 @@ def test_explain_chooses_the_chunk_that_a_gpu_has_room_for():
 
 
 def test_explain_names_what_runs_whole():
-    rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "factor": 4.0,
-        "long_factor": [4.0 + i for i in range(8)], "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    model = tiny_llama(rope_parameters=rope, max_position_embeddings=1024)
+    model = tiny_llama(rope_parameters=LONG_ROPE, max_position_embeddings=1024)
     report = explain(model, SpardaConfig(**SMALL))
     ((name, reason),) = report.prompt.whole
     assert "of some tokens depends on others" in reason

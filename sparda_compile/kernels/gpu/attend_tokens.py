@@ -42,7 +42,7 @@ from sparda_compile.kernels.gpu.token_blocks import (
     unions,
 )
 from sparda_compile.kernels.prefill_attention import num_new_slots
-from sparda_compile.kernels.workspace import TILE_ROWS, UNION_BYTES, unions_bytes
+from sparda_compile.kernels.workspace import QUERY_BYTES, tile_rows, unions_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,12 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = ["attend_all", "attend_tokens", "attend_unions", "covers", "tile_rows"]
 
-# Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
-_ROWS_OF_32_BITS: Final = 32
 # Keys of a turn, and as many values.
 _TILE: Final = 64
-# Of a tile's queries; vectors that are too long for it are fewer.
-_QUERY_BYTES: Final = 64 * 1024
 # Of keys, and as many of values.
 _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
@@ -196,19 +192,6 @@ def _attend_tokens(
     tl.store(out + at[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-def tile_rows(heads: int, dim: int, dtype: torch.dtype) -> int:
-    """Return the rows of a tile, tokens times heads (as a power of two each).
-
-    Args:
-        heads: Query heads of a group.
-        dim: D.
-        dtype: Of queries.
-    """
-    most = _ROWS_OF_32_BITS if dtype.itemsize == 4 else TILE_ROWS
-    rows = min(most, _QUERY_BYTES // (power_of_two(dim) * dtype.itemsize))
-    return max(rows, power_of_two(heads), 16)
-
-
 def covers(query_BHTD: Tensor, pages: Tensor, block_table: Tensor) -> bool:
     """Whether the kernel attends for such queries and pages: not if a group's heads are too large.
 
@@ -219,7 +202,7 @@ def covers(query_BHTD: Tensor, pages: Tensor, block_table: Tensor) -> bool:
     """
     heads = query_BHTD.shape[1] // block_table.shape[1]
     vector_bytes = power_of_two(query_BHTD.shape[3]) * query_BHTD.element_size()
-    return power_of_two(heads) * vector_bytes <= _QUERY_BYTES and query_BHTD.dtype == pages.dtype
+    return power_of_two(heads) * vector_bytes <= QUERY_BYTES and query_BHTD.dtype == pages.dtype
 
 
 def _stages(staging: Tensor, rows: int, tokens: int, dims: int) -> int:
@@ -307,13 +290,13 @@ def attend_tokens(
     rows = rows or tile_rows(query.shape[1] // groups, query.shape[3], query.dtype)
     tokens = rows // power_of_two(query.shape[1] // groups)
     tiles = triton.cdiv(num_tokens, tokens)
-    each = batch * groups * unions_bytes(prompt.slots.shape[2], tokens, selected)
-    at_once = max(min(UNION_BYTES // each, tiles), 1)
+    at_once = unions_at_once(batch * groups, prompt.slots.shape[2], tokens, selected, tiles)
     batch, heads, _, dim = query.shape
     out = query.new_empty((batch, num_tokens, heads, dim)).transpose(1, 2)
     for first in range(0, tiles, at_once):
         union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))
         attend_unions(query, prompt, union, out, first, factors, rows)
+        del union  # before the next one is made
     return out
 
 

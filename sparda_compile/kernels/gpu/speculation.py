@@ -117,8 +117,7 @@ def _repair_predicted(
     current = length // SIZE
     chosen, guessed = block_ids + wide_pair * selected, predicted + wide_pair * width
     sources = source + wide_pair * num_sources
-    every = tl.arange(0, DIMS)
-    columns = (every >= part * COLUMNS) & (every < (part + 1) * COLUMNS)
+    columns = tl.arange(0, DIMS) // COLUMNS == part
     num_late, num_wasted = 0, 0
     for start in tl.range(0, selected, ENTRIES, num_stages=1):
         entry = start + tl.arange(0, ENTRIES)
@@ -147,8 +146,8 @@ def _repair_predicted(
                 at = sources + selected + number
                 tl.store(at, tl.where(wasted, number, -1), mask=number < width)
     if part == 0:
-        tl.atomic_add(counters + _REPAIRED, num_late.to(tl.int64))
-        tl.atomic_add(counters + _WASTED, num_wasted.to(tl.int64))
+        tl.atomic_add(counters + _REPAIRED, num_late)
+        tl.atomic_add(counters + _WASTED, num_wasted)
     # Sources and late partials were written by other threads of this program.
     tl.debug_barrier()
     column = part * COLUMNS + tl.arange(0, COLUMNS)

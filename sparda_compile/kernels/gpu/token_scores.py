@@ -7,12 +7,12 @@
 No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
 many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time.
 
-A program takes `_COLUMNS` query vectors (tokens of one KV head times the heads of its group) and a
-part of the windows, so that a long prompt and one of few tokens both fill the device. The vectors
-are the columns of a product, its rows the windows that lie at one place of 64 blocks: the heads of
-a token are then summed mostly inside a thread, and the best window of a block is an elementwise
-maximum over as many products as a block has windows. Each pooled key is read, and multiplied,
-once per pass.
+A program takes `SCORE_COLUMNS` query vectors (tokens of one KV head times the heads of its group)
+and a part of the windows, so that a long prompt and one of few tokens both fill the device. The
+vectors are the columns of a product, its rows the windows that lie at one place of 64 blocks: the
+heads of a token are then summed mostly inside a thread, and the best window of a block is an
+elementwise maximum over as many products as a block has windows. Each pooled key is read, and
+multiplied, once per pass.
 
 Quest's bound is a product, too: sum_d max(q_d * min_d, q_d * max_d) is that of a block's bounds,
 as one vector, with the negative and the positive part of q. A mean of heads has more bits than a
@@ -46,7 +46,13 @@ from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
-from sparda_compile.kernels.workspace import SCORE_BYTES
+from sparda_compile.kernels.workspace import (
+    PART_BLOCKS,
+    SCORE_COLUMNS,
+    most_vectors,
+    score_columns,
+    scored_at_once,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,18 +64,9 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "Blocks", "covers", "first_scored", "scored_tokens"]
 
 _SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
-# Query vectors of a program; more of them read fewer keys, and 128 columns of sums in 32 bits are
-# half of the registers of 4 warps. A Forecast keeps maxima of every column, too, and has fewer.
-_COLUMNS: Final = 128
-_FORECAST_COLUMNS: Final = 64
 # Windows of one product: a warp group multiplies 64 rows.
 _WINDOWS: Final = 64
-# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
-# of 32 bits, which threads multiply, not tensor cores: those hold less.
-_TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
-# Blocks of one program: few enough that one token of a long sequence has several programs.
-_PART_BLOCKS: Final = 256
 _LOG2_E: Final = math.log2(math.e)
 
 
@@ -248,15 +245,14 @@ def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -
     if selector not in _SELECTORS or geometry.num_blocks > MOST_BLOCKS:
         return False
     reach = geometry.block_size + geometry.pool_stride
-    fits = query_BHTD.shape[1] <= _COLUMNS * groups and geometry.pool_size <= reach
+    fits = query_BHTD.shape[1] <= SCORE_COLUMNS * groups and geometry.pool_size <= reach
     return fits or selector == "quest"
 
 
 def _tile(query: Tensor, room: int, dims: int, *, softmax: bool) -> tuple[int, int, int]:
     """Return query vectors and keys of a product, and tiles of keys that fit beside the queries."""
-    most = 2 * _TILE_BYTES // (dims * query.element_size() ** 2)
-    columns = max(min(_COLUMNS if softmax else _FORECAST_COLUMNS, most), room, 16)
-    rows = max(min(_WINDOWS, most), 16)
+    columns = score_columns(room, dims, query.element_size(), softmax=softmax)
+    rows = max(min(_WINDOWS, most_vectors(dims, query.element_size())), 16)
     if query.device.type != "cuda":
         return columns, rows, _MOST_STAGES
     vector = dims * query.element_size()
@@ -324,11 +320,10 @@ def scored_tokens(
     columns, rows, stages = _tile(query, room, dims, softmax=softmax)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    chunk = SCORE_BYTES // (pairs * num_blocks * 8) // columns * columns
-    chunk = min(max(chunk, columns // room), num_tokens)
-    parts = triton.cdiv(num_blocks, _PART_BLOCKS)
+    chunk = scored_at_once(pairs * num_blocks, columns, room, num_tokens)
+    parts = triton.cdiv(num_blocks, PART_BLOCKS)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
-    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, _PART_BLOCKS))
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, PART_BLOCKS))
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
     scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
@@ -340,12 +335,12 @@ def scored_tokens(
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, asked.positions, maxima, sums, factor, *strides, groups, num_tokens,
                 num_windows, begin, end, scored_from, *vectors, *pool, width, dim, dims,
-                _PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
+                PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
             query, pooled, asked.positions, asked.lengths, maxima, sums, scores, factor, *strides,
             groups, num_tokens, num_windows, num_blocks, begin, end, scored_from, parts, *vectors,
-            all_parts, *pool, ratio, overhang, width, dim, dims, _PART_BLOCKS, rows, softmax,
+            all_parts, *pool, ratio, overhang, width, dim, dims, PART_BLOCKS, rows, softmax,
             blocks is Blocks.PAST, blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
         )  # fmt: skip
         yield begin, end, scores
