@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -11,8 +12,9 @@ import triton
 import sparda_compile
 from sparda_compile import SpardaConfig
 from sparda_compile.isa.engines import DelayEngine
+from sparda_compile.module import prompt
 from sparda_compile.program.program import Program
-from sparda_compile.testing import random_forecast, tiny_llama
+from sparda_compile.testing import random_forecast, reference_decode, tiny_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +82,82 @@ def test_chunks(lab, prefill, chunk):
     want = lab.run(lab.module("forecast", prefill=prefill))
     got = lab.run(lab.module("forecast", prefill=prefill, chunk_tokens=chunk))
     assert (got - want).abs().max() < TOLERANCE * want.abs().max()
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+RULES = {"block_size": 16, "pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 2}
+
+
+class TestReference:
+    """The tokens of the plain decoder on a CPU, which reads one at a time, over 200 steps."""
+
+    def check(self, model, lengths, mode, rules=RULES, **settings):
+        forecast = random_forecast(model, seed=1) if mode == "forecast" else {}
+        generator = torch.Generator().manual_seed(sum(lengths))
+        ids = torch.randint(2, 250, (len(lengths), max(lengths)), generator=generator)
+        mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+        want = [
+            reference_decode(
+                model, row[-length:], 200, mode=mode, prefill="sparse", forecast=forecast,
+                **rules,
+            )[0]
+            for row, length in zip(ids, lengths, strict=True)
+        ]  # fmt: skip
+        given = {0 if key == "bootstrap" else key + 1: w for key, w in forecast.items()}
+        config = SpardaConfig(mode=mode, prefill="sparse", lowering="eager", **rules, **settings)
+        fast = sparda_compile.optimize(
+            copy.deepcopy(model).to("cuda"), config, forecast=given or None
+        )
+        got = fast.generate(
+            input_ids=ids.cuda(), attention_mask=mask.long().cuda(), do_sample=False,
+            max_new_tokens=200, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        assert got[:, ids.shape[1] :].tolist() == want
+
+    @pytest.mark.parametrize("mode", ["query", "forecast"])
+    @pytest.mark.parametrize("lengths", [(1,), (63,), (64,), (65,), (150, 37, 93)])
+    def test_lengths(self, mode, lengths):
+        self.check(tiny_llama(), lengths, mode)
+
+    @pytest.mark.parametrize("heads", [1, 4, 8, 16])
+    def test_groups(self, heads):
+        """Query heads of one KV head."""
+        model = tiny_llama(num_attention_heads=2 * heads, num_key_value_heads=2, seed=3)
+        self.check(model, (120, 90), "forecast")
+
+    @pytest.mark.parametrize("mode", ["query", "forecast"])
+    @pytest.mark.parametrize("chunk", [1, 7, 64, 1000, None])
+    def test_chunks(self, mode, chunk):
+        self.check(tiny_llama(), (17, 12) if chunk == 1 else (150, 93), mode, chunk_tokens=chunk)
+
+    @pytest.mark.parametrize("chunk", [1000, None])
+    def test_a_long_prompt(self, chunk):
+        """Of one layer and one KV head, which the plain decoder reads in seconds."""
+        model = tiny_llama(
+            num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, seed=3,
+            max_position_embeddings=8192,
+        )  # fmt: skip
+        sizes = {"block_size": 64, "pool_size": 64, "pool_stride": 64}
+        self.check(model, (4097,), "query", RULES | sizes, chunk_tokens=chunk)
+
+
+def test_a_prompt_is_cut_where_memory_is_short(lab, monkeypatch):
+    """What is worked out for the chosen chunks is what a run of them takes, or a little more."""
+    whole = lab.module("query", prefill="sparse", max_tokens=1 << 16)
+    ids = torch.randint(1, 250, (1, 60_000), generator=torch.Generator().manual_seed(1)).cuda()
+    want = whole(ids, logits_to_keep=1).logits
+    program = whole.programs.get("sparse_prefill", 1, 1 << 16, last_only=True)
+    free = program.prompt_memory(60_000, 0, may_hide=False).peak_bytes // 2
+    monkeypatch.setattr(prompt, "free_device_bytes", lambda device: free)
+    cut = lab.module("query", prefill="sparse", max_tokens=1 << 16)
+    cache = cut.new_cache()
+    cut(ids[:, :2], past_key_values=cache, logits_to_keep=1)  # makes the cache
+    cache.reset()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = cut(ids, past_key_values=cache, logits_to_keep=1).logits
+    assert torch.cuda.max_memory_allocated() - before < 1.05 * free
     assert torch.equal(got.argmax(-1), want.argmax(-1))
 
 

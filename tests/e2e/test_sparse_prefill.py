@@ -111,15 +111,29 @@ class TestReference:
         fast = module_of(mode=mode, shared_tokens=shared)
         self.check(llama, fast, forecast, (150, 101), 5, mode=mode, shared_tokens=shared)
 
-    @pytest.mark.parametrize("groups", [1, 2, 8])
-    def test_groups(self, groups):
-        """With the model of two groups of two heads: 8, 4 and 1 heads a group."""
+    @pytest.mark.parametrize(("heads", "groups"), [(8, 1), (8, 2), (8, 8), (16, 1)])
+    def test_groups(self, heads, groups):
+        """With the model of two groups of two heads: 8, 4, 1 and 16 heads a group."""
         model = tiny_llama(
-            num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=groups, seed=3
+            num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=groups, seed=3
         )
         forecast = random_forecast(model)
         fast = optimize(model, SpardaConfig(**SMALL, mode="forecast"), forecast=by_target(forecast))
         self.check(model, fast, forecast, (120, 90), 5, mode="forecast")
+
+    def test_many_steps_behind_chunks(self, llama, module_of, forecast):
+        fast = module_of(mode="forecast", chunk_tokens=64)
+        self.check(llama, fast, forecast, (150, 37), 200, mode="forecast")
+
+    def test_a_long_prompt_and_many_steps(self):
+        """In chunks; of one layer and one KV head, which the plain decoder reads in seconds."""
+        model = tiny_llama(
+            num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, seed=3,
+            max_position_embeddings=8192,
+        )  # fmt: skip
+        sizes = {"block_size": 64, "pool_size": 64, "pool_stride": 64}
+        fast = optimize(model, SpardaConfig(**SMALL | sizes, mode="query", chunk_tokens=1000))
+        self.check(model, fast, {}, (4097,), 200, mode="query", **sizes)
 
     @pytest.mark.parametrize("mode", ["query", "forecast"])
     def test_nosa(self, mode):

@@ -127,7 +127,7 @@ class TestChosenChunks:
         assert read(300, enough) == [("prefill", 300)]
 
     @pytest.mark.parametrize(
-        ("tokens", "past", "want"), [(128, 128, [128, 128, 44]), (16, 272, [16] * 18 + [12])]
+        ("tokens", "past", "want"), [(256, 0, [256, 44]), (32, 256, [32] * 9 + [12])]
     )
     def test_else_the_largest_that_fit(self, read, traced_llama, caplog, tokens, past, want):
         """The last one of that size has the longest past, and the rest is behind it.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparda_compile.kernels import workspace
 from sparda_compile.kernels.gpu import attend_tokens as kernels
 from sparda_compile.kernels.prefill_attention import attend_tokens, prefill_attention
 from sparda_compile.runtime.staging import stage_blocks
@@ -135,7 +136,7 @@ def test_tiles_and_launches_change_nothing(device, assert_close, monkeypatch, pr
     want = wanted(case, 0.3, 0.0)
     for rows in (128, 16):
         assert_close(attended(case, device, rows=rows), want, "attention", torch.float32)
-    monkeypatch.setattr(kernels, "UNION_BYTES", 1)
+    monkeypatch.setattr(workspace, "UNION_BYTES", 1)
     assert_close(attended(case, device, rows=32), want, "attention", torch.float32)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from sparda_compile.kernels import workspace
 from sparda_compile.kernels.gpu import select_tokens as kernels
 from sparda_compile.kernels.gpu import token_scores
 from sparda_compile.kernels.gpu.select import Choice
@@ -222,11 +223,11 @@ def test_a_prompt_from_its_first_token(device, selector):
 @pytest.mark.parametrize(("selector", "num_tokens"), [("forecast", 17), ("infllm2", 9)])
 def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
     """Several programs share the windows, not in whole tiles; few tokens are taken at a time."""
-    monkeypatch.setattr(token_scores, "_PART_BLOCKS", 30)
+    monkeypatch.setattr(token_scores, "PART_BLOCKS", 30)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
-    monkeypatch.setattr(token_scores, "_COLUMNS", 16)
-    monkeypatch.setattr(token_scores, "_FORECAST_COLUMNS", 16)
-    monkeypatch.setattr(token_scores, "SCORE_BYTES", 1)
+    monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
+    monkeypatch.setattr(workspace, "_FORECAST_COLUMNS", 16)
+    monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
     prompt = Prompt([1500], [first(num_tokens, num_tokens)], (1, 4, 16), Geometry(100, 16, 8, 4))
     prompt.check(device, selector, Choice(10, 16, 1, 2))
 

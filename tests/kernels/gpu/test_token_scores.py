@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from sparda_compile.kernels import workspace
 from sparda_compile.kernels.gpu import token_scores
 from sparda_compile.kernels.gpu.token_scores import Asked, Blocks, scored_tokens
 from sparda_compile.selectors import Geometry
@@ -99,10 +100,10 @@ def test_room_follows_from_what_the_cache_holds(device):
 def test_parts_and_chunks_change_nothing(device, monkeypatch):
     it = asked(device)
     want = [by_token(it, blocks) for blocks in Blocks]
-    monkeypatch.setattr(token_scores, "_PART_BLOCKS", 3)
-    monkeypatch.setattr(token_scores, "_FORECAST_COLUMNS", 16)
+    monkeypatch.setattr(token_scores, "PART_BLOCKS", 3)
+    monkeypatch.setattr(workspace, "_FORECAST_COLUMNS", 16)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
-    monkeypatch.setattr(token_scores, "SCORE_BYTES", 1)
+    monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
     for blocks, whole in zip(Blocks, want, strict=True):
         got = by_token(it, blocks)
         for row, length in enumerate((300, 37)):
