@@ -28,6 +28,7 @@ TOLERANCE = 1e-4
 CASES = {
     "infllm2": {},
     "quest": {"selector": "quest"},
+    "lowbit2": {"selector": "lowbit2"},
     "trend": {"ema_damping": 1.0, "ema_level": 0.2},
     "sparse prompt": {"prefill": "sparse"},
     "short turns": {"chunk_tokens": 16},
