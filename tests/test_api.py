@@ -89,7 +89,7 @@ class TestConfiguration:
 
     @pytest.mark.parametrize("name", ["replace_attention", "verify_transfers", "insert_forecast"])
     def test_pass_that_cannot_be_left_out(self, fast, name):
-        words = (f"'{name}'", "cannot be left out", "insert_prefetch, insert_speculation, schedule_transfers")
+        words = (f"'{name}'", "cannot be left out", "insert_speculation, schedule_transfers")
         config = CONFIG.replace(disable_passes=(name,))
         refuses(ConfigError, lambda: optimize(fast, config), *words)
 
