@@ -45,7 +45,7 @@ MODES = {
         "mode": "exact",
         "hint": ("previous_step", "previous_layer"),
     },
-    "speculate": {"mode": "speculate"},
+    "speculate": {"mode": "speculate", "speculate_where": "always"},
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")

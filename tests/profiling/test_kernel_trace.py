@@ -35,7 +35,7 @@ OTHER_KERNELS = {
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_pack_blocks", "_tile_unions",
-    "_attend_tokens",
+    "_attend_tokens", "_rate_candidates", "_judge_rows", "_extend_low_bit_keys",
 }  # fmt: skip
 # Two layers of mode exact: name, stream, kernels. Two streams select.
 EXACT = """

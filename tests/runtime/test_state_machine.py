@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from sparda_compile import SpardaConfig
+from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.isa.engines import DeferredEngine, ImmediateEngine, use_engine
 from sparda_compile.isa.streams import COMPUTE, COPY
 from sparda_compile.kernels.number_tokens import number_tokens
@@ -114,7 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
             for row in range(ROWS)
             for group in range(GROUPS)
         }
-        self.counts = [0] * 5
+        self.counts = [0] * len(COUNTERS)
         for name in ("pages", "host"):
             self.tensor(name).fill_(float("nan"))
 
