@@ -22,6 +22,7 @@ from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
 from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
+from sparda_compile.passes.machine import machine_for
 from sparda_compile.passes.manager import check_disabled, check_dump_dir
 from sparda_compile.program.compiled_piece import start_compiler
 from sparda_compile.program.plan import (
@@ -101,6 +102,7 @@ def optimize(
             batch_size=1,
             max_tokens=planned_capacity(config),
         )
+        _warn_if_serial(decode, device)
         weights = _forecast_weights(captures, decode, given)
         version = model.version if isinstance(model, OptimizedModule) else None
         fast = OptimizedModule(captures, config, weights, decode, version)
@@ -172,6 +174,21 @@ def explain(
         if memory_bytes is None and device.type == "cuda":
             memory_bytes = torch.cuda.get_device_properties(device).total_memory
         return build_report(model, plans[0], plans[1], memory_bytes)
+
+
+def _warn_if_serial(plan: Plan, device: torch.device) -> None:
+    """Say that mode `speculate` speculates nowhere, where the machine's constants see no gain."""
+    config = plan.layout.config
+    if config.predictor is None or plan.speculated:
+        return
+    if "insert_speculation" in config.disable_passes:
+        return
+    machine = machine_for(config.machine, device).name
+    warnings.warn(
+        f"mode='speculate' speculates in no layer: on {machine} none is expected to gain by it, so "
+        "all attend as in mode='query'. Pass speculate_where='always' to speculate all the same.",
+        stacklevel=3,
+    )
 
 
 def _forecast_weights(

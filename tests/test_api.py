@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ class TestConfiguration:
     def test_block_size_that_does_not_divide_the_cache(self):
         words = ("max_tokens=70", "block_size=16", "use 80")
         refuses(ConfigError, lambda: CONFIG.replace(max_tokens=70), *words)
+
+    def test_speculation_that_nothing_gains_by_is_said(self, fast):
+        config = CONFIG.replace(mode="speculate", offload="never", machine="cpu")
+        with pytest.warns(UserWarning, match="no layer: on cpu .* speculate_where='always'"):
+            optimize(fast, config)
+        silent = (
+            config.replace(speculate_where="always"),
+            config.replace(disable_passes=("insert_speculation",)),
+            config.replace(mode="query"),
+        )
+        for each in silent:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                optimize(fast, each)
 
     def test_unknown_pass(self, fast, works):
         config = CONFIG.replace(disable_passes=("schedule_transfer",))
