@@ -11,6 +11,7 @@ such as `/dev/stdout`, is written in place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -94,6 +95,8 @@ def _try(target: Path) -> None:
                 raise IsADirectoryError(0, "it is a folder, not a file")
             if not part.is_file():
                 return
+            if not os.access(part, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         elif not is_folder:
             raise NotADirectoryError(0, f"{part} is a file, not a folder")
         else:

@@ -28,6 +28,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparda_compile.bench.prompt_case import MOST_ERROR, Case
+from sparda_compile.bench.refusals import REFUSALS, reason_of
 from sparda_compile.bench.timing import Spread, graph_us, time_calls
 
 if TYPE_CHECKING:
@@ -52,14 +53,6 @@ _TILES: Final = ((128, 128), (128, 64))
 _MASKS: Final = 3
 # Shapes and masks that one process compiles FlexAttention for; torch stops at eight.
 _MOST_FORMS: Final = 64
-# What torch, Triton and fla raise where they cannot.
-_REFUSALS: Final = (
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    ImportError,
-    triton.TritonError,
-)
 
 
 def bench_others(case: Case, ours_us: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -104,9 +97,8 @@ def _row(
         if not error < MOST_ERROR:
             return {"skipped": f"its output is off by {error:.3g}"}
         us = graph_us([call] * 2, _ROUNDS)
-    except _REFUSALS as refusal:
-        lines = [line for line in str(refusal).splitlines() if line.strip()]
-        return {"skipped": f"{type(refusal).__name__}: {lines[0] if lines else 'no reason given'}"}
+    except REFUSALS as refusal:
+        return {"skipped": reason_of(refusal)}
     ours = _ours(case) if ours_us is None else ours_us
     flop = case.dense_flop if dense else case.flop
     return {

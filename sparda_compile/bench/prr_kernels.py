@@ -26,13 +26,13 @@ from sparda_compile.bench.prr_case import (
     error_of,
 )
 from sparda_compile.bench.prr_others import (
-    REFUSALS,
     BlockSparse,
     best_sdpa,
     gather,
     torch_selection,
 )
 from sparda_compile.bench.prr_programs import predict, score, select, update
+from sparda_compile.bench.refusals import REFUSALS, reason_of
 from sparda_compile.bench.timing import Spread, graph_us, graphs_us
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels.sparse_attention import sparse_attention
@@ -188,10 +188,11 @@ class _Attention:
             sparse = BlockSparse("auto", self.device)
             operands = (self.query, self.pages, self.begin)
             calls = [sparse.planned(*operands, ids) for ids in self.ids]
-            error = error_of(calls[0](), self.exact)
+            output = calls[0]()
         except REFUSALS as refusal:
-            self.skipped["flashinfer"] = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
+            self.skipped["flashinfer"] = reason_of(refusal)
             return {}
+        error = error_of(output, self.exact)
         if not error < MOST_ERROR:
             self.skipped["flashinfer"] = f"its output is off by {error:.3g}"
             return {}

@@ -26,7 +26,6 @@ from sparda_compile.bench.memory import FreeMemory, free_everything, too_big
 from sparda_compile.bench.prompt_others import compiled_flex
 from sparda_compile.bench.prr_case import MOST_ERROR, PrrCase, attend_exactly, error_of, listed
 from sparda_compile.bench.prr_others import (
-    REFUSALS,
     BlockSparse,
     best_sdpa,
     gather,
@@ -41,6 +40,7 @@ from sparda_compile.bench.prr_programs import (
     speculating_step,
 )
 from sparda_compile.bench.prr_summary import TORCH, ablation, headline, ladder
+from sparda_compile.bench.refusals import REFUSALS, reason_of
 from sparda_compile.bench.timing import Spread, graphs_us, time_calls
 
 if TYPE_CHECKING:
@@ -241,10 +241,11 @@ class _LayerBench:
         """Add a program of others, or say why not."""
         try:
             run = every_step(self.case, make(), self.engine)
-            error = self._error(run(), self.exact)
+            outputs = run()
         except REFUSALS as refusal:
-            reason = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
+            reason = reason_of(refusal)
         else:
+            error = self._error(outputs, self.exact)
             reason = "" if error < MOST_ERROR else f"its output is off by {error:.3g}"
             facts = {**facts, "error": error}
         if reason:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparda_compile.bench.refusals import REFUSALS, reason_of
 from sparda_compile.bench.timing import Spread, graphs_us, time_calls
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 __all__ = [
-    "REFUSALS",
     "BlockSparse",
     "best_sdpa",
     "gather",
@@ -44,8 +44,6 @@ __all__ = [
     "torch_selection",
 ]
 
-# What torch and FlashInfer raise where they cannot.
-REFUSALS: Final = (RuntimeError, ValueError, AssertionError, ImportError, NotImplementedError)
 _BACKENDS: Final = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -173,7 +171,7 @@ def _refusal(form: Attention, operands: tuple[Tensor, Tensor, Tensor]) -> str | 
     try:
         form(*operands)
     except REFUSALS as refusal:
-        return f"{type(refusal).__name__}: {refusal}".splitlines()[0]
+        return reason_of(refusal)
     return None
 
 

@@ -57,13 +57,14 @@ class Captures:
     @property
     def vocabulary(self) -> int | None:
         """Token ids that the model has an embedding of; None if it does not say where that is."""
-        model: Any = self.model
-        try:
-            return int(model.get_input_embeddings().weight.shape[0])
-        # A plain module has no such method, and an embedding that is no table has no weight;
-        # transformers raises the second for a model whose embedding it does not find.
-        except (AttributeError, NotImplementedError):
+        find: Any = getattr(self.model, "get_input_embeddings", None)
+        if find is None:  # a plain module
             return None
+        try:
+            table = getattr(find(), "weight", None)
+        except NotImplementedError:  # what transformers says of a model whose embedding it misses
+            return None
+        return None if table is None else int(table.shape[0])
 
     @property
     def num_captures(self) -> int:

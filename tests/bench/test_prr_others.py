@@ -5,6 +5,7 @@ import torch
 
 from sparda_compile.bench import prr_others
 from sparda_compile.bench.prr_case import MOST_ERROR, PrrCase, attend_exactly, error_of
+from sparda_compile.bench.refusals import REFUSALS
 
 CPU = torch.device("cpu")
 
@@ -75,5 +76,5 @@ def test_flashinfer_gets_each_pair_as_a_row_of_blocks(case, flashinfer):
 
 
 def test_flashinfer_is_not_needed(no_flashinfer):
-    with pytest.raises(prr_others.REFUSALS, match="flashinfer"):
+    with pytest.raises(REFUSALS, match="flashinfer"):
         prr_others.BlockSparse("auto", CPU)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -11,6 +13,9 @@ from typer.testing import CliRunner
 from sparda_compile.cli.main import app
 from sparda_compile.cli.outputs import check_folder, check_outputs, check_plot, write_file
 from sparda_compile.errors import BackendUnavailableError, ConfigError
+
+# The user whom Unix has for what owns nothing.
+NOBODY = 65534
 
 
 def test_what_can_be_written_is_left_as_it_was(tmp_path):
@@ -40,18 +45,33 @@ def test_what_cannot_be_written(tmp_path, path, words):
         check_outputs(html=tmp_path / path)
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="file modes stop no root, so nothing here would be refused"
-)
-def test_what_may_not_be_written(tmp_path):
-    file = tmp_path / "file"
+@pytest.fixture
+def guarded():
+    """A folder of a user whom file modes stop: the one who runs this, or nobody where that is root.
+
+    It is not `tmp_path`, which lies where nobody else may look.
+    """
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        if user == 0:
+            os.chown(name, NOBODY, -1)
+            os.seteuid(NOBODY)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).chmod(0o700)
+            os.seteuid(user)
+
+
+def test_what_may_not_be_written(guarded):
+    file = guarded / "file"
     file.write_text("")
     file.chmod(0o400)
     with pytest.raises(ConfigError, match="Permission denied"):
         check_outputs(html=file)
-    tmp_path.chmod(0o500)
+    guarded.chmod(0o500)
     with pytest.raises(ConfigError, match="Permission denied"):
-        check_folder(tmp_path)
+        check_folder(guarded)
 
 
 def test_plots(tmp_path, monkeypatch):
