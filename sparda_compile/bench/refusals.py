@@ -1,8 +1,8 @@
 """What others raise where they cannot do what a benchmark asks of them; it is part of a result.
 
-A benchmark compares with what torch, FlashInfer and fla offer, as far as they do on a machine. These
-are caught around calls of theirs, and around what makes and compares their operands, which may find
-no memory. Wrong types, names and indices of our own are none of them, and end the benchmark.
+A benchmark compares with what torch, FlashInfer and fla offer, as far as a machine has it. These
+are caught around calls of theirs, and around what makes and compares operands, which may find no
+memory. Wrong types, names and indices of our own are none of them, and end the benchmark.
 """
 
 from __future__ import annotations

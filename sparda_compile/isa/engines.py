@@ -33,6 +33,8 @@ from sparda_compile.isa.streams import ATTEND, BEHIND, COMPUTE, COPY, SELECT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import Tensor
+
 __all__ = [
     "CudaEngine",
     "DeferredEngine",
@@ -40,6 +42,7 @@ __all__ = [
     "Engine",
     "ImmediateEngine",
     "current_engine",
+    "submit_into",
     "use_engine",
 ]
 
@@ -250,6 +253,24 @@ _ENGINE: contextvars.ContextVar[Engine] = contextvars.ContextVar("engine", defau
 def current_engine() -> Engine:
     """Return the engine that ops submit to."""
     return _ENGINE.get()
+
+
+def submit_into(
+    stream: int, results: tuple[Tensor, ...], work: Callable[[], tuple[Tensor, ...]]
+) -> None:
+    """Do work on a stream; `results`, made on the compute stream, take what it returns.
+
+    Args:
+        stream: Where it runs.
+        results: Tensors to fill.
+        work: Returns what goes into them.
+    """
+
+    def fill() -> None:
+        for result, value in zip(results, work(), strict=True):
+            result.copy_(value)
+
+    current_engine().submit(stream, fill)
 
 
 @contextlib.contextmanager

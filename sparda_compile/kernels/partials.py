@@ -28,6 +28,7 @@ __all__ = [
     "MOST_REMOVED",
     "attend_blocks",
     "block_partials",
+    "group_partials",
     "merge",
     "merge_partials",
     "remove",
@@ -39,6 +40,48 @@ MOST_REMOVED: Final = 0.5
 _LOWEST: Final = torch.finfo(torch.float32).min
 
 
+def group_partials(
+    query_BH1D: Tensor,
+    pages: Tensor,
+    page_ids_BGSn: Tensor,
+    block_ids_BGSn: Tensor,
+    lengths_B: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend to each group of blocks alone.
+
+    Args:
+        query_BH1D: Queries.
+        pages: [B, G, C, 2, P, D], keys then values.
+        page_ids_BGSn: Page of each block, int32; n blocks of each of S groups.
+        block_ids_BGSn: Blocks, int32, -1 for none.
+        lengths_B: Position of the query, int32; later keys are not seen.
+        scale: Factor on q . k.
+        softcap: Soft cap on the scores, 0.0 for none.
+
+    Returns:
+        [B, G, S, R, D] fp32 and [B, G, S, R] fp32; (0, -inf) where a group has no block.
+    """
+    batch, groups, _, _, size, _ = pages.shape
+    query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
+    rows = torch.arange(batch, device=pages.device)[:, None, None, None]
+    heads = torch.arange(groups, device=pages.device)[:, None, None]
+    kv_BGSn2PD = pages[rows, heads, page_ids_BGSn.clamp(min=0).long()].float()
+    keys, values = (each.flatten(3, 4) for each in kv_BGSn2PD.unbind(4))
+    scores = query_BGRD[:, :, None] @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = block_ids_BGSn[..., None].long() * size + torch.arange(size, device=pages.device)
+    seen = position <= lengths_B.long()[:, None, None, None, None]
+    seen = (seen & (block_ids_BGSn[..., None] >= 0)).flatten(3)
+    scores = scores.masked_fill(~seen[..., None, :], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.clamp(min=_LOWEST)[..., None])
+    # A page of a block that is not there may hold anything, NaN too: weight 0 must win.
+    return weights @ values.masked_fill(~seen[..., None], 0.0), lse
+
+
 def block_partials(
     query_BH1D: Tensor,
     pages: Tensor,
@@ -48,35 +91,13 @@ def block_partials(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to each block alone.
-
-    Args:
-        query_BH1D: Queries.
-        pages: [B, G, C, 2, P, D], keys then values.
-        page_ids_BGK: Page of each block, int32.
-        block_ids_BGK: Blocks, int32, -1 for none.
-        lengths_B: Position of the query, int32; later keys are not seen.
-        scale: Factor on q . k.
-        softcap: Soft cap on the scores, 0.0 for none.
+    """Attend to each block alone; see `group_partials`.
 
     Returns:
         [B, G, K, R, D] fp32 and [B, G, K, R] fp32; (0, -inf) where there is no block.
     """
-    batch, groups, _, _, size, _ = pages.shape
-    query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
-    rows = torch.arange(batch, device=pages.device)[:, None, None]
-    heads = torch.arange(groups, device=pages.device)[:, None]
-    keys, values = pages[rows, heads, page_ids_BGK.clamp(min=0).long()].float().unbind(3)
-    scores_BGKRP = query_BGRD[:, :, None] @ keys.transpose(-1, -2) * scale
-    if softcap:
-        scores_BGKRP = softcap * torch.tanh(scores_BGKRP / softcap)
-    position = block_ids_BGK[..., None].long() * size + torch.arange(size, device=pages.device)
-    seen = (block_ids_BGK[..., None] >= 0) & (position <= lengths_B.long()[:, None, None, None])
-    scores_BGKRP = scores_BGKRP.masked_fill(~seen[..., None, :], float("-inf"))
-    lse = scores_BGKRP.logsumexp(-1)
-    weights = torch.exp(scores_BGKRP - lse.clamp(min=_LOWEST)[..., None])
-    # A page of a block that is not there may hold anything, NaN too: weight 0 must win.
-    return weights @ values.masked_fill(~seen[..., None], 0.0), lse
+    ids = (page_ids_BGK[..., None], block_ids_BGK[..., None])
+    return group_partials(query_BH1D, pages, *ids, lengths_B, scale, softcap)
 
 
 def merge(out_SRD: Tensor, lse_SR: Tensor, keep_S: Tensor | None = None) -> tuple[Tensor, Tensor]:

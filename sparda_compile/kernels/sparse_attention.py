@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparda_compile.isa.define import define
-from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.engines import submit_into
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Part, Work
+from sparda_compile.kernels.partials import group_partials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = [
     "attend_missing",
@@ -102,28 +103,9 @@ def split_partials(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend to each split alone: [B, G, S, R, D] and [B, G, S, R], fp32."""
-    batch, groups, _, _, size, _ = pages.shape
-    query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
     blocks = _split_size(pages, block_ids_BGK)
-    index = _in_splits(page_ids_BGK, blocks, 0).clamp(min=0).long()
-    block_BGSn = _in_splits(block_ids_BGK, blocks, -1)
-    rows = torch.arange(batch, device=pages.device)[:, None, None, None]
-    heads = torch.arange(groups, device=pages.device)[:, None, None]
-    kv_BGSn2PD = pages[rows, heads, index].float()
-    keys, values = (t.flatten(3, 4) for t in kv_BGSn2PD.unbind(4))
-    scores = query_BGRD[:, :, None] @ keys.transpose(-1, -2) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    offset_P = torch.arange(size, device=pages.device)
-    position = block_BGSn[..., None].long() * size + offset_P
-    seen = (block_BGSn[..., None] >= 0) & (position <= lengths_B.long()[:, None, None, None, None])
-    seen = seen.flatten(3)
-    scores = scores.masked_fill(~seen[..., None, :], float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None])
-    # A page of a block that is not there may hold anything, NaN too: weight 0 must win.
-    values = values.masked_fill(~seen[..., None], 0.0)
-    return weights @ values, lse
+    ids = (_in_splits(page_ids_BGK, blocks, 0), _in_splits(block_ids_BGK, blocks, -1))
+    return group_partials(query_BH1D, pages, *ids, lengths_B, scale, softcap)
 
 
 def merge_partials(out_BGSRD: Tensor, lse_BGSR: Tensor) -> Tensor:
@@ -144,16 +126,6 @@ def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
     groups, selected = ids.shape[1:]
     is_one_split = blocks_per_split(batch_size * groups, selected, pages.shape[4]) >= selected
     return ("_partials",) if is_one_split else ("_partials", "_merge")
-
-
-def _on(stream: int, results: tuple[Tensor, ...], work: Callable[[], tuple[Tensor, ...]]) -> None:
-    """Do work on a side stream; `results`, made on the compute stream, take what it returns."""
-
-    def fill() -> None:
-        for result, value in zip(results, work(), strict=True):
-            result.copy_(value)
-
-    current_engine().submit(stream, fill)
 
 
 @define(
@@ -205,7 +177,7 @@ def sparse_attention(
     if stream == COMPUTE:
         return attend()
     result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _on(stream, (result,), lambda: (attend(),))
+    submit_into(stream, (result,), lambda: (attend(),))
     return result
 
 
@@ -274,7 +246,7 @@ def attend_resident(
     shape = (*block_ids.shape[:2], num_splits(pages, block_ids), query.shape[1] // pages.shape[1])
     lse = query.new_empty(shape, dtype=torch.float32)
     out = query.new_empty((*shape, query.shape[-1]), dtype=torch.float32)
-    _on(stream, (out, lse), attend)
+    submit_into(stream, (out, lse), attend)
     return out, lse
 
 
@@ -347,5 +319,5 @@ def attend_missing(
     if stream == COMPUTE:
         return repair()
     result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _on(stream, (result,), lambda: (repair(),))
+    submit_into(stream, (result,), lambda: (repair(),))
     return result

@@ -22,33 +22,20 @@ keeps one partial for all predicted blocks, and so what it should not have read.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparda_compile.isa.counters import REPAIRED, WASTED
 from sparda_compile.isa.define import define
-from sparda_compile.isa.engines import current_engine
+from sparda_compile.isa.engines import current_engine, submit_into
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Part, Work
 from sparda_compile.kernels.partials import block_partials, merge
 from sparda_compile.kernels.predict_blocks import calibrated_or, predict_blocks_reference
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 __all__ = ["attend_predicted", "find_predicted", "predict_ahead", "repair_predicted"]
-
-
-def _on(stream: int, results: tuple[Tensor, ...], work: Callable[[], tuple[Tensor, ...]]) -> None:
-    """Do work on a stream; `results`, made on the compute stream, take what it returns."""
-
-    def fill() -> None:
-        for result, value in zip(results, work(), strict=True):
-            result.copy_(value)
-
-    current_engine().submit(stream, fill)
 
 
 def find_predicted(
@@ -181,7 +168,7 @@ def attend_predicted(
         operands = (query, pages, block_table, predicted, lengths, scale, softcap)
         current_engine().submit(stream, lambda: speculation.attend_predicted(*operands, (out, lse)))
     else:
-        _on(stream, (out, lse), work)
+        submit_into(stream, (out, lse), work)
     return out, lse
 
 

@@ -7,6 +7,7 @@ N blocks, W pooled windows.
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["Geometry", "Selector", "Summary", "empty_summary", "valid_tokens"]
+__all__ = ["Geometry", "RowSummary", "Selector", "Summary", "empty_summary", "valid_tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,43 @@ class Summary(Protocol):
             token_mask_BT: Which new tokens are real; None means all of them, and T is 1.
             geometry: Sizes.
         """
+
+
+class RowSummary(Summary):
+    """A summary that begins with zeros, and takes in a token of all sequences or a row of one."""
+
+    def reset(self, tensors: Sequence[Tensor]) -> None:
+        """Zero all; lengths say what is valid."""
+        for tensor in tensors:
+            tensor.zero_()
+
+    def extend(
+        self,
+        tensors: Sequence[Tensor],
+        k_BGTD: Tensor,
+        lengths_B: Tensor,
+        token_mask_BT: Tensor | None,
+        geometry: Geometry,
+    ) -> None:
+        """Take in new keys, in place; see `Summary.extend`."""
+        if token_mask_BT is None:
+            self._append(tensors, k_BGTD, lengths_B, geometry)
+            return
+        for row, length in enumerate(lengths_B.tolist()):
+            keys_GTD = valid_tokens(k_BGTD[row], token_mask_BT[row])
+            self._extend_row([t[row] for t in tensors], keys_GTD, length, geometry)
+
+    @abstractmethod
+    def _append(
+        self, tensors: Sequence[Tensor], k_BG1D: Tensor, lengths_B: Tensor, geometry: Geometry
+    ) -> None:
+        """Take in one key of each sequence."""
+
+    @abstractmethod
+    def _extend_row(
+        self, tensors: Sequence[Tensor], k_GTD: Tensor, length: int, geometry: Geometry
+    ) -> None:
+        """Take in keys of one sequence; the tensors are its own."""
 
 
 class Selector(Protocol):

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
-from sparda_compile.selectors.base import Geometry, Selector, Summary, valid_tokens
+from sparda_compile.selectors.base import Geometry, RowSummary, Selector, Summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +84,7 @@ def dequantize(codes: Tensor, span: Tensor, base: Tensor, bits: int) -> Tensor:
     return rounded
 
 
-class LowBitKeys(Summary):
+class LowBitKeys(RowSummary):
     """Codes, spans and bases of the full blocks, and the keys of the block being written.
 
     key_codes [B, G, N, C, D] int16       key_span, key_base [B, G, N, D]
@@ -109,31 +109,11 @@ class LowBitKeys(Summary):
             "open_k": (size, head_dim),
         }
 
-    def reset(self, tensors: Sequence[Tensor]) -> None:
-        """Zero all; lengths say what is valid."""
-        for tensor in tensors:
-            tensor.zero_()
-
-    def extend(
-        self,
-        tensors: Sequence[Tensor],
-        k_BGTD: Tensor,
-        lengths_B: Tensor,
-        token_mask_BT: Tensor | None,
-        geometry: Geometry,
-    ) -> None:
-        """Keep the keys of the open block, and quantise each block that fills."""
-        if token_mask_BT is None:
-            self._append(tensors, k_BGTD, lengths_B, geometry.block_size)
-            return
-        for row, length in enumerate(lengths_B.tolist()):
-            keys_GTD = valid_tokens(k_BGTD[row], token_mask_BT[row])
-            self._extend_row([t[row] for t in tensors], keys_GTD, length, geometry.block_size)
-
     def _append(
-        self, tensors: Sequence[Tensor], k_BG1D: Tensor, lengths_B: Tensor, size: int
+        self, tensors: Sequence[Tensor], k_BG1D: Tensor, lengths_B: Tensor, geometry: Geometry
     ) -> None:
         *stored, open_BGPD = tensors
+        size = geometry.block_size
         rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         length_B = lengths_B.long()
         open_BGPD[rows_B, :, length_B % size] = k_BG1D[:, :, 0]
@@ -143,8 +123,11 @@ class LowBitKeys(Summary):
             fills = fills_B.view(-1, *[1] * (new.dim() - 1))
             tensor[rows_B, :, block_B] = torch.where(fills, new, old)
 
-    def _extend_row(self, tensors: Sequence[Tensor], k_GTD: Tensor, length: int, size: int) -> None:
+    def _extend_row(
+        self, tensors: Sequence[Tensor], k_GTD: Tensor, length: int, geometry: Geometry
+    ) -> None:
         *stored, open_GPD = tensors
+        size = geometry.block_size
         keys_GSD = torch.cat([open_GPD[:, : length % size], k_GTD], dim=1)
         first, num_full = length // size, keys_GSD.shape[1] // size
         full_GNPD = keys_GSD[:, : num_full * size].unflatten(1, (num_full, size))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sparda_compile.selectors.base import Geometry, Summary, valid_tokens
+from sparda_compile.selectors.base import Geometry, RowSummary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PooledKeys", "existing_windows", "windows_to_blocks"]
 
 
-class PooledKeys(Summary):
+class PooledKeys(RowSummary):
     """Two tensors: `pooled_k` [B, G, W, D] and `recent_k`, the last `size` raw keys as a ring."""
 
     name: ClassVar[str] = "pooled_keys"
@@ -34,27 +34,6 @@ class PooledKeys(Summary):
             "pooled_k": (geometry.num_windows, head_dim),
             "recent_k": (geometry.pool_size, head_dim),
         }
-
-    def reset(self, tensors: Sequence[Tensor]) -> None:
-        """Zero both; lengths say what is valid."""
-        for tensor in tensors:
-            tensor.zero_()
-
-    def extend(
-        self,
-        tensors: Sequence[Tensor],
-        k_BGTD: Tensor,
-        lengths_B: Tensor,
-        token_mask_BT: Tensor | None,
-        geometry: Geometry,
-    ) -> None:
-        """Add keys to the ring and write each window that they complete."""
-        if token_mask_BT is None:
-            self._append(tensors, k_BGTD, lengths_B, geometry)
-            return
-        for row, length in enumerate(lengths_B.tolist()):
-            keys_GTD = valid_tokens(k_BGTD[row], token_mask_BT[row])
-            self._extend_row([t[row] for t in tensors], keys_GTD, length, geometry)
 
     def _append(
         self, tensors: Sequence[Tensor], k_BG1D: Tensor, lengths_B: Tensor, geometry: Geometry
