@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["bench_prr", "prr_part"]
 
 _MINUTES: Final = 9.0
-_PART_MINUTES: Final = 6.0
 # Blocks of 64: sink, local, current, one that is empty, and twice the scored ones.
 _BLOCK: Final = 64
 _LEAST_TOKENS: Final = 10240
@@ -124,7 +123,7 @@ def prr_part(out: Path, commit: str | None, say: Callable[[str], None]) -> Part:
     def is_done() -> bool:
         return _bench(PrrSetting(), out, commit, say).is_done()
 
-    return Part("prr", _PART_MINUTES, is_done, run)
+    return Part("prr", _MINUTES, is_done, run)
 
 
 def _require_gpu() -> None:
