@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import ConfigError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Filler", "continuation"]
 
-# How far behind a place the end of a sentence is looked for, tokens.
+# How far around a place the end of a sentence is looked for, tokens.
 _REACH: Final = 64
 _ENDINGS: Final = (".", "!", "?", "\n")
 
@@ -52,11 +53,14 @@ class Filler:
         return self._ids[begin : self._place]
 
     def cut(self, ids: Sequence[int], place: int) -> int:
-        """Return the first place from `place` on that is behind the end of a sentence.
+        """Return the place nearest behind `place` that ends a sentence, else the nearest before.
 
         It is `place` itself where the text has no such end nearby, as code has not.
         """
-        for here in range(max(place, 1), min(place + _REACH, len(ids))):
+        last = min(place + _REACH, len(ids))
+        behind = range(max(place, 1), last + 1)
+        before = range(place - 1, max(place - _REACH, 0), -1)
+        for here in itertools.chain(behind, before):
             if self._tokenizer.decode([ids[here - 1]]).endswith(_ENDINGS):
                 return here
         return place

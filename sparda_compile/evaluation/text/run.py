@@ -40,6 +40,8 @@ __all__ = ["TextEvaluation", "TextPart", "make_scripts", "text_scripts"]
 
 # Characters of the progress bar.
 _BAR: Final = 20
+# Tokens of a prompt that take about as long as a decode step: for the time that is left.
+_STEP_COST: Final = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,35 +133,35 @@ class TextEvaluation:
         units = [
             (part, batch) for part in parts for batch in _batches(part.scripts, self._batch_size)
         ]
-        total = sum(_tokens(batch) * (1 + len(part.cases)) for part, batch in units)
-        progress = _Progress(float(total), self._say)
+        costs = [_cost(batch, case) for part, batch in units for case in (None, *part.cases)]
+        progress = _Progress(sum(costs), self._say)
         for part, batch in units:
             what = f"{part.task}, {part.length} tokens, {_name_of(batch)}"
             samples = [(script.name, script.digest) for script in batch]
             is_known = partial(self._file.has, part.task, part.length, samples=samples)
             missing = [case for case in part.cases if not is_known(case.name)]
-            num_kept = len(part.cases) - len(missing)
-            if not missing and is_known(DENSE):
-                progress.keep(f"{what}: kept from {self._file.path}", _tokens(batch), 1 + num_kept)
+            progress.keep(sum(_cost(batch, case) for case in part.cases if case not in missing))
+            if missing or not is_known(DENSE):
+                self._measure(part, batch, missing, partial(progress.during, what))
                 continue
-            progress.keep("", _tokens(batch), num_kept)
-            self._measure(part, batch, missing, partial(progress.during, what, _tokens(batch)))
+            progress.keep(_cost(batch, None))
+            self._say(f"{what}: kept from {self._file.path}")
 
     def _measure(
         self,
         part: TextPart,
         batch: list[Script],
         cases: list[Case],
-        during: Callable[[str], AbstractContextManager[None]],
+        during: Callable[[str, float], AbstractContextManager[None]],
     ) -> None:
         stacked = stack(batch)
-        with during(DENSE):
+        with during(DENSE, _cost(batch, None)):
             reading = dense_reading(self._model, stacked)
             config = SpardaConfig(mode="dense", prefill="dense")
             found = _scored(stacked, reading.logits, reading)
             self._file.add(_records(part, batch, Case(DENSE, config), found))
         for case in cases:
-            with during(case.name):
+            with during(case.name, _cost(batch, case)):
                 own = case.config.prefill == "sparse"
                 logits = module_logits(self._module(case), stacked, None if own else reading)
                 found = _scored(stacked, logits, reading)
@@ -176,22 +178,20 @@ class TextEvaluation:
 
 
 class _Progress:
-    """A bar, and how long the rest will take, by the tokens of samples times configurations."""
+    """A bar, and how long the rest will take."""
 
     def __init__(self, total: float, say: Callable[[str], None]) -> None:
         self._total, self._say = total, say
         self._done = 0.0
         self._pace = Pace(total)
 
-    def keep(self, text: str, amount: float, times: int) -> None:
-        """Count work that a file has, and say so if there is a text."""
-        self._done += amount * times
-        self._pace.leave_out(amount * times)
-        if text:
-            self._say(text)
+    def keep(self, amount: float) -> None:
+        """Count work that a file has."""
+        self._done += amount
+        self._pace.leave_out(amount)
 
     @contextlib.contextmanager
-    def during(self, what: str, amount: float, name: str) -> Iterator[None]:
+    def during(self, what: str, name: str, amount: float) -> Iterator[None]:
         """Say what is done inside the block, and count it when it has ended."""
         full = round(_BAR * self._done / self._total)
         bar = "#" * full + "." * (_BAR - full)
@@ -209,8 +209,16 @@ def _batches(scripts: Sequence[Script], size: int) -> Iterator[list[Script]]:
             yield alike[first : first + size]
 
 
-def _tokens(batch: Sequence[Script]) -> int:
-    return sum(script.num_tokens for script in batch)
+def _cost(batch: Sequence[Script], case: Case | None) -> float:
+    """Return the work of a configuration, None being the model itself, in tokens of a prompt."""
+    total = 0
+    for place, part in enumerate(batch[0].parts):
+        tokens = part.ids_BT.shape[1]
+        if case is not None and part.targets_BA is not None:
+            total += _STEP_COST * tokens
+        elif case is None or place or case.config.prefill == "sparse":
+            total += tokens
+    return float(total * len(batch))
 
 
 def _name_of(batch: Sequence[Script]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["print_rows", "write_text_plot"]
 
+_LOWEST: Final = "lowest %"
 _TEXT_NOTE: Final = """\
 In brackets 95% intervals over documents: a document is what was drawn, its tokens are not \
 (Student's t over clusters; none for one document). read: blocks that a step reads, sink, local \
@@ -37,15 +38,17 @@ or the question with the fewest right answers."""
 
 
 def print_rows(rows: Sequence[TextRow], console: Console) -> None:
-    """Print a table of perplexities and one of answers, where there are any."""
+    """Print tables of perplexities and of answers, one for each length, where there are any."""
     texts = [row for row in rows if row.right is None]
     answers = [row for row in rows if row.right is not None]
-    if texts:
-        console.print(_text_table(texts))
-        console.print(_TEXT_NOTE, markup=False)
-    if answers:
-        console.print(_answer_table(answers))
-        console.print(_ANSWER_NOTE, markup=False)
+    for made_by, found, note in (
+        (_text_table, texts, _TEXT_NOTE),
+        (_answer_table, answers, _ANSWER_NOTE),
+    ):
+        for length in dict.fromkeys(row.length for row in found):
+            console.print(made_by([row for row in found if row.length == length]))
+        if found:
+            console.print(note, markup=False)
 
 
 def write_text_plot(rows: Sequence[TextRow], path: Path) -> Path:
@@ -74,14 +77,13 @@ def write_text_plot(rows: Sequence[TextRow], path: Path) -> Path:
 
 def _text_table(rows: Sequence[TextRow]) -> Table:
     first = rows[0]
-    title = f"{first.num_samples} documents, {first.tokens} predictions each row"
+    title = f"{first.num_samples} documents, {first.length} tokens each, {first.tokens} predictions"
     table = _table(title, "perplexity", "of dense", "KL", "top-1")
     for row in rows:
         table.add_row(
             row.case,
-            str(row.length),
             f"{100 * row.budget:.0f}%",
-            _interval(row.perplexity, 1.0, 2),
+            f"{row.perplexity.value:.2f}",
             "" if row.case == DENSE else _interval(row.ratio, 1.0, 3),
             "" if row.case == DENSE else _interval(row.kl, 1.0, 3),
             "" if row.case == DENSE else _interval(row.top1, 100.0, 1),
@@ -90,7 +92,14 @@ def _text_table(rows: Sequence[TextRow]) -> Table:
 
 
 def _answer_table(rows: Sequence[TextRow]) -> Table:
-    table = _table("Answers", "right %", "more than dense", "KL", "lowest", task=True)
+    table = _table(
+        f"Answers at {rows[0].length} tokens",
+        "right %",
+        "more than dense",
+        "KL",
+        _LOWEST,
+        task=True,
+    )
     for row in rows:
         assert row.right is not None
         assert row.right_gain is not None
@@ -98,23 +107,23 @@ def _answer_table(rows: Sequence[TextRow]) -> Table:
         table.add_row(
             row.case,
             f"{row.task} ({row.num_samples})",
-            str(row.length),
             f"{100 * row.budget:.0f}%",
             _interval(row.right, 100.0, 1),
             "" if row.case == DENSE else _interval(row.right_gain, 100.0, 1),
             "" if row.case == DENSE else f"{row.kl.value:.3f}",
-            f"{100 * share:.0f}: {label}",
+            f"{label}: {100 * share:.0f}",
         )
     return table
 
 
 def _table(title: str, *names: str, task: bool = False) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD)
+    """Return a table whose first column alone, and the one of labels, may wrap."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("configuration")
     if task:
-        table.add_column("task")
-    for name in ("tokens", "read", *names):
-        table.add_column(name, justify="right")
+        table.add_column("task", no_wrap=True)
+    for name in ("read", *names):
+        table.add_column(name, justify="right", no_wrap=name != _LOWEST)
     return table
 
 
