@@ -297,6 +297,10 @@ IN_PLACE = {
 }
 
 
+# Pages whose program needs what need not be installed, and the test that runs it.
+RUN_ELSEWHERE = {"quality.md": "tests/e2e/test_lm_eval.py"}
+
+
 def given(page):
     if page != "debugging.md":
         return {}
@@ -306,7 +310,9 @@ def given(page):
 
 @pytest.mark.usefixtures("no_deprecations")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES[1:] if programs(page)], ids=lambda p: p.name
+    "page",
+    [page for page in PAGES[1:] if programs(page) and page.name not in RUN_ELSEWHERE],
+    ids=lambda p: p.name,
 )
 def test_programs_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -333,6 +339,9 @@ def test_python_of_pages_is_run():
             if name != "python" and re.search(r"^(from|import) ", body, re.MULTILINE):
                 hidden.add(page.name)
     assert hidden == NEEDS_A_GPU
+    for page, test in RUN_ELSEWHERE.items():
+        assert f"`{test}`" in (DOCS / page).read_text()
+        assert page in (ROOT / test).read_text()
 
 
 @pytest.mark.usefixtures("no_deprecations")

@@ -167,7 +167,7 @@ def evaluate_text(
     budget: Shares = None,
     top_k: TopKs = None,
     prefill: Prompts = None,
-    oracle: Annotated[bool, typer.Option(help="Measure the oracle at each budget.")] = True,
+    no_oracle: Annotated[bool, typer.Option("--no-oracle", help="Leave the oracle out.")] = False,
     scored: Scored = 256,
     trials: Trials = 10,
     depths: Depths = 5,
@@ -206,7 +206,7 @@ def evaluate_text(
                 tuple(_bases(mode or _MODES, selector or _SELECTORS, hints, fields)),
                 tuple(_budgets(budget, top_k)),
                 tuple(map(str, prefill or _PROMPTS)),
-                oracle,
+                not no_oracle,
                 {"scored": scored, "trials": trials, "depths": depths, "seed": seed},
                 forecast,
             )

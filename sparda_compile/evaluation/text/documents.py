@@ -94,7 +94,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, least: int) -> Documen
     if not found:
         raise ConfigError(
             f"none of the {len(left_out)} files in the folders is a text of {least} tokens or "
-            "more; name longer texts, or lower the length."
+            "more; name longer texts, or lower length."
         )
     return Documents(tuple(found), begin, left_out)
 
@@ -142,6 +142,6 @@ def _read(path: Path, name: str, tokenizer: Any, least: int) -> Document:
     if len(ids) < least:
         raise ConfigError(
             f"{name} has {len(ids)} tokens, fewer than the {least} that are read of each text; "
-            "name a longer text, or lower the length."
+            "name a longer text, or lower length."
         )
     return Document(name, hashlib.sha256(content).hexdigest(), torch.tensor(ids))

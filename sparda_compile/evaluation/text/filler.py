@@ -43,7 +43,7 @@ class Filler:
         if len(self._ids) < least:
             raise ConfigError(
                 f"the documents have {len(self._ids)} tokens in all, fewer than the {least} that "
-                "one sample takes; name more or longer texts, or lower the length."
+                "one sample takes; name more or longer texts, or lower length."
             )
         self._place = generator.randint(0, len(self._ids) - least)
 

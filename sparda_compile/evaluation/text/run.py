@@ -68,7 +68,7 @@ def text_scripts(documents: Documents, length: int, num_scored: int) -> list[Scr
     if num_scored > length - 2:
         raise ConfigError(
             f"scored={num_scored} of length={length} tokens leaves no prompt; score "
-            f"{max(length - 2, 0)} or fewer, or raise the length."
+            f"{max(length - 2, 0)} or fewer, or raise length."
         )
     scripts = []
     for document in documents.each:
