@@ -70,7 +70,7 @@ def load_real_model() -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     named: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
     fields = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
     # What transformers read counts as quantised, although its weights are not.
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**fields))
