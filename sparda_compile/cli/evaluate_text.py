@@ -28,6 +28,7 @@ from sparda_compile.cli.options import (
     Lowering,
     Mode,
     Selector,
+    ShortList,
     TextPrompt,
     TextTask,
 )
@@ -174,6 +175,7 @@ def evaluate_text(
     batch: Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Samples at once.")] = 4,
     block_size: BlockSize = SpardaConfig.block_size,
     local_blocks: LocalBlocks = 2,
+    short_list: ShortList = SpardaConfig.short_list,
     forecast: Annotated[Path | None, typer.Option(help="File of Forecast weights.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of needles and chats.")] = 0,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")] = "cpu",
@@ -196,7 +198,8 @@ def evaluate_text(
         with progress() as say:
             say("importing torch and transformers")
             where = find_device(device)
-            fields = _fields(where, lowering, block_size, local_blocks, forecast)
+            sizes = {"block_size": block_size, "local_blocks": local_blocks}
+            fields = _fields(where, lowering, {**sizes, "short_list": short_list}, forecast)
             hints = tuple(map(str, hint or _HINTS))
             request = TextRequest(
                 model,
@@ -230,8 +233,7 @@ def _show(file: TextFile, json_file: Path | None, plot: Path | None, *, as_json:
 def _fields(
     device: torch.device,
     lowering: Lowering | None,
-    block_size: int,
-    local_blocks: int,
+    sizes: dict[str, int],
     forecast: Path | None,
 ) -> dict[str, Any]:
     """Return what all configurations share; where blocks are kept changes no result."""
@@ -240,8 +242,7 @@ def _fields(
     info = load_forecast(forecast).info if forecast is not None else None
     return {
         **(info.sizes if info is not None else {}),
-        "block_size": block_size,
-        "local_blocks": local_blocks,
+        **sizes,
         "lowering": lowering or ("eager" if device.type == "cpu" else "inductor"),
         "offload": "never",
         "progress": False,

@@ -139,7 +139,8 @@ class TextRequest:
         is_real = self.target == REAL_MODEL and not Path(self.target).is_dir()
         source = real_file() if is_real else Path(self.target)
         base = self.bases[0]
-        sizes = ("block_size", "sink_blocks", "local_blocks", "pool_size", "pool_stride")
+        sizes: tuple[str, ...] = ("block_size", "sink_blocks", "local_blocks", "short_list")
+        sizes += ("pool_size", "pool_stride")
         return {
             "model": {
                 "name": source.resolve().stem if is_real else source.resolve().name,

@@ -92,8 +92,10 @@ def test_another_selector_is_measured_beside_what_is_there(folder, texts, tmp_pa
     assert "was made with other settings" in words(other.stderr)
 
 
+@pytest.mark.filterwarnings("ignore:.*Forecast")
 def test_modes_hints_and_prompts(folder, texts):
-    given = ("--mode", "query", "--mode", "exact", "--hint", "ema", "--hint", "next_query")
+    modes = ("--mode", "query", "--mode", "exact", "--mode", "forecast", "--mode", "dense")
+    given = (*modes, "--hint", "ema", "--hint", "next_query")
     result = run(
         folder, "--document", texts / "one.txt", *SMALL, *given, "--budget", 0.2, "--prefill",
         "dense", "--prefill", "sparse", "--no-oracle", "--json",
@@ -101,14 +103,22 @@ def test_modes_hints_and_prompts(folder, texts):
     assert result.exit_code == 0, result.output
     rows = {row["case"]: row for row in json.loads(result.stdout)["rows"]}
     names = ["query infllm2", "exact infllm2 by ema", "exact infllm2 by next_query"]
-    assert [*rows] == ["dense"] + [
-        f"{name} 20%{ending}" for name in names for ending in ("", ", sparse prompt")
+    assert [*rows] == [
+        "dense",
+        *(
+            f"{name} 20%{ending}"
+            for name in [*names, "forecast infllm2"]
+            for ending in ("", ", sparse prompt")
+        ),
+        "module, dense",
     ]
     # Hints change what is fetched, and no result; a sparse prompt changes both.
     kl = {name: row["kl"]["value"] for name, row in rows.items()}
     assert kl["query infllm2 20%"] == kl["exact infllm2 by ema 20%"]
     assert kl["query infllm2 20%"] == kl["exact infllm2 by next_query 20%"]
     assert kl["query infllm2 20%, sparse prompt"] != kl["query infllm2 20%"]
+    assert kl["forecast infllm2 20%"] not in (kl["query infllm2 20%"], 0.0)
+    assert kl["module, dense"] < 1e-6 < kl["query infllm2 20%"]
     assert rows["query infllm2 20%"]["kl"]["low"] is None
 
 
@@ -123,6 +133,7 @@ def test_modes_hints_and_prompts(folder, texts):
         (["--budget", "0.01"], "--budget 0.01 of 25 blocks is fewer than the 3 that are always"),
         (["--task", "poetry"], "is not one of 'perplexity', 'needle', 'chat'"),
         (["--task", "needle", "--plot", "a.png"], "--plot draws perplexity; add --task perplexity"),
+        (["--selector", "nosa"], "--short-list 23 is more than the 15 blocks that --budget 0.7"),
         (["--device", "abc"], "--device 'abc' is no device"),
         (["--document", "nothing.txt"], "nothing.txt is neither a file nor a folder"),
     ],

@@ -9,6 +9,7 @@ from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.text import run as text_run
 from sparda_compile.evaluation.text.cases import Case
+from sparda_compile.evaluation.text.oracle import ORACLE, oracle_selector
 from sparda_compile.evaluation.text.results import TextFile, rows_of
 from sparda_compile.evaluation.text.run import (
     TextEvaluation,
@@ -127,3 +128,17 @@ def test_conversations_have_a_record_for_each_question(model, documents, byte_to
         (case, label) for case in ("dense", "few") for label in script.labels
     ]
     assert len(set(script.labels)) == 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(model, documents):
+    copy = tiny_llama().bfloat16().cuda()
+    copy.load_state_dict(model.state_dict())
+    with oracle_selector():
+        base = BASE.replace(lowering="inductor")
+        cases = [Case(rule, base.replace(selector=rule)) for rule in ("lowbit2", ORACLE)]
+        cases += [Case("all", base.replace(top_k=None))]
+        rows = evaluate(copy, documents, TextFile(None, {}), cases)
+    assert rows["all"].kl.value < 1e-2
+    assert rows[ORACLE].kl.value < 10 * rows["lowbit2"].kl.value
+    assert all(0.0 <= row.kl.value < 1.0 for row in rows.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -94,12 +95,12 @@ def test_side_by_side_is_one_by_one(model, fast):
 
 
 def test_scores():
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]]))
+    logits = torch.log(torch.tensor([[[0.5, 0.4, 0.1], [0.1, 0.8, 0.1]]]))
     dense = torch.log(torch.tensor([[[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]]))
     (found,) = Scored.of(logits, dense, torch.tensor([[0, 1]]))
     assert found.nll == pytest.approx(-torch.tensor([0.5, 0.8]).log().sum().item())
-    # 0.25 ln(0.25 / 0.5) + 0.5 ln(0.5 / 0.25)
-    assert found.kl == pytest.approx(0.25 * torch.tensor(2.0).log().item())
+    of_dense = 0.25 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 0.4) + 0.25 * math.log(2.5)
+    assert found.kl == pytest.approx(of_dense, rel=1e-5)
     assert (found.tokens, found.same, found.is_right) == (2, 1, True)
     (wrong,) = Scored.of(logits, dense, torch.tensor([[1, 1]]))
     assert not wrong.is_right
