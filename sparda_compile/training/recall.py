@@ -5,9 +5,15 @@
     recall    = |truth and guess| / top_k
 
 Both as a decode step at that position would score them (`selectors/infllm2.py`, `forecast.py`):
-over the windows that are complete before the token. Free blocks are those that are not read
-anyway; sink, local and current blocks would be hits without any forecast. Only queries with more
-than `top_k` free blocks are counted: with fewer, every choice is right.
+over the windows that are complete before the token. With a selector on low-bit keys
+(`selectors/lowbit.py`) both are by these, over the blocks that are full:
+
+    truth     = top_k free blocks by sum_{h in g} sum_{t in n} softmax_t(q_h . k'[t] * scale)
+    guess     = top_k free blocks by sum_{t in n} exp(f_g . k'[t] * scale)
+
+Free blocks are those that are not read anyway; sink, local and current blocks would be hits without
+any forecast. Only queries with more than `top_k` free blocks are counted: with fewer, every choice
+is right.
 """
 
 from __future__ import annotations
@@ -23,6 +29,12 @@ from sparda_compile.training.loss import (
     free_blocks,
     geometry_of,
     pool_keys,
+)
+from sparda_compile.training.mass_loss import (
+    block_mass,
+    near_keys,
+    scores_low_bit_keys,
+    token_shares,
 )
 from sparda_compile.training.teacher import query_weights, scores
 
@@ -72,26 +84,55 @@ def block_recall(
     count = min(num_queries, num_tokens - first)
     steps = torch.arange(count, device=k_BGTD.device)
     position_Q = first + steps * (num_tokens - first) // count
+    score = _by_low_bit_keys if scores_low_bit_keys(config) else _by_pooled_keys
+    query_BHQD, forecast_BGQD = query_BHTD[:, :, position_Q], forecast_BGTD[:, :, position_Q]
+    blocks = score(query_BHQD, forecast_BGQD.to(k_BGTD.dtype), k_BGTD, position_Q, config, scale)
+    truth, guess = (_picked(scored, position_Q, config) for scored in blocks)
+    return (truth & guess).sum() / truth.sum()
+
+
+def _by_pooled_keys(
+    query_BHQD: Tensor,
+    forecast_BGQD: Tensor,
+    k_BGTD: Tensor,
+    position_Q: Tensor,
+    config: SpardaConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the blocks' scores by the query and by the Forecast, [B, G, Q, N] each."""
     pooled_BGWD = pool_keys(k_BGTD, config)
     pool = (config.pool_size, config.pool_stride)
     starts_W = torch.arange(pooled_BGWD.shape[2], device=position_Q.device) * config.pool_stride
     absent_QW = starts_W + config.pool_size > position_Q[:, None]
-    truth_BGQW = query_weights(query_BHTD[:, :, position_Q], pooled_BGWD, position_Q, pool, scale)
-    guess_BGQW = scores(forecast_BGTD[:, :, position_Q].to(pooled_BGWD.dtype), pooled_BGWD)
+    truth_BGQW = query_weights(query_BHQD, pooled_BGWD, position_Q, pool, scale)
+    guess_BGQW = scores(forecast_BGQD, pooled_BGWD)
+    geometry = geometry_of(config, k_BGTD.shape[2])
     truth, guess = (
-        _picked(scored.masked_fill(absent_QW, float("-inf")), position_Q, config, num_tokens)
+        windows_to_blocks(scored.masked_fill(absent_QW, float("-inf")), geometry)
         for scored in (truth_BGQW, guess_BGQW)
     )
-    return (truth & guess).sum() / truth.sum()
+    return truth, guess
 
 
-def _picked(
-    scores_BGQW: Tensor, position_Q: Tensor, config: SpardaConfig, num_tokens: int
-) -> Tensor:
+def _by_low_bit_keys(
+    query_BHQD: Tensor,
+    forecast_BGQD: Tensor,
+    k_BGTD: Tensor,
+    position_Q: Tensor,
+    config: SpardaConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the blocks' scores by the query and by the Forecast, [B, G, Q, N] each."""
+    near_BGSD = near_keys(k_BGTD, config)
+    free_QN = free_blocks(position_Q, config, near_BGSD.shape[2] // config.block_size)
+    truth = block_mass(query_BHQD, near_BGSD, position_Q, config, scale, full_only=True)
+    guess = token_shares(forecast_BGQD, near_BGSD, free_QN, config.block_size, scale).sum(-1)
+    return truth, guess
+
+
+def _picked(blocks_BGQN: Tensor, position_Q: Tensor, config: SpardaConfig) -> Tensor:
     """Return [B, G, Q, N] bool: the `top_k` best free blocks."""
-    geometry = geometry_of(config, num_tokens)
-    free_QN = free_blocks(position_Q, config, geometry.num_blocks)
-    blocks = windows_to_blocks(scores_BGQW, geometry)
+    free_QN = free_blocks(position_Q, config, blocks_BGQN.shape[-1])
     assert config.top_k is not None
-    best = best_blocks(blocks, free_QN, config.top_k)
-    return torch.zeros_like(blocks, dtype=torch.bool).scatter(-1, best, value=True)
+    best = best_blocks(blocks_BGQN, free_QN, config.top_k)
+    return torch.zeros_like(blocks_BGQN, dtype=torch.bool).scatter(-1, best, value=True)

@@ -1,0 +1,209 @@
+"""One layer's loss where a Forecast scores low-bit keys: its blocks' mass against the attention's.
+
+    T[g, p, n] = sum_{h in g} sum_{t in n} softmax_t(q_h[p] . k[t] * scale)      the teacher
+    S[g, p, n] = sum_{t in n} softmax_t(f_g[p] . k'[t] * scale)                  t in free blocks
+    loss       = sum_{g, p} KL(T over its free blocks || S) / (G * T)            mean over B
+
+Free blocks are those that a query may choose: neither sink nor local nor current. All of them are
+full, so each has low-bit keys k', as `selectors/lowbit.py` makes them. Sorted by S they are in the
+order of that file's Forecast scores. Teacher `attention` has the softmax over all keys up to p, as
+they are; teacher `query` has it over the low-bit keys of all full blocks, which is what the query
+chooses by. The gradient reaches the Forecast alone:
+
+    d loss / d f_g[p] = scale * sum_t S_t (1 - T[n] / S[n]) k'[t],       S_t the token's own share
+
+Ours: SparDA (arXiv 2606.04511) teaches the spread over pooled keys, see `loss.py`.
+
+Dimensions: B batch, H heads, G groups, R = H / G, T tokens, Q queries of a tile, N full blocks,
+P tokens of a block, S = N * P, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sparda_compile.registry import SELECTORS
+from sparda_compile.selectors.lowbit import LowBitKeys, dequantize, quantize
+from sparda_compile.training.loss import first_supervised, free_blocks
+from sparda_compile.training.teacher import Teacher, scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparda_compile.config import SpardaConfig
+
+__all__ = ["backward_mass_loss", "block_mass", "near_keys", "scores_low_bit_keys", "token_shares"]
+
+# Scores that are held at once, over all heads: 32 Mi of them are 128 MiB of float32, twice.
+_TILE_SCORES: Final = 1 << 25
+_SMALLEST: Final = 1e-20
+
+
+def scores_low_bit_keys(config: SpardaConfig) -> bool:
+    """Return whether a Forecast of this configuration scores low-bit keys."""
+    return isinstance(SELECTORS[config.selector].summary, LowBitKeys)
+
+
+def near_keys(k_BGTD: Tensor, config: SpardaConfig) -> Tensor:
+    """Return the low-bit keys of all full blocks of a sequence, [B, G, S, D], in the keys' dtype.
+
+    Args:
+        k_BGTD: Keys, after rotation.
+        config: Of a selector on low-bit keys.
+    """
+    summary = SELECTORS[config.selector].summary
+    assert isinstance(summary, LowBitKeys)
+    size = config.block_size
+    num_full = k_BGTD.shape[2] // size
+    blocks = k_BGTD[:, :, : num_full * size].unflatten(2, (num_full, size))
+    return dequantize(*quantize(blocks, summary.bits), summary.bits).flatten(2, 3)
+
+
+def block_mass(
+    query_BHQD: Tensor,
+    k_BGSD: Tensor,
+    position_Q: Tensor,
+    config: SpardaConfig,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    full_only: bool = False,
+) -> Tensor:
+    """Return the attention that falls on each block, summed over a group, [B, G, Q, N] float32.
+
+    Args:
+        query_BHQD: Queries at the positions, after rotation.
+        k_BGSD: Keys, or low-bit keys, of the same dtype.
+        position_Q: The positions, ascending.
+        config: Sizes.
+        scale: Factor on q . k.
+        softcap: Soft cap on the scores, 0.0 for none.
+        full_only: Whether the softmax is over the blocks that are full before the position; else
+            it is over all tokens up to it, and N counts the full blocks of `k_BGSD` all the same.
+    """
+    groups, num_tokens = k_BGSD.shape[1:3]
+    size = config.block_size
+    num_full = num_tokens // size
+    query_BGMD = query_BHQD.unflatten(1, (groups, -1)).flatten(2, 3)
+    logits = (scores(query_BGMD, k_BGSD) * scale).unflatten(2, (-1, len(position_Q)))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    token_S = torch.arange(num_tokens, device=logits.device)
+    end_Q = position_Q // size * size if full_only else position_Q + 1
+    hidden_QS = token_S >= end_Q[:, None]
+    weights_BGRQS = logits.masked_fill_(hidden_QS, float("-inf")).softmax(-1)
+    of_blocks = weights_BGRQS[..., : num_full * size].unflatten(-1, (num_full, size))
+    mass: Tensor = of_blocks.sum(-1).sum(2)
+    # Before the first full block there is nothing to weigh, and the softmax has no number.
+    return mass.masked_fill((end_Q < size)[:, None], 0.0) if full_only else mass
+
+
+def token_shares(
+    forecast_BGQD: Tensor, near_BGSD: Tensor, free_QN: Tensor, size: int, scale: float
+) -> Tensor:
+    """Return the Forecast's softmax over the tokens of free blocks, [B, G, Q, N, P] float32.
+
+    A query without a free block has NaN.
+
+    Args:
+        forecast_BGQD: Predicted queries, of the dtype of the keys.
+        near_BGSD: Low-bit keys of the first N blocks.
+        free_QN: Bool: which blocks each query may choose.
+        size: P.
+        scale: Factor on f . k'.
+    """
+    logits_BGQS = scores(forecast_BGQD, near_BGSD) * scale
+    logits = logits_BGQS.unflatten(-1, (-1, size)).masked_fill_(~free_QN[..., None], float("-inf"))
+    return logits.flatten(-2).softmax(-1).unflatten(-1, (-1, size))
+
+
+def backward_mass_loss(
+    forecast_BGTD: Tensor,
+    query_BHTD: Tensor,
+    k_BGTD: Tensor,
+    config: SpardaConfig,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    weight: float = 1.0,
+    last_tokens: int | None = None,
+    teacher: Teacher = "attention",
+) -> Tensor:
+    """Compute the loss of one layer and send its gradient into the Forecast at once.
+
+    Works in tiles of queries, so that memory is linear in T.
+
+    Args:
+        forecast_BGTD: Predicted queries, after rotation; if they need no gradient, only the loss
+            is computed.
+        query_BHTD: The layer's true queries, after rotation.
+        k_BGTD: Its keys, after rotation.
+        config: Of a selector on low-bit keys.
+        scale: Factor on q . k of the model.
+        softcap: Soft cap on the scores, 0.0 for none.
+        weight: Factor on the gradient, not on what is returned.
+        last_tokens: Queries to learn from, at the end of each sequence; None is all. The loss is
+            the mean over them.
+        teacher: What to learn: `attention` or `query`.
+
+    Returns:
+        The loss, a float32 scalar in nats without a graph.
+    """
+    forecast, query_BHTD, k_BGTD = forecast_BGTD.detach(), query_BHTD.detach(), k_BGTD.detach()
+    batch, groups, num_tokens, _ = forecast.shape
+    counted = min(last_tokens or num_tokens, num_tokens)
+    near_BGSD = near_keys(k_BGTD, config)
+    is_query = teacher == "query"
+    taught_BGSD = near_BGSD if is_query else k_BGTD
+    needs_gradient = forecast_BGTD.requires_grad
+    gradient = torch.zeros_like(forecast, dtype=torch.float32) if needs_gradient else None
+    total = torch.zeros((), dtype=torch.float32, device=k_BGTD.device)
+    first = max(first_supervised(config), num_tokens - counted)
+    step = max(1, min(1024, _TILE_SCORES // max(batch * query_BHTD.shape[1] * num_tokens, 1)))
+    for start in range(first, num_tokens, step):
+        stop = min(start + step, num_tokens)
+        position_Q = torch.arange(start, stop, device=k_BGTD.device)
+        # Tokens up to the last query: the full blocks of these hold every free block.
+        seen = stop // config.block_size * config.block_size if is_query else stop
+        target_BGQN = block_mass(
+            query_BHTD[:, :, start:stop],
+            taught_BGSD[:, :, :seen],
+            position_Q,
+            config,
+            scale,
+            softcap=0.0 if is_query else softcap,
+            full_only=is_query,
+        )
+        loss, part = _tile(
+            forecast[:, :, start:stop], near_BGSD, target_BGQN, position_Q, config, scale
+        )
+        total += loss / (counted * batch * groups)
+        if gradient is not None:
+            gradient[:, :, start:stop] = part / (counted * batch * groups)
+    if gradient is not None:
+        forecast_BGTD.backward((gradient * weight).to(forecast_BGTD.dtype))
+    return total
+
+
+def _tile(
+    forecast_BGQD: Tensor,
+    near_BGSD: Tensor,
+    mass_BGQN: Tensor,
+    position_Q: Tensor,
+    config: SpardaConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence of some queries, summed, and its gradient, [B, G, Q, D] float32."""
+    num_blocks = mass_BGQN.shape[-1]
+    free_QN = free_blocks(position_Q, config, num_blocks)
+    near = near_BGSD[:, :, : num_blocks * config.block_size]
+    target = mass_BGQN.masked_fill(~free_QN, 0.0)
+    target /= target.sum(-1, keepdim=True).clamp(min=_SMALLEST)
+    shares = token_shares(forecast_BGQD, near, free_QN, config.block_size, scale)
+    student = shares.sum(-1).clamp(min=_SMALLEST)
+    surprise = target.clamp(min=_SMALLEST).log() - student.log()
+    loss = (target * surprise).sum()
+    pushed = shares.mul_((1.0 - target / student)[..., None]).flatten(-2)
+    return loss, scores(pushed.to(near.dtype), near.transpose(-1, -2)) * scale
