@@ -16,7 +16,7 @@ from sparda_compile.logs import show_logs_from_environment
 
 if TYPE_CHECKING:
     from sparda_compile.api import explain, optimize
-    from sparda_compile.training.trainer import train_forecast
+    from sparda_compile.training.run import train_forecast
 
 __all__ = ["SpardaConfig", "SpardaError", "__version__", "explain", "optimize", "train_forecast"]
 
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "train_forecast":
-        from sparda_compile.training import trainer
+        from sparda_compile.training import run
 
-        return trainer.train_forecast
+        return run.train_forecast
     raise AttributeError(f"module 'sparda_compile' has no attribute {name!r}")

@@ -164,7 +164,7 @@ def _source(target: str) -> str:
 
 
 def _train(target: str, batches: Iterable[Tensor], lines: _Lines, **settings: Any) -> Any:
-    from sparda_compile.training.trainer import train_forecast
+    from sparda_compile.training.run import train_forecast
 
     lines.say(f"loading {target}")
     model = _model(target)

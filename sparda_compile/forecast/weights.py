@@ -29,6 +29,7 @@ from sparda_compile.checks import whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.files import check_writable, replacing
 from sparda_compile.forecast.projection import Projection, ProjectionShape, from_tensors, to_tensors
+from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
@@ -42,7 +43,7 @@ __all__ = [
     "rank_of",
 ]
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 _METADATA_KEY: Final = "sparda_forecast"
 _RELEASED: Final = re.compile(
     r"(?:^|\.)layers\.(\d+)\.self_attn\.(q_future_proj|q_curr_proj)\.weight$"
@@ -70,6 +71,7 @@ class ForecastInfo:
         steps: Optimizer steps taken.
         num_tokens: Tokens of one training sequence.
         versions: Versions of sparda_compile and torch.
+        selector: The selector of `SpardaConfig` whose summary of the keys they score.
         format_version: Of this description.
     """
 
@@ -86,6 +88,7 @@ class ForecastInfo:
     steps: int
     num_tokens: int
     versions: dict[str, str]
+    selector: str = "infllm2"
     format_version: int = FORMAT_VERSION
 
     @property
@@ -107,7 +110,10 @@ class ForecastInfo:
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.get("format_version") == 1:
             # Then every projection was full.
-            fields |= {"ranks": [None] * len(fields["layers"]), "format_version": FORMAT_VERSION}
+            fields |= {"ranks": [None] * len(fields["layers"]), "format_version": 2}
+        if isinstance(fields, dict) and fields.get("format_version") == 2:
+            # Then every Forecast scored pooled keys.
+            fields |= {"selector": "infllm2", "format_version": FORMAT_VERSION}
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             found = fields.get("format_version") if isinstance(fields, dict) else None
             raise ValueError(f"format_version is {found}, this version reads {FORMAT_VERSION}")
@@ -139,11 +145,14 @@ class ForecastInfo:
                     whole(name, value, 0 if name == "layers" else 1)
         if list(self.layers) != sorted(set(self.layers)):
             raise ConfigError(f"layers={self.layers!r:.80} are not ascending.")
-        texts = [self.model]
+        texts = [self.model, self.selector]
         if isinstance(self.versions, dict):
             texts += [*self.versions, *self.versions.values()]
         if not isinstance(self.versions, dict) or not all(isinstance(t, str) for t in texts):
-            raise ConfigError(f"model={self.model!r:.80} or versions has what is no text.")
+            raise ConfigError(
+                f"model={self.model!r:.80}, selector={self.selector!r:.80} or versions has what is "
+                "no text."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,9 +396,16 @@ def _warn_of_sizes(info: ForecastInfo, config: SpardaConfig) -> None:
         for name, size in info.sizes.items()
         if getattr(config, name) != size
     ]
+    if _forecast_rule(info.selector) != config.forecast_selector:
+        differing.append(f"selector={config.selector} (trained with {info.selector})")
     if differing:
         warnings.warn(
             f"Forecast weights are used with {', '.join(differing)}; they then pick blocks less "
-            "well. Use the sizes that they were trained with, or train them again.",
+            "well. Use what they were trained with, or train them again.",
             stacklevel=5,
         )
+
+
+def _forecast_rule(selector: str) -> str:
+    """Return the selector that scores a Forecast where this one scores a query."""
+    return SELECTORS[selector].forecast_selector if selector in SELECTORS else selector

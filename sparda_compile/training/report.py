@@ -1,10 +1,10 @@
-"""What a training step reports."""
+"""What a training step reports, and what a measurement of held-out texts does."""
 
 from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["StepReport"]
+__all__ = ["HeldOutReport", "StepReport"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,33 @@ class StepReport:
     gradient_norm: float
     num_tokens: int
     seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over the layers."""
+        return sum(self.losses.values()) / len(self.losses)
+
+    @property
+    def recall(self) -> float:
+        """Mean over the layers."""
+        return sum(self.recalls.values()) / len(self.recalls)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutReport:
+    """What the projections make of texts that are not learned from.
+
+    Attributes:
+        step: Steps done before it.
+        losses: Loss of each layer in nats, mean of the batches.
+        recalls: As those of a step, mean of the batches.
+        num_tokens: Tokens of all batches.
+    """
+
+    step: int
+    losses: dict[int, float]
+    recalls: dict[int, float]
+    num_tokens: int
 
     @property
     def loss(self) -> float:

@@ -1,4 +1,4 @@
-"""`train_forecast`: teach every layer's Forecast to point where the layer's attention looks.
+"""`ForecastTrainer`: teaches every layer's Forecast to point where the layer's attention looks.
 
 One forward of the frozen model per batch. At each layer the loss is computed and sent back into
 that layer's projection alone, so nothing is recomputed and memory is linear in the length.
@@ -14,9 +14,9 @@ it reads the blocks that the teacher chose).
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
@@ -31,31 +31,24 @@ from sparda_compile.forecast.weights import ForecastInfo, ForecastWeights
 from sparda_compile.graph.site import forecast_dim
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.training import parallel
-from sparda_compile.training.checkpoint import (
-    Checkpoint,
-    checkpoint_path,
-    random_states,
-    restore_random_states,
-)
-from sparda_compile.training.data import check_batch, endless
+from sparda_compile.training.checkpoint import Checkpoint, random_states, restore_random_states
+from sparda_compile.training.data import check_batch
 from sparda_compile.training.fields import check_fits
 from sparda_compile.training.loss import backward_loss
+from sparda_compile.training.mass_loss import backward_mass_loss, scores_low_bit_keys
 from sparda_compile.training.names import Teacher
-from sparda_compile.training.progress import step_bar, uninterrupted
+from sparda_compile.training.progress import uninterrupted
 from sparda_compile.training.recall import block_recall
-from sparda_compile.training.report import StepReport
+from sparda_compile.training.report import HeldOutReport, StepReport
 from sparda_compile.training.taps import TappedForward, tap_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from sparda_compile.graph.site import AttentionSite
     from sparda_compile.training.teacher import Backend
 
-__all__ = ["ForecastTrainer", "train_forecast"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["ForecastTrainer"]
 
 _BETAS: Final = (0.9, 0.95)
 _EPS: Final = 1e-6
@@ -112,7 +105,9 @@ class ForecastTrainer:
         self._recall_queries = recall_queries
         self._last_tokens = last_tokens
         self._teacher: Teacher = teacher
-        self._backend: Backend = backend
+        self._loss_of = backward_mass_loss
+        if not scores_low_bit_keys(config):
+            self._loss_of = partial(backward_loss, backend=backend)
         self._forwards: dict[int, TappedForward] = {}
         forward = self._forward(1)
         start = initial_forecast(
@@ -189,7 +184,7 @@ class ForecastTrainer:
         self.longest = max(self.longest, ids.shape[1])
 
         def listen(site: AttentionSite, forecast: Tensor, query: Tensor, k: Tensor) -> None:
-            loss = backward_loss(
+            loss = self._loss_of(
                 forecast,
                 query,
                 k,
@@ -199,7 +194,6 @@ class ForecastTrainer:
                 weight=share,
                 last_tokens=self._last_tokens,
                 teacher=self._teacher,
-                backend=self._backend,
             )
             losses[site.layer] = losses[site.layer] + loss * share
             if recalls is not None:
@@ -214,6 +208,37 @@ class ForecastTrainer:
                 )
 
         self.run(ids, listen)
+
+    def measure(self, batches: Iterable[Tensor]) -> HeldOutReport:
+        """Return the loss and the recall on texts that are not learned from; nothing changes.
+
+        Args:
+            batches: Token ids, [B, T] each, B as in training.
+
+        Raises:
+            UnsupportedInputError: If a batch does not fit the model.
+        """
+        losses = {layer: torch.zeros((), device=self.device) for layer in self.weights}
+        recalls, count, num_tokens = dict(losses), 0, 0
+        trained = self.weights
+        self.weights = {layer: weight.map(torch.detach) for layer, weight in trained.items()}
+        try:
+            for ids in batches:
+                found = dict.fromkeys(losses, torch.zeros((), device=self.device))
+                self._accumulate(ids, 1.0, losses, found)
+                recalls = {layer: recalls[layer] + found[layer] for layer in recalls}
+                count, num_tokens = count + 1, num_tokens + ids.numel()
+        finally:
+            self.weights = trained
+        if not count:
+            raise ConfigError("there is no batch to measure; pass one of held-out texts or more.")
+        numbers = (torch.stack([*losses.values(), *recalls.values()]) / count).tolist()
+        return HeldOutReport(
+            self.steps_done,
+            dict(zip(losses, numbers[: len(losses)], strict=True)),
+            dict(zip(losses, numbers[len(losses) :], strict=True)),
+            num_tokens,
+        )
 
     def run(self, ids: Tensor, listener: Callable[..., None] | None) -> None:
         """Run the model over a batch with a listener; None runs the backbone alone."""
@@ -246,6 +271,7 @@ class ForecastTrainer:
             pool_size=config.pool_size,
             pool_stride=config.pool_stride,
             top_k=config.top_k,
+            selector=config.selector,
             steps=self.steps_done,
             num_tokens=self.longest,
             versions={"sparda-compile": __version__, "torch": str(torch.__version__)},
@@ -288,112 +314,3 @@ class ForecastTrainer:
     def _vocab_size(self) -> int | None:
         config: Any = getattr(self.captures.model, "config", None)
         return getattr(config.get_text_config(), "vocab_size", None) if config else None
-
-
-def train_forecast(
-    model: nn.Module,
-    token_batches: Iterable[Tensor],
-    *,
-    config: SpardaConfig | None = None,
-    steps: int = 2000,
-    lr: float = 5e-4,
-    accumulate: int = 1,
-    last_tokens: int | None = None,
-    teacher: Teacher = "attention",
-    out: str | Path | None = None,
-    resume: str | Path | None = None,
-    save_every: int = 50,
-    on_step: Callable[[StepReport], None] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-    progress: bool = True,
-) -> ForecastWeights:
-    """Train the Forecast projections of a model; the model itself is left as it is.
-
-    They start from the mean of the query heads of each group; a warning names layers for which
-    there is none, which start from random weights.
-
-    Under `torchrun` every process takes its own batches out of the same iterable and gradients
-    are averaged, so a step sees `accumulate` batches of each.
-
-    Args:
-        model: What `optimize` takes, or what it returned, in eval mode; on the CPU or a GPU.
-        token_batches: Token ids [B, T] int64 without padding. Gone through again when it ends and
-            can be; see `sparda_compile.training.data` for texts and data sets.
-        config: Sizes of blocks and pooled keys and `top_k`; None is `SpardaConfig()`. Use the
-            same ones in `optimize`.
-        steps: Optimizer steps in all, those before a resumption included.
-        lr: Learning rate, constant.
-        accumulate: Batches per step and process.
-        last_tokens: Tokens at the end of each sequence to learn from, None for all: those like
-            the ones that will be decoded, where a Forecast is used. Fewer make a cheaper step.
-        teacher: What to learn: `attention`, where the layer's attention goes, as in SparDA, or
-            `query`, what its own query would choose, for a hint of mode `exact`.
-        out: Safetensors file to write; a checkpoint is kept beside it, and written before a
-            KeyboardInterrupt goes on to the caller.
-        resume: Checkpoint to go on from.
-        save_every: Steps between checkpoints.
-        on_step: Called after each step, on the first process.
-        on_batch: Called after each batch, with how many of the step are done and the steps before.
-        progress: Whether to show a progress bar, on a terminal.
-
-    Returns:
-        The projections by target layer, float32; pass them to `optimize(forecast=...)`.
-
-    Raises:
-        ConfigError: If a number is not allowed, the checkpoint does not fit, or the batches end.
-        UnsupportedInputError: If the model or a batch cannot be trained on.
-        CaptureError: If the model's forward cannot be traced as one graph.
-        AttentionNotFoundError: If it has no attention, or one that is not implemented.
-    """
-    counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every}
-    for name, value in (counts | {"last_tokens": last_tokens}).items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} is too small; use 1 or more.")
-    trainer = ForecastTrainer(
-        model, config or SpardaConfig(), lr, last_tokens=last_tokens, teacher=teacher
-    )
-    num_used = _resume(trainer, resume, steps)
-    first = trainer.steps_done
-
-    def save() -> None:
-        if out is not None and parallel.rank() == 0 and trainer.steps_done > first:
-            used = num_used + (trainer.steps_done - first) * accumulate * parallel.world_size()
-            trainer.checkpoint(used).save(checkpoint_path(out))
-
-    with parallel.process_group(trainer.device), step_bar(steps, shown=progress) as advance:
-        batches = endless(token_batches, num_used, parallel.rank(), parallel.world_size())
-        try:
-            while trainer.steps_done < steps:
-                taken = [next(batches) for _ in range(accumulate)]
-                report = trainer.step(taken, on_batch)
-                if parallel.rank():
-                    continue
-                _log.debug(
-                    "step %d: loss %.4f, recall %.3f", report.step, report.loss, report.recall
-                )
-                advance(report)
-                if on_step is not None:
-                    on_step(report)
-                if report.step % save_every == 0 or report.step == steps:
-                    save()
-        except KeyboardInterrupt:
-            save()
-            raise
-        weights = trainer.forecast()
-        if out is not None and parallel.rank() == 0:
-            weights.save(out)
-    return weights
-
-
-def _resume(trainer: ForecastTrainer, resume: str | Path | None, steps: int) -> int:
-    """Go on from a checkpoint, if one is given; returns the batches used before."""
-    if resume is None:
-        return 0
-    checkpoint = Checkpoint.load(resume)
-    if checkpoint.step >= steps:
-        raise ConfigError(
-            f"resume={str(resume)!r} has done {checkpoint.step} steps, so there are none left of "
-            f"steps={steps}; raise steps."
-        )
-    trainer.restore(checkpoint)
-    return checkpoint.num_batches

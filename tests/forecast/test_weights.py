@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_what_is_saved_is_loaded_with_what_it_is_for(tmp_path):
     with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["sparda_forecast"])
     assert described["layers"] == [0, 1]
-    assert described["format_version"] == 2
+    assert described["format_version"] == 3
 
 
 def test_low_rank_is_two_tensors_and_the_file_knows(tmp_path):
@@ -81,7 +82,7 @@ def test_low_rank_is_two_tensors_and_the_file_knows(tmp_path):
 
 def test_a_file_from_before_there_were_ranks_is_full(tmp_path):
     fields = dataclasses.asdict(INFO) | {"format_version": 1}
-    del fields["ranks"]
+    del fields["ranks"], fields["selector"]
     tensors = {"0": torch.ones(8, 6), "1": torch.ones(8, 6)}
     path = tmp_path / "old.safetensors"
     save_file(tensors, path, metadata={"sparda_forecast": json.dumps(fields)})
@@ -118,11 +119,11 @@ def test_file_of_bare_tensors_says_nothing(tmp_path):
 
 def test_description_that_is_no_description(tmp_path):
     path = tmp_path / "later.safetensors"
-    later = dataclasses.asdict(INFO) | {"format_version": 3}
+    later = dataclasses.asdict(INFO) | {"format_version": 4}
     fewer = dataclasses.asdict(INFO)
     del fewer["steps"]
     for text, words in (
-        (json.dumps(later), "format_version is 3, this version reads 2"),
+        (json.dumps(later), "format_version is 4, this version reads 3"),
         (json.dumps(fewer), "its fields are"),
         ("[]", "format_version is None"),
         ("{", "cannot be read as Forecast weights"),
@@ -256,3 +257,21 @@ def test_bad_path_is_a_sentence_and_leaves_nothing(tmp_path):
         with pytest.raises(ConfigError, match=r"cannot be written|is no path"):
             make().save(path)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_from_before_low_bit_keys_scores_pooled_keys():
+    fields = dataclasses.asdict(INFO) | {"format_version": 2}
+    del fields["selector"]
+    assert ForecastInfo.from_json(json.dumps(fields)) == INFO
+
+
+def test_another_selector_than_in_training_is_said_where_its_forecast_scores_other_keys():
+    with pytest.warns(UserWarning, match=r"selector=lowbit2 \(trained with infllm2\)"):
+        fit(make(), selector="lowbit2")
+    low_bit = ForecastWeights(make().projections, dataclasses.replace(INFO, selector="lowbit2"))
+    with pytest.warns(UserWarning, match=r"selector=infllm2 \(trained with lowbit2\)"):
+        fit(low_bit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(make(), selector="quest")
+        fit(low_bit, selector="lowbit2")
