@@ -1,4 +1,4 @@
-"""`sparda train`: train a model's Forecast from a text or a data set.
+"""`sparda train`: train a model's Forecast from documents, a text or a data set.
 
 On several GPUs: `torchrun --nproc-per-node=8 -m sparda_compile train ...`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -19,19 +18,23 @@ from sparda_compile.cli.console import (
     AsJson,
     errors_as_sentences,
     fail,
-    make_console,
     print_json,
     print_paths,
 )
 from sparda_compile.cli.options import (
+    LARGEST_SEED,
     MOST_BLOCKS,
     MOST_SEQUENCES,
     MOST_STEPS,
     MOST_TOKENS,
     LocalBlocks,
+    Selector,
     Teacher,
 )
 from sparda_compile.cli.outputs import check_outputs
+from sparda_compile.cli.real_model import REAL_MODEL
+from sparda_compile.cli.train_data import DocumentBatches, Sources
+from sparda_compile.cli.train_lines import TrainingLines, share_in_words
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -41,12 +44,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparda_compile.forecast.weights import ForecastWeights
-    from sparda_compile.training.report import StepReport
+    from sparda_compile.training.report import HeldOutReport, StepReport
 
 __all__ = ["train_model"]
 
 _LARGEST_RATE: Final = 1e3
-_LINE_EVERY_S: Final = 5.0
 
 Length = Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of one sequence.")]
 Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of one batch.")]
@@ -69,7 +71,40 @@ DataSet = Annotated[
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="A tokenizer's folder, or 'bytes'.", show_default="the model's folder"),
+    typer.Option(
+        help=f"A tokenizer's folder, {REAL_MODEL}, or 'bytes'.", show_default="the model's"
+    ),
+]
+DocumentPaths = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--document", help="Text file, or folder of text files, to train on. May be given again."
+    ),
+]
+AllTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens",
+        min=1,
+        max=MOST_STEPS,
+        help="Tokens of documents to learn from, in the place of --steps.",
+        show_default="by --steps",
+    ),
+]
+HeldOut = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Share of the documents to measure, not to learn.")
+]
+HeldOutBatches = Annotated[
+    int, typer.Option(min=1, max=MOST_SEQUENCES, help="Most batches of them to measure.")
+]
+MeasureEvery = Annotated[
+    int, typer.Option(min=1, max=MOST_STEPS, help="Steps between two measurements of them.")
+]
+SelectorName = Annotated[
+    Selector, typer.Option(help="Selector whose summary of the keys the Forecast is to score.")
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Of documents' order, and of those held out.")
 ]
 LastTokens = Annotated[
     int | None,
@@ -98,11 +133,15 @@ Rank = Annotated[
 def train_model(
     context: typer.Context,
     target: Annotated[
-        str, typer.Argument(help="A folder with a model's weights, or a tiny model (tiny-llama).")
+        str,
+        typer.Argument(
+            help=f"A folder with a model's weights, {REAL_MODEL}, or a tiny model (tiny-llama)."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Safetensors file to write; checkpoints are kept beside it.")
     ] = Path("forecast.safetensors"),
+    document: DocumentPaths = None,
     text: Annotated[Path | None, typer.Option(help="A text file to train on.")] = None,
     dataset: DataSet = None,
     tokenizer: Tokenizer = None,
@@ -111,7 +150,13 @@ def train_model(
     accumulate: Accumulate = 32,
     last_tokens: LastTokens = None,
     teacher: TeacherName = "attention",
+    selector: SelectorName = "infllm2",
     steps: Steps = 2000,
+    tokens: AllTokens = None,
+    held_out: HeldOut = 0.02,
+    held_out_batches: HeldOutBatches = 4,
+    measure_every: MeasureEvery = 100,
+    seed: Seed = 0,
     lr: Rate = 5e-4,
     save_every: SaveEvery = 50,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
@@ -124,38 +169,33 @@ def train_model(
     as_json: AsJson = False,
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
-    lines = _Lines(steps, accumulate)
+    lines = TrainingLines(accumulate)
+    blocks: dict[str, Any] = {
+        "top_k": top_k,
+        "block_size": block_size,
+        "local_blocks": local_blocks,
+    }
+    pools: dict[str, Any] = {
+        "pool_size": pool_size,
+        "pool_stride": pool_stride,
+        "forecast_rank": rank,
+    }
+    often = {"save_every": save_every, "measure_every": measure_every, "progress": not as_json}
+    learned: dict[str, Any] = {"lr": lr, "accumulate": accumulate, "last_tokens": last_tokens}
     with errors_as_sentences(train_model):
-        config = SpardaConfig(
-            top_k=top_k,
-            block_size=block_size,
-            local_blocks=local_blocks,
-            pool_size=pool_size,
-            pool_stride=pool_stride,
-            forecast_rank=rank,
-        )
+        config = SpardaConfig(selector=selector, **blocks, **pools)
         check_outputs(out=out)
         _check_length(length, config)
-        batches = _batches(text, dataset, tokenizer or _source(target), length, batch)
+        cut = (length, batch, held_out, held_out_batches, seed)
+        found = Sources(tuple(document or ()), text, dataset, tokenizer or _source(target), *cut)
+        data = found.read(lines.say)
+        lines.steps = _steps(data, steps, tokens, accumulate, lines)
+        learned |= {"teacher": teacher, "steps": lines.steps, "config": config}
         try:
-            weights = _train(
-                target,
-                batches,
-                lines,
-                config=config,
-                steps=steps,
-                lr=lr,
-                accumulate=accumulate,
-                last_tokens=last_tokens,
-                teacher=teacher,
-                out=out,
-                resume=resume,
-                save_every=save_every,
-                progress=not as_json,
-            )
+            weights = _train(target, data, lines, out=out, resume=resume, **learned, **often)
         except KeyboardInterrupt:
             _stop(context, out, lines.reports)
-    _show(out, weights, lines.reports, as_json=as_json)
+    _show(out, weights, lines, data, as_json=as_json)
 
 
 def _source(target: str) -> str:
@@ -163,51 +203,41 @@ def _source(target: str) -> str:
     return "bytes" if target.startswith("tiny-") else target
 
 
-def _train(target: str, batches: Iterable[Tensor], lines: _Lines, **settings: Any) -> Any:
+def _steps(
+    data: DocumentBatches | Iterable[Tensor],
+    steps: int,
+    tokens: int | None,
+    accumulate: int,
+    lines: TrainingLines,
+) -> int:
+    """Return how many steps to take; of documents, say how often that goes through them."""
+    if not isinstance(data, DocumentBatches):
+        if tokens is not None:
+            raise ConfigError("--tokens counts those of documents; pass --document, or --steps.")
+        return steps
+    from sparda_compile.training.parallel import world_of_environment
+
+    per_step = accumulate * world_of_environment()
+    if tokens is not None:
+        steps = data.steps(tokens, per_step)
+    lines.say(data.sentence(steps, per_step))
+    return steps
+
+
+def _train(
+    target: str, data: DocumentBatches | Iterable[Tensor], lines: TrainingLines, **settings: Any
+) -> Any:
     from sparda_compile.training.run import train_forecast
 
     lines.say(f"loading {target}")
     model = _model(target)
     lines.say(f"tracing {type(model).__name__}")
-    return train_forecast(model, batches, on_step=lines.step, on_batch=lines.batch, **settings)
-
-
-class _Lines:
-    """Says where a training is, on stderr, where there is no terminal for a progress bar."""
-
-    def __init__(self, steps: int, accumulate: int) -> None:
-        self.steps = steps
-        self.accumulate = accumulate
-        self.reports: list[StepReport] = []
-        self.console = make_console(stderr=True)
-        self.last = time.monotonic()
-        self.say("importing torch and transformers")
-
-    def say(self, text: str) -> None:
-        """Print a line at once."""
-        from sparda_compile.training.parallel import rank_of_environment
-
-        self.last = time.monotonic()
-        if not self.console.is_terminal and not rank_of_environment():
-            self.console.print(f"{text} ...", markup=False, style="dim", soft_wrap=True)
-
-    def batch(self, done: int, steps_before: int) -> None:
-        """Say how far a step is, if nothing was said for a while."""
-        if time.monotonic() - self.last >= _LINE_EVERY_S and done < self.accumulate:
-            self.say(f"step {steps_before + 1} of {self.steps}, batch {done} of {self.accumulate}")
-
-    def step(self, report: StepReport) -> None:
-        """Keep what a step saw; say it of the first, the last, and from time to time."""
-        self.reports.append(report)
-        is_end = len(self.reports) == 1 or report.step == self.steps
-        if not is_end and time.monotonic() - self.last < _LINE_EVERY_S:
-            return
-        mean = sum(each.seconds for each in self.reports) / len(self.reports)
-        left = round(mean * (self.steps - report.step))
-        self.say(
-            f"step {report.step} of {self.steps}: loss {report.loss:.4f}, recall "
-            f"{_share(report.recall)}, {report.seconds:.1f} s a step, about {left} s left"
-        )
+    said: dict[str, Any] = {"on_step": lines.step, "on_batch": lines.batch}
+    if not isinstance(data, DocumentBatches):
+        return train_forecast(model, data, **said, **settings)
+    held_out = data.held_out or None
+    said["on_measure"] = lines.measured
+    return train_forecast(model, data.batches, held_out=held_out, **said, **settings)
 
 
 def _stop(context: typer.Context, out: Path, reports: Sequence[StepReport]) -> NoReturn:
@@ -223,7 +253,11 @@ def _stop(context: typer.Context, out: Path, reports: Sequence[StepReport]) -> N
         value = context.params.get(str(param.name))
         if param.name in ("target", "resume", None) or value in (None, False, param.default):
             continue
-        words += [param.opts[0]] if value is True else [param.opts[0], str(value)]
+        if value is True:
+            words.append(param.opts[0])
+            continue
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words += [param.opts[0], str(each)]
     command = shlex.join([*words, "--resume", str(saved)])
     where = f"after step {reports[-1].step}" if reports else "before another step was done"
     fail(f"stopped {where}; {saved} is kept. go on with: {command}", INTERRUPTED)
@@ -233,11 +267,18 @@ def _model(target: str) -> nn.Module:
     from sparda_compile.cli.targets import load_target
     from sparda_compile.training.parallel import local_device
 
-    return load_target(target).to(local_device())
+    model, device = load_target(target), local_device()
+    # Half precision is slow on a CPU.
+    return model.float() if device.type == "cpu" else model.to(device)
 
 
 def _show(
-    out: Path, weights: ForecastWeights, reports: Sequence[StepReport], *, as_json: bool
+    out: Path,
+    weights: ForecastWeights,
+    lines: TrainingLines,
+    data: DocumentBatches | Iterable[Tensor],
+    *,
+    as_json: bool,
 ) -> None:
     """Show what was trained; of several processes, the first one does."""
     from sparda_compile.training.parallel import rank_of_environment
@@ -245,24 +286,13 @@ def _show(
     if rank_of_environment():
         return
     if as_json:
-        print_json({"out": str(out), **_found(weights, reports)})
+        documents = data.plain() if isinstance(data, DocumentBatches) else None
+        print_json({"out": str(out), "documents": documents, **_found(weights, lines)})
         return
-    typer.echo(_summary(reports))
+    typer.echo(_summary(lines.reports))
+    if lines.measures:
+        typer.echo(f"held-out documents: {_change(lines.measures)}")
     print_paths([out])
-
-
-def _batches(
-    text: Path | None, dataset: Path | None, tokenizer: str, length: int, batch: int
-) -> Iterable[Tensor]:
-    if (text is None) == (dataset is None):
-        raise ConfigError("what to train on is missing or given twice; pass --text or --dataset.")
-    from sparda_compile.training.data import load_dataset, load_tokenizer, text_batches
-
-    sizes = {"length": length, "batch_size": batch}
-    if text is not None:
-        return text_batches(text, load_tokenizer(tokenizer), **sizes)
-    assert dataset is not None
-    return load_dataset(dataset, load_tokenizer(tokenizer), **sizes)
 
 
 def _check_length(length: int, config: SpardaConfig) -> None:
@@ -278,22 +308,37 @@ def _check_length(length: int, config: SpardaConfig) -> None:
         )
 
 
-def _found(weights: ForecastWeights, reports: Sequence[StepReport]) -> dict[str, Any]:
-    """Return what was trained and what each step saw, as plain data."""
+def _found(weights: ForecastWeights, lines: TrainingLines) -> dict[str, Any]:
+    """Return what was trained and what each step and measurement saw, as plain data."""
     assert weights.info is not None
     described = json.loads(weights.info.to_json())
-    return {"forecast": described, "steps": [_described(report) for report in reports]}
+    steps = [
+        _described(report)
+        | {
+            "gradient_norm": report.gradient_norm,
+            "num_tokens": report.num_tokens,
+            "seconds": report.seconds,
+        }
+        for report in lines.reports
+    ]
+    measures = [_described(report) for report in lines.measures]
+    return {"forecast": described, "steps": steps, "held_out": measures}
 
 
 def _summary(reports: Sequence[StepReport]) -> str:
+    last = reports[-1]
+    return f"{_change(reports)}, {last.num_tokens / last.seconds:.0f} tokens/s"
+
+
+def _change(reports: Sequence[StepReport] | Sequence[HeldOutReport]) -> str:
     first, last = reports[0], reports[-1]
     return (
-        f"loss {first.loss:.4f} -> {last.loss:.4f}, recall {_share(first.recall)} -> "
-        f"{_share(last.recall)}, {last.num_tokens / last.seconds:.0f} tokens/s"
+        f"loss {first.loss:.4f} -> {last.loss:.4f}, recall {share_in_words(first.recall)} -> "
+        f"{share_in_words(last.recall)}"
     )
 
 
-def _described(report: StepReport) -> dict[str, Any]:
+def _described(report: StepReport | HeldOutReport) -> dict[str, Any]:
     def known(numbers: dict[int, float]) -> dict[str, float | None]:
         return {str(layer): _number(value) for layer, value in numbers.items()}
 
@@ -303,15 +348,8 @@ def _described(report: StepReport) -> dict[str, Any]:
         "recall": _number(report.recall),
         "losses": known(report.losses),
         "recalls": known(report.recalls),
-        "gradient_norm": report.gradient_norm,
-        "num_tokens": report.num_tokens,
-        "seconds": report.seconds,
     }
 
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _share(value: float) -> str:
-    return "unknown (too short)" if math.isnan(value) else f"{value:.3f}"

@@ -24,6 +24,7 @@ __all__ = [
     "process_group",
     "rank",
     "rank_of_environment",
+    "world_of_environment",
     "world_size",
 ]
 
@@ -45,6 +46,11 @@ def rank_of_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_of_environment() -> int:
+    """Return the number of processes that torchrun starts, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -57,7 +63,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the model is: NCCL for GPUs, gloo for the CPU.
     """
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    is_alone = world_of_environment() == 1
     if is_alone or not dist.is_available() or dist.is_initialized():
         yield
         return

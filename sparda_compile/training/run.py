@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -91,16 +92,14 @@ def train_forecast(
         CaptureError: If the model's forward cannot be traced as one graph.
         AttentionNotFoundError: If it has no attention, or one that is not implemented.
     """
-    counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every}
-    counts["measure_every"] = measure_every
-    for name, value in (counts | {"last_tokens": last_tokens}).items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} is too small; use 1 or more.")
+    _at_least_one(steps=steps, accumulate=accumulate, last_tokens=last_tokens)
+    _at_least_one(save_every=save_every, measure_every=measure_every)
     trainer = ForecastTrainer(
         model, config or SpardaConfig(), lr, last_tokens=last_tokens, teacher=teacher
     )
     num_used = _resume(trainer, resume, steps)
     first = trainer.steps_done
+    measured = _HeldOut(held_out, measure_every, on_measure)
 
     def save() -> None:
         if out is not None and parallel.rank() == 0 and trainer.steps_done > first:
@@ -109,19 +108,8 @@ def train_forecast(
 
     with parallel.process_group(trainer.device), step_bar(steps, shown=progress) as advance:
         batches = endless(token_batches, num_used, parallel.rank(), parallel.world_size())
-
-        def measure() -> None:
-            done = trainer.steps_done
-            is_time = done in (first, steps) or done % measure_every == 0
-            if held_out is None or parallel.rank() or not is_time:
-                return
-            found = trainer.measure(held_out)
-            _log.debug("held out, step %d: recall %.3f", found.step, found.recall)
-            if on_measure is not None:
-                on_measure(found)
-
         try:
-            measure()
+            measured.look(trainer, is_end=True)
             while trainer.steps_done < steps:
                 taken = [next(batches) for _ in range(accumulate)]
                 report = trainer.step(taken, on_batch)
@@ -135,7 +123,7 @@ def train_forecast(
                     on_step(report)
                 if report.step % save_every == 0 or report.step == steps:
                     save()
-                measure()
+                measured.look(trainer, is_end=report.step == steps)
         except KeyboardInterrupt:
             save()
             raise
@@ -143,6 +131,31 @@ def train_forecast(
         if out is not None and parallel.rank() == 0:
             weights.save(out)
     return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeldOut:
+    """Texts to measure, how often, and who is told."""
+
+    batches: Iterable[Tensor] | None
+    every: int
+    on_measure: Callable[[HeldOutReport], None] | None
+
+    def look(self, trainer: ForecastTrainer, *, is_end: bool) -> None:
+        """Measure them, if there are any and it is time; of several processes, the first one."""
+        is_time = is_end or trainer.steps_done % self.every == 0
+        if self.batches is None or parallel.rank() or not is_time:
+            return
+        found = trainer.measure(self.batches)
+        _log.debug("held out, step %d: recall %.3f", found.step, found.recall)
+        if self.on_measure is not None:
+            self.on_measure(found)
+
+
+def _at_least_one(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} is too small; use 1 or more.")
 
 
 def _resume(trainer: ForecastTrainer, resume: str | Path | None, steps: int) -> int:

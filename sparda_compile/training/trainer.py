@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from sparda_compile import __version__
-from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast.projection import to_tensors
 from sparda_compile.forecast.start import initial_forecast
@@ -45,6 +44,7 @@ from sparda_compile.training.taps import TappedForward, tap_forward
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from sparda_compile.config import SpardaConfig
     from sparda_compile.graph.site import AttentionSite
     from sparda_compile.training.teacher import Backend
 

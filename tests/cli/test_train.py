@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparda_compile.cli import train
+from sparda_compile.cli import train_lines
 from sparda_compile.cli.main import app
 from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.training import trainer
@@ -81,13 +81,16 @@ def test_json_and_resumption(text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "missing or given twice; pass --text or --dataset"),
+        ([], 2, "missing or given twice; pass --document, --text or --dataset"),
         (["--text", "no.txt", "--dataset", "no"], 2, "given twice"),
         (["--text", "no.txt"], 2, "--text no.txt cannot be read"),
         (["--dataset", "nowhere"], 2, "--dataset nowhere is no folder"),
         (["--tokenizer", "nowhere", "--text", "no.txt"], 2, "--tokenizer nowhere"),
         (["--block-size", "17", "--text", "no.txt"], 2, "--block-size 17 is not allowed"),
         (["--steps", "0"], 2, "--steps"),
+        (["--document", "no.txt", "--text", "no.txt"], 2, "given twice"),
+        (["--document", "no.txt"], 2, "no.txt is neither a file nor a folder"),
+        (["--document", "no.txt", "--tokenizer", "no"], 2, "'no' has no tokenizer"),
     ],
 )
 def test_wrong_usage(arguments, code, words, tmp_path):
@@ -122,7 +125,7 @@ def test_model_that_is_none(text, tmp_path):
 
 
 def test_lines_say_what_is_done_where_there_is_no_terminal(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(train_lines, "_LINE_EVERY_S", 0.0)
     result = run("--text", text, "--out", tmp_path / "f.safetensors", "--steps", 2, *SIZES)
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
@@ -168,3 +171,60 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_was_done(text, tmp
     assert result.exit_code == 130
     assert "before the first step was done" in result.stderr
     assert not checkpoint_path(out).exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve documents of about 400 bytes."""
+    path = tmp_path_factory.mktemp("documents") / "corpus"
+    path.mkdir()
+    for name in "abcdefghijkl":
+        (path / name).write_text("".join(f"{name} says {n * n % 97}.\n" for n in range(40)))
+    return path
+
+
+def test_documents_are_packed_and_a_share_is_held_out_and_measured(folder, tmp_path):
+    out = tmp_path / "forecast.safetensors"
+    asked = ["--tokens", 1500, "--held-out", 0.2, "--held-out-batches", 2, "--measure-every", 4]
+    result = run("--document", folder, "--out", out, "--json", *asked, *SIZES)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    about = said["documents"]
+    assert (about["documents"], len(about["held_out"])) == (10, 2)
+    assert about["held_out_sequences"] == 2
+    assert about["sequences"] == about["tokens"] // 100
+    assert [step["step"] for step in said["steps"]] == list(range(1, 9))
+    assert [each["step"] for each in said["held_out"]] == [0, 4, 8]
+    assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+    words = f"10 documents of {about['tokens']} tokens, 2 more held out; {about['sequences']} seq"
+    assert words in " ".join(result.stderr.split())
+
+
+def test_more_tokens_than_there_are_go_through_them_again_and_it_is_said(folder, tmp_path):
+    out = tmp_path / "forecast.safetensors"
+    whole = ["--tokens", 9000, "--held-out", 0, "--selector", "lowbit2", "--seed", 3]
+    result = run("--document", folder, "--out", out, *whole, *SIZES)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"of which 90 are asked for: 1\.\d\d times", result.stderr)
+    assert "held-out documents" not in result.stdout
+    assert load_forecast(out).info.selector == "lowbit2"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--held-out", 0.05, "--length", 4000], "1 documents are held out. Of these, the doc"),
+        (["--held-out", 1.0], "--held-out 1.0 is no share of documents"),
+    ],
+)
+def test_documents_that_do_not_do(folder, tmp_path, options, words):
+    result = run("--document", folder, "--out", tmp_path / "f.safetensors", *SIZES, *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+
+
+def test_tokens_are_those_of_documents(text, tmp_path):
+    out = tmp_path / "f.safetensors"
+    result = run("--text", text, "--out", out, "--tokens", 100, *SIZES)
+    assert result.exit_code == 2
+    assert "--tokens counts those of documents" in result.output

@@ -259,12 +259,6 @@ def test_bad_path_is_a_sentence_and_leaves_nothing(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_from_before_low_bit_keys_scores_pooled_keys():
-    fields = dataclasses.asdict(INFO) | {"format_version": 2}
-    del fields["selector"]
-    assert ForecastInfo.from_json(json.dumps(fields)) == INFO
-
-
 def test_another_selector_than_in_training_is_said_where_its_forecast_scores_other_keys():
     with pytest.warns(UserWarning, match=r"selector=lowbit2 \(trained with infllm2\)"):
         fit(make(), selector="lowbit2")

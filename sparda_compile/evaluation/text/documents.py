@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,22 +76,34 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, least: int) -> Documen
     begin = begin_ids(tokenizer)
     found: list[Document] = []
     left_out: dict[str, str] = {}
-    for path, name, is_named in _files(paths):
+    hashes: dict[str, str] = {}
+    names: set[str] = set()
+    files = [*_files(paths)]
+
+    def read(file: tuple[Path, str, bool]) -> Document | ConfigError:
         try:
-            document = _read(path, name, tokenizer, least - len(begin))
+            return _read(*file[:2], tokenizer, least - len(begin))
         except ConfigError as error:
-            if is_named:
-                raise
-            left_out[name] = str(error).partition(";")[0]
-            continue
-        same = next((each for each in found if each.sha256 == document.sha256), None)
-        if same is not None:
-            raise ConfigError(
-                f"{name} and {same.name} are the same text, which would count twice; name one."
-            )
-        if any(each.name == name for each in found):
-            document = dataclasses.replace(document, name=f"{name} {document.sha256[:8]}")
-        found.append(document)
+            return error
+
+    # Tokenizers in Rust let other threads run: a corpus has thousands of files.
+    with ThreadPoolExecutor() as pool:
+        for (_, name, is_named), document in zip(files, pool.map(read, files), strict=True):
+            if isinstance(document, ConfigError):
+                if is_named:
+                    raise document
+                left_out[name] = str(document).partition(";")[0]
+                continue
+            same = hashes.get(document.sha256)
+            if same is not None:
+                raise ConfigError(
+                    f"{name} and {same} are the same text, which would count twice; name one."
+                )
+            if name in names:
+                document = dataclasses.replace(document, name=f"{name} {document.sha256[:8]}")
+            hashes[document.sha256] = name
+            names.add(name)
+            found.append(document)
     if not found:
         raise ConfigError(
             f"none of the {len(left_out)} files in the folders is a text of {least} tokens or "
