@@ -170,20 +170,12 @@ def train_model(
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
     lines = TrainingLines(accumulate)
-    blocks: dict[str, Any] = {
-        "top_k": top_k,
-        "block_size": block_size,
-        "local_blocks": local_blocks,
-    }
-    pools: dict[str, Any] = {
-        "pool_size": pool_size,
-        "pool_stride": pool_stride,
-        "forecast_rank": rank,
-    }
+    sizes: dict[str, Any] = {"block_size": block_size, "local_blocks": local_blocks}
+    sizes |= {"pool_size": pool_size, "pool_stride": pool_stride, "forecast_rank": rank}
     often = {"save_every": save_every, "measure_every": measure_every, "progress": not as_json}
     learned: dict[str, Any] = {"lr": lr, "accumulate": accumulate, "last_tokens": last_tokens}
     with errors_as_sentences(train_model):
-        config = SpardaConfig(selector=selector, **blocks, **pools)
+        config = SpardaConfig(selector=selector, top_k=top_k, **sizes)
         check_outputs(out=out)
         _check_length(length, config)
         cut = (length, batch, held_out, held_out_batches, seed)

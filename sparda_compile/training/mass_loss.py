@@ -96,8 +96,10 @@ def block_mass(
     weights_BGRQS = logits.masked_fill_(hidden_QS, float("-inf")).softmax(-1)
     of_blocks = weights_BGRQS[..., : num_full * size].unflatten(-1, (num_full, size))
     mass: Tensor = of_blocks.sum(-1).sum(2)
-    # Before the first full block there is nothing to weigh, and the softmax has no number.
-    return mass.masked_fill((end_Q < size)[:, None], 0.0) if full_only else mass
+    if full_only:
+        # Before the first full block there is nothing to weigh, and the softmax has no number.
+        mass = mass.masked_fill((end_Q < size)[:, None], 0.0)
+    return mass
 
 
 def token_shares(
