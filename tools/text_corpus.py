@@ -13,9 +13,10 @@
 | prose | licences, release notes and readmes |
 
 A module gives its docstrings or its code, never both. The order of files is that of a hash of their
-names, and one source gives at most a sixth of a domain, so the same machine gives the same corpus.
-A text that is the same as another but for white space, or has half of its paragraphs in others, is
-left out. Each text keeps the licence of its source, which the manifest names.
+names, lists of changes last, and one source gives at most a sixth of a domain: so the same machine
+gives the same corpus. A text that is the same as another but for white space, or has half of its
+paragraphs in others, is left out. Each text keeps the licence of its source, which the manifest
+names.
 """
 
 from __future__ import annotations
@@ -63,9 +64,14 @@ class Candidate:
     kind: str = "text"
 
     @property
-    def order(self) -> str:
+    def digest(self) -> str:
         """A hash of its name."""
         return hashlib.sha256(f"{self.source}/{self.name}".encode()).hexdigest()
+
+    @property
+    def order(self) -> tuple[bool, str]:
+        """Lists of changes come last: most of them are no sentences."""
+        return self.path.name.lower().startswith("changelog"), self.digest
 
     @property
     def split(self) -> str:
@@ -85,7 +91,7 @@ def python_files(folder: Path, source: str, licence: str) -> Iterator[Candidate]
 def python_file(path: Path, name: str, source: str, licence: str) -> Candidate:
     """Return a module as code, or as its docstrings: one of three."""
     code = Candidate(source, licence, "code", path, name)
-    if int(code.order, 16) % 3:
+    if int(code.digest, 16) % 3:
         return code
     return dataclasses.replace(code, domain="documentation", kind="docstrings")
 
@@ -219,7 +225,7 @@ def write(out: Path, found: list[Candidate], limits: dict[str, int]) -> list[dic
         for domain in DOMAINS:
             for candidate, text in choose(found, domain, split, limits[split], seen):
                 flat = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{candidate.source}/{candidate.name}")
-                path = out / split / domain / f"{candidate.order[:8]}_{flat[-100:]}.txt"
+                path = out / split / domain / f"{candidate.digest[:8]}_{flat[-100:]}.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content = text.encode()
                 path.write_bytes(content)

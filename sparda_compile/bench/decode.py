@@ -16,9 +16,10 @@ import torch
 
 from sparda_compile.bench.memory import HOMES
 from sparda_compile.bench.programs import KNOBS, build_body, build_program, predicted_us
+from sparda_compile.bench.recorded import RecordedSteps, follow_recorded
 from sparda_compile.bench.synthetic import fill, follow, rewind, trace_steps_of
 from sparda_compile.bench.timing import Spread, time_calls, wait_for
-from sparda_compile.config import MIB
+from sparda_compile.config import MIB, SpardaConfig
 from sparda_compile.errors import ConfigError
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.pinned import PinnedMemory
@@ -49,6 +50,7 @@ class DecodeSetting:
         rounds: Turns of each program at each overlap.
         steps: Steps of one turn.
         settings: Fields of SpardaConfig.
+        recorded: Steps of a real model to follow, in the place of overlaps or beside them.
     """
 
     batch_size: int
@@ -58,6 +60,7 @@ class DecodeSetting:
     rounds: int = 3
     steps: int = 20
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recorded: tuple[RecordedSteps, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what a run would only find out after minutes."""
@@ -76,6 +79,10 @@ class DecodeSetting:
         for name in ("batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; use 1 or more.")
+
+        for recorded in self.recorded:
+            config = SpardaConfig(**self.settings)
+            recorded.check(config, self.num_tokens, _WARM + self.steps)
 
     @property
     def num_tokens(self) -> int:
@@ -159,13 +166,27 @@ class DecodeBench:
         """Take one step."""
         return self.programs[variant](self.ids, self.positions, None, self.caches[variant])
 
-    def prepare(self, overlap: float) -> None:
-        """Give every cache the trace of an overlap, and start again."""
+    def prepare(self, followed: float | RecordedSteps) -> list[float]:
+        """Give every cache a trace, and start again.
+
+        Args:
+            followed: An overlap, or recorded steps.
+
+        Returns:
+            The overlap of each layer, of recorded steps as far as they are run and timed.
+        """
+        overlaps: list[float] = []
         for variant, cache in self.caches.items():
             if variant in ("scheduled", "resident"):
-                if trace_steps_of(cache.layout):
-                    follow(cache, self.start, overlap)
+                if trace_steps_of(cache.layout) and isinstance(followed, RecordedSteps):
+                    needed = _WARM + self.setting.steps
+                    overlaps = follow_recorded(cache, self.start, followed, needed)
+                elif trace_steps_of(cache.layout):
+                    assert isinstance(followed, float)
+                    follow(cache, self.start, followed)
+                    overlaps = [followed] * len(cache.layout.layers)
                 rewind(cache, self.start)
+        return overlaps
 
     def turn(self, variant: str) -> list[float]:
         """Return the times of one turn's steps, microseconds; it begins at the first step."""
@@ -209,6 +230,15 @@ class DecodeBench:
             self.say(f"batch {self.setting.batch_size}: overlap {overlap}")
             self.prepare(overlap)
             by_overlap[str(overlap)] = self._row(self._times(), rate, overlap)
+            yield {**found, "by_overlap": dict(by_overlap)}
+        for recorded in self.setting.recorded:
+            self.say(f"batch {self.setting.batch_size}: {recorded.case}, as recorded")
+            layers = self.prepare(recorded)
+            overlap = round(sum(layers) / len(layers), 4)
+            row = self._row(self._times(), rate, overlap)
+            by_layer = [round(layer, 3) for layer in layers]
+            row["recorded"] = {**recorded.plain(), "overlap_by_layer": by_layer}
+            by_overlap[str(overlap)] = row
             yield {**found, "by_overlap": dict(by_overlap)}
 
     def _sizes(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparda_compile.cli.compile_ahead import bench_compile
 from sparda_compile.cli.console import (
     CANNOT,
     AsJson,
@@ -26,7 +27,6 @@ from sparda_compile.cli.options import (
     Commit,
     HostGib,
     OutFolder,
-    Shape,
     ShapeOption,
     Variant,
 )
@@ -36,6 +36,13 @@ from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
 from sparda_compile.cli.start import bench_start
+from sparda_compile.cli.trace_options import (
+    Copies,
+    FollowedTraces,
+    TraceCases,
+    TraceOption,
+    read_traces,
+)
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,9 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_app", "make_lab", "require_gpu"]
 
-_SHAPES: Final[tuple[Shape, ...]] = ("8b",)
 _MOST_TURNS: Final = 1_000_000
-_MOST_JOBS: Final = 1024
 _OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
@@ -64,6 +69,7 @@ bench_app.command("start")(bench_start)
 bench_app.command("prefill")(bench_prefill)
 bench_app.command("turns")(bench_turns)
 bench_app.command("prr")(bench_prr)
+bench_app.command("compile")(bench_compile)
 
 Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
 Rounds = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Turns of each program.")]
@@ -110,6 +116,9 @@ def bench_decode(
     variant: Variants = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
+    trace: TraceOption = None,
+    trace_case: TraceCases = None,
+    copies: Copies = None,
     baseline: Annotated[
         bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' caches too.")
     ] = True,
@@ -124,11 +133,14 @@ def bench_decode(
         with progress() as say:
             say("importing torch and transformers")
             settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
+            followed = read_traces(trace, trace_case or (), copies)
+            if followed is not None:
+                settings = [followed.setting(setting, overlap or ()) for setting in settings]
             check_plot(plot)
             check_folder(out)
             require_gpu("sparda bench decode")
             lab = make_lab(shape, say, max_host_gib)
-            file = _decode_file(out, shape, tokens, commit)
+            file = _decode_file(out, shape, tokens, commit, followed)
             for setting in settings:
                 lab.decode(setting, file.save, with_baselines=baseline)
         from sparda_compile.bench.plots import write_plot
@@ -140,39 +152,6 @@ def bench_decode(
         return
     print_decode(file.results, make_console())
     print_paths([file.path, written])
-
-
-@bench_app.command("compile")
-def bench_compile(
-    shape: Annotated[
-        list[Shape] | None,
-        typer.Option(help="Model, may be given again.", show_default=_SHAPES[0]),
-    ] = None,
-    batch: Batches = None,
-    variant: Variants = None,
-    tokens: Tokens = _TOKENS,
-    jobs: Annotated[int, typer.Option(min=1, max=_MOST_JOBS, help="Processes at a time.")] = 4,
-) -> None:
-    """Compile the programs of decode ahead, several at a time; a benchmark then finds them."""
-    with errors_as_sentences(bench_compile), progress() as say:
-        say("importing torch and transformers")
-        from itertools import product
-
-        from sparda_compile.bench.decode import VARIANTS
-        from sparda_compile.bench.precompile import Target, compile_apart, compile_here
-
-        sizes = product(shape or _SHAPES, batch or (1,), variant or VARIANTS)
-        targets = [Target(*each, tokens) for each in sizes]
-        require_gpu("sparda bench compile")
-        failed = []
-        if jobs == 1 or len(targets) == 1:
-            compile_here(targets, "cuda", say)
-        else:
-            failed = [found for found in compile_apart(targets, jobs, say) if found[2]]
-    if failed:
-        target, _, output = failed[0]
-        names = ", ".join(str(each[0]) for each in failed)
-        fail(f"{names} failed; {target} ended with:\n{output}", CANNOT)
 
 
 @bench_app.command("budget")
@@ -379,11 +358,16 @@ def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None)
     return Lab(shape, say, max_host_bytes=limit)
 
 
-def _decode_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
+def _decode_file(
+    out: Path, shape: str, tokens: int, commit: str | None, followed: FollowedTraces | None = None
+) -> ResultFile:
     from sparda_compile.bench.lab import ResultFile
 
     head = {"name": "decode", "shape": shape, "max_tokens": tokens}
-    return ResultFile(out / f"decode-{shape}.json", head, "batch_size", commit)
+    if followed is None:
+        return ResultFile(out / f"decode-{shape}.json", head, "batch_size", commit)
+    head |= {"trace": followed.plain()}
+    return ResultFile(out / f"decode-{shape}-trace.json", head, "batch_size", commit)
 
 
 def _budget_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:

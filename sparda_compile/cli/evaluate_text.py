@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.text.cases import Budget
     from sparda_compile.evaluation.text.results import TextFile
 
-__all__ = ["evaluate_text"]
+__all__ = ["BlockSize", "DocumentPaths", "Model", "Selectors", "Shares", "evaluate_text"]
 
 _MODES: Final[tuple[Mode, ...]] = ("query",)
 _SELECTORS: Final = ("infllm2",)

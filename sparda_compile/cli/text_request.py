@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.text.results import TextFile
     from sparda_compile.evaluation.text.run import TextPart
 
-__all__ = ["TextRequest"]
+__all__ = ["TextRequest", "model_name_and_hash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +136,13 @@ class TextRequest:
         """Return what decides the numbers of records, and names what they are about."""
         from sparda_compile.evaluation.text.results import digest_of
 
-        is_real = self.target == REAL_MODEL and not Path(self.target).is_dir()
-        source = real_file() if is_real else Path(self.target)
         base = self.bases[0]
         sizes: tuple[str, ...] = ("block_size", "sink_blocks", "local_blocks", "short_list")
         sizes += ("pool_size", "pool_stride")
         return {
             "model": {
-                "name": source.resolve().stem if is_real else source.resolve().name,
+                **model_name_and_hash(self.target),
                 "class": type(model).__name__,
-                "weights_sha256": digest_of(source),
                 "dtype": str(model.dtype).removeprefix("torch."),
             },
             "documents": documents.plain(),
@@ -158,6 +155,20 @@ class TextRequest:
                 "forecast_sha256": digest_of(self.forecast) if self.forecast is not None else None,
             },
         }
+
+
+def model_name_and_hash(target: str) -> dict[str, str]:
+    """Return the name and the SHA-256 of the weights of a folder's model, or of the real one.
+
+    Raises:
+        BackendUnavailableError: If the real model is not installed.
+    """
+    from sparda_compile.evaluation.text.results import digest_of
+
+    is_real = target == REAL_MODEL and not Path(target).is_dir()
+    source = real_file() if is_real else Path(target)
+    name = source.resolve().stem if is_real else source.resolve().name
+    return {"name": name, "weights_sha256": digest_of(source)}
 
 
 def _stopped(file: TextFile) -> str:

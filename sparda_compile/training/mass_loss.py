@@ -98,7 +98,7 @@ def block_mass(
     mass: Tensor = of_blocks.sum(-1).sum(2)
     if full_only:
         # Before the first full block there is nothing to weigh, and the softmax has no number.
-        mass = mass.masked_fill((end_Q < size)[:, None], 0.0)
+        mass.masked_fill_((end_Q < size)[:, None], 0.0)
     return mass
 
 
@@ -118,7 +118,8 @@ def token_shares(
     """
     logits_BGQS = scores(forecast_BGQD, near_BGSD) * scale
     logits = logits_BGQS.unflatten(-1, (-1, size)).masked_fill_(~free_QN[..., None], float("-inf"))
-    return logits.flatten(-2).softmax(-1).unflatten(-1, (-1, size))
+    shares: Tensor = logits.flatten(-2).softmax(-1).unflatten(-1, (-1, size))
+    return shares
 
 
 def backward_mass_loss(

@@ -111,6 +111,7 @@ OUTPUTS = {
     "eval tasks --plot": ["eval", "tasks", "--plot"],
     "eval text --json-file": ["eval", "text", "smollm2", *DOCUMENT, "--json-file"],
     "eval text --plot": ["eval", "text", "smollm2", *DOCUMENT, "--plot"],
+    "eval trace --out": ["eval", "trace", "smollm2", *DOCUMENT, "--out"],
     "train --out": ["train", "tiny-llama", *TEXT, "--out"],
     "bench decode --out": ["bench", "decode", "--out"],
     "bench decode --plot": ["bench", "decode", "--plot"],

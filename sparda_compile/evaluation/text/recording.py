@@ -1,0 +1,112 @@
+"""Recording the blocks that a model selects on documents: traces for benchmarks.
+
+The first tokens of a document are read densely; the next ones are decode steps in plain PyTorch
+(`evaluation/decode.py`), fed with the document's own tokens, each of which reads the blocks that
+its query selects.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparda_compile.errors import ConfigError
+from sparda_compile.evaluation.decode import decode
+from sparda_compile.evaluation.reading import read
+from sparda_compile.traces import Recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.evaluation.text.documents import Document
+
+__all__ = ["record_document"]
+
+
+class _Recorder:
+    """Takes what each layer's query chose; stands where `decode` has counts of guesses."""
+
+    def __init__(self, config: SpardaConfig) -> None:
+        self._config = config
+        self._steps: dict[int, list[Tensor]] = {}
+
+    def begin(self) -> None:
+        """Forget everything."""
+        self._steps.clear()
+
+    def add(
+        self, number: int, scores: Mapping[str, Tensor], read_BGN: Tensor, lengths_B: Tensor
+    ) -> None:
+        """Keep the ids that a layer chose beyond those always read; B is 1."""
+        del scores
+        config = self._config
+        block_N = torch.arange(read_BGN.shape[-1], device=read_BGN.device)
+        last = int(lengths_B[0]) // config.block_size - config.local_blocks
+        chosen_GN = read_BGN[0] & (block_N >= config.sink_blocks) & (block_N < last)
+        ids = torch.where(chosen_GN)[1]
+        self._steps.setdefault(number, []).append(ids.view(len(chosen_GN), -1).cpu())
+
+    def ids(self, num_blocks: int) -> Tensor:
+        """Return [L, S, G, K], uint8 where that holds every id."""
+        dtype = torch.uint8 if num_blocks <= 256 else torch.int16
+        layers = [torch.stack(steps) for _, steps in sorted(self._steps.items())]
+        return torch.stack(layers).to(dtype)
+
+
+@torch.no_grad()
+def record_document(
+    model: Any,
+    document: Document,
+    begin: Sequence[int],
+    configs: Mapping[float, Sequence[SpardaConfig]],
+    num_tokens: int,
+    num_steps: int,
+    say: Callable[[str], None],
+) -> Iterator[Recording]:
+    """Yield what selectors choose on a document; the first tokens are read once for all of them.
+
+    Args:
+        model: A causal LM of transformers built like Llama, in eval mode.
+        document: Of as many tokens as are read, or more.
+        begin: What the tokenizer puts before a text.
+        configs: By share of the blocks: one for each selector, with its budget.
+        num_tokens: Tokens before the first step.
+        num_steps: Decode steps.
+        say: Told what is being done.
+
+    Raises:
+        ConfigError: If a budget leaves nothing to choose, or has more blocks than there are.
+        UnsupportedInputError: If the model is not built like Llama.
+    """
+    for config in (each for same in configs.values() for each in same):
+        free = num_tokens // config.block_size - config.local_blocks - config.sink_blocks
+        if not config.top_k or config.top_k > free:
+            raise ConfigError(
+                f"of the {free} blocks that may be chosen in {num_tokens} tokens, this budget "
+                f"chooses {config.top_k}; a trace needs 1 to {free}. Change the budget or tokens."
+            )
+    device = next(model.parameters()).device
+    ids = [*begin, *document.ids_T[: num_tokens + num_steps - len(begin)].tolist()]
+    ids_1T = torch.tensor([ids], device=device)
+    say(f"{document.name}: reading {num_tokens} tokens")
+    reading = read(model, ids_1T[:, :num_tokens])
+    for share, same in configs.items():
+        for config in same:
+            say(f"{document.name}: {config.selector}, {share:.0%} of the blocks")
+            recorder: Any = _Recorder(config)
+            decode(model, reading, ids_1T[:, num_tokens:], config, guesses=recorder)
+            last = (num_tokens + num_steps - 1) // config.block_size - config.local_blocks
+            yield Recording(
+                text=document.name,
+                sha256=document.sha256,
+                selector=config.selector,
+                share=share,
+                num_tokens=num_tokens,
+                sink_blocks=config.sink_blocks,
+                num_free=last - config.sink_blocks,
+                ids_LSGK=recorder.ids(last),
+            )
