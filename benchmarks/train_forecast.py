@@ -6,7 +6,8 @@ The floor is one forward pass of the same backbone, as transformers runs it, plu
 pass of Q K^T over the visible pairs (the teacher; over pooled keys for `--teacher query`) at the
 rate of a large matrix product on the same device. `ratio` is the step's time over the floor.
 Weights are random and are made on the device; before timing, the fused teacher is compared with the
-plain one on a short sequence.
+plain one on a short sequence. With a selector on low-bit keys both teachers compare queries with
+every key.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from sparda_compile import SpardaConfig
 from sparda_compile.bench.shapes import ModelShape, build_model
 from sparda_compile.environment import describe, write_result
+from sparda_compile.training.mass_loss import scores_low_bit_keys
 from sparda_compile.training.teacher import aligned_teacher, fine_keys
 from sparda_compile.training.trainer import ForecastTrainer
 
@@ -38,6 +40,7 @@ def parse():
     parser.add_argument("--vocabulary", type=int, default=73448)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", choices=("attention", "query"), default="attention")
+    parser.add_argument("--selector", default="infllm2", help="whose summary a Forecast scores")
     parser.add_argument("--recall-queries", type=int, default=64)
     parser.add_argument("--backend", choices=("auto", "plain", "triton"), default="auto")
     parser.add_argument("--device", default="cuda")
@@ -111,8 +114,9 @@ def main():
     forward_s, forward_times = median_s(forward, device, args.repeats)
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     pairs = args.tokens * (args.tokens + 1) // 2
-    config = SpardaConfig()
-    keys = pairs // config.pool_stride if args.teacher == "query" else pairs
+    config = SpardaConfig(selector=args.selector)
+    is_pooled = args.teacher == "query" and not scores_low_bit_keys(config)
+    keys = pairs // config.pool_stride if is_pooled else pairs
     teacher_flops = 2 * args.layers * args.heads * args.head_dim * keys
     trainer = ForecastTrainer(
         model, config, 5e-4, recall_queries=args.recall_queries, teacher=args.teacher,

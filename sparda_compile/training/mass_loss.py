@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["backward_mass_loss", "block_mass", "near_keys", "scores_low_bit_keys", "token_shares"]
 
-# Scores that are held at once, over all heads: 32 Mi of them are 128 MiB of float32, twice.
-_TILE_SCORES: Final = 1 << 25
+# Scores that are held at once, over all heads: 64 Mi of them are 256 MiB of float32, twice.
+_TILE_SCORES: Final = 1 << 26
 _SMALLEST: Final = 1e-20
 
 
@@ -70,6 +70,7 @@ def block_mass(
     *,
     softcap: float = 0.0,
     full_only: bool = False,
+    seen: int = 0,
 ) -> Tensor:
     """Return the attention that falls on each block, summed over a group, [B, G, Q, N] float32.
 
@@ -82,18 +83,20 @@ def block_mass(
         softcap: Soft cap on the scores, 0.0 for none.
         full_only: Whether the softmax is over the blocks that are full before the position; else
             it is over all tokens up to it, and N counts the full blocks of `k_BGSD` all the same.
+        seen: Whole blocks of tokens before the first position, which need no mask; 0 will do.
     """
     groups, num_tokens = k_BGSD.shape[1:3]
     size = config.block_size
     num_full = num_tokens // size
     query_BGMD = query_BHQD.unflatten(1, (groups, -1)).flatten(2, 3)
-    logits = (scores(query_BGMD, k_BGSD) * scale).unflatten(2, (-1, len(position_Q)))
+    logits = scores(query_BGMD, k_BGSD).mul_(scale).unflatten(2, (-1, len(position_Q)))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    token_S = torch.arange(num_tokens, device=logits.device)
+    token_S = torch.arange(seen * size, num_tokens, device=logits.device)
     end_Q = position_Q // size * size if full_only else position_Q + 1
     hidden_QS = token_S >= end_Q[:, None]
-    weights_BGRQS = logits.masked_fill_(hidden_QS, float("-inf")).softmax(-1)
+    logits[..., seen * size :].masked_fill_(hidden_QS, float("-inf"))
+    weights_BGRQS = logits.softmax(-1)
     of_blocks = weights_BGRQS[..., : num_full * size].unflatten(-1, (num_full, size))
     mass: Tensor = of_blocks.sum(-1).sum(2)
     if full_only:
@@ -103,7 +106,11 @@ def block_mass(
 
 
 def token_shares(
-    forecast_BGQD: Tensor, near_BGSD: Tensor, free_QN: Tensor, size: int, scale: float
+    forecast_BGQD: Tensor,
+    near_BGSD: Tensor,
+    free_QN: Tensor,
+    scale: float,
+    free: range = range(0),
 ) -> Tensor:
     """Return the Forecast's softmax over the tokens of free blocks, [B, G, Q, N, P] float32.
 
@@ -113,12 +120,14 @@ def token_shares(
         forecast_BGQD: Predicted queries, of the dtype of the keys.
         near_BGSD: Low-bit keys of the first N blocks.
         free_QN: Bool: which blocks each query may choose.
-        size: P.
         scale: Factor on f . k'.
+        free: Blocks that every query may choose, which need no mask; none will do.
     """
-    logits_BGQS = scores(forecast_BGQD, near_BGSD) * scale
-    logits = logits_BGQS.unflatten(-1, (-1, size)).masked_fill_(~free_QN[..., None], float("-inf"))
-    shares: Tensor = logits.flatten(-2).softmax(-1).unflatten(-1, (-1, size))
+    logits_BGQS = scores(forecast_BGQD, near_BGSD).mul_(scale)
+    logits = logits_BGQS.unflatten(-1, (free_QN.shape[1], -1))
+    for part in (slice(0, free.start), slice(max(free.stop, free.start), None)):
+        logits[..., part, :].masked_fill_(~free_QN[:, part, None], float("-inf"))
+    shares: Tensor = logits.flatten(-2).softmax(-1).view_as(logits)
     return shares
 
 
@@ -178,9 +187,10 @@ def backward_mass_loss(
             scale,
             softcap=0.0 if is_query else softcap,
             full_only=is_query,
+            seen=start // config.block_size,
         )
         loss, part = _tile(
-            forecast[:, :, start:stop], near_BGSD, target_BGQN, position_Q, config, scale
+            forecast[:, :, start:stop], near_BGSD, target_BGQN, range(start, stop), config, scale
         )
         total += loss / (counted * batch * groups)
         if gradient is not None:
@@ -194,17 +204,20 @@ def _tile(
     forecast_BGQD: Tensor,
     near_BGSD: Tensor,
     mass_BGQN: Tensor,
-    position_Q: Tensor,
+    queries: range,
     config: SpardaConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the divergence of some queries, summed, and its gradient, [B, G, Q, D] float32."""
     num_blocks = mass_BGQN.shape[-1]
+    position_Q = torch.arange(queries.start, queries.stop, device=near_BGSD.device)
     free_QN = free_blocks(position_Q, config, num_blocks)
     near = near_BGSD[:, :, : num_blocks * config.block_size]
     target = mass_BGQN.masked_fill(~free_QN, 0.0)
     target /= target.sum(-1, keepdim=True).clamp(min=_SMALLEST)
-    shares = token_shares(forecast_BGQD, near, free_QN, config.block_size, scale)
+    current = queries.start // config.block_size
+    free = range(config.sink_blocks, current - config.local_blocks)
+    shares = token_shares(forecast_BGQD, near, free_QN, scale, free)
     student = shares.sum(-1).clamp(min=_SMALLEST)
     surprise = target.clamp(min=_SMALLEST).log() - student.log()
     loss = (target * surprise).sum()

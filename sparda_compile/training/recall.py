@@ -126,7 +126,7 @@ def _by_low_bit_keys(
     near_BGSD = near_keys(k_BGTD, config)
     free_QN = free_blocks(position_Q, config, near_BGSD.shape[2] // config.block_size)
     truth = block_mass(query_BHQD, near_BGSD, position_Q, config, scale, full_only=True)
-    guess = token_shares(forecast_BGQD, near_BGSD, free_QN, config.block_size, scale).sum(-1)
+    guess = token_shares(forecast_BGQD, near_BGSD, free_QN, scale).sum(-1)
     return truth, guess
 
 

@@ -92,7 +92,7 @@ def plain_loss(forecast, query, key):
     free = (torch.arange(blocks) >= 1) & (torch.arange(blocks) < position[:, None] // 16 - 1)
     mass = block_mass(query[:, :, position], key, position, CONFIG, SCALE).masked_fill(~free, 0.0)
     target = mass / mass.sum(-1, keepdim=True)
-    shares = token_shares(forecast[:, :, position], near, free, 16, SCALE).sum(-1)
+    shares = token_shares(forecast[:, :, position], near, free, SCALE).sum(-1)
     terms = target * (target / shares.where(free, 1.0)).where(free, 1.0).log()
     return terms.sum() / (key.shape[0] * key.shape[1] * key.shape[2])
 
@@ -146,3 +146,19 @@ def test_recall_is_what_the_deployed_selectors_share(selector):
 )
 def test_which_selectors_score_low_bit_keys(selector, is_low_bit):
     assert scores_low_bit_keys(CONFIG.replace(selector=selector)) == is_low_bit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("teacher", ["attention", "query"])
+def test_half_precision_on_a_gpu_is_near_float32_on_a_cpu(teacher):
+    drawn = [each.bfloat16() for each in draw(batch=2, heads=9, groups=3, tokens=1000, dim=64)]
+    found = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        forecast, query, key = (each.to(device, dtype) for each in drawn)
+        forecast.requires_grad_()
+        config = CONFIG.replace(block_size=64)
+        loss = backward_mass_loss(forecast, query, key, config, 0.125, teacher=teacher)
+        found.append((float(loss), forecast.grad.float().cpu()))
+    (loss, gradient), (want, expected) = found
+    assert math.isclose(loss, want, rel_tol=0.02)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.05
