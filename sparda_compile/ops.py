@@ -37,6 +37,7 @@ from sparda_compile.kernels import (  # noqa: F401 - fills the table
     speculation,
     window_attention,
 )
+from sparda_compile.ranks import collectives  # noqa: F401 - fills the table
 from sparda_compile.runtime import (  # noqa: F401 - fills the table
     append,
     block_table,

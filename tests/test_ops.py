@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
@@ -33,6 +34,14 @@ def tables():
     page_block = int32([0, 4, -1, 2]).expand(ROWS, GROUPS, PAGES).contiguous()
     block_table = int32([0, -1, 3, -1, 1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     return [block_table, page_block, torch.where(page_block >= 0, 9, -1).int()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """A process group of this process alone, for the ops of several ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def samples():
@@ -143,6 +152,8 @@ def samples():
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths,
             randn(ROWS, GROUPS, 9, DIM), randn(ROWS, GROUPS, 9, DIM), scale, softcap,
         ),
+        "all_reduce": (randn(ROWS, 1, DIM), 1, dist.group.WORLD.group_name),
+        "all_gather": (randn(SIZE, ROWS), 1, dist.group.WORLD.group_name),
     }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sparda_compile.capture.cache_name import (
-    CACHE_NAME,
     OLD_CACHE_NAME,
     output_with_cache,
     take_cache,
@@ -21,6 +20,7 @@ from sparda_compile.capture.cache_name import (
 from sparda_compile.capture.causal_lm import register_causal_lm
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
+from sparda_compile.module import agreed
 from sparda_compile.module.ambient import check_autocast, neutral
 from sparda_compile.module.bypasses import check_bypass
 from sparda_compile.module.cache import SpardaCache, keys_and_values
@@ -46,6 +46,7 @@ from sparda_compile.module.pool import CachePool
 from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
 from sparda_compile.module.prompt import Reading, read_prompt
+from sparda_compile.module.turns import check_owner, check_reserved, check_second_turn
 from sparda_compile.module.version import Version
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
@@ -93,6 +94,8 @@ class OptimizedModule(FrozenModule):
         self.captures = captures
         self.sparda_config = config
         self.sparda = Sparda(self)
+        self.ranks = captures.ranks
+        self._turn = agreed.Turn(captures.ranks)
         self.last_cache: KVCache | None = None
         self._pool = CachePool()
         self._positions = Positions(captures)
@@ -153,7 +156,7 @@ class OptimizedModule(FrozenModule):
         ids = check_call(input_ids, kwargs, self.config)
         check_kept(logits_to_keep)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
-        with self._lock, neutral():
+        with self._turn.taken(), self._lock, neutral():
             check_ids(ids, self.captures.vocabulary)
             held = self._cache_for(given, ids)
             self._check_model(held, ids)
@@ -185,22 +188,12 @@ class OptimizedModule(FrozenModule):
         logits_to_keep: int | Tensor,
     ) -> Tensor:
         """Take in tokens and return the logits that are asked for."""
-        kv = self._ready(cache, ids)
+        with agreed.at_prompt(self.ranks, cache, ids) as facts:
+            facts |= agreed.facts_of_call(ids, attention_mask, position_ids, logits_to_keep)
+            reading, mask, num_real = self._read(cache, ids, attention_mask, logits_to_keep)
+        kv, hides, last_only = reading.kv, reading.may_hide, reading.last_only
         batch_size, num_tokens = ids.shape
-        mask = token_mask(attention_mask, cache, ids)
-        check_holes(attention_mask, self.captures.windows.values())
-        hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
-        num_real, is_decode = num_tokens, num_tokens == 1
-        if is_decode and hides:
-            raise UnsupportedInputError(
-                "attention_mask hides the only new token of a sequence; pass at least one real "
-                "token for each."
-            )
-        if num_tokens > 1:
-            num_real = int(mask.sum(1).max()) if hides else num_tokens
-            kv.check_room(num_real)
-        last_only = is_decode or is_last(logits_to_keep)
-        reading = Reading(self.programs, kv, (batch_size, num_tokens), hides, last_only)
+        is_decode = num_tokens == 1
         chunks = () if is_decode else reading.chunks()
         positions = self._positions.of(position_ids, mask, cache, hides=hides)
         kv.is_broken = True  # until the step has ended
@@ -219,6 +212,37 @@ class OptimizedModule(FrozenModule):
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 
+    def _read(
+        self,
+        cache: SpardaCache,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
+    ) -> tuple[Reading, Tensor, int]:
+        """Check new tokens and make room for them; nothing has been read yet if it raises.
+
+        Returns:
+            How they are read, which of them are real, and how many of the longest sequence are.
+        """
+        kv = self._ready(cache, ids)
+        batch_size, num_tokens = ids.shape
+        mask = token_mask(attention_mask, cache, ids)
+        check_holes(attention_mask, self.captures.windows.values())
+        hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
+        is_decode = num_tokens == 1
+        if is_decode and hides:
+            raise UnsupportedInputError(
+                "attention_mask hides the only new token of a sequence; pass at least one real "
+                "token for each."
+            )
+        num_real = num_tokens
+        if num_tokens > 1:
+            num_real = int(mask.sum(1).max()) if hides else num_tokens
+            kv.check_room(num_real)
+        last_only = is_decode or is_last(logits_to_keep)
+        reading = Reading(self.programs, kv, (batch_size, num_tokens), hides, last_only)
+        return reading, mask, num_real
+
     @named_as(lambda module: module.captures.original.generate)
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`, and its order by position.
@@ -235,31 +259,49 @@ class OptimizedModule(FrozenModule):
             UnsupportedInputError: If docs/arguments.md refuses an argument, wherever it is set.
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
+        with self.ranks.together("generate") as facts:
+            cache, wants_cache = self._begin(inputs, kwargs, facts)
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        if not self.ranks.is_alone and facts["do_sample"]:
+            self.ranks.share_random_state(next(self.parameters()).device)
+        follow(self._driver, self.captures.original, self.generation_config)
+        with self._turn.taken():
+            output = drive(self._driver, cache, wants_cache, kwargs)
+        self.last_cache = cache.kv  # a second text of guidance_scale has another
+        agreed.check_same_text(self.ranks, output)
+        return output
+
+    def _begin(
+        self, inputs: Tensor | None, kwargs: dict[str, Any], facts: dict[str, Any]
+    ) -> tuple[SpardaCache, bool]:
+        """Check a call of `generate`; return its cache, and whether to return that.
+
+        Args:
+            inputs: The prompt, or None.
+            kwargs: Arguments of the call; the cache is removed.
+            facts: Where to enter what all ranks have to pass.
+        """
         with self._lock, neutral():
             self.version.check(thorough=True)
             self.version.check_view(self)
         settings = check_generation(self.generation_config, kwargs)
         ids = check_prompt(inputs, kwargs, settings)
+        facts |= agreed.facts_of_generation(self.ranks, ids, kwargs, settings)
         total = length_of(1 if ids is None else ids.shape[1], settings, self.config)
         cache = take_cache(kwargs)
         is_given = cache is not None
         if not is_given:
-            self._check_reserved(total)
+            check_reserved(self.sparda_config.max_tokens, total)
             cache = SpardaCache(self, self.programs.capacity(total))
         else:
-            self._check_owner(cache)
-            self._check_second_turn(cache, ids, total)
+            check_owner(self, cache)
+            check_second_turn(cache, ids, self.sparda_config.max_tokens, total)
             mask = kwargs.get("attention_mask")
             if mask is not None and ids is not None:
                 token_mask(mask, cache, ids[:, cache.get_seq_length() :])
-        if inputs is not None:
-            kwargs["inputs"] = inputs
-        wants_cache = settings.get("use_cache") is not False or is_given
         cache.is_checked = True
-        follow(self._driver, self.captures.original, self.generation_config)
-        output = drive(self._driver, cache, wants_cache, kwargs)
-        self.last_cache = cache.kv  # a second text of guidance_scale has another
-        return output
+        return cache, settings.get("use_cache") is not False or is_given
 
     @property
     def generation_config(self) -> Any:
@@ -305,7 +347,7 @@ class OptimizedModule(FrozenModule):
         """
         tokens = past.get_seq_length() + 1 if past is not None else 1
         reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
-        self._check_reserved(max(reserve, tokens))
+        check_reserved(self.sparda_config.max_tokens, max(reserve, tokens))
         cache = SpardaCache(self, self.programs.capacity(max(reserve, tokens)))
         if past is not None:
             with self._lock, neutral():
@@ -325,49 +367,11 @@ class OptimizedModule(FrozenModule):
             check_bypass(name)
             return getattr(self.captures.original, name)
 
-    def _check_owner(self, cache: Any) -> None:
-        if not isinstance(cache, SpardaCache):
-            raise KVCacheError(
-                f"the cache given is a {type(cache).__name__}; pass None, or a cache that this "
-                f"module returned: {CACHE_NAME} of an earlier output, new_cache(), or "
-                "new_cache(past=...) with one that the model filled."
-            )
-        if cache.kv is not None and cache.kv.is_broken:
-            raise KVCacheError(
-                "the last step on this cache began and did not end, so nobody knows what it holds. "
-                "Call its reset() and pass the whole text again, or start a new cache."
-            )
-        if cache.owner() is not self:
-            raise KVCacheError(
-                "the cache given is that of another model; a cache holds the keys of the "
-                "module that made it. Pass None to start a new one."
-            )
-
-    def _check_reserved(self, total: int) -> None:
-        limit = self.sparda_config.max_tokens
-        if limit is not None and total > limit:
-            raise KVCacheError(
-                f"prompt and new tokens need {total} tokens per sequence, more than "
-                f"max_tokens={limit}; raise max_tokens, shorten the prompt, or lower "
-                "max_new_tokens."
-            )
-
-    def _check_second_turn(self, cache: SpardaCache, ids: Tensor | None, total: int) -> None:
-        past, num_tokens = cache.get_seq_length(), 0 if ids is None else ids.shape[1]
-        self._check_reserved(total)
-        if past and num_tokens <= past:
-            raise KVCacheError(
-                f"input_ids has {num_tokens} tokens but the cache holds {past}; on a second turn "
-                "pass the whole conversation: the tokens of the cache and then the new ones."
-            )
-        if past and ids is not None:
-            cache.check_ids(ids)
-
     def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
         if cache is None:
-            self._check_reserved(ids.shape[1])
+            check_reserved(self.sparda_config.max_tokens, ids.shape[1])
             return SpardaCache(self, self.programs.capacity(ids.shape[1] + 1))
-        self._check_owner(cache)
+        check_owner(self, cache)
         return cache
 
     def _ready(self, cache: SpardaCache, ids: Tensor) -> KVCache:
