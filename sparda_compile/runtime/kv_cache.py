@@ -119,6 +119,14 @@ class KVCache:
         self.longest += num_tokens
         self.num_issued = 0
 
+    def check_ended(self) -> None:
+        """Raise KVCacheError if the last step began and did not end."""
+        if self.is_broken:
+            raise KVCacheError(
+                "the last step on this cache began and did not end, so nobody knows what it holds. "
+                "Call its reset() and pass the whole text again, or start a new cache."
+            )
+
     def check_room(self, num_tokens: int) -> None:
         """Raise KVCacheError if so many more tokens do not fit."""
         if self.longest + num_tokens <= self.layout.max_tokens:
