@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, get_args
 
 import typer
 
-from sparda_compile import config
+from sparda_compile import config, selection
 from sparda_compile.bench import names as bench_names
 from sparda_compile.evaluation import names as task_names
 from sparda_compile.registry import HINTS, SELECTORS
@@ -31,7 +31,6 @@ __all__ = [
     "MOST_TOKENS",
     "Choice",
     "Commit",
-    "CopyingMode",
     "Device",
     "Hint",
     "HostGib",
@@ -43,6 +42,8 @@ __all__ = [
     "OutFolder",
     "Prompt",
     "PromptProgram",
+    "Repair",
+    "SelectingMode",
     "Selector",
     "Shape",
     "ShapeOption",
@@ -50,6 +51,7 @@ __all__ = [
     "Task",
     "Teacher",
     "Variant",
+    "Where",
     "choices",
 ]
 
@@ -84,9 +86,11 @@ if TYPE_CHECKING:
     Machine = str
     Selector = str
     Mode = config.Mode
-    CopyingMode = config.Mode
+    SelectingMode = config.Mode
     Lowering = config.Lowering
     Offload = config.Offload
+    Repair = selection.Repair
+    Where = selection.Where
     Device = bench_names.DeviceName
     Shape = bench_names.ShapeName
     Prompt = task_names.PromptName
@@ -99,10 +103,11 @@ else:
     Machine = choices("Machine", config.MACHINE_NAMES)
     Selector = choices("Selector", SELECTORS.choices())
     Mode = choices("Mode", get_args(config.Mode))
-    _COPYING = (m for m in get_args(config.Mode) if m not in ("dense", "speculate"))
-    CopyingMode = choices("CopyingMode", _COPYING)
+    SelectingMode = choices("SelectingMode", (m for m in get_args(config.Mode) if m != "dense"))
     Lowering = choices("Lowering", get_args(config.Lowering))
     Offload = choices("Offload", get_args(config.Offload))
+    Repair = choices("Repair", get_args(selection.Repair))
+    Where = choices("Where", get_args(selection.Where))
     Device = choices("Device", get_args(bench_names.DeviceName))
     Shape = choices("Shape", get_args(bench_names.ShapeName))
     Prompt = choices("Prompt", get_args(task_names.PromptName))

@@ -26,9 +26,10 @@ from sparda_compile.passes.schedule.num_bytes import EXAMPLE_TOKENS, num_bytes, 
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.state.layout import CacheLayout
     from sparda_compile.state.strategy import HintMethod
 
-__all__ = ["expected_misses", "link_bytes", "read_bytes"]
+__all__ = ["expected_misses", "expected_repair", "link_bytes", "read_bytes"]
 
 
 def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
@@ -83,7 +84,19 @@ def expected_misses(ctx: PassContext) -> float:
     As many of those that scores choose as the step before did not choose: a prediction that has
     seen more steps is taken to miss no more.
     """
-    return 1.0 + _num_scored(ctx) * (1.0 - ctx.config.expected_overlap)
+    assert ctx.layout is not None
+    return expected_repair(ctx.layout, ctx.config.expected_overlap)
+
+
+def expected_repair(layout: CacheLayout, overlap: float) -> float:
+    """Return the same for a cache.
+
+    Args:
+        layout: Its sizes.
+        overlap: Share of the blocks chosen by score that the step before chose too.
+    """
+    scored = max(layout.num_selected - layout.config.num_forced, 0)
+    return 1.0 + scored * (1.0 - overlap)
 
 
 def _selected_bytes(pool: Tensor, num_blocks: int, ctx: PassContext) -> int:
