@@ -25,6 +25,7 @@ from sparda_compile.cli.options import (
     LocalBlocks,
     Mode,
     Prompt,
+    Repair,
     Selector,
     ShortList,
     Task,
@@ -53,6 +54,7 @@ _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
 _PROMPT: Final = "dense"
+_REPAIR: Final = "exact"
 
 Model = Annotated[
     str,
@@ -87,6 +89,14 @@ Ema = Annotated[
 Calibrate = Annotated[
     bool,
     typer.Option("--ema-calibrate", help="Calibrate hint ema by the first of the steps."),
+]
+Repairs = Annotated[
+    list[Repair] | None,
+    typer.Option(
+        help="Of mode speculate: exact reads what its query selects, union what was predicted too. "
+        "May be given again.",
+        show_default=_REPAIR,
+    ),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -159,6 +169,7 @@ def evaluate_model(
     hint: Hints = None,
     ema: Ema = None,
     ema_calibrate: Calibrate = False,
+    repair: Repairs = None,
     budget: Budgets = None,
     prefill: Prompts = None,
     task: Tasks = None,
@@ -191,7 +202,7 @@ def evaluate_model(
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
-                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
+                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, fields),
                 tuple(budget or _BUDGETS),
                 tuple(map(str, prefill or (_PROMPT,))),
                 tuple(map(str, task or _TASKS)),
@@ -235,14 +246,30 @@ def _sizes(
 
 
 def _bases(
-    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, Any]
+    modes: Sequence[Mode],
+    selectors: Sequence[str],
+    repairs: Sequence[Repair] | None,
+    fields: Mapping[str, Any],
 ) -> list[SpardaConfig]:
-    """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
-    return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **_memory(mode), **fields)
-        for mode in modes
-        for rule in _selectors(mode, selectors)
-    ]
+    """Return a configuration for each mode, selector and, of `speculate`, repair.
+
+    A budget sets its `top_k` later.
+
+    Raises:
+        ConfigError: If repairs are given and no mode repairs.
+    """
+    if repairs and "speculate" not in modes:
+        raise ConfigError("--repair is what mode speculate does; add --mode speculate.")
+    bases = []
+    for mode in modes:
+        kinds = (repairs or (_REPAIR,)) if mode == "speculate" else (_REPAIR,)
+        more: dict[str, Any] = {**_memory(mode), **fields}
+        bases += [
+            SpardaConfig(mode=mode, selector=rule, top_k=None, repair=repair, **more)
+            for rule in _selectors(mode, selectors)
+            for repair in kinds
+        ]
+    return bases
 
 
 def _memory(mode: str) -> dict[str, Any]:

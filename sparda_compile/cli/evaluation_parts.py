@@ -77,6 +77,8 @@ class EvaluationParts:
                 found.setdefault("dense", ("dense", base, ""))
                 continue
             rule = base.mode if base.selector == "infllm2" else f"{base.mode} {base.selector}"
+            if base.mode == "speculate" and base.repair == "union":
+                rule = f"{rule} union"
             for share in self.budgets:
                 config = budget_config(base, length, share)
                 for prompt, ending in _ENDINGS.items():

@@ -82,6 +82,18 @@ def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     assert "ema_level=0.0" in wrong.stderr.replace("--ema-level ", "ema_level=")
 
 
+def test_both_repairs_of_speculation(folder, tmp_path):
+    path = tmp_path / "found.json"
+    given = ("--task", "multi_key", "--mode", "query", "--mode", "speculate",
+             "--repair", "exact", "--repair", "union", "--json-file", path)  # fmt: skip
+    result = run(folder, *SMALL, *given)
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["query 40%", "speculate 40%", "speculate union 40%"]
+    assert rows["speculate 40%"]["kl"] == rows["query 40%"]["kl"]
+    assert rows["speculate union 40%"]["kl"] != rows["query 40%"]["kl"]
+
+
 def trained(path, **sizes):
     """Return a file of Forecast weights for the folder's model."""
     info = ForecastInfo(
@@ -111,6 +123,7 @@ def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path)
     [
         (["--pool-stride", "24"], "--pool-stride 24 must divide"),
         (["--mode", "fast"], "is not one of 'dense'"),
+        (["--repair", "union"], "--repair is what mode speculate does; add --mode speculate"),
         (["--budget", "2"], "less than or equal to 1"),
         (["--budget", "0"], "is not a share"),
         (["--task", "poetry"], "is not one of 'single_needle'"),
