@@ -115,6 +115,7 @@ HINTS: Final[Registry[Any]] = Registry(
         "previous_layer": "sparda_compile.hints.previous_layer:PreviousLayerHint",
         "next_query": "sparda_compile.hints.next_query:NextQueryHint",
         "ema": "sparda_compile.hints.ema:EmaHint",
+        "mixture": "sparda_compile.hints.mixture:MixtureHint",
     },
 )
 

@@ -21,6 +21,8 @@ __all__ = [
     "TOKEN_MASK",
     "PagePlan",
     "StateInputs",
+    "add_scores",
+    "add_selection",
     "geometry_of",
     "plan_pages",
     "select_by_score",
@@ -173,7 +175,21 @@ def select_by_score(
     prefix: str = "",
 ) -> fx.Node:
     """Add `score_blocks` and `select_blocks`; returns the ids."""
-    config = layout.config
+    scores = add_scores(emit, query, selector, scale, shape, state, layout, prefix)
+    return add_selection(emit, scores, shape, state, layout, prefix)
+
+
+def add_scores(
+    emit: Emitter,
+    query: fx.Node,
+    selector: str,
+    scale: float,
+    shape: LayerShape,
+    state: StateInputs,
+    layout: CacheLayout,
+    prefix: str = "",
+) -> fx.Node:
+    """Add `score_blocks`; returns the scores."""
     summary = SELECTORS[selector].summary.name
     tensors = [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)]
     scores = emit.call(
@@ -189,6 +205,19 @@ def select_by_score(
     if layout.geometry.short_list:
         for name in ("short_list", "sink_blocks", "local_blocks"):
             set_argument(scores, name, getattr(layout.geometry, name))
+    return scores
+
+
+def add_selection(
+    emit: Emitter,
+    scores: fx.Node,
+    shape: LayerShape,
+    state: StateInputs,
+    layout: CacheLayout,
+    prefix: str = "",
+) -> fx.Node:
+    """Add `select_blocks`; returns the ids."""
+    config = layout.config
     return emit.call(
         "select_blocks",
         scores,

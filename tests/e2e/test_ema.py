@@ -20,6 +20,7 @@ SMALL = {
 # Of each of two turns. Blocks fill in each, and pages are taken from others; of the plainest case
 # and the fullest the steps are many.
 STEPS, MANY_STEPS, LATE_STEPS = 40, 104, 24
+EVERY = tuple(name for name in HINTS.names() if name != "mixture")  # it has two of them in it
 CASES = {
     "infllm2": {},
     "quest": {"selector": "quest"},
@@ -36,7 +37,14 @@ CASES = {
     "forecast with quest": {"hint": ("ema", "forecast"), "selector": "quest"},
     "forecast on the device": {"hint": ("ema", "forecast"), "offload": "never"},
     "unscheduled": {"hint": ("ema", "next_query"), "disable_passes": ("schedule_transfers",)},
-    "all hints": {"hint": HINTS.names(), "page_ratio": 1.5},
+    "all hints": {"hint": EVERY, "page_ratio": 1.5},
+    "mixture": {"hint": "mixture"},
+    "mixture with quest": {"hint": ("mixture", "forecast"), "selector": "quest"},
+    "mixture, calibrated, on the device": {
+        "hint": "mixture",
+        "ema_calibrate": True,
+        "offload": "never",
+    },
 }
 
 
@@ -82,7 +90,7 @@ def test_exact_is_query_with_nosa(made):
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints"])
+@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints", "mixture"])
 def test_late_streams_change_nothing(made, name, seed):
     engine, settings = DeferredEngine(seed), CASES[name]
     fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
@@ -98,6 +106,19 @@ def test_a_later_hint_tops_up_what_an_earlier_one_did_not_bring(made):
         made.logits(fast, STEPS)
         misses[hint] = fast.sparda.stats().total.misses
     assert misses["ema", "next_query"] < min(misses["ema"], misses["next_query"])
+
+
+def test_one_mixture_brings_less_than_two_hints_and_misses_about_as_much(made):
+    found = {}
+    for hint in ("ema", "next_query", ("ema", "next_query"), "mixture"):
+        fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
+        made.logits(fast, STEPS)
+        total = fast.sparda.stats().total
+        found[hint] = total.misses, total.h2d_bytes
+    misses, num_bytes = zip(*(found[h] for h in (("ema", "next_query"), "mixture")), strict=True)
+    assert misses[1] < 1.1 * misses[0]
+    assert num_bytes[1] < 0.9 * num_bytes[0]
+    assert found["mixture"][0] < found["ema"][0]
 
 
 def test_the_predictor_names_what_the_last_step_read_no_longer(made):

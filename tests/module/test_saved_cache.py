@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, KVCacheError
 from sparda_compile.module.saved_cache import FORMAT_VERSION, CacheFile, SavedCache
-from sparda_compile.registry import HINTS
 from sparda_compile.testing import build, tiny_llama
 
 SMALL = {
@@ -27,7 +26,11 @@ CASES = {
     "query": {"mode": "query"},
     "lowbit2, fixed size": {"mode": "query", "selector": "lowbit2", "max_tokens": 256},
     "forecast": {"mode": "forecast"},
-    "all hints": {"mode": "exact", "hint": HINTS.names()},
+    "all hints": {
+        "mode": "exact",
+        "hint": ("ema", "forecast", "previous_step", "previous_layer"),
+    },
+    "mixture": {"mode": "exact", "hint": "mixture"},
     "ema, calibrated": {"mode": "exact", "hint": "ema", "selector": "quest", "ema_calibrate": True},
     "speculate": {"mode": "speculate", **ON_DEVICE},
     "union": {"mode": "speculate", "repair": "union", **ON_DEVICE},

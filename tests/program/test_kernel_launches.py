@@ -155,7 +155,7 @@ STAGED = {"_mark_blocks", "_place_blocks", "_gather_listed", "_copy_pages"}
 TURN = {*STAGED, *PACKED} - {"_mark_blocks", "_tile_unions"}
 SPARSE = {*STORED, *PACKED, *SELECTED, *POOLED}
 # What a hint keeps of a prompt's last token.
-PREDICTED = {"ema": INFLLM2 | {"_update_prediction"}}
+PREDICTED = dict.fromkeys(("ema", "mixture"), INFLLM2 | {"_update_prediction"})
 PROMPTS = {
     "dense": (
         "prefill", {"mode": "dense", "offload": "never"}, {*STORED} - {"_store_prefix"},

@@ -142,7 +142,10 @@ class _Layer:
         """Return what the ops of a hint take where the layer's own take something else."""
         mine = [op for op, name in self._of_hint.items() if name == hint]
         by_name = {op.name: op.node.name for op in mine}
-        found: Operands = {"scores": by_name.get("score_blocks"), "block_ids": borrowed}
+        asked = by_name.get("score_blocks")
+        found: Operands = {"scores": by_name.get("mix_scores", asked), "block_ids": borrowed}
+        if "mix_scores" in by_name:
+            self._own["asked"] = asked  # what is learned behind the attention takes it too
         if borrowed is None:
             found["block_ids"] = next((by_name[n] for n in _GUESSES if n in by_name), None)
         plans = [op for op in self._layer.by_role.get("hint plan", ()) if op in mine]
