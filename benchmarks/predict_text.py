@@ -48,25 +48,27 @@ def parse():
     return parser.parse_args()
 
 
+# Hints of mode `exact`, in the order in which they fetch.
+HINTS = {
+    "none": (),
+    "ema": ("ema",),
+    "next_query": ("next_query",),
+    "ema, then next_query": ("ema", "next_query"),
+    "mixture": ("mixture",),
+}
+
+
 class Pages:
     """Blocks on the pages of one layer, as mode `exact` has them: the oldest ones leave.
 
     What its hints name is fetched early, what else is selected late; both over the blocks read.
     """
 
-    hints = {
-        "none": (),
-        "ema": ("ema",),
-        "next_query": ("next_query",),
-        "ema, then next_query": ("ema", "next_query"),
-        "mixture": ("mixture",),
-    }
-
     def __init__(self, config):
         self.config = config
         self.layers = {}
         self.num_seen = {}
-        self.counts = {name: [0, 0, 0] for name in self.hints}
+        self.counts = {name: [0, 0, 0] for name in HINTS}
 
     def add(self, number, scores, read_BGN, lengths_B):
         if "next_query" not in scores:
@@ -89,7 +91,7 @@ class Pages:
             for name, each in ranked.items()
         }
         most = math.ceil(num_selected * config.page_ratio)
-        for name, hints in self.hints.items():
+        for name, hints in HINTS.items():
             for group, read_N in enumerate(read_BGN[0]):
                 held = pages.setdefault((name, group), {})
                 time_now, current = self.num_seen[number], int(lengths_B) // config.block_size

@@ -79,14 +79,14 @@ class MixtureHint(EmaHint):
         )
         weights = ema_weights(layout)
         emit = point.after(query)
+        made_of = (point.shape, point.state, layout)
         asked = add_scores(
-            emit, query, config.selector, point.target.scale, point.shape, point.state, layout,
-            point.prefix,
-        )  # fmt: skip
+            emit, query, config.selector, point.target.scale, *made_of, prefix=point.prefix
+        )
         mixed = emit.call(
             "mix_scores", asked, level, trend, mixture, config.ema_damping, weights[2]
         )
-        ids = add_selection(emit, mixed, point.shape, point.state, layout, point.prefix)
+        ids = add_selection(emit, mixed, *made_of, prefix=point.prefix)
         scores = argument(point.block_ids[layer], "scores")
         behind = point.after(point.last("sparse_attention"))
         learned = behind.call(

@@ -28,7 +28,6 @@ from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
 
-
 _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _SCORING: Final = ("score_blocks", "select_tokens", "select_past", "begin_prediction")
@@ -142,12 +141,10 @@ class _Layer:
         """Return what the ops of a hint take where the layer's own take something else."""
         mine = [op for op, name in self._of_hint.items() if name == hint]
         by_name = {op.name: op.node.name for op in mine}
-        asked = by_name.get("score_blocks")
-        found: Operands = {"scores": by_name.get("mix_scores", asked), "block_ids": borrowed}
-        if "mix_scores" in by_name:
-            self._own["asked"] = asked  # what is learned behind the attention takes it too
-        if borrowed is None:
-            found["block_ids"] = next((by_name[n] for n in _GUESSES if n in by_name), None)
+        first = next((by_name[n] for n in _GUESSES if n in by_name), None)
+        scores = by_name.get("mix_scores", by_name.get("score_blocks"))
+        found: Operands = {"scores": scores, "block_ids": first if borrowed is None else borrowed}
+        self._own |= {"asked": by_name["score_blocks"]} if "mix_scores" in by_name else {}
         plans = [op for op in self._layer.by_role.get("hint plan", ()) if op in mine]
         return {**(_results(plans[0]) if plans else {}), **found}
 
