@@ -59,6 +59,7 @@ def samples():
     parts = (randn(ROWS, GROUPS, SELECTED, 3, DIM), randn(ROWS, GROUPS, SELECTED, 3))
     ticket = torch.empty(0)
     levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
+    mixed = tuple(randn(ROWS, GROUPS, BLOCKS) for _ in range(3))
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     selection = (query, pages, page_ids, ids)
     guess = int32([0, 2, -1]).expand(ROWS, GROUPS, SELECTED).contiguous()
@@ -101,6 +102,11 @@ def samples():
         "attend_predicted": (query, pages, tables()[0], guess, lengths, scale, softcap),
         "repair_predicted": (
             *selection, guess, lengths, *parts, counters, scale, softcap, True,
+        ),
+        "mix_scores": (*mixed, randn(ROWS, GROUPS, 2).abs(), 0.5, True),
+        "learn_mixture": (
+            randn(ROWS, GROUPS, BLOCKS), *mixed, lengths, randn(ROWS, GROUPS, 2).abs(), 0.5, True,
+            SIZE, 1, 0,
         ),
         "update_prediction": (
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,

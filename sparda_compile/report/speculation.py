@@ -2,7 +2,7 @@
 
 speculation           attend   attention to predicted blocks, before any is selected
 repair and removal    compute  attention to the blocks that were missed, and the merge, which
-                               takes in no block that was predicted in vain; one launch
+                               takes in no block that was predicted in vain
 next prediction       attend   this step's scores into the levels, then the blocks of the next
 """
 
