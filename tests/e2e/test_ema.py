@@ -109,14 +109,14 @@ def test_a_later_hint_tops_up_what_an_earlier_one_did_not_bring(made):
 
 
 def test_one_mixture_brings_less_than_two_hints_one_after_the_other(made):
-    """And leaves fewer misses than the one that knows no query, even of a random model."""
+    """And leaves fewer misses than a hint that names what has a page, even of a random model."""
     found = {}
-    for hint in ("ema", ("ema", "next_query"), "mixture"):
+    for hint in ("previous_step", ("ema", "next_query"), "mixture"):
         fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
         made.logits(fast, STEPS)
         total = fast.sparda.stats().total
         found[hint] = total.misses, total.h2d_bytes
-    assert found["mixture"][0] < found["ema"][0]
+    assert found["mixture"][0] < 0.95 * found["previous_step"][0]
     assert found["mixture"][1] < 0.9 * found["ema", "next_query"][1]
 
 
