@@ -118,7 +118,8 @@ def stage(
         launch(_mark_blocks, (triton.cdiv(num_ids, _IDS), pairs))(
             ids, wanted, num_ids, num_blocks, _IDS, num_warps=4
         )
-    listed = table.new_empty((3, pairs, num_room))
+    # Each with memory of its own, for a kernel is compiled anew where one begins off 16 bytes.
+    listed = [table.new_empty((pairs, num_room)) for _ in range(3)]
     num_missed = table.new_empty((pairs,))
     launch(_place_blocks, (pairs,))(
         wanted, lengths_B, table, slots_BGN, *listed, num_missed, groups,
