@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
+from sparda_compile.registry import HINTS, KV_FORMATS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
 
 __all__ = [
@@ -86,6 +86,9 @@ class Memory:
         host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
         page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
+        kv_format: How a full block is written, wherever it is: `model` keeps the model's dtype, bit
+            for bit; `fp8`, `int8` and `int4` round each block once, when it is full. In CPU memory
+            and over the link it takes half of 16 bits, or about a quarter. See `docs/kv_formats.md`.
     """
 
     chunk_tokens: int | None = None
@@ -95,8 +98,10 @@ class Memory:
     host_bytes: int | None = None
     page_ratio: float = 1.5
     eviction: Eviction = "lru"
+    kv_format: str = "model"
 
     def __post_init__(self) -> None:
+        one_of("kv_format", self.kv_format, KV_FORMATS.choices())
         one_of("offload", self.offload, get_args(Offload))
         one_of("eviction", self.eviction, get_args(Eviction))
         number("page_ratio", self.page_ratio)

@@ -3,7 +3,8 @@
 A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device pages, P tokens):
 
     pages        [B, G, C, 2, P, D]   device pages, K then V
-    host         [B, G, N, 2, P, D]   the same blocks in CPU memory; empty without offload
+    host         [B, G, N, 2, P, D]   the same blocks in CPU memory; empty without offload, and
+                                      [B, G, N, bytes] uint8 in a `kv_format` that rounds
     block_table  [B, G, N] int32      block -> page, -1 if absent
     page_block   [B, G, C] int32      page -> block, -1 if free
     page_stamp   [B, G, C] int32      when the page's block was last selected (or loaded)
@@ -24,12 +25,14 @@ import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.isa.counters import COUNTERS
+from sparda_compile.registry import KV_FORMATS
 from sparda_compile.selectors import Geometry, summary_named
 from sparda_compile.sizes import SAMPLES
 from sparda_compile.state.strategy import Strategy, strategy_of
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.formats.base import BlockFormat
 
 __all__ = ["LENGTHS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
 
@@ -100,6 +103,21 @@ class CacheLayout:
     def geometry(self) -> Geometry:
         """Sizes that selectors depend on."""
         return Geometry.of(self.config, self.num_blocks)
+
+    @property
+    def kv_format(self) -> BlockFormat:
+        """How full blocks are written."""
+        found: BlockFormat = KV_FORMATS[self.config.kv_format]
+        return found
+
+    @property
+    def stores(self) -> bool:
+        """Whether something is done to a block that became full: it is copied, or rounded."""
+        return self.offload or self.kv_format.rounds
+
+    def stored_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a full block in CPU memory, which are those that cross the link."""
+        return self.kv_format.num_bytes(self.config.block_size, head_dim, dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -182,10 +200,11 @@ class CacheLayout:
             return {"ring_k": ring, "ring_v": ring}
         block = (2, self.config.block_size, layer.head_dim)
         pages, blocks = self.num_pages, self.num_blocks
-        host_shape = (*batch, blocks, *block) if self.offload else (0,)
+        stored, dtype = self.kv_format.stored(*block[1:], layer.dtype)
+        host_shape = (*batch, blocks, *stored) if self.offload else (0,)
         specs = {
             "pages": TensorSpec((*batch, pages, *block), layer.dtype),
-            "host": TensorSpec(host_shape, layer.dtype, on_host=True),
+            "host": TensorSpec(host_shape, dtype, on_host=True),
             "block_table": TensorSpec((*batch, blocks), torch.int32, fill=-1),
             "page_block": TensorSpec((*batch, pages), torch.int32, fill=-1),
             "page_stamp": TensorSpec((*batch, pages), torch.int32, fill=-1),

@@ -95,6 +95,8 @@ class _Layer:
         by_forecast = ctx.strategy.selects_by_forecast
         self._is_forecast = by_forecast and Fact.FORECAST_INSERTED in facts
         number, kind = layer.shape.layer, layer.shape.kind
+        assert ctx.layout is not None
+        self._rounds, self._format = ctx.layout.kv_format.rounds, ctx.layout.kv_format.name
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
         self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
         of_summary = names.of_summary if kind != "window" else {}
@@ -203,6 +205,9 @@ class _Layer:
             elif op.name == "predict_ahead":
                 expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
             yield from wrong_numbers(op)
+            if op.args.get("kv_format", self._format) != self._format:
+                given = f"takes {op.args['kv_format']!r} as its kv_format"
+                yield f"{op.node.name} {given}, not {self._format!r}"
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -228,7 +233,8 @@ class _Layer:
         if names := marked_state(copy, self._layer):
             return [self._state[name] for name in names]
         if copy.name == "offload_blocks":
-            return [self._state["host"]]
+            names = ("pages", "host") if self._rounds else ("host",)
+            return [self._state[name] for name in names]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
         used = [str(name) for names in self._summaries.values() for name in names]

@@ -173,15 +173,18 @@ class _Insertion(TransferNodes):
 
     def store(self, store: fx.Node) -> int:
         """Split an in-line store into its start and a wait at the end of the step."""
+        assert self.ctx.layout is not None
+        rounds = self.ctx.layout.kv_format.rounds
         layer = LAYER.of(store)
         emit = Emitter(self.graph, store, store, layer)
         event = next(self.events)
         inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self.events)
-        ticket = emit.call("offload_blocks", *store.args, event, fork)
+        ticket = emit.call("offload_blocks", *store.args, event, fork, **store.kwargs)
         end = find_ops(self.graph, "advance_lengths")[0]
-        self.wait(end, ticket, event, [self.state.get("host", layer)])
+        written = ("pages", "host") if rounds else ("host",)
+        self.wait(end, ticket, event, [self.state.get(name, layer) for name in written])
         self.graph.erase_node(store)
         return 1
 

@@ -44,15 +44,20 @@ def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
     assert ctx.layout is not None
     pages = fake_value(argument(node, "pages"))
     if work is Work.TO_HOST:
+        if not ctx.layout.offload:
+            return 0  # it rounds in place
         new_kv = argument(node, "new_kv")
         if new_kv:
-            return sum(num_bytes(fake_value(n), ctx) for n in new_kv)
+            new = sum(num_bytes(fake_value(n), ctx) for n in new_kv)
+            block = numel(pages.shape[3:], ctx) * int(pages.dtype.itemsize)
+            return new * _stored_bytes(pages, ctx) // block
         # One block per `block_size` steps.
-        block = numel((*pages.shape[:2], *pages.shape[3:]), ctx) * int(pages.dtype.itemsize)
+        block = numel(pages.shape[:2], ctx) * _stored_bytes(pages, ctx)
         return block // ctx.layout.config.block_size
     if work is Work.TO_STAGING:
         return _staged_bytes(pages, ctx)
-    return int(_selected_bytes(pages, _num_scored(ctx), ctx) * _fetched_share(node, ctx))
+    blocks = numel(pages.shape[:2], ctx) * min(_num_scored(ctx), int(pages.shape[2]))
+    return int(blocks * _stored_bytes(pages, ctx) * _fetched_share(node, ctx))
 
 
 def read_bytes(node: fx.Node, pool: Tensor, work: Work, ctx: PassContext) -> int:
@@ -108,8 +113,13 @@ def _staged_bytes(pages: Tensor, ctx: PassContext) -> int:
         return 0
     fresh = _num_scored(ctx) * (1.0 - ctx.config.expected_overlap)
     blocks = min(ctx.layout.num_selected + fresh * EXAMPLE_TOKENS, ctx.layout.num_blocks / 2)
-    pairs, block = numel(pages.shape[:2], ctx), numel(pages.shape[3:], ctx)
-    return int(blocks * pairs * block * pages.dtype.itemsize)
+    return int(blocks * numel(pages.shape[:2], ctx) * _stored_bytes(pages, ctx))
+
+
+def _stored_bytes(pages: Tensor, ctx: PassContext) -> int:
+    """Return the bytes of one block in CPU memory, given fake pages."""
+    assert ctx.layout is not None
+    return ctx.layout.stored_bytes(int(pages.shape[5]), pages.dtype)
 
 
 def _fetched_share(copy: fx.Node, ctx: PassContext) -> float:
