@@ -26,7 +26,13 @@ import triton.language as tl
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, count_listed, find_listed
-from sparda_compile.kernels.gpu.launch import as_written, launch, power_of_two, tokens_of
+from sparda_compile.kernels.gpu.launch import (
+    as_written,
+    interpreting,
+    launch,
+    power_of_two,
+    tokens_of,
+)
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -43,7 +49,10 @@ _MOST_WARPS: Final = 16
 
 
 class _Form(NamedTuple):
-    """What kernels are compiled for: sizes of a block and of its run, and the codes."""
+    """What kernels are compiled for: sizes of a block and of its run, and the codes.
+
+    `cuts` says that a cast to bfloat16 does not round, as that of the interpreter.
+    """
 
     size: int
     slots: int
@@ -52,13 +61,14 @@ class _Form(NamedTuple):
     run: int
     bits: int
     scales: int
+    cuts: bool
 
     @classmethod
     def of(cls, pages: Tensor, kv_format: str) -> _Form:
         found, (size, dim) = KV_FORMATS[kv_format], pages.shape[4:]
         run = found.num_bytes(size, dim, pages.dtype)
         sides = (size, power_of_two(size), dim, power_of_two(dim))
-        return cls(*sides, run, found.code_bits, found.num_scales)
+        return cls(*sides, run, found.code_bits, found.num_scales, interpreting())
 
     @property
     def num_warps(self) -> int:
@@ -98,15 +108,26 @@ def _scales_at(run, pages, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.const
 @triton.jit
 def _codes_at(run, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
     """Return where the codes of the keys or values of a stored block are."""
-    codes = run + (0 if KEYS else SIZE * DIM * BITS // 8)
-    return tl.multiple_of(codes.to(tl.pointer_type(tl.uint8)), 8)
+    CODES: tl.constexpr = SIZE * DIM * BITS // 8
+    codes = run + (0 if KEYS else CODES)
+    return tl.multiple_of(codes.to(tl.pointer_type(tl.uint8)), 16 if CODES % 16 == 0 else 8)
+
+
+@triton.jit
+def _rounded(values, pages, CUTS: tl.constexpr):
+    """Return float32 values in the dtype of pages, each the nearest one; ties go to the even."""
+    if CUTS & (pages.dtype.element_ty == tl.bfloat16):
+        bits = values.to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(values == values, near, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return values.to(pages.dtype.element_ty)
 
 
 @triton.jit
 def _unpack_half(
     run, pages, target, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    DECODE: tl.constexpr,
+    CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Write the keys or values of a stored block to [P, D] in a page."""
     PER: tl.constexpr = 8 // BITS
@@ -119,21 +140,22 @@ def _unpack_half(
         shift = tl.arange(0, PER) * BITS
         codes = (codes[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
         codes = tl.reshape(codes, [SLOTS, DIMS])
-    line, LINES = (dims, DIM) if KEYS else (token, SIZE)
+    line = dims if KEYS else token
+    LINES: tl.constexpr = DIM if KEYS else SIZE
     scales_at = _scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
     first = tl.load(scales_at, mask=line < LINES, other=0.0).to(tl.float32)
     last = tl.load(scales_at + (SCALES - 1) * LINES, mask=line < LINES, other=0.0).to(tl.float32)
     values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
     inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
     at = target + token[:, None] * DIM + dims[None, :]
-    tl.store(at, values.to(pages.dtype.element_ty), mask=inside)
+    tl.store(at, _rounded(values, pages, CUTS), mask=inside)
 
 
 @triton.jit
 def _round_half(
-    x, run, pages, target, has_page, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+    x, run, pages, target, page, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+    CUTS: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Store keys or values [SLOTS, DIMS] of a block, and write to its page what is read back."""
     PER: tl.constexpr = 8 // BITS
@@ -156,15 +178,17 @@ def _round_half(
         codes_at = _codes_at(run, KEYS, SIZE, DIM, BITS) + byte[:, None] * DIM + dims[None, :]
         is_code = (byte < SIZE // PER)[:, None] & (dims < DIM)[None, :]
         tl.store(codes_at, joined.to(tl.uint8), mask=is_code)
-        line, LINES = (dims, DIM) if KEYS else (token, SIZE)
+        line = dims if KEYS else token
+        LINES: tl.constexpr = DIM if KEYS else SIZE
         scales_at = _scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
         tl.store(scales_at, first.to(pages.dtype.element_ty), mask=line < LINES)
         if SCALES > 1:
             tl.store(scales_at + LINES, last.to(pages.dtype.element_ty), mask=line < LINES)
     values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
     at = target + token[:, None] * DIM + dims[None, :]
+    kept = (token < tl.where(page >= 0, SIZE, 0))[:, None] & (dims < DIM)[None, :]
     tl.debug_barrier()  # the tile may have been read from the same page
-    tl.store(at, values.to(pages.dtype.element_ty), mask=inside & has_page)
+    tl.store(at, _rounded(values, pages, CUTS), mask=kept)
 
 
 @triton.jit
@@ -172,7 +196,7 @@ def _unpack_listed(
     count, blocks, slots, host, target, listed, num_slots, programs,
     ROWS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    DECODE: tl.constexpr,
+    CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Unpack the first `count` listed blocks of each row to their slots: this program's share."""
     end = tl.cumsum(count, 0)
@@ -184,10 +208,10 @@ def _unpack_listed(
         run = tl.load(host + row) + block * RUN
         to = target + (row.to(tl.int64) * num_slots + slot) * (2 * SIZE * DIM)
         if item % 2 == 0:
-            _unpack_half(run, target, to, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, DECODE)
+            _unpack_half(run, target, to, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, DECODE)
         else:
             to += SIZE * DIM
-            _unpack_half(run, target, to, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, DECODE)
+            _unpack_half(run, target, to, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, DECODE)
         item += programs
 
 
@@ -196,12 +220,13 @@ def _gather_packed(
     miss_blocks, miss_pages, host, pages, num_rows, num_pages, programs,
     SELECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, SCALES: tl.constexpr, DECODE: tl.constexpr,
+    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
+    DECODE: tl.constexpr,
 ):  # fmt: skip
     count = count_listed(miss_blocks, num_rows, SELECTED, ROWS, COLUMNS)
     _unpack_listed(
         count, miss_blocks, miss_pages, host, pages, SELECTED, num_pages, programs, ROWS,
-        SIZE, SLOTS, DIM, DIMS, RUN, BITS, SCALES, DECODE,
+        SIZE, SLOTS, DIM, DIMS, RUN, BITS, SCALES, CUTS, DECODE,
     )  # fmt: skip
 
 
@@ -210,13 +235,13 @@ def _gather_listed_packed(
     blocks, slots, counts, host, staging, listed, num_rows, num_slots, programs,
     ROWS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    DECODE: tl.constexpr,
+    CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     count = tl.load(counts + rows, mask=rows < num_rows, other=0)
     _unpack_listed(
         count, blocks, slots, host, staging, listed, num_slots, programs, ROWS,
-        SIZE, SLOTS, DIM, DIMS, RUN, BITS, SCALES, DECODE,
+        SIZE, SLOTS, DIM, DIMS, RUN, BITS, SCALES, CUTS, DECODE,
     )  # fmt: skip
 
 
@@ -284,7 +309,7 @@ def gather_listed_packed(
 def _store_tail_packed(
     tail_page, lengths, pages, host, counter, groups, num_pages, SIZE: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, SCALES: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr,
+    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr,
     DECODE: tl.constexpr,
 ):  # fmt: skip
     pair, half = tl.program_id(0), tl.program_id(1)
@@ -300,14 +325,14 @@ def _store_tail_packed(
         x = tl.load(to + token[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
         if half == 0:
             _round_half(
-                x, run, pages, to, True, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, HAS_HOST,
+                x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, HAS_HOST,
                 ENCODE, DECODE,
             )  # fmt: skip
             if HAS_HOST:
                 tl.atomic_add(counter, 1)
         else:
             _round_half(
-                x, run, pages, to, True, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, HAS_HOST,
+                x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, HAS_HOST,
                 ENCODE, DECODE,
             )  # fmt: skip
 
@@ -359,7 +384,7 @@ def _store_prefix_packed(
     k, v, columns, lengths, totals, block_table, pages, host, counter, k_row, k_head, k_token,
     v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
-    RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, HAS_HOST: tl.constexpr,
+    RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, HAS_HOST: tl.constexpr,
     ENCODE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     most = (num_tokens - 1) // SIZE + 1
@@ -387,8 +412,8 @@ def _store_prefix_packed(
                 source = k + row * k_row + head * k_head
                 x = _tile(source, column, to, is_new, is_old, dims, k_token, DIM, SLOTS)
                 _round_half(
-                    x, run, pages, to, page >= 0, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
-                    HAS_HOST, ENCODE, DECODE,
+                    x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                    CUTS, HAS_HOST, ENCODE, DECODE,
                 )  # fmt: skip
                 if HAS_HOST:
                     tl.atomic_add(counter, 1)
@@ -396,8 +421,8 @@ def _store_prefix_packed(
                 source = v + row * v_row + head * v_head
                 x = _tile(source, column, to, is_new, is_old, dims, v_token, DIM, SLOTS)
                 _round_half(
-                    x, run, pages, to, page >= 0, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
-                    HAS_HOST, ENCODE, DECODE,
+                    x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                    CUTS, HAS_HOST, ENCODE, DECODE,
                 )  # fmt: skip
         item += tl.num_programs(0)
 

@@ -150,7 +150,7 @@ def load_prefix(
     copy_runs(source.flatten().contiguous(), _addresses(blocks.flatten(0, 2)), num_bytes)
     if is_packed:
         absent = (page < 0).flatten(0, 1)
-        listed = (~absent).byte().argsort(-1, stable=True).int()
+        listed = (~absent).byte().argsort(dim=-1, stable=True).int()
         gather_listed_packed(
             listed, listed, absent.sum(-1, dtype=torch.int32), host, blocks, kv_format
         )
