@@ -86,9 +86,9 @@ class Memory:
         host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
         page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
-        kv_format: How a full block is written, wherever it is: `model` keeps the model's dtype, bit
-            for bit; `fp8`, `int8` and `int4` round each block once, when it is full. In CPU memory
-            and over the link it takes half of 16 bits, or about a quarter. See `docs/kv_formats.md`.
+        kv_format: How full blocks are written: `model` keeps the model's dtype, bit for bit; `fp8`,
+            `int8` and `int4` round each block once, when it is full, wherever it is. In CPU memory
+            it then takes about 8 or 4 bits an element. See `docs/kv_formats.md`.
     """
 
     chunk_tokens: int | None = None

@@ -237,9 +237,7 @@ def _attend(
     """Attend to the new tokens, and of the past to what the block table that is given lists."""
     (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    past_k, past_v = past_keys_values(
-        pages, host, block_table, block_table.shape[2], kv_format
-    )
+    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2], kv_format)
     index = torch.arange(past_k.shape[2], device=k.device)
     past_BS = index.where(index < lengths[:, None], -1)
     # What lies past a sequence's end may be anything, NaN too: weight 0 must win.

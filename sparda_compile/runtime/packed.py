@@ -6,7 +6,7 @@
 
 So a block is the same from the next call on, wherever it is read: it is rounded at the end of the
 call that fills it, and that call reads it as the model made it. The references, in plain PyTorch;
-on CUDA: `kernels/gpu/packed.py`.
+on CUDA: `kernels/gpu/packed_store.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,44 @@ from sparda_compile.isa.counters import OFFLOADED
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-__all__ = ["store_prefix", "store_tail"]
+__all__ = ["store", "store_prefix", "store_tail"]
+
+
+def store(
+    new_kv: Sequence[Tensor],
+    tail_page: Tensor | None,
+    tokens: Sequence[Tensor],
+    block_table: Tensor | None,
+    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv_format: str,
+) -> None:
+    """Store and round what became full, on any device.
+
+    Args:
+        new_kv: Prefill: the new keys and values [B, G, T, D]. Decode: empty.
+        tail_page: Decode: [B, G] int32, page of the block that the new token went to.
+        tokens: Prefill: positions, columns and totals of the new tokens. Decode: empty.
+        block_table: Prefill: [B, G, N] int32.
+        stored: Lengths, pages, what stands for CPU memory (see `transfer`), and counters.
+        kv_format: Name of the format.
+    """
+    lengths, pages, host, counters = stored
+    tail: Callable[..., None] = store_tail
+    prefix: Callable[..., None] = store_prefix
+    if pages.is_cuda:
+        from sparda_compile.kernels.gpu import packed_store
+
+        tail, prefix = packed_store.store_tail, packed_store.store_prefix
+        counters = counters[OFFLOADED:]
+    if tail_page is not None:
+        tail(tail_page, lengths, pages, host, counters, kv_format)
+    elif block_table is not None:
+        k, v = new_kv
+        prefix(k, v, tokens, lengths, block_table, pages, host, counters, kv_format)
 
 
 def store_tail(

@@ -145,36 +145,12 @@ def _store(
 ) -> None:
     if KV_FORMATS[kv_format].rounds:
         stored = (lengths, pages, host, counters)
-        _store_packed(new_kv, tail_page, tokens, block_table, stored, kv_format)
+        packed.store(new_kv, tail_page, tokens, block_table, stored, kv_format)
     elif tail_page is not None:
         _store_tail(tail_page, lengths, pages, host, counters)
     elif block_table is not None:
         k, v = new_kv
         _store_prefix(k, v, tokens, lengths, block_table, pages, host, counters)
-
-
-def _store_packed(
-    new_kv: Sequence[Tensor],
-    tail_page: Tensor | None,
-    tokens: Sequence[Tensor],
-    block_table: Tensor | None,
-    stored: tuple[Tensor, Tensor, Tensor, Tensor],
-    kv_format: str,
-) -> None:
-    """Store and round what became full; `stored` is lengths, pages, host and counters."""
-    lengths, pages, host, counters = stored
-    kernels: Any = packed
-    if pages.is_cuda:
-        from sparda_compile.kernels.gpu import packed as kernels  # type: ignore[no-redef]
-
-        counters = counters[OFFLOADED:]
-    if tail_page is not None:
-        kernels.store_tail(tail_page, lengths, pages, host, counters, kv_format)
-    elif block_table is not None:
-        k, v = new_kv
-        kernels.store_prefix(
-            k, v, tokens, lengths, block_table, pages, host, counters, kv_format
-        )
 
 
 def _launched(name: str) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:

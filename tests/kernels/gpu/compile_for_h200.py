@@ -67,6 +67,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     extend,
     extend_summary,
     packed,
+    packed_store,
     partials,
     predict,
     prefill,
@@ -147,8 +148,8 @@ def run_all(dtype, dim, size):
 
     for kv_format in PACKED:
         packed.gather_packed(ids, ids, host, pages, kv_format)
-        packed.store_tail(tail, lengths, pages, host, counters, kv_format)
-    packed.store_tail(tail, lengths, pages, host[:0], counters, "int8")
+        packed_store.store_tail(tail, lengths, pages, host, counters, kv_format)
+    packed_store.store_tail(tail, lengths, pages, host[:0], counters, "int8")
 
     table = ints(BATCH, GROUPS, BLOCKS)
     for softcap, flags, late in ((0.0, None, False), (30.0, is_miss, True)):
@@ -207,7 +208,7 @@ def run_prompt(dtype, dim, size):
         prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
     for kv_format in PACKED:
         stored = (tables[0], pages, host, counter, kv_format)
-        packed.store_prefix(k, k, numbered, lengths, *stored)
+        packed_store.store_prefix(k, k, numbered, lengths, *stored)
         past = (pages, host, tables[0])
         stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
