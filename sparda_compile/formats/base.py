@@ -8,7 +8,9 @@ values. Outliers of keys stand in few channels and those of values in few tokens
 keep their resolution (KIVI, arXiv 2402.02750, section 3). Scales are elements of the block itself,
 so that the model's dtype holds them exactly. Everything else is computed in float32.
 
-What is unpacked was rounded to the model's dtype. To pack it again and unpack it gives the same.
+What is unpacked was rounded to the model's dtype. To pack it again and unpack it gives the same:
+the numbers that scale a line are in it, and a code's number is nearest to that code, or is the
+number that it was made of.
 
 A channel of keys, or a token of values, that has an element which is NaN or infinite is NaN as a
 whole: nothing that is not finite is lost, and the others of the block do not see it.
@@ -26,11 +28,7 @@ import torch
 from sparda_compile.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
-
-    Encode = Callable[[Tensor, list[Tensor]], Tensor]
 
 __all__ = ["BlockFormat", "ScaledFormat"]
 
@@ -66,10 +64,6 @@ class BlockFormat(Protocol):
 
     def unpack(self, stored: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
         """Return stored blocks as [..., 2, P, D] of the model's dtype."""
-
-    def repack(self, blocks: Tensor) -> Tensor:
-        """Return unpacked blocks as they may be stored: unpacked, they are the same again."""
-        return self.pack(blocks)
 
     def bound(self, blocks: Tensor) -> Tensor:
         """Return how far each element may be off when it is read again, [..., 2, P, D] float32."""
@@ -126,15 +120,12 @@ class ScaledFormat(BlockFormat):
 
     def pack(self, blocks: Tensor) -> Tensor:
         """Return the runs of blocks [..., 2, P, D], [..., bytes] uint8."""
-        return self._pack(blocks, self.encode)
-
-    def _pack(self, blocks: Tensor, encode: Encode) -> Tensor:
         lead, (size, dim) = blocks.shape[:-3], blocks.shape[-2:]
         (total,), _ = self.stored(size, dim, blocks.dtype)
         codes, scales = [], []
         for part, axis in zip(blocks.unbind(-3), (-2, -1), strict=True):
             x, mine = self._scaled(part, axis)
-            codes.append(self._join(encode(x, mine)).flatten(-2))
+            codes.append(self._join(self.encode(x, mine)).flatten(-2))
             kept = torch.stack([s.flatten(-2) for s in mine], -2).to(blocks.dtype)
             scales.append(kept.flatten(-2).contiguous().view(torch.uint8))
         run = torch.cat([*codes, *scales], -1)

@@ -54,21 +54,3 @@ class Int4Format(ScaledFormat):
         """Return half a step, which is one for all."""
         low, high = scales
         return ((high - low) / (2 * _LARGEST)).expand_as(x)
-
-    def repack(self, blocks: Tensor) -> Tensor:
-        """Return the runs of unpacked blocks.
-
-        Where codes lie as near to each other as numbers of the model's dtype, the nearest one may
-        become another number, and one beside it this one.
-        """
-
-        def encode(x: Tensor, scales: list[Tensor]) -> Tensor:
-            found = nearest = self.encode(x, scales)
-            for change in (-1, 1):
-                other = (nearest.int() + change).clamp(0, _LARGEST).to(torch.uint8)
-                wrong = self.decode(found, scales).to(blocks.dtype).float() != x
-                right = self.decode(other, scales).to(blocks.dtype).float() == x
-                found = other.where(wrong & right, found)
-            return found
-
-        return self._pack(blocks, encode)

@@ -66,6 +66,7 @@ def build_report(
         weight_bytes=weights,
         prompt=_prompt_memory(prefill, room),
         speculation=_speculation(decode),
+        kv_format=layout.kv_format.name,
     )
 
 

@@ -276,8 +276,8 @@ def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     host = offloaded.host_blocks[state_name("host", layer)]
     row, head, block = torch.where(table >= 0)
     moved = pages[row, head, table[row, head, block].long()]
-    # What is rounded is full. The block that is being written comes along, and nobody reads it.
-    moved = offloaded.layout.kv_format.repack(moved)
+    # Full blocks were rounded before, and stay what they are. Nobody reads another one from there.
+    moved = offloaded.layout.kv_format.pack(moved)
     host[row.to(host.device), head.to(host.device), block.to(host.device)] = moved.to(host.device)
     lengths = resident.state[LENGTHS]
     size = pages.shape[4]
