@@ -14,7 +14,7 @@ from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
-from sparda_compile.passes.check.transfers import marked, marked_state, wrong_transfers
+from sparda_compile.passes.check.transfers import full_state, marked, marked_state, wrong_transfers
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -95,8 +95,6 @@ class _Layer:
         by_forecast = ctx.strategy.selects_by_forecast
         self._is_forecast = by_forecast and Fact.FORECAST_INSERTED in facts
         number, kind = layer.shape.layer, layer.shape.kind
-        assert ctx.layout is not None
-        self._rounds, self._format = ctx.layout.kv_format.rounds, ctx.layout.kv_format.name
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
         self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
         of_summary = names.of_summary if kind != "window" else {}
@@ -204,10 +202,7 @@ class _Layer:
                 expected = {"inputs": marked(op, self._layer, self._state)}
             elif op.name == "predict_ahead":
                 expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
-            yield from wrong_numbers(op)
-            if op.args.get("kv_format", self._format) != self._format:
-                given = f"takes {op.args['kv_format']!r} as its kv_format"
-                yield f"{op.node.name} {given}, not {self._format!r}"
+            yield from wrong_numbers(op, self._ctx)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -233,8 +228,7 @@ class _Layer:
         if names := marked_state(copy, self._layer):
             return [self._state[name] for name in names]
         if copy.name == "offload_blocks":
-            names = ("pages", "host") if self._rounds else ("host",)
-            return [self._state[name] for name in names]
+            return [self._state[name] for name in full_state(self._ctx)]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
         used = [str(name) for names in self._summaries.values() for name in names]
