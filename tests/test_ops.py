@@ -117,7 +117,7 @@ def samples():
             # As many tokens as it takes to calibrate.
             randn(ROWS, HEADS, 17, DIM), pooled,
             *number_tokens(torch.ones(ROWS, 17, dtype=torch.bool), earlier)[1:], earlier, *levels,
-            "infllm2", scale, *GEOMETRY, 0.4, 0.3, True, 0, 1, 0, SELECTED, torch.zeros(ROWS, 3),
+            torch.zeros(ROWS, 3), "infllm2", scale, *GEOMETRY, 0.4, 0.3, True, 0, 1, 0, SELECTED,
         ),
         "number_tokens": (mask, past),
         "advance_lengths": (mask, lengths),

@@ -99,6 +99,7 @@ class EmaHint(Hint):
         summary = SELECTORS[config.selector].summary.name
         names = (*layout.summary_tensors(summary, point.shape), "level", "trend")
         *tensors, level, trend = (state.get(name, target.layer) for name in names)
+        calibrated = state.get("calibrated", target.layer) if config.ema_calibrate else None
         begun = point.after(point.last("update_summary")).call(
             "begin_prediction",
             target.query,
@@ -107,6 +108,7 @@ class EmaHint(Hint):
             state.lengths,
             level,
             trend,
+            calibrated,
             config.selector,
             target.scale,
             *geometry_of(layout),
@@ -115,17 +117,16 @@ class EmaHint(Hint):
         if layout.geometry.short_list:
             for name in ("short_list", "sink_blocks", "local_blocks"):
                 set_argument(begun, name, getattr(layout.geometry, name))
-        if take_calibrated(begun, point):
+        if config.ema_calibrate:
             set_argument(begun, "num_selected", layout.num_selected)
             for name in ("sink_blocks", "local_blocks"):
                 set_argument(begun, name, getattr(config, name))
 
 
-def take_calibrated(node: fx.Node, point: HintPoint) -> bool:
-    """Give an op of the predictor what the prompt is calibrated to; return whether prompts are."""
+def take_calibrated(node: fx.Node, point: HintPoint) -> None:
+    """Give an op of the predictor what the prompt is calibrated to, if prompts are."""
     if point.layout.config.ema_calibrate:
         set_argument(node, "calibrated", point.state.get("calibrated", point.target.layer))
-    return point.layout.config.ema_calibrate
 
 
 def ema_weights(layout: CacheLayout) -> tuple[float, float, bool]:

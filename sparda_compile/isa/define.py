@@ -82,7 +82,7 @@ def define(
         A decorator; it returns the op of `torch.library`.
 
     Raises:
-        PassError: If an op of that name was defined before.
+        PassError: If an op of that name was defined before, or what it writes has a default.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -90,6 +90,16 @@ def define(
         if name in INSTRUCTIONS:
             raise PassError(f"sparda::{name} is defined already; give the op another name.")
         signature = inspect.signature(function)
+        open_to_default = [
+            argument
+            for argument in mutates
+            if signature.parameters[argument].default is not inspect.Parameter.empty
+        ]
+        if open_to_default:
+            raise PassError(
+                f"sparda::{name} writes {', '.join(open_to_default)}, which has a default: torch "
+                f"2.11 fails where an argument that is written is left out. Take the default away."
+            )
         op = torch.library.custom_op(f"sparda::{name}", function, mutates_args=tuple(mutates))
 
         op.register_fake(_by_name(fake, signature) or (lambda *_, **__: None))

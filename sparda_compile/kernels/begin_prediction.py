@@ -53,6 +53,7 @@ def begin_prediction(
     lengths: Tensor,
     level: Tensor,
     trend: Tensor,
+    calibrated: Tensor | None,
     selector: str,
     scale: float,
     num_blocks: int,
@@ -66,7 +67,6 @@ def begin_prediction(
     sink_blocks: int = 0,
     local_blocks: int = 0,
     num_selected: int = 0,
-    calibrated: Tensor | None = None,
 ) -> None:
     """Take the scores of the last tokens of a prompt into level and trend, one by one.
 
@@ -82,6 +82,8 @@ def begin_prediction(
         lengths: [B] int32, tokens before this call.
         level: [B, G, N] float32, updated.
         trend: [B, G, N] float32, updated.
+        calibrated: [B, 3] float32, level weight, trend weight and damping of each sequence,
+            updated; None if prompts are not calibrated.
         selector: Name of the selector.
         scale: Factor on q . k.
         num_blocks: N.
@@ -95,8 +97,6 @@ def begin_prediction(
         sink_blocks: First blocks, not on the short list; to calibrate, those that are always read.
         local_blocks: Blocks before the current one, of which the same is true.
         num_selected: K, blocks that a step reads; to calibrate.
-        calibrated: [B, 3] float32, level weight, trend weight and damping of each sequence,
-            updated; None if prompts are not calibrated.
     """
     geometry = Geometry(
         num_blocks, block_size, pool_size, pool_stride, short_list, sink_blocks, local_blocks

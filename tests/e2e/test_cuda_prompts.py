@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import pkgutil
 import threading
 
 import pytest
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 import sparda_compile
 from sparda_compile import SpardaConfig
 from sparda_compile.isa.engines import DelayEngine
+from sparda_compile.kernels import gpu
 from sparda_compile.module import prompt
 from sparda_compile.program.program import Program
 from sparda_compile.testing import random_forecast, reference_decode, tiny_llama
@@ -195,8 +199,17 @@ def test_random_delays_change_nothing(lab, monkeypatch, prefill, chunk):
         assert torch.equal(lab.run(lab.module("forecast", **settings)), want), f"seed {seed}"
 
 
+def forget_kernels():
+    """Let each kernel be compiled anew, whatever this process has compiled before."""
+    for room in pkgutil.iter_modules(gpu.__path__, f"{gpu.__name__}."):
+        for value in vars(importlib.import_module(room.name)).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
+
+
 def test_kernels_of_prompts_are_compiled_before_they_are_launched(lab):
     """All of them: a launch that was foreseen wrongly would be compiled where it is launched."""
+    forget_kernels()
     compiled = []
 
     def listen(*, src, cache_hit, **_):

@@ -97,6 +97,14 @@ def test_a_name_is_given_once(touch_pages):
             """Have another's name."""
 
 
+def test_what_is_written_has_no_default():
+    with pytest.raises(PassError, match="sparda::fill writes ids, which has a default"):
+
+        @define(mutates=("pages", "ids"))
+        def fill(pages: Tensor, ids: Tensor | None = None) -> None:
+            """Write what may be left out."""
+
+
 def test_effects_cost_and_kernels_are_its_own(touch_pages, plan_of, context_of):
     del touch_pages
     touched = Touched(plan_of, context_of, "append_kv")

@@ -47,8 +47,8 @@ def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
     want_level, want_trend = level.clone(), trend.clone()
     _, columns, totals = torch.ops.sparda.number_tokens(mask, lengths)
     torch.ops.sparda.begin_prediction(
-        query, tensors, columns, totals, lengths, level, trend, selector, 0.3, 12, SIZE, 8, 4, 0.4,
-        0.3, rule.is_comparable, geometry.short_list, geometry.sink_blocks, geometry.local_blocks,
+        query, tensors, columns, totals, lengths, level, trend, None, selector, 0.3, 12, SIZE, 8, 4,
+        0.4, 0.3, rule.is_comparable, geometry.short_list, geometry.sink_blocks, geometry.local_blocks,
     )  # fmt: skip
     for row in range(2):
         one = slice(row, row + 1)
@@ -84,8 +84,8 @@ def test_a_prompt_is_calibrated_by_more_tokens_than_begin_the_levels(selector):
     calibrated = torch.zeros(2, 3)
     _, columns, totals = torch.ops.sparda.number_tokens(mask, lengths)
     torch.ops.sparda.begin_prediction(
-        query, tensors, columns, totals, lengths, level, trend, selector, 0.3, 24, SIZE, 8, 4, 0.4,
-        0.3, rule.is_comparable, 0, 1, 2, 7, calibrated,
+        query, tensors, columns, totals, lengths, level, trend, calibrated, selector, 0.3, 24, SIZE,
+        8, 4, 0.4, 0.3, rule.is_comparable, 0, 1, 2, 7,
     )  # fmt: skip
     number = torch.arange(300 - CALIBRATION_WINDOW, 300)
     first = [tensor[:1] for tensor in tensors]
@@ -115,24 +115,9 @@ def test_to_calibrate_takes_more_memory():
             torch.empty(3, 3),
         )
         none = torch.empty(3, dtype=torch.int32)
-    given = (
-        query,
-        [level],
-        none,
-        none,
-        none,
-        level,
-        level,
-        "infllm2",
-        0.3,
-        24,
-        SIZE,
-        8,
-        4,
-        0.4,
-        0.3,
-    )
-    assert workspace(*given, True) == 4 * WINDOW * 3 * 2 * 24
+    given = (query, [level], none, none, none, level, level)
+    sizes = ("infllm2", 0.3, 24, SIZE, 8, 4, 0.4, 0.3, True)
+    assert workspace(*given, None, *sizes) == 4 * WINDOW * 3 * 2 * 24
     # Scores, and what each is worth, of each token; and a rate of each candidate.
-    found = workspace(*given, True, calibrated=calibrated)
+    found = workspace(*given, calibrated, *sizes)
     assert found == 4 * 2 * CALIBRATION_WINDOW * 3 * 2 * 24 + 4 * NUM_CANDIDATES * 3 * 2

@@ -229,6 +229,25 @@ def test_a_prompt_launches_what_was_found(case, batch_size, traced_llama, monkey
         assert prompt.launched(num_tokens, monkeypatch, hides=hides) == found
 
 
+@pytest.mark.parametrize("case", PROMPTS)
+def test_no_turn_compiles_what_the_one_before_has_compiled(case, traced_llama, monkeypatch):
+    """Triton compiles anew where a number becomes a multiple of 16, or 1."""
+    phase, settings, *_ = PROMPTS[case]
+    fast = sparda_compile.optimize(traced_llama, CONFIG.replace(**settings))
+    graph = fast.programs.get(phase, 1, 8192, last_only=True).plan.graph_module.graph
+    monkeypatch.setattr(FakeTensor, "is_cuda", True, raising=False)
+
+    def forms(num_tokens, num_past):
+        launches = launches_of(graph, CPU, 1, num_tokens, num_past)
+        return {(it.kernel.__name__, it.form) for it in launches}
+
+    first = forms(200, 4600)
+    for num_past in range(4624, 5400, 24):
+        assert forms(200, num_past) == first
+    for num_tokens in range(193, 256, 9):
+        assert forms(num_tokens, 4600) == first
+
+
 def test_a_prompt_of_nosa(monkeypatch):
     settings = {"selector": "nosa", "short_list": 1}
     prompt = Prompt(

@@ -152,7 +152,7 @@ def _give_pages(
     tl.store(page_stamp + page, stamp if TOUCH else stamp_of_hit, mask=hit)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "ids_row", "ids_head"])
 def _keep_blocks(
     block_ids, columns, lengths, totals, flags, new_blocks, block_table, page_block, page_stamp,
     groups, num_tokens, num_blocks, num_pages, sink, local, ids_row, ids_head, ids_token,

@@ -55,7 +55,7 @@ _STAGES: Final = 3
 _TILE: Final = 64
 _TILE_BYTES: Final = 16 * 1024
 _PROGRAMS_AT_ONCE: Final = 2 * 132
-_LONGEST_RUN: Final = 32
+_LONGEST_RUN: Final = 64
 # Of a merge: columns of a program, and elements of a tile of partials.
 _COLUMNS: Final = 32
 _MERGE_TILE: Final = 4096
@@ -198,13 +198,14 @@ def factors(scale: float, softcap: float) -> tuple[float, float]:
 
 
 def run_length(num_pairs: int, num_entries: int) -> int:
-    """Return how many blocks a program takes: as many programs as run at once, if that is enough.
+    """Return how many blocks a program takes: no more programs than run at once, if that is enough.
 
     Args:
         num_pairs: Sequences times KV heads.
         num_entries: Blocks of each.
     """
-    return min(max(-(-num_pairs * num_entries // _PROGRAMS_AT_ONCE), 1), _LONGEST_RUN)
+    splits = max(_PROGRAMS_AT_ONCE // num_pairs, 1)
+    return min(triton.cdiv(num_entries, splits), _LONGEST_RUN)
 
 
 def attend_blocks(

@@ -76,7 +76,7 @@ def _short_list(asked, block, exists, current, sink, local, listed):
     return find_largest(key, low, span, tl.sum(is_candidate.to(tl.int32), 0), listed)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "begin"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "begin"])
 def _pick_tokens(
     scores, retention, positions, ids, groups, num_tokens, num_blocks, num_windows, begin, sink,
     local, listed,
@@ -111,7 +111,7 @@ def _pick_tokens(
         tl.store(ids_at + rank, block, mask=picked)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "begin"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "begin"])
 def _pick_past(
     scores, positions, lengths, ids, known, groups, num_tokens, num_blocks, begin, sink, local,
     SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
@@ -143,7 +143,7 @@ def _pick_past(
         tl.store(ids + own + column, tl.full([COLUMNS], -1, tl.int32), mask=is_left)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "begin"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "begin"])
 def _pick_near(
     scores, positions, lengths, near_ids, near_scores, ids, groups, num_tokens, num_blocks, begin,
     sink, local,

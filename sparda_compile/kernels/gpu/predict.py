@@ -88,7 +88,7 @@ def _predict_blocks(
     tl.store(row + column, -1, mask=unused)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def _update_prediction(
     scores, level, trend, level_weight, level_rest, trend_weight, trend_rest, calibrated, groups,
     num_steps, num_blocks, COMPARABLE: tl.constexpr, BLOCKS: tl.constexpr,

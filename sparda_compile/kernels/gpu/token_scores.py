@@ -174,7 +174,7 @@ def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernel
     return tl.maximum(length // SIZE - 2, 0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "begin", "end"])
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
     num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,

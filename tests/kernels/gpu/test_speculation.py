@@ -293,7 +293,10 @@ def test_what_a_repair_takes_beside_its_result(device, union):
 @pytest.mark.parametrize(
     ("pairs", "entries", "run"),
     # One program a block while all run at once; then as many as do; and not too long.
-    [(2, 96, 1), (2, 192, 2), (8, 96, 3), (32, 96, 12), (32, 192, 24), (128, 192, 32), (1, 1, 1)],
+    [
+        (2, 96, 1), (2, 192, 2), (8, 96, 3), (32, 96, 12), (32, 192, 24), (128, 96, 48),
+        (128, 192, 64), (300, 96, 64), (1, 1, 1),
+    ],
 )
 def test_runs_fill_the_gpu(pairs, entries, run):
     assert partials.run_length(pairs, entries) == run
