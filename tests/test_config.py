@@ -74,6 +74,13 @@ def test_every_field_is_refused_or_free():
     assert {f.name for f in dataclasses.fields(SpardaConfig)} == {*REFUSED, *free}
 
 
+def test_formats_of_layers_can_be_compared_and_replaced():
+    config = SpardaConfig(kv_format={3: "int8", 1: "int4"})
+    assert config == SpardaConfig(kv_format={1: "int4", 3: "int8"})
+    assert hash(config.replace(top_k=3)) != hash(config)
+    assert config.replace(top_k=3).kv_format == ((1, "int4"), (3, "int8"))
+
+
 def test_a_sparse_prompt_needs_a_mode_that_selects():
     with pytest.raises(ConfigError, match=r"prefill='sparse'.*mode='dense' selects nothing; use"):
         SpardaConfig(mode="dense", prefill="sparse")

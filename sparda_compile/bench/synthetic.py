@@ -43,7 +43,6 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
     """
     device = kv.state[LENGTHS].device
     num_blocks = num_tokens // kv.layout.config.block_size + 1
-    found = kv.layout.kv_format
     for shape in kv.layout.layers:
         if shape.kind != "sparse":
             raise ValueError(f"layer {shape.layer} has a sliding window; fill knows none")
@@ -51,6 +50,7 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
         pages = kv.state[state_name("pages", shape.layer)]
         host = kv.host_blocks.get(state_name("host", shape.layer))
         target = host if host is not None and host.numel() else pages
+        found = kv.layout.kv_format(shape.layer)
         for row in range(pages.shape[0]):
             size = (pages.shape[1], num_blocks, *pages.shape[3:])
             blocks = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
@@ -90,7 +90,7 @@ def rewind(kv: KVCache, num_tokens: int) -> None:
             pages = kv.state[state_name("pages", shape.layer)]
             tail = kv.host_blocks[name][:, :, current]
             tokens, dim = pages.shape[4:]
-            tail = layout.kv_format.unpack(tail, tokens, dim, pages.dtype)
+            tail = layout.kv_format(shape.layer).unpack(tail, tokens, dim, pages.dtype)
             page = table[:, :, current].long()
             rows = torch.arange(batch, device=table.device)[:, None]
             pages[rows, torch.arange(groups, device=table.device), page] = tail.to(pages.device)

@@ -26,7 +26,7 @@ from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.evaluation.guesses import block_mask
 from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
 from sparda_compile.forecast.weights import projections_of
-from sparda_compile.registry import KV_FORMATS
+from sparda_compile.formats.base import format_of
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.base import empty_summary
 
@@ -267,14 +267,15 @@ class _Decoder:
 
     def _round(self, first: int, end: int) -> None:
         """Let some full blocks of all layers be what is read back of them."""
-        found, size = KV_FORMATS[self.config.kv_format], self.config.block_size
-        if first == end or not found.rounds:
-            return
+        size = self.config.block_size
         span = slice(first * size, end * size)
-        for keys, values in zip(self.keys, self.values, strict=True):
+        for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            found = format_of(self.config, number)
+            if first == end or not found.rounds:
+                continue
             parts = [part[:, :, span].unflatten(2, (-1, size)) for part in (keys, values)]
             blocks = torch.stack(parts, 3)
-            blocks = found.unpack(found.pack(blocks), *blocks.shape[-2:], blocks.dtype)
+            blocks = found.unpack(found.pack(blocks), size, blocks.shape[-1], blocks.dtype)
             keys[:, :, span], values[:, :, span] = (each.flatten(2, 3) for each in blocks.unbind(3))
 
     def _summarize(self, keys_BGTD: Tensor) -> dict[str, list[Tensor]]:

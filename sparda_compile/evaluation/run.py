@@ -319,7 +319,7 @@ class _Tally:
             agreement=float(torch.cat(self.agreements).mean()),
             recalls=tuple(_recalls(self.recalls)),
             guesses=tuple(self.guesses.guesses()),
-            kv_format=config.kv_format,
+            kv_format=str(config.kv_format),
         )
 
 

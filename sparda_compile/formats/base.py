@@ -26,11 +26,14 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 import torch
 
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BlockFormat", "ScaledFormat"]
+    from sparda_compile.config import SpardaConfig
+
+__all__ = ["BlockFormat", "ScaledFormat", "format_of"]
 
 # Addresses of runs are multiples of this, as those of what copies move have to be.
 _ALIGNMENT: Final = 16
@@ -38,6 +41,14 @@ _DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 # Float32 results of a few operations are no further off, relative to the largest of their block.
 _SLACK: Final = 2.0**-20
 _SMALLEST: Final = 2.0**-140
+
+
+def format_of(config: SpardaConfig, layer: int) -> BlockFormat:
+    """Return how a layer's full blocks are written."""
+    chosen = config.kv_format
+    name = chosen if isinstance(chosen, str) else dict(chosen).get(layer, "model")
+    found: BlockFormat = KV_FORMATS[name]
+    return found
 
 
 class BlockFormat(Protocol):

@@ -256,7 +256,7 @@ def stage_blocks(
         *(state.get(name, emit.layer) for name in ("pages", "host", "block_table")),
         state.num_past(),
         name=f"stage_{emit.layer}",
-        **format_of(layout),
+        **format_of(layout, emit.layer),
     )
     staging, slots = _items(emit, node)
     return staging, slots
@@ -267,12 +267,13 @@ def _items(emit: Emitter, node: fx.Node) -> list[fx.Node]:
     return [emit.item(node, i, f"{name}_{emit.layer}") for i, name in enumerate(results_of(node))]
 
 
-def format_of(layout: CacheLayout) -> dict[str, str]:
-    """Return the argument that says how full blocks are written; none where the model's dtype is.
+def format_of(layout: CacheLayout, layer: int) -> dict[str, str]:
+    """Return the argument that says how full blocks of a layer are written.
 
-    That is the default of the ops that take it.
+    None where they keep the model's dtype: that is the default of the ops that take it.
     """
-    return {"kv_format": layout.kv_format.name} if layout.kv_format.rounds else {}
+    found = layout.kv_format(layer)
+    return {"kv_format": found.name} if found.rounds else {}
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

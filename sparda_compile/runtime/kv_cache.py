@@ -189,7 +189,7 @@ class KVCache:
                 continue
             counters = self.state[state_name("counters", shape.layer)].tolist()
             count = dict(zip(COUNTERS, counters, strict=True))
-            block_bytes = layout.stored_bytes(shape.head_dim, shape.dtype)
+            block_bytes = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
             fetched = count["prefetched_blocks"] + count["repaired_blocks"]
             layers[shape.layer] = LayerStats(
                 hits=count["hits"],
@@ -277,7 +277,7 @@ def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     row, head, block = torch.where(table >= 0)
     moved = pages[row, head, table[row, head, block].long()]
     # Full blocks were rounded before, and stay what they are. Nobody reads another one from there.
-    moved = offloaded.layout.kv_format.pack(moved)
+    moved = offloaded.layout.kv_format(layer).pack(moved)
     host[row.to(host.device), head.to(host.device), block.to(host.device)] = moved.to(host.device)
     lengths = resident.state[LENGTHS]
     size = pages.shape[4]

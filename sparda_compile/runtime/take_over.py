@@ -121,8 +121,8 @@ def _take_blocks(
             geometry.pool_size,
             geometry.pool_stride,
         )
-    if kv.layout.stores:
-        counters, kv_format = state("counters"), config.kv_format
+    if kv.layout.stores(shape.layer):
+        counters, kv_format = state("counters"), kv.layout.kv_format(shape.layer).name
         stored = (pages, state("host"), counters, kv_format)
         store_blocks([k, v], None, tokens, lengths, table, *stored)
 

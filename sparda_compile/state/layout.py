@@ -24,15 +24,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.formats.base import BlockFormat, format_of
 from sparda_compile.isa.counters import COUNTERS
-from sparda_compile.registry import KV_FORMATS
 from sparda_compile.selectors import Geometry, summary_named
 from sparda_compile.sizes import SAMPLES
 from sparda_compile.state.strategy import Strategy, strategy_of
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
-    from sparda_compile.formats.base import BlockFormat
 
 __all__ = ["LENGTHS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
 
@@ -104,20 +103,31 @@ class CacheLayout:
         """Sizes that selectors depend on."""
         return Geometry.of(self.config, self.num_blocks)
 
-    @property
-    def kv_format(self) -> BlockFormat:
-        """How full blocks are written."""
-        found: BlockFormat = KV_FORMATS[self.config.kv_format]
-        return found
+    def __post_init__(self) -> None:
+        """Refuse formats of layers that have no blocks.
 
-    @property
-    def stores(self) -> bool:
+        Raises:
+            ConfigError: If one is named.
+        """
+        chosen, known = self.config.kv_format, [s.layer for s in self.layers if s.kind == "sparse"]
+        for layer, name in ({} if isinstance(chosen, str) else dict(chosen)).items():
+            if layer not in known:
+                raise ConfigError(
+                    f"kv_format names {name!r} for layer {layer}, but those whose KV cache is in "
+                    f"blocks are {', '.join(map(str, known))}; name some of these."
+                )
+
+    def kv_format(self, layer: int) -> BlockFormat:
+        """Return how full blocks of a layer are written."""
+        return format_of(self.config, layer)
+
+    def stores(self, layer: int) -> bool:
         """Whether something is done to a block that became full: it is copied, or rounded."""
-        return self.offload or self.kv_format.rounds
+        return self.offload or self.kv_format(layer).rounds
 
-    def stored_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+    def stored_bytes(self, layer: int, head_dim: int, dtype: torch.dtype) -> int:
         """Return the bytes of a full block in CPU memory, which are those that cross the link."""
-        return self.kv_format.num_bytes(self.config.block_size, head_dim, dtype)
+        return self.kv_format(layer).num_bytes(self.config.block_size, head_dim, dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -200,7 +210,7 @@ class CacheLayout:
             return {"ring_k": ring, "ring_v": ring}
         block = (2, self.config.block_size, layer.head_dim)
         pages, blocks = self.num_pages, self.num_blocks
-        stored, dtype = self.kv_format.stored(*block[1:], layer.dtype)
+        stored, dtype = self.kv_format(layer.layer).stored(*block[1:], layer.dtype)
         host_shape = (*batch, blocks, *stored) if self.offload else (0,)
         specs = {
             "pages": TensorSpec((*batch, pages, *block), layer.dtype),

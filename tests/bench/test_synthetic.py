@@ -46,7 +46,7 @@ def test_content_is_rounded_wherever_blocks_live():
         fill(kv, TOKENS)
     offloaded, resident = (blocks(kv, 0) for kv in caches)
     pages = resident[:, :, :24]
-    found, sizes = caches[0].layout.kv_format, pages.shape[-2:]
+    found, sizes = caches[0].layout.kv_format(0), pages.shape[-2:]
     assert torch.equal(found.unpack(offloaded[:, :, :24], *sizes, pages.dtype), pages)
     table = caches[0].state[state_name("block_table", 0)]
     tail = caches[0].state[state_name("pages", 0)][0, 0, table[0, 0, TOKENS // 64]]

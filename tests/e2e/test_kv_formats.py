@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from sparda_compile import SpardaConfig, explain, optimize
-from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.state.layout import state_name
 from sparda_compile.testing import tiny_llama
@@ -172,3 +172,31 @@ def test_a_plan_moves_fewer_bytes(model):
 def test_models_of_other_dtypes_are_refused():
     with pytest.raises(UnsupportedInputError, match=r"kv_format='int8'.*float64"):
         optimize(tiny_llama().double(), SpardaConfig(**SMALL, kv_format="int8"))
+
+
+def test_layers_may_have_formats_of_their_own(model, fast, ids):
+    """One int4, the other as the model's: as far from all of the model's as from all int4."""
+    sizes, settings = (TOKENS, *[1] * 20), {"mode": "exact", "hint": "previous_step"}
+    runs = {}
+    for name, kv_format in (("mixed", {1: "int4"}), ("model", "model"), ("int4", "int4")):
+        module = built(fast, kv_format=kv_format, page_ratio=1.0, **settings)
+        runs[name], cache = turns(module, ids, *sizes)
+        if name == "mixed":
+            for changes in ({"mode": "query"}, {"mode": "query", "offload": "never"}):
+                other, _ = turns(built(fast, kv_format=kv_format, **changes), ids, *sizes)
+                assert torch.equal(other, runs[name])
+            first, second = module.sparda.stats().layers.values()
+            num_bytes = [2 * SIZE * 16 * 4, KV_FORMATS["int4"].num_bytes(SIZE, 16, torch.float32)]
+            assert first.d2h_bytes * num_bytes[1] == second.d2h_bytes * num_bytes[0] > 0
+            held = [b.nbytes for b in cache.kv.host_blocks.values()]
+            assert held[0] * num_bytes[1] == held[1] * num_bytes[0]
+    assert torch.equal(runs["mixed"][:, :TOKENS], runs["model"][:, :TOKENS])
+    assert not torch.equal(runs["mixed"], runs["model"])
+    assert not torch.equal(runs["mixed"], runs["int4"])
+    report = explain(model, SpardaConfig(**{**SMALL, "kv_format": {1: "int4"}}))
+    assert report.kv_format == "model in layer 0; int4 in layer 1"
+
+
+def test_a_format_of_a_layer_without_blocks_is_refused(fast):
+    with pytest.raises(ConfigError, match="kv_format names 'int8' for layer 7.*are 0, 1;"):
+        built(fast, kv_format={7: "int8"})

@@ -79,6 +79,9 @@ def wrong_numbers(op: Op, ctx: PassContext) -> Iterator[str]:
         if name in op.args and getattr(op.args[name], "name", None) != wanted:
             yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
     assert ctx.layout is not None
-    given, wanted = op.args.get("kv_format"), ctx.layout.kv_format.name
-    if given not in (None, wanted):
+    given = op.args.get("kv_format")
+    if given is None or op.layer is None:
+        return
+    wanted = ctx.layout.kv_format(op.layer).name
+    if given != wanted:
         yield f"{op.node.name} takes {given!r} as its kv_format, not {wanted!r}"

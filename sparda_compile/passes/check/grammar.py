@@ -133,7 +133,7 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
     copies = ["offload_blocks"] if is_async else []
     if layout.offload:
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else []
-    if layout.stores and not is_async:
+    if layout.stores(shape.layer) and not is_async:
         roles.append("store_blocks")
     if not ctx.is_decode:
         roles += ["extend_kv", *["fork_stream"] * len(copies)]

@@ -228,7 +228,7 @@ class _Layer:
         if names := marked_state(copy, self._layer):
             return [self._state[name] for name in names]
         if copy.name == "offload_blocks":
-            return [self._state[name] for name in full_state(self._ctx)]
+            return [self._state[name] for name in full_state(self._ctx, copy)]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
         used = [str(name) for names in self._summaries.values() for name in names]

@@ -43,10 +43,11 @@ def marked_state(mark: Op, layer: LayerOps) -> tuple[str, ...]:
     return next(found, ())
 
 
-def full_state(ctx: PassContext) -> tuple[str, ...]:
-    """Return short names of the state that storing full blocks writes, and its wait takes."""
+def full_state(ctx: PassContext, copy: Op) -> tuple[str, ...]:
+    """Return short names of the state that a store of full blocks writes, and its wait takes."""
     assert ctx.layout is not None
-    return ("pages", "host") if ctx.layout.kv_format.rounds else ("host",)
+    assert copy.layer is not None
+    return ("pages", "host") if ctx.layout.kv_format(copy.layer).rounds else ("host",)
 
 
 def marked(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[Operand]:

@@ -174,15 +174,17 @@ class _Insertion(TransferNodes):
     def store(self, store: fx.Node) -> int:
         """Split an in-line store into its start and a wait at the end of the step."""
         assert self.ctx.layout is not None
-        layout, rounds = self.ctx.layout, self.ctx.layout.kv_format.rounds
         layer = LAYER.of(store)
         emit = Emitter(self.graph, store, store, layer)
         event = next(self.events)
         inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self.events)
-        ticket = emit.call("offload_blocks", *store.args, event, fork, **format_of(layout))
+        ticket = emit.call(
+            "offload_blocks", *store.args, event, fork, **format_of(self.ctx.layout, layer)
+        )
         end = find_ops(self.graph, "advance_lengths")[0]
+        rounds = self.ctx.layout.kv_format(layer).rounds
         written = ("pages", "host") if rounds else ("host",)
         self.wait(end, ticket, event, [self.state.get(name, layer) for name in written])
         self.graph.erase_node(store)

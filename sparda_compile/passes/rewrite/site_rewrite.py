@@ -77,7 +77,7 @@ class SiteRewrite:
                 plan.miss_pages,
                 self._get("host"),
                 self._get("pages"),
-                **format_of(layout),
+                **format_of(layout, site.layer),
             )
         emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
         self._update_summaries([])
@@ -91,7 +91,7 @@ class SiteRewrite:
             site.scale,
             site.softcap,
         )
-        if layout.stores:
+        if layout.stores(site.layer):
             emit.call(
                 "store_blocks",
                 [],
@@ -102,7 +102,7 @@ class SiteRewrite:
                 self._get("pages"),
                 self._get("host"),
                 self._get("counters"),
-                **format_of(layout),
+                **format_of(layout, site.layer),
             )
         return out
 
@@ -130,7 +130,7 @@ class SiteRewrite:
                 site.softcap,
                 self.state.num_past(),
                 self.state.may_hide(),
-                **format_of(self._layout),
+                **format_of(self._layout, site.layer),
             )
         emit.call(
             "extend_kv",
@@ -149,7 +149,7 @@ class SiteRewrite:
         )
         if block_ids is None:
             self._update_summaries(tokens)
-        if self._layout.stores:
+        if self._layout.stores(site.layer):
             emit.call(
                 "store_blocks",
                 [site.k, site.v],
@@ -160,7 +160,7 @@ class SiteRewrite:
                 pages,
                 host,
                 self._get("counters"),
-                **format_of(self._layout),
+                **format_of(self._layout, site.layer),
             )
         return out
 

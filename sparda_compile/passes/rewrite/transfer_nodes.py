@@ -56,7 +56,7 @@ class TransferNodes:
             event,
             fork,
             name=f"{prefix}prefetch_{emit.layer}",
-            **format_of(self.ctx.layout),
+            **format_of(self.ctx.layout, emit.layer),
         )
         return ticket, event
 

@@ -294,8 +294,15 @@ def test_what_a_repair_takes_beside_its_result(device, union):
     ("pairs", "entries", "run"),
     # One program a block while all run at once; then as many as do; and not too long.
     [
-        (2, 96, 1), (2, 192, 2), (8, 96, 3), (32, 96, 12), (32, 192, 24), (128, 96, 48),
-        (128, 192, 64), (300, 96, 64), (1, 1, 1),
+        (2, 96, 1),
+        (2, 192, 2),
+        (8, 96, 3),
+        (32, 96, 12),
+        (32, 192, 24),
+        (128, 96, 48),
+        (128, 192, 64),
+        (300, 96, 64),
+        (1, 1, 1),
     ],
 )
 def test_runs_fill_the_gpu(pairs, entries, run):
