@@ -198,5 +198,5 @@ def test_layers_may_have_formats_of_their_own(model, fast, ids):
 
 
 def test_a_format_of_a_layer_without_blocks_is_refused(fast):
-    with pytest.raises(ConfigError, match="kv_format names 'int8' for layer 7.*are 0, 1;"):
+    with pytest.raises(ConfigError, match=r"kv_format names 'int8' for layer 7.*are 0, 1;"):
         built(fast, kv_format={7: "int8"})
