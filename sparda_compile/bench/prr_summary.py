@@ -3,7 +3,8 @@
 headline   speculation with the stated budget and coverage, and the next prediction beside it
 ladder     torch without a CUDA graph, with one, our kernels, and speculation
 ablation   the paper's own steps, over the best of torch
-bars       over all shapes: the best ratio to torch, their mean, and the least one to `query`
+bars       over all shapes: the best ratio to torch and their mean, of speculation and of `query`,
+           which runs where speculation does not pay; and the least ratio of speculation to `query`
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ TORCH: Final = ("torch_sdpa", "torch_flex")
 # kernel and repair; prediction by past scores.
 PAPER_LADDER: Final = {"recompute": 1.01, "repair": 1.30, "ema": 1.56}
 # The paper's best ratio and the mean of its tables' cells; speculation alone has never to lose.
-BARS: Final = {"best_over_torch": 1.64, "mean_over_torch": 1.4, "least_over_query": 1.0}
+BARS: Final = {
+    "best_over_torch": 1.64,
+    "mean_over_torch": 1.4,
+    "best_query_over_torch": 1.64,
+    "mean_query_over_torch": 1.4,
+    "least_over_query": 1.0,
+}
 
 
 def headline(rows: Mapping[str, Mapping[str, Any]], budget: float) -> dict[str, Any]:
@@ -83,9 +90,12 @@ def bars(results: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not lines:
         return None
     torch = [line["over_torch"] for line in lines]
+    serial = [first["programs"]["query"]["over_torch"] for first in firsts]
     found = {
         "best_over_torch": max(torch),
         "mean_over_torch": round(sum(torch) / len(torch), 3),
+        "best_query_over_torch": max(serial),
+        "mean_query_over_torch": round(sum(serial) / len(serial), 3),
         "least_over_query": min(line["over_query"] for line in lines),
     }
     passed = {name: value >= BARS[name] for name, value in found.items()}

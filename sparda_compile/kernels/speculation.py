@@ -183,7 +183,7 @@ def _late_bytes(a: Any) -> int:
     mutates=("counters",),
     fake=lambda a: torch.empty_like(a.query, memory_format=torch.contiguous_format),
     work=Work.REPAIRED,
-    kernels=("_repair_predicted",),
+    kernels=("_repair_predicted", "_merge_predicted"),
     behind=("append_kv",),
     workspace=_late_bytes,
 )

@@ -68,12 +68,9 @@ def _ids_of(block_ids, page_ids, tile, end, ROOM: tl.constexpr, TOKENS: tl.const
 def read_tile(  # noqa: ANN201 - a part of kernels
     pages, block, page, tile, length, dims,
     SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    INTERPRETED: tl.constexpr, columns=None,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Return keys and values of a tile, and which of its tokens there are.
-
-    Of the values only some columns are read, where that is asked for; the others are 0.
-    """
+    """Return keys and values of a tile, and which of its tokens there are."""
     if TOKENS > ROOM:
         token = tl.arange(0, TOKENS) % ROOM
         start = pages + page[:, None].to(tl.int64) * (2 * SIZE * DIM)
@@ -84,8 +81,6 @@ def read_tile(  # noqa: ANN201 - a part of kernels
     source = start + token[:, None] * DIM + dims[None, :]
     mask = seen[:, None] & (dims < DIM)[None, :]
     keys = tl.load(source, mask=mask, other=0.0)
-    if columns is not None:
-        mask = mask & columns[None, :]
     values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
     if INTERPRETED:
         keys, values = keys.to(tl.float32), values.to(tl.float32)

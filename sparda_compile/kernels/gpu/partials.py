@@ -70,13 +70,9 @@ def attend_each(  # noqa: ANN201 - a part of kernels
     pair, groups, num_pages, num_entries,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr,
     TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr, columns=None,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to each wanted block of a list; write the partial of each to its entry of a pair.
-
-    With `columns`, [DIMS] bool, values are read and outputs written in these alone: the products
-    are as many, so that what is written has the same bits.
-    """
+    """Attend to each wanted block of a list; write the partial of each to its entry of a pair."""
     PARTS: tl.constexpr = ROOM // TOKENS
     count = tl.sum(wanted.to(tl.int32), 0)
     if count > 0:
@@ -104,9 +100,8 @@ def attend_each(  # noqa: ANN201 - a part of kernels
             page_id = tl.sum(tl.where(chosen, page, 0), 0)
             number = tl.sum(tl.where(chosen, entry, 0), 0)
             keys, values, seen = read_tile(
-                mine, block_id, page_id, part, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED,
-                columns,
-            )  # fmt: skip
+                mine, block_id, page_id, part, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
+            )
             scores = scaled_scores(q, keys, seen, factor, cap, SOFTCAP)
             old_peak = tl.where(part == 0, float("-inf"), peak)
             peak = tl.maximum(old_peak, tl.max(scores, axis=1))
@@ -121,10 +116,11 @@ def attend_each(  # noqa: ANN201 - a part of kernels
             log_sum = tl.where(nothing, float("-inf"), peak * _LN_2 + tl.log(sure))
             place = (pair.to(tl.int64) * num_entries + number) * HEADS + head
             ends = head < tl.where(part == PARTS - 1, HEADS, 0)
-            written = ends[:, None] & is_dim[None, :]
-            if columns is not None:
-                written = written & columns[None, :]
-            tl.store(out + place[:, None] * DIM + dims[None, :], acc / sure[:, None], mask=written)
+            tl.store(
+                out + place[:, None] * DIM + dims[None, :],
+                acc / sure[:, None],
+                mask=ends[:, None] & is_dim[None, :],
+            )
             tl.store(lse + place, log_sum, mask=ends)
 
 

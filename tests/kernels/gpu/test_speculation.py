@@ -18,15 +18,6 @@ NAN, INF = float("nan"), float("inf")
 GUESSES = ["nothing", "some", "all", "others", "more", "ahead"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_programs(device):
-    """The interpreter runs one program after another: let each have all columns of a merge."""
-    with pytest.MonkeyPatch.context() as patch:
-        if device == "cpu":
-            patch.setattr(speculation, "_PROGRAMS", 1)
-        yield
-
-
 class Case:
     """All blocks in pages of any order; some are selected, and NaN is where nobody may read."""
 
@@ -220,44 +211,6 @@ def test_how_blocks_are_shared_out_changes_no_bit(device, monkeypatch):
         assert torch.equal(partial[1], other[1])
 
 
-@pytest.mark.parametrize("dim", [20, 32])
-def test_columns_of_their_own_change_no_bit(device, assert_close, monkeypatch, dim):
-    """Each program writes its columns of what was missed, and reads no other."""
-    monkeypatch.setattr(speculation, "_PROGRAMS", 8)
-    assert speculation.columns_of(2, dim) == 8
-    case = Case(device, [16 * 8 + 3, 70], 4, (1, 3, 16, dim))
-    check_guesses(case, kinds=("some", "ahead"))
-    for union in (False, True):
-        predicted = case.guess("some", 6)
-        want, _, counts = case.run(predicted, union=union, room=reference)
-        got, _, both = case.run(predicted, union=union)
-        assert counts == both
-        assert_close(got, want, "attention", torch.float32)
-
-
-def test_more_entries_than_are_looked_up_at_once(device, assert_close, monkeypatch):
-    """And than are merged at once."""
-    monkeypatch.setattr(speculation, "_ENTRIES", 4)
-    monkeypatch.setattr(speculation, "_MERGE_TILE", 2 * 16 * 2)
-    case = Case(device, [16 * 12 + 3], 7, (1, 2, 16, 16))
-    check_guesses(case, kinds=("some", "more"))
-    for union in (False, True):
-        predicted = case.guess("some", 9)
-        want, _, counts = case.run(predicted, union=union, room=reference)
-        got, _, both = case.run(predicted, union=union)
-        assert counts == both
-        assert_close(got, want, "attention", torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("pairs", "dim", "columns"),
-    [(2, 128, 8), (8, 128, 8), (32, 128, 16), (128, 128, 64), (300, 128, 128), (1, 20, 8)],
-)
-def test_repairs_have_programs_for_the_gpu(monkeypatch, pairs, dim, columns):
-    monkeypatch.setattr(speculation, "_PROGRAMS", 264)
-    assert speculation.columns_of(pairs, dim) == columns
-
-
 def test_nothing_selected_is_nothing(device):
     case = Case(device, [70, 3], 3, (1, 2, 16, 16))
     case.block_ids.fill_(-1)
@@ -268,7 +221,7 @@ def test_nothing_selected_is_nothing(device):
 
 @pytest.mark.parametrize("union", [False, True])
 def test_what_a_repair_takes_beside_its_result(device, union):
-    """Its partials, and where each partial to be merged comes from: what its kernel is given."""
+    """Its partials, and where each partial to be merged comes from: what its kernels are given."""
     case = Case(device, [70, 3], 3, (1, 2, 16, 16))
     predicted, counters = case.guess("some", 4), torch.zeros(len(COUNTERS), dtype=torch.int64)
     shape = (*predicted.shape, 2)
@@ -276,12 +229,12 @@ def test_what_a_repair_takes_beside_its_result(device, union):
     ids = (case.page_ids, case.block_ids, predicted)
     given = (case.query, case.pages, *ids, case.lengths, *partial, counters, 0.2, 0.0, union)
     with collect_launches() as launches:
-        merged = speculation.repair_predicted(
+        speculation.repair_predicted(
             *given[:2], ids, case.lengths, partial, counters, (0.2, 0.0), union=union
         )
     names = [launch.kernel.fn.__name__ for launch in launches]
     assert names == list(INSTRUCTIONS["repair_predicted"].kernels)
-    known = {tensor.data_ptr() for tensor in (*given, merged) if isinstance(tensor, torch.Tensor)}
+    known = {tensor.data_ptr() for tensor in given if isinstance(tensor, torch.Tensor)}
     scratch = {
         tensor.data_ptr(): tensor.nbytes
         for tensor in launches[0].args
