@@ -2,11 +2,11 @@
 
     python benchmarks/predict_text.py MODEL --text prose=GPL-3.txt --out result.json
 
-MODEL is a folder that transformers' `save_pretrained` wrote, with its tokenizer. A text is read
-densely up to 64 tokens before its context ends. These, and the steps behind them, are decode steps
-fed with the text's own tokens: each reads the blocks that its query selects. The 64 begin the
-levels of the predictors, and calibrate one of them; the others count. Texts that the result has
-from another run are kept.
+MODEL is a folder that transformers' `save_pretrained` wrote, with its tokenizer, or smollm2. A text
+is read densely up to 64 tokens before its context ends. These, and the steps behind them, are
+decode steps fed with the text's own tokens: each reads the blocks that its query selects. The 64
+begin the levels of the predictors, and calibrate one of them; the others count. Texts that the
+result has from another run are kept.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
 from sparda_compile import SpardaConfig
-from sparda_compile.cli.targets import load_target
+from sparda_compile.cli.targets import load_target, load_tokenizer
 from sparda_compile.environment import write_result
 from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.guesses import GuessSums, num_first_steps
@@ -32,7 +31,7 @@ from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of a model with its tokenizer")
+    parser.add_argument("model", help="folder of a model with its tokenizer, or smollm2")
     parser.add_argument("--text", action="append", required=True, help="name=file")
     parser.add_argument("--context", type=int, default=6144, help="tokens before the steps")
     parser.add_argument("--steps", type=int, default=200, help="decode steps that count")
@@ -133,7 +132,7 @@ def main():
         print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
 
     model = load_target(args.model).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    tokenizer = load_tokenizer(args.model)
     head = {"model": Path(args.model).name, "context": args.context, "steps": args.steps}
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for text in args.text:

@@ -383,3 +383,16 @@ def counted_bytes() -> type[_Counted]:
     It takes the tensors that are not counted.
     """
     return _Counted
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """A tokenizer of 256 bytes with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(level.alphabet()))}, []))
+    made.pre_tokenizer, made.decoder = level, decoders.ByteLevel()
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=turns)

@@ -295,6 +295,8 @@ IN_PLACE = {
     "gpu.md": {'"path/to/model"': repr(str(small_model_folder())), '"cuda"': '"cpu"'},
     "training.md": {"steps=20": "steps=2"},
 }
+# Pages whose program needs what need not be installed, and the test that runs it.
+ELSEWHERE = {"quality.md": "tests/e2e/test_lm_eval.py"}
 
 
 def given(page):
@@ -306,7 +308,7 @@ def given(page):
 
 @pytest.mark.usefixtures("no_deprecations")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES[1:] if programs(page)], ids=lambda p: p.name
+    "page", [p for p in PAGES[1:] if programs(p) and p.name not in ELSEWHERE], ids=lambda p: p.name
 )
 def test_programs_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -333,6 +335,7 @@ def test_python_of_pages_is_run():
             if name != "python" and re.search(r"^(from|import) ", body, re.MULTILINE):
                 hidden.add(page.name)
     assert hidden == NEEDS_A_GPU
+    assert all(page in (ROOT / test).read_text() for page, test in ELSEWHERE.items())
 
 
 @pytest.mark.usefixtures("no_deprecations")

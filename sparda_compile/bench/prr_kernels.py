@@ -3,8 +3,8 @@
     attention    over selected blocks: ours, SDPA over gathered ones, FlashInfer's block-sparse one;
                  by tokens and by tokens of a block, 32 query heads on 8 KV heads, 128K tokens
     selection    scores and the choice of blocks, ours and torch's operators, by context
-    prediction   the update of level and trend, and the prediction, by context
-    calibration  of the predictor, where there is an op for it
+    prediction   the update of level and trend, the prediction, and, once a prompt, the search of
+                 the weights that predict its last tokens best, by context
 
 Each is timed in CUDA graphs, on data that the L2 cache cannot hold; outputs are compared first.
 """
@@ -34,7 +34,7 @@ from sparda_compile.bench.prr_others import (
 from sparda_compile.bench.prr_programs import predict, score, select, update
 from sparda_compile.bench.refusals import REFUSALS, reason_of
 from sparda_compile.bench.timing import Spread, graph_us, graphs_us
-from sparda_compile.isa.table import INSTRUCTIONS
+from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW, calibrate
 from sparda_compile.kernels.sparse_attention import sparse_attention
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ __all__ = ["AttentionShape", "bench_attention", "bench_prediction", "bench_selec
 _L2_BYTES: Final = 160 << 20
 _MOST_SETS: Final = 40
 _ROUNDS: Final = 10
-_CALIBRATION: Final = "calibrate_prediction"
 # PRR's table 3: its kernel over FlashInfer's, by tokens of a block; and microseconds of a layer's
 # selection by context, of its own profile (`roofline/utilization.csv`); and of a prediction.
 _PAPER_BUDGETS: Final = (1024, 2048, 4096, 6144, 8192)
@@ -64,6 +63,11 @@ _PAPER_SELECTION: Final = {
     131072: 62.53,
     262144: 69.63,
     524288: 105.89,
+}
+# Of a calibration: what is exposed of it, and the whole search; whether of all layers is not said.
+_PAPER_CALIBRATION: Final = {
+    16384: {"exposed": 60, "all": 2400},
+    65536: {"exposed": 280, "all": 11200},
 }
 _PAPER_PREDICTION: Final = 10.0
 
@@ -263,15 +267,23 @@ def bench_prediction(
         pairs = list(zip(case.layers, scores, strict=True))
         updates = [partial(update, case, layer, each) for layer, each in pairs]
         predictions = [partial(predict, case, layer, budget, ahead) for layer, _ in pairs]
-        rows[str(shape.tokens)] = {
+        row: dict[str, Any] = {
             "update": graph_us(updates, _ROUNDS).to_dict(),
             "predict": graph_us(predictions, _ROUNDS).to_dict(),
+            "calibrate": graph_us([_calibration(case, scores)], _ROUNDS).to_dict(),
         }
-    return {"by_tokens": rows, "paper_us": _PAPER_PREDICTION, "calibration": _calibration()}
+        if shape.tokens in _PAPER_CALIBRATION:
+            row["paper_calibration_us"] = _PAPER_CALIBRATION[shape.tokens]
+        rows[str(shape.tokens)] = row
+    return {"by_tokens": rows, "paper_us": _PAPER_PREDICTION}
 
 
-def _calibration() -> dict[str, str]:
-    """Return why calibration has no time: there is no op for it, or nobody measures it yet."""
-    if _CALIBRATION not in INSTRUCTIONS:
-        return {"skipped": f"there is no op `{_CALIBRATION}`"}
-    return {"skipped": f"the op `{_CALIBRATION}` is not measured yet"}
+def _calibration(case: PrrCase, scores: Sequence[Tensor]) -> Callable[[], object]:
+    """Return the search of a layer's weights; as the last rows of a prompt stand the scores."""
+    shape = case.shape
+    rows = torch.stack([scores[row % len(scores)] for row in range(CALIBRATION_WINDOW)])
+    before = case.lengths[:, None].expand(-1, CALIBRATION_WINDOW).contiguous()
+    choice = (shape.selected, shape.block, shape.sink, shape.local)
+    found = torch.zeros(shape.batch, 3, device=case.device)
+    num_rows = torch.full((shape.batch,), CALIBRATION_WINDOW, device=case.device)
+    return partial(calibrate, rows, before, num_rows, choice, found, are_comparable=True)

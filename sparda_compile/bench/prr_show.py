@@ -126,13 +126,15 @@ def _print_selection(name: str, result: Mapping[str, Any], console: Console) -> 
 
 
 def _print_prediction(name: str, result: Mapping[str, Any], console: Console) -> None:
-    table = make_table(f"{name}, us", ("tokens", "update", "predict", "paper"), 0)
+    columns = ("tokens", "update", "predict", "paper", "calibrate", "paper")
+    table = make_table(f"{name}, us", columns, 0)
     for tokens, row in result["by_tokens"].items():
-        times = (f"{row[key]['median']:.1f}" for key in ("update", "predict"))
-        table.add_row(tokens, *times, f"{result['paper_us']:.0f}")
+        update, predict, calibrate = (
+            f"{row[key]['median']:.1f}" for key in ("update", "predict", "calibrate")
+        )
+        paper = row.get("paper_calibration_us", {}).get("all", "-")
+        table.add_row(tokens, update, predict, f"{result['paper_us']:.0f}", calibrate, f"{paper}")
     console.print(table)
-    if "skipped" in result["calibration"]:
-        _print_skipped(name, {"calibration": result["calibration"]["skipped"]}, console)
 
 
 def _print_bars(result: Mapping[str, Any], console: Console) -> None:

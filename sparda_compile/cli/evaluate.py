@@ -16,7 +16,7 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.devices import find_device
-from sparda_compile.cli.evaluation_parts import EvaluationParts
+from sparda_compile.cli.evaluation_parts import EvaluationParts, selectors_of
 from sparda_compile.cli.options import (
     LARGEST_SEED,
     MOST_SEQUENCES,
@@ -33,7 +33,6 @@ from sparda_compile.cli.options import (
 from sparda_compile.cli.outputs import check_outputs, check_plot, write_file
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -253,7 +252,7 @@ def _bases(
             mode=mode, selector=rule, kv_format=name, top_k=None, **_memory(mode), **fields
         )
         for mode in modes
-        for rule in _selectors(mode, selectors)
+        for rule in selectors_of(mode, selectors)
         for name in names
     ]
 
@@ -261,19 +260,6 @@ def _bases(
 def _memory(mode: str) -> dict[str, Any]:
     """Return where a mode keeps its blocks; what it decides does not depend on it."""
     return {"offload": "never"} if mode == "speculate" else {}
-
-
-def _selectors(mode: str, selectors: Sequence[str]) -> list[str]:
-    """Return the selectors that make a difference to a mode."""
-    if mode in ("query", "exact", "speculate"):
-        return list(selectors)
-    if mode == "dense":
-        return [_SELECTOR]
-    # Of those that score a Forecast alike one is enough: the usual one, or the first.
-    named = {SELECTORS[rule].forecast_selector: rule for rule in (*reversed(selectors), _SELECTOR)}
-    return [
-        named[scorer] for scorer in dict.fromkeys(SELECTORS[r].forecast_selector for r in selectors)
-    ]
 
 
 def _forecast(name: str, path: Path | None) -> ForecastWeights | None:

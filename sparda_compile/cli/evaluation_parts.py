@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.cli.console import INTERRUPTED, fail
 from sparda_compile.cli.devices import check_memory
+from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.results import EvaluationFile
     from sparda_compile.forecast.weights import ForecastWeights
 
-__all__ = ["EvaluationParts"]
+__all__ = ["EvaluationParts", "selectors_of"]
 
+_USUAL: Final = "infllm2"
 # What selects -> how a configuration's name ends.
 _ENDINGS: Final = {"dense": "", "sparse": ", and its prompt", "alone": ", its prompt alone"}
 
@@ -79,7 +81,7 @@ class EvaluationParts:
             if base.mode == "dense":
                 found.setdefault(f"dense{tail}", (f"dense{tail}", base, ""))
                 continue
-            rule = base.mode if base.selector == "infllm2" else f"{base.mode} {base.selector}"
+            rule = base.mode if base.selector == _USUAL else f"{base.mode} {base.selector}"
             for share in self.budgets:
                 config = budget_config(base, length, share)
                 for prompt, ending in _ENDINGS.items():
@@ -156,6 +158,19 @@ class EvaluationParts:
             except KeyboardInterrupt:
                 fail(_stopped(number, len(parts), file), INTERRUPTED)
             file.save(found.rows)
+
+
+def selectors_of(mode: str, selectors: Sequence[str]) -> list[str]:
+    """Return the selectors that make a difference to a mode."""
+    if mode in ("query", "exact", "speculate"):
+        return list(selectors)
+    if mode == "dense":
+        return [_USUAL]
+    # Of those that score a Forecast alike one is enough: the usual one, or the first.
+    named = {SELECTORS[rule].forecast_selector: rule for rule in (*reversed(selectors), _USUAL)}
+    return [
+        named[scorer] for scorer in dict.fromkeys(SELECTORS[r].forecast_selector for r in selectors)
+    ]
 
 
 def _stopped(done: int, total: int, file: EvaluationFile) -> str:

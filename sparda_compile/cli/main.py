@@ -21,7 +21,7 @@ from sparda_compile.cli.bench import bench_app
 from sparda_compile.cli.calibrate import calibrate_machine
 from sparda_compile.cli.console import AsJson, print_json
 from sparda_compile.cli.demo import demo
-from sparda_compile.cli.evaluate import evaluate_model
+from sparda_compile.cli.evaluations import eval_app
 from sparda_compile.cli.inspect import inspect_model
 from sparda_compile.cli.train import train_model
 
@@ -76,7 +76,7 @@ app.command("inspect")(inspect_model)
 app.command("demo")(demo)
 app.command("calibrate")(calibrate_machine)
 app.command("train")(train_model)
-app.command("eval")(evaluate_model)
+app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
 

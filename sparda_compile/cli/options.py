@@ -50,6 +50,8 @@ __all__ = [
     "ShortList",
     "Task",
     "Teacher",
+    "TextPrompt",
+    "TextTask",
     "Variant",
     "choices",
 ]
@@ -95,6 +97,8 @@ if TYPE_CHECKING:
     PromptProgram = bench_names.PromptProgramName
     Task = task_names.TaskName
     Teacher = teacher_names.Teacher
+    TextPrompt = task_names.TextPromptName
+    TextTask = task_names.TextTaskName
     Variant = bench_names.VariantName
 else:
     Hint = choices("Hint", HINTS.choices())
@@ -112,6 +116,8 @@ else:
     PromptProgram = choices("PromptProgram", get_args(bench_names.PromptProgramName))
     Task = choices("Task", get_args(task_names.TaskName))
     Teacher = choices("Teacher", get_args(teacher_names.Teacher))
+    TextPrompt = choices("TextPrompt", get_args(task_names.TextPromptName))
+    TextTask = choices("TextTask", get_args(task_names.TextTaskName))
     Variant = choices("Variant", get_args(bench_names.VariantName))
 
 Commit = Annotated[str | None, typer.Option(help="Commit to note, where this is no git checkout.")]

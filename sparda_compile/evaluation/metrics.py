@@ -60,7 +60,7 @@ def kl_divergence(truth_BAV: Tensor, logits_BAV: Tensor) -> Tensor:
     return divergence.clamp(min=0.0)  # Rounding can leave equal distributions below zero.
 
 
-def wilson_interval(num_right: int, num_samples: int) -> tuple[float, float]:
+def wilson_interval(num_right: float, num_samples: int) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share; (0, 1) if there are no samples."""
     if not num_samples:
         return 0.0, 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["PromptName", "TaskName"]
+__all__ = ["PromptName", "TaskName", "TextPromptName", "TextTaskName"]
 
 TaskName = Literal[
     "single_needle",
@@ -19,3 +19,9 @@ TaskName = Literal[
 
 PromptName = Literal["dense", "sparse", "alone"]
 """What selects blocks: the decode steps alone, the prompt's tokens too, or the prompt's alone."""
+
+TextTaskName = Literal["perplexity", "needle", "chat"]
+"""What `sparda eval text` measures on real text."""
+
+TextPromptName = Literal["dense", "sparse"]
+"""What the tokens of its prompts read."""

@@ -90,16 +90,7 @@ def define(
         if name in INSTRUCTIONS:
             raise PassError(f"sparda::{name} is defined already; give the op another name.")
         signature = inspect.signature(function)
-        open_to_default = [
-            argument
-            for argument in mutates
-            if signature.parameters[argument].default is not inspect.Parameter.empty
-        ]
-        if open_to_default:
-            raise PassError(
-                f"sparda::{name} writes {', '.join(open_to_default)}, which has a default: torch "
-                f"2.11 fails where an argument that is written is left out. Take the default away."
-            )
+        _check_written(name, mutates, signature)
         op = torch.library.custom_op(f"sparda::{name}", function, mutates_args=tuple(mutates))
 
         op.register_fake(_by_name(fake, signature) or (lambda *_, **__: None))
@@ -128,6 +119,15 @@ def define(
         return op
 
     return decorate
+
+
+def _check_written(name: str, mutates: Sequence[str], signature: inspect.Signature) -> None:
+    for argument in mutates:
+        if signature.parameters[argument].default is not inspect.Parameter.empty:
+            raise PassError(
+                f"sparda::{name} writes {argument}, which has a default: torch 2.11 fails where an "
+                f"argument that is written is left out. Take the default away."
+            )
 
 
 def _by_name(

@@ -7,7 +7,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from sparda_compile.cli import evaluate
 from sparda_compile.cli import main as cli
 from sparda_compile.demo import small_model
 from sparda_compile.evaluation.guesses import MIXED, REFERENCES
@@ -143,14 +142,6 @@ def test_model_without_retention(folder):
     result = run(folder, *SMALL, "--mode", "query", "--selector", "nosa", "--short-list", 1)
     assert result.exit_code == 1, result.output
     assert "keys that carry a retention score" in " ".join(result.stderr.split())
-
-
-def test_modes_take_the_selectors_that_they_read():
-    selectors = ["infllm2", "quest", "nosa", "lowbit2"]
-    assert evaluate._selectors("exact", selectors) == selectors
-    assert evaluate._selectors("forecast", selectors) == ["infllm2", "nosa", "lowbit2"]
-    assert evaluate._selectors("forecast", ["lowbit4", "quest"]) == ["lowbit4", "infllm2"]
-    assert evaluate._selectors("dense", selectors) == ["infllm2"]
 
 
 def test_no_such_folder(tmp_path):

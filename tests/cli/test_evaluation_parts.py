@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from sparda_compile import SpardaConfig
-from sparda_compile.cli.evaluation_parts import EvaluationParts
+from sparda_compile.cli.evaluation_parts import EvaluationParts, selectors_of
 from sparda_compile.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -49,3 +49,11 @@ def test_names_say_the_format_of_blocks_where_it_is_not_the_models():
 def test_what_a_later_part_would_find_is_found_at_once(changes, words):
     with pytest.raises(ConfigError, match=words):
         parts(**changes).check(MODEL, CPU)
+
+
+def test_modes_take_the_selectors_that_they_read():
+    selectors = ["infllm2", "quest", "nosa", "lowbit2"]
+    assert selectors_of("exact", selectors) == selectors
+    assert selectors_of("forecast", selectors) == ["infllm2", "nosa", "lowbit2"]
+    assert selectors_of("forecast", ["lowbit4", "quest"]) == ["lowbit4", "infllm2"]
+    assert selectors_of("dense", selectors) == ["infllm2"]

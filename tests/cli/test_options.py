@@ -17,7 +17,7 @@ from sparda_compile import config
 from sparda_compile.bench.names import ShapeName, VariantName
 from sparda_compile.cli.main import app
 from sparda_compile.cli.options import Choice, choices
-from sparda_compile.evaluation.names import TaskName
+from sparda_compile.evaluation.names import TaskName, TextTaskName
 from sparda_compile.registry import HINTS, SELECTORS
 from sparda_compile.training.names import Teacher
 
@@ -94,6 +94,8 @@ def test_names_are_choices(path, name):
     offered = NAMES[name]
     if (path, name) == (("bench", "profile"), "mode"):
         offered = [mode for mode in offered if mode not in ("dense", "speculate")]
+    if (path, name) == (("eval", "text"), "task"):
+        offered = get_args(TextTaskName)
     wrong = f"--{name}=nothing"
     target = ["tiny-llama"] if path in (("inspect",), ("train",)) else []
     result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*path, *target, wrong])

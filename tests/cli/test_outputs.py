@@ -102,12 +102,15 @@ def test_files_are_written_with_their_folder(tmp_path):
 
 
 TEXT = ["--text", __file__, "--length", "5000"]
+DOCUMENT = ["--document", __file__]
 OUTPUTS = {
     "inspect --html": ["inspect", "tiny-llama", "--html"],
     "inspect --trace": ["inspect", "tiny-llama", "--trace"],
     "demo --html": ["demo", "--html"],
-    "eval --json-file": ["eval", "--json-file"],
-    "eval --plot": ["eval", "--plot"],
+    "eval tasks --json-file": ["eval", "tasks", "--json-file"],
+    "eval tasks --plot": ["eval", "tasks", "--plot"],
+    "eval text --json-file": ["eval", "text", "smollm2", *DOCUMENT, "--json-file"],
+    "eval text --plot": ["eval", "text", "smollm2", *DOCUMENT, "--plot"],
     "train --out": ["train", "tiny-llama", *TEXT, "--out"],
     "bench decode --out": ["bench", "decode", "--out"],
     "bench decode --plot": ["bench", "decode", "--plot"],

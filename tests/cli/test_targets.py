@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sparda_compile.cli.targets import build_target, load_target
+from sparda_compile.cli import targets
+from sparda_compile.cli.targets import build_target, load_target, load_tokenizer
 from sparda_compile.errors import ConfigError
 from sparda_compile.testing import build
 
@@ -87,3 +88,22 @@ class TestLoad:
         build("llama").config.save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=r"cannot load a causal LM from"):
             load_target(str(tmp_path))
+
+    def test_tokenizer_of_a_folder(self, tmp_path, byte_tokenizer):
+        build("llama").config.save_pretrained(tmp_path)
+        with pytest.raises(
+            ConfigError, match=r"has no tokenizer that .* tokenizer.save_pretrained"
+        ):
+            load_tokenizer(str(tmp_path))
+        byte_tokenizer.save_pretrained(tmp_path)
+        assert load_tokenizer(str(tmp_path))("text").input_ids == byte_tokenizer("text").input_ids
+
+    def test_what_has_no_tokenizer(self):
+        with pytest.raises(ConfigError, match="'tiny-llama' has no tokenizer; pass a folder"):
+            load_tokenizer("tiny-llama")
+
+    def test_the_real_model_by_its_name(self, monkeypatch):
+        monkeypatch.setattr(targets, "load_real_model", lambda: "the model")
+        monkeypatch.setattr(targets, "load_real_tokenizer", lambda: "its tokenizer")
+        assert load_target("smollm2") == "the model"
+        assert load_tokenizer("smollm2") == "its tokenizer"

@@ -48,7 +48,8 @@ def test_a_prompt_begins_as_steps_at_its_last_tokens_would(selector, mask):
     _, columns, totals = torch.ops.sparda.number_tokens(mask, lengths)
     torch.ops.sparda.begin_prediction(
         query, tensors, columns, totals, lengths, level, trend, None, selector, 0.3, 12, SIZE, 8, 4,
-        0.4, 0.3, rule.is_comparable, geometry.short_list, geometry.sink_blocks, geometry.local_blocks,
+        0.4, 0.3, rule.is_comparable, geometry.short_list, geometry.sink_blocks,
+        geometry.local_blocks,
     )  # fmt: skip
     for row in range(2):
         one = slice(row, row + 1)

@@ -201,7 +201,7 @@ def run_length(num_pairs: int, num_entries: int) -> int:
         num_entries: Blocks of each.
     """
     splits = max(_PROGRAMS_AT_ONCE // num_pairs, 1)
-    return min(triton.cdiv(num_entries, splits), _LONGEST_RUN)
+    return min(-(-num_entries // splits), _LONGEST_RUN)
 
 
 def attend_blocks(

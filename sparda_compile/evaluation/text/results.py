@@ -1,0 +1,251 @@
+"""What was found on texts: records of single samples, rows of configurations, and their file.
+
+A record is one answer, or the scored tokens of one document, under one configuration. Rows are made
+of records alone, so a file of records is all that an evaluation needs to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from sparda_compile.environment import describe, write_result
+from sparda_compile.errors import ConfigError
+from sparda_compile.evaluation.text.cases import DENSE
+from sparda_compile.evaluation.text.intervals import Estimate, ratio_estimate, share_estimate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+__all__ = ["Record", "TextFile", "TextRow", "digest_of", "rows_of"]
+
+_NAME: Final = "eval_text"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One steps part of one sample under one configuration.
+
+    Attributes:
+        task: `perplexity`, `needle` or `chat`.
+        length: Tokens of the sample.
+        case: Name of the configuration; `dense` is the model itself.
+        sample: Name of the document, trial or conversation.
+        label: Depth of a needle, or the question of a conversation.
+        digest: Hash of the tokens that were fed.
+        mode: Of the configuration, and the next three.
+        selector: Empty for the model itself.
+        hints: Names, joined by `+`.
+        prefill: What the prompt's tokens read.
+        num_read: Blocks that a step reads at the end of the sample.
+        num_blocks: Blocks of the sample.
+        tokens: Predictions that count.
+        nll: Their negative log-likelihood, nats, summed.
+        kl: Their KL divergence from the model itself, nats, summed.
+        same: Those whose likeliest token is the model's.
+        is_right: Whether all of their likeliest tokens are right.
+    """
+
+    task: str
+    length: int
+    case: str
+    sample: str
+    label: str
+    digest: str
+    mode: str
+    selector: str
+    hints: str
+    prefill: str
+    num_read: int
+    num_blocks: int
+    tokens: int
+    nll: float
+    kl: float
+    same: int
+    is_right: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """One configuration on one task at one length; intervals are of 95%.
+
+    Attributes:
+        task: As in records, like the next six.
+        length: Tokens of a sample.
+        case: Name of the configuration.
+        mode: Its mode.
+        selector: Its selector.
+        hints: Its hints.
+        prefill: What the prompt's tokens read.
+        budget: Share of the blocks that a step reads.
+        num_samples: Documents, trials or conversations: the clusters.
+        tokens: Predictions that count.
+        perplexity: Of the right tokens.
+        ratio: Perplexity over that of the model itself on the same tokens.
+        kl: Mean divergence of a prediction from the model's own, nats.
+        top1: Share of predictions whose likeliest token is the model's.
+        right: Share of right answers; None for perplexity.
+        right_gain: Share of right answers less that of the model itself; None likewise.
+        right_by_label: Share of right answers by depth or question.
+    """
+
+    task: str
+    length: int
+    case: str
+    mode: str
+    selector: str
+    hints: str
+    prefill: str
+    budget: float
+    num_samples: int
+    tokens: int
+    perplexity: Estimate
+    ratio: Estimate
+    kl: Estimate
+    top1: Estimate
+    right: Estimate | None
+    right_gain: Estimate | None
+    right_by_label: dict[str, float]
+
+
+def rows_of(records: Sequence[Record]) -> list[TextRow]:
+    """Return a row for each task, length and configuration, in the order of their first records."""
+    groups: dict[tuple[str, int, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.task, record.length, record.case), []).append(record)
+    dense = {(r.task, r.length, r.sample, r.label): r for r in records if r.case == DENSE}
+    return [
+        _row(group, [dense[r.task, r.length, r.sample, r.label] for r in group])
+        for group in groups.values()
+    ]
+
+
+def _row(records: list[Record], dense: list[Record]) -> TextRow:
+    first, samples = records[0], list(dict.fromkeys(r.sample for r in records))
+
+    def sums(values: Iterable[float]) -> list[float]:
+        total = dict.fromkeys(samples, 0.0)
+        for record, value in zip(records, values, strict=True):
+            total[record.sample] += value
+        return list(total.values())
+
+    tokens, answers = sums(r.tokens for r in records), sums(1.0 for _ in records)
+    pairs = list(zip(records, dense, strict=True))
+    gains = sums(float(r.is_right) - float(d.is_right) for r, d in pairs)
+    is_answered = first.task != "perplexity"
+    labels = dict.fromkeys(r.label for r in records) if is_answered else {}
+    return TextRow(
+        task=first.task,
+        length=first.length,
+        case=first.case,
+        mode=first.mode,
+        selector=first.selector,
+        hints=first.hints,
+        prefill=first.prefill,
+        budget=first.num_read / first.num_blocks,
+        num_samples=len(samples),
+        tokens=int(sum(tokens)),
+        perplexity=ratio_estimate(sums(r.nll for r in records), tokens).map(math.exp),
+        ratio=ratio_estimate(sums(r.nll - d.nll for r, d in pairs), tokens).map(math.exp),
+        kl=ratio_estimate(sums(r.kl for r in records), tokens, (0.0, math.inf)),
+        top1=ratio_estimate(sums(r.same for r in records), tokens, (0.0, 1.0)),
+        right=share_estimate(sums(float(r.is_right) for r in records), answers)
+        if is_answered
+        else None,
+        right_gain=ratio_estimate(gains, answers, (-1.0, 1.0)) if is_answered else None,
+        right_by_label={
+            label: _mean([float(r.is_right) for r in records if r.label == label])
+            for label in labels
+        },
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's weights: its safetensors or .bin files."""
+    found = hashlib.sha256()
+    weights = (".safetensors", ".bin")
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in weights)
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()
+
+
+class TextFile:
+    """Records of an evaluation, kept in a JSON file, from which it goes on.
+
+    Args:
+        path: The file; None keeps nothing.
+        head: What decides the numbers of a record beside its task, length and configuration, as
+            plain data: model, texts, settings.
+        commit: Of this package, where it is not a git checkout.
+
+    Raises:
+        ConfigError: If there is a file that was made with something else.
+    """
+
+    def __init__(self, path: Path | None, head: dict[str, Any], commit: str | None = None) -> None:
+        self.path, self._commit = path, commit
+        self._head = {"name": _NAME, **head}
+        self.records: list[Record] = []
+        if path is not None and path.exists():
+            self.records = [Record(**plain) for plain in self._found(path)]
+        self._known = {self._key(record) for record in self.records}
+
+    def has(self, task: str, length: int, case: str, samples: Iterable[tuple[str, str]]) -> bool:
+        """Whether a configuration was measured on samples, each given by its name and digest."""
+        return all((task, length, case, *sample) in self._known for sample in samples)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Add records that are not known, and write the file."""
+        new = [record for record in records if self._key(record) not in self._known]
+        self.records += new
+        self._known |= {self._key(record) for record in new}
+        if new and self.path is not None:
+            write_result(self.path, self.to_dict(), self._commit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return settings, rows and records as plain data; NaN becomes None."""
+        rows = [_plain(dataclasses.asdict(row)) for row in rows_of(self.records)]
+        return {**self._head, "rows": rows, "records": [vars(each) for each in self.records]}
+
+    def _found(self, path: Path) -> list[dict[str, Any]]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict) or content.get("name") != _NAME:
+            raise ConfigError(f"{path} is no file of this command; give another one.")
+        then, now = content["environment"], describe(self._commit)
+        other = [f"{name} {then.get(name)}" for name in now if _differs(name, then, now)]
+        other += [name for name in self._head if content.get(name) != self._head[name]]
+        if other:
+            raise ConfigError(
+                f"{path} was made with other settings, so what it has cannot be added to; give "
+                f"another file, or delete it. What is not as it is now: {', '.join(other)}."
+            )
+        records: list[dict[str, Any]] = content["records"]
+        return records
+
+    @staticmethod
+    def _key(record: Record) -> tuple[Any, ...]:
+        return record.task, record.length, record.case, record.sample, record.digest
+
+
+def _differs(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    return name != "date" and then.get(name) != now[name]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

