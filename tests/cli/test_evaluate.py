@@ -68,7 +68,7 @@ def test_several_formats_of_blocks(folder):
     assert [(row["name"], row["kv_format"]) for row in (exact, rounded)] == [
         ("dense", "model"), ("dense int4", "int4"),
     ]  # fmt: skip
-    assert exact["kl"] < 1e-6 < rounded["kl"]
+    assert 10 * exact["kl"] < rounded["kl"] > 0
 
 
 def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
