@@ -22,6 +22,7 @@ from sparda_compile.cli.options import (
     MOST_SEQUENCES,
     MOST_TOKENS,
     Hint,
+    KvFormat,
     LocalBlocks,
     Mode,
     Prompt,
@@ -86,6 +87,10 @@ Ema = Annotated[
 Calibrate = Annotated[
     bool,
     typer.Option("--ema-calibrate", help="Calibrate hint ema by the first of the steps."),
+]
+KvFormats = Annotated[
+    list[KvFormat] | None,
+    typer.Option(help="How full blocks are written, may be given again.", show_default="model"),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -159,6 +164,7 @@ def evaluate_model(
     ema: Ema = None,
     ema_calibrate: Calibrate = False,
     budget: Budgets = None,
+    kv_format: KvFormats = None,
     prefill: Prompts = None,
     task: Tasks = None,
     tokens: Lengths = None,
@@ -190,7 +196,7 @@ def evaluate_model(
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
-                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
+                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), kv_format, fields),
                 tuple(budget or _BUDGETS),
                 tuple(map(str, prefill or (_PROMPT,))),
                 tuple(map(str, task or _TASKS)),
@@ -234,13 +240,20 @@ def _sizes(
 
 
 def _bases(
-    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, Any]
+    modes: Sequence[Mode],
+    selectors: Sequence[str],
+    kv_formats: Sequence[str] | None,
+    fields: Mapping[str, Any],
 ) -> list[SpardaConfig]:
-    """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
+    """Return a configuration for each mode, selector and format; a budget sets `top_k` later."""
+    names = [str(name) for name in kv_formats or ("model",)]
     return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **_memory(mode), **fields)
+        SpardaConfig(
+            mode=mode, selector=rule, kv_format=name, top_k=None, **_memory(mode), **fields
+        )
         for mode in modes
         for rule in selectors_of(mode, selectors)
+        for name in names
     ]
 
 
