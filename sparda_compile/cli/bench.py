@@ -25,12 +25,13 @@ from sparda_compile.cli.options import (
     MOST_TOKENS,
     Commit,
     HostGib,
+    KvFormat,
     OutFolder,
     Shape,
     ShapeOption,
     Variant,
 )
-from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+from sparda_compile.cli.outputs import check_folder, check_plot, result_file, write_file
 from sparda_compile.cli.predict import bench_predict
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
@@ -108,6 +109,7 @@ def bench_decode(
     tokens: Tokens = _TOKENS,
     overlap: Overlaps = None,
     variant: Variants = None,
+    kv_format: Annotated[KvFormat, typer.Option(help="How full blocks are written.")] = "model",
     rounds: Rounds = 3,
     steps: Steps = 20,
     baseline: Annotated[
@@ -123,12 +125,13 @@ def bench_decode(
     with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
-            settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
+            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format))
+            settings = [_setting(b, *chosen) for b in batch or (1,)]
             check_plot(plot)
             check_folder(out)
             require_gpu("sparda bench decode")
+            file = _decode_file(out, shape, tokens, commit, str(kv_format))
             lab = make_lab(shape, say, max_host_gib)
-            file = _decode_file(out, shape, tokens, commit)
             for setting in settings:
                 lab.decode(setting, file.save, with_baselines=baseline)
         from sparda_compile.bench.plots import write_plot
@@ -344,6 +347,7 @@ def _setting(
     variant: list[Variant] | None,
     rounds: int,
     steps: int,
+    kv_format: str = "model",
 ) -> Any:
     """Return a checked setting of decode."""
     from sparda_compile.bench.decode import VARIANTS, DecodeSetting
@@ -359,9 +363,8 @@ def _setting(
             f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
             "add --variant scheduled."
         )
-    return DecodeSetting(
-        batch, tokens, tuple(overlap or _OVERLAPS), variants, rounds=rounds, steps=steps
-    )
+    overlaps, fields = tuple(overlap or _OVERLAPS), {"kv_format": kv_format}
+    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
 
 
 def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:
@@ -379,21 +382,19 @@ def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None)
     return Lab(shape, say, max_host_bytes=limit)
 
 
-def _decode_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
-    head = {"name": "decode", "shape": shape, "max_tokens": tokens}
-    return ResultFile(out / f"decode-{shape}.json", head, "batch_size", commit)
+def _decode_file(
+    out: Path, shape: str, tokens: int, commit: str | None, kv_format: str = "model"
+) -> ResultFile:
+    own = {} if kv_format == "model" else {"kv_format": kv_format}
+    head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own}
+    name = "-".join(("decode", shape, *own.values()))
+    return result_file(out / f"{name}.json", head, "batch_size", commit)
 
 
 def _budget_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
     head = {"name": "budget", "shape": shape, "max_tokens": tokens}
-    return ResultFile(out / f"budget-{shape}.json", head, "budget_gib", commit)
+    return result_file(out / f"budget-{shape}.json", head, "budget_gib", commit)
 
 
 def _kernels_file(path: Path, commit: str | None) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
-    return ResultFile(path, {"name": "kernels"}, "part", commit)
+    return result_file(path, {"name": "kernels"}, "part", commit)

@@ -22,6 +22,7 @@ from sparda_compile.cli.options import (
     MOST_SEQUENCES,
     MOST_TOKENS,
     Hint,
+    KvFormat,
     LocalBlocks,
     Mode,
     Prompt,
@@ -97,6 +98,10 @@ Repairs = Annotated[
         show_default=_REPAIR,
     ),
 ]
+KvFormats = Annotated[
+    list[KvFormat] | None,
+    typer.Option(help="How full blocks are written, may be given again.", show_default="model"),
+]
 Budgets = Annotated[
     list[float] | None,
     typer.Option(
@@ -170,6 +175,7 @@ def evaluate_model(
     ema_calibrate: Calibrate = False,
     repair: Repairs = None,
     budget: Budgets = None,
+    kv_format: KvFormats = None,
     prefill: Prompts = None,
     task: Tasks = None,
     tokens: Lengths = None,
@@ -201,7 +207,7 @@ def evaluate_model(
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
-                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, fields),
+                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, kv_format, fields),
                 tuple(budget or _BUDGETS),
                 tuple(map(str, prefill or (_PROMPT,))),
                 tuple(map(str, task or _TASKS)),
@@ -248,9 +254,10 @@ def _bases(
     modes: Sequence[Mode],
     selectors: Sequence[str],
     repairs: Sequence[Repair] | None,
+    kv_formats: Sequence[str] | None,
     fields: Mapping[str, Any],
 ) -> list[SpardaConfig]:
-    """Return a configuration for each mode, selector and, of `speculate`, repair.
+    """Return a configuration for each mode, selector, format and, of `speculate`, repair.
 
     A budget sets its `top_k` later.
 
@@ -259,13 +266,15 @@ def _bases(
     """
     if repairs and "speculate" not in modes:
         raise ConfigError("--repair is what mode speculate does; add --mode speculate.")
+    names = [str(name) for name in kv_formats or ("model",)]
     bases = []
     for mode in modes:
         kinds = (repairs or (_REPAIR,)) if mode == "speculate" else (_REPAIR,)
-        more: dict[str, Any] = {**_memory(mode), **fields}
+        more: dict[str, Any] = {"top_k": None, **_memory(mode), **fields}
         bases += [
-            SpardaConfig(mode=mode, selector=rule, top_k=None, repair=repair, **more)
+            SpardaConfig(mode=mode, selector=rule, kv_format=name, repair=repair, **more)
             for rule in selectors_of(mode, selectors)
+            for name in names
             for repair in kinds
         ]
     return bases

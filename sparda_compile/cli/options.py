@@ -15,7 +15,7 @@ import typer
 from sparda_compile import config, selection
 from sparda_compile.bench import names as bench_names
 from sparda_compile.evaluation import names as task_names
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, KV_FORMATS, SELECTORS
 from sparda_compile.training import names as teacher_names
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "Device",
     "Hint",
     "HostGib",
+    "KvFormat",
     "LocalBlocks",
     "Lowering",
     "Machine",
@@ -85,6 +86,7 @@ def choices(title: str, names: Iterable[str]) -> type[Choice]:
 if TYPE_CHECKING:
     # What typer makes of them are strings.
     Hint = str
+    KvFormat = str
     Machine = str
     Selector = str
     Mode = config.Mode
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     Variant = bench_names.VariantName
 else:
     Hint = choices("Hint", HINTS.choices())
+    KvFormat = choices("KvFormat", KV_FORMATS.choices())
     Machine = choices("Machine", config.MACHINE_NAMES)
     Selector = choices("Selector", SELECTORS.choices())
     Mode = choices("Mode", get_args(config.Mode))

@@ -3,6 +3,9 @@
 The haystack was read before (`reading.py`). Each later token is a decode step: every layer
 picks its blocks by the configuration's mode and selector and attends to those alone. What other
 predictors would have picked, and where the layer's attention really goes, is recorded beside it.
+In a `kv_format` that rounds, a block is rounded when it is full, and read exactly until then; what
+chooses blocks has its keys unrounded.
+
 For models built like Llama, on any device; their keys may carry a retention score, as selector
 `nosa` needs: then they are wider than a head, and `self_attn.retention(values)` gives the score.
 Nothing is captured or compiled: this says what is computed, not how fast.
@@ -24,6 +27,7 @@ from sparda_compile.evaluation.early_reads import EarlyReads, reads_early
 from sparda_compile.evaluation.guesses import block_mask
 from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
 from sparda_compile.forecast.weights import projections_of
+from sparda_compile.formats.base import format_of
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.base import empty_summary
 
@@ -155,6 +159,7 @@ class _Decoder:
         self.keys = [F.pad(keys, room) for keys in reading.keys]
         self.values = [F.pad(values, room) for values in reading.values]
         self.summaries = [self._summarize(keys) for keys in reading.keys]
+        self._round(0, reading.length // config.block_size)
         self.last_choice: dict[int, Tensor] = {}
         is_early = reads_early(config)
         # By layer: queries of steps that read everything, and the tokens before each.
@@ -198,7 +203,9 @@ class _Decoder:
             x_B1C = x_B1C + attention.o_proj(out_BH1D.transpose(1, 2).flatten(2))
             x_B1C = x_B1C + layer.mlp(layer.post_attention_layernorm(x_B1C))
             before = hidden_B1C, chosen["query"]
+        full = self.length // self.config.block_size
         self.length += 1
+        self._round(full, self.length // self.config.block_size)
         logits: Tensor = self.model.lm_head(body.norm(x_B1C))[:, 0].float()
         return logits, records
 
@@ -293,6 +300,19 @@ class _Decoder:
         for name, tensors in self.summaries[number].items():
             summary = self._rules()[name]
             summary.extend(tensors, k_BG1D, lengths_B, None, self.geometry)
+
+    def _round(self, first: int, end: int) -> None:
+        """Let some full blocks of all layers be what is read back of them."""
+        size = self.config.block_size
+        span = slice(first * size, end * size)
+        for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            found = format_of(self.config, number)
+            if first == end or not found.rounds:
+                continue
+            parts = [part[:, :, span].unflatten(2, (-1, size)) for part in (keys, values)]
+            blocks = torch.stack(parts, 3)
+            blocks = found.unpack(found.pack(blocks), size, blocks.shape[-1], blocks.dtype)
+            keys[:, :, span], values[:, :, span] = (each.flatten(2, 3) for each in blocks.unbind(3))
 
     def _summarize(self, keys_BGTD: Tensor) -> dict[str, list[Tensor]]:
         """Return the tensors of each summary that a choice needs, for the keys of one layer."""

@@ -83,6 +83,7 @@ class EvaluationRow:
         recalls: By who chose and layer; empty for mode `dense` without a budget.
         prompt: Mode by which the tokens of the prompt selected; `dense` if they read everything.
         guesses: What hints guessed of the blocks that steps read, if any was asked for.
+        kv_format: How full blocks are written.
     """
 
     name: str
@@ -102,6 +103,7 @@ class EvaluationRow:
     recalls: tuple[Recall, ...]
     prompt: str = "dense"
     guesses: tuple[Guess, ...] = ()
+    kv_format: str = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +324,7 @@ class _Tally:
             agreement=float(torch.cat(self.agreements).mean()),
             recalls=tuple(_recalls(self.recalls)),
             guesses=tuple(self.guesses.guesses()),
+            kv_format=str(config.kv_format),
         )
 
 

@@ -47,6 +47,7 @@ _SETTINGS: Final = (
     *(field.name for kind in (Selection, Prediction, Blocks) for field in dataclasses.fields(kind)),
     "page_ratio",
     "eviction",
+    "kv_format",
 )
 # Least values of what is counted.
 _COUNTS: Final = {

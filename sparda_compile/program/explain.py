@@ -67,6 +67,21 @@ def build_report(
         weight_bytes=weights,
         prompt=_prompt_memory(prefill, room),
         speculation=_speculation(decode),
+        kv_format=_formats(layout),
+    )
+
+
+def _formats(layout: CacheLayout) -> str:
+    """Return the formats of full blocks, each with its layers where there are several."""
+    layers: dict[str, list[str]] = {}
+    for shape in layout.layers:
+        if shape.kind == "sparse":
+            layers.setdefault(layout.kv_format(shape.layer).name, []).append(str(shape.layer))
+    if len(layers) < 2:
+        return next(iter(layers), "model")
+    return "; ".join(
+        f"{name} in layer{'s' if len(of) > 1 else ''} {', '.join(of)}"
+        for name, of in layers.items()
     )
 
 

@@ -138,6 +138,7 @@ class Report:
             else empty.
         weight_bytes: Of the model's weights and buffers, of Forecasts, and of joined copies.
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
+        kv_format: How full blocks are written.
     """
 
     model: str
@@ -156,6 +157,7 @@ class Report:
     weight_bytes: int = 0
     prompt: PromptMemory | None = None
     speculation: str = ""
+    kv_format: str = "model"
 
     @property
     def host_bytes(self) -> int:
@@ -247,6 +249,8 @@ class Report:
             ),
             "Forecast": f"{self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
         }
+        if self.kv_format != "model":
+            facts["Full blocks"] = f"written in {self.kv_format}"
         return facts | self._reading
 
     @property

@@ -58,6 +58,19 @@ def test_json_alone_and_several_of_each(folder):
     ]
 
 
+def test_several_formats_of_blocks(folder):
+    result = run(
+        folder, *SMALL, "--task", "single_needle", "--mode", "dense", "--kv-format", "model",
+        "--kv-format", "int4", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    exact, rounded = json.loads(result.stdout)["rows"]
+    assert [(row["name"], row["kv_format"]) for row in (exact, rounded)] == [
+        ("dense", "model"), ("dense int4", "int4"),
+    ]  # fmt: skip
+    assert 10 * exact["kl"] < rounded["kl"] > 0
+
+
 def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     path = tmp_path / "found.json"
     given = ("--task", "multi_key", "--mode", "query", "--hint", "ema", "--hint", "next_query")

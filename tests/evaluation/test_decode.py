@@ -78,6 +78,9 @@ def program_logits(optimized, ids, config, forecast=None):
         {"selector": "lowbit2"},
         {"mode": "forecast", "selector": "lowbit2"},
         {"mode": "exact", "hint": "previous_step"},
+        {"mode": "dense", "kv_format": "int4"},
+        {"kv_format": "int8"},
+        {"selector": "lowbit2", "kv_format": "fp8"},
     ],
     ids=str,
 )
@@ -108,6 +111,17 @@ def test_a_union_is_what_the_program_computes(model, optimized, ids, reading, ch
         for record, other in zip(steps, others, strict=True):
             assert (record.read_BGN >= record.chosen["query"]).all()
             assert record.read_BGN.sum() > other.read_BGN.sum()
+
+
+def test_a_format_that_rounds_changes_what_is_read_and_not_what_is_chosen(model, reading, ids):
+    """In the first layer, whose query does not know of it; `mass` is that of what is read."""
+    exact, rounded = (
+        decode(model, reading, ids[:, START:], CONFIG.replace(kv_format=name))
+        for name in ("model", "int4")
+    )
+    assert float((exact.logits_BSV - rounded.logits_BSV).abs().max()) > 1e-3
+    for one, other in zip(exact.records, rounded.records, strict=True):
+        assert torch.equal(one[0].read_BGN, other[0].read_BGN)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

@@ -26,6 +26,8 @@ CASES = {
     "query": {"mode": "query"},
     "lowbit2, fixed size": {"mode": "query", "selector": "lowbit2", "max_tokens": 256},
     "forecast": {"mode": "forecast"},
+    "int8": {"mode": "query", "kv_format": "int8"},
+    "fp8 on the device": {"mode": "query", "kv_format": "fp8", "offload": "never"},
     "all hints": {
         "mode": "exact",
         "hint": ("ema", "forecast", "previous_step", "previous_layer"),
@@ -195,6 +197,7 @@ def test_nothing_to_save(query, text, tmp_path):
         ({"mode": "exact"}, "the setting mode is 'query' in the file and 'exact' here"),
         ({"hint": ("ema", "next_query")}, r"the setting hint is .* and \['ema', 'next_query'\]"),
         ({"eviction": "fifo"}, "the setting eviction is 'lru' in the file and 'fifo' here"),
+        ({"kv_format": "int4"}, "the setting kv_format is 'model' in the file and 'int4' here"),
         ({"offload": "never"}, "full blocks in CPU memory: True in the file and False here"),
         ({"max_tokens": 256}, "a saved cache, need 512 tokens .* max_tokens=256"),
     ],
