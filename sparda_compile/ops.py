@@ -26,6 +26,7 @@ from typing import Any, Final
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels import (  # noqa: F401 - fills the table
     begin_prediction,
+    mixture,
     number_tokens,
     partials,
     predict_blocks,

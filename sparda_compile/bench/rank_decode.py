@@ -103,7 +103,9 @@ def measure_on_ranks(
         captures = Captures(model, {})
         for setting in settings:
             if device.type == "cpu":  # a check that it runs: to compile would take the time
-                setting = dataclasses.replace(setting, settings={"lowering": "eager"})
+                setting = dataclasses.replace(
+                    setting, settings={**setting.settings, "lowering": "eager"}
+                )
             for result in _measured(captures, setting, say):
                 if captures.ranks.rank == 0:
                     save(result)

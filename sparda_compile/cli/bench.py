@@ -26,6 +26,7 @@ from sparda_compile.cli.options import (
     MOST_TOKENS,
     Commit,
     HostGib,
+    KvFormat,
     OutFolder,
     Shape,
     ShapeOption,
@@ -111,6 +112,7 @@ def bench_decode(
     tokens: Tokens = _TOKENS,
     overlap: Overlaps = None,
     variant: Variants = None,
+    kv_format: Annotated[KvFormat, typer.Option(help="How full blocks are written.")] = "model",
     rounds: Rounds = 3,
     steps: Steps = 20,
     baseline: Annotated[
@@ -132,13 +134,14 @@ def bench_decode(
     with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
-            settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
+            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format))
+            settings = [_setting(b, *chosen) for b in batch or (1,)]
             check_plot(plot)
             check_folder(out)
             if tp == 1:
                 require_gpu("sparda bench decode")
                 lab = make_lab(shape, say, max_host_gib)
-                file = decode_file(out, shape, tokens, commit)
+                file = decode_file(out, shape, tokens, commit, str(kv_format))
                 for setting in settings:
                     lab.decode(setting, file.save, with_baselines=baseline)
         if tp > 1:
@@ -359,6 +362,7 @@ def _setting(
     variant: list[Variant] | None,
     rounds: int,
     steps: int,
+    kv_format: str = "model",
 ) -> Any:
     """Return a checked setting of decode."""
     from sparda_compile.bench.decode import VARIANTS, DecodeSetting
@@ -374,9 +378,8 @@ def _setting(
             f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
             "add --variant scheduled."
         )
-    return DecodeSetting(
-        batch, tokens, tuple(overlap or _OVERLAPS), variants, rounds=rounds, steps=steps
-    )
+    overlaps, fields = tuple(overlap or _OVERLAPS), {"kv_format": kv_format}
+    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
 
 
 def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.cli.bench_files import decode_file
 from sparda_compile.cli.console import CANNOT, fail, progress
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sparda_compile.bench.decode import DecodeSetting
     from sparda_compile.bench.lab import ResultFile
 
-__all__ = ["decode_on_ranks", "tp_file"]
+__all__ = ["decode_on_ranks"]
 
 # A program that uses NVLink multicast can take the GPUs of a shared host out of service.
 _NO_MULTICAST: Final = {
@@ -29,14 +30,6 @@ _NO_MULTICAST: Final = {
 
 # JSON goes to stdout alone.
 _STDERR: Final = 2
-
-
-def tp_file(out: Path, shape: str, tokens: int, tp: int, commit: str | None) -> ResultFile:
-    """Return the file of a number of ranks."""
-    from sparda_compile.bench.lab import ResultFile
-
-    head = {"name": "decode-tp", "shape": shape, "max_tokens": tokens, "tp": tp}
-    return ResultFile(out / f"decode-{shape}-tp{tp}.json", head, "batch_size", commit)
 
 
 def decode_on_ranks(
@@ -62,12 +55,16 @@ def decode_on_ranks(
     rank_device(tp, shape)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         _start(shape, settings, tp, out, commit)
-        return tp_file(out, shape, settings[0].max_tokens, tp, commit)
-    file = tp_file(out, shape, settings[0].max_tokens, tp, commit)
+        return decode_file(out, shape, settings[0].max_tokens, commit, _format(settings), tp)
+    file = decode_file(out, shape, settings[0].max_tokens, commit, _format(settings), tp)
     is_first = os.environ.get("RANK", "0") == "0"
     with progress() if is_first else contextlib.nullcontext(_silent) as say:
         measure_on_ranks(shape, settings, tp, say, file.save)
     return None
+
+
+def _format(settings: Sequence[DecodeSetting]) -> str:
+    return str(settings[0].settings.get("kv_format", "model"))
 
 
 def _silent(text: str) -> None:
@@ -103,6 +100,7 @@ def _options(
         "--variant": [*first.variants],
         "--rounds": [first.rounds],
         "--steps": [first.steps],
+        "--kv-format": [_format(settings)],
         "--out": [out],
         "--commit": [commit] if commit else [],
     }

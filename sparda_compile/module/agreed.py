@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from sparda_compile.module.cache import SpardaCache
     from sparda_compile.ranks.agreement import Ranks
 
-__all__ = ["Turn", "at_prompt", "check_same_text", "facts_of_call", "facts_of_generation"]
+__all__ = [
+    "Turn",
+    "at_prompt",
+    "check_same_text",
+    "check_whole",
+    "facts_of_call",
+    "facts_of_generation",
+]
 
 _PLAIN: Final = (int, float, str, bool, type(None))
 
@@ -57,6 +64,19 @@ class Turn:
             yield
         finally:
             self._lock.release()
+
+
+def check_whole(ranks: Ranks, what: str) -> None:
+    """Refuse what reads or writes the heads of one rank alone.
+
+    Raises:
+        UnsupportedInputError: If several ranks share the model.
+    """
+    if not ranks.is_alone:
+        raise UnsupportedInputError(
+            f"{what} is not supported for a model that {ranks.size} ranks share: each has the keys "
+            "and values of its own heads. Keep the cache in memory, or pass the whole text again."
+        )
 
 
 def at_prompt(

@@ -7,6 +7,7 @@ sparda     graphs, schedules, counts
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -18,35 +19,36 @@ from sparda_compile.capture.cache_name import (
     take_cache,
 )
 from sparda_compile.capture.causal_lm import register_causal_lm
-from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.errors import KVCacheError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
 from sparda_compile.module import agreed
 from sparda_compile.module.ambient import check_autocast, neutral
+from sparda_compile.module.begin import begin_call, begin_generation
 from sparda_compile.module.bypasses import check_bypass
-from sparda_compile.module.cache import SpardaCache, keys_and_values
+from sparda_compile.module.cache import SpardaCache
 from sparda_compile.module.calls import (
     check_call,
-    check_generation,
-    check_prompt,
-    length_of,
     named_as,
 )
 from sparda_compile.module.driver import drive, follow, make_driver
 from sparda_compile.module.frozen import FrozenModule
+from sparda_compile.module.given_cache import (
+    check_owner,
+    check_reserved,
+    keys_and_values,
+)
 from sparda_compile.module.inputs import (
     check_holes,
     check_ids,
     check_kept,
-    is_last,
     kept_logits,
-    token_mask,
 )
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
 from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
-from sparda_compile.module.prompt import Reading, read_prompt
-from sparda_compile.module.turns import check_owner, check_reserved, check_second_turn
+from sparda_compile.module.prompt import read_prompt
+from sparda_compile.module.saved_cache import CacheFile
 from sparda_compile.module.version import Version
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
@@ -54,6 +56,7 @@ from sparda_compile.runtime.take_over import take_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transformers import DynamicCache
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
     from sparda_compile.program.plan import Plan
     from sparda_compile.program.program import Program
     from sparda_compile.runtime.kv_cache import KVCache
+    from sparda_compile.state.layout import CacheLayout
 
 __all__ = ["OptimizedModule"]
 
@@ -190,7 +194,10 @@ class OptimizedModule(FrozenModule):
         """Take in tokens and return the logits that are asked for."""
         with agreed.at_prompt(self.ranks, cache, ids) as facts:
             facts |= agreed.facts_of_call(ids, attention_mask, position_ids, logits_to_keep)
-            reading, mask, num_real = self._read(cache, ids, attention_mask, logits_to_keep)
+            held = self._ready(cache, ids)
+            reading, mask, num_real = begin_call(
+                self, cache, held, ids, attention_mask, logits_to_keep
+            )
         kv, hides, last_only = reading.kv, reading.may_hide, reading.last_only
         batch_size, num_tokens = ids.shape
         is_decode = num_tokens == 1
@@ -212,37 +219,6 @@ class OptimizedModule(FrozenModule):
         self.last_cache = kv
         return kept_logits(logits, logits_to_keep, is_cut=last_only and num_tokens > 1)
 
-    def _read(
-        self,
-        cache: SpardaCache,
-        ids: Tensor,
-        attention_mask: Tensor | None,
-        logits_to_keep: int | Tensor,
-    ) -> tuple[Reading, Tensor, int]:
-        """Check new tokens and make room for them; nothing has been read yet if it raises.
-
-        Returns:
-            How they are read, which of them are real, and how many of the longest sequence are.
-        """
-        kv = self._ready(cache, ids)
-        batch_size, num_tokens = ids.shape
-        mask = token_mask(attention_mask, cache, ids)
-        check_holes(attention_mask, self.captures.windows.values())
-        hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
-        is_decode = num_tokens == 1
-        if is_decode and hides:
-            raise UnsupportedInputError(
-                "attention_mask hides the only new token of a sequence; pass at least one real "
-                "token for each."
-            )
-        num_real = num_tokens
-        if num_tokens > 1:
-            num_real = int(mask.sum(1).max()) if hides else num_tokens
-            kv.check_room(num_real)
-        last_only = is_decode or is_last(logits_to_keep)
-        reading = Reading(self.programs, kv, (batch_size, num_tokens), hides, last_only)
-        return reading, mask, num_real
-
     @named_as(lambda module: module.captures.original.generate)
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate tokens; the contract of the model's own `generate`, and its order by position.
@@ -260,7 +236,10 @@ class OptimizedModule(FrozenModule):
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
         with self.ranks.together("generate") as facts:
-            cache, wants_cache = self._begin(inputs, kwargs, facts)
+            with self._lock, neutral():
+                self.version.check(thorough=True)
+                self.version.check_view(self)
+            cache, wants_cache = begin_generation(self, inputs, kwargs, facts)
         if inputs is not None:
             kwargs["inputs"] = inputs
         if not self.ranks.is_alone and facts["do_sample"]:
@@ -271,37 +250,6 @@ class OptimizedModule(FrozenModule):
         self.last_cache = cache.kv  # a second text of guidance_scale has another
         agreed.check_same_text(self.ranks, output)
         return output
-
-    def _begin(
-        self, inputs: Tensor | None, kwargs: dict[str, Any], facts: dict[str, Any]
-    ) -> tuple[SpardaCache, bool]:
-        """Check a call of `generate`; return its cache, and whether to return that.
-
-        Args:
-            inputs: The prompt, or None.
-            kwargs: Arguments of the call; the cache is removed.
-            facts: Where to enter what all ranks have to pass.
-        """
-        with self._lock, neutral():
-            self.version.check(thorough=True)
-            self.version.check_view(self)
-        settings = check_generation(self.generation_config, kwargs)
-        ids = check_prompt(inputs, kwargs, settings)
-        facts |= agreed.facts_of_generation(self.ranks, ids, kwargs, settings)
-        total = length_of(1 if ids is None else ids.shape[1], settings, self.config)
-        cache = take_cache(kwargs)
-        is_given = cache is not None
-        if not is_given:
-            check_reserved(self.sparda_config.max_tokens, total)
-            cache = SpardaCache(self, self.programs.capacity(total))
-        else:
-            check_owner(self, cache)
-            check_second_turn(cache, ids, self.sparda_config.max_tokens, total)
-            mask = kwargs.get("attention_mask")
-            if mask is not None and ids is not None:
-                token_mask(mask, cache, ids[:, cache.get_seq_length() :])
-        cache.is_checked = True
-        return cache, settings.get("use_cache") is not False or is_given
 
     @property
     def generation_config(self) -> Any:
@@ -347,7 +295,7 @@ class OptimizedModule(FrozenModule):
         """
         tokens = past.get_seq_length() + 1 if past is not None else 1
         reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
-        check_reserved(self.sparda_config.max_tokens, max(reserve, tokens))
+        check_reserved(self.sparda_config, max(reserve, tokens))
         cache = SpardaCache(self, self.programs.capacity(max(reserve, tokens)))
         if past is not None:
             with self._lock, neutral():
@@ -355,6 +303,32 @@ class OptimizedModule(FrozenModule):
                 check_holes(mask, self.captures.windows.values())
                 take_over(self._ready(cache, mask), keys_values, mask)
                 cache.note(None, mask, hides=not bool(mask.all()))
+        return cache
+
+    def load_cache(self, path: str | Path, max_tokens: int | None = None) -> SpardaCache:
+        """Return a cache that `SpardaCache.save` wrote, to go on as if it had not been saved.
+
+        Args:
+            path: The file.
+            max_tokens: Tokens per sequence to reserve; None is as many as when it was saved.
+
+        Raises:
+            UnsupportedInputError: If several ranks share the model.
+            KVCacheError: If there is no such file, it is of another model, other weights or other
+                settings, or has room for more tokens than `SpardaConfig.max_tokens`.
+        """
+        agreed.check_whole(self.ranks, "load_cache")
+        file = CacheFile.open(path)
+        reserve = max(file.info.max_tokens, max_tokens or 1)
+        check_reserved(self.sparda_config, reserve)
+        with self._lock, neutral():
+            cache = SpardaCache(self, self.programs.capacity(reserve))
+            decode = self._decode(cache, file.info.batch_size)
+            saved = dataclasses.replace(decode.plan.layout, max_tokens=file.info.max_tokens)
+            file.info.check(self.captures.original, saved)
+            cache.take(file, self._reserve(cache, saved))
+            if cache.kv is not None and saved != decode.plan.layout:
+                cache.hold(cache.kv.grow(decode.plan.layout))
         return cache
 
     def __getattr__(self, name: str) -> Any:
@@ -369,18 +343,26 @@ class OptimizedModule(FrozenModule):
 
     def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
         if cache is None:
-            check_reserved(self.sparda_config.max_tokens, ids.shape[1])
+            check_reserved(self.sparda_config, ids.shape[1])
             return SpardaCache(self, self.programs.capacity(ids.shape[1] + 1))
-        check_owner(self, cache)
+        check_owner(cache, self)
         return cache
+
+    def _decode(self, cache: SpardaCache, batch_size: int) -> Program:
+        return self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
+
+    def _reserve(self, cache: SpardaCache, layout: CacheLayout) -> KVCache:
+        device, progress = next(self.parameters()).device, self.sparda_config.progress
+        kv = self._pool.take(layout, device, progress=progress)
+        self._pool.lend(kv, cache)
+        return kv
 
     def _ready(self, cache: SpardaCache, ids: Tensor) -> KVCache:
         """Return the cache's state, made or grown if need be."""
         batch_size, num_tokens = ids.shape
         if cache.kv is None:
-            decode = self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
-            device, progress = next(self.parameters()).device, self.sparda_config.progress
-            self._pool.lend(self._pool.take(decode.plan.layout, device, progress=progress), cache)
+            decode = self._decode(cache, batch_size)
+            self._reserve(cache, decode.plan.layout)
             decode.compile_kernels()  # while the prompt is read
         assert cache.kv is not None
         kv = cache.kv

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sparda_compile.graph.nodes import fake_value, module_path
 from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.text import graph_text
+from sparda_compile.passes.schedule.expected_blocks import expected_repair
 from sparda_compile.program.chunks import RESERVE, chunk_sizes, largest_chunk
 from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
@@ -70,6 +71,21 @@ def build_report(
         speculation=_speculation(decode),
         num_ranks=decode.captured.ranks.size,
         collectives=_collectives(decode),
+        kv_format=_formats(layout),
+    )
+
+
+def _formats(layout: CacheLayout) -> str:
+    """Return the formats of full blocks, each with its layers where there are several."""
+    layers: dict[str, list[str]] = {}
+    for shape in layout.layers:
+        if shape.kind == "sparse":
+            layers.setdefault(layout.kv_format(shape.layer).name, []).append(str(shape.layer))
+    if len(layers) < 2:
+        return next(iter(layers), "model")
+    return "; ".join(
+        f"{name} in layer{'s' if len(of) > 1 else ''} {', '.join(of)}"
+        for name, of in layers.items()
     )
 
 
@@ -88,7 +104,19 @@ def _speculation(decode: Plan) -> str:
         return "Nothing is predicted: disable_passes leaves insert_speculation out."
     layout = decode.layout
     machine = decode.machine.name
-    return speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
+    said = speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
+    return f"{said} {_repair(layout)}" if counts["speculated"] else said
+
+
+def _repair(layout: CacheLayout) -> str:
+    """Return how many blocks are expected to be repaired, and what becomes of the others."""
+    late = expected_repair(layout, layout.config.expected_overlap)
+    in_vain = max(layout.num_predicted - (layout.num_selected - late), 0.0)
+    kept = "left out of the result" if layout.config.repair == "exact" else "kept in the result"
+    return (
+        f"Of {layout.num_selected} selected blocks {late:.0f} are expected to be repaired, and "
+        f"of those predicted {in_vain:.0f} to be {kept}."
+    )
 
 
 def _prompt_memory(prefill: Plan, room: int | None) -> PromptMemory:

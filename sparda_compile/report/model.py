@@ -140,6 +140,7 @@ class Report:
         num_ranks: Processes that share the model; bytes and heads are those of one of them.
         collectives: What they do together in a step, in words; empty for one.
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
+        kv_format: How full blocks are written.
     """
 
     model: str
@@ -160,6 +161,7 @@ class Report:
     speculation: str = ""
     num_ranks: int = 1
     collectives: str = ""
+    kv_format: str = "model"
 
     @property
     def host_bytes(self) -> int:
@@ -251,6 +253,8 @@ class Report:
             ),
             "Forecast": f"{self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
         }
+        if self.kv_format != "model":
+            facts["Full blocks"] = f"written in {self.kv_format}"
         return self._shared | facts | self._reading
 
     @property

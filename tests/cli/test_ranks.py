@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparda_compile.cli import main as cli
-from sparda_compile.cli import ranks
+from sparda_compile.cli.bench_files import decode_file
 
 needs_few_gpus = pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
 TINY = ["--shape", "tiny", "--tokens", "10240", "--rounds", "1", "--steps", "1"]
@@ -79,5 +79,8 @@ def test_one_of_the_ranks_measures_and_does_not_start_others(tmp_path, monkeypat
     assert (shape, tp, settings[0].steps) == ("tiny", 2, 1)
 
 
-def test_file_of_a_number_of_ranks(tmp_path):
-    assert ranks.tp_file(tmp_path, "8b", 4096, 8, None).path.name == "decode-8b-tp8.json"
+@pytest.mark.parametrize(("kv_format", "name"), [("model", "8b-tp8"), ("int8", "8b-int8-tp8")])
+def test_file_of_a_number_of_ranks(tmp_path, kv_format, name):
+    file = decode_file(tmp_path, "8b", 4096, None, kv_format, 8)
+    assert file.path.name == f"decode-{name}.json"
+    assert (file.head["name"], file.head["tp"]) == ("decode-tp", 8)

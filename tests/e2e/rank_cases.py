@@ -248,6 +248,10 @@ def refusals(folder, model, rank):
     found["other configuration"] = refused(
         lambda: build(folder, "llama", fast, "query", top_k=2 + rank)
     )
+    held = fast.new_cache()
+    fast(ids, past_key_values=held)
+    found["save"] = refused(lambda: held.save(folder / "cache"))
+    found["load"] = refused(lambda: fast.load_cache(folder / "cache"))
     if rank:
         program_module.order_of = other_order
     fast = build(folder, "llama", fast, "query", top_k=1)

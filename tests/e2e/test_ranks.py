@@ -104,6 +104,8 @@ def test_sampled_texts_are_one_text_that_of_the_first_rank(runs):
         ("other tokens in forward", "a call of forward is not the same on all ranks: input_ids"),
         ("other length", "of rank 1 is [3, 89] torch.int64"),
         ("max_time", "each would stop by its own clock"),
+        ("save", "SpardaCache.save is not supported for a model that 2 ranks share"),
+        ("load", "load_cache is not supported for a model that 2 ranks share"),
         ("other configuration", "optimize is not the same on all ranks: config of rank 1"),
         ("other order", "first run of the prefill is not the same on all ranks: the order of coll"),
     ],
@@ -118,7 +120,8 @@ def test_what_one_rank_raises_the_others_are_told(runs):
     assert (
         "RanksDisagreeError: generate failed on rank 1, so no rank runs it: KVCacheError" in first
     )
-    assert second.startswith("KVCacheError: prompt and new tokens need 592 tokens")
+    assert second.startswith("KVCacheError: prompt and new tokens")
+    assert "need 592 tokens" in second
 
 
 def test_a_module_goes_on_after_a_refusal(runs):
