@@ -67,7 +67,7 @@ class FollowedTraces:
 
 
 def read_traces(
-    path: Path | None, names: Sequence[str], copies: int | None
+    path: Path | None, names: Sequence[str], copies: int | None, tp: int = 1
 ) -> FollowedTraces | None:
     """Read what is to be followed; None without a file.
 
@@ -76,9 +76,11 @@ def read_traces(
         names: Of cases; empty for all.
         copies: How often the recorded context stands in the long one; None comes nearest to the
             default number of blocks.
+        tp: Ranks that share the model.
 
     Raises:
-        ConfigError: If there is no such file or case, or options of a trace come without one.
+        ConfigError: If there is no such file or case, options of a trace come without one, or
+            there are several ranks.
     """
     if path is None:
         if names or copies:
@@ -86,6 +88,8 @@ def read_traces(
                 "trace_case and copies are of a trace; pass trace, or leave them out."
             )
         return None
+    if tp > 1:
+        raise ConfigError(f"tp={tp} ranks follow no trace; leave trace out, or use tp=1.")
     from sparda_compile.bench.recorded import choose_cases
     from sparda_compile.traces import load_traces
 

@@ -115,6 +115,14 @@ def test_decode_as_json(asked, tmp_path):
     assert found["environment"]["commit"] == "1a2b"
 
 
+def test_decode_of_a_format_of_blocks_has_its_own_file(asked, tmp_path):
+    result = run("decode", "--shape", "tiny", "--out", tmp_path, "--kv-format", "int4")
+    assert result.exit_code == 0, result.output
+    assert asked[1][1].settings == {"kv_format": "int4"}
+    found = json.loads((tmp_path / "decode-tiny-int4.json").read_text())
+    assert found["kv_format"] == "int4"
+
+
 def test_decode_plots(asked, tmp_path):
     pytest.importorskip("matplotlib")
     result = run("decode", "--out", tmp_path, "--plot", tmp_path / "decode.png")
@@ -246,40 +254,6 @@ def test_no_gpu(command, tmp_path):
     assert result.exit_code == 2
     assert f"`sparda bench {command}` measures a CUDA GPU" in words(result.stderr)
     assert not list(tmp_path.iterdir())
-
-
-@needs_no_gpu
-def test_nothing_is_compiled_without_a_gpu():
-    result = run("compile", "--jobs", 2)
-    assert result.exit_code == 2
-    assert "`sparda bench compile` measures a CUDA GPU" in words(result.stderr)
-
-
-def test_several_programs_are_compiled_apart(asked, monkeypatch):
-    from sparda_compile.bench import precompile
-
-    def compile_apart(targets, jobs, say):
-        asked.append((jobs, [str(target) for target in targets]))
-        return [(targets[0], 1.0, "no room"), *((target, 1.0, None) for target in targets[1:])]
-
-    monkeypatch.setattr(precompile, "compile_apart", compile_apart)
-    sizes = ("--batch", 1, "--batch", 4, "--variant", "scheduled", "--variant", "body")
-    result = run("compile", "--jobs", 3, *sizes)
-    assert asked == [
-        (3, [f"8b batch {batch} {name}" for batch in (1, 4) for name in ("scheduled", "body")])
-    ]
-    assert result.exit_code == 1
-    assert "8b batch 1 scheduled failed" in words(result.stderr)
-    assert "no room" in words(result.stderr)
-
-
-def test_one_program_is_compiled_here(asked, monkeypatch):
-    from sparda_compile.bench import precompile
-
-    monkeypatch.setattr(precompile, "compile_here", lambda *args: asked.append(args[:2]))
-    result = run("compile", "--variant", "inline", "--tokens", 10176)
-    assert result.exit_code == 0, result.output
-    assert asked == [([precompile.Target("8b", 1, "inline", 10176)], "cuda")]
 
 
 def test_lab_is_told_how_much_cpu_memory_it_may_take():

@@ -41,6 +41,11 @@ def test_nothing_is_followed_without_a_file():
             read_traces(None, names, copies)
 
 
+def test_several_ranks_follow_none(path):
+    with pytest.raises(ConfigError, match="tp=2 ranks follow no trace"):
+        read_traces(path, [], None, 2)
+
+
 def test_blocks_of_another_size(path):
     ids = torch.ones(1, 2, 1, 1, dtype=torch.uint8)
     recording = Recording("t", "0" * 64, "infllm2", 0.1, 64, 1, 2, ids)
