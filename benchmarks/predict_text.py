@@ -28,6 +28,7 @@ from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.guesses import GuessSums, block_mask, num_first_steps
 from sparda_compile.evaluation.reading import read_ahead
 from sparda_compile.evaluation.run import budget_config
+from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW
 from sparda_compile.kernels.mixture import learn_reference, mix_reference
 from sparda_compile.kernels.predict_blocks import update_prediction_reference
@@ -42,6 +43,8 @@ def parse():
     parser.add_argument("--share", type=float, action="append", help="of the blocks [0.1, 0.25]")
     parser.add_argument("--selector", action="append", help="[infllm2]")
     parser.add_argument("--local-blocks", type=int, default=2)
+    parser.add_argument("--forecast", type=Path, help="weights of a Forecast that guesses, too")
+    parser.add_argument("--device", default="cpu", help="cpu runs in float32 [cpu]")
     parser.add_argument("--commit", help="of the code that runs [default: what git says]")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -127,8 +130,9 @@ def bring(held, wanted_N, most, now, current):
 class Watchers:
     """Counts of a predictor that is calibrated, and of all others, over the same steps."""
 
-    def __init__(self, config):
-        self.plain = GuessSums(["ema", "next_query", "mixture"], config)
+    def __init__(self, config, *, has_forecast):
+        names = ["ema", "next_query", "mixture", *(["forecast"] if has_forecast else [])]
+        self.plain = GuessSums(names, config)
         self.calibrated = GuessSums(["ema"], config.replace(ema_calibrate=True))
         self.pages = Pages(config)
         self.names = self.plain.names
@@ -179,6 +183,7 @@ def shares_of(found):
 def measure(args, model, ids_1T, name, say):
     """Yield a row for each selector and share of the blocks."""
     begin = args.context - CALIBRATION_WINDOW
+    forecast = load_forecast(args.forecast) if args.forecast else None
     reading, dense_1SV = read_ahead(model, ids_1T[:, :-1], begin)
     after_S = ids_1T[0, args.context + 1 :]
     say(f"{name}: {args.context} tokens read")
@@ -188,8 +193,10 @@ def measure(args, model, ids_1T, name, say):
         )
         for share in args.share or (0.1, 0.25):
             config = budget_config(base, args.context + args.steps, share)
-            watchers = Watchers(config)
-            decoded = decode(model, reading, ids_1T[:, begin:-1], config, guesses=watchers)
+            watchers = Watchers(config, has_forecast=forecast is not None)
+            decoded = decode(
+                model, reading, ids_1T[:, begin:-1], config, guesses=watchers, forecast=forecast
+            )
             say(f"{name}: {selector}, {100 * share:g}% of the blocks")
             yield {
                 "text": name,
@@ -215,14 +222,18 @@ def main():
     def say(text):
         print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
 
-    model = load_target(args.model).float().eval()
+    model = load_target(args.model).eval()
+    model = (model.float() if args.device == "cpu" else model).to(args.device)
     tokenizer = load_tokenizer(args.model)
     head = {"model": Path(args.model).name, "context": args.context, "steps": args.steps}
+    if args.forecast:
+        head["forecast"] = args.forecast.name
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for text in args.text:
         name, _, path = text.partition("=")
         needed = args.context + args.steps + 1
         ids_1T = tokenizer(Path(path).read_text(), return_tensors="pt").input_ids[:, :needed]
+        ids_1T = ids_1T.to(args.device)
         if ids_1T.shape[1] < needed:
             raise SystemExit(f"{path} has {ids_1T.shape[1]} tokens; use a text of {needed} or more")
         with torch.no_grad():
