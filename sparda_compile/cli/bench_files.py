@@ -32,7 +32,7 @@ def trace_file(
 ) -> ResultFile:
     """Return the file of a shape's decode steps that follow what a real model selected."""
     own = {} if kv_format == "model" else {"kv_format": kv_format}
-    head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own, "trace": trace}
+    head = {"name": "decode-trace", "shape": shape, "max_tokens": tokens, **own, "trace": trace}
     name = "-".join(["decode", shape, *own.values(), "trace"])
     return result_file(out / f"{name}.json", head, "batch_size", commit)
 
