@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.arguments import CONFIG
 from sparda_compile.module.budgets import Budgets
+from sparda_compile.runtime.held import HeldKeysValues
 from sparda_compile.runtime.kv_cache import check_budgets
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from sparda_compile.program.captures import Captures
     from sparda_compile.program.plan import Plan
     from sparda_compile.runtime.kv_cache import KVCache
 
@@ -119,6 +121,23 @@ class SpardaCache(Cache):
         self._passed.append((ids if ids is None or ids._base is None else ids.clone(), mask))
         if len(self._passed) > _MOST_PARTS:
             self._join_parts()
+
+    def note_past(self, past: Any, mask: Tensor) -> None:
+        """Remember the tokens of a cache whose keys and values were taken over.
+
+        Args:
+            past: The cache; one of transformers does not say which tokens they are.
+            mask: [B, T] bool, which of them are real.
+        """
+        if not isinstance(past, SpardaCache):
+            self.note(None, mask, hides=not bool(mask.all()))
+            return
+        self._passed, self.has_padding = [*past._passed], past.has_padding
+
+    @property
+    def passed_mask(self) -> Tensor:
+        """Which of the tokens that were passed in are real, [B, T] bool."""
+        return torch.cat([mask for _, mask in self._passed], dim=1)
 
     def _join_parts(self) -> None:
         """Put what is remembered together, if all of it is known."""
@@ -247,20 +266,25 @@ class SpardaCache(Cache):
 
 
 def keys_and_values(
-    past: Any, attention_mask: Tensor | None
-) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """Return what a cache of transformers holds.
+    past: Any, attention_mask: Tensor | None, captures: Captures | None = None
+) -> tuple[Mapping[int, tuple[Tensor, Tensor]], Tensor]:
+    """Return what a cache holds.
 
     Args:
-        past: A DynamicCache that a model filled.
-        attention_mask: [B, T] of its tokens, 0 for padding; None means no padding.
+        past: A DynamicCache that a model filled, or a cache of a module that was optimized from it.
+        attention_mask: [B, T] of its tokens, 0 for padding; None means no padding. A cache of an
+            optimized module knows its own.
+        captures: Of the module that takes over, which a cache of an optimized module has to share.
 
     Returns:
         Keys and values [B, G, T, D] by layer, and a mask [B, T] bool of the real tokens.
 
     Raises:
-        KVCacheError: If it is another kind of cache, or empty, or the mask is of another size.
+        KVCacheError: If it is another kind of cache, or empty, or the mask is of another size; or
+            that of another model, or of a step that did not end.
     """
+    if isinstance(past, SpardaCache):
+        return _held_by(past, attention_mask, captures)
     layers = getattr(past, "layers", [])
     if not isinstance(past, DynamicCache) or not all(isinstance(x, DynamicLayer) for x in layers):
         kinds = ", ".join(sorted({type(x).__name__ for x in layers})) or "no layers"
@@ -281,3 +305,28 @@ def keys_and_values(
             )
         mask = attention_mask.bool()
     return {number: (x.keys, x.values) for number, x in enumerate(layers)}, mask
+
+
+def _held_by(
+    past: SpardaCache, attention_mask: Tensor | None, captures: Captures | None
+) -> tuple[Mapping[int, tuple[Tensor, Tensor]], Tensor]:
+    owner: Any = past.owner()
+    if owner is None or owner.captures is not captures:
+        raise KVCacheError(
+            "past is a cache of another model; pass one of a module that was optimized from the "
+            "same, as optimize(fast, config) does, while that module is there."
+        )
+    if attention_mask is not None:
+        raise KVCacheError(
+            "attention_mask is for a cache that the model itself filled; one of an optimized "
+            "module knows which of its tokens are padding. Leave it out."
+        )
+    if past.kv is None or not past.kv.num_columns:
+        raise KVCacheError("past holds no token; leave it out to begin with an empty cache.")
+    if past.kv.is_broken:
+        raise KVCacheError(
+            "the last step on past began and did not end, so nobody knows what it holds. Leave it "
+            "out, and pass the whole text again."
+        )
+    mask = past.passed_mask
+    return HeldKeysValues(past.kv, mask), mask
