@@ -71,14 +71,18 @@ def turn(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slowest modules; skip what needs a GPU where there is none."""
+    """Begin with the slowest modules; skip what needs a GPU, or the real model, where it is not."""
+    from sparda_compile.cli.real_model import has_real_model
+
     items.sort(key=turn)
-    if HAS_CUDA:
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    missing = {
+        "gpu": None if HAS_CUDA else "needs a CUDA GPU",
+        "real_model": None if has_real_model() else "needs the model smollm2: make real-model",
+    }
+    for marker, reason in missing.items():
+        for item in items:
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)
