@@ -183,6 +183,11 @@ class Conversation:
         return str(self._cache.kv.stats())
 
     @property
+    def config(self) -> SpardaConfig | None:
+        """What the module in use was built for; None before anything was read."""
+        return None if self._module is None else self._module.sparda_config
+
+    @property
     def positions(self) -> int | None:
         """Tokens that the model was made for; None where it does not say."""
         config = self._model.config.get_text_config()

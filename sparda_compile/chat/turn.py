@@ -56,6 +56,7 @@ class Turn:
     def __str__(self) -> str:
         """Return what it took in one line."""
         endings = {
+            "end": "",
             "max_new_tokens": "cut at the most tokens of an answer",
             "interrupted": "interrupted",
             "positions": "the model's positions are used up",
@@ -69,4 +70,4 @@ class Turn:
             f"{self.blocks_read} of {self.blocks} blocks read",
             f"cache {self.cache_tokens:,} tokens",
         ]
-        return ", ".join(facts + [endings[self.ending]] * (self.ending in endings))
+        return ", ".join(filter(None, [*facts, endings[self.ending]]))
