@@ -113,8 +113,9 @@ class ChatLoop:
     def _take(self, words: str) -> bool:
         """Take a turn; returns whether there may be another."""
         if words.startswith("/"):
-            with progress() as tell:
-                tell(words)
+            with contextlib.ExitStack() as waiting:
+                if self._is_terminal:
+                    waiting.enter_context(progress())(words)
                 said = run_command(words, self._conversation)
             if said is not None:
                 self.say(said)

@@ -253,6 +253,6 @@ def test_positions_are_the_most(begin, monkeypatch):
 def test_tokenizers_without_a_template_need_plain(byte_tokenizer):
     bare = copy.deepcopy(byte_tokenizer)
     bare.chat_template = None
-    with pytest.raises(ConfigError, match="has no chat template, .* add --plain"):
+    with pytest.raises(ConfigError, match=r"has no chat template, .* add --plain"):
         frame_of(bare, is_plain=False)
     assert frame_of(bare, is_plain=True).opening == ""

@@ -21,9 +21,7 @@ def test_frame_is_what_the_template_writes_around_words(byte_tokenizer):
         {"role": role, "content": words}
         for role, words in (("user", "One?"), ("assistant", "Two."), ("user", "Three?"))
     ]
-    whole = byte_tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    whole = byte_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     between = (frame.to_assistant, frame.to_user, frame.to_assistant)
     words = ("One?", "Two.", "Three?")
     pieces = [piece for pair in zip(words, between, strict=True) for piece in pair]
