@@ -213,9 +213,9 @@ class Conversation:
         if num_tokens + least > positions:
             raise ConfigError(
                 f"{what} and an answer have {num_tokens:,} + {least:,} tokens, and the model has "
-                f"{positions:,} positions, {num_tokens + least - positions:,} fewer; name a "
-                "shorter text, lower max_new_tokens, forget earlier turns, or take a model that was made "
-                "for longer texts."
+                f"{positions:,} positions, {num_tokens + least - positions:,} fewer; "
+                "name a shorter text, lower max_new_tokens, forget earlier turns, or take a model "
+                "that was made for longer texts."
             )
         return positions - num_tokens
 
