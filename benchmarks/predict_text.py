@@ -5,7 +5,8 @@
 MODEL is a folder that transformers' `save_pretrained` wrote, with its tokenizer, or smollm2. A text
 is read densely up to 64 tokens before its context ends. These, and the steps behind them, are
 decode steps fed with the text's own tokens: each reads the blocks that its query selects. The 64
-begin the levels of the predictors, and calibrate one of them; the others count. Texts that the
+begin the levels of the predictors, and calibrate one of them; the others count. `pages` counts what
+mode `exact` would fetch with each hint, `early` or `late`, over the blocks read. Texts that the
 result has from another run are kept.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -23,10 +25,12 @@ from sparda_compile import SpardaConfig
 from sparda_compile.cli.targets import load_target, load_tokenizer
 from sparda_compile.environment import write_result
 from sparda_compile.evaluation.decode import decode
-from sparda_compile.evaluation.guesses import GuessSums, num_first_steps
+from sparda_compile.evaluation.guesses import GuessSums, block_mask, num_first_steps
 from sparda_compile.evaluation.reading import read_ahead
 from sparda_compile.evaluation.run import budget_config
 from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW
+from sparda_compile.kernels.mixture import learn_reference, mix_reference
+from sparda_compile.kernels.predict_blocks import update_prediction_reference
 
 
 def parse():
@@ -43,12 +47,90 @@ def parse():
     return parser.parse_args()
 
 
+# Hints of mode `exact`, in the order in which they fetch.
+HINTS = {
+    "none": (),
+    "ema": ("ema",),
+    "next_query": ("next_query",),
+    "ema, then next_query": ("ema", "next_query"),
+    "mixture": ("mixture",),
+}
+
+
+class Pages:
+    """Blocks on the pages of one layer, as mode `exact` has them: the oldest ones leave.
+
+    What its hints name is fetched early, what else is selected late; both over the blocks read.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.layers = {}
+        self.num_seen = {}
+        self.counts = {name: [0, 0, 0] for name in HINTS}
+
+    def add(self, number, scores, read_BGN, lengths_B):
+        if "next_query" not in scores:
+            return
+        own, asked = scores["query"], scores["next_query"]
+        never = torch.full_like(own, float("-inf"))
+        fresh = (never, torch.zeros_like(never), never.new_zeros(*never.shape[:2], 2), {})
+        level, trend, mixture, pages = self.layers.setdefault(number, fresh)
+        self.num_seen[number] = self.num_seen.get(number, 0) + 1
+        ranked = {
+            "ema": level,
+            "next_query": asked,
+            "mixture": mix_reference(asked, level, mixture),
+        }
+        config = self.config
+        choice = (config.block_size, config.sink_blocks, config.local_blocks)
+        num_selected = config.num_selected(own.shape[-1])
+        named = {
+            name: block_mask(each, lengths_B, (num_selected, *choice))[0]
+            for name, each in ranked.items()
+        }
+        most = math.ceil(num_selected * config.page_ratio)
+        for name, hints in HINTS.items():
+            for group, read_N in enumerate(read_BGN[0]):
+                held = pages.setdefault((name, group), {})
+                time_now, current = self.num_seen[number], int(lengths_B) // config.block_size
+                early = sum(
+                    bring(held, named[hint][group], most, time_now, current) for hint in hints
+                )
+                late = bring(held, read_N, most, time_now, current)
+                if self.num_seen[number] > CALIBRATION_WINDOW:
+                    for i, count in enumerate((early, late, int(read_N.sum()))):
+                        self.counts[name][i] += count
+        learn_reference(own, asked, level, lengths_B, mixture, choice)
+        update_prediction_reference(own, level, trend, (config.ema_level, config.ema_trend))
+
+    def shares(self):
+        return {
+            name: {"early": round(early / read, 4), "late": round(late / read, 4)}
+            for name, (early, late, read) in self.counts.items()
+        }
+
+
+def bring(held, wanted_N, most, now, current):
+    """Give blocks a page, those longest unused leave; return how many had to be fetched."""
+    ids = torch.where(wanted_N)[0].tolist()
+    new = [block for block in ids if block not in held]
+    held.update(dict.fromkeys((block for block in ids if block in held), now))
+    for block in new:
+        if len(held) >= most:
+            others = (each for each in held if each not in ids and each != current)
+            del held[min(others, key=held.get)]
+        held[block] = now
+    return sum(block != current for block in new)
+
+
 class Watchers:
     """Counts of a predictor that is calibrated, and of all others, over the same steps."""
 
     def __init__(self, config):
-        self.plain = GuessSums(["ema", "next_query"], config)
+        self.plain = GuessSums(["ema", "next_query", "mixture"], config)
         self.calibrated = GuessSums(["ema"], config.replace(ema_calibrate=True))
+        self.pages = Pages(config)
         self.names = self.plain.names
         # Levels begin as they do behind a prompt: the plain ones from fewer tokens.
         self.skipped = CALIBRATION_WINDOW - num_first_steps(config)
@@ -62,6 +144,7 @@ class Watchers:
         self.num_seen[number] = self.num_seen.get(number, 0) + 1
         if self.num_seen[number] > self.skipped:
             self.plain.add(number, scores, *step)
+        self.pages.add(number, scores, *step)
         # Both speak of the layers in which everyone guesses: not of the first one.
         if "next_query" in scores:
             self.calibrated.add(number, scores, *step)
@@ -121,6 +204,7 @@ def measure(args, model, ids_1T, name, say):
                     "selected": perplexity(decoded.logits_BSV[0, CALIBRATION_WINDOW:], after_S),
                 },
                 "guesses": shares_of(watchers.guesses()),
+                "pages": watchers.pages.shares(),
             }
 
 

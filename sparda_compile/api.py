@@ -22,7 +22,6 @@ from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
 from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
-from sparda_compile.passes.machine import machine_for
 from sparda_compile.passes.manager import check_disabled, check_dump_dir
 from sparda_compile.program.compiled_piece import start_compiler
 from sparda_compile.program.plan import (
@@ -32,6 +31,9 @@ from sparda_compile.program.plan import (
     planned_capacity,
 )
 from sparda_compile.program.prompt_cost import prompt_phase
+from sparda_compile.program.rank_order import order_of
+from sparda_compile.ranks.agreement import ranks_of
+from sparda_compile.ranks.shards import local_of
 from sparda_compile.report.text import selection_sentence
 
 if TYPE_CHECKING:
@@ -81,29 +83,37 @@ def optimize(
 
     with neutral():
         config = config or SpardaConfig()
-        check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
-        check_dump_dir(config.dump_dir)
-        given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
-        if given is not None and config.forecast_rank is None:
-            config = config.replace(forecast_rank=rank_of(given))
-        captures = captures_of(model)
-        device = next(captures.model.parameters()).device
-        if device.type not in ("cpu", "cuda"):
-            raise UnsupportedInputError(
-                f"the model is on {device}; optimize runs on cpu and cuda. "
-                "Call model.to('cuda') first."
+        ranks = ranks_of(model)
+        with ranks.together("optimize") as facts:
+            facts["config"] = config.replace(dump_dir=None)
+            check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
+            check_dump_dir(config.dump_dir)
+            given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
+            if given is not None and config.forecast_rank is None:
+                config = config.replace(forecast_rank=rank_of(given))
+            captures = captures_of(model)
+            device = captures.device
+            if device.type not in ("cpu", "cuda"):
+                raise UnsupportedInputError(
+                    f"the model is on {device}; optimize runs on cpu and cuda. "
+                    "Call model.to('cuda') first."
+                )
+        captures.agree(config)
+        if config.dump_dir is not None and not ranks.is_alone:
+            config = config.replace(dump_dir=str(Path(config.dump_dir) / f"rank{ranks.rank}"))
+        with ranks.together("the plan of optimize") as facts:
+            if config.lowering == "inductor":
+                start_compiler(device)  # while the model is traced
+            decode = make_plan(
+                captures,
+                "decode",
+                config,
+                batch_size=1,
+                max_tokens=planned_capacity(config),
             )
-        if config.lowering == "inductor":
-            start_compiler(device)  # while the model is traced
-        decode = make_plan(
-            captures,
-            "decode",
-            config,
-            batch_size=1,
-            max_tokens=planned_capacity(config),
-        )
-        _warn_if_serial(decode, device)
-        weights = _forecast_weights(captures, decode, given)
+            _warn_if_serial(decode)
+            weights = _forecast_weights(captures, decode, given)
+            facts |= order_of(decode.graph_module.graph)
         version = model.version if isinstance(model, OptimizedModule) else None
         fast = OptimizedModule(captures, config, weights, decode, version)
         longest = fast.programs.prompt_phase(1, 0, planned_capacity(config))
@@ -127,6 +137,7 @@ def explain(
     batch_size: int = 1,
     max_tokens: int | None = None,
     memory_bytes: int | None = None,
+    tp: int = 1,
 ) -> Report:
     """Say what `optimize` would do, without running the model.
 
@@ -138,6 +149,8 @@ def explain(
         memory_bytes: Memory of the GPU, by which the chunks of a prompt are chosen where
             `config.chunk_tokens` is None. None is that of the GPU that the model is on, and no
             limit where it is on none.
+        tp: Ranks that transformers would shard the model over; no process is started. Bytes and
+            schedules are those of one rank.
 
     Returns:
         Sites, what stays dense and why, planned bytes, counts of each pass and schedules. A model
@@ -145,45 +158,58 @@ def explain(
 
     Raises:
         ConfigError: If the configuration does not fit the model.
+        UnsupportedInputError: If the model cannot be planned for `tp` ranks here.
     """
-    from sparda_compile.program.explain import build_report, refused_report
+    from sparda_compile.module.planned_ranks import as_first_rank
 
     with neutral():
         config = config or SpardaConfig()
         check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
         check_dump_dir(config.dump_dir)
         max_tokens = max_tokens or planned_capacity(config)
-        try:
-            captures = captures_of(model)
-            longest = prompt_phase(captures, config, batch_size, 0, max_tokens)
-            plans = [
-                make_plan(
-                    captures,
-                    phase,
-                    config,
-                    batch_size=batch_size,
-                    max_tokens=max_tokens,
-                )
-                for phase in (longest, "decode")
-            ]
-        except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
-            return refused_report(model, config, batch_size, max_tokens, str(error))
-        is_optimized = hasattr(model, "sparda_config")
-        model = captures.model if is_optimized else model
-        device = plans[1].captured.device
-        if memory_bytes is None and device.type == "cuda":
-            memory_bytes = torch.cuda.get_device_properties(device).total_memory
-        return build_report(model, plans[0], plans[1], memory_bytes)
+        with as_first_rank(model, tp) as planned:
+            device = None if planned is model else local_of(next(model.parameters())).device
+            return _explained(planned, config, (batch_size, max_tokens), memory_bytes, device)
 
 
-def _warn_if_serial(plan: Plan, device: torch.device) -> None:
+def _explained(
+    model: nn.Module,
+    config: SpardaConfig,
+    sizes: tuple[int, int],
+    memory_bytes: int | None,
+    device: torch.device | None,
+) -> Report:
+    """Return the report of a model; `device` is where it would run, None for where it is."""
+    from sparda_compile.program.explain import build_report, refused_report
+
+    batch_size, max_tokens = sizes
+    try:
+        captures = captures_of(model)
+        if device is not None:
+            captures.plan_for(config, device)
+        longest = prompt_phase(captures, config, batch_size, 0, max_tokens)
+        plans = [
+            make_plan(captures, phase, config, batch_size=batch_size, max_tokens=max_tokens)
+            for phase in (longest, "decode")
+        ]
+    except (AttentionNotFoundError, CaptureError, UnsupportedInputError) as error:
+        return refused_report(model, config, batch_size, max_tokens, str(error))
+    is_optimized = hasattr(model, "sparda_config")
+    model = captures.model if is_optimized else model
+    device = device or captures.device
+    if memory_bytes is None and device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return build_report(model, plans[0], plans[1], memory_bytes)
+
+
+def _warn_if_serial(plan: Plan) -> None:
     """Say that mode `speculate` speculates nowhere, where the machine's constants see no gain."""
     config = plan.layout.config
     if config.predictor is None or plan.speculated:
         return
     if "insert_speculation" in config.disable_passes:
         return
-    machine = machine_for(config.machine, device).name
+    machine = plan.machine.name
     warnings.warn(
         f"mode='speculate' speculates in no layer: on {machine} none is expected to gain by it, so "
         "all attend as in mode='query'. Pass speculate_where='always' to speculate all the same.",
@@ -203,7 +229,7 @@ def _forecast_weights(
             )
         return {}
     shapes = forecast_shapes(plan)
-    weight = next(captures.model.parameters())
+    weight = local_of(next(captures.model.parameters()))
     if given is None:
         warnings.warn(
             "Forecast weights are not trained: they start from the mean of each group's query "
@@ -213,5 +239,5 @@ def _forecast_weights(
         return initial_forecast(
             plan.stage("find_attention").graph, plan.sites, shapes, plan.captured, weight.dtype
         )
-    fitting = fit_forecast(given, shapes, captures.model_name, config)
+    fitting = fit_forecast(given, shapes, captures.model_name, config, captures.ranks)
     return {layer: found.map(torch.detach).to(weight) for layer, found in fitting.items()}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["names", "number", "one_of", "whole"]
+__all__ = ["by_layer", "names", "number", "one_of", "whole"]
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -64,3 +64,27 @@ def names(name: str, value: object) -> None:
     """
     if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
         raise ConfigError(f"{name}={value!r} is not a tuple of names; use for example ('a', 'b').")
+
+
+def by_layer(
+    name: str, value: str | Mapping[int, str] | tuple[tuple[int, str], ...], allowed: Iterable[str]
+) -> str | tuple[tuple[int, str], ...]:
+    """Return one name for all layers, or those of some layers as pairs in order of the layers.
+
+    Raises:
+        ConfigError: If a name is none of those that are allowed, or a layer is no whole number.
+    """
+    if isinstance(value, str):
+        one_of(name, value, allowed)
+        return value
+    try:
+        given = dict(value)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{name}={value!r} is neither a name nor names by layer; use one of "
+            f"{', '.join(allowed)}, or a dict such as {{0: 'int8'}}."
+        ) from None
+    for layer, chosen in given.items():
+        whole(f"a layer of {name}", layer, 0)
+        one_of(f"{name}[{layer}]", chosen, allowed)
+    return tuple(sorted(given.items()))

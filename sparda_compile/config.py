@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
-from sparda_compile.checks import names, number, one_of, whole
+from sparda_compile.checks import by_layer, names, number, one_of, whole
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
+from sparda_compile.registry import HINTS, KV_FORMATS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "MACHINE_NAMES",
@@ -86,6 +89,10 @@ class Memory:
         host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
         page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
+        kv_format: How full blocks are written: `model` keeps the model's dtype, bit for bit; `fp8`,
+            `int8` and `int4` round each block once, when it is full, wherever it is. In CPU memory
+            it then takes about 8 or 4 bits an element. A dict names those of some layers by number,
+            the others keep `model`. See `docs/kv_formats.md`.
     """
 
     chunk_tokens: int | None = None
@@ -95,8 +102,11 @@ class Memory:
     host_bytes: int | None = None
     page_ratio: float = 1.5
     eviction: Eviction = "lru"
+    kv_format: str | Mapping[int, str] | tuple[tuple[int, str], ...] = "model"
 
     def __post_init__(self) -> None:
+        formats = by_layer("kv_format", self.kv_format, KV_FORMATS.choices())
+        object.__setattr__(self, "kv_format", formats)
         one_of("offload", self.offload, get_args(Offload))
         one_of("eviction", self.eviction, get_args(Eviction))
         number("page_ratio", self.page_ratio)

@@ -15,7 +15,7 @@ import torch
 
 from sparda_compile.files import replacing
 
-__all__ = ["describe", "kept_result", "write_result"]
+__all__ = ["describe", "kept_result", "version_of", "write_result"]
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version_of("triton"),
+        "transformers": version_of("transformers"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit or _commit(),
@@ -36,7 +36,8 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

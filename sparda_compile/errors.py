@@ -17,6 +17,8 @@ __all__ = [
     "KVCacheError",
     "ModelChangedError",
     "PassError",
+    "RankLostError",
+    "RanksDisagreeError",
     "SpardaError",
     "TransferRaceError",
     "UnsupportedInputError",
@@ -65,6 +67,14 @@ class ModelChangedError(UnsupportedInputError):
 
 class BackendUnavailableError(SpardaError, ImportError):
     """A package, a device or a compiler that this call needs is not there or does not work."""
+
+
+class RanksDisagreeError(SpardaError):
+    """The ranks of a process group were given different things, or one of them raised an error."""
+
+
+class RankLostError(SpardaError, RuntimeError):
+    """A rank of the process group is gone or did not come in time, or the group itself is gone."""
 
 
 class KVCacheError(SpardaError):

@@ -26,6 +26,7 @@ from typing import Any, Final
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels import (  # noqa: F401 - fills the table
     begin_prediction,
+    mixture,
     number_tokens,
     partials,
     predict_blocks,
@@ -37,6 +38,7 @@ from sparda_compile.kernels import (  # noqa: F401 - fills the table
     speculation,
     window_attention,
 )
+from sparda_compile.ranks import collectives  # noqa: F401 - fills the table
 from sparda_compile.runtime import (  # noqa: F401 - fills the table
     append,
     block_table,

@@ -1,8 +1,9 @@
-"""Methods by name: the ways to score blocks, and the ways to guess them early.
+"""Methods by name: the ways to score blocks, to guess them early, and to write them.
 
     SELECTORS   how a query or a Forecast scores blocks      one file each in `selectors/`
     HINTS       how mode `exact` guesses a layer's blocks    one file each in `hints/`
     PREDICTORS  how mode `speculate` predicts a step's       the same
+    KV_FORMATS  how full blocks are written                  one file each in `formats/`
 
 To add one of the package, write its file and one line here. To add one from outside:
 
@@ -21,7 +22,7 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["HINTS", "PREDICTORS", "SELECTORS", "Registry"]
+__all__ = ["HINTS", "KV_FORMATS", "PREDICTORS", "SELECTORS", "Registry"]
 
 T = TypeVar("T")
 
@@ -115,10 +116,22 @@ HINTS: Final[Registry[Any]] = Registry(
         "previous_layer": "sparda_compile.hints.previous_layer:PreviousLayerHint",
         "next_query": "sparda_compile.hints.next_query:NextQueryHint",
         "ema": "sparda_compile.hints.ema:EmaHint",
+        "mixture": "sparda_compile.hints.mixture:MixtureHint",
     },
 )
 
 # Of `hints.base.Predictor`.
 PREDICTORS: Final[Registry[Any]] = Registry(
     "predictor", {"ema": "sparda_compile.hints.speculation:EmaPredictor"}
+)
+
+# Of `formats.base.BlockFormat`.
+KV_FORMATS: Final[Registry[Any]] = Registry(
+    "KV format",
+    {
+        "model": "sparda_compile.formats.model:ModelFormat",
+        "fp8": "sparda_compile.formats.fp8:Fp8Format",
+        "int8": "sparda_compile.formats.int8:Int8Format",
+        "int4": "sparda_compile.formats.int4:Int4Format",
+    },
 )

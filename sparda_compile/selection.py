@@ -41,8 +41,9 @@ class Selection:
             model for `nosa` carries its retention score in the last channel of each key and 1 in
             that of each query (docs/models.md); `optimize` refuses others by their queries.
         hint: What `exact` prefetches by: `forecast`, `previous_step`, `previous_layer`,
-            `next_query` (the layer's query projection on the input of the layer before) or `ema`
-            (the scores of past steps, smoothed; see `Prediction`). Several, as a tuple: each
+            `next_query` (the layer's query projection on the input of the layer before), `ema`
+            (the scores of past steps, smoothed; see `Prediction`) or `mixture` (both in one, by a
+            share that each layer learns). Several, as a tuple: each
             prefetches at its own time, the later ones what the earlier have not brought. Mode
             `speculate` predicts by `ema`, whatever the default says.
         forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
@@ -118,6 +119,13 @@ def _hint_of(value: object) -> str | tuple[str, ...]:
             f"hint={value!r} names {'a hint twice' if names else 'no hint'}; use one name, or "
             f"several different ones such as ('ema', 'forecast'), of {', '.join(HINTS.choices())}."
         )
+    for name in names if len(names) > 1 else ():
+        twice = [other for other in names if other in HINTS[name].includes]
+        if twice:
+            raise ConfigError(
+                f"hint={value!r} names {', '.join(map(repr, twice))}, which hint {name!r} has in "
+                "it; use one of the two."
+            )
     return tuple(map(str, names)) if len(names) > 1 else str(names[0])
 
 

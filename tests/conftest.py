@@ -52,6 +52,7 @@ hypothesis.settings.load_profile("sparda")
 
 # The modules that take longest, longest first: begun last, one would keep one worker busy alone.
 SLOWEST = (
+    "e2e/test_ranks.py",
     "e2e/test_models.py",
     "e2e/test_random_models.py",
     "program/test_lower.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparda_compile.checks import names, number, one_of, whole
+from sparda_compile.checks import by_layer, names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 
 
@@ -18,6 +18,13 @@ def test_what_is_allowed_passes():
     assert names("passes", ()) is None
 
 
+def test_names_of_layers_are_pairs_in_their_order():
+    assert by_layer("f", "a", ("a", "b")) == "a"
+    pairs = by_layer("f", {3: "b", 0: "a"}, ("a", "b"))
+    assert pairs == ((0, "a"), (3, "b"))
+    assert by_layer("f", pairs, ("a", "b")) == pairs
+
+
 @pytest.mark.parametrize(
     ("check", "words"),
     [
@@ -28,6 +35,12 @@ def test_what_is_allowed_passes():
         (lambda: whole("n", "3", 3), "n='3' is not a whole number"),
         (lambda: whole("n", False, 0), "n=False is not a whole number"),
         (lambda: number("x", float("nan")), "x=nan is not a finite number"),
+        (lambda: by_layer("f", {0: "c"}, "ab"), r"f\[0\]='c' is not known; use one of a, b"),
+        (lambda: by_layer("f", {-1: "a"}, "ab"), "a layer of f=-1 is too small"),
+        (
+            lambda: by_layer("f", 8, ("a",)),
+            "f=8 is neither a name nor names by layer; use one of a",
+        ),
         (lambda: number("x", True), "x=True is not a finite number"),
         (lambda: names("passes", "a"), "passes='a' is not a tuple of names"),
     ],

@@ -56,6 +56,7 @@ REFUSED = {
     "expected_recall": (-0.5, ["expected_recall=-0.5", "use 0.0 to 1.0"]),
     "device_bytes": (0, ["device_bytes=0", "use 1 or more"]),
     "host_bytes": (-5, ["host_bytes=-5", "use 1 or more"]),
+    "kv_format": ("int2", ["kv_format='int2'", "model, fp8, int8, int4"]),
 }
 
 
@@ -71,6 +72,13 @@ def test_refused_value_is_named_with_what_is_allowed(field):
 def test_every_field_is_refused_or_free():
     free = {"disable_passes", "dump_dir"}  # checked by optimize; any folder will do
     assert {f.name for f in dataclasses.fields(SpardaConfig)} == {*REFUSED, *free}
+
+
+def test_formats_of_layers_can_be_compared_and_replaced():
+    config = SpardaConfig(kv_format={3: "int8", 1: "int4"})
+    assert config == SpardaConfig(kv_format={1: "int4", 3: "int8"})
+    assert hash(config.replace(top_k=3)) != hash(config)
+    assert config.replace(top_k=3).kv_format == ((1, "int4"), (3, "int8"))
 
 
 def test_a_sparse_prompt_needs_a_mode_that_selects():

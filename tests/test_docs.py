@@ -322,8 +322,8 @@ def test_programs_of_pages_run(page, tmp_path, monkeypatch):
     assert (tmp_path / made.get(page.name, ".")).exists()
 
 
-# Pages whose program is no program for a CPU.
-NEEDS_A_GPU = {"profiling.md"}
+# Pages whose program needs a GPU, or is one of several processes.
+NOT_RUN_HERE = {"profiling.md", "parallel.md"}
 
 
 def test_python_of_pages_is_run():
@@ -334,7 +334,7 @@ def test_python_of_pages_is_run():
         for name, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if name != "python" and re.search(r"^(from|import) ", body, re.MULTILINE):
                 hidden.add(page.name)
-    assert hidden == NEEDS_A_GPU
+    assert hidden == NOT_RUN_HERE
     assert all(page in (ROOT / test).read_text() for page, test in ELSEWHERE.items())
 
 

@@ -21,7 +21,7 @@ def test_describes_versions_and_commit():
 
 
 def test_package_that_is_not_there():
-    assert environment._version("no-such-package-at-all") is None
+    assert environment.version_of("no-such-package-at-all") is None
 
 
 def test_result_is_written_with_its_environment(tmp_path):

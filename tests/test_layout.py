@@ -30,6 +30,8 @@ HOST_SYNC_REASON = re.compile(r"# host-sync: \S")
 
 LAZY = ("torch._dynamo", "torch._inductor", "transformers", "networkx", "rich")
 HOME_PATH = re.compile(r"(?<![\w.)}])/(?:home|Users|root|work(?:space)?)/|[A-Z]:\\Users\\")
+# What git leaves in a file that two branches changed.
+CONFLICT = re.compile(r"^(?:<{7}|>{7}) ", re.MULTILINE)
 # Spelled so that this file does not hold what it forbids.
 REGISTRY = re.compile(
     r"py[p]i\.(?:org|io)|python[h]osted\.org|download\.py[t]orch\.org"
@@ -203,3 +205,7 @@ def test_files_name_no_machine():
         if HOME_PATH.search(line) or REGISTRY.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_no_file_has_two_versions_of_a_line():
+    assert [name for name, text in tracked_text() if CONFLICT.search(text)] == []

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
@@ -13,6 +14,7 @@ from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.sparse_attention import blocks_per_split
 from sparda_compile.ops import OPS
+from sparda_compile.registry import KV_FORMATS
 
 ROWS, GROUPS, HEADS, DIM, SIZE, BLOCKS, PAGES, SELECTED = 2, 2, 6, 60, 16, 5, 4, 3
 # Ops that leave a part of their result to others, so that two results differ.
@@ -33,6 +35,14 @@ def tables():
     page_block = int32([0, 4, -1, 2]).expand(ROWS, GROUPS, PAGES).contiguous()
     block_table = int32([0, -1, 3, -1, 1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     return [block_table, page_block, torch.where(page_block >= 0, 9, -1).int()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """A process group of this process alone, for the ops of several ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def samples():
@@ -59,10 +69,17 @@ def samples():
     parts = (randn(ROWS, GROUPS, SELECTED, 3, DIM), randn(ROWS, GROUPS, SELECTED, 3))
     ticket = torch.empty(0)
     levels = randn(ROWS, GROUPS, BLOCKS) + 1, randn(ROWS, GROUPS, BLOCKS) + 2
+    mixed = tuple(randn(ROWS, GROUPS, BLOCKS) for _ in range(3))
     slots = int32([3, 4, -1, 5, -1]).expand(ROWS, GROUPS, BLOCKS).contiguous()
     selection = (query, pages, page_ids, ids)
     guess = int32([0, 2, -1]).expand(ROWS, GROUPS, SELECTED).contiguous()
-    stored = (tables()[0], pages, host, counters)
+    runs, packed = (
+        torch.zeros(
+            ROWS, GROUPS, BLOCKS, *KV_FORMATS[name].stored(SIZE, DIM, pages.dtype)[0]
+        ).byte()
+        for name in ("int8", "int4")
+    )
+    stored = (tables()[0], pages, packed, counters)
     scale, softcap = 0.25, 3.0
     return {
         "score_blocks": (query, pooled, lengths, "infllm2", scale, *GEOMETRY),
@@ -78,8 +95,9 @@ def samples():
         "prefetch_blocks": (*misses, host, pages, 1, ticket),
         "wait_blocks": (ticket, [pages], [ids], 1),
         "record_event": ([ids], 3, 2),
-        "store_blocks": ([], tail, [], int32([79, 64]), None, pages, host, counters),
-        "offload_blocks": (prompt, None, tokens, past, *stored, 2, ticket),
+        # In a format that rounds, so that pages are written, too.
+        "store_blocks": ([], tail, [], int32([79, 64]), None, pages, runs, counters, "int8"),
+        "offload_blocks": (prompt, None, tokens, past, *stored, 2, ticket, "int4"),
         "append_kv": (*new, tail, lengths, pages),
         "extend_kv": (
             *prompt, ids[:, :, None].repeat(1, 1, 7, 1), from_earlier, earlier, pages, *tables(),
@@ -101,6 +119,11 @@ def samples():
         "attend_predicted": (query, pages, tables()[0], guess, lengths, scale, softcap),
         "repair_predicted": (
             *selection, guess, lengths, *parts, counters, scale, softcap, True,
+        ),
+        "mix_scores": (*mixed, randn(ROWS, GROUPS, 2).abs(), 0.5, True),
+        "learn_mixture": (
+            randn(ROWS, GROUPS, BLOCKS), *mixed, lengths, randn(ROWS, GROUPS, 2).abs(), 0.5, True,
+            SIZE, 1, 0,
         ),
         "update_prediction": (
             randn(ROWS, GROUPS, BLOCKS), *levels, 0.4, 0.3, True,
@@ -143,6 +166,8 @@ def samples():
             randn(ROWS, HEADS, 7, DIM), *prompt, mask, lengths,
             randn(ROWS, GROUPS, 9, DIM), randn(ROWS, GROUPS, 9, DIM), scale, softcap,
         ),
+        "all_reduce": (randn(ROWS, 1, DIM), 1, dist.group.WORLD.group_name),
+        "all_gather": (randn(SIZE, ROWS), 1, dist.group.WORLD.group_name),
     }  # fmt: skip
 
 

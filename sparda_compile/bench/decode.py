@@ -202,7 +202,7 @@ class DecodeBench:
 
     def measure(self) -> Iterator[dict[str, Any]]:
         """Time everything, in turns; yields what is found after each overlap, earlier ones too."""
-        rate = memcpy_gbps()
+        rate = self._rate()
         found = {**self._sizes(), "memcpy_gbps": round(rate, 2), "build_s": self.build_s}
         by_overlap = {}
         for overlap in self.setting.overlaps:
@@ -210,6 +210,10 @@ class DecodeBench:
             self.prepare(overlap)
             by_overlap[str(overlap)] = self._row(self._times(), rate, overlap)
             yield {**found, "by_overlap": dict(by_overlap)}
+
+    def _rate(self) -> float:
+        """Return the rate of copies from CPU memory, 10^9 bytes per second."""
+        return memcpy_gbps()
 
     def _sizes(self) -> dict[str, Any]:
         batch = self.setting.batch_size

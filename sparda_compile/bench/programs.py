@@ -132,4 +132,5 @@ def plan_body(captures: Captures, batch_size: int, config: SpardaConfig) -> Plan
     FACTS.put(gm, FACTS.of(gm) | FuseProjections.requires)  # it needs only to come behind that pass
     layout = CacheLayout(config, (), batch_size, config.block_size)
     stages += run_passes(gm, [FuseProjections()], found.context(layout))
-    return Plan(found.captured, "decode", layout, sites, tuple(stages), gm)
+    machine = captures.machine(config)
+    return Plan(found.captured, "decode", layout, sites, tuple(stages), gm, machine)

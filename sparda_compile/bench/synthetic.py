@@ -37,7 +37,7 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
 
     Args:
         kv: A cache; what it held is lost. Two caches of the same sizes get the same content,
-            wherever their blocks live.
+            wherever their blocks live; in a format that rounds, all of it is rounded.
         num_tokens: At least 1, less than the cache holds.
         seed: Of the random content.
     """
@@ -50,12 +50,15 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
         pages = kv.state[state_name("pages", shape.layer)]
         host = kv.host_blocks.get(state_name("host", shape.layer))
         target = host if host is not None and host.numel() else pages
+        found = kv.layout.kv_format(shape.layer)
         for row in range(pages.shape[0]):
             size = (pages.shape[1], num_blocks, *pages.shape[3:])
             blocks = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-            blocks = blocks.to(target.dtype)
+            stored = found.pack(blocks.to(pages.dtype))
+            if target is pages:
+                stored = found.unpack(stored, size[3], size[4], pages.dtype)
             for group in range(size[0]):  # one run of memory each: a copy at the link's rate
-                target[row, group, :num_blocks].copy_(blocks[group])
+                target[row, group, :num_blocks].copy_(stored[group])
         for name in kv.layout.tensors(shape):
             if name in ("pooled_k", "recent_k", "key_bounds"):
                 tensor = kv.state[state_name(name, shape.layer)]
@@ -86,6 +89,8 @@ def rewind(kv: KVCache, num_tokens: int) -> None:
             name = state_name("host", shape.layer)
             pages = kv.state[state_name("pages", shape.layer)]
             tail = kv.host_blocks[name][:, :, current]
+            tokens, dim = pages.shape[4:]
+            tail = layout.kv_format(shape.layer).unpack(tail, tokens, dim, pages.dtype)
             page = table[:, :, current].long()
             rows = torch.arange(batch, device=table.device)[:, None]
             pages[rows, torch.arange(groups, device=table.device), page] = tail.to(pages.device)

@@ -30,6 +30,9 @@ from sparda_compile.errors import CaptureError
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
 from sparda_compile.graph.nodes import as_module, call_name, changed_root, snapshot
 from sparda_compile.isa.define import define
+from sparda_compile.isa.table import instruction_of, op_name
+from sparda_compile.ranks.agreement import ALONE, Ranks
+from sparda_compile.ranks.shards import local_names, meshes_in
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, OTHER_SAMPLES, SAMPLES, common_size
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ class CapturedGraph:
         graph_module: The graph; every weight is a placeholder, every node has `meta["val"]`.
         inputs: Placeholder of a tensor input -> `input_ids` or `position_ids`.
         weights: Placeholder of anything else -> the tensor.
+        ranks: The processes that the model is sharded over.
         joined: Copies of several weights in one, by the addresses of the weights.
     """
 
@@ -78,6 +82,7 @@ class CapturedGraph:
     graph_module: fx.GraphModule
     inputs: dict[str, str]
     weights: dict[str, Tensor]
+    ranks: Ranks = ALONE
     joined: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -93,10 +98,11 @@ class CapturedGraph:
 def share_weights(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree that shares the weights of `model`.
 
-    Buffers that are not part of the state dict are copied: some models update them in forward.
+    So it does meshes and process groups. Buffers that are not part of the state dict are copied:
+    some models update them in forward.
     """
     shared = [*model.parameters(), *model.state_dict(keep_vars=True).values()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    return copy.deepcopy(model, {id(it): it for it in (*shared, *meshes_in(model))})
 
 
 def capture(
@@ -226,6 +232,7 @@ class _Writer:
         self._open: dict[str, fx.Node] = {}
         self._weights: dict[str, Tensor] = {}
         self._names = _tensor_names(model)
+        self._sharded = local_names(model)
 
     def captured(self, phase: str) -> CapturedGraph:
         """Return the whole graph."""
@@ -270,7 +277,11 @@ class _Writer:
                 while name in self._weights or name in INPUT_NAMES or name.startswith("sparda_"):
                     name = f"w_{name}"
                 node = self._nodes[number] = self._placeholder(name, fake)
-                self._weights[node.name] = tensor
+                self._weights[node.name] = (
+                    nn.Parameter(tensor, requires_grad=False)
+                    if id(tensor) in self._sharded
+                    else tensor
+                )
 
     def _write(self, i: int, call: Call) -> None:
         places = itertools.count()
@@ -282,10 +293,15 @@ class _Writer:
             "nn_module_stack": {call.path: (call.path, call.module)},
         }
         op, target, args = _target(call.function, args)
-        node = self._graph.create_node(op, target, args, kwargs)
+        it = instruction_of(target)
+        is_collective = it is not None and it.is_collective
+        node = self._graph.create_node(
+            op, target, args, kwargs, op_name(target) if is_collective else None
+        )
         node.meta = {**meta, "val": call.result}
         if call.changed is not None:
-            self._check_in_place(node)
+            if not is_collective:  # which returns a new tensor
+                self._check_in_place(node)
             if isinstance(call.result, Tensor):
                 self._nodes[id(call.changed)] = node
         elif isinstance(call.result, Tensor):
@@ -351,7 +367,7 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
         *model.named_buffers(remove_duplicate=False),
         *model.named_parameters(remove_duplicate=False),
     ]
-    return {id(tensor): name for name, tensor in reversed(named)}
+    return local_names(model) | {id(tensor): name for name, tensor in reversed(named)}
 
 
 _OPERATORS: Final = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparda_compile.capture import lengths
+from sparda_compile.capture import collective_calls, lengths
+from sparda_compile.capture.collective_calls import (
+    SummedInPlace,
+    collective_call,
+    has_sharded,
+    of_sharded,
+    redistributing,
+)
 from sparda_compile.capture.lengths import Length, Lengths
 from sparda_compile.capture.module_state import ModuleState
 from sparda_compile.errors import CaptureError
@@ -37,12 +44,15 @@ from sparda_compile.graph.fake_runner import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
+    from sparda_compile.capture.collective_calls import CollectiveCall
+
 __all__ = ["Call", "Trace", "record"]
 
 _TORCH_FOLDER: Final = os.path.dirname(torch.__file__) + os.sep
 _OUR_FILES: Final = (
     __file__,
     fake_runner.__file__,
+    collective_calls.__file__,
     os.path.join(os.path.dirname(__file__), "forward.py"),
 )
 
@@ -103,11 +113,12 @@ class _Recorder(TorchFunctionMode):
         self._runner = runner
         self._fakes: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
+        self._summed = SummedInPlace()
 
     def fake(self, tensor: Tensor) -> Tensor:
         """Return what stands for a tensor in the run."""
         if isinstance(tensor, torch._subclasses.FakeTensor):
-            return tensor
+            return self._summed.known(tensor)
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise CaptureError("it uses torch.func or torch.vmap, which is not traced")
         if id(tensor) not in self._fakes:
@@ -123,8 +134,15 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func is torch._C._set_grad_enabled:
             return func(*args)
+        if has_sharded(args, kwargs):
+            return of_sharded(func, args, kwargs or {}, self)
         args, kwargs = map_leaves((args, kwargs or {}), self._stand_in)
         assert kwargs is not None
+        if func is Tensor.view_as and args[0] is args[1]:
+            return args[0]  # as a DTensor does with its local part
+        collective = collective_call(func, args, kwargs)
+        if collective is not None:
+            return self._together(collective)
         if name == "__get__" and func.__self__.__name__ in ("shape", "dtype", "device"):
             return self.lengths.wrap(func(*args))
         given = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -143,9 +161,27 @@ class _Recorder(TorchFunctionMode):
         is_new = any(id(r) not in given_ids for r in results)
         if changed is not None or is_new:
             self._check_autocast(args)
-            path, module = self.modules[-1] if self.modules else ("", nn.Module)
-            self.calls.append(Call(func, args, kwargs, result, changed, path, module, _caller()))
+            self._note(func, args, kwargs, result, changed)
         return result
+
+    def _note(
+        self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, changed: Tensor | None
+    ) -> None:
+        self._summed.follow(args, kwargs, result)
+        path, module = self.modules[-1] if self.modules else ("", nn.Module)
+        self.calls.append(Call(func, args, kwargs, result, changed, path, module, _caller()))
+
+    def _together(self, found: CollectiveCall) -> Any:
+        """Note a collective; one that changes its tensor in place is noted as one that does not."""
+        tensor = found.args[0]
+        if found.op is None:
+            return tensor
+        result = self._runner.run(found.op, found.args, {})
+        self._note(found.op, found.args, {}, result, tensor if found.is_in_place else None)
+        if not found.is_in_place:
+            return result
+        self._summed.add(tensor)
+        return None
 
     def changed_weight(self, model: nn.Module) -> str:
         """Say which parameter, buffer or constant the run changed in place; empty for none."""
@@ -218,8 +254,8 @@ _IN_PLACE: Final = frozenset(
 
 def _caller() -> str:
     """Return the file and line, outside of torch, that made the present call."""
-    frame = sys._getframe(2)
-    passed = (_TORCH_FOLDER, lengths.__file__)
+    frame = sys._getframe(1)
+    passed = (_TORCH_FOLDER, __file__, lengths.__file__, collective_calls.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(passed):
         frame = frame.f_back
     code = frame.f_code
@@ -259,6 +295,7 @@ def record(
             _paths(model, recorder),
             _as_compiling(),
             _quiet(),
+            redistributing(),
             torch.no_grad(),
             runner.fake_mode,
             recorder,

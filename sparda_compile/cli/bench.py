@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparda_compile.cli.bench_files import budget_file, decode_file, kernels_file
 from sparda_compile.cli.console import (
     CANNOT,
     AsJson,
@@ -25,6 +26,7 @@ from sparda_compile.cli.options import (
     MOST_TOKENS,
     Commit,
     HostGib,
+    KvFormat,
     OutFolder,
     Shape,
     ShapeOption,
@@ -35,6 +37,7 @@ from sparda_compile.cli.predict import bench_predict
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
+from sparda_compile.cli.ranks import decode_on_ranks
 from sparda_compile.cli.start import bench_start
 from sparda_compile.errors import ConfigError
 
@@ -49,6 +52,7 @@ __all__ = ["bench_app", "make_lab", "require_gpu"]
 _SHAPES: Final[tuple[Shape, ...]] = ("8b",)
 _MOST_TURNS: Final = 1_000_000
 _MOST_JOBS: Final = 1024
+_MOST_RANKS: Final = 64
 _OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
@@ -108,6 +112,7 @@ def bench_decode(
     tokens: Tokens = _TOKENS,
     overlap: Overlaps = None,
     variant: Variants = None,
+    kv_format: Annotated[KvFormat, typer.Option(help="How full blocks are written.")] = "model",
     rounds: Rounds = 3,
     steps: Steps = 20,
     baseline: Annotated[
@@ -116,6 +121,12 @@ def bench_decode(
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
     max_host_gib: HostGib = None,
+    tp: Annotated[
+        int,
+        typer.Option(
+            min=1, max=_MOST_RANKS, help="Ranks to shard the model over, a process and GPU each."
+        ),
+    ] = 1,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
@@ -123,14 +134,21 @@ def bench_decode(
     with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
-            settings = [_setting(b, tokens, overlap, variant, rounds, steps) for b in batch or (1,)]
+            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format))
+            settings = [_setting(b, *chosen) for b in batch or (1,)]
             check_plot(plot)
             check_folder(out)
-            require_gpu("sparda bench decode")
-            lab = make_lab(shape, say, max_host_gib)
-            file = _decode_file(out, shape, tokens, commit)
-            for setting in settings:
-                lab.decode(setting, file.save, with_baselines=baseline)
+            if tp == 1:
+                require_gpu("sparda bench decode")
+                lab = make_lab(shape, say, max_host_gib)
+                file = decode_file(out, shape, tokens, commit, str(kv_format))
+                for setting in settings:
+                    lab.decode(setting, file.save, with_baselines=baseline)
+        if tp > 1:
+            found = decode_on_ranks(shape, settings, tp, out, commit)
+            if found is None:  # one of the ranks: it has written what it found
+                return
+            file = found
         from sparda_compile.bench.plots import write_plot
         from sparda_compile.bench.show import print_decode
 
@@ -210,7 +228,7 @@ def bench_budget(
             check_folder(out)
             require_gpu("sparda bench budget")
             lab = make_lab(shape, say, max_host_gib)
-            file = _budget_file(out, shape, tokens, commit)
+            file = budget_file(out, shape, tokens, commit)
             for size in budgets:
                 lab.budget(size, setting, file.save)
         from sparda_compile.bench.show import print_budget
@@ -293,19 +311,19 @@ def _parts(
 
     def decode(shape: str, batch: int) -> None:
         setting = _setting(batch, _TOKENS, None, None, 3, 20)
-        save = _decode_file(out, shape, _TOKENS, commit).save
+        save = decode_file(out, shape, _TOKENS, commit).save
         lab(shape).decode(setting, save, with_baselines=(shape, batch) == WITH_BASELINES)
 
     def budget(gib: float) -> None:
         setting = _setting(1, _TOKENS, [0.9], None, 3, 20)
-        lab("8b").budget(gib, setting, _budget_file(out, "8b", _TOKENS, commit).save)
+        lab("8b").budget(gib, setting, budget_file(out, "8b", _TOKENS, commit).save)
 
     kernels = out / "kernels.json"
     parts = [
         Part(
             "kernels",
             _KERNEL_MINUTES,
-            lambda: bool(_kernels_file(kernels, commit).results),
+            lambda: bool(kernels_file(kernels, commit).results),
             lambda: _measure_kernels(kernels, commit, say),
         ),
         prr_part(out, commit, say),
@@ -314,11 +332,11 @@ def _parts(
         if what != "decode":
             parts.append(prompt_part(what, shape, size, minutes, (out, commit), lab))
             continue
-        is_done = partial(_has, _decode_file, out, shape, commit, size)
+        is_done = partial(_has, decode_file, out, shape, commit, size)
         run = partial(decode, shape, size)
         parts.append(Part(f"decode {shape} batch {size}", minutes, is_done, run))
     for gib in _BUDGETS:
-        is_done = partial(_has, _budget_file, out, "8b", commit, gib)
+        is_done = partial(_has, budget_file, out, "8b", commit, gib)
         parts.append(Part(f"budget {gib:g} GiB", _BUDGET_MINUTES, is_done, partial(budget, gib)))
     return parts
 
@@ -333,7 +351,7 @@ def _measure_kernels(path: Path, commit: str | None, say: Callable[[str], None])
     from sparda_compile.bench.kernels import bench_kernels as measure
 
     result = measure(say)
-    _kernels_file(path, commit).save({"part": "kernels", **result})
+    kernels_file(path, commit).save({"part": "kernels", **result})
     return result
 
 
@@ -344,6 +362,7 @@ def _setting(
     variant: list[Variant] | None,
     rounds: int,
     steps: int,
+    kv_format: str = "model",
 ) -> Any:
     """Return a checked setting of decode."""
     from sparda_compile.bench.decode import VARIANTS, DecodeSetting
@@ -359,9 +378,8 @@ def _setting(
             f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
             "add --variant scheduled."
         )
-    return DecodeSetting(
-        batch, tokens, tuple(overlap or _OVERLAPS), variants, rounds=rounds, steps=steps
-    )
+    overlaps, fields = tuple(overlap or _OVERLAPS), {"kv_format": kv_format}
+    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
 
 
 def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:
@@ -377,23 +395,3 @@ def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None)
 
     limit = None if max_host_gib is None else round(max_host_gib * GIB)
     return Lab(shape, say, max_host_bytes=limit)
-
-
-def _decode_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
-    head = {"name": "decode", "shape": shape, "max_tokens": tokens}
-    return ResultFile(out / f"decode-{shape}.json", head, "batch_size", commit)
-
-
-def _budget_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
-    head = {"name": "budget", "shape": shape, "max_tokens": tokens}
-    return ResultFile(out / f"budget-{shape}.json", head, "budget_gib", commit)
-
-
-def _kernels_file(path: Path, commit: str | None) -> ResultFile:
-    from sparda_compile.bench.lab import ResultFile
-
-    return ResultFile(path, {"name": "kernels"}, "part", commit)

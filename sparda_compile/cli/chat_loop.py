@@ -104,7 +104,7 @@ class ChatLoop:
             except KeyboardInterrupt:
                 if not self._is_terminal:
                     fail("interrupted.", INTERRUPTED)
-                self.say("stopped at once: the question is taken back, and all is read again.")
+                self.say("\nstopped at once: the question is taken back, and all is read again.")
 
     def say(self, text: str) -> None:
         """Say something that is no answer."""

@@ -22,9 +22,11 @@ from sparda_compile.cli.options import (
     MOST_SEQUENCES,
     MOST_TOKENS,
     Hint,
+    KvFormat,
     LocalBlocks,
     Mode,
     Prompt,
+    Repair,
     Selector,
     ShortList,
     Task,
@@ -52,6 +54,7 @@ _SELECTOR: Final = "infllm2"
 _LENGTH: Final = 4096
 _BUDGETS: Final = (0.1,)
 _PROMPT: Final = "dense"
+_REPAIR: Final = "exact"
 
 Model = Annotated[
     str,
@@ -86,6 +89,18 @@ Ema = Annotated[
 Calibrate = Annotated[
     bool,
     typer.Option("--ema-calibrate", help="Calibrate hint ema by the first of the steps."),
+]
+Repairs = Annotated[
+    list[Repair] | None,
+    typer.Option(
+        help="Of mode speculate: exact reads what its query selects, union what was predicted too. "
+        "May be given again.",
+        show_default=_REPAIR,
+    ),
+]
+KvFormats = Annotated[
+    list[KvFormat] | None,
+    typer.Option(help="How full blocks are written, may be given again.", show_default="model"),
 ]
 Budgets = Annotated[
     list[float] | None,
@@ -158,7 +173,9 @@ def evaluate_model(
     hint: Hints = None,
     ema: Ema = None,
     ema_calibrate: Calibrate = False,
+    repair: Repairs = None,
     budget: Budgets = None,
+    kv_format: KvFormats = None,
     prefill: Prompts = None,
     task: Tasks = None,
     tokens: Lengths = None,
@@ -190,7 +207,7 @@ def evaluate_model(
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
             parts = EvaluationParts(
-                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), fields),
+                _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, kv_format, fields),
                 tuple(budget or _BUDGETS),
                 tuple(map(str, prefill or (_PROMPT,))),
                 tuple(map(str, task or _TASKS)),
@@ -234,14 +251,33 @@ def _sizes(
 
 
 def _bases(
-    modes: Sequence[Mode], selectors: Sequence[str], fields: Mapping[str, Any]
+    modes: Sequence[Mode],
+    selectors: Sequence[str],
+    repairs: Sequence[Repair] | None,
+    kv_formats: Sequence[str] | None,
+    fields: Mapping[str, Any],
 ) -> list[SpardaConfig]:
-    """Return a configuration for each mode and selector; a budget sets its `top_k` later."""
-    return [
-        SpardaConfig(mode=mode, selector=rule, top_k=None, **_memory(mode), **fields)
-        for mode in modes
-        for rule in selectors_of(mode, selectors)
-    ]
+    """Return a configuration for each mode, selector, format and, of `speculate`, repair.
+
+    A budget sets its `top_k` later.
+
+    Raises:
+        ConfigError: If repairs are given and no mode repairs.
+    """
+    if repairs and "speculate" not in modes:
+        raise ConfigError("--repair is what mode speculate does; add --mode speculate.")
+    names = [str(name) for name in kv_formats or ("model",)]
+    bases = []
+    for mode in modes:
+        kinds = (repairs or (_REPAIR,)) if mode == "speculate" else (_REPAIR,)
+        more: dict[str, Any] = {"top_k": None, **_memory(mode), **fields}
+        bases += [
+            SpardaConfig(mode=mode, selector=rule, kv_format=name, repair=repair, **more)
+            for rule in selectors_of(mode, selectors)
+            for name in names
+            for repair in kinds
+        ]
+    return bases
 
 
 def _memory(mode: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sparda_compile.cli.options import (
     MOST_TOKENS,
     Commit,
     Hint,
+    KvFormat,
     LocalBlocks,
     Lowering,
     Mode,
@@ -127,6 +128,12 @@ TopKs = Annotated[
         show_default="by --budget",
     ),
 ]
+KvFormats = Annotated[
+    list[KvFormat] | None,
+    typer.Option(
+        "--kv-format", help="How full blocks are written, may be given again.", show_default="model"
+    ),
+]
 Prompts = Annotated[
     list[TextPrompt] | None,
     typer.Option(
@@ -167,6 +174,7 @@ def evaluate_text(
     hint: Hints = None,
     budget: Shares = None,
     top_k: TopKs = None,
+    kv_format: KvFormats = None,
     prefill: Prompts = None,
     no_oracle: Annotated[bool, typer.Option("--no-oracle", help="Leave the oracle out.")] = False,
     scored: Scored = 256,
@@ -201,12 +209,13 @@ def evaluate_text(
             sizes = {"block_size": block_size, "local_blocks": local_blocks}
             fields = _fields(where, lowering, {**sizes, "short_list": short_list}, forecast)
             hints = tuple(map(str, hint or _HINTS))
+            formats = tuple(map(str, kv_format or ("model",)))
             request = TextRequest(
                 model,
                 tuple(document),
                 tasks,
                 tuple(tokens or (_LENGTH,)),
-                tuple(_bases(mode or _MODES, selector or _SELECTORS, hints, fields)),
+                tuple(_bases(mode or _MODES, selector or _SELECTORS, (hints, formats), fields)),
                 tuple(_budgets(budget, top_k)),
                 tuple(map(str, prefill or _PROMPTS)),
                 not no_oracle,
@@ -250,14 +259,22 @@ def _fields(
 
 
 def _bases(
-    modes: Sequence[Mode], selectors: Sequence[str], hints: Sequence[str], fields: dict[str, Any]
+    modes: Sequence[Mode],
+    selectors: Sequence[str],
+    hints_and_formats: tuple[Sequence[str], Sequence[str]],
+    fields: dict[str, Any],
 ) -> list[SpardaConfig]:
-    """Return a configuration for each mode, selector and hint; a budget sets its `top_k` later."""
+    """Return a configuration for each mode, selector, hint and format of full blocks.
+
+    A budget sets its `top_k` later.
+    """
+    hints, formats = hints_and_formats
     return [
-        SpardaConfig(mode=mode, selector=rule, hint=hint, top_k=None, **fields)
+        SpardaConfig(mode=mode, selector=rule, hint=hint, kv_format=kv_format, top_k=None, **fields)
         for mode in modes
         for rule in selectors_of(mode, selectors)
         for hint in (hints if mode == "exact" else _HINTS)
+        for kv_format in formats
     ]
 
 

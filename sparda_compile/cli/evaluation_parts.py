@@ -30,7 +30,7 @@ class EvaluationParts:
     """What is to be measured.
 
     Attributes:
-        bases: A configuration for each mode and selector, without a budget.
+        bases: A configuration for each mode, selector and format of blocks, without a budget.
         budgets: Shares of the blocks.
         prompts: What selects: `dense`, `sparse` or `alone` (`evaluation/names.py`).
         tasks: Names of tasks.
@@ -56,6 +56,8 @@ class EvaluationParts:
     def configs(self, length: int) -> dict[str, SpardaConfig]:
         """Return the configurations by name: dense once, every other at each budget and prompt.
 
+        A name says the format of full blocks, where that is not the model's.
+
         Raises:
             ConfigError: If a budget does not hold the blocks that are always read.
         """
@@ -75,14 +77,17 @@ class EvaluationParts:
 
         found: dict[str, tuple[str, SpardaConfig, str]] = {}
         for base in self.bases:
+            tail = f" {base.kv_format}" if base.kv_format != "model" else ""
             if base.mode == "dense":
-                found.setdefault("dense", ("dense", base, ""))
+                found.setdefault(f"dense{tail}", (f"dense{tail}", base, ""))
                 continue
             rule = base.mode if base.selector == _USUAL else f"{base.mode} {base.selector}"
+            if base.mode == "speculate" and base.repair == "union":
+                rule = f"{rule} union"
             for share in self.budgets:
                 config = budget_config(base, length, share)
                 for prompt, ending in _ENDINGS.items():
-                    name = f"{rule} {100 * share:g}%{ending}"
+                    name = f"{rule} {100 * share:g}%{tail}{ending}"
                     if prompt in self.prompts:
                         kind = "" if prompt == "dense" else prompt
                         found.setdefault(name, (name, config, kind))

@@ -27,8 +27,10 @@ from sparda_compile.cli.options import (
     Machine,
     Mode,
     Offload,
+    Repair,
     Selector,
     ShortList,
+    Where,
 )
 from sparda_compile.cli.outputs import check_outputs, write_file
 from sparda_compile.config import SpardaConfig, round_up
@@ -73,6 +75,12 @@ def inspect_model(
     ] = 32768,
     machine: Annotated[Machine, typer.Option(help="Whose constants predict times.")] = "h200",
     offload: Annotated[Offload, typer.Option(help="Whether KV is in CPU memory.")] = "always",
+    repair: Annotated[
+        Repair, typer.Option(help="Whether mode speculate keeps what was predicted in vain.")
+    ] = "exact",
+    speculate_where: Annotated[
+        Where, typer.Option(help="In which layers it speculates: where it gains, or in all.")
+    ] = "auto",
     html: Annotated[
         Path | None, typer.Option(help="HTML report to write.", show_default=_PAGE)
     ] = None,
@@ -92,20 +100,13 @@ def inspect_model(
             local_blocks=local_blocks,
             machine=machine,
             offload=offload,
+            repair=repair,
+            speculate_where=speculate_where,
         )
         html = html or default_page(_PAGE, as_json)
         check_outputs(html=html, trace=trace)
         _check_trace(config, trace)
-        with progress() as say:
-            say("importing torch and transformers")
-            from sparda_compile.api import explain
-            from sparda_compile.cli.targets import build_target
-
-            say(f"building {target}")
-            model = build_target(target)
-            say(f"tracing and rewriting {type(model).__name__}")
-            max_tokens = round_up(tokens, config.block_size)
-            report = explain(model, config, batch_size=batch, max_tokens=max_tokens)
+        report = _explain(target, config, batch, tokens)
         if as_json:
             print_json(report.to_dict())
         if report.error:
@@ -116,6 +117,19 @@ def inspect_model(
 
         print_report(report, make_console())
         print_paths(written)
+
+
+def _explain(target: str, config: SpardaConfig, batch: int, tokens: int) -> Report:
+    with progress() as say:
+        say("importing torch and transformers")
+        from sparda_compile.api import explain
+        from sparda_compile.cli.targets import build_target
+
+        say(f"building {target}")
+        model = build_target(target)
+        say(f"tracing and rewriting {type(model).__name__}")
+        max_tokens = round_up(tokens, config.block_size)
+        return explain(model, config, batch_size=batch, max_tokens=max_tokens)
 
 
 def _parse_top_k(text: str) -> int | None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Final, get_args
 
 import typer
 
-from sparda_compile import config
+from sparda_compile import config, selection
 from sparda_compile.bench import names as bench_names
 from sparda_compile.evaluation import names as task_names
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, KV_FORMATS, SELECTORS
 from sparda_compile.training import names as teacher_names
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ __all__ = [
     "MOST_TOKENS",
     "Choice",
     "Commit",
-    "CopyingMode",
     "Device",
     "Hint",
     "HostGib",
+    "KvFormat",
     "LocalBlocks",
     "Lowering",
     "Machine",
@@ -43,6 +43,8 @@ __all__ = [
     "OutFolder",
     "Prompt",
     "PromptProgram",
+    "Repair",
+    "SelectingMode",
     "Selector",
     "Shape",
     "ShapeOption",
@@ -52,6 +54,7 @@ __all__ = [
     "TextPrompt",
     "TextTask",
     "Variant",
+    "Where",
     "choices",
 ]
 
@@ -83,12 +86,15 @@ def choices(title: str, names: Iterable[str]) -> type[Choice]:
 if TYPE_CHECKING:
     # What typer makes of them are strings.
     Hint = str
+    KvFormat = str
     Machine = str
     Selector = str
     Mode = config.Mode
-    CopyingMode = config.Mode
+    SelectingMode = config.Mode
     Lowering = config.Lowering
     Offload = config.Offload
+    Repair = selection.Repair
+    Where = selection.Where
     Device = bench_names.DeviceName
     Shape = bench_names.ShapeName
     Prompt = task_names.PromptName
@@ -100,13 +106,15 @@ if TYPE_CHECKING:
     Variant = bench_names.VariantName
 else:
     Hint = choices("Hint", HINTS.choices())
+    KvFormat = choices("KvFormat", KV_FORMATS.choices())
     Machine = choices("Machine", config.MACHINE_NAMES)
     Selector = choices("Selector", SELECTORS.choices())
     Mode = choices("Mode", get_args(config.Mode))
-    _COPYING = (m for m in get_args(config.Mode) if m not in ("dense", "speculate"))
-    CopyingMode = choices("CopyingMode", _COPYING)
+    SelectingMode = choices("SelectingMode", (m for m in get_args(config.Mode) if m != "dense"))
     Lowering = choices("Lowering", get_args(config.Lowering))
     Offload = choices("Offload", get_args(config.Offload))
+    Repair = choices("Repair", get_args(selection.Repair))
+    Where = choices("Where", get_args(selection.Where))
     Device = choices("Device", get_args(bench_names.DeviceName))
     Shape = choices("Shape", get_args(bench_names.ShapeName))
     Prompt = choices("Prompt", get_args(task_names.PromptName))

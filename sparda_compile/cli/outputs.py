@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparda_compile.errors import BackendUnavailableError, ConfigError
 from sparda_compile.files import check_writable
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["check_folder", "check_outputs", "check_plot", "write_file"]
+    from sparda_compile.bench.lab import ResultFile
+
+__all__ = ["check_folder", "check_outputs", "check_plot", "result_file", "write_file"]
 
 
 def check_outputs(**paths: Path | None) -> None:
@@ -84,3 +86,10 @@ def _check(path: Path, option: str) -> None:
         check_writable(path)
     except ConfigError as error:
         raise ConfigError(f"{option} {error}") from error
+
+
+def result_file(path: Path, head: dict[str, Any], key: str, commit: str | None) -> ResultFile:
+    """Return a file of results; arguments are those of `ResultFile`."""
+    from sparda_compile.bench.lab import ResultFile
+
+    return ResultFile(path, head, key, commit)

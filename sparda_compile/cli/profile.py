@@ -19,7 +19,7 @@ from sparda_compile.cli.options import (
     MOST_SEQUENCES,
     MOST_TOKENS,
     Commit,
-    CopyingMode,
+    SelectingMode,
     ShapeOption,
 )
 from sparda_compile.cli.outputs import check_folder, write_file
@@ -51,7 +51,7 @@ def bench_profile(
             help="Share of scored blocks that a step has in common with the one before.",
         ),
     ] = 0.9,
-    mode: Annotated[CopyingMode, typer.Option(help="Who selects the blocks.")] = "forecast",
+    mode: Annotated[SelectingMode, typer.Option(help="Who selects the blocks.")] = "forecast",
     nodes: Annotated[bool, typer.Option("--nodes", help="Print every node, not sums alone.")] = (
         False
     ),
@@ -89,8 +89,8 @@ def bench_profile(
     print_paths(written)
 
 
-def _check(tokens: int, mode: CopyingMode) -> None:
-    config = SpardaConfig(mode=mode)
+def _check(tokens: int, mode: SelectingMode) -> None:
+    config = SpardaConfig(mode=mode, offload="auto")
     # A trace names other blocks in every step, beside those that are always read.
     scored = config.top_k or 0
     least = (config.sink_blocks + config.local_blocks + 2 * scored) * config.block_size + _ROOM
@@ -123,10 +123,9 @@ def _measure(
     say(f"building the {shape} model")
     captures = Captures(build_model(SHAPES[shape], device, torch.bfloat16), {})
     say("rewriting decode")
-    settings: dict[str, Any] = {"mode": mode, "expected_overlap": overlap}
-    if mode == "exact":
-        settings["expected_recall"] = 1.0  # the hint follows the trace, too
-    program = build_program(captures, "scheduled", batch, tokens, _TRACE_STEPS, **settings)
+    program = build_program(
+        captures, "scheduled", batch, tokens, _TRACE_STEPS, **_settings(mode, overlap)
+    )
     start = tokens - _ROOM
     say("filling the KV cache")
     cache = KVCache(program.plan.layout, device)
@@ -137,6 +136,16 @@ def _measure(
     positions = torch.full_like(ids, start)
     say("compiling, capturing and profiling")
     return measure_step(lambda: program(ids, positions, None, cache), program.plan, trace=trace)
+
+
+def _settings(mode: str, overlap: float) -> dict[str, Any]:
+    """Return what a mode's program is made with, beside the sizes."""
+    settings: dict[str, Any] = {"mode": mode, "expected_overlap": overlap}
+    if mode == "exact":
+        settings["expected_recall"] = 1.0  # the hint follows the trace, too
+    if mode == "speculate":  # whether it pays or not: that is what is to be seen
+        settings |= {"offload": "never", "speculate_where": "always"}
+    return settings
 
 
 def _write_json(result: dict[str, Any], path: Path, commit: str | None) -> Path:

@@ -30,15 +30,18 @@ _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 _MEASURED_NOTES = """\
 model: all that is not ours, which the compiler fuses as it likes. wait_blocks: the time that the \
-compute stream stood still for a copy. overlap: share of the copy stream's work that lies under \
-compute. The profiler makes a step longer; without it one takes {step}."""
+compute stream stood still for another. overlap: share of the copy stream's work that lies under \
+compute; of early attention, of the attend stream's. The profiler makes a step longer; without it \
+one takes {step}."""
 _TOTALS: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
     ("step", " us", lambda totals: totals.step_us),
     ("compute stream busy", " us", lambda totals: totals.compute_us),
     ("copy stream busy", " us", lambda totals: totals.copy_us),
     ("select stream busy", " us", lambda totals: totals.select_us),
-    ("compute waits for copies", " us", lambda totals: totals.exposed_us),
+    ("attend stream busy", " us", lambda totals: totals.attend_us),
+    ("compute waits for others", " us", lambda totals: totals.exposed_us),
     ("overlap", "%", lambda totals: 100 * totals.overlap),
+    ("overlap of early attention", "%", lambda totals: 100 * totals.attend_overlap),
 )
 
 
@@ -59,6 +62,9 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_passes(report))
     if report.schedules:
         console.print(_schedules(report.schedules))
+        for schedule in report.schedules:
+            if schedule.speculation:
+                console.print(_speculation(schedule))
 
 
 def print_demo(demo: Demo | NeedleDemo, console: Console) -> None:
@@ -93,6 +99,8 @@ def print_measured(
         )
     console.print(table)
     console.print(_times("Per op, microseconds", "op", measured.ops()))
+    if measured.speculation():
+        console.print(_times("Speculation, microseconds", "part", measured.speculation()))
     for stream, name in enumerate(STREAM_NAMES):
         title = f"Per layer on the {name} stream, microseconds; waits are left out"
         console.print(_times(title, "layer", measured.layers(stream)))
@@ -239,4 +247,16 @@ def _schedules(schedules: Sequence[Schedule]) -> Table:
             f"{schedule.exposed_us:.0f}",
             format_bytes(schedule.link_bytes),
         )
+    return table
+
+
+def _speculation(schedule: Schedule) -> Table:
+    table = _table(
+        f"Speculation in one {schedule.phase} step, predicted",
+        ("part", "stream", "layers", "us in all", "beside others"),
+        left=2,
+    )
+    for part in schedule.speculation:
+        hidden = "" if part.stream == STREAM_NAMES[0] else f"{part.hidden_us:.1f}"
+        table.add_row(part.name, part.stream, str(part.num_layers), f"{part.us:.1f}", hidden)
     return table

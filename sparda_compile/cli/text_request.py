@@ -35,7 +35,8 @@ class TextRequest:
         paths: Of documents: files, and folders of files.
         tasks: `perplexity`, `needle`, `chat`.
         lengths: Tokens of a sample.
-        bases: A configuration for each mode, selector and hint, without a budget.
+        bases: A configuration for each mode, selector, hint and format of full blocks, without a
+            budget.
         budgets: Of the blocks.
         prefills: What a prompt's tokens read: `dense`, `sparse`.
         oracle: Whether the oracle is measured at each budget.

@@ -3,6 +3,9 @@
 The haystack was read before (`reading.py`). Each later token is a decode step: every layer
 picks its blocks by the configuration's mode and selector and attends to those alone. What other
 predictors would have picked, and where the layer's attention really goes, is recorded beside it.
+In a `kv_format` that rounds, a block is rounded when it is full, and read exactly until then; what
+chooses blocks has its keys unrounded.
+
 For models built like Llama, on any device; their keys may carry a retention score, as selector
 `nosa` needs: then they are wider than a head, and `self_attn.retention(values)` gives the score.
 Nothing is captured or compiled: this says what is computed, not how fast.
@@ -20,9 +23,11 @@ from torch.nn import functional as F
 
 from sparda_compile.config import round_up
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.evaluation.early_reads import EarlyReads, reads_early
 from sparda_compile.evaluation.guesses import block_mask
 from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
 from sparda_compile.forecast.weights import projections_of
+from sparda_compile.formats.base import format_of
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.base import empty_summary
 
@@ -75,6 +80,7 @@ def decode(
     *,
     forecast: Mapping[int, Tensor] | None = None,
     guesses: GuessSums | None = None,
+    num_ahead: int = 0,
 ) -> Decoded:
     """Feed tokens one by one behind a reading, as a mode does.
 
@@ -82,16 +88,19 @@ def decode(
         model: The model of the reading.
         reading: What `read` returned; it is left as it is.
         ids_BS: [B, S] int64 tokens, one for each step.
-        config: Mode, selector, budget and sizes; `exact` and `speculate` decide what `query` does.
+        config: Mode, selector, budget and sizes; `exact` and `speculate` decide what `query` does,
+            but for `repair="union"`, which reads what was predicted too.
         forecast: By target layer, as for `optimize`. Mode `forecast` needs it; given in other modes
             it is recorded as a predictor.
         guesses: Counts what predictors guess of each step.
+        num_ahead: Steps that read all blocks and are not returned: the last tokens of a dense
+            prompt, with which predictions begin.
 
     Raises:
         ConfigError: If there is no step, or the Forecast is needed and missing.
         UnsupportedInputError: If selector `nosa` is given a model without retention scores.
     """
-    if ids_BS.shape[1] < 1:
+    if ids_BS.shape[1] <= num_ahead:
         raise ConfigError("there is no token to decode; pass one for each step.")
     if config.mode == "forecast" and not forecast:
         raise ConfigError(
@@ -100,10 +109,11 @@ def decode(
     _check_retention(model, reading, config)
     decoder = _Decoder(model, reading, ids_BS.shape[1], config, forecast or {}, guesses)
     logits, records = [], []
-    for ids_B1 in ids_BS.split(1, dim=1):
-        logits_BV, layers = decoder.step(ids_B1)
-        logits.append(logits_BV)
-        records.append(layers)
+    for number, ids_B1 in enumerate(ids_BS.split(1, dim=1)):
+        logits_BV, layers = decoder.step(ids_B1, reads_all=number < num_ahead)
+        if number >= num_ahead:
+            logits.append(logits_BV)
+            records.append(layers)
     return Decoded(torch.stack(logits, dim=1), records)
 
 
@@ -149,9 +159,14 @@ class _Decoder:
         self.keys = [F.pad(keys, room) for keys in reading.keys]
         self.values = [F.pad(values, room) for values in reading.values]
         self.summaries = [self._summarize(keys) for keys in reading.keys]
+        self._round(0, reading.length // config.block_size)
         self.last_choice: dict[int, Tensor] = {}
+        is_early = reads_early(config)
+        # By layer: queries of steps that read everything, and the tokens before each.
+        self.asked: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.early = EarlyReads(config, self.geometry.num_blocks) if is_early else None
 
-    def step(self, ids_B1: Tensor) -> tuple[Tensor, list[LayerRecord]]:
+    def step(self, ids_B1: Tensor, *, reads_all: bool = False) -> tuple[Tensor, list[LayerRecord]]:
         """Run one token; return its logits [B, vocabulary] and the record of each layer."""
         body = self.model.model
         x_B1C = body.embed_tokens(ids_B1)
@@ -163,6 +178,11 @@ class _Decoder:
             attention = layer.self_attn
             q_BH1D = widened(self.width, rotated(attention, "q", hidden_B1C, rotation), 1.0)
             chosen = self._choices(number, q_BH1D, hidden_B1C, rotation, before)
+            early_BGN = None
+            if reads_all:
+                self.asked.setdefault(number, []).append((q_BH1D, self._lengths(q_BH1D)))
+            elif self.early is not None:
+                early_BGN = self._early(number, q_BH1D, attention.scaling)
             # Scores know the keys of earlier tokens only; attention also reads the token's own.
             v_BG1D = heads_of(attention, attention.v_proj(hidden_B1C))
             k_BG1D = rotated(attention, "k", hidden_B1C, rotation)
@@ -173,15 +193,19 @@ class _Decoder:
             exists_N, forced_N = self._existing()
             shape = chosen["query"].shape
             read_BGN = exists_N.expand(shape)
-            if self.config.mode != "dense":
+            if self.config.mode != "dense" and not reads_all:
                 read_BGN = chosen["forecast" if self.config.mode == "forecast" else "query"]
+            if early_BGN is not None:
+                read_BGN = read_BGN | early_BGN
             out_BH1D, mass_BGN = self._attend(number, q_BH1D, read_BGN, attention.scaling)
             records.append(LayerRecord(mass_BGN, forced_N.expand(shape), read_BGN, chosen))
             out_BH1D = out_BH1D[..., : attention.head_dim]
             x_B1C = x_B1C + attention.o_proj(out_BH1D.transpose(1, 2).flatten(2))
             x_B1C = x_B1C + layer.mlp(layer.post_attention_layernorm(x_B1C))
             before = hidden_B1C, chosen["query"]
+        full = self.length // self.config.block_size
         self.length += 1
+        self._round(full, self.length // self.config.block_size)
         logits: Tensor = self.model.lm_head(body.norm(x_B1C))[:, 0].float()
         return logits, records
 
@@ -220,10 +244,29 @@ class _Decoder:
             self.guesses.add(number, scores, chosen["query"], lengths_B)
         return chosen
 
-    def _score(self, number: int, selector: str, query: Tensor, scale: float) -> Tensor:
+    def _early(self, number: int, q_BH1D: Tensor, scale: float) -> Tensor:
+        """Return the blocks that a layer reads early, by its steps before and the prompt's end."""
+        assert self.early is not None
+        # Tokens of a prompt score what the summary holds when all of them are in it.
+        for query, before_B in self.asked.pop(number, ()):
+            scores = self._score(number, self.config.selector, query, scale, before_B)
+            self.early.of(number, scores, before_B)
+        lengths_B = self._lengths(q_BH1D)
+        scores = self._score(number, self.config.selector, q_BH1D, scale, lengths_B)
+        return self.early.of(number, scores, lengths_B)
+
+    def _score(
+        self,
+        number: int,
+        selector: str,
+        query: Tensor,
+        scale: float,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
         rule = SELECTORS[selector]
         tensors = self.summaries[number][rule.summary.name]
-        scores: Tensor = rule.score(query, tensors, self._lengths(query), scale, self.geometry)
+        before_B = self._lengths(query) if lengths_B is None else lengths_B
+        scores: Tensor = rule.score(query, tensors, before_B, scale, self.geometry)
         return scores
 
     def _existing(self) -> tuple[Tensor, Tensor]:
@@ -257,6 +300,19 @@ class _Decoder:
         for name, tensors in self.summaries[number].items():
             summary = self._rules()[name]
             summary.extend(tensors, k_BG1D, lengths_B, None, self.geometry)
+
+    def _round(self, first: int, end: int) -> None:
+        """Let some full blocks of all layers be what is read back of them."""
+        size = self.config.block_size
+        span = slice(first * size, end * size)
+        for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            found = format_of(self.config, number)
+            if first == end or not found.rounds:
+                continue
+            parts = [part[:, :, span].unflatten(2, (-1, size)) for part in (keys, values)]
+            blocks = torch.stack(parts, 3)
+            blocks = found.unpack(found.pack(blocks), size, blocks.shape[-1], blocks.dtype)
+            keys[:, :, span], values[:, :, span] = (each.flatten(2, 3) for each in blocks.unbind(3))
 
     def _summarize(self, keys_BGTD: Tensor) -> dict[str, list[Tensor]]:
         """Return the tensors of each summary that a choice needs, for the keys of one layer."""

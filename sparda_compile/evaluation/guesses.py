@@ -15,6 +15,7 @@ many others as a step chooses by score. What is counted leaves the former out:
 | `past_steps` | in how many of the last 8 steps a block was read; the newest first where equal |
 | `previous_layer` | the scores of the layer before in this step |
 | `next_query`, `forecast` | their own scores |
+| `mixture` | both of these two in one, by a share that is learned, as hint `mixture` |
 | `mixed` | 0.75 of the scores of `next_query` and 0.25 of `ema`'s, where both are asked for |
 | `mixed_by_layer` | the same, by the share that found most of the layer's blocks before |
 
@@ -34,6 +35,7 @@ import torch
 
 from sparda_compile.kernels.begin_prediction import WINDOW
 from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW, calibrate
+from sparda_compile.kernels.mixture import learn_reference, mix_reference
 from sparda_compile.kernels.predict_blocks import (
     calibrated_or,
     standardise,
@@ -70,6 +72,7 @@ MIXED: Final = ("mixed", "mixed_by_layer")
 SHARES: Final = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Of `next_query` in a mixture, among which `mixed_by_layer` finds each layer's."""
 _MIXED_OF: Final = ("ema", "next_query")
+_MIXTURE: Final = "mixture"
 _SHARE: Final = 0.75
 _PAST_STEPS: Final = 8
 _NEVER: Final = float("-inf")
@@ -112,6 +115,7 @@ class _Layer:
         last_read: Number of the newest step that read each block, -inf for none.
         reads: Blocks that the last 8 steps read, bool.
         found: Blocks that a mixture by each of `SHARES` has found, float64.
+        mixture: What the share of `mixture` is made of, [B, G, 2].
         calibrated: Weights that `ema` is calibrated to, [B, 3], 0 before that.
         first: Scores of the first steps and tokens before them, for that.
         num_steps: Steps that were seen.
@@ -124,6 +128,7 @@ class _Layer:
     reads: deque[Tensor]
     found: Tensor
     calibrated: Tensor
+    mixture: Tensor
     first: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     num_steps: int = 0
 
@@ -133,7 +138,8 @@ class _Layer:
         found = torch.zeros(len(SHARES), dtype=torch.float64, device=never.device)
         reads: deque[Tensor] = deque(maxlen=_PAST_STEPS)
         calibrated = never.new_zeros(len(never), 3)
-        kept = (never.clone(), never.clone(), reads, found, calibrated)
+        mixture = never.new_zeros(*never.shape[:2], 2)
+        kept = (never.clone(), never.clone(), reads, found, calibrated, mixture)
         return cls(never, torch.zeros_like(never), *kept)
 
     def past_steps(self) -> Tensor:
@@ -187,6 +193,8 @@ class GuessSums:
             ranked["previous_layer"] = self._before
         if MIXED[0] in self.names and "next_query" in ranked:
             ranked |= self._mixtures(layer, ranked, read_BGN, lengths_B)
+        if _MIXTURE in self.names and "next_query" in scores:
+            ranked[_MIXTURE] = self._mixture(layer, scores, ranked["ema"], lengths_B)
         if layer.num_steps >= num_first_steps(self._config):
             asked = {name: ranked[name] for name in self.names if name in ranked}
             self._count(number, asked, read_BGN, layer.last_read, lengths_B)
@@ -214,6 +222,17 @@ class GuessSums:
         hits = guessed.unflatten(1, (len(SHARES), -1)) & read_BGN[:, None]
         layer.found += hits.sum((0, 2, 3))
         return dict(zip(MIXED, (mix(asked, ranked["ema"], _SHARE), mixtures[best]), strict=True))
+
+    def _mixture(
+        self, layer: _Layer, scores: Mapping[str, Tensor], past: Tensor, lengths_B: Tensor
+    ) -> Tensor:
+        """Return the scores of hint `mixture`, then learn its share from the layer's own."""
+        config, asked = self._config, self._comparable(scores["next_query"])
+        mixed = mix_reference(asked, past, layer.mixture)
+        right = self._comparable(scores["query"])
+        choice = (config.block_size, config.sink_blocks, config.local_blocks)
+        learn_reference(right, asked, past, lengths_B, layer.mixture, choice)
+        return mixed
 
     def _comparable(self, scores: Tensor) -> Tensor:
         """Return scores that can be compared with those of other steps."""

@@ -11,6 +11,7 @@ import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.decode import decode
+from sparda_compile.evaluation.early_reads import reads_early
 from sparda_compile.evaluation.guesses import Guess, GuessSums, num_first_steps
 from sparda_compile.evaluation.metrics import (
     RecallSums,
@@ -21,6 +22,7 @@ from sparda_compile.evaluation.metrics import (
 )
 from sparda_compile.evaluation.reading import read_ahead, read_selected
 from sparda_compile.evaluation.tasks import TASKS, make_batch
+from sparda_compile.kernels.begin_prediction import WINDOW
 from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class EvaluationRow:
         recalls: By who chose and layer; empty for mode `dense` without a budget.
         prompt: Mode by which the tokens of the prompt selected; `dense` if they read everything.
         guesses: What hints guessed of the blocks that steps read, if any was asked for.
+        kv_format: How full blocks are written.
     """
 
     name: str
@@ -100,6 +103,7 @@ class EvaluationRow:
     recalls: tuple[Recall, ...]
     prompt: str = "dense"
     guesses: tuple[Guess, ...] = ()
+    kv_format: str = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,14 +250,17 @@ def _measure(
     steps_A = (batch.answer_positions_A - 1 - batch.question_start).tolist()
     dense, truth_BSV = read_ahead(model, ids_BT[:, :last], batch.question_start)
     haystack_BT = ids_BT[:, : batch.question_start]
-    tail_BS = ids_BT[:, batch.question_start : last]
     answers_BA = ids_BT[:, batch.answer_positions_A.to(device)]
     for name, config in configs.items():
         say(name)
         reading = dense
         if name in prompts:
             reading = read_selected(model, haystack_BT, prompts[name], forecast=forecast)
-        decoded = decode(model, reading, tail_BS, config, forecast=forecast)
+        # Tokens of the prompt by which predictions begin, where they decide what is read.
+        ahead = min(WINDOW, batch.question_start - 1) if reads_early(config) else 0
+        begun = reading.before(batch.question_start - ahead)
+        fed_BS = ids_BT[:, begun.length : last]
+        decoded = decode(model, begun, fed_BS, config, forecast=forecast, num_ahead=ahead)
         tallies[name].add(
             decoded.logits_BSV[:, steps_A], truth_BSV[:, steps_A], answers_BA, batch.any_order
         )
@@ -317,6 +324,7 @@ class _Tally:
             agreement=float(torch.cat(self.agreements).mean()),
             recalls=tuple(_recalls(self.recalls)),
             guesses=tuple(self.guesses.guesses()),
+            kv_format=str(config.kv_format),
         )
 
 

@@ -170,10 +170,11 @@ def _percent(share: float) -> str:
 
 def _with_recalls(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
     """Return one row for each task, length and budget: the first that has recalls."""
-    first: dict[tuple[str, int, float, str], EvaluationRow] = {}
+    first: dict[tuple[str, int, float, str, str], EvaluationRow] = {}
     for row in rows:
         if row.recalls:
-            first.setdefault((row.task, row.length, row.budget, row.selector), row)
+            read = (row.budget, row.selector, row.kv_format)
+            first.setdefault((row.task, row.length, *read), row)
     return list(first.values())
 
 
@@ -188,8 +189,10 @@ def _interval(value: float, low: float, high: float) -> str:
 
 
 def _draw_accuracy(panel: Any, task: str, rows: Sequence[EvaluationRow]) -> None:
-    for mode, selector, length in dict.fromkeys((r.mode, r.selector, r.length) for r in rows):
-        same = [r for r in rows if (r.mode, r.selector, r.length) == (mode, selector, length)]
+    curves = [(r.mode, r.selector, r.kv_format, r.length) for r in rows]
+    for curve in dict.fromkeys(curves):
+        same = [r for r, of in zip(rows, curves, strict=True) if of == curve]
+        mode, selector, kv_format, length = curve
         points = sorted((100 * r.budget, 100 * r.accuracy, 100 * r.low, 100 * r.high) for r in same)
         budgets, values, lows, highs = zip(*points, strict=True)
         errors = [
@@ -197,6 +200,7 @@ def _draw_accuracy(panel: Any, task: str, rows: Sequence[EvaluationRow]) -> None
             [high - value for value, high in zip(values, highs, strict=True)],
         ]
         name = mode if selector == "infllm2" or mode == "dense" else f"{mode}, {selector}"
+        name = name if kv_format == "model" else f"{name}, {kv_format}"
         panel.errorbar(
             budgets, values, yerr=errors, marker="o", capsize=3, label=f"{name} {length}"
         )

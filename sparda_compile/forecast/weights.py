@@ -28,10 +28,13 @@ from torch import Tensor
 from sparda_compile.checks import whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.files import check_writable, replacing
+from sparda_compile.forecast.parts import parts_of
 from sparda_compile.forecast.projection import Projection, ProjectionShape, from_tensors, to_tensors
+from sparda_compile.ranks.agreement import ALONE
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.ranks.agreement import Ranks
 
 __all__ = [
     "ForecastInfo",
@@ -321,6 +324,7 @@ def fit_forecast(
     shapes: Mapping[int, ProjectionShape],
     model_name: str,
     config: SpardaConfig,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Projection]:
     """Return the projections that a model needs, checked.
 
@@ -331,13 +335,14 @@ def fit_forecast(
         shapes: Sizes that the model's program has for each layer.
         model_name: Class name of the model.
         config: What they are to be used with.
+        ranks: That share the KV heads; `given` has those of all.
 
     Raises:
         ConfigError: If they are another model's: a layer is missing or not in it, a shape differs,
             or the file names another model; or if their rank is not `config.forecast_rank`.
     """
     info = given.info if isinstance(given, ForecastWeights) else None
-    projections = dict(projections_of(given))
+    projections = parts_of(projections_of(given), shapes, ranks)
     if isinstance(given, ForecastWeights) and given.is_release:
         projections.pop(max(shapes, default=0) + 1, None)
     _check_layers(projections, shapes, model_name)

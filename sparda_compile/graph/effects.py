@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 STATE_PREFIX: Final = "sparda_"
+# Stands for what the ranks of a process group have done together so far.
+_RANKS: Final = "ranks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,12 @@ def accesses(node: fx.Node) -> list[Access]:
     """Return the state that a node reads and writes.
 
     A fork uses none: it takes state so that the scheduler leaves it behind what writes that state.
+    Collectives all write what stands for the other ranks, which keeps them in their order.
     """
     it = instruction(node)
     if it is None or it.forks:
         return []
-    found = []
+    found = [Access(_RANKS, is_write=True)] if it.is_collective else []
     for _, is_write, value in bound_arguments(node):
         values = value if isinstance(value, (list, tuple)) else (value,)
         found += [Access(v.name, is_write) for v in values if is_state(v)]

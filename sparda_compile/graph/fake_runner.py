@@ -11,7 +11,15 @@ from torch.autograd.graph import increment_version
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FakeRunner", "freeze", "leaves_of", "map_leaves", "share_memory", "version_of"]
+__all__ = [
+    "FakeRunner",
+    "freeze",
+    "leaves_of",
+    "map_leaves",
+    "root_of",
+    "share_memory",
+    "version_of",
+]
 
 _PLAIN: Final = (
     int,
@@ -66,15 +74,15 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def version_of(tensor: Tensor) -> int:
     """Return how often the memory of a fake tensor was changed in place."""
-    return _own_version(_root(tensor))
+    return _own_version(root_of(tensor))
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two fake tensors stand for parts of one memory."""
-    return _root(one) is _root(other)
+    return root_of(one) is root_of(other)
 
 
-def _root(tensor: Tensor) -> Tensor:
+def root_of(tensor: Tensor) -> Tensor:
     """Return the tensor that a view is of; what is made from memory shares no storage with it."""
     root: Tensor = getattr(tensor, "sparda_root", tensor)
     return root
@@ -93,7 +101,7 @@ def _note_views(result: Any, tensors: list[Tensor]) -> dict[int, int]:
             continue
         of = by_storage.get(value.untyped_storage()._cdata)
         if of is not None:
-            value.sparda_root = _root(tensors[of])  # type: ignore[attr-defined]
+            value.sparda_root = root_of(tensors[of])  # type: ignore[attr-defined]
             found[id(value)] = of
     return found
 
@@ -129,7 +137,7 @@ class FakeRunner:
         if known and key in self._seen:
             made, changed = self._seen[key]
             for i in changed:
-                increment_version(_root(tensors[i]))
+                increment_version(root_of(tensors[i]))
             return self._made(made, tensors)
         if not known:
             tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -138,8 +146,8 @@ class FakeRunner:
             result = function(*args, **kwargs)
         changed = [i for i, t in enumerate(tensors) if _own_version(t) != versions[i]]
         for i in changed:
-            if _root(tensors[i]) is not tensors[i]:
-                increment_version(_root(tensors[i]))
+            if root_of(tensors[i]) is not tensors[i]:
+                increment_version(root_of(tensors[i]))
         views = _note_views(result, tensors)
         made = self._recipe(result, tensors, views) if known else None
         if made is not None:
@@ -181,7 +189,7 @@ class FakeRunner:
         spec, of = form
         made = self.new(*spec)
         if of is not None:
-            made.sparda_root = _root(tensors[of])  # type: ignore[attr-defined]
+            made.sparda_root = root_of(tensors[of])  # type: ignore[attr-defined]
         return made
 
     def new(

@@ -21,6 +21,9 @@ __all__ = [
     "TOKEN_MASK",
     "PagePlan",
     "StateInputs",
+    "add_scores",
+    "add_selection",
+    "format_of",
     "geometry_of",
     "plan_pages",
     "select_by_score",
@@ -173,7 +176,21 @@ def select_by_score(
     prefix: str = "",
 ) -> fx.Node:
     """Add `score_blocks` and `select_blocks`; returns the ids."""
-    config = layout.config
+    scores = add_scores(emit, query, selector, scale, shape, state, layout, prefix)
+    return add_selection(emit, scores, shape, state, layout, prefix)
+
+
+def add_scores(
+    emit: Emitter,
+    query: fx.Node,
+    selector: str,
+    scale: float,
+    shape: LayerShape,
+    state: StateInputs,
+    layout: CacheLayout,
+    prefix: str = "",
+) -> fx.Node:
+    """Add `score_blocks`; returns the scores."""
     summary = SELECTORS[selector].summary.name
     tensors = [state.get(n, shape.layer) for n in layout.summary_tensors(summary, shape)]
     scores = emit.call(
@@ -189,6 +206,19 @@ def select_by_score(
     if layout.geometry.short_list:
         for name in ("short_list", "sink_blocks", "local_blocks"):
             set_argument(scores, name, getattr(layout.geometry, name))
+    return scores
+
+
+def add_selection(
+    emit: Emitter,
+    scores: fx.Node,
+    shape: LayerShape,
+    state: StateInputs,
+    layout: CacheLayout,
+    prefix: str = "",
+) -> fx.Node:
+    """Add `select_blocks`; returns the ids."""
+    config = layout.config
     return emit.call(
         "select_blocks",
         scores,
@@ -244,7 +274,9 @@ def select_past(emit: Emitter, picked: fx.Node) -> tuple[fx.Node, fx.Node]:
     return ids, scores
 
 
-def stage_blocks(emit: Emitter, block_ids: fx.Node, state: StateInputs) -> tuple[fx.Node, fx.Node]:
+def stage_blocks(
+    emit: Emitter, block_ids: fx.Node, state: StateInputs, layout: CacheLayout
+) -> tuple[fx.Node, fx.Node]:
     """Add `stage_blocks` for what tokens of a prompt select; returns the buffer and its slots."""
     node = emit.call(
         "stage_blocks",
@@ -253,6 +285,7 @@ def stage_blocks(emit: Emitter, block_ids: fx.Node, state: StateInputs) -> tuple
         *(state.get(name, emit.layer) for name in ("pages", "host", "block_table")),
         state.num_past(),
         name=f"stage_{emit.layer}",
+        **format_of(layout, emit.layer),
     )
     staging, slots = _items(emit, node)
     return staging, slots
@@ -261,6 +294,15 @@ def stage_blocks(emit: Emitter, block_ids: fx.Node, state: StateInputs) -> tuple
 def _items(emit: Emitter, node: fx.Node) -> list[fx.Node]:
     """Add the choice of each result of a node."""
     return [emit.item(node, i, f"{name}_{emit.layer}") for i, name in enumerate(results_of(node))]
+
+
+def format_of(layout: CacheLayout, layer: int) -> dict[str, str]:
+    """Return the argument that says how full blocks of a layer are written.
+
+    None where they keep the model's dtype: that is the default of the ops that take it.
+    """
+    found = layout.kv_format(layer)
+    return {"kv_format": found.name} if found.rounds else {}
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparda_compile.hints.base import HintPoint
     from sparda_compile.state.layout import LayerShape
 
-__all__ = ["NextQueryHint"]
+__all__ = ["NextQueryHint", "rehearsed_query"]
 
 
 class NextQueryHint(Hint):
@@ -52,28 +52,42 @@ class NextQueryHint(Hint):
         Raises:
             PassError: If the input of the layer before is of another width.
         """
-        source, target = point.source, point.target
-        if source is target:
+        query = rehearsed_query(point)
+        if query is None:
             return None
-        here, there = tensor_shape(source.hidden), tensor_shape(target.hidden)
-        if here != there:
-            raise PassError(
-                f"the query projection of layer {target.layer} reads {there}, but layer "
-                f"{source.layer} has {here}; use hint='previous_step'."
-            )
-        order = program_order(point.graph)
-        region = late_inputs(
-            nodes_between(target.hidden, target.query), source.hidden, target.hidden, order
-        )
-        emit = point.after(source.hidden)
-        query = clone_region(region, order, {target.hidden: source.hidden}, emit)[target.query]
         return select_by_score(
             point.after(query),
             query,
             point.layout.config.selector,
-            target.scale,
+            point.target.scale,
             point.shape,
             point.state,
             point.layout,
             prefix=point.prefix,
         )
+
+
+def rehearsed_query(point: HintPoint) -> fx.Node | None:
+    """Add the query of a layer, computed from the input of the layer before.
+
+    Returns:
+        [B, H, 1, D]; None for the first layer.
+
+    Raises:
+        PassError: If the input of the layer before is of another width.
+    """
+    source, target = point.source, point.target
+    if source is target:
+        return None
+    here, there = tensor_shape(source.hidden), tensor_shape(target.hidden)
+    if here != there:
+        raise PassError(
+            f"the query projection of layer {target.layer} reads {there}, but layer "
+            f"{source.layer} has {here}; use hint='previous_step'."
+        )
+    order = program_order(point.graph)
+    region = late_inputs(
+        nodes_between(target.hidden, target.query), source.hidden, target.hidden, order
+    )
+    emit = point.after(source.hidden)
+    return clone_region(region, order, {target.hidden: source.hidden}, emit)[target.query]

@@ -48,6 +48,7 @@ def define(
     latency_us: float | None = None,
     is_free: bool = False,
     is_marker: bool = False,
+    is_collective: bool = False,
     is_for_later: bool = False,
     workspace: Callable[[Any], int] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
@@ -73,6 +74,8 @@ def define(
         is_free: Whether a layer may have any number of it; else `passes/check/grammar.py` says how
             many.
         is_marker: Whether it marks a place in a captured graph; no program has it.
+        is_collective: Whether all ranks of a process group do it together: it belongs to no layer,
+            and keeps its place among the others of its kind.
         is_for_later: Whether only later steps use what it does, so that it may run while this one
             waits.
         workspace: Returns the most bytes that it takes on a GPU beside its results, from the
@@ -112,6 +115,7 @@ def define(
             latency_us=latency_us,
             is_free=is_free,
             is_marker=is_marker,
+            is_collective=is_collective,
             is_for_later=is_for_later,
             workspace=_by_name(workspace, signature),
         )

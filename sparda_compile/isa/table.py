@@ -45,6 +45,8 @@ class Work(enum.Enum):
     TO_DEVICE = "a copy of the selected blocks that the step before has not brought"
     TO_STAGING = "a copy of the past blocks that a prompt's tokens read"
     TO_HOST = "a copy of the blocks that the step has filled"
+    REDUCED = "its latency, and 2 (n - 1) / n of what n ranks add up, at the rate between them"
+    GATHERED = "its latency, and (n - 1) / n of what n ranks gather, at the rate between them"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Instruction:
             launch.
         is_free: Whether a layer may have any number of it; else the grammar says how many.
         is_marker: Whether it marks a place in a captured graph; no program has it.
+        is_collective: Whether all ranks of a process group do it together; all of them issue the
+            same ones in the same order.
         is_for_later: Whether only later steps use what it does, so that it may run while this one
             waits.
         workspace: Given what a call gives it, tensors as fake ones: the most bytes that it takes on
@@ -115,6 +119,7 @@ class Instruction:
     latency_us: float | None
     is_free: bool = False
     is_marker: bool = False
+    is_collective: bool = False
     is_for_later: bool = False
     workspace: Callable[..., int] | None = None
 

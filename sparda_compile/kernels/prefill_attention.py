@@ -20,6 +20,7 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
+from sparda_compile.registry import KV_FORMATS
 
 __all__ = [
     "SelectedBlocks",
@@ -129,13 +130,13 @@ class SelectedBlocks:
 
 
 def past_keys_values(
-    pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int
+    pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int, kv_format: str = "model"
 ) -> tuple[Tensor, Tensor]:
     """Gather the first blocks of each sequence: two tensors [B, G, num_blocks * P, D]."""
     if pages.is_cuda:
         from sparda_compile.kernels.gpu.prefill import load_prefix
 
-        keys, values = load_prefix(pages, host, block_table, num_blocks).unbind(3)
+        keys, values = load_prefix(pages, host, block_table, num_blocks, kv_format).unbind(3)
         return keys.flatten(2, 3), values.flatten(2, 3)
     batch, groups = pages.shape[:2]
     page = block_table[:, :, :num_blocks].long()
@@ -144,7 +145,9 @@ def past_keys_values(
     blocks = pages[rows, heads, page.clamp(min=0)]
     if host.numel():
         absent = (page < 0)[..., None, None, None]
-        blocks = torch.where(absent, host[:, :, :num_blocks], blocks)
+        found = KV_FORMATS[kv_format]
+        stored = found.unpack(host[:, :, :num_blocks], *pages.shape[4:], pages.dtype)
+        blocks = torch.where(absent, stored, blocks)
     keys, values = blocks.unbind(3)
     return keys.flatten(2, 3), values.flatten(2, 3)
 
@@ -167,6 +170,7 @@ def prefill_attention(
     softcap: float,
     num_past: int,
     may_hide: bool,
+    kv_format: str = "model",
 ) -> Tensor:
     """Attend densely to the past and to the new tokens.
 
@@ -183,6 +187,7 @@ def prefill_attention(
         softcap: Soft cap on the scores, 0.0 for none.
         num_past: No sequence has more tokens in the cache.
         may_hide: Whether some token may not be real; else the mask is all true.
+        kv_format: How blocks in CPU memory are written.
 
     Returns:
         [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
@@ -192,13 +197,15 @@ def prefill_attention(
 
         if gpu.covers(query, pages, block_table):
             past, factors = (pages, host, block_table), (scale, softcap)
-            return gpu.attend_all(query, (k, v), token_mask, lengths, past, num_past, factors)
+            return gpu.attend_all(
+                query, (k, v), token_mask, lengths, past, num_past, factors, kv_format
+            )
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())
     if num_past or softcap or (may_hide and is_reference):
         past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
-        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap)
+        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap, kv_format)
     elif may_hide:
         out = _causal_of_real(query, k, v, token_mask, scale)
     else:
@@ -225,11 +232,12 @@ def _attend(
     past: tuple[Tensor, Tensor, Tensor],
     scale: float,
     softcap: float,
+    kv_format: str,
 ) -> Tensor:
     """Attend to the new tokens, and of the past to what the block table that is given lists."""
     (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2])
+    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2], kv_format)
     index = torch.arange(past_k.shape[2], device=k.device)
     past_BS = index.where(index < lengths[:, None], -1)
     # What lies past a sequence's end may be anything, NaN too: weight 0 must win.

@@ -7,24 +7,27 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.module.agreed import check_whole
 from sparda_compile.module.arguments import CONFIG
 from sparda_compile.module.budgets import Budgets
-from sparda_compile.runtime.held import HeldKeysValues
+from sparda_compile.module.saved_cache import SavedCache, write_cache
 from sparda_compile.runtime.kv_cache import check_budgets
+from sparda_compile.state.layout import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor, nn
 
-    from sparda_compile.program.captures import Captures
+    from sparda_compile.module.saved_cache import CacheFile
     from sparda_compile.program.plan import Plan
     from sparda_compile.runtime.kv_cache import KVCache
 
-__all__ = ["SpardaCache", "keys_and_values"]
+__all__ = ["SpardaCache"]
 
 # Calls that are remembered one by one before they are put together.
 _MOST_PARTS: Final = 256
@@ -107,6 +110,58 @@ class SpardaCache(Cache):
         if self._adaptation is None or self._adaptation.kv is not self.kv:
             self._adaptation = Budgets(plan, self.kv, self._budgets)
         self._adaptation.step()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the conversation's state to a file, for `load_cache` of the module.
+
+        What is loaded goes on as if it had not been saved: keys, values and tables, what selectors,
+        hints and predictors keep, counts, and the tokens that were passed in. The file is of
+        safetensors, `saved_cache.py` says what is in it. To write it takes as much CPU memory again
+        as the file is long.
+
+        Args:
+            path: Of the file; its folders are made, an old file is replaced at once.
+
+        Returns:
+            The path.
+
+        Raises:
+            UnsupportedInputError: If several ranks share the model.
+            KVCacheError: If no token is in the cache, or a step began and did not end.
+            ConfigError: If the file cannot be written.
+        """
+        if self.kv is None or not self.kv.num_columns:
+            raise KVCacheError(
+                "the cache holds no token, so there is nothing to save; pass it to the module's "
+                "generate or forward first."
+            )
+        self.kv.check_ended()
+        owner: Any = self.owner()
+        check_whole(owner.ranks, "SpardaCache.save")
+        self._join_parts()
+        info = SavedCache.of(
+            owner.captures.original,
+            self.kv,
+            has_padding=self.has_padding,
+            budgets={str(layer): int(blocks) for layer, blocks in self._budgets.items()},
+            num_passed=len(self._passed),
+        )
+        return write_cache(path, info, self.kv, self._passed)
+
+    def take(self, file: CacheFile, kv: KVCache) -> None:
+        """Take over what a file holds.
+
+        Args:
+            file: The file.
+            kv: Memory that this cache holds, empty.
+        """
+        file.restore(kv)
+        device = kv.state[LENGTHS].device
+        self._budgets = {int(layer): blocks for layer, blocks in file.info.budgets.items()}
+        self._passed = [
+            (None if ids is None else ids.to(device), mask.to(device)) for ids, mask in file.passed
+        ]
+        self.has_padding = file.info.has_padding
 
     def note(self, ids: Tensor | None, mask: Tensor, *, hides: bool) -> None:
         """Remember the tokens of a call that has ended.
@@ -263,70 +318,3 @@ class SpardaCache(Cache):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.kv.layout.layers) if self.kv else 0
-
-
-def keys_and_values(
-    past: Any, attention_mask: Tensor | None, captures: Captures | None = None
-) -> tuple[Mapping[int, tuple[Tensor, Tensor]], Tensor]:
-    """Return what a cache holds.
-
-    Args:
-        past: A DynamicCache that a model filled, or a cache of a module that was optimized from it.
-        attention_mask: [B, T] of its tokens, 0 for padding; None means no padding. A cache of an
-            optimized module knows its own.
-        captures: Of the module that takes over, which a cache of an optimized module has to share.
-
-    Returns:
-        Keys and values [B, G, T, D] by layer, and a mask [B, T] bool of the real tokens.
-
-    Raises:
-        KVCacheError: If it is another kind of cache, or empty, or the mask is of another size; or
-            that of another model, or of a step that did not end.
-    """
-    if isinstance(past, SpardaCache):
-        return _held_by(past, attention_mask, captures)
-    layers = getattr(past, "layers", [])
-    if not isinstance(past, DynamicCache) or not all(isinstance(x, DynamicLayer) for x in layers):
-        kinds = ", ".join(sorted({type(x).__name__ for x in layers})) or "no layers"
-        raise KVCacheError(
-            f"past is a {type(past).__name__} with {kinds}; pass a DynamicCache of plain or "
-            "sliding-window layers, which is what model(input_ids, use_cache=True) returns."
-        )
-    num_tokens = past.get_seq_length()
-    if not num_tokens:
-        raise KVCacheError("past holds no token; leave it out to begin with an empty cache.")
-    first: Any = layers[0]
-    mask = torch.ones(first.keys.shape[0], num_tokens, dtype=torch.bool, device=first.keys.device)
-    if attention_mask is not None:
-        if attention_mask.shape != mask.shape:
-            raise KVCacheError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} but past holds "
-                f"{tuple(mask.shape)} tokens; pass one entry for each, 0 for padding."
-            )
-        mask = attention_mask.bool()
-    return {number: (x.keys, x.values) for number, x in enumerate(layers)}, mask
-
-
-def _held_by(
-    past: SpardaCache, attention_mask: Tensor | None, captures: Captures | None
-) -> tuple[Mapping[int, tuple[Tensor, Tensor]], Tensor]:
-    owner: Any = past.owner()
-    if owner is None or owner.captures is not captures:
-        raise KVCacheError(
-            "past is a cache of another model; pass one of a module that was optimized from the "
-            "same, as optimize(fast, config) does, while that module is there."
-        )
-    if attention_mask is not None:
-        raise KVCacheError(
-            "attention_mask is for a cache that the model itself filled; one of an optimized "
-            "module knows which of its tokens are padding. Leave it out."
-        )
-    if past.kv is None or not past.kv.num_columns:
-        raise KVCacheError("past holds no token; leave it out to begin with an empty cache.")
-    if past.kv.is_broken:
-        raise KVCacheError(
-            "the last step on past began and did not end, so nobody knows what it holds. Leave it "
-            "out, and pass the whole text again."
-        )
-    mask = past.passed_mask
-    return HeldKeysValues(past.kv, mask), mask

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from sparda_compile.ranks.shards import local_of
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
@@ -158,6 +160,7 @@ class Copied:
 
 def address_of(tensor: Tensor) -> int:
     """Return where a tensor lies; 0 for kinds of tensors that do not say."""
+    tensor = local_of(tensor)
     if tensor.layout is not torch.strided:
         return 0
     try:

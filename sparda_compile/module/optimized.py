@@ -7,45 +7,48 @@ sparda     graphs, schedules, counts
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from sparda_compile.capture.cache_name import (
-    CACHE_NAME,
     OLD_CACHE_NAME,
     output_with_cache,
     take_cache,
 )
 from sparda_compile.capture.causal_lm import register_causal_lm
-from sparda_compile.errors import KVCacheError, UnsupportedInputError
+from sparda_compile.errors import KVCacheError
 from sparda_compile.forecast.projection import from_tensors, to_tensors
+from sparda_compile.module import agreed
 from sparda_compile.module.ambient import check_autocast, neutral
+from sparda_compile.module.begin import begin_call, begin_generation
 from sparda_compile.module.bypasses import check_bypass
-from sparda_compile.module.cache import SpardaCache, keys_and_values
+from sparda_compile.module.cache import SpardaCache
 from sparda_compile.module.calls import (
     check_call,
-    check_generation,
-    check_prompt,
-    length_of,
     named_as,
 )
 from sparda_compile.module.driver import drive, follow, make_driver
 from sparda_compile.module.frozen import FrozenModule
+from sparda_compile.module.given_cache import (
+    check_owner,
+    check_reserved,
+    keys_and_values,
+)
 from sparda_compile.module.inputs import (
     check_holes,
     check_ids,
     check_kept,
-    is_last,
     kept_logits,
-    token_mask,
 )
 from sparda_compile.module.inspection import Sparda
 from sparda_compile.module.pool import CachePool
 from sparda_compile.module.positions import Positions
 from sparda_compile.module.programs import Programs
-from sparda_compile.module.prompt import Reading, read_prompt
+from sparda_compile.module.prompt import read_prompt
+from sparda_compile.module.saved_cache import CacheFile
 from sparda_compile.module.version import Version
 from sparda_compile.program.plan import planned_capacity
 from sparda_compile.progress import showing
@@ -53,6 +56,7 @@ from sparda_compile.runtime.take_over import take_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transformers import DynamicCache
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from sparda_compile.program.plan import Plan
     from sparda_compile.program.program import Program
     from sparda_compile.runtime.kv_cache import KVCache
+    from sparda_compile.state.layout import CacheLayout
 
 __all__ = ["OptimizedModule"]
 
@@ -93,6 +98,8 @@ class OptimizedModule(FrozenModule):
         self.captures = captures
         self.sparda_config = config
         self.sparda = Sparda(self)
+        self.ranks = captures.ranks
+        self._turn = agreed.Turn(captures.ranks)
         self.last_cache: KVCache | None = None
         self._pool = CachePool()
         self._positions = Positions(captures)
@@ -153,7 +160,7 @@ class OptimizedModule(FrozenModule):
         ids = check_call(input_ids, kwargs, self.config)
         check_kept(logits_to_keep)
         given = take_cache({OLD_CACHE_NAME: past_key_values, "cache": cache})
-        with self._lock, neutral():
+        with self._turn.taken(), self._lock, neutral():
             check_ids(ids, self.captures.vocabulary)
             held = self._cache_for(given, ids)
             self._check_model(held, ids)
@@ -185,22 +192,15 @@ class OptimizedModule(FrozenModule):
         logits_to_keep: int | Tensor,
     ) -> Tensor:
         """Take in tokens and return the logits that are asked for."""
-        kv = self._ready(cache, ids)
-        batch_size, num_tokens = ids.shape
-        mask = token_mask(attention_mask, cache, ids)
-        check_holes(attention_mask, self.captures.windows.values())
-        hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
-        num_real, is_decode = num_tokens, num_tokens == 1
-        if is_decode and hides:
-            raise UnsupportedInputError(
-                "attention_mask hides the only new token of a sequence; pass at least one real "
-                "token for each."
+        with agreed.at_prompt(self.ranks, cache, ids) as facts:
+            facts |= agreed.facts_of_call(ids, attention_mask, position_ids, logits_to_keep)
+            held = self._ready(cache, ids)
+            reading, mask, num_real = begin_call(
+                self, cache, held, ids, attention_mask, logits_to_keep
             )
-        if num_tokens > 1:
-            num_real = int(mask.sum(1).max()) if hides else num_tokens
-            kv.check_room(num_real)
-        last_only = is_decode or is_last(logits_to_keep)
-        reading = Reading(self.programs, kv, (batch_size, num_tokens), hides, last_only)
+        kv, hides, last_only = reading.kv, reading.may_hide, reading.last_only
+        batch_size, num_tokens = ids.shape
+        is_decode = num_tokens == 1
         chunks = () if is_decode else reading.chunks()
         positions = self._positions.of(position_ids, mask, cache, hides=hides)
         kv.is_broken = True  # until the step has ended
@@ -235,30 +235,20 @@ class OptimizedModule(FrozenModule):
             UnsupportedInputError: If docs/arguments.md refuses an argument, wherever it is set.
             KVCacheError: If the prompt and the new tokens do not fit `max_tokens`.
         """
-        with self._lock, neutral():
-            self.version.check(thorough=True)
-            self.version.check_view(self)
-        settings = check_generation(self.generation_config, kwargs)
-        ids = check_prompt(inputs, kwargs, settings)
-        total = length_of(1 if ids is None else ids.shape[1], settings, self.config)
-        cache = take_cache(kwargs)
-        is_given = cache is not None
-        if not is_given:
-            self._check_reserved(total)
-            cache = SpardaCache(self, self.programs.capacity(total))
-        else:
-            self._check_owner(cache)
-            self._check_second_turn(cache, ids, total)
-            mask = kwargs.get("attention_mask")
-            if mask is not None and ids is not None:
-                token_mask(mask, cache, ids[:, cache.get_seq_length() :])
+        with self.ranks.together("generate") as facts:
+            with self._lock, neutral():
+                self.version.check(thorough=True)
+                self.version.check_view(self)
+            cache, wants_cache = begin_generation(self, inputs, kwargs, facts)
         if inputs is not None:
             kwargs["inputs"] = inputs
-        wants_cache = settings.get("use_cache") is not False or is_given
-        cache.is_checked = True
+        if not self.ranks.is_alone and facts["do_sample"]:
+            self.ranks.share_random_state(next(self.parameters()).device)
         follow(self._driver, self.captures.original, self.generation_config)
-        output = drive(self._driver, cache, wants_cache, kwargs)
+        with self._turn.taken():
+            output = drive(self._driver, cache, wants_cache, kwargs)
         self.last_cache = cache.kv  # a second text of guidance_scale has another
+        agreed.check_same_text(self.ranks, output)
         return output
 
     @property
@@ -306,7 +296,7 @@ class OptimizedModule(FrozenModule):
         """
         tokens = past.get_seq_length() + 1 if past is not None else 1
         reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
-        self._check_reserved(max(reserve, tokens))
+        check_reserved(self.sparda_config, max(reserve, tokens))
         cache = SpardaCache(self, self.programs.capacity(max(reserve, tokens)))
         if past is not None:
             with self._lock, neutral():
@@ -314,6 +304,32 @@ class OptimizedModule(FrozenModule):
                 check_holes(mask, self.captures.windows.values())
                 take_over(self._ready(cache, mask), keys_values, mask)
                 cache.note_past(past, mask)
+        return cache
+
+    def load_cache(self, path: str | Path, max_tokens: int | None = None) -> SpardaCache:
+        """Return a cache that `SpardaCache.save` wrote, to go on as if it had not been saved.
+
+        Args:
+            path: The file.
+            max_tokens: Tokens per sequence to reserve; None is as many as when it was saved.
+
+        Raises:
+            UnsupportedInputError: If several ranks share the model.
+            KVCacheError: If there is no such file, it is of another model, other weights or other
+                settings, or has room for more tokens than `SpardaConfig.max_tokens`.
+        """
+        agreed.check_whole(self.ranks, "load_cache")
+        file = CacheFile.open(path)
+        reserve = max(file.info.max_tokens, max_tokens or 1)
+        check_reserved(self.sparda_config, reserve)
+        with self._lock, neutral():
+            cache = SpardaCache(self, self.programs.capacity(reserve))
+            decode = self._decode(cache, file.info.batch_size)
+            saved = dataclasses.replace(decode.plan.layout, max_tokens=file.info.max_tokens)
+            file.info.check(self.captures.original, saved)
+            cache.take(file, self._reserve(cache, saved))
+            if cache.kv is not None and saved != decode.plan.layout:
+                cache.hold(cache.kv.grow(decode.plan.layout))
         return cache
 
     def __getattr__(self, name: str) -> Any:
@@ -326,58 +342,28 @@ class OptimizedModule(FrozenModule):
             check_bypass(name)
             return getattr(self.captures.original, name)
 
-    def _check_owner(self, cache: Any) -> None:
-        if not isinstance(cache, SpardaCache):
-            raise KVCacheError(
-                f"the cache given is a {type(cache).__name__}; pass None, or a cache that this "
-                f"module returned: {CACHE_NAME} of an earlier output, new_cache(), or "
-                "new_cache(past=...) with one that the model filled."
-            )
-        if cache.kv is not None and cache.kv.is_broken:
-            raise KVCacheError(
-                "the last step on this cache began and did not end, so nobody knows what it holds. "
-                "Call its reset() and pass the whole text again, or start a new cache."
-            )
-        if cache.owner() is not self:
-            raise KVCacheError(
-                "the cache given is that of another model; a cache holds the keys of the "
-                "module that made it. Pass None to start a new one."
-            )
-
-    def _check_reserved(self, total: int) -> None:
-        limit = self.sparda_config.max_tokens
-        if limit is not None and total > limit:
-            raise KVCacheError(
-                f"prompt and new tokens need {total} tokens per sequence, more than "
-                f"max_tokens={limit}; raise max_tokens, shorten the prompt, or lower "
-                "max_new_tokens."
-            )
-
-    def _check_second_turn(self, cache: SpardaCache, ids: Tensor | None, total: int) -> None:
-        past, num_tokens = cache.get_seq_length(), 0 if ids is None else ids.shape[1]
-        self._check_reserved(total)
-        if past and num_tokens <= past:
-            raise KVCacheError(
-                f"input_ids has {num_tokens} tokens but the cache holds {past}; on a second turn "
-                "pass the whole conversation: the tokens of the cache and then the new ones."
-            )
-        if past and ids is not None:
-            cache.check_ids(ids)
-
     def _cache_for(self, cache: SpardaCache | None, ids: Tensor) -> SpardaCache:
         if cache is None:
-            self._check_reserved(ids.shape[1])
+            check_reserved(self.sparda_config, ids.shape[1])
             return SpardaCache(self, self.programs.capacity(ids.shape[1] + 1))
-        self._check_owner(cache)
+        check_owner(cache, self)
         return cache
+
+    def _decode(self, cache: SpardaCache, batch_size: int) -> Program:
+        return self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
+
+    def _reserve(self, cache: SpardaCache, layout: CacheLayout) -> KVCache:
+        device, progress = next(self.parameters()).device, self.sparda_config.progress
+        kv = self._pool.take(layout, device, progress=progress)
+        self._pool.lend(kv, cache)
+        return kv
 
     def _ready(self, cache: SpardaCache, ids: Tensor) -> KVCache:
         """Return the cache's state, made or grown if need be."""
         batch_size, num_tokens = ids.shape
         if cache.kv is None:
-            decode = self.programs.get("decode", batch_size, cache.max_tokens, last_only=True)
-            device, progress = next(self.parameters()).device, self.sparda_config.progress
-            self._pool.lend(self._pool.take(decode.plan.layout, device, progress=progress), cache)
+            decode = self._decode(cache, batch_size)
+            self._reserve(cache, decode.plan.layout)
             decode.compile_kernels()  # while the prompt is read
         assert cache.kv is not None
         kv = cache.kv

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast.projection import Projection
     from sparda_compile.program.captures import Captures
+    from sparda_compile.ranks.agreement import Ranks
 
 __all__ = ["MOST_PROGRAMS", "PHASES", "Programs"]
 
@@ -136,6 +137,11 @@ class Programs:
             phases = [program.plan.phase for program in self.compiled()]
             counts = {phase: phases.count(phase) + self._num_dropped[phase] for phase in PHASES}
         return {phase: n for phase, n in counts.items() if n or phase != "sparse_prefill"}
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that run the model."""
+        return self._captures.ranks
 
     @property
     def config(self) -> SpardaConfig:

@@ -75,8 +75,12 @@ class Reading:
         num_columns, chosen = self.shape[1], self.programs.config.chunk_tokens
         if chosen is None:
             free = free_device_bytes(self.program_of(0, num_columns).plan.captured.device)
-            if free is not None and not self._fits_at_once(free):
-                chosen = self._largest(free)
+            if free is not None:
+                ranks = self.programs.ranks
+                with ranks.together("room for a prompt"):
+                    fits = self._fits_at_once(free)
+                    chosen = num_columns if fits else self._largest(free)
+                chosen = ranks.least(chosen)  # by the memory of the fullest GPU
         return chunks_of(num_columns, chosen)
 
     def program_of(self, begin: int, end: int) -> Program:

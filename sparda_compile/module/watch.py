@@ -22,6 +22,7 @@ from sparda_compile.module.description import (
     is_plain_object,
     version_of,
 )
+from sparda_compile.ranks.shards import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -65,7 +66,7 @@ class Watch:
 
         tensors = {id(v): v for v in self._held if isinstance(v, Tensor)}.values()
         self._shared = [tensor for tensor in tensors if id(tensor) in shared]
-        self._placed = [tensor for tensor in self._shared if address_of(tensor)]
+        self._placed = [local_of(tensor) for tensor in self._shared if address_of(tensor)]
         self._addresses = [address_of(tensor) for tensor in self._placed]
         self._forms = self._forms_now()
         self.copied = list(_copied(named, code, shared))

@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 # heads, 98% predicted) less one without attention (24.21 - 7.66) and the bytes of the partials: by
 # `sparda bench prr`, November 2026. `attend_predicted` took 5.95 us alone, 1.8 of them its bytes.
 # h100: `sparda calibrate` on one H100, with the kernels before those.
+# Collectives were measured nowhere yet: 12 us between GPUs is an assumption, and so is 200 of gloo.
 # cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
 # 16, fp32. Attention is not named: there it is arithmetic.
 LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
@@ -49,6 +50,8 @@ LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
         "select_blocks": 70.0,
         "plan_pages": 330.0,
         "select_pages": 420.0,
+        "all_reduce": 200.0,
+        "all_gather": 200.0,
     },
     "h100": {
         "score_blocks": 2.56,
@@ -90,6 +93,8 @@ class Machine:
             of a decode step in a row, less the time of their bytes.
         copy_share: Share of its rate that the compute stream loses while a copy between CPU and
             device runs beside it, 0.0 to 1.0.
+        peer_gbps: Rate at which a rank sends to others in a collective, 10^9 bytes per second. Not
+            measured here: of an H200's 450 over NVLink two thirds, as NCCL reaches.
     """
 
     name: str
@@ -103,6 +108,7 @@ class Machine:
     )
     kernel_us: float = 3.1
     copy_share: float = 0.15
+    peer_gbps: float = 300.0
 
     def latency_of(self, op: str, default_us: float | None = None) -> float:
         """Return what a sparda op, such as `select_pages`, takes beside its bytes.
@@ -125,6 +131,7 @@ MACHINES: Final = {
         latency_us=LATENCY_US["cpu"],
         kernel_us=2.5,
         copy_share=0.0,
+        peer_gbps=1.0,
     ),
     "h100": Machine(
         "h100",

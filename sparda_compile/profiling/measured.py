@@ -19,7 +19,8 @@ from sparda_compile.errors import BackendUnavailableError, UnsupportedInputError
 from sparda_compile.isa.streams import COMPUTE, STREAM_NAMES
 from sparda_compile.profiling.kernel_trace import planned_nodes, read_kernels, split_replays
 from sparda_compile.profiling.record import record_events
-from sparda_compile.profiling.replay import MODEL, OWN_OPS, WAIT, Replay, Totals, totals_of
+from sparda_compile.profiling.replay import FORK, MODEL, OWN_OPS, WAIT, Replay, Totals, totals_of
+from sparda_compile.report.speculation import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MeasuredSchedule", "NodeTimes", "Times", "measure", "measure_step"]
 
-_FORK: Final = "sparda.fork_stream"
 _WARM_STEPS: Final = 3  # one compiles, one captures, one replays
 _TIMED_STEPS: Final = 10
 
@@ -113,6 +113,11 @@ class MeasuredSchedule:
         """Return the times of every node by itself, in program order."""
         return [Times(each.node, 1, each.predicted_us, each.measured_us) for each in self.nodes]
 
+    def speculation(self) -> list[Times]:
+        """Return the sums by part of mode `speculate`, as `report.speculation` names them."""
+        names = {op: name for name, ops in PARTS.items() for op in ops}
+        return _sums((n for n in self.nodes if n.op in names), lambda each: names[each.op])
+
     def layers(self, stream: int) -> list[Times]:
         """Return the sums by layer of a stream's work, waits left out; -1 is no layer."""
         mine = [each for each in self.nodes if each.stream == stream and each.op != WAIT]
@@ -129,6 +134,7 @@ class MeasuredSchedule:
             "predicted": dataclasses.asdict(self.predicted),
             "measured": dataclasses.asdict(self.measured),
             "ops": [dataclasses.asdict(times) for times in self.ops()],
+            "speculation": [dataclasses.asdict(times) for times in self.speculation()],
             "nodes": [dataclasses.asdict(each) for each in self.nodes],
             "rows": [
                 {"node": r.node, "stream": r.stream, "start_us": r.start_us, "end_us": r.end_us}
@@ -274,7 +280,7 @@ def _compare(
 
     for row in predicted:
         node = planned.get(row.node)
-        if node is None or (node.stream == COMPUTE and node.op not in (_FORK, WAIT)):
+        if node is None or (node.stream == COMPUTE and node.op not in (FORK, WAIT)):
             if node is None or not node.kernels:
                 between += _length(row)
                 continue

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.isa.streams import COMPUTE, COPY, SELECT, STREAM_NAMES
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.profiling.kernel_trace import assign_kernels
 from sparda_compile.report.schedule import ScheduleRow
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from sparda_compile.profiling.kernel_trace import Kernel, PlannedNode
 
-__all__ = ["MODEL", "OWN_OPS", "WAIT", "Replay", "Totals", "merged_spans", "totals_of"]
+__all__ = ["FORK", "MODEL", "OWN_OPS", "WAIT", "Replay", "Totals", "merged_spans", "totals_of"]
 
 MODEL: Final = "model"
 WAIT: Final = "sparda.wait_blocks"
+FORK: Final = "sparda.fork_stream"
 # Ops that a layer does for itself; what is selected and copied ahead is for a layer to come.
 OWN_OPS: Final = frozenset(
     {
@@ -49,16 +50,20 @@ class Totals:
         compute_us: The compute stream worked.
         copy_us: The copy stream worked.
         select_us: The select stream worked.
-        exposed_us: The compute stream waited for copies.
+        attend_us: The attend stream worked.
+        exposed_us: The compute stream waited for others.
         overlap: Share of `copy_us` in which the compute stream worked too, 1.0 without copies.
+        attend_overlap: The same of `attend_us`.
     """
 
     step_us: float
     compute_us: float
     copy_us: float
     select_us: float
+    attend_us: float
     exposed_us: float
     overlap: float
+    attend_overlap: float
 
 
 class Replay:
@@ -113,11 +118,7 @@ class Replay:
         return rows
 
     def _waits(self) -> list[ScheduleRow]:
-        done = {
-            node.event: self.spans[node.node][1]
-            for node in self.nodes
-            if node.event >= 0 and node.node in self.spans
-        }
+        done = self._done()
         starts = [start for start, _, _ in self.compute]
         ends = list(itertools.accumulate((end for _, end, _ in self.compute), max))
         own = [n for n in self.nodes if n.stream == COMPUTE and n.node in self.spans]
@@ -138,6 +139,16 @@ class Replay:
             rows.append(_row(node.node, node.op, node.layer, COMPUTE, span, exposed))
         return rows
 
+    def _done(self) -> dict[int, float]:
+        """Return when each event was reached: what its node did, or its stream before it, ended."""
+        ends, done = [0.0] * len(STREAM_NAMES), {}
+        for node in self.nodes:
+            if node.node in self.spans:
+                ends[node.stream] = max(ends[node.stream], self.spans[node.node][1])
+            if node.event >= 0 and node.op not in (WAIT, FORK):
+                done[node.event] = ends[node.stream]
+        return done
+
     def totals(self, rows: Sequence[ScheduleRow]) -> Totals:
         """Return the sums of the replay."""
         return totals_of(self._by_stream, sum(row.exposed_us for row in rows))
@@ -157,23 +168,34 @@ def totals_of(spans: Sequence[Iterable[tuple[float, float]]], exposed_us: float)
         exposed_us: Sum of the waits.
     """
     merged = [merged_spans(each) for each in spans]
-    compute, copy = merged[COMPUTE], merged[COPY]
+    busy = [sum(end - start for start, end in each) for each in merged]
+    busy += [0.0] * (len(STREAM_NAMES) - len(merged))
     ends = [end for each in merged for _, end in each]
-    compute_us, copy_us, select_us = (
-        sum(end - start for start, end in merged[stream]) for stream in (COMPUTE, COPY, SELECT)
-    )
-    under = sum(
-        max(min(end, until) - max(start, since), 0.0)
-        for start, end in copy
-        for since, until in compute
-    )
+
+    def overlap(stream: int) -> float:
+        """Return the share of a stream's work that lies beside that of compute."""
+        if not busy[stream]:
+            return 1.0
+        return _shared(merged[stream], merged[COMPUTE]) / busy[stream]
+
     return Totals(
         step_us=max(ends, default=0.0),
-        compute_us=compute_us,
-        copy_us=copy_us,
-        select_us=select_us,
+        compute_us=busy[COMPUTE],
+        copy_us=busy[COPY],
+        select_us=busy[SELECT],
+        attend_us=busy[ATTEND],
         exposed_us=exposed_us,
-        overlap=under / copy_us if copy_us else 1.0,
+        overlap=overlap(COPY),
+        attend_overlap=overlap(ATTEND),
+    )
+
+
+def _shared(some: Iterable[tuple[float, float]], others: Sequence[tuple[float, float]]) -> float:
+    """Return how long two sets of merged spans lie beside each other."""
+    return sum(
+        max(min(end, until) - max(start, since), 0.0)
+        for start, end in some
+        for since, until in others
     )
 
 

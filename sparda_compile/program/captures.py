@@ -17,15 +17,18 @@ from sparda_compile.graph.nodes import copy_graph, fake_value, snapshot
 from sparda_compile.graph.site import AttentionSite, sites_of
 from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.machine import machine_for
+from sparda_compile.passes.machine import Machine, machine_for
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.progress import stage
+from sparda_compile.ranks.agreement import ranks_of
+from sparda_compile.ranks.shards import check_heads
 from sparda_compile.state.layout import CacheLayout, LayerShape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    import torch
     from torch import fx, nn
 
     from sparda_compile.config import SpardaConfig
@@ -43,16 +46,20 @@ class Captures:
     Attributes:
         original: The model as it was given, which its owner may change.
         model: A copy of its modules that nobody changes; the weights are the same.
+        ranks: The processes that it is sharded over.
     """
 
     def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
         self.original = model
         self.model = share_weights(model)
         self.model_name = type(model).__name__
+        self.ranks = ranks_of(model)
+        check_heads(model, self.ranks.size)
         self.windows = dict(windows)
         self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
         self._found: dict[tuple[str, bool, SpardaConfig], FoundSites] = {}
         self._joined: dict[tuple[int, ...], JoinedWeight] = {}
+        self._machines: dict[str | None, Machine] = {}
 
     @property
     def vocabulary(self) -> int | None:
@@ -65,6 +72,25 @@ class Captures:
         except NotImplementedError:  # what transformers says of a model whose embedding it misses
             return None
         return None if table is None else int(table.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def machine(self, config: SpardaConfig) -> Machine:
+        """Return the constants to plan with: those of the first rank, once they were agreed on."""
+        agreed = self._machines.get(config.machine)
+        return machine_for(config.machine, self.device) if agreed is None else agreed
+
+    def agree(self, config: SpardaConfig) -> None:
+        """Let all ranks plan with the constants of the first one; nothing for a single process."""
+        if not self.ranks.is_alone:
+            self._machines[config.machine] = self.ranks.from_first(self.machine(config))
+
+    def plan_for(self, config: SpardaConfig, device: torch.device) -> None:
+        """Plan with the constants of a device that the model is not on."""
+        self._machines[config.machine] = machine_for(config.machine, device)
 
     @property
     def num_captures(self) -> int:
@@ -82,7 +108,7 @@ class Captures:
                     last_logits_only=last_logits_only,
                     limits=set(self.windows.values()),
                 )
-            self._graphs[key] = dataclasses.replace(captured, joined=self._joined)
+            self._graphs[key] = dataclasses.replace(captured, joined=self._joined, ranks=self.ranks)
         return self._graphs[key]
 
     def refresh_joined(self) -> None:
@@ -112,7 +138,7 @@ class Captures:
                 windows=self.windows,
                 model=self.model_name,
                 layout=None,
-                machine=machine_for(config.machine, captured.device),
+                machine=self.machine(config),
                 weights=captured.weights,
             )
             gm = captured.copy()
@@ -121,7 +147,8 @@ class Captures:
             )
             stages = run_passes(gm, PIPELINE[:1], ctx)
             _check_positions(captured, gm, ctx.model)
-            self._found[key] = FoundSites(captured, gm, (first, *stages), ctx)
+            machine = partial(self.machine, config)
+            self._found[key] = FoundSites(captured, gm, (first, *stages), ctx, machine)
         return self._found[key]
 
 
@@ -134,12 +161,14 @@ class FoundSites:
         graph_module: Its graph with every attention tagged; shared, so `copy` it to change it.
         stages: How it came to be.
         ctx: What the first pass knew; there is no cache yet.
+        machine: Returns the constants to plan with.
     """
 
     captured: CapturedGraph
     graph_module: fx.GraphModule
     stages: tuple[StageRecord, ...]
     ctx: PassContext
+    machine: Callable[[], Machine]
 
     def copy(self) -> fx.GraphModule:
         """Return the graph as a copy that passes may change."""
@@ -168,7 +197,7 @@ class FoundSites:
             layout=layout.traced(),
             batch_size=layout.batch_size,
             # Read again: it may have been calibrated since.
-            machine=machine_for(self.ctx.config.machine, self.captured.device),
+            machine=self.machine(),
         )
 
 

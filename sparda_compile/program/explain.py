@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -10,11 +11,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sparda_compile.graph.nodes import fake_value, module_path
 from sparda_compile.graph.tags import JOINED
 from sparda_compile.graph.text import graph_text
-from sparda_compile.passes.machine import machine_for
+from sparda_compile.passes.schedule.expected_blocks import expected_repair
 from sparda_compile.program.chunks import RESERVE, chunk_sizes, largest_chunk
 from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.plan import forecast_shapes
+from sparda_compile.program.rank_order import collectives_of
+from sparda_compile.ranks.shards import local_of
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
 from sparda_compile.report.text import selection_sentence, speculation_sentence
 
@@ -66,7 +69,30 @@ def build_report(
         weight_bytes=weights,
         prompt=_prompt_memory(prefill, room),
         speculation=_speculation(decode),
+        num_ranks=decode.captured.ranks.size,
+        collectives=_collectives(decode),
+        kv_format=_formats(layout),
     )
+
+
+def _formats(layout: CacheLayout) -> str:
+    """Return the formats of full blocks, each with its layers where there are several."""
+    layers: dict[str, list[str]] = {}
+    for shape in layout.layers:
+        if shape.kind == "sparse":
+            layers.setdefault(layout.kv_format(shape.layer).name, []).append(str(shape.layer))
+    if len(layers) < 2:
+        return next(iter(layers), "model")
+    return "; ".join(
+        f"{name} in layer{'s' if len(of) > 1 else ''} {', '.join(of)}"
+        for name, of in layers.items()
+    )
+
+
+def _collectives(decode: Plan) -> str:
+    """Return what ranks do together in a step, in words; nothing for a single process."""
+    found = Counter(text.split()[0] for text in collectives_of(decode.graph_module.graph))
+    return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def _speculation(decode: Plan) -> str:
@@ -77,8 +103,20 @@ def _speculation(decode: Plan) -> str:
     if counts is None:
         return "Nothing is predicted: disable_passes leaves insert_speculation out."
     layout = decode.layout
-    machine = machine_for(layout.config.machine, decode.captured.device).name
-    return speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
+    machine = decode.machine.name
+    said = speculation_sentence(counts["speculated"], counts["left"], layout.num_predicted, machine)
+    return f"{said} {_repair(layout)}" if counts["speculated"] else said
+
+
+def _repair(layout: CacheLayout) -> str:
+    """Return how many blocks are expected to be repaired, and what becomes of the others."""
+    late = expected_repair(layout, layout.config.expected_overlap)
+    in_vain = max(layout.num_predicted - (layout.num_selected - late), 0.0)
+    kept = "left out of the result" if layout.config.repair == "exact" else "kept in the result"
+    return (
+        f"Of {layout.num_selected} selected blocks {late:.0f} are expected to be repaired, and "
+        f"of those predicted {in_vain:.0f} to be {kept}."
+    )
 
 
 def _prompt_memory(prefill: Plan, room: int | None) -> PromptMemory:
@@ -116,6 +154,7 @@ def _weight_bytes(model: nn.Module, decode: Plan, forecasts: list[int]) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
+    tensor = local_of(tensor)
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)

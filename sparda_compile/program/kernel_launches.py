@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparda_compile.graph.effects import instruction
 from sparda_compile.graph.emit import fake_arguments
 from sparda_compile.graph.fake_runner import FakeRunner, freeze, map_leaves
 from sparda_compile.graph.nodes import call_name, fake_value, is_sparda
@@ -89,7 +90,10 @@ class _Run:
         key = tuple(parts)
         launches: list[Launch] = []
         if key not in self._seen:
-            function = implementation(node.target)
+            it = instruction(node)
+            # What ranks do together launches no kernel of ours, and is not done on fake tensors.
+            is_collective = it is not None and it.is_collective
+            function: Any = node.target if is_collective else implementation(node.target)
             with (
                 collect_launches() as launches,
                 use_engine(ImmediateEngine()),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
     from sparda_compile.forecast.projection import ProjectionShape
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.passes.machine import Machine
     from sparda_compile.passes.schedule.layer_times import LayerTimes
     from sparda_compile.program.captures import Captures
     from sparda_compile.report.schedule import Schedule
@@ -57,6 +58,7 @@ class Plan:
         sites: The model's attentions.
         stages: Graphs after capture and after each pass.
         graph_module: The last graph.
+        machine: Constants that it was planned with.
         speculated: What the parts of each layer take that begins its attention early, by layer.
     """
 
@@ -66,6 +68,7 @@ class Plan:
     sites: tuple[AttentionSite, ...]
     stages: tuple[StageRecord, ...]
     graph_module: fx.GraphModule
+    machine: Machine
     speculated: Mapping[int, LayerTimes] = dataclasses.field(default_factory=dict)
 
     @property
@@ -145,7 +148,8 @@ def _plan(
 
     stages = run_passes(gm, PIPELINE[1:], ctx, graph_after)
     records = (*found.records(), *stages)
-    return Plan(found.captured, phase, layout, sites, records, gm, _speculated(gm, sites, ctx))
+    early = _speculated(gm, sites, ctx)
+    return Plan(found.captured, phase, layout, sites, records, gm, ctx.machine, early)
 
 
 def _speculated(

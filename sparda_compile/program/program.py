@@ -24,6 +24,7 @@ from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
+from sparda_compile.program.rank_order import order_of
 from sparda_compile.program.recording import record_run
 from sparda_compile.program.run_proof import check_recording
 from sparda_compile.program.step_graph import StepGraph
@@ -68,6 +69,7 @@ class Program:
     ) -> None:
         self.plan = plan
         self._weights = plan.captured.weights | to_inputs(forecast)
+        self._ranks = plan.captured.ranks
         device = plan.captured.device
         self._engine = engine
         if engine is None and device.type == "cuda":
@@ -166,7 +168,9 @@ class Program:
         """Run the calls; the first run is recorded and checked."""
         if self.proof is not None:
             return self.lowered.run(args)
-        self.compile()
+        with self._ranks.together(f"the first run of the {self.plan.phase}") as facts:
+            facts |= order_of(self.plan.graph_module.graph)
+            self.compile()
         logits, recording = record_run(self.lowered, args)
         with stage("verify"):
             self.proof = check_recording(self.plan.graph_module.graph, recording)
@@ -204,7 +208,12 @@ class Program:
 
         Returns:
             Logits [B, T or 1, vocabulary].
+
+        Raises:
+            RanksDisagreeError: If another rank would run another program.
+            RankLostError: If another rank is gone, or the process group is.
         """
+        self._ranks.check_alive()
         for weight in self._joined:
             weight.refresh()
         num_past, may_hide = kv.most_past, token_mask is not None

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.graph.site import sites_of
 from sparda_compile.kernels.workspace import TILE_ROWS
-from sparda_compile.passes.machine import machine_for
 from sparda_compile.state.strategy import strategy_of
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def prompt_cost(
 
 
 def _machine(captures: Captures, config: SpardaConfig) -> Machine:
-    return machine_for(config.machine, captures.get("decode").device)
+    return captures.machine(config)
 
 
 def _site_cost(

@@ -137,7 +137,10 @@ class Report:
         speculation: In mode `speculate`, which layers begin their attention early, in a sentence;
             else empty.
         weight_bytes: Of the model's weights and buffers, of Forecasts, and of joined copies.
+        num_ranks: Processes that share the model; bytes and heads are those of one of them.
+        collectives: What they do together in a step, in words; empty for one.
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
+        kv_format: How full blocks are written.
     """
 
     model: str
@@ -156,6 +159,9 @@ class Report:
     weight_bytes: int = 0
     prompt: PromptMemory | None = None
     speculation: str = ""
+    num_ranks: int = 1
+    collectives: str = ""
+    kv_format: str = "model"
 
     @property
     def host_bytes(self) -> int:
@@ -247,7 +253,21 @@ class Report:
             ),
             "Forecast": f"{self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
         }
-        return facts | self._reading
+        if self.kv_format != "model":
+            facts["Full blocks"] = f"written in {self.kv_format}"
+        return self._shared | facts | self._reading
+
+    @property
+    def _shared(self) -> dict[str, str]:
+        if self.num_ranks == 1:
+            return {}
+        heads = sorted({site.num_groups for site in self.sites})
+        return {
+            f"Each of {self.num_ranks} ranks": (
+                f"{', '.join(map(str, heads))} KV heads of a layer; a step has "
+                f"{self.collectives or 'no collectives'}. What follows is of one rank"
+            )
+        }
 
     @property
     def _reading(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.files import check_writable, replacing
 from sparda_compile.isa.streams import STREAM_NAMES
+from sparda_compile.report.speculation import SpeculationPart, speculation_parts
 from sparda_compile.report.text import columns, html_table
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class Schedule:
         return sum(row.link_bytes for row in self.rows)
 
     @property
+    def speculation(self) -> list[SpeculationPart]:
+        """What speculation, repair and the next prediction take; [] where nothing speculates."""
+        return speculation_parts(self.rows)
+
+    @property
     def summary(self) -> str:
         """What there is to know in one line."""
         return (
@@ -153,6 +159,7 @@ class Schedule:
             "exposed_us": self.exposed_us,
             "link_bytes": self.link_bytes,
             "choices": list(self.choices),
+            "speculation": [dataclasses.asdict(part) for part in self.speculation],
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 

@@ -63,7 +63,9 @@ class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
         used = -(-self._kv.longest // pages.shape[4])
         if self._kv.layout.offload:
             host = self._kv.host_blocks[state_name("host", layer)]
-            blocks = host[:, :, :used].to(pages.device, copy=True)
+            stored = host[:, :, :used].to(pages.device, copy=True)
+            kv_format = self._kv.layout.kv_format(layer)
+            blocks = kv_format.unpack(stored, *pages.shape[4:], pages.dtype)
         else:
             blocks = pages.new_zeros(*pages.shape[:2], used, *pages.shape[3:])
         # The block that is being written is in its page alone; a resident one is the same in both.

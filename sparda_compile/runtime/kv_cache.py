@@ -12,7 +12,6 @@ Ownership:
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -51,8 +50,9 @@ class KVCache:
     Attributes:
         layout: Sizes.
         state: Every state tensor, by graph input name; addresses never change.
-        host_blocks: The blocks in CPU memory, [B, G, N, 2, P, D] each, by graph input name. On the
-            CPU they are in `state` too; on CUDA `state` has their addresses, [B, G] int64.
+        host_blocks: The blocks in CPU memory, [B, G, N, 2, P, D] each, or [B, G, N, bytes] in a
+            format that rounds, by graph input name. On the CPU they are in `state` too; on CUDA
+            `state` has their addresses, [B, G] int64.
         num_columns: Tokens per sequence that were passed in, padding included.
         is_broken: Whether a step began and did not end, so that nobody knows what is here.
         longest: Tokens of the longest sequence, padding left out.
@@ -118,6 +118,14 @@ class KVCache:
         self.num_columns += num_columns
         self.longest += num_tokens
         self.num_issued = 0
+
+    def check_ended(self) -> None:
+        """Raise KVCacheError if the last step began and did not end."""
+        if self.is_broken:
+            raise KVCacheError(
+                "the last step on this cache began and did not end, so nobody knows what it holds. "
+                "Call its reset() and pass the whole text again, or start a new cache."
+            )
 
     def check_room(self, num_tokens: int) -> None:
         """Raise KVCacheError if so many more tokens do not fit."""
@@ -189,8 +197,7 @@ class KVCache:
                 continue
             counters = self.state[state_name("counters", shape.layer)].tolist()
             count = dict(zip(COUNTERS, counters, strict=True))
-            pages = self.state[state_name("pages", shape.layer)]
-            block_bytes = math.prod(pages.shape[3:]) * pages.element_size()
+            block_bytes = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
             fetched = count["prefetched_blocks"] + count["repaired_blocks"]
             layers[shape.layer] = LayerStats(
                 hits=count["hits"],
@@ -277,6 +284,8 @@ def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     host = offloaded.host_blocks[state_name("host", layer)]
     row, head, block = torch.where(table >= 0)
     moved = pages[row, head, table[row, head, block].long()]
+    # Full blocks were rounded before, and stay what they are. Nobody reads another one from there.
+    moved = offloaded.layout.kv_format(layer).pack(moved)
     host[row.to(host.device), head.to(host.device), block.to(host.device)] = moved.to(host.device)
     lengths = resident.state[LENGTHS]
     size = pages.shape[4]

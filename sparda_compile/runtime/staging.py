@@ -23,6 +23,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.prefill_attention import num_new_slots
+from sparda_compile.registry import KV_FORMATS
 
 __all__ = ["empty_staging", "stage_blocks"]
 
@@ -49,6 +50,7 @@ def _stage(
     past: tuple[Tensor, Tensor, Tensor],
     staging: Tensor,
     slots: Tensor,
+    kv_format: str,
 ) -> None:
     """Copy the past blocks that any token has selected, and say where they are."""
     num_new = num_new_slots(block_ids.shape[2], staging.shape[4])
@@ -58,7 +60,7 @@ def _stage(
     if staging.is_cuda:
         from sparda_compile.kernels.gpu.stage import stage
 
-        stage(block_ids, lengths, past, staging, slots, num_room)
+        stage(block_ids, lengths, past, staging, slots, num_room, kv_format)
         return
     pages, host, block_table = past
     num_blocks = block_table.shape[2]
@@ -73,7 +75,9 @@ def _stage(
     blocks = pages[row, head, page.clamp(min=0)]
     if host.numel():
         absent = (page < 0)[:, None, None, None]
-        blocks = torch.where(absent, host[row, head, block], blocks)
+        found = KV_FORMATS[kv_format]
+        fetched = found.unpack(host[row, head, block], *pages.shape[4:], pages.dtype)
+        blocks = torch.where(absent, fetched, blocks)
     staging[row, head, slots[row, head, block].long()] = blocks
 
 
@@ -81,7 +85,7 @@ def _stage(
     fake=_fake,
     results=("staging", "slots"),
     work=Work.TO_STAGING,
-    prompt_copies=("_gather_listed", "_copy_pages"),
+    prompt_copies=("_gather_listed", "_gather_listed_packed", "_copy_pages"),
 )
 def stage_blocks(
     block_ids: Tensor,
@@ -92,6 +96,7 @@ def stage_blocks(
     num_past: int,
     stream: int = 0,
     after: Tensor | None = None,
+    kv_format: str = "model",
 ) -> tuple[Tensor, Tensor]:
     """Copy the past blocks that tokens of a prompt have selected to a buffer.
 
@@ -105,6 +110,7 @@ def stage_blocks(
         stream: 0 compute, 1 copy.
         after: Result of the fork, if blocks were chosen on the compute stream. Otherwise the copy
             starts behind the selection.
+        kv_format: How blocks in CPU memory are written.
 
     Returns:
         The buffer [B, G, S, 2, P, D], and the slot in it of each past block, [B, G, N] int32, -1
@@ -113,5 +119,6 @@ def stage_blocks(
     del after
     staging, slots = empty_staging(block_ids, pages, block_table, num_past)
     past = (pages, host, block_table)
-    current_engine().submit(stream, lambda: _stage(block_ids, lengths, past, staging, slots))
+    args = (block_ids, lengths, past, staging, slots, kv_format)
+    current_engine().submit(stream, lambda: _stage(*args))
     return staging, slots

@@ -121,9 +121,10 @@ def _take_blocks(
             geometry.pool_size,
             geometry.pool_stride,
         )
-    if kv.layout.offload:
-        counters = state("counters")
-        store_blocks([k, v], None, tokens, lengths, table, pages, state("host"), counters)
+    if kv.layout.stores(shape.layer):
+        counters, kv_format = state("counters"), kv.layout.kv_format(shape.layer).name
+        stored = (pages, state("host"), counters, kv_format)
+        store_blocks([k, v], None, tokens, lengths, table, *stored)
 
 
 def _take_window(kv: KVCache, layer: int, k: Tensor, v: Tensor, position_BT: Tensor) -> None:

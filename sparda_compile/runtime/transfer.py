@@ -13,13 +13,18 @@ temporary that a side stream still reads or writes and nobody uses later, or a c
 hand its memory to somebody else while the copy runs.
 
 Host layout: one (sequence, KV head, block) is one contiguous run, K then V. On the CPU `host` is
-the blocks themselves, [B, G, N, 2, P, D]. On CUDA a CPU tensor cannot be part of a captured step,
-so `host` is [B, G] int64 on the device: where each sequence's and head's blocks begin.
+the blocks themselves, [B, G, N, 2, P, D], or in a format that rounds [B, G, N, bytes] uint8. On
+CUDA a CPU tensor cannot be part of a captured step, so `host` is [B, G] int64 on the device: where
+each sequence's and head's blocks begin.
+
+In a format that rounds, blocks that became full are rounded on their pages, too (`packed.py`), with
+offload and without: so storing them writes `pages`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -29,6 +34,8 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE, COPY
 from sparda_compile.isa.table import Part, Work
+from sparda_compile.registry import KV_FORMATS
+from sparda_compile.runtime import packed
 
 __all__ = [
     "fetch_blocks",
@@ -40,18 +47,31 @@ __all__ = [
     "wait_blocks",
 ]
 
+# Copy kernels, as they move bytes, and as they pack or unpack them.
+_GATHERS: Final = ("_gather", "_gather_packed")
+_STORES: Final = ("_store_tail", "_store_tail_packed")
+_PROMPT_STORES: Final = ("_store_prefix", "_store_prefix_packed")
 
-def _fetch(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
+
+def _fetch(
+    miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor, kv_format: str
+) -> None:
     if not host.numel():
         return
+    found = KV_FORMATS[kv_format]
     if pages.is_cuda:
+        if found.rounds:
+            from sparda_compile.kernels.gpu.packed import gather_packed
+
+            gather_packed(miss_blocks, miss_pages, host, pages, kv_format)
+            return
         from sparda_compile.kernels.gpu.copy import gather
 
         gather(miss_blocks, miss_pages, host, pages)
         return
     row, head, entry = torch.where(miss_blocks >= 0)
     block, page = miss_blocks[row, head, entry].long(), miss_pages[row, head, entry].long()
-    pages[row, head, page] = host[row, head, block]
+    pages[row, head, page] = found.unpack(host[row, head, block], *pages.shape[4:], pages.dtype)
 
 
 def _store_tail(
@@ -121,12 +141,26 @@ def _store(
     pages: Tensor,
     host: Tensor,
     counters: Tensor,
+    kv_format: str,
 ) -> None:
-    if tail_page is not None:
+    if KV_FORMATS[kv_format].rounds:
+        stored = (lengths, pages, host, counters)
+        packed.store(new_kv, tail_page, tokens, block_table, stored, kv_format)
+    elif tail_page is not None:
         _store_tail(tail_page, lengths, pages, host, counters)
     elif block_table is not None:
         k, v = new_kv
         _store_prefix(k, v, tokens, lengths, block_table, pages, host, counters)
+
+
+def _launched(name: str) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
+    """Return what says which form of a kernel an op launches, given its arguments."""
+
+    def launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
+        del batch_size
+        return (f"{name}_packed" if KV_FORMATS[arguments["kv_format"]].rounds else name,)
+
+    return launched
 
 
 def _ticket(like: Tensor) -> Tensor:
@@ -147,8 +181,19 @@ def fork_stream(inputs: Sequence[Tensor], event: int) -> Tensor:
     return _ticket(inputs[0])
 
 
-@define(mutates=("pages",), work=Work.TO_DEVICE, kernels=("_gather",))
-def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor) -> None:
+@define(
+    mutates=("pages",),
+    work=Work.TO_DEVICE,
+    kernels=_GATHERS,
+    launched=_launched("_gather"),
+)
+def fetch_blocks(
+    miss_blocks: Tensor,
+    miss_pages: Tensor,
+    host: Tensor,
+    pages: Tensor,
+    kv_format: str = "model",
+) -> None:
     """Copy the missed blocks from the host to their pages, in line.
 
     Args:
@@ -156,8 +201,10 @@ def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: T
         miss_pages: [B, G, K] int32.
         host: [B, G, N, 2, P, D], or empty without offload.
         pages: [B, G, C, 2, P, D], updated.
+        kv_format: How blocks in CPU memory are written.
     """
-    current_engine().submit(COMPUTE, lambda: _fetch(miss_blocks, miss_pages, host, pages))
+    args = (miss_blocks, miss_pages, host, pages, kv_format)
+    current_engine().submit(COMPUTE, lambda: _fetch(*args))
 
 
 @define(
@@ -166,7 +213,8 @@ def fetch_blocks(miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: T
     stream=COPY,
     starts=True,
     work=Work.TO_DEVICE,
-    kernels=("_gather",),
+    kernels=_GATHERS,
+    launched=_launched("_gather"),
     parts=(Part("pages", "misses", by="miss_blocks"),),
 )
 def prefetch_blocks(
@@ -176,6 +224,7 @@ def prefetch_blocks(
     pages: Tensor,
     event: int,
     after: Tensor | None = None,
+    kv_format: str = "model",
 ) -> Tensor:
     """Start the copy of the missed blocks to their pages, on the copy stream.
 
@@ -187,13 +236,15 @@ def prefetch_blocks(
         event: Number of the event, unique in the graph.
         after: Result of the fork, if the misses were chosen on the compute stream. Otherwise the
             copy starts behind the selection.
+        kv_format: How blocks in CPU memory are written.
 
     Returns:
         A ticket for `wait_blocks`, an empty tensor.
     """
     del after
+    args = (miss_blocks, miss_pages, host, pages, kv_format)
     engine = current_engine()
-    engine.submit(COPY, lambda: _fetch(miss_blocks, miss_pages, host, pages))
+    engine.submit(COPY, lambda: _fetch(*args))
     engine.record(event, COPY)
     return _ticket(pages)
 
@@ -235,11 +286,12 @@ def record_event(inputs: Sequence[Tensor], event: int, stream: int) -> Tensor:
 
 
 @define(
-    mutates=("host", "counters"),
+    mutates=("pages", "host", "counters"),
     work=Work.TO_HOST,
-    kernels=("_store_tail",),
-    prompt_copies=("_store_prefix",),
-    behind=("sparse_attention",),
+    kernels=_STORES,
+    prompt_copies=_PROMPT_STORES,
+    launched=_launched("_store_tail"),
+    behind=("sparse_attention", "repair_predicted"),
 )
 def store_blocks(
     new_kv: Sequence[Tensor],
@@ -250,6 +302,7 @@ def store_blocks(
     pages: Tensor,
     host: Tensor,
     counters: Tensor,
+    kv_format: str = "model",
 ) -> None:
     """Copy blocks that became full in this step to the host, in line.
 
@@ -260,22 +313,24 @@ def store_blocks(
             tokens, from `number_tokens`. Decode: empty.
         lengths: [B] int32, tokens before this step.
         block_table: Prefill: [B, G, N] int32.
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D]; updated in a format that rounds.
         host: [B, G, N, 2, P, D], updated; empty without offload.
         counters: [6] int64, updated.
+        kv_format: How blocks in CPU memory are written.
     """
-    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters)
+    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters, kv_format)
     current_engine().submit(COMPUTE, lambda: _store(*args))
 
 
 @define(
-    mutates=("host", "counters"),
+    mutates=("pages", "host", "counters"),
     fake=lambda a: a.pages.new_empty(0),
     stream=COPY,
     starts=True,
     work=Work.TO_HOST,
-    kernels=("_store_tail",),
-    prompt_copies=("_store_prefix",),
+    kernels=_STORES,
+    prompt_copies=_PROMPT_STORES,
+    launched=_launched("_store_tail"),
     behind=("sparse_attention", "attend_missing"),
 )
 def offload_blocks(
@@ -289,6 +344,7 @@ def offload_blocks(
     counters: Tensor,
     event: int,
     after: Tensor | None = None,
+    kv_format: str = "model",
 ) -> Tensor:
     """Start the copy of blocks that became full in this step, on the copy stream.
 
@@ -299,17 +355,18 @@ def offload_blocks(
             tokens, from `number_tokens`. Decode: empty.
         lengths: [B] int32, tokens before this step.
         block_table: Prefill: [B, G, N] int32.
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D]; updated with `host` in a format that rounds.
         host: [B, G, N, 2, P, D], updated when the wait for `event` has passed.
         counters: [6] int64, updated with it.
         event: Number of the event, unique in the graph.
         after: Result of the fork before it.
+        kv_format: How blocks in CPU memory are written.
 
     Returns:
         A ticket for `wait_blocks`, an empty tensor.
     """
     del after
-    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters)
+    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters, kv_format)
     engine = current_engine()
     engine.submit(COPY, lambda: _store(*args))
     engine.record(event, COPY)

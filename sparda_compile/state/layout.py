@@ -3,7 +3,8 @@
 A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device pages, P tokens):
 
     pages        [B, G, C, 2, P, D]   device pages, K then V
-    host         [B, G, N, 2, P, D]   the same blocks in CPU memory; empty without offload
+    host         [B, G, N, 2, P, D]   the same blocks in CPU memory; empty without offload, and
+                                      [B, G, N, bytes] uint8 in a `kv_format` that rounds
     block_table  [B, G, N] int32      block -> page, -1 if absent
     page_block   [B, G, C] int32      page -> block, -1 if free
     page_stamp   [B, G, C] int32      when the page's block was last selected (or loaded)
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.formats.base import BlockFormat, format_of
 from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.selectors import Geometry, summary_named
 from sparda_compile.sizes import SAMPLES
@@ -100,6 +102,32 @@ class CacheLayout:
     def geometry(self) -> Geometry:
         """Sizes that selectors depend on."""
         return Geometry.of(self.config, self.num_blocks)
+
+    def __post_init__(self) -> None:
+        """Refuse formats of layers that have no blocks.
+
+        Raises:
+            ConfigError: If one is named.
+        """
+        chosen, known = self.config.kv_format, [s.layer for s in self.layers if s.kind == "sparse"]
+        for layer, name in ({} if isinstance(chosen, str) else dict(chosen)).items():
+            if layer not in known:
+                raise ConfigError(
+                    f"kv_format names {name!r} for layer {layer}, but those whose KV cache is in "
+                    f"blocks are {', '.join(map(str, known))}; name some of these."
+                )
+
+    def kv_format(self, layer: int) -> BlockFormat:
+        """Return how full blocks of a layer are written."""
+        return format_of(self.config, layer)
+
+    def stores(self, layer: int) -> bool:
+        """Whether something is done to a block that became full: it is copied, or rounded."""
+        return self.offload or self.kv_format(layer).rounds
+
+    def stored_bytes(self, layer: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a full block in CPU memory, which are those that cross the link."""
+        return self.kv_format(layer).num_bytes(self.config.block_size, head_dim, dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -182,10 +210,11 @@ class CacheLayout:
             return {"ring_k": ring, "ring_v": ring}
         block = (2, self.config.block_size, layer.head_dim)
         pages, blocks = self.num_pages, self.num_blocks
-        host_shape = (*batch, blocks, *block) if self.offload else (0,)
+        stored, dtype = self.kv_format(layer.layer).stored(*block[1:], layer.dtype)
+        host_shape = (*batch, blocks, *stored) if self.offload else (0,)
         specs = {
             "pages": TensorSpec((*batch, pages, *block), layer.dtype),
-            "host": TensorSpec(host_shape, layer.dtype, on_host=True),
+            "host": TensorSpec(host_shape, dtype, on_host=True),
             "block_table": TensorSpec((*batch, blocks), torch.int32, fill=-1),
             "page_block": TensorSpec((*batch, pages), torch.int32, fill=-1),
             "page_stamp": TensorSpec((*batch, pages), torch.int32, fill=-1),

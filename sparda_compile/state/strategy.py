@@ -37,6 +37,7 @@ class HintMethod(Protocol):
             guesses.
         prompt_ops: Ops that it adds to its layer in a sparse prefill.
         dense_prompt_ops: Ops that it adds to its layer in a dense one.
+        includes: Hints that are part of it, and cannot stand beside it.
         borrows_ids: Whether its ids are what another layer has selected, and not ops of its own.
         recall: Share that it is expected to name of the blocks that its layer selects and the step
             before did not; about what hints by scores have, where nobody has measured it.
@@ -49,6 +50,7 @@ class HintMethod(Protocol):
     ops: ClassVar[tuple[str, ...]] = ()
     prompt_ops: ClassVar[tuple[str, ...]] = ()
     dense_prompt_ops: ClassVar[tuple[str, ...]] = ()
+    includes: ClassVar[tuple[str, ...]] = ()
     borrows_ids: ClassVar[bool] = False
     recall: ClassVar[float] = 0.75
     fetched: ClassVar[float] = 1.0

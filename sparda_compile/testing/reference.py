@@ -17,35 +17,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparda_compile.testing.reference_scores import (
+    ReferenceMode,
+    ReferenceSelector,
+    Rules,
+    block_scores,
+    pooled_keys,
+    window_to_block_scores,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["BlockIds", "ReferenceMode", "random_forecast", "reference_decode"]
 
-ReferenceMode = Literal["dense", "query", "exact", "speculate", "forecast"]
-ReferenceSelector = Literal["infllm2", "quest", "nosa"]
 BlockIds = list[list[list[int]]]
 """Ascending block ids of one decode step, by layer and group."""
 
 _MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "nosa")
-_NEVER: Final = float("-inf")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rules:
-    """How blocks are scored and how many are kept."""
-
-    mode: ReferenceMode
-    selector: ReferenceSelector
-    top_k: int | None
-    sink_blocks: int
-    local_blocks: int
-    block_size: int
-    pool_size: int
-    pool_stride: int
-    short_list: int = 23
-    is_prompt_sparse: bool = False
-    shared_tokens: int = 1
 
 
 @dataclasses.dataclass
@@ -93,9 +82,9 @@ def reference_decode(
         num_steps: Tokens to make; the first needs no decode step.
         mode: Who scores: `query` (also under the names `exact` and `speculate`) the layer's
             own query, `forecast` the layer before, `dense` nobody, so every block is read.
-        selector: How a query scores: `infllm2` by pooled keys, `quest` by bounds; `nosa`, for
-            a `NosaForCausalLM` alone: as `infllm2` or the forecast for `short_list` blocks, and
-            the others by retention.
+        selector: How a query scores: `infllm2` by pooled keys, `quest` by bounds, `lowbit2` and
+            `lowbit4` by keys in few bits; `nosa`, for a `NosaForCausalLM` alone: as `infllm2` or
+            the forecast for `short_list` blocks, and the others by retention.
         top_k: Blocks beyond the forced ones; None reads every block.
         sink_blocks: First blocks that are always read.
         local_blocks: Blocks before the current one that are always read.
@@ -118,7 +107,7 @@ def reference_decode(
         ValueError: If the model is of another architecture or the forecast is missing.
     """
     _check(model, mode, selector, forecast)
-    rules = _Rules(
+    rules = Rules(
         mode=mode,
         selector=selector,
         top_k=top_k,
@@ -187,7 +176,7 @@ def _check(
 class _Decoder:
     """A model, the keys and values of the tokens it has seen, and how it selects."""
 
-    def __init__(self, model: Any, rules: _Rules, forecast: Mapping[int | str, Tensor]) -> None:
+    def __init__(self, model: Any, rules: Rules, forecast: Mapping[int | str, Tensor]) -> None:
         self.model = model
         self.rules = rules
         self.forecast = forecast
@@ -279,7 +268,7 @@ def _select(
     scale: float,
     keys: list[Tensor],
     position: int,
-    rules: _Rules,
+    rules: Rules,
     worths: Sequence[Tensor] = (),
 ) -> list[int]:
     """Return the ascending ids of the blocks that one group reads at `position`.
@@ -290,15 +279,7 @@ def _select(
     num_blocks = current + 1
     if rules.mode == "dense" or rules.top_k is None:
         return list(range(num_blocks))
-    if forecast_D is not None:
-        windows = _pooled_keys(keys, rules)
-        window_scores = [float(forecast_D @ pooled_D) for pooled_D in windows]
-        scores = _window_to_block_scores(window_scores, num_blocks, rules)
-    elif rules.selector in ("infllm2", "nosa"):
-        window_scores = _infllm2_window_scores(q_RD, _pooled_keys(keys, rules), scale)
-        scores = _window_to_block_scores(window_scores, num_blocks, rules)
-    else:
-        scores = _quest_block_scores(q_RD, keys, num_blocks, rules)
+    scores = block_scores(q_RD, forecast_D, scale, keys, num_blocks, rules)
     first_local = current - rules.local_blocks
     forced = [m for m in range(num_blocks) if m < rules.sink_blocks or m >= first_local]
     others = [m for m in range(num_blocks) if m not in forced]
@@ -309,58 +290,11 @@ def _select(
     return sorted(forced + others[: budget - len(forced)])
 
 
-def _by_worth(blocks: list[int], worths: Sequence[Tensor], rules: _Rules) -> list[int]:
+def _by_worth(blocks: list[int], worths: Sequence[Tensor], rules: Rules) -> list[int]:
     """Return blocks in falling order of their best window's mean retention score."""
-    means = [float(mean) for mean in _pooled_keys(list(worths), rules)]
-    scores = _window_to_block_scores(means, max(blocks, default=0) + 1, rules)
+    means = [float(mean) for mean in pooled_keys(list(worths), rules)]
+    scores = window_to_block_scores(means, max(blocks, default=0) + 1, rules)
     return sorted(blocks, key=lambda m: (-scores[m], m))
-
-
-def _pooled_keys(keys: list[Tensor], rules: _Rules) -> list[Tensor]:
-    """Return the mean key of every window whose tokens are all there."""
-    pooled = []
-    start = 0
-    while start + rules.pool_size <= len(keys):
-        pooled.append(torch.stack(keys[start : start + rules.pool_size]).float().mean(0))
-        start += rules.pool_stride
-    return pooled
-
-
-def _infllm2_window_scores(q_RD: Tensor, windows: list[Tensor], scale: float) -> list[float]:
-    """Return each window's share of attention, summed over the heads of the group."""
-    if not windows:
-        return []
-    logits_RW = q_RD.float() @ torch.stack(windows).T * scale
-    scores: list[float] = logits_RW.softmax(-1).sum(0).tolist()
-    return scores
-
-
-def _window_to_block_scores(
-    window_scores: list[float], num_blocks: int, rules: _Rules
-) -> list[float]:
-    """Return the largest score among the windows that touch each block."""
-    scores = [_NEVER] * num_blocks
-    for m in range(num_blocks):
-        for j, score in enumerate(window_scores):
-            start, end = j * rules.pool_stride, j * rules.pool_stride + rules.pool_size
-            if start < (m + 1) * rules.block_size and end > m * rules.block_size:
-                scores[m] = max(scores[m], score)
-    return scores
-
-
-def _quest_block_scores(
-    q_RD: Tensor, keys: list[Tensor], num_blocks: int, rules: _Rules
-) -> list[float]:
-    """Return an upper bound of the mean query's dot product with any key of each block."""
-    query_D = q_RD.float().mean(0)
-    scores = [_NEVER] * num_blocks
-    for m in range(num_blocks):
-        block = keys[m * rules.block_size : (m + 1) * rules.block_size]
-        if block:
-            block_PD = torch.stack(block).float()
-            low_D, high_D = block_PD.amin(0), block_PD.amax(0)
-            scores[m] = float(torch.maximum(query_D * low_D, query_D * high_D).sum())
-    return scores
 
 
 def _retention(attention: Any, v_GD: Tensor) -> Tensor:

@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from sparda_compile.errors import UnsupportedInputError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
+    from sparda_compile.ranks.agreement import Ranks
+
 __all__ = [
     "average_",
+    "check_whole",
     "local_device",
     "process_group",
     "rank",
@@ -68,6 +73,23 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def check_whole(ranks: Ranks) -> None:
+    """Refuse to train for a model that is sharded.
+
+    Args:
+        ranks: Processes that the model is sharded over.
+
+    Raises:
+        UnsupportedInputError: If there are several.
+    """
+    if not ranks.is_alone:
+        raise UnsupportedInputError(
+            f"the model is sharded over {ranks.size} ranks, and a Forecast is trained on a whole "
+            "one; load the model without distributed_config in every process that torchrun starts, "
+            "which trains in parallel on other sequences. The file is sharded when it is loaded."
+        )
 
 
 def average_(tensors: Sequence[Tensor]) -> None:

@@ -105,6 +105,7 @@ class ForecastTrainer:
             raise ConfigError(f"lr={lr} is not allowed; use more than 0, such as 5e-4.")
         self.config = config
         self.captures = captures_of(model)
+        parallel.check_whole(self.captures.ranks)
         self.device = next(self.captures.model.parameters()).device
         self.dtype = next(self.captures.model.parameters()).dtype
         self.steps_done = self.longest = 0

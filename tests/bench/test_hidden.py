@@ -101,12 +101,13 @@ def test_many_kernels_equal_a_count_of_ticks():
 
 def test_kernels_of_copies_are_those_of_the_instructions():
     pytest.importorskip("triton")
-    from sparda_compile.kernels.gpu import copy, prefill, stage
+    from sparda_compile.kernels.gpu import copy, packed, packed_store, prefill, stage
 
-    names = copy_kernels()
-    assert names == {"_gather", "_gather_listed", "_copy_pages", "_store_tail", "_store_prefix"}
+    names, own = copy_kernels(), {"_gather", "_gather_listed", "_store_tail", "_store_prefix"}
+    assert names == {*own, *(f"{name}_packed" for name in own), "_copy_pages"}
+    modules = (copy, packed, packed_store, prefill, stage)
     for name in names:
-        assert any(hasattr(module, name) for module in (copy, prefill, stage)), name
+        assert any(hasattr(module, name) for module in modules), name
 
 
 def test_only_a_cuda_device_is_profiled():

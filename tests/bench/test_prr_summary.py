@@ -38,17 +38,20 @@ def test_ablation_recomputes_in_every_step_that_changes():
 
 def result(over_torch, over_query):
     line = {"over_torch": over_torch, "over_query": over_query}
-    return {"by_overlap": {"0.9": {"headline": line}, "0.7": {}}}
+    programs = {"query": {"over_torch": round(over_torch / over_query, 3)}}
+    return {"by_overlap": {"0.9": {"headline": line, "programs": programs}, "0.7": {}}}
 
 
 def test_bars_are_over_all_shapes():
     found = bars([result(1.7, 1.2), {"part": "attention"}, result(1.2, 0.99), {"by_overlap": {}}])
     assert found["shapes"] == 2
     assert found["found"] == {
-        "best_over_torch": 1.7, "mean_over_torch": 1.45, "least_over_query": 0.99,
+        "best_over_torch": 1.7, "mean_over_torch": 1.45, "best_query_over_torch": 1.417,
+        "mean_query_over_torch": 1.315, "least_over_query": 0.99,
     }  # fmt: skip
     assert found["passed"] == {
-        "best_over_torch": True, "mean_over_torch": True, "least_over_query": False,
+        "best_over_torch": True, "mean_over_torch": True, "best_query_over_torch": False,
+        "mean_query_over_torch": False, "least_over_query": False,
     }  # fmt: skip
     assert found["bars"]["best_over_torch"] == pytest.approx(1.64)
 

@@ -16,8 +16,9 @@ TOKENS = 1500
 SETTINGS = {"top_k": 4, "local_blocks": 2}
 
 
-def cache(variant, batch=2, steps=6):
-    return KVCache(layout_of(SHAPES["tiny"], variant, batch, 2048, steps, **SETTINGS), CPU)
+def cache(variant, batch=2, steps=6, **settings):
+    settings = SETTINGS | settings
+    return KVCache(layout_of(SHAPES["tiny"], variant, batch, 2048, steps, **settings), CPU)
 
 
 def blocks(kv, layer):
@@ -37,6 +38,19 @@ def test_same_content_wherever_blocks_live():
         assert not one[:, :, 24:].any()
     assert not torch.equal(blocks(offloaded, 0), blocks(offloaded, 1))
     assert offloaded.lengths() == [TOKENS, TOKENS]
+
+
+def test_content_is_rounded_wherever_blocks_live():
+    caches = [cache(variant, kv_format="int8") for variant in ("scheduled", "resident")]
+    for kv in caches:
+        fill(kv, TOKENS)
+    offloaded, resident = (blocks(kv, 0) for kv in caches)
+    pages = resident[:, :, :24]
+    found, sizes = caches[0].layout.kv_format(0), pages.shape[-2:]
+    assert torch.equal(found.unpack(offloaded[:, :, :24], *sizes, pages.dtype), pages)
+    table = caches[0].state[state_name("block_table", 0)]
+    tail = caches[0].state[state_name("pages", 0)][0, 0, table[0, 0, TOKENS // 64]]
+    assert torch.equal(tail, pages[0, 0, TOKENS // 64])
 
 
 def test_tail_is_resident_and_equal_to_its_block():

@@ -115,6 +115,14 @@ def test_decode_as_json(asked, tmp_path):
     assert found["environment"]["commit"] == "1a2b"
 
 
+def test_decode_of_a_format_of_blocks_has_its_own_file(asked, tmp_path):
+    result = run("decode", "--shape", "tiny", "--out", tmp_path, "--kv-format", "int4")
+    assert result.exit_code == 0, result.output
+    assert asked[1][1].settings == {"kv_format": "int4"}
+    found = json.loads((tmp_path / "decode-tiny-int4.json").read_text())
+    assert found["kv_format"] == "int4"
+
+
 def test_decode_plots(asked, tmp_path):
     pytest.importorskip("matplotlib")
     result = run("decode", "--out", tmp_path, "--plot", tmp_path / "decode.png")

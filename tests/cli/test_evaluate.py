@@ -58,6 +58,19 @@ def test_json_alone_and_several_of_each(folder):
     ]
 
 
+def test_several_formats_of_blocks(folder):
+    result = run(
+        folder, *SMALL, "--task", "single_needle", "--mode", "dense", "--kv-format", "model",
+        "--kv-format", "int4", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    exact, rounded = json.loads(result.stdout)["rows"]
+    assert [(row["name"], row["kv_format"]) for row in (exact, rounded)] == [
+        ("dense", "model"), ("dense int4", "int4"),
+    ]  # fmt: skip
+    assert 10 * exact["kl"] < rounded["kl"] > 0
+
+
 def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     path = tmp_path / "found.json"
     given = ("--task", "multi_key", "--mode", "query", "--hint", "ema", "--hint", "next_query")
@@ -79,6 +92,18 @@ def test_guesses_of_hints_at_several_budgets(folder, tmp_path):
     wrong = run(folder, *SMALL, *given, "--ema", 0.0, 0.3, 0.25)
     assert wrong.exit_code != 0
     assert "ema_level=0.0" in wrong.stderr.replace("--ema-level ", "ema_level=")
+
+
+def test_both_repairs_of_speculation(folder, tmp_path):
+    path = tmp_path / "found.json"
+    given = ("--task", "multi_key", "--mode", "query", "--mode", "speculate",
+             "--repair", "exact", "--repair", "union", "--json-file", path)  # fmt: skip
+    result = run(folder, *SMALL, *given)
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["query 40%", "speculate 40%", "speculate union 40%"]
+    assert rows["speculate 40%"]["kl"] == rows["query 40%"]["kl"]
+    assert rows["speculate union 40%"]["kl"] != rows["query 40%"]["kl"]
 
 
 def trained(path, **sizes):
@@ -110,6 +135,7 @@ def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path)
     [
         (["--pool-stride", "24"], "--pool-stride 24 must divide"),
         (["--mode", "fast"], "is not one of 'dense'"),
+        (["--repair", "union"], "--repair is what mode speculate does; add --mode speculate"),
         (["--budget", "2"], "less than or equal to 1"),
         (["--budget", "0"], "is not a share"),
         (["--task", "poetry"], "is not one of 'single_needle'"),

@@ -69,6 +69,22 @@ def test_tables_json_and_plot(folder, texts, tmp_path):
     assert kl["dense"] == 0.0 < kl["query infllm2 20%"]
 
 
+def test_formats_of_blocks_are_measured_beside_each_other(folder, texts):
+    result = run(
+        folder, "--document", texts, *SMALL, "--mode", "dense", "--mode", "query", "--budget", 0.2,
+        "--kv-format", "model", "--kv-format", "int4", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = {row["case"]: row for row in json.loads(result.stdout)["rows"]}
+    assert [(case, row["kv_format"]) for case, row in rows.items()] == [
+        ("dense", "model"), ("oracle 20%", "model"), ("module, dense", "model"),
+        ("module, dense, int4", "int4"), ("query infllm2 20%", "model"),
+        ("query infllm2 20%, int4", "int4"),
+    ]  # fmt: skip
+    kl = {case: row["kl"]["value"] for case, row in rows.items()}
+    assert 10 * kl["module, dense"] < kl["module, dense, int4"] > 0
+
+
 def test_another_selector_is_measured_beside_what_is_there(folder, texts, tmp_path, monkeypatch):
     path = tmp_path / "found.json"
     given = (folder, "--document", texts, *SMALL, "--json-file", path, "--no-oracle")

@@ -27,6 +27,17 @@ def test_dense_is_measured_once_and_others_at_each_budget():
     parts().check(MODEL, CPU)
 
 
+def test_names_say_the_format_of_blocks_where_it_is_not_the_models():
+    formats = [SpardaConfig(mode=m, local_blocks=1, kv_format=f) for m, f in (
+        ("dense", "model"), ("dense", "int4"), ("query", "fp8"),
+    )]  # fmt: skip
+    some = parts(bases=formats, prompts=("dense", "alone"), budgets=(0.4,))
+    assert list(some.configs(640)) == [
+        "dense", "dense int4", "query 40% fp8", "query 40% fp8, its prompt alone",
+    ]  # fmt: skip
+    assert some.configs(640)["dense int4"].kv_format == "int4"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

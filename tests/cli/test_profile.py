@@ -43,7 +43,7 @@ def run(monkeypatch, decode_trace, tmp_path):
         (("--shape", "9b"), "'9b' is not one of '8b', '8b-8kv', 'tiny'"),
         (("--tokens", "131000"), "use a multiple of 64 from"),
         (("--tokens", "8192"), "use a multiple of 64 from"),
-        (("--mode", "dense"), "'dense' is not one of 'query', 'forecast', 'exact'"),
+        (("--mode", "dense"), "'dense' is not one of 'query', 'forecast', 'exact', 'speculate'"),
         (("--mode", "all"), "'all' is not one of 'query'"),
         (("--overlap", "2"), "--overlap"),
     ],
@@ -99,3 +99,38 @@ def test_least_tokens_hold_a_trace():
     profile._check(least, "forecast")
     end = (least - 128) // config.block_size - config.local_blocks
     assert end - config.sink_blocks >= 2 * config.top_k
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Return the tiny shape on the CPU, traced."""
+    from sparda_compile.bench.lab import Lab
+
+    return Lab("tiny", lambda text: None, device="cpu").captures
+
+
+@pytest.mark.parametrize("overlap", [0.5, 1.0])
+def test_speculation_predicts_as_much_of_a_trace_as_its_steps_have_in_common(tiny, overlap):
+    from sparda_compile.bench.programs import build_program
+    from sparda_compile.bench.synthetic import fill, follow, rewind
+    from sparda_compile.runtime.kv_cache import KVCache
+
+    settings = profile._settings("speculate", overlap)
+    small = {"top_k": 6, "local_blocks": 1, "lowering": "eager", "machine": "h200"}
+    program = build_program(
+        tiny, "scheduled", 1, 2048, 24, **settings, **small, speculation_budget=1.0
+    )
+    assert {part.stream for part in program.plan.schedule.speculation} == {"attend", "compute"}
+    start = 2048 - 128
+    cache = KVCache(program.plan.layout, torch.device("cpu"))
+    fill(cache, start)
+    follow(cache, start, overlap)
+    rewind(cache, start)
+    ids = torch.zeros((1, 1), dtype=torch.long)
+    for step in range(12):
+        program(ids, torch.full_like(ids, start + step), None, cache)
+        if step == 2:
+            cache.reset_stats()
+    for layer in cache.stats().layers.values():
+        # Of 9 blocks the current one is never predicted, and of 6 scored ones those of the trace.
+        assert layer.coverage == pytest.approx((2 + 6 * overlap) / 9, abs=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -13,13 +14,17 @@ from torch import fx, nn
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.graph.nodes import call_name, fake_value, is_sparda
+from sparda_compile.isa.engines import use_engine
 from sparda_compile.program.plan import make_plan
 from sparda_compile.testing import build
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
     from sparda_compile.graph.site import AttentionSite
+    from sparda_compile.isa.engines import Engine
     from sparda_compile.program.captures import Captures
     from sparda_compile.program.plan import Plan
 
@@ -57,6 +62,37 @@ def traced() -> Any:
         return Traced(model, optimize(model, config))
 
     return trace
+
+
+@pytest.fixture(scope="session")
+def two_turns() -> Any:
+    """Return a function that generates two turns of a padded batch on one cache.
+
+    It takes an optimized module, the steps of each turn and an engine or None, and returns the
+    tokens and the logits of all steps.
+    """
+    return _two_turns
+
+
+def _two_turns(fast: Any, steps: int, engine: Engine | None = None) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, 250, (2, 130), generator=generator)
+    more = torch.randint(2, 250, (2, 33), generator=generator)
+    mask = torch.arange(130) >= torch.tensor([[0], [77]])
+    settings = {
+        "max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    with use_engine(engine) if engine else contextlib.nullcontext():
+        one = fast.generate(ids, attention_mask=mask.long(), **settings)
+        rest = torch.ones(2, steps + 33, dtype=torch.int64)
+        two = fast.generate(
+            torch.cat([one.sequences, more], 1),
+            attention_mask=torch.cat([mask.long(), rest], 1),
+            past_key_values=one.past_key_values,
+            **settings,
+        )
+    return two.sequences, torch.stack(one.logits + two.logits)
 
 
 @pytest.fixture(scope="session")

@@ -163,6 +163,39 @@ def test_late_copies_change_nothing_where_streams_do_not_overlap(lab, mode):
     assert engine.num_pending == 0
 
 
+FORMATS = ("int8", "fp8", "int4")
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [
+        *(("forecast", change) for change in ("on_device", "in_line", "h200")),
+        *(("exact", change) for change in ("all_pages", "fifo_few_pages", "unscheduled", "h200")),
+        ("query", "few_pages"),
+    ],
+)
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_what_is_rounded_is_rounded_wherever_it_is(lab, kv_format, mode, change):
+    """Whether a block was resident when it was read, or came from CPU memory."""
+    module = lab.module(mode=mode, kv_format=kv_format, **CHANGES[change])
+    logits = lab.run(module)
+    truth = lab.baseline(mode="forecast" if mode == "forecast" else "query", kv_format=kv_format)
+    assert torch.equal(logits, truth)
+    assert not torch.equal(logits, lab.truth(mode))
+
+
+@pytest.mark.parametrize("mode", ["query", "forecast", *(f"exact/{hint}" for hint in HINTS)])
+def test_late_copies_of_rounded_blocks_change_nothing(lab, mode):
+    mode, _, hint = mode.partition("/")
+    kv_format = FORMATS[len(mode + hint) % len(FORMATS)]
+    module = lab.module(mode=mode, hint=hint or "forecast", kv_format=kv_format, **BUSY)
+    truth = lab.baseline(mode="forecast" if mode == "forecast" else "query", kv_format=kv_format)
+    for seed in (None, 0):
+        with use_engine(DeferredEngine(seed)) as engine:
+            assert torch.equal(lab.run(module), truth), f"seed {seed}"
+        assert engine.num_pending == 0
+
+
 def without_wait(module, index):
     """Take the `index`-th wait out of a module's decode program, behind the verifier's back."""
     plan = module.programs.get("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True).plan

@@ -43,6 +43,7 @@ MODES = {
     "forecast, lowbit2": {"mode": "forecast", "selector": "lowbit2"},
     "exact, lowbit4": {"mode": "exact", "hint": ("ema", "forecast"), "selector": "lowbit4"},
     "exact, nosa": {"mode": "exact", "selector": "nosa", "short_list": 2},
+    "exact, int4": {"mode": "exact", "hint": "previous_step", "kv_format": "int4"},
 }
 FAMILIES = ("llama", "qwen3", "glm4", "phi3", "mistral", "minicpm4")
 BATCH_SIZES = (1, 2, 4)
@@ -60,6 +61,7 @@ PAIRS = [
     ("forecast, lowbit2", "mistral", 2),
     ("exact, lowbit4", "phi3", 2),
     ("exact, nosa", "nosa", 2),
+    ("exact, int4", "llama", 2),
 ]
 # NOSA scores by a channel that only its own models have.
 ALL = [

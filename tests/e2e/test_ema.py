@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.isa.engines import DeferredEngine
 from sparda_compile.registry import HINTS
 from sparda_compile.testing import tiny_llama, tiny_nosa
 
@@ -20,6 +20,7 @@ SMALL = {
 # Of each of two turns. Blocks fill in each, and pages are taken from others; of the plainest case
 # and the fullest the steps are many.
 STEPS, MANY_STEPS, LATE_STEPS = 40, 104, 24
+EVERY = tuple(name for name in HINTS.names() if name != "mixture")  # it has two of them in it
 CASES = {
     "infllm2": {},
     "quest": {"selector": "quest"},
@@ -36,34 +37,19 @@ CASES = {
     "forecast with quest": {"hint": ("ema", "forecast"), "selector": "quest"},
     "forecast on the device": {"hint": ("ema", "forecast"), "offload": "never"},
     "unscheduled": {"hint": ("ema", "next_query"), "disable_passes": ("schedule_transfers",)},
-    "all hints": {"hint": HINTS.names(), "page_ratio": 1.5},
+    "all hints": {"hint": EVERY, "page_ratio": 1.5},
+    "mixture": {"hint": "mixture"},
+    "mixture with quest": {"hint": ("mixture", "forecast"), "selector": "quest"},
+    "mixture, calibrated, on the device": {
+        "hint": "mixture",
+        "ema_calibrate": True,
+        "offload": "never",
+    },
 }
 
 
-def two_turns(fast, steps, engine=None):
-    """Return the logits of two turns of a padded batch on one cache."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(2, 250, (2, 130), generator=generator)
-    more = torch.randint(2, 250, (2, 33), generator=generator)
-    mask = torch.arange(130) >= torch.tensor([[0], [77]])
-    settings = {
-        "max_new_tokens": steps, "do_sample": False, "output_logits": True,
-        "return_dict_in_generate": True,
-    }  # fmt: skip
-    with use_engine(engine) if engine else warnings.catch_warnings():
-        one = fast.generate(ids, attention_mask=mask.long(), **settings)
-        rest = torch.ones(2, steps + 33, dtype=torch.int64)
-        two = fast.generate(
-            torch.cat([one.sequences, more], 1),
-            attention_mask=torch.cat([mask.long(), rest], 1),
-            past_key_values=one.past_key_values,
-            **settings,
-        )
-    return torch.stack(one.logits + two.logits)
-
-
 @pytest.fixture(scope="module")
-def made():
+def made(two_turns):
     """Return a function that optimizes a model, traced once, and remembers what `query` gives."""
     traced, known = {}, {}
 
@@ -80,10 +66,11 @@ def made():
         mine = {name: settings[name] for name in names if name in settings}
         key = (family, steps, *sorted(mine.items()))
         if key not in known:
-            known[key] = two_turns(make(family, mode="query", **mine), steps)
+            known[key] = two_turns(make(family, mode="query", **mine), steps)[1]
         return known[key]
 
     make.by_query = by_query
+    make.logits = lambda *args: two_turns(*args)[1]
     return make
 
 
@@ -91,7 +78,7 @@ def made():
 def test_exact_is_query_over_two_turns(made, name):
     settings, steps = CASES[name], MANY_STEPS if name in ("infllm2", "all hints") else STEPS
     fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
-    assert torch.equal(two_turns(fast, steps), made.by_query("llama", steps, **settings))
+    assert torch.equal(made.logits(fast, steps), made.by_query("llama", steps, **settings))
     total = fast.sparda.stats().total
     assert total.hits > 0
 
@@ -99,16 +86,16 @@ def test_exact_is_query_over_two_turns(made, name):
 def test_exact_is_query_with_nosa(made):
     settings = {"selector": "nosa", "short_list": 2}
     fast = made("nosa", mode="exact", hint="ema", **settings)
-    assert torch.equal(two_turns(fast, STEPS), made.by_query("nosa", STEPS, **settings))
+    assert torch.equal(made.logits(fast, STEPS), made.by_query("nosa", STEPS, **settings))
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints"])
+@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints", "mixture"])
 def test_late_streams_change_nothing(made, name, seed):
     engine, settings = DeferredEngine(seed), CASES[name]
     fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
     want = made.by_query("llama", LATE_STEPS, **settings)
-    assert torch.equal(two_turns(fast, LATE_STEPS, engine), want)
+    assert torch.equal(made.logits(fast, LATE_STEPS, engine), want)
     assert engine.num_pending == 0
 
 
@@ -116,9 +103,21 @@ def test_a_later_hint_tops_up_what_an_earlier_one_did_not_bring(made):
     misses = {}
     for hint in ("ema", "next_query", ("ema", "next_query")):
         fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
-        two_turns(fast, STEPS)
+        made.logits(fast, STEPS)
         misses[hint] = fast.sparda.stats().total.misses
     assert misses["ema", "next_query"] < min(misses["ema"], misses["next_query"])
+
+
+def test_one_mixture_brings_less_than_two_hints_one_after_the_other(made):
+    """And leaves fewer misses than a hint that names what has a page, even of a random model."""
+    found = {}
+    for hint in ("previous_step", ("ema", "next_query"), "mixture"):
+        fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
+        made.logits(fast, STEPS)
+        total = fast.sparda.stats().total
+        found[hint] = total.misses, total.h2d_bytes
+    assert found["mixture"][0] < 0.95 * found["previous_step"][0]
+    assert found["mixture"][1] < 0.9 * found["ema", "next_query"][1]
 
 
 def test_the_predictor_names_what_the_last_step_read_no_longer(made):
@@ -126,7 +125,7 @@ def test_the_predictor_names_what_the_last_step_read_no_longer(made):
     counts = {}
     for hint in ("ema", "previous_step"):
         fast = made("llama", mode="exact", hint=hint)
-        two_turns(fast, STEPS)
+        made.logits(fast, STEPS)
         total = fast.sparda.stats().total
         block = 2 * 16 * 16 * 4
         counts[hint] = total.h2d_bytes // block - total.misses

@@ -95,6 +95,13 @@ def test_qwen3_over_100_steps(qwen3, mode, selector):
     )
 
 
+@pytest.mark.parametrize(
+    ("mode", "selector"), [("query", "lowbit2"), ("query", "lowbit4"), ("forecast", "lowbit2")]
+)
+def test_low_bits_over_40_steps(llama, mode, selector):
+    llama.check([prompt_of(n) for n in LENGTHS], 41, mode=mode, selector=selector, top_k=2, **SMALL)
+
+
 @pytest.mark.slow
 def test_published_geometry(llama):
     llama.check([prompt_of(480)], 150, mode="forecast", top_k=2, local_blocks=1, **DEFAULT)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 
 import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.isa.engines import DeferredEngine, use_engine
+from sparda_compile.isa.engines import DeferredEngine
 from sparda_compile.kernels import speculation
 from sparda_compile.kernels.sparse_attention import sparse_attention
 from sparda_compile.testing import build, tiny_llama, tiny_nosa
@@ -48,32 +47,11 @@ FAMILIES = {
 }
 
 
-def two_turns(fast, engine=None, steps=STEPS):
-    """Return tokens and logits of two turns of a padded batch on one cache."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(2, 250, (2, 130), generator=generator)
-    more = torch.randint(2, 250, (2, 33), generator=generator)
-    mask = torch.arange(130) >= torch.tensor([[0], [77]])
-    settings = {
-        "max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "output_logits": True,
-        "return_dict_in_generate": True,
-    }  # fmt: skip
-    with use_engine(engine) if engine else warnings.catch_warnings():
-        one = fast.generate(ids, attention_mask=mask.long(), **settings)
-        rest = torch.ones(2, steps + 33, dtype=torch.int64)
-        two = fast.generate(
-            torch.cat([one.sequences, more], 1),
-            attention_mask=torch.cat([mask.long(), rest], 1),
-            past_key_values=one.past_key_values,
-            **settings,
-        )
-    return two.sequences, torch.stack(one.logits + two.logits)
-
-
 class Made:
     """Models, each traced once, and what mode `query` gives on the same memory."""
 
-    def __init__(self):
+    def __init__(self, two_turns):
+        self.two_turns = two_turns
         self.traced = {}
         self.known = {}
 
@@ -90,13 +68,13 @@ class Made:
         mine = {name: settings[name] for name in names if name in settings}
         key = (model, steps, *sorted(mine.items()))
         if key not in self.known:
-            self.known[key] = two_turns(self.module(model, mode="query", **mine), steps=steps)
+            self.known[key] = self.two_turns(self.module(model, mode="query", **mine), steps)
         return self.known[key]
 
 
 @pytest.fixture(scope="module")
-def made():
-    return Made()
+def made(two_turns):
+    return Made(two_turns)
 
 
 def agree(got, wanted):
@@ -110,7 +88,7 @@ def agree(got, wanted):
 def test_speculation_is_query_over_two_turns(made, name):
     settings, steps = CASES[name], STEPS if name in LONG else FEW
     fast = made.module(**settings)
-    agree(two_turns(fast, steps=steps), made.by_query(steps, **settings))
+    agree(made.two_turns(fast, steps), made.by_query(steps, **settings))
     stats = fast.sparda.stats()
     assert all(0.0 < layer.coverage < 1.0 for layer in stats.layers.values())
     assert (stats.total.h2d_bytes, stats.total.d2h_bytes, stats.total.misses) == (0, 0, 0)
@@ -118,21 +96,21 @@ def test_speculation_is_query_over_two_turns(made, name):
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_families(made, model):
-    agree(two_turns(made.module(model), steps=FEW), made.by_query(FEW, model))
+    agree(made.two_turns(made.module(model), FEW), made.by_query(FEW, model))
 
 
 def test_nosa(made):
     settings = {"selector": "nosa", "short_list": 2}
     fast = made.module("nosa", **settings)
-    agree(two_turns(fast), made.by_query(STEPS, "nosa", **settings))
+    agree(made.two_turns(fast, STEPS), made.by_query(STEPS, "nosa", **settings))
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 @pytest.mark.parametrize("name", ["infllm2", "quest", "not fused"])
 def test_late_streams_change_nothing(made, name, seed):
     engine = DeferredEngine(seed)
-    got = two_turns(made.module(**CASES[name]), engine, steps=FEW)
-    assert torch.equal(got[1], two_turns(made.module(**CASES[name]), steps=FEW)[1])
+    got = made.two_turns(made.module(**CASES[name]), FEW, engine)
+    assert torch.equal(got[1], made.two_turns(made.module(**CASES[name]), FEW)[1])
     assert engine.num_pending == 0
 
 
@@ -242,9 +220,8 @@ def test_union_is_attention_over_both_sets(made, monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"selector": "quest"}], ids=["infllm2", "quest"])
 def test_compiled(made, settings):
     compiled = {**settings, "lowering": "inductor"}
-    agree(two_turns(made.module(**compiled), steps=12), two_turns(
-        made.module(mode="query", **compiled), steps=12
-    ))  # fmt: skip
+    by_query = made.module(mode="query", **compiled)
+    agree(made.two_turns(made.module(**compiled), 12), made.two_turns(by_query, 12))
 
 
 def test_a_cache_that_the_model_filled_and_one_that_grows(made):

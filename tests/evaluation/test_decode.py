@@ -7,6 +7,7 @@ from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.reading import read, read_ahead
+from sparda_compile.kernels.begin_prediction import WINDOW
 from sparda_compile.testing import build, random_forecast, reference_decode, tiny_llama, tiny_nosa
 
 START, STEPS = 300, 12
@@ -77,6 +78,9 @@ def program_logits(optimized, ids, config, forecast=None):
         {"selector": "lowbit2"},
         {"mode": "forecast", "selector": "lowbit2"},
         {"mode": "exact", "hint": "previous_step"},
+        {"mode": "dense", "kv_format": "int4"},
+        {"kv_format": "int8"},
+        {"selector": "lowbit2", "kv_format": "fp8"},
     ],
     ids=str,
 )
@@ -86,6 +90,38 @@ def test_is_what_the_program_computes(model, optimized, ids, reading, forecast, 
     decoded = decode(model, reading, ids[:, START:], config, forecast=weights)
     truth = program_logits(optimized, ids, config, weights)
     torch.testing.assert_close(decoded.logits_BSV, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"selector": "quest"}, {"speculation_budget": 1.0, "ema_damping": 0.5}], ids=str
+)
+def test_a_union_is_what_the_program_computes(model, optimized, ids, reading, changes):
+    """Predictions begin with the last 32 tokens of the prompt, which reads everything."""
+    config = CONFIG.replace(
+        mode="speculate", repair="union", offload="never", machine="h200",
+        speculate_where="always", prefill="dense", **changes,
+    )  # fmt: skip
+    part = reading.before(START - WINDOW)
+    decoded = decode(model, part, ids[:, START - WINDOW :], config, num_ahead=WINDOW)
+    truth = program_logits(optimized, ids, config)
+    torch.testing.assert_close(decoded.logits_BSV, truth, rtol=1e-4, atol=1e-4)
+    exact = decode(model, reading, ids[:, START:], config.replace(repair="exact"))
+    assert (exact.logits_BSV - truth).abs().max() > 1e-2
+    for steps, others in zip(decoded.records, exact.records, strict=True):
+        for record, other in zip(steps, others, strict=True):
+            assert (record.read_BGN >= record.chosen["query"]).all()
+            assert record.read_BGN.sum() > other.read_BGN.sum()
+
+
+def test_a_format_that_rounds_changes_what_is_read_and_not_what_is_chosen(model, reading, ids):
+    """In the first layer, whose query does not know of it; `mass` is that of what is read."""
+    exact, rounded = (
+        decode(model, reading, ids[:, START:], CONFIG.replace(kv_format=name))
+        for name in ("model", "int4")
+    )
+    assert float((exact.logits_BSV - rounded.logits_BSV).abs().max()) > 1e-3
+    for one, other in zip(exact.records, rounded.records, strict=True):
+        assert torch.equal(one[0].read_BGN, other[0].read_BGN)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -156,6 +192,12 @@ def test_mass_is_that_of_the_model(model, ids, reading):
 def test_forecast_is_missing(model, ids, reading):
     with pytest.raises(ConfigError, match="pass forecast"):
         decode(model, reading, ids[:, START:], CONFIG.replace(mode="forecast"))
+
+
+def test_a_union_is_not_calibrated(model, ids, reading):
+    config = CONFIG.replace(mode="speculate", repair="union", offload="never", ema_calibrate=True)
+    with pytest.raises(ConfigError, match="ema_calibrate=True with repair='union'"):
+        decode(model, reading, ids[:, START:], config)
 
 
 def test_nothing_to_decode(model, ids, reading):

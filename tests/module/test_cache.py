@@ -91,10 +91,18 @@ def test_it_does_not_keep_its_module_alive():
     assert cache.owner() is None
 
 
-@pytest.mark.parametrize("mode", ["query", "exact", "forecast", "dense"])
+@pytest.mark.parametrize(
+    ("mode", "selector"),
+    [
+        *((mode, "infllm2") for mode in ("query", "exact", "forecast", "dense")),
+        *((mode, "lowbit2") for mode in ("query", "forecast")),
+        ("exact", "lowbit4"),
+    ],
+)
 @pytest.mark.parametrize("rows", [[1, 1, 0], [0, 1, 2], [2, 0, 0]])
-def test_sequences_go_on_from_others(traced_llama, mode, rows):
+def test_sequences_go_on_from_others(traced_llama, mode, selector, rows):
     settings = {"local_blocks": 1, "top_k": 2, "hint": "previous_step", "offload": "always"}
+    settings["selector"] = selector
     if mode == "dense":
         settings = {"top_k": None}
     sparse = optimize(traced_llama, CONFIG.replace(mode=mode, **settings))

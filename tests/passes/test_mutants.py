@@ -46,6 +46,7 @@ MODES = {
         "hint": ("previous_step", "previous_layer"),
     },
     "speculate": {"mode": "speculate", "speculate_where": "always"},
+    "query-int8": {"mode": "query", "kv_format": "int8"},
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")
@@ -70,6 +71,7 @@ def cases():
         yield "exact-ema", phase, "always", ()
         yield "speculate", phase, "never", ()
     yield "speculate", "decode", "never", UNSCHEDULED
+    yield "query-int8", "prefill", "always", ()
 
 
 CASES = [c for c in cases() if c[0] not in ("dense", "speculate") or c[2] == "never"]

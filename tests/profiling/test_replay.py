@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from sparda_compile.isa.streams import COMPUTE, COPY
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY
 from sparda_compile.profiling.kernel_trace import Kernel, PlannedNode, read_kernels, split_replays
 from sparda_compile.profiling.replay import MODEL, WAIT, Replay, totals_of
 
@@ -105,6 +105,40 @@ def test_model_inside_a_node_is_in_the_next_row():
     assert rows["attend"] == (44.0, 54.0)
 
 
+def test_a_wait_for_a_mark_ends_when_its_stream_has_come_to_it():
+    """A mark launches nothing: it is reached with the last work before it on its stream."""
+    nodes = (
+        PlannedNode("fork", "sparda.fork_stream", 0, COMPUTE, (), 4),
+        PlannedNode("early", "sparda.attend_predicted", 0, ATTEND, ("_attend_blocks",)),
+        PlannedNode("parts", "sparda.record_event", 0, ATTEND, (), 5),
+        PlannedNode("scores", "sparda.score_blocks", 0, COMPUTE, ("_score",)),
+        PlannedNode("wait", WAIT, 0, COMPUTE, (), 5),
+        PlannedNode("repair", "sparda.repair_predicted", 0, COMPUTE, ("_repair_predicted",)),
+        PlannedNode("update", "sparda.update_prediction", 0, ATTEND, ("_update",)),
+        PlannedNode("last", "sparda.record_event", 0, ATTEND, (), 6),
+        PlannedNode("last_wait", WAIT, 0, COMPUTE, (), 6),
+    )
+    step = (
+        ("gemm", 100, 110),
+        ("_attend_blocks", 111, 130),
+        ("_score", 112, 120),
+        ("_repair_predicted", 131, 135),
+        ("_update", 136, 138),
+        ("gemm", 136, 150),
+    )
+    measured = replay(step, nodes)
+    rows = measured.rows()
+    assert spans(rows)["wait"] == (20.0, 30.0)
+    assert {row.node: row.exposed_us for row in rows if row.op == WAIT} == {
+        "wait": 10.0,
+        "last_wait": 0.0,
+    }
+    totals = measured.totals(rows)
+    assert (totals.attend_us, totals.exposed_us, totals.step_us) == (21.0, 10.0, 50.0)
+    # Beside compute are 112-120 of the early attention, and all of the update.
+    assert totals.attend_overlap == pytest.approx(10 / 21)
+
+
 def test_totals():
     measured = replay()
     totals = measured.totals(measured.rows())
@@ -124,7 +158,7 @@ def test_totals_of_overlapping_spans_count_time_once():
 
 def test_totals_without_copies():
     totals = totals_of(([], [], []), 0.0)
-    assert (totals.step_us, totals.overlap) == (0.0, 1.0)
+    assert (totals.step_us, totals.overlap, totals.attend_overlap) == (0.0, 1.0, 1.0)
 
 
 def test_real_replay_is_covered(decode_trace):

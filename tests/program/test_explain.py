@@ -101,9 +101,15 @@ def test_speculation_is_said_in_a_sentence(fast):
     config = CONFIG.replace(
         mode="speculate", offload="never", machine="h200", top_k=8, speculate_where="always"
     )
-    said = "Layers that attend to up to {} predicted blocks while they select: 2."
+    # Selected are 1 + 2 + 1 blocks, and 8 by score: of these 0.8, and the current one, are new.
+    said = (
+        "Layers that attend to up to 16 predicted blocks while they select: 2. Of 12 selected "
+        "blocks 2 are expected to be repaired, and of those predicted 6 to be {} the result."
+    )
+    assert config.num_predicted(planned_capacity(config) // config.block_size) == 16
     for changes, text in (
-        ({}, said.format(config.num_predicted(planned_capacity(config) // config.block_size))),
+        ({}, said.format("left out of")),
+        ({"repair": "union"}, said.format("kept in")),
         (
             {"machine": "cpu", "speculate_where": "auto"},
             "Nothing is predicted: on cpu no layer is expected to gain by it.",

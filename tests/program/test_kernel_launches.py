@@ -49,6 +49,10 @@ CASES = {
         {*ALWAYS, *COPIES, *LOW_BIT} - {"_append_pooled_keys"},
     ),
     "resident": ({"offload": "never"}, {*ALWAYS, *INFLLM2}),
+    "int8": ({"kv_format": "int8"}, {*ALWAYS, *INFLLM2, "_gather_packed", "_store_tail_packed"}),
+    "resident int4": (
+        {"kv_format": "int4", "offload": "never"}, {*ALWAYS, *INFLLM2, "_store_tail_packed"}
+    ),
 }  # fmt: skip
 
 
@@ -111,7 +115,7 @@ class Prompt:
             if host is None or not host.numel():
                 continue
             mode = FakeRunner.of(fake_value(node).fake_mode)
-            pairs = torch.arange(host[:, :, 0, 0, 0, 0].numel()).view(host.shape[:2])
+            pairs = torch.arange(host.shape[0] * host.shape[1]).view(host.shape[:2])
             address = host.data_ptr() + pairs * host.stride(1) * host.element_size()
             self.kv.state[node.name] = address
             node.meta["val"] = mode.new(address.shape, address.stride(), address.dtype, CPU)
@@ -155,7 +159,7 @@ STAGED = {"_mark_blocks", "_place_blocks", "_gather_listed", "_copy_pages"}
 TURN = {*STAGED, *PACKED} - {"_mark_blocks", "_tile_unions"}
 SPARSE = {*STORED, *PACKED, *SELECTED, *POOLED}
 # What a hint keeps of a prompt's last token.
-PREDICTED = {"ema": INFLLM2 | {"_update_prediction"}}
+PREDICTED = dict.fromkeys(("ema", "mixture"), INFLLM2 | {"_update_prediction"})
 PROMPTS = {
     "dense": (
         "prefill", {"mode": "dense", "offload": "never"}, {*STORED} - {"_store_prefix"},
@@ -182,6 +186,18 @@ PROMPTS = {
     "shared": (
         "sparse_prefill", {"shared_tokens": 8},
         {*SPARSE, "_token_sums"}, {*SPARSE, "_token_sums", *STAGED},
+    ),
+    "int8": (
+        "prefill", {"kv_format": "int8"},
+        {*STORED, *POOLED, "_store_prefix_packed"} - {"_store_prefix"},
+        {*STORED, *POOLED, *TURN, "_store_prefix_packed", "_gather_listed_packed"}
+        - {"_store_prefix", "_gather_listed"},
+    ),
+    "resident int4": (
+        "sparse_prefill", {"offload": "never", "kv_format": "int4"},
+        {*SPARSE, "_token_sums", "_store_prefix_packed"} - {"_store_prefix"},
+        {*SPARSE, "_token_sums", *STAGED, "_store_prefix_packed"}
+        - {"_store_prefix", "_gather_listed"},
     ),
     "calibrated": (
         "prefill", {"mode": "exact", "hint": "ema", "ema_calibrate": True},

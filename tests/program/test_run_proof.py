@@ -31,6 +31,7 @@ CASES = {
     "forecast": {"mode": "forecast"},
     "exact-next_query": {"mode": "exact", "hint": "next_query"},
     "exact-previous_step": {"mode": "exact", "hint": "previous_step"},
+    "exact-ema": {"mode": "exact", "hint": "ema"},
     "exact-ema+forecast": {"mode": "exact", "hint": ("ema", "forecast")},
     "exact-previous_layer": {"mode": "exact", "hint": "previous_layer"},
     "query": {"mode": "query"},

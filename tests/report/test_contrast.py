@@ -13,6 +13,7 @@ PRINT = STYLE[STYLE.index("@media print") :]
 DARK = STYLE[STYLE.index("prefers-color-scheme: dark") : STYLE.index("* { box-sizing")]
 LIGHT = STYLE[: STYLE.index("@media")]
 
+KINDS = ("linear", "sparda", "copy", "exposed", "early", "repair", "ahead", "other")
 # Text -> what it stands on. A row under the pointer is `well`, a chosen one `tint`.
 PAIRS = {
     "ink": "page card well tint bad-tint add del mark wait wait-odd band band-even",
@@ -21,9 +22,7 @@ PAIRS = {
     "bad": "card well bad-tint",
     "add-ink": "card well tint add",
     "del-ink": "card well tint",
-    "label": " ".join(
-        f"{kind} {kind}-odd" for kind in ("linear", "sparda", "copy", "exposed", "other")
-    ),
+    "label": " ".join(f"{kind} {kind}-odd" for kind in KINDS),
 }
 
 
@@ -59,7 +58,7 @@ def colours_of(mode):
     """Return the page's colours by name, those that it mixes too."""
     colours = variables(LIGHT) | variables({"light": "", "dark": DARK, "print": PRINT}[mode])
     odd = number(r"\.bar\.odd \{ fill: color-mix\(in srgb, var\(--c\) (\d+)%, black\)") / 100
-    for kind in ("linear", "sparda", "copy", "exposed", "other", "wait"):
+    for kind in (*KINDS, "wait"):
         colours[f"{kind}-odd"] = mix(colours[kind], "#000000", odd)
     for name, pattern in (("band", r"\.band \{"), ("band-even", r"\.band\.even \{")):
         share = number(pattern + r"[^}]*fill-opacity: (\.\d+)")

@@ -72,6 +72,7 @@ def test_to_dict_is_plain_and_complete(schedule):
         "exposed_us": 2.5,
         "link_bytes": 96 * KIB,
         "choices": ["layer 1: wait sinks"],
+        "speculation": [],
     }
 
 

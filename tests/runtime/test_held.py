@@ -76,6 +76,16 @@ def test_every_mode_takes_over_and_hands_over_the_same_bits(fast, prompt, mode, 
     assert_same(first, fast.new_cache(past=taken))
 
 
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_blocks_that_were_rounded_stay_what_they_are(fast, prompt, kv_format):
+    rounds = optimize(fast, BASE.replace(kv_format=kv_format))
+    first = read(rounds, *prompt)
+    plain = fast.new_cache(past=first)
+    assert_same(first, plain)
+    # Rounding what is rounded changes nothing.
+    assert_same(first, rounds.new_cache(past=plain))
+
+
 def test_a_step_goes_on_as_if_nothing_had_happened(fast, prompt):
     ids, mask = prompt
     resident = optimize(fast, BASE.replace(offload="never", selector="quest"))

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import KVCacheError
-from sparda_compile.module.cache import keys_and_values
+from sparda_compile.module.given_cache import keys_and_values
 from sparda_compile.runtime.take_over import take_over
 from sparda_compile.testing import build, tiny_llama
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from sparda_compile.testing import (
     tiny_llama,
     tiny_nosa,
 )
+from sparda_compile.testing.reference_scores import Rules
 
 SMALL = {"block_size": 16, "pool_size": 16, "pool_stride": 16, "sink_blocks": 1, "local_blocks": 1}
 SELECTIONS = [("query", "infllm2"), ("query", "quest"), ("forecast", "infllm2")]
@@ -134,49 +133,13 @@ def rules(**changes):
         "pool_size": 32,
         "pool_stride": 16,
     }
-    return reference._Rules(**{**defaults, **changes})
-
-
-def test_windows_of_a_block_are_the_published_five():
-    for m in range(4):
-        touching = [
-            j
-            for j in range(20)
-            if reference._window_to_block_scores(
-                [1.0 if i == j else 0.0 for i in range(20)], 5, rules()
-            )[m]
-            == 1.0
-        ]
-        assert touching == [j for j in range(4 * m - 1, 4 * m + 4) if j >= 0]
-
-
-def test_block_without_a_window_is_never_preferred():
-    scores = reference._window_to_block_scores([-5.0], 3, rules())
-    assert scores == [-5.0, -math.inf, -math.inf]
-
-
-def test_pooled_keys_are_whole_windows_only():
-    keys = [torch.full((2,), float(t)) for t in range(63)]
-    pooled = reference._pooled_keys(keys, rules())
-    assert [p[0].item() for p in pooled] == [15.5, 31.5]
-    assert reference._pooled_keys(keys[:31], rules()) == []
-
-
-def test_quest_bounds_every_key_of_a_block():
-    generator = torch.Generator().manual_seed(0)
-    keys = list(torch.randn(100, 8, generator=generator))
-    q_RD = torch.randn(3, 8, generator=generator)
-    scores = reference._quest_block_scores(q_RD, keys, 3, rules(selector="quest"))
-    for m in range(2):
-        products = torch.stack(keys[64 * m : 64 * (m + 1)]) @ q_RD.mean(0)
-        assert scores[m] >= products.max().item()
-    assert scores[2] == -math.inf
+    return Rules(**{**defaults, **changes})
 
 
 def test_ties_and_missing_scores_go_to_the_lower_id():
     keys = [torch.zeros(4) for _ in range(300)]
     q_RD = torch.ones(2, 4)
-    for selector in ("infllm2", "quest"):
+    for selector in ("infllm2", "quest", "lowbit2"):
         ids = reference._select(q_RD, None, 0.5, keys, 300, rules(selector=selector, top_k=2))
         assert ids == [0, 1, 4]
     short = reference._select(q_RD, None, 0.5, keys[:20], 20, rules(block_size=16, top_k=1))

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.module.planned_ranks import as_first_rank
+from sparda_compile.testing import build
 from sparda_compile.training import parallel
 from sparda_compile.training.trainer import ForecastTrainer
 
@@ -50,3 +53,13 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     assert parallel.local_device() == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parallel.local_device() == torch.device("cpu")
+
+
+def test_a_model_that_is_sharded_is_not_trained_for(gym):
+    with (
+        as_first_rank(build("llama"), 2) as model,
+        pytest.raises(
+            UnsupportedInputError, match="sharded over 2 ranks, and a Forecast is trained"
+        ),
+    ):
+        ForecastTrainer(model, gym.config, 3e-3)

@@ -45,7 +45,8 @@ class Case:
     """A configuration by its name.
 
     Attributes:
-        name: Mode, selector, hint, budget and what the prompt reads, where they matter.
+        name: Mode, selector, hint, budget, format of full blocks and what the prompt reads, where
+            they matter.
         config: With its budget; its `prefill` is `dense` or `sparse`.
     """
 
@@ -64,7 +65,7 @@ def make_cases(
     """Return each configuration at each budget and kind of prompt, once.
 
     Args:
-        bases: Without a budget, one for each mode, selector and hint.
+        bases: Without a budget, one for each mode, selector, hint and format of full blocks.
         length: Tokens of a sequence.
         budgets: Of the blocks; mode `dense` has none.
         prefills: What a prompt's tokens read: `dense`, `sparse`.
@@ -76,7 +77,9 @@ def make_cases(
     found: dict[str, Case] = {}
     for budget in budgets:
         if oracle and bases:
-            base = bases[0].replace(mode="query", selector=ORACLE, prefill="dense")
+            base = bases[0].replace(
+                mode="query", selector=ORACLE, prefill="dense", kv_format="model"
+            )
             found[f"{ORACLE} {budget}"] = Case(f"{ORACLE} {budget}", budget.config(base, length))
         for base in bases:
             for prefill in prefills if base.mode != "dense" else ("dense",):
@@ -87,8 +90,9 @@ def make_cases(
 
 
 def _name(config: SpardaConfig, budget: Budget, prefill: str) -> str:
+    tail = "" if config.kv_format == "model" else f", {config.kv_format}"
     if config.mode == "dense":
-        return "module, dense"
+        return f"module, dense{tail}"
     hint = f" by {'+'.join(config.hints)}" if config.hints else ""
     ending = ", sparse prompt" if prefill == "sparse" else ""
-    return f"{config.mode} {config.selector}{hint} {budget}{ending}"
+    return f"{config.mode} {config.selector}{hint} {budget}{tail}{ending}"

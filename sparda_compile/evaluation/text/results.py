@@ -48,6 +48,7 @@ class Record:
         kl: Their KL divergence from the model itself, nats, summed.
         same: Those whose likeliest token is the model's.
         is_right: Whether all of their likeliest tokens are right.
+        kv_format: How full blocks are written.
     """
 
     task: str
@@ -67,6 +68,7 @@ class Record:
     kl: float
     same: int
     is_right: bool
+    kv_format: str = "model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class TextRow:
         right: Share of right answers; None for perplexity.
         right_gain: Share of right answers less that of the model itself; None likewise.
         right_by_label: Share of right answers by depth or question.
+        kv_format: How full blocks are written.
     """
 
     task: str
@@ -110,6 +113,7 @@ class TextRow:
     right: Estimate | None
     right_gain: Estimate | None
     right_by_label: dict[str, float]
+    kv_format: str = "model"
 
 
 def rows_of(records: Sequence[Record]) -> list[TextRow]:
@@ -161,6 +165,7 @@ def _row(records: list[Record], dense: list[Record]) -> TextRow:
             label: _mean([float(r.is_right) for r in records if r.label == label])
             for label in labels
         },
+        kv_format=first.kv_format,
     )
 
 

@@ -256,6 +256,7 @@ def _records(
             prefill=config.prefill,
             num_read=config.num_selected(num_blocks),
             num_blocks=num_blocks,
+            kv_format=str(config.kv_format),
             **dataclasses.asdict(scored[row]),
         )
         for row, script in enumerate(batch)

@@ -150,7 +150,9 @@ def _draw(panel: Any, length: int, rows: Sequence[TextRow]) -> None:
         if row.mode != "dense":
             prompt = ", sparse prompt" if row.prefill == "sparse" else ""
             hints = f" by {row.hints}" if row.hints else ""
-            name = ORACLE if row.selector == ORACLE else f"{row.mode} {row.selector}{hints}{prompt}"
+            tail = "" if row.kv_format == "model" else f", {row.kv_format}"
+            name = f"{row.mode} {row.selector}{hints}{tail}{prompt}"
+            name = ORACLE if row.selector == ORACLE else name
             lines.setdefault(name, []).append((100 * row.budget, row.perplexity.value))
     for name, points in lines.items():
         budgets, values = zip(*sorted(points), strict=True)

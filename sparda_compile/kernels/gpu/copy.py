@@ -31,6 +31,8 @@ __all__ = [
     "chunk_words",
     "copy_runs",
     "copy_words",
+    "count_listed",
+    "find_listed",
     "gather",
     "gather_listed",
     "store_tail",
@@ -57,20 +59,41 @@ def copy_words(source, target, words, CHUNK: tl.constexpr):  # noqa: ANN201 - a 
 
 
 @triton.jit
+def find_listed(entry, count, end, listed, ROWS: tl.constexpr):  # noqa: ANN201 - a part of kernels
+    """Return the row of the `entry`-th block of all lists, and its place in them."""
+    rows = tl.arange(0, ROWS)
+    row = tl.sum((end <= entry).to(tl.int32), 0)
+    return row, row.to(tl.int64) * listed + entry - tl.sum(tl.where(rows < row, count, 0), 0)
+
+
+@triton.jit
+def count_listed(  # noqa: ANN201 - a part of kernels
+    blocks, num_rows, SELECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Return how many blocks each row lists, up to the first -1."""
+    rows = tl.arange(0, ROWS)
+    count = tl.zeros([ROWS], dtype=tl.int32)
+    for first in tl.static_range(0, SELECTED, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = (rows[:, None] < num_rows) & (columns[None, :] < SELECTED)
+        listed = rows[:, None] * SELECTED + columns[None, :]
+        count += tl.sum((tl.load(blocks + listed, mask=inside, other=-1) >= 0).to(tl.int32), 1)
+    return count
+
+
+@triton.jit
 def _copy_listed(
     count, blocks, slots, host, target, listed, num_slots, programs,
     ROWS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Copy the first `count` listed blocks of each row to their slots: this program's share."""
-    rows = tl.arange(0, ROWS)
     end = tl.cumsum(count, 0)
     chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
     total = tl.sum(count, 0) * chunks
     item = tl.program_id(0)
     while item < total:
         entry, chunk = item // chunks, item % chunks
-        row = tl.sum((end <= entry).to(tl.int32), 0)
-        place = row.to(tl.int64) * listed + entry - tl.sum(tl.where(rows < row, count, 0), 0)
+        row, place = find_listed(entry, count, end, listed, ROWS)
         block = tl.load(blocks + place).to(tl.int64)
         slot = tl.load(slots + place).to(tl.int64)
         from_at = tl.load(host + row) + (block * WORDS + chunk * CHUNK) * 4
@@ -86,13 +109,7 @@ def _gather(
     SELECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, ROWS)
-    count = tl.zeros([ROWS], dtype=tl.int32)
-    for first in tl.static_range(0, SELECTED, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        inside = (rows[:, None] < num_rows) & (columns[None, :] < SELECTED)
-        listed = rows[:, None] * SELECTED + columns[None, :]
-        count += tl.sum((tl.load(miss_blocks + listed, mask=inside, other=-1) >= 0).to(tl.int32), 1)
+    count = count_listed(miss_blocks, num_rows, SELECTED, ROWS, COLUMNS)
     _copy_listed(
         count, miss_blocks, miss_pages, host, pages, SELECTED, num_pages, programs,
         ROWS, WORDS, CHUNK,

@@ -104,7 +104,8 @@ def _kinds_of(kernel: Any) -> list[_Kind]:
 def _form(argument: Any, kind: _Kind) -> Any:
     """Return what a kernel is compiled for, of an argument: see Triton's specialization."""
     if isinstance(argument, Tensor):
-        return argument.dtype
+        # What is allocated begins at 512 bytes or more.
+        return argument.dtype, argument.storage_offset() * argument.element_size() % 16 == 0
     if kind is _Kind.CONSTANT or argument is None:
         return type(argument), argument
     if type(argument) is not int:

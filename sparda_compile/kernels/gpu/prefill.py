@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, block_bytes, copy_runs, copy_words
 from sparda_compile.kernels.gpu.launch import address_of, launch, power_of_two, tokens_of
+from sparda_compile.kernels.gpu.packed import gather_listed_packed
+from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,7 +124,9 @@ def store_prefix(
     )  # fmt: skip
 
 
-def load_prefix(pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int) -> Tensor:
+def load_prefix(
+    pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int, kv_format: str = "model"
+) -> Tensor:
     """Return the first blocks of each sequence, [B, G, n, 2, P, D].
 
     Args:
@@ -130,6 +134,7 @@ def load_prefix(pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: in
         host: [B, G] int64 addresses, or empty without offload.
         block_table: [B, G, N] int32; a block without a page comes from the host.
         num_blocks: n.
+        kv_format: How blocks in CPU memory are stored.
     """
     batch, groups, num_pages = pages.shape[:3]
     num_bytes = block_bytes(pages)
@@ -137,8 +142,16 @@ def load_prefix(pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: in
     page = block_table[:, :, :num_blocks].long()
     pairs = torch.arange(batch * groups, device=pages.device).view(batch, groups, 1)
     source = address_of(pages) + (pairs * num_pages + page.clamp(min=0)) * num_bytes
-    if host.numel():
+    is_packed = host.numel() > 0 and KV_FORMATS[kv_format].rounds
+    if host.numel() and not is_packed:
         numbers = torch.arange(num_blocks, device=pages.device) * num_bytes
         source = source.where(page >= 0, host[:, :, None] + numbers)
+    # What is stored in another form gets a page's bytes first, and then its own.
     copy_runs(source.flatten().contiguous(), _addresses(blocks.flatten(0, 2)), num_bytes)
+    if is_packed:
+        absent = (page < 0).flatten(0, 1)
+        listed = (~absent).byte().argsort(dim=-1, stable=True).int()
+        gather_listed_packed(
+            listed, listed, absent.sum(-1, dtype=torch.int32), host, blocks, kv_format
+        )
     return blocks

@@ -18,6 +18,8 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, copy_words, gather_listed
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
+from sparda_compile.kernels.gpu.packed import gather_listed_packed
+from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +95,7 @@ def stage(
     staging: Tensor,
     slots_BGN: Tensor,
     num_room: int,
+    kv_format: str = "model",
 ) -> None:
     """Copy the past blocks that any token has selected; see `runtime.staging`.
 
@@ -104,6 +107,7 @@ def stage(
         staging: [B, G, S, 2, P, D]; its last slots are written.
         slots_BGN: int32, written.
         num_room: Slots at the end of the buffer for blocks of the past, more than none.
+        kv_format: How blocks in CPU memory are stored.
     """
     pages, host, table = past
     batch, groups, num_pages, _, size, _ = pages.shape
@@ -118,13 +122,16 @@ def stage(
         launch(_mark_blocks, (triton.cdiv(num_ids, _IDS), pairs))(
             ids, wanted, num_ids, num_blocks, _IDS, num_warps=4
         )
-    listed = table.new_empty((3, pairs, num_room))
+    # Each with memory of its own, for a kernel is compiled anew where one begins off 16 bytes.
+    listed = [table.new_empty((pairs, num_room)) for _ in range(3)]
     num_missed = table.new_empty((pairs,))
     launch(_place_blocks, (pairs,))(
         wanted, lengths_B, table, slots_BGN, *listed, num_missed, groups,
         num_blocks, num_new, num_room, size, _TILE, num_warps=4,
     )  # fmt: skip
-    if host.numel():
+    if host.numel() and KV_FORMATS[kv_format].rounds:
+        gather_listed_packed(listed[1], listed[2], num_missed, host, staging, kv_format)
+    elif host.numel():
         gather_listed(listed[1], listed[2], num_missed, host, staging, GATHER_PROGRAMS)
     launch(_copy_pages, (num_room, pairs))(
         listed[0], pages, staging, num_pages, num_slots, num_new, words,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparda_compile.graph.op_index import Op
+    from sparda_compile.passes.base import PassContext
 
 
 __all__ = ["Operand", "Operands", "compare", "wanted_words", "words_of", "wrong_numbers"]
@@ -72,8 +73,15 @@ def wanted_words(wanted: Operand | list[Operand]) -> str:
     return f"result {wanted[1]} of {wanted[0]}" if isinstance(wanted, tuple) else str(wanted)
 
 
-def wrong_numbers(op: Op) -> Iterator[str]:
-    """Yield which number an op takes that its caller does not give."""
+def wrong_numbers(op: Op, ctx: PassContext) -> Iterator[str]:
+    """Yield which number an op takes that its caller does not give, and which other format."""
     for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
         if name in op.args and getattr(op.args[name], "name", None) != wanted:
             yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
+    assert ctx.layout is not None
+    given = op.args.get("kv_format")
+    if given is None or op.layer is None:
+        return
+    wanted = ctx.layout.kv_format(op.layer).name
+    if given != wanted:
+        yield f"{op.node.name} takes {given!r} as its kv_format, not {wanted!r}"

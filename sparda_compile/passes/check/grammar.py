@@ -132,7 +132,9 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
     roles = ["update_summary"] * len(layout.summaries())
     copies = ["offload_blocks"] if is_async else []
     if layout.offload:
-        roles += ["offload_blocks", "offload wait_blocks"] if is_async else ["store_blocks"]
+        roles += ["offload_blocks", "offload wait_blocks"] if is_async else []
+    if layout.stores(shape.layer) and not is_async:
+        roles.append("store_blocks")
     if not ctx.is_decode:
         roles += ["extend_kv", *["fork_stream"] * len(copies)]
         sparse = ("select_tokens", "stage_blocks", "attend_tokens")

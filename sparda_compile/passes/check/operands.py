@@ -14,7 +14,7 @@ from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
-from sparda_compile.passes.check.transfers import marked, marked_state, wrong_transfers
+from sparda_compile.passes.check.transfers import full_state, marked, marked_state, wrong_transfers
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -27,7 +27,6 @@ from sparda_compile.passes.check.compare import Operand, Operands, compare, word
 from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
-
 
 _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
@@ -142,9 +141,10 @@ class _Layer:
         """Return what the ops of a hint take where the layer's own take something else."""
         mine = [op for op, name in self._of_hint.items() if name == hint]
         by_name = {op.name: op.node.name for op in mine}
-        found: Operands = {"scores": by_name.get("score_blocks"), "block_ids": borrowed}
-        if borrowed is None:
-            found["block_ids"] = next((by_name[n] for n in _GUESSES if n in by_name), None)
+        first = next((by_name[n] for n in _GUESSES if n in by_name), None)
+        scores = by_name.get("mix_scores", by_name.get("score_blocks"))
+        found: Operands = {"scores": scores, "block_ids": first if borrowed is None else borrowed}
+        self._own |= {"asked": by_name["score_blocks"]} if "mix_scores" in by_name else {}
         plans = [op for op in self._layer.by_role.get("hint plan", ()) if op in mine]
         return {**(_results(plans[0]) if plans else {}), **found}
 
@@ -202,7 +202,7 @@ class _Layer:
                 expected = {"inputs": marked(op, self._layer, self._state)}
             elif op.name == "predict_ahead":
                 expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
-            yield from wrong_numbers(op)
+            yield from wrong_numbers(op, self._ctx)
             yield from compare(op, expected, self._mine)
         updated = [op.args["summary"] for op in self._layer.by_role.get("update_summary", ())]
         if sorted(updated) != sorted(self._summaries):
@@ -228,7 +228,7 @@ class _Layer:
         if names := marked_state(copy, self._layer):
             return [self._state[name] for name in names]
         if copy.name == "offload_blocks":
-            return [self._state["host"]]
+            return [self._state[name] for name in full_state(self._ctx, copy)]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
             return [self._state["pages"]]
         used = [str(name) for names in self._summaries.values() for name in names]

@@ -67,7 +67,7 @@ def _unfinished(index: OpIndex) -> Iterator[str]:
             yield f"{node.name} was not replaced"
         if "val" not in node.meta:
             yield f"{node.name} has no fake value"
-        if op.layer is None:
+        if op.layer is None and not INSTRUCTIONS[op.name].is_collective:
             yield f"{node.name} belongs to no layer"
 
 
@@ -115,5 +115,7 @@ def _tickets(index: OpIndex) -> Iterator[str]:
 
 def _strangers(index: OpIndex, layers: set[int]) -> Iterator[str]:
     for op in index.ops.values():
+        if INSTRUCTIONS[op.name].is_collective:
+            continue
         if op.layer not in layers and op.name not in ("number_tokens", "advance_lengths"):
             yield f"{op.node.name} is for layer {op.layer}, which has no attention"

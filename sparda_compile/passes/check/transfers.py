@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from torch import fx
 
     from sparda_compile.graph.op_index import Op, OpIndex
+    from sparda_compile.passes.base import PassContext
     from sparda_compile.passes.check.compare import Operand
     from sparda_compile.passes.check.grammar import LayerOps
 
-__all__ = ["marked", "marked_state", "wrong_fork", "wrong_transfers", "wrong_wait"]
+__all__ = ["full_state", "marked", "marked_state", "wrong_fork", "wrong_transfers", "wrong_wait"]
 
 _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
@@ -40,6 +41,13 @@ def marked_state(mark: Op, layer: LayerOps) -> tuple[str, ...]:
     """Return short names of the state that the wait behind a mark takes; none if it is no mark."""
     found = (names for role, names in _MARKED_STATE.items() if mark in layer.by_role.get(role, ()))
     return next(found, ())
+
+
+def full_state(ctx: PassContext, copy: Op) -> tuple[str, ...]:
+    """Return short names of the state that a store of full blocks writes, and its wait takes."""
+    assert ctx.layout is not None
+    assert copy.layer is not None
+    return ("pages", "host") if ctx.layout.kv_format(copy.layer).rounds else ("host",)
 
 
 def marked(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[Operand]:

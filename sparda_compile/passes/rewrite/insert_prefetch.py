@@ -56,7 +56,7 @@ from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.tags import HINT, HINTS, LAYER, SITE
-from sparda_compile.graph.writer import PagePlan, StateInputs, plan_pages, select_past
+from sparda_compile.graph.writer import PagePlan, StateInputs, format_of, plan_pages, select_past
 from sparda_compile.isa.streams import COPY
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
@@ -173,15 +173,20 @@ class _Insertion(TransferNodes):
 
     def store(self, store: fx.Node) -> int:
         """Split an in-line store into its start and a wait at the end of the step."""
+        assert self.ctx.layout is not None
         layer = LAYER.of(store)
         emit = Emitter(self.graph, store, store, layer)
         event = next(self.events)
         inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self.events)
-        ticket = emit.call("offload_blocks", *store.args, event, fork)
+        ticket = emit.call(
+            "offload_blocks", *store.args, event, fork, **format_of(self.ctx.layout, layer)
+        )
         end = find_ops(self.graph, "advance_lengths")[0]
-        self.wait(end, ticket, event, [self.state.get("host", layer)])
+        rounds = self.ctx.layout.kv_format(layer).rounds
+        written = ("pages", "host") if rounds else ("host",)
+        self.wait(end, ticket, event, [self.state.get(name, layer) for name in written])
         self.graph.erase_node(store)
         return 1
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparda_compile.graph.writer import (
     StateInputs,
+    format_of,
     geometry_of,
     plan_pages,
     select_by_score,
@@ -76,6 +77,7 @@ class SiteRewrite:
                 plan.miss_pages,
                 self._get("host"),
                 self._get("pages"),
+                **format_of(layout, site.layer),
             )
         emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
         self._update_summaries([])
@@ -89,7 +91,7 @@ class SiteRewrite:
             site.scale,
             site.softcap,
         )
-        if layout.offload:
+        if layout.stores(site.layer):
             emit.call(
                 "store_blocks",
                 [],
@@ -100,6 +102,7 @@ class SiteRewrite:
                 self._get("pages"),
                 self._get("host"),
                 self._get("counters"),
+                **format_of(layout, site.layer),
             )
         return out
 
@@ -127,6 +130,7 @@ class SiteRewrite:
                 site.softcap,
                 self.state.num_past(),
                 self.state.may_hide(),
+                **format_of(self._layout, site.layer),
             )
         emit.call(
             "extend_kv",
@@ -145,7 +149,7 @@ class SiteRewrite:
         )
         if block_ids is None:
             self._update_summaries(tokens)
-        if self._layout.offload:
+        if self._layout.stores(site.layer):
             emit.call(
                 "store_blocks",
                 [site.k, site.v],
@@ -156,12 +160,13 @@ class SiteRewrite:
                 pages,
                 host,
                 self._get("counters"),
+                **format_of(self._layout, site.layer),
             )
         return out
 
     def _attend_tokens(self, block_ids: fx.Node, tokens: list[fx.Node]) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
-        staged = stage_blocks(emit, block_ids, self.state)
+        staged = stage_blocks(emit, block_ids, self.state, self._layout)
         return emit.call(
             "attend_tokens",
             site.query,

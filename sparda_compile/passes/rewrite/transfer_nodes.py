@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.tags import LAYER
+from sparda_compile.graph.writer import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,8 +48,15 @@ class TransferNodes:
             name=f"{prefix}fork_{emit.layer}",
         )
         event = next(self.events)
+        assert self.ctx.layout is not None
         ticket = emit.call(
-            "prefetch_blocks", *misses, *pools, event, fork, name=f"{prefix}prefetch_{emit.layer}"
+            "prefetch_blocks",
+            *misses,
+            *pools,
+            event,
+            fork,
+            name=f"{prefix}prefetch_{emit.layer}",
+            **format_of(self.ctx.layout, emit.layer),
         )
         return ticket, event
 

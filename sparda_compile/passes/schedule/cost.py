@@ -4,6 +4,7 @@
     us = bytes / bandwidth, + kernel if it begins one        an elementwise node
     us = latency of the op + max(flops / rate, bytes / ..)   an op of ours
     us = launch + expected bytes / link bandwidth            a copy
+    us = latency of the op + bytes sent / rate to peers      a collective
 
 A compiler fuses elementwise nodes with each other, and not with a matrix multiplication: what
 follows one is a kernel of its own (`kernels_of.py`).
@@ -32,6 +33,7 @@ from sparda_compile.registry import SELECTORS
 from sparda_compile.state.layout import state_name
 
 if TYPE_CHECKING:
+    from sparda_compile.isa.table import Instruction
     from sparda_compile.passes.base import PassContext
 
 __all__ = ["Cost", "costs_of", "node_cost"]
@@ -69,6 +71,8 @@ def node_cost(node: fx.Node, ctx: PassContext, *, begins_kernel: bool = False) -
     if it is not None and it.work in (Work.TO_DEVICE, Work.TO_STAGING, Work.TO_HOST):
         link = link_bytes(node, it.work, ctx)
         return Cost(machine.launch_us + link / (machine.link_gbps * 1e3), 0, link)
+    if it is not None and it.is_collective:
+        return _together(node, it, ctx)
     hbm_bytes = _bytes(node, ctx) if it is None else _sparda_bytes(node, it.work, ctx)
     flops = _flops(node, ctx) if it is None else _sparda_flops(node, it.work, ctx)
     us = max(flops / (machine.tflops * 1e6), hbm_bytes / (machine.memory_gbps * 1e3))
@@ -77,6 +81,15 @@ def node_cost(node: fx.Node, ctx: PassContext, *, begins_kernel: bool = False) -
     elif begins_kernel:
         us += machine.kernel_us
     return Cost(us, hbm_bytes)
+
+
+def _together(node: fx.Node, it: Instruction, ctx: PassContext) -> Cost:
+    """Return the cost of a collective: what each rank sends, at the rate between ranks."""
+    ranks, result = argument(node, "num_ranks"), num_bytes(fake_value(node), ctx)
+    turns = 2 if it.work is Work.REDUCED else 1
+    sent = turns * (ranks - 1) / ranks * result
+    us = ctx.machine.latency_of(it.name, it.latency_us) + sent / (ctx.machine.peer_gbps * 1e3)
+    return Cost(us, 2 * result)
 
 
 def _bytes(node: fx.Node, ctx: PassContext) -> int:

@@ -20,15 +20,16 @@ from torch import Tensor, fx
 
 from sparda_compile.graph.effects import argument, instruction, results_of, takes
 from sparda_compile.graph.nodes import fake_value
-from sparda_compile.graph.tags import HINT
+from sparda_compile.graph.tags import HINT, LAYER
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.schedule.num_bytes import EXAMPLE_TOKENS, num_bytes, numel
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.state.layout import CacheLayout
     from sparda_compile.state.strategy import HintMethod
 
-__all__ = ["expected_misses", "link_bytes", "read_bytes"]
+__all__ = ["expected_misses", "expected_repair", "link_bytes", "read_bytes"]
 
 
 def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
@@ -44,15 +45,20 @@ def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
     assert ctx.layout is not None
     pages = fake_value(argument(node, "pages"))
     if work is Work.TO_HOST:
+        if not ctx.layout.offload:
+            return 0  # it rounds in place
         new_kv = argument(node, "new_kv")
         if new_kv:
-            return sum(num_bytes(fake_value(n), ctx) for n in new_kv)
+            new = sum(num_bytes(fake_value(n), ctx) for n in new_kv)
+            block = numel(pages.shape[3:], ctx) * int(pages.dtype.itemsize)
+            return new * _stored_bytes(node, ctx) // block
         # One block per `block_size` steps.
-        block = numel((*pages.shape[:2], *pages.shape[3:]), ctx) * int(pages.dtype.itemsize)
+        block = numel(pages.shape[:2], ctx) * _stored_bytes(node, ctx)
         return block // ctx.layout.config.block_size
     if work is Work.TO_STAGING:
-        return _staged_bytes(pages, ctx)
-    return int(_selected_bytes(pages, _num_scored(ctx), ctx) * _fetched_share(node, ctx))
+        return _staged_bytes(node, ctx)
+    blocks = numel(pages.shape[:2], ctx) * min(_num_scored(ctx), int(pages.shape[2]))
+    return int(blocks * _stored_bytes(node, ctx) * _fetched_share(node, ctx))
 
 
 def read_bytes(node: fx.Node, pool: Tensor, work: Work, ctx: PassContext) -> int:
@@ -83,7 +89,19 @@ def expected_misses(ctx: PassContext) -> float:
     As many of those that scores choose as the step before did not choose: a prediction that has
     seen more steps is taken to miss no more.
     """
-    return 1.0 + _num_scored(ctx) * (1.0 - ctx.config.expected_overlap)
+    assert ctx.layout is not None
+    return expected_repair(ctx.layout, ctx.config.expected_overlap)
+
+
+def expected_repair(layout: CacheLayout, overlap: float) -> float:
+    """Return the same for a cache.
+
+    Args:
+        layout: Its sizes.
+        overlap: Share of the blocks chosen by score that the step before chose too.
+    """
+    scored = max(layout.num_selected - layout.config.num_forced, 0)
+    return 1.0 + scored * (1.0 - overlap)
 
 
 def _selected_bytes(pool: Tensor, num_blocks: int, ctx: PassContext) -> int:
@@ -98,7 +116,7 @@ def _num_scored(ctx: PassContext) -> int:
     return max(ctx.layout.num_selected - ctx.layout.config.num_forced, 0)
 
 
-def _staged_bytes(pages: Tensor, ctx: PassContext) -> int:
+def _staged_bytes(node: fx.Node, ctx: PassContext) -> int:
     """Expected bytes of the past blocks that an example of a prompt reads, from CPU memory.
 
     The cache is half full, and each token replaces as many blocks as each step does.
@@ -108,8 +126,15 @@ def _staged_bytes(pages: Tensor, ctx: PassContext) -> int:
         return 0
     fresh = _num_scored(ctx) * (1.0 - ctx.config.expected_overlap)
     blocks = min(ctx.layout.num_selected + fresh * EXAMPLE_TOKENS, ctx.layout.num_blocks / 2)
-    pairs, block = numel(pages.shape[:2], ctx), numel(pages.shape[3:], ctx)
-    return int(blocks * pairs * block * pages.dtype.itemsize)
+    pairs = numel(fake_value(argument(node, "pages")).shape[:2], ctx)
+    return int(blocks * pairs * _stored_bytes(node, ctx))
+
+
+def _stored_bytes(copy: fx.Node, ctx: PassContext) -> int:
+    """Return the bytes of one block in CPU memory, given a copy of such blocks."""
+    assert ctx.layout is not None
+    pages = fake_value(argument(copy, "pages"))
+    return ctx.layout.stored_bytes(LAYER.of(copy), int(pages.shape[5]), pages.dtype)
 
 
 def _fetched_share(copy: fx.Node, ctx: PassContext) -> float:

@@ -66,6 +66,8 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     copy,
     extend,
     extend_summary,
+    packed,
+    packed_store,
     partials,
     predict,
     prefill,
@@ -80,6 +82,7 @@ from sparda_compile.selectors.base import empty_summary  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
 BLOCKS, SELECTED, PAGES = 300, 20, 31
+PACKED = ("int8", "fp8", "int4")
 BATCH, GROUPS, HEADS = 2, 2, 8
 
 
@@ -143,6 +146,11 @@ def run_all(dtype, dim, size):
     copy.store_tail(tail, lengths, pages, host, counters)
     copy.copy_runs(host.flatten(), host.flatten(), pages[0, 0, 0].nbytes)
 
+    for kv_format in PACKED:
+        packed.gather_packed(ids, ids, host, pages, kv_format)
+        packed_store.store_tail(tail, lengths, pages, host, counters, kv_format)
+    packed_store.store_tail(tail, lengths, pages, host[:0], counters, "int8")
+
     table = ints(BATCH, GROUPS, BLOCKS)
     for softcap, flags, late in ((0.0, None, False), (30.0, is_miss, True)):
         parts = attention.partials(
@@ -198,6 +206,11 @@ def run_prompt(dtype, dim, size):
             extend.extend_kv(k, k, numbered, lengths, pages, tables, resident)
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
         prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
+    for kv_format in PACKED:
+        stored = (tables[0], pages, host, counter, kv_format)
+        packed_store.store_prefix(k, k, numbered, lengths, *stored)
+        past = (pages, host, tables[0])
+        stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
         kernel(k, numbered, lengths, empty_summary(summary_named(name), k, geometry), geometry)
 

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from sparda_compile.kernels.gpu import stage
+from sparda_compile.kernels.gpu.launch import as_written, launch
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.prefill_attention import num_new_slots, token_positions
+from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime.staging import empty_staging
 
 if TYPE_CHECKING:
@@ -162,3 +166,97 @@ def prompt_case(device, monkeypatch) -> type[PromptCase]:
     if device == "cpu":
         monkeypatch.setattr(stage, "GATHER_PROGRAMS", 3)
     return PromptCase
+
+
+class PackedCase:
+    """Blocks and runs of formats that round, and whether two are the same."""
+
+    @staticmethod
+    def blocks(*shape, dtype, seed=0):
+        """Return blocks with outliers, constant lines, tiny numbers, zeros, NaN and infinity."""
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        x[..., 3] *= 1000
+        x[..., 1, :] = 0.25
+        x[..., 5] = -2.5
+        x[..., 7] *= 1e-6
+        x[..., 2, :] *= 1e-7
+        x[..., 9] = 0.0
+        x = x.to(dtype)
+        x[..., 4, 11], x[..., 6, 12] = NAN, float("-inf")
+        return x
+
+    @staticmethod
+    def same(got, want):
+        """Whether bytes are the same, but for those of NaN, of which there are many."""
+        got = got.cpu()
+        if got.dtype == torch.uint8:
+            return torch.equal(got, want)
+        nan = want.isnan()
+        return torch.equal(got.isnan(), nan) and torch.equal(
+            got[~nan].view(torch.uint8), want[~nan].view(torch.uint8)
+        )
+
+    @classmethod
+    def same_runs(cls, name, got, want, size, dim, dtype):
+        """Whether codes are the same bytes, and scales the same numbers; padding may differ."""
+        found = KV_FORMATS[name]
+        codes = 2 * size * dim * found.code_bits // 8
+        end = codes + found.num_scales * (size + dim) * dtype.itemsize
+        scales = [run[..., codes:end].contiguous().view(dtype) for run in (got, want)]
+        return cls.same(got[..., :codes], want[..., :codes]) and cls.same(*scales)
+
+    @staticmethod
+    def memory(runs, device):
+        """Return runs that the device reads and writes by address, and where they begin."""
+        held = torch.empty(runs.shape, dtype=runs.dtype, pin_memory=device == "cuda").copy_(runs)
+        pair = torch.arange(runs.shape[0] * runs.shape[1]).view(runs.shape[:2])
+        return held, (held.data_ptr() + pair * held[0, 0].nbytes).to(device)
+
+    @staticmethod
+    def wait(device):
+        """Wait for the device."""
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session")
+def case():
+    return PackedCase
+
+
+@triton.jit
+def _codes_of(x, codes, values, LAST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr):
+    """Encode 8 lines of 256 numbers, and decode what that gives."""
+    at = tl.arange(0, 8)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    numbers = tl.load(x + at)
+    made, first, last = ENCODE(numbers, numbers == numbers, 1)
+    made = made & LAST
+    tl.store(codes + at, made)
+    tl.store(values + at, DECODE(made, tl.expand_dims(first, 1), tl.expand_dims(last, 1)))
+
+
+@pytest.fixture
+def check_codes(device):
+    def check(name, functions):
+        """Lines of 256 numbers: every code of the format, numbers between them, and ties."""
+        found = KV_FORMATS[name]
+        every = torch.arange(256, dtype=torch.int32)
+        bits = 2**found.code_bits
+        scales = [torch.tensor([[s]]) for s in ((448.0,) if bits == 256 else (-3.0, 12.0))]
+        lines = found.decode((every % bits).to(torch.uint8)[None], scales).nan_to_num(0.0)
+        between = (lines + lines.sort().values.roll(1)) / 2
+        noise = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+        x = torch.cat([lines, between, noise, noise[:1] * 1e-3, torch.zeros(1, 256)])[:8]
+        x[5, 0] = 1000.0
+        own = found.scales(x, -1)
+        codes, values = torch.empty(8, 256, dtype=torch.int32), torch.empty(8, 256)
+        codes, values, there = codes.to(device), values.to(device), x.to(device)
+        launch(_codes_of, (1,))(
+            there, codes, values, bits - 1, functions.encode, functions.decode, **as_written()
+        )
+        want = found.encode(x, own)
+        assert torch.equal(codes.cpu().to(torch.uint8), want)
+        assert torch.equal(values.cpu(), found.decode(want, own))
+        assert len(want.unique()) > 0.9 * min(bits, 254)
+
+    return check

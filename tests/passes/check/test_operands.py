@@ -176,6 +176,26 @@ def test_prefill_attends_by_what_its_caller_knows(first_wrong, wrong):
     )
 
 
+@pytest.mark.parametrize("op", ["offload_blocks_1", "prefetch_1"])
+def test_blocks_are_written_and_read_in_one_format(first_wrong, op):
+    def change(nodes):
+        set_argument(nodes[op], "kv_format", "int8")
+
+    sentence = f"{op} takes 'int8' as its kv_format, not 'fp8'"
+    assert first_wrong(change, mode="forecast", kv_format="fp8") == sentence
+    assert first_wrong(change, mode="forecast") == sentence.replace("fp8", "model")
+
+
+def test_a_wait_takes_the_pages_that_are_rounded(first_wrong):
+    def change(nodes):
+        wait = next(iter(nodes["offload_blocks_1"].users))
+        set_argument(wait, "buffers", [nodes["sparda_host_1"]])
+
+    assert first_wrong(change, mode="forecast", kv_format="fp8").endswith(
+        "does not take sparda_pages_1 among its buffers"
+    )
+
+
 def test_ops_of_the_hint_stand_beside_the_layers_own(plan_of):
     """What the sentences above name is there: two plans and two copies for each layer."""
     graph = plan_of("llama", machine="h200", mode="exact", offload="always").graph_module.graph

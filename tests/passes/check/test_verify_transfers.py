@@ -11,7 +11,7 @@ from sparda_compile.errors import TransferRaceError
 from sparda_compile.graph.effects import accesses, argument, conflicts, set_argument
 from sparda_compile.graph.liveness import set_keepalives
 from sparda_compile.graph.nodes import find_ops, is_sparda, snapshot
-from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.issued import extract_program
 from sparda_compile.passes.check.verify_transfers import VerifyTransfers, check_program
@@ -25,7 +25,16 @@ MODES = {
     "exact-previous_step": {"mode": "exact", "hint": "previous_step"},
     "exact-previous_layer": {"mode": "exact", "hint": "previous_layer"},
 }
+# Programs that predict a step from the one before.
+PREDICTING = {
+    "exact-ema": {"mode": "exact", "hint": "ema"},
+    "exact-ema+next_query": {"mode": "exact", "hint": ("ema", "next_query")},
+    "speculate": {"mode": "speculate", "offload": "never", "speculate_where": "always"},
+}
 UNSCHEDULED = ("schedule_transfers",)
+
+# What is begun and has to be awaited, besides copies to CPU memory, which may outlive a step.
+STARTS = ("prefetch", "hint_prefetch", "staged", "parts", "prediction")
 
 # Llama on every machine and unscheduled too; every other family in every mode on the one where the
 # schedule does most.
@@ -96,7 +105,7 @@ def omissions(program):
 def unawaited(program):
     """Yield every program in which the start of a prefetch has lost both event and wait."""
     for i, it in enumerate(program):
-        if it.records is not None and ("prefetch" in it.name or "staged" in it.name):
+        if it.records is not None and it.name.startswith(STARTS):
             wait = next(n for n, other in enumerate(program) if other.waits == it.records)
             yield f"{it.name} is not awaited", without(changed(program, i, records=None), wait)
 
@@ -118,8 +127,9 @@ def detours(program):
     for i, it in enumerate(program):
         works = is_sparda(it.node) and not it.forks and it.waits is None
         if works and it.stream == COMPUTE:
-            yield f"{it.name} on the copy stream", changed(program, i, stream=COPY)
-            yield f"{it.name} on the select stream", changed(program, i, stream=SELECT)
+            for stream in (COPY, SELECT, ATTEND):
+                name = f"{it.name} on the {STREAM_NAMES[stream]} stream"
+                yield name, changed(program, i, stream=stream)
 
 
 def _nodes(program, numbers):
@@ -154,6 +164,32 @@ def test_no_mutation_of_a_decode_survives(plan_of, mode, machine, disable_passes
     # The copies of `dense` are in line: there is no wait to leave out, only an order to break.
     assert num_omissions == 0 if mode == "dense" else num_omissions >= 10
     assert len(list(swaps(program))) >= 20
+
+
+@pytest.mark.parametrize("disable_passes", [(), UNSCHEDULED], ids=["scheduled", "unscheduled"])
+@pytest.mark.parametrize("mode", PREDICTING)
+def test_no_mutation_of_a_prediction_survives(plan_of, mode, disable_passes):
+    plan = plan_of("llama", machine="h200", disable_passes=disable_passes, **PREDICTING[mode])
+    program = check_all(plan)
+    side = {it.name for it in program if it.stream == ATTEND}
+    ahead = {"attend_predicted", "update_prediction", "predict_ahead"}
+    assert {name.rstrip("_0123456789") for name in side} >= (
+        ahead if mode == "speculate" else set()
+    )
+    assert len(list(omissions(program))) >= 10
+    assert len(list(unawaited(program))) >= (4 if mode == "speculate" else 2)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "sparse_prefill"])
+@pytest.mark.parametrize("mode", ["exact-ema", "speculate"])
+def test_no_mutation_of_a_prompt_that_begins_levels_survives(plan_of, mode, phase):
+    check_all(plan_of("llama", phase, machine="h200", **PREDICTING[mode]))
+
+
+@pytest.mark.parametrize("model", ["gemma3", "phi3"])
+@pytest.mark.parametrize("mode", ["exact-ema", "speculate"])
+def test_no_mutation_of_a_prediction_survives_in_other_models(plan_of, model, mode):
+    check_all(plan_of(model, machine="h200", **PREDICTING[mode]))
 
 
 @pytest.mark.parametrize("model", OTHERS)

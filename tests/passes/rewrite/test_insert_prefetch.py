@@ -158,6 +158,16 @@ def test_wait_of_an_offload_stands_at_the_end(inserted):
         assert set(between) <= {"sparda.wait_blocks"}
 
 
+def test_wait_of_an_offload_takes_pages_that_are_rounded(inserted):
+    graph, _ = inserted(mode="forecast", kv_format="int8")
+    for copy in find_ops(graph, "offload_blocks", "prefetch_blocks"):
+        assert copy.kwargs == {"kv_format": "int8"}
+    for layer, offload in enumerate(find_ops(graph, "offload_blocks")):
+        (wait,) = offload.users
+        states = [a.state for a in accesses(wait)]
+        assert states == [f"sparda_pages_{layer}", f"sparda_host_{layer}"]
+
+
 def test_exact_splits_attention_around_the_repair(inserted):
     graph, _ = inserted(mode="exact", hint="forecast")
     order = program_order(graph)

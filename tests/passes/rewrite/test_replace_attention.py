@@ -100,6 +100,15 @@ def test_layers_without_offload_copy_nothing(replaced):
     assert not any("host" in n.name for n in gm.graph.nodes)
 
 
+def test_a_format_that_rounds_stores_without_offload(replaced):
+    """Then there is nothing to copy to, and the block is rounded in its page."""
+    gm, _, _ = replaced(offload="never", kv_format="int8")
+    assert ops_of(gm, 0) == [op for op in DECODE if op != "fetch_blocks"]
+    assert [n.kwargs for n in find_ops(gm.graph, "store_blocks")] == [{"kv_format": "int8"}] * 2
+    gm, _, _ = replaced(mode="dense", kv_format="int8")
+    assert ops_of(gm, 0)[-2:] == ["sparse_attention", "store_blocks"]
+
+
 def test_mode_dense_reads_every_block(replaced):
     gm, _, _ = replaced(mode="dense")
     assert ops_of(gm, 0) == ["all_blocks", "plan_pages", "append_kv", "sparse_attention"]

@@ -56,6 +56,19 @@ def test_offload_of_a_decode_moves_one_block_in_so_many_steps(decode):
     assert cost(decode, "offload_blocks_0").link_bytes == HEADS * BLOCK_BYTES // 64
 
 
+def test_copies_move_the_bytes_of_the_format(plan_of, decode):
+    """For 64 tokens of 16 float32: 4096 codes of 8 or 4 bits, and a scale or two for each line."""
+    prefill = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
+    for name, block in (("int8", 2048 + 80 * 4), ("int4", 1024 + 80 * 8)):
+        new = cost(decode, "prefetch_1", kv_format=name).link_bytes
+        assert new == int(HEADS * SCORED * block * 0.25)
+        assert cost(decode, "offload_blocks_0", kv_format=name).link_bytes == HEADS * block // 64
+        stored = cost(prefill, "offload_blocks_0", kv_format=name).link_bytes
+        assert stored == HEADS * (1024 // 64) * block
+    read = [cost(decode, "sparse_attention_1", kv_format=f) for f in ("model", "int4")]
+    assert read[0] == read[1]  # pages have the model's dtype
+
+
 def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
     plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
     # A prompt of unknown length counts as 1024 tokens.

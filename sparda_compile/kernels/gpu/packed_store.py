@@ -1,0 +1,229 @@
+"""Blocks that just became full, in a format that rounds: packed to CPU memory, rounded in place.
+
+    store_tail      host = pack(pages[.., tail_page]), and the page as it will be read back
+    store_prefix    the same of the blocks that a prompt has filled, from where the model left them
+
+A program has the keys or the values of a block as one tile, see `packed.py`. Without offload the
+pages alone are written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS
+from sparda_compile.kernels.gpu.launch import as_written, launch, tokens_of
+from sparda_compile.kernels.gpu.packed import Form, codes_at, functions_of, rounded, scales_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["store_prefix", "store_tail"]
+
+
+@triton.jit
+def _round_half(
+    x, run, pages, target, page, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
+    CUTS: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """Store keys or values [SLOTS, DIMS] of a block, and write to its page what is read back."""
+    PER: tl.constexpr = 8 // BITS
+    AXIS: tl.constexpr = 0 if KEYS else 1
+    token, dims, byte = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
+    inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
+    x = x.to(tl.float32)
+    is_finite = (x - x) == 0.0
+    codes, first, last = ENCODE(tl.where(inside & is_finite, x, 0.0), inside, AXIS)
+    is_broken = tl.max((inside & (is_finite == 0)).to(tl.int32), AXIS) > 0
+    first = tl.where(is_broken, float("nan"), first)
+    last = tl.where(is_broken, float("nan"), last)
+    codes = tl.where(tl.expand_dims(is_broken, AXIS), 0, codes) & ((1 << BITS) - 1)
+    if HAS_HOST:
+        joined = codes
+        if PER > 1:
+            shift = tl.arange(0, PER) * BITS
+            parts = tl.reshape(codes, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
+            joined = tl.sum(parts, axis=1)
+        at_codes = codes_at(run, KEYS, SIZE, DIM, BITS) + byte[:, None] * DIM + dims[None, :]
+        is_code = (byte < SIZE // PER)[:, None] & (dims < DIM)[None, :]
+        tl.store(at_codes, joined.to(tl.uint8), mask=is_code)
+        line = dims if KEYS else token
+        LINES: tl.constexpr = DIM if KEYS else SIZE
+        at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
+        tl.store(at_scales, first.to(pages.dtype.element_ty), mask=line < LINES)
+        if SCALES > 1:
+            tl.store(at_scales + LINES, last.to(pages.dtype.element_ty), mask=line < LINES)
+    values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
+    at = target + token[:, None] * DIM + dims[None, :]
+    kept = (token < tl.where(page >= 0, SIZE, 0))[:, None] & (dims < DIM)[None, :]
+    tl.debug_barrier()  # the tile may have been read from the same page
+    tl.store(at, rounded(values, pages, CUTS), mask=kept)
+
+
+@triton.jit
+def _store_tail_packed(
+    tail_page, lengths, pages, host, counter, groups, num_pages, SIZE: tl.constexpr,
+    SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RUN: tl.constexpr,
+    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, HAS_HOST: tl.constexpr,
+    ENCODE: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    pair, half = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lengths + pair // groups)
+    page = tl.load(tail_page + pair)
+    if ((length + 1) % SIZE == 0) & (page >= 0):
+        run = pair.to(tl.int64)
+        if HAS_HOST:
+            run = tl.load(host + pair) + (length // SIZE).to(tl.int64) * RUN
+        to = pages + ((pair.to(tl.int64) * num_pages + page) * 2 + half) * (SIZE * DIM)
+        token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
+        inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
+        x = tl.load(to + token[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+        if half == 0:
+            _round_half(
+                x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, HAS_HOST,
+                ENCODE, DECODE,
+            )  # fmt: skip
+            if HAS_HOST:
+                tl.atomic_add(counter, 1)
+        else:
+            _round_half(
+                x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS,
+                HAS_HOST, ENCODE, DECODE,
+            )  # fmt: skip
+
+
+def store_tail(
+    tail_page_BG: Tensor,
+    lengths_B: Tensor,
+    pages: Tensor,
+    host_BG: Tensor,
+    counter: Tensor,
+    kv_format: str,
+) -> None:
+    """Store and round each block that the current token has filled; see `runtime.packed`.
+
+    Args:
+        tail_page_BG: int32 page of the current block, -1 if it has none.
+        lengths_B: int32, position of the current token.
+        pages: [B, G, C, 2, P, D], updated.
+        host_BG: int64 addresses; what they point to is written. Empty without offload.
+        counter: One int64, raised by the number of blocks that went to CPU memory.
+        kv_format: How blocks are stored.
+    """
+    batch, groups, num_pages = pages.shape[:3]
+    form, functions = Form.of(pages, kv_format), functions_of(kv_format)
+    has_host = host_BG.numel() > 0
+    launch(_store_tail_packed, (batch * groups, 2))(
+        tail_page_BG, lengths_B, pages, host_BG if has_host else tail_page_BG, counter, groups,
+        num_pages, *form, has_host, functions.encode, functions.decode,
+        num_warps=form.num_warps, **as_written(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    source, column, to, is_new, is_old, dims, s_token, DIM: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Return keys or values of a block: new ones by column, older ones from its page."""
+    is_dim = (dims < DIM)[None, :]
+    new = tl.load(
+        source + column[:, None] * s_token + dims[None, :], mask=is_new[:, None] & is_dim, other=0.0
+    )
+    at = to + tl.arange(0, SLOTS)[:, None] * DIM + dims[None, :]
+    old = tl.load(at, mask=is_old[:, None] & is_dim, other=0.0)
+    return tl.where(is_old[:, None], old, new)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_items"])
+def _store_prefix_packed(
+    k, v, columns, lengths, totals, block_table, pages, host, counter, k_row, k_head, k_token,
+    v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items,
+    SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
+    HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    most = (num_tokens - 1) // SIZE + 1
+    token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
+    item = tl.program_id(0)
+    while item < num_items:
+        half, number, pair = item % 2, item // 2 % most, item // 2 // most
+        row, head = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
+        length = tl.load(lengths + row)
+        first, end = length // SIZE, tl.load(totals + row) // SIZE
+        block = first + number
+        if block < end:
+            page = tl.load(block_table + pair.to(tl.int64) * num_blocks + block)
+            owned = pair.to(tl.int64) * num_pages + tl.maximum(page, 0)
+            to = pages + (owned * 2 + half) * (SIZE * DIM)
+            position = block * SIZE + token
+            is_new = (token < SIZE) & (position >= length)
+            is_old = (token < SIZE) & (position < length)
+            order = columns + row * num_tokens + position - length
+            column = tl.load(order, mask=is_new, other=0).to(tl.int64)
+            run = pair.to(tl.int64)
+            if HAS_HOST:
+                run = tl.load(host + pair) + block.to(tl.int64) * RUN
+            if half == 0:
+                source = k + row * k_row + head * k_head
+                x = _tile(source, column, to, is_new, is_old, dims, k_token, DIM, SLOTS)
+                _round_half(
+                    x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                    CUTS, HAS_HOST, ENCODE, DECODE,
+                )  # fmt: skip
+                if HAS_HOST:
+                    tl.atomic_add(counter, 1)
+            else:
+                source = v + row * v_row + head * v_head
+                x = _tile(source, column, to, is_new, is_old, dims, v_token, DIM, SLOTS)
+                _round_half(
+                    x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                    CUTS, HAS_HOST, ENCODE, DECODE,
+                )  # fmt: skip
+        item += tl.num_programs(0)
+
+
+def store_prefix(
+    k: Tensor,
+    v: Tensor,
+    tokens: Sequence[Tensor],
+    lengths: Tensor,
+    block_table: Tensor,
+    pages: Tensor,
+    host: Tensor,
+    counter: Tensor,
+    kv_format: str,
+    num_programs: int = GATHER_PROGRAMS,
+) -> None:
+    """Store and round every block that new tokens have filled; see `runtime.packed`.
+
+    Args:
+        k: [B, G, T, D] new keys, of any strides.
+        v: [B, G, T, D] new values.
+        tokens: Their positions [B, T], columns [B, T] and totals [B], int32.
+        lengths: [B] int32, tokens before this step.
+        block_table: [B, G, N] int32.
+        pages: [B, G, C, 2, P, D], updated.
+        host: [B, G] int64 addresses; what they point to is written. Empty without offload.
+        counter: One int64, raised by the number of blocks that went to CPU memory.
+        kv_format: How blocks are stored.
+        num_programs: Programs; each stores the keys or the values of one block at a time.
+    """
+    batch, groups, num_pages, _, size, _ = pages.shape
+    num_tokens, has_host = k.shape[2], host.numel() > 0
+    _, columns, totals = tokens
+    k, *k_strides = tokens_of(k)
+    v, *v_strides = tokens_of(v)
+    form, functions = Form.of(pages, kv_format), functions_of(kv_format)
+    items = 2 * batch * groups * ((num_tokens - 1) // size + 1)
+    launch(_store_prefix_packed, (min(num_programs, items),))(
+        k, v, columns, lengths, totals, block_table, pages, host if has_host else totals, counter,
+        *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
+        *form, has_host, functions.encode, functions.decode,
+        num_warps=form.num_warps, **as_written(),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Several processes that run one model: its shards, collectives, and what all have to agree on."""

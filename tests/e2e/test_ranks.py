@@ -1,0 +1,147 @@
+"""Tensor parallel: 2 and 4 ranks say what one process says, and agree or stop together."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+CASES = Path(__file__).with_name("rank_cases.py")
+spec = importlib.util.spec_from_file_location("rank_cases", CASES)
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+
+# What a sum in another order changes: float32, activations of about one.
+ROUNDING = 2e-5
+
+
+class Runs:
+    """What one process, two ranks and four ranks said."""
+
+    def __init__(self, folder):
+        cases.make_models(folder)
+        ranks = cases.start(folder, "gloo", 4)
+        self.alone = {}
+        for family in cases.FAMILIES:
+            model = AutoModelForCausalLM.from_pretrained(folder / family).eval()
+            self.alone[family], fast = cases.all_modes(folder, model, family)
+            if family == "llama":
+                self.alone["variants"] = cases.variants(folder, fast)
+        output, _ = ranks.communicate(timeout=240)
+        assert ranks.returncode == 0, output[-6000:]
+        self.four, self.two = (
+            [torch.load(folder / f"{name}{rank}", weights_only=False) for rank in range(size)]
+            for name, size in (("four", 4), ("two", 2))
+        )
+        self.ending = torch.load(folder / "ending", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_two_ranks_say_what_one_process_says(runs, family, mode):
+    one, first, second = (x[family][mode] for x in (runs.alone, *runs.two))
+    assert torch.equal(first, second), "logits are the same bits on all ranks"
+    torch.testing.assert_close(first, one, rtol=0, atol=ROUNDING)
+    assert torch.equal(first.argmax(-1), one.argmax(-1))
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_four_ranks_say_what_one_process_says(runs, mode):
+    ranks = [x["llama"][mode] for x in runs.four]
+    assert all(torch.equal(ranks[0], other) for other in ranks[1:])
+    torch.testing.assert_close(ranks[0], runs.alone["llama"][mode], rtol=0, atol=ROUNDING)
+    assert torch.equal(ranks[0].argmax(-1), runs.alone["llama"][mode].argmax(-1))
+
+
+def test_each_rank_keeps_the_heads_that_are_its_own(runs):
+    assert [x["heads"] for x in runs.two] == [[2, 2]] * 2
+    assert [x["heads"] for x in runs.four] == [[1, 1]] * 4
+
+
+def test_a_report_says_what_one_rank_has(runs):
+    for rank in runs.two:
+        assert "Each of 2 ranks: 2 KV heads of a layer; a step has" in rank["report"]
+
+
+@pytest.mark.parametrize("variant", ["on the device", "late"])
+def test_where_blocks_are_and_when_they_come_changes_no_bit(runs, variant):
+    for rank in runs.two:
+        assert torch.equal(rank["variants"][variant], rank["llama"]["forecast"])
+
+
+def test_chunks_of_a_prompt_say_what_one_process_says(runs):
+    alone = runs.alone["variants"]["in chunks"]
+    for rank in runs.two:
+        torch.testing.assert_close(rank["variants"]["in chunks"], alone, rtol=0, atol=ROUNDING)
+
+
+def test_greedy_texts_are_those_of_one_process(runs):
+    for rank in runs.two:
+        assert torch.equal(rank["variants"]["greedy"], runs.alone["variants"]["greedy"])
+
+
+def test_sampled_texts_are_one_text_that_of_the_first_rank(runs):
+    first, second = (x["variants"]["sampled"] for x in runs.two)
+    assert torch.equal(first, second)
+    assert torch.equal(first, runs.alone["variants"]["sampled"]), "its random state was used"
+    assert not torch.equal(
+        first[:, -cases.SAMPLED :], runs.two[0]["variants"]["greedy"][:, -cases.SAMPLED :]
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("other tokens", "RanksDisagreeError: generate is not the same on all ranks: input_ids"),
+        ("other tokens in forward", "a call of forward is not the same on all ranks: input_ids"),
+        ("other length", "of rank 1 is [3, 89] torch.int64"),
+        ("max_time", "each would stop by its own clock"),
+        ("save", "SpardaCache.save is not supported for a model that 2 ranks share"),
+        ("load", "load_cache is not supported for a model that 2 ranks share"),
+        ("other configuration", "optimize is not the same on all ranks: config of rank 1"),
+        ("other order", "first run of the prefill is not the same on all ranks: the order of coll"),
+    ],
+)
+def test_ranks_that_differ_are_refused_on_every_rank(runs, case, words):
+    for rank in runs.two:
+        assert words in rank["refused"][case]
+
+
+def test_what_one_rank_raises_the_others_are_told(runs):
+    first, second = (x["refused"]["one alone"] for x in runs.two)
+    assert (
+        "RanksDisagreeError: generate failed on rank 1, so no rank runs it: KVCacheError" in first
+    )
+    assert second.startswith("KVCacheError: prompt and new tokens")
+    assert "need 592 tokens" in second
+
+
+def test_a_module_goes_on_after_a_refusal(runs):
+    first, second = (x["refused"]["afterwards"] for x in runs.two)
+    assert torch.equal(first, second)
+    assert first.shape == (3, 92)
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_clear_error(runs):
+    assert runs.ending["lost"].startswith(
+        "RankLostError: all_reduce failed: another rank has ended"
+    )
+
+
+@pytest.mark.parametrize("call", ["destroyed", "destroyed in generate"])
+def test_without_its_process_group_a_module_says_so(runs, call):
+    assert "that the model was sharded over is gone" in runs.ending[call]
+
+
+def test_heads_that_ranks_cannot_share_equally_are_refused_with_the_numbers(runs):
+    for rank in runs.four:
+        assert "has 12 query heads and 6 KV heads, which 4 ranks cannot share" in rank["odd heads"]
+        assert "use 1, 2, 3, 6 ranks" in rank["odd heads"]

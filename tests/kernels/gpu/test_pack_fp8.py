@@ -1,0 +1,9 @@
+"""Numbers of a line and back, against `formats/fp8.py`."""
+
+from __future__ import annotations
+
+from sparda_compile.kernels.gpu import pack_fp8
+
+
+def test_every_code_and_every_rounding_is_that_of_the_format(check_codes):
+    check_codes("fp8", pack_fp8)

@@ -1,0 +1,109 @@
+"""What becomes of blocks that are full, in formats that round."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparda_compile import SpardaConfig
+from sparda_compile.isa.counters import OFFLOADED
+from sparda_compile.kernels.number_tokens import number_tokens
+from sparda_compile.registry import KV_FORMATS
+from sparda_compile.runtime import packed
+from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.runtime.transfer import fetch_blocks
+from sparda_compile.state.layout import CacheLayout, LayerShape, state_name
+
+NAMES = ("int8", "fp8", "int4")
+ROWS, GROUPS, SIZE, DIM, BLOCKS, PAGES = 3, 2, 16, 8, 6, 4
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(blocks, name):
+    found = KV_FORMATS[name]
+    return found.unpack(found.pack(blocks), SIZE, DIM, blocks.dtype)
+
+
+def empty_host(name):
+    run = KV_FORMATS[name].stored(SIZE, DIM, torch.float32)[0]
+    return torch.full((ROWS, GROUPS, BLOCKS, *run), 77, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_tail_is_rounded_where_it_is_and_fetched_as_that(name):
+    pages, host = randn(ROWS, GROUPS, PAGES, 2, SIZE, DIM), empty_host(name)
+    before, counters = pages.clone(), torch.zeros(6, dtype=torch.int64)
+    lengths = torch.tensor([2 * SIZE - 1, 5, SIZE - 1], dtype=torch.int32)
+    tail = torch.tensor([[1, 0], [2, 2], [3, -1]], dtype=torch.int32)
+    packed.store_tail(tail, lengths, pages, host, counters, name)
+    changed = torch.zeros(ROWS, GROUPS, PAGES, dtype=torch.bool)
+    changed[0, 0, 1] = changed[0, 1, 0] = changed[2, 0, 3] = True
+    assert torch.equal(pages[changed], rounded(before[changed], name))
+    assert torch.equal(pages[~changed], before[~changed])
+    assert counters[OFFLOADED] == 3
+    # Fetched to another page it is the same.
+    ids = torch.tensor([[[1], [1]], [[-1], [-1]], [[0], [-1]]], dtype=torch.int32)
+    to = torch.full_like(ids, 2)
+    fetch_blocks(ids, to, host, pages, name)
+    for row, group, page in ((0, 0, 1), (0, 1, 0), (2, 0, 3)):
+        assert torch.equal(pages[row, group, 2], pages[row, group, page])
+    assert torch.equal(pages[1], before[1])
+
+
+@pytest.mark.parametrize("has_host", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_of_a_prompt_are_rounded_with_and_without_a_page(name, has_host):
+    lengths = torch.tensor([0, 21, 30], dtype=torch.int32)
+    mask = torch.arange(40) < torch.tensor([[40], [30], [1]])
+    tokens = number_tokens(mask, lengths)
+    k, v = randn(ROWS, GROUPS, 40, DIM, seed=1), randn(ROWS, GROUPS, 40, DIM, seed=2)
+    pages = randn(ROWS, GROUPS, PAGES, 2, SIZE, DIM)
+    table = torch.full((ROWS, GROUPS, BLOCKS), -1, dtype=torch.int32)
+    table[0, :, 0], table[1, :, 1], table[2, :, 1], table[1, 1, 2] = 3, 2, 1, 0
+    old, before = pages.clone(), pages[1, :, 2].clone()
+    host = empty_host(name) if has_host else torch.empty(0)
+    counters = torch.zeros(6, dtype=torch.int64)
+    packed.store_prefix(k, v, tokens, lengths, table, pages, host, counters, name)
+    whole = torch.stack([k, v], 2)[1, :, :, 11:27]  # of the second sequence, block 2
+    assert torch.equal(pages[1, 1, 0], rounded(whole[1], name))
+    assert torch.equal(pages[1, :, 2], rounded(before, name))
+    # The third sequence fills nothing; nobody else's page is touched.
+    assert torch.equal(pages[2], old[2])
+    assert torch.equal(pages[0, :, :3], old[0, :, :3])
+    assert counters[OFFLOADED] == (GROUPS * (2 + 2) if has_host else 0)
+    if has_host:
+        found = KV_FORMATS[name]
+        read = found.unpack(host[1, :, 2], SIZE, DIM, torch.float32)
+        assert torch.equal(read, rounded(whole, name))
+        assert (host[2] == 77).all()
+        assert (host[0, :, 2:] == 77).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_that_moves_to_cpu_memory_keeps_what_it_says(name):
+    """As it grows past the limit of the device: rounded blocks are not rounded again."""
+    config = SpardaConfig(
+        mode="query", block_size=SIZE, top_k=1, local_blocks=1, kv_format=name, offload="auto",
+        device_bytes=40_000,
+    )  # fmt: skip
+    shape = LayerShape(0, "sparse", GROUPS, DIM, 0, torch.bfloat16)
+    kv = KVCache(CacheLayout(config, (shape,), 1, 96), torch.device("cpu"))
+    assert not kv.layout.offload
+    pages = kv.state[state_name("pages", 0)]
+    pages.copy_(rounded(randn(*pages.shape).bfloat16(), name))
+    for table in ("block_table", "page_block"):
+        kv.state[state_name(table, 0)].copy_(torch.arange(6))
+    kv.state["sparda_lengths"].fill_(96)
+    kv.longest = kv.num_columns = 96
+    grown = kv.grow(dataclasses.replace(kv.layout, max_tokens=4096))
+    assert grown.layout.offload
+    host = grown.host_blocks[state_name("host", 0)]
+    found = KV_FORMATS[name]
+    assert torch.equal(found.unpack(host[:, :, :6], SIZE, DIM, pages.dtype), pages)
+    bigger = grown.grow(dataclasses.replace(grown.layout, max_tokens=8192))
+    assert torch.equal(bigger.host_blocks[state_name("host", 0)][:, :, :6], host[:, :, :6])
