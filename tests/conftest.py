@@ -50,7 +50,7 @@ hypothesis.settings.register_profile("sparda", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sparda")
 
 
-# The modules that take longest, longest first: begun last, one would keep one worker busy alone.
+# The modules that take longest, longest first: begun last, one would keep a worker busy alone.
 SLOWEST = (
     "e2e/test_ranks.py",
     "e2e/test_models.py",
@@ -76,14 +76,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from sparda_compile.cli.real_model import has_real_model
 
     items.sort(key=turn)
-    missing = {
-        "gpu": None if HAS_CUDA else "needs a CUDA GPU",
-        "real_model": None if has_real_model() else "needs the model smollm2: make real-model",
-    }
-    for marker, reason in missing.items():
-        for item in items:
-            if reason is not None and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+    reasons = {} if HAS_CUDA else {"gpu": "needs a CUDA GPU"}
+    reasons |= {} if has_real_model() else {"real_model": "needs smollm2: make real-model"}
+    for item in items:
+        for name in filter(item.get_closest_marker, reasons):
+            item.add_marker(pytest.mark.skip(reason=reasons[name]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,7 +65,8 @@ class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
             host = self._kv.host_blocks[state_name("host", layer)]
             stored = host[:, :, :used].to(pages.device, copy=True)
             kv_format = self._kv.layout.kv_format(layer)
-            blocks = kv_format.unpack(stored, *pages.shape[4:], pages.dtype)
+            size, dim = pages.shape[4:]
+            blocks = kv_format.unpack(stored, size, dim, pages.dtype)
         else:
             blocks = pages.new_zeros(*pages.shape[:2], used, *pages.shape[3:])
         # The block that is being written is in its page alone; a resident one is the same in both.
