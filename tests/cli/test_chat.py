@@ -113,12 +113,12 @@ def test_models_without_a_chat_template_need_plain(folder, tmp_path, byte_tokeni
 def test_real_model_answers_on_one_cache(tmp_path):
     text = tmp_path / "it.txt"
     text.write_text("The old name of the harbour is Zarla. " + "Ships come and go. " * 150)
-    lines = "What is the old name of the harbour?\nAnd what comes and goes?\n"
+    lines = "What is the old name of the harbour?\nSay the old name once more.\n"
     flags = ("--document", text, "--max-new-tokens", 12, "--budget", 0.5, "--json")
     result = run("smollm2", *flags, lines=lines)
     assert result.exit_code == 0, result.output
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     assert "Zarla" in first["answer"]
-    assert "ships" in second["answer"].lower()
+    assert "Zarla" in second["answer"]
     assert second["read_tokens"] < 30 < first["cache_tokens"]
     assert first["blocks_read"] < first["blocks"]
