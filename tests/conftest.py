@@ -50,7 +50,7 @@ hypothesis.settings.register_profile("sparda", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sparda")
 
 
-# The modules that take longest, longest first: begun last, one would keep one worker busy alone.
+# The modules that take longest, longest first: begun last, one would keep a worker busy alone.
 SLOWEST = (
     "e2e/test_ranks.py",
     "e2e/test_models.py",
@@ -72,14 +72,15 @@ def turn(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slowest modules; skip what needs a GPU where there is none."""
+    """Begin with the slowest modules; skip what needs a GPU, or the real model, where it is not."""
+    from sparda_compile.cli.real_model import has_real_model
+
     items.sort(key=turn)
-    if HAS_CUDA:
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    reasons = {} if HAS_CUDA else {"gpu": "needs a CUDA GPU"}
+    reasons |= {} if has_real_model() else {"real_model": "needs smollm2: make real-model"}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for name in filter(item.get_closest_marker, reasons):
+            item.add_marker(pytest.mark.skip(reason=reasons[name]))
 
 
 @pytest.fixture(scope="session", autouse=True)

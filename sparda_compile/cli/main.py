@@ -1,4 +1,4 @@
-"""The command line: `version`, `inspect`, `demo`, `train`, `eval`, `bench` and `calibrate`.
+"""The command line: `version`, `inspect`, `demo`, `chat`, `train`, `eval`, `bench`, `calibrate`.
 
 What a command finds goes to stdout, as tables or with `--json` as JSON alone; progress and errors
 go to stderr. Exit codes:
@@ -19,6 +19,7 @@ import typer
 from sparda_compile import __version__
 from sparda_compile.cli.bench import bench_app
 from sparda_compile.cli.calibrate import calibrate_machine
+from sparda_compile.cli.chat import chat
 from sparda_compile.cli.console import AsJson, print_json
 from sparda_compile.cli.demo import demo
 from sparda_compile.cli.evaluations import eval_app
@@ -74,6 +75,7 @@ def show_version(as_json: AsJson = False) -> None:
 
 app.command("inspect")(inspect_model)
 app.command("demo")(demo)
+app.command("chat")(chat)
 app.command("calibrate")(calibrate_machine)
 app.command("train")(train_model)
 app.add_typer(eval_app, name="eval")

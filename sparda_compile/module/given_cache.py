@@ -10,11 +10,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.errors import KVCacheError
 from sparda_compile.module.cache import SpardaCache
+from sparda_compile.runtime.held import HeldKeysValues
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from sparda_compile.config import SpardaConfig
+    from sparda_compile.program.captures import Captures
 
 __all__ = ["check_owner", "check_reserved", "check_turn", "keys_and_values"]
 
@@ -80,20 +84,25 @@ def check_turn(cache: SpardaCache, ids: Tensor | None) -> None:
 
 
 def keys_and_values(
-    past: Any, attention_mask: Tensor | None
-) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """Return what a cache of transformers holds.
+    past: Any, attention_mask: Tensor | None, captures: Captures | None = None
+) -> tuple[Mapping[int, tuple[Tensor, Tensor]], Tensor]:
+    """Return what a cache holds.
 
     Args:
-        past: A DynamicCache that a model filled.
-        attention_mask: [B, T] of its tokens, 0 for padding; None means no padding.
+        past: A DynamicCache that a model filled, or a cache of a module that was optimized from it.
+        attention_mask: [B, T] of its tokens, 0 for padding; None means no padding. A cache of an
+            optimized module knows its own.
+        captures: Of the module that takes over, which a cache of an optimized module has to share.
 
     Returns:
         Keys and values [B, G, T, D] by layer, and a mask [B, T] bool of the real tokens.
 
     Raises:
-        KVCacheError: If it is another kind of cache, or empty, or the mask is of another size.
+        KVCacheError: If it is another kind of cache, or empty, or the mask is of another size; or
+            that of another model, or of a step that did not end.
     """
+    if isinstance(past, SpardaCache):
+        return _held_by(past, attention_mask, captures)
     layers = getattr(past, "layers", [])
     if not isinstance(past, DynamicCache) or not all(isinstance(x, DynamicLayer) for x in layers):
         kinds = ", ".join(sorted({type(x).__name__ for x in layers})) or "no layers"
@@ -114,3 +123,24 @@ def keys_and_values(
             )
         mask = attention_mask.bool()
     return {number: (x.keys, x.values) for number, x in enumerate(layers)}, mask
+
+
+def _held_by(
+    past: SpardaCache, attention_mask: Tensor | None, captures: Captures | None
+) -> tuple[Mapping[int, tuple[Tensor, Tensor]], Tensor]:
+    owner: Any = past.owner()
+    if owner is None or owner.captures is not captures:
+        raise KVCacheError(
+            "past is a cache of another model; pass one of a module that was optimized from the "
+            "same, as optimize(fast, config) does, while that module is there."
+        )
+    if attention_mask is not None:
+        raise KVCacheError(
+            "attention_mask is for a cache that the model itself filled; one of an optimized "
+            "module knows which of its tokens are padding. Leave it out."
+        )
+    if past.kv is None or not past.kv.num_columns:
+        raise KVCacheError("past holds no token; leave it out to begin with an empty cache.")
+    past.kv.check_ended()
+    mask = past.passed_mask
+    return HeldKeysValues(past.kv, mask), mask

