@@ -105,7 +105,7 @@ class ForecastWeights(Mapping[int, Tensor]):
 
 
 def load_forecast(path: str | Path) -> ForecastWeights:
-    """Read Forecast weights.
+    """Return the Forecast weights of a file.
 
     Args:
         path: A safetensors file of this library, or a `.pt` or safetensors checkpoint with the

@@ -217,6 +217,7 @@ class ForecastTrainer:
             batches: Token ids, [B, T] each, B as in training.
 
         Raises:
+            ConfigError: If there is no batch.
             UnsupportedInputError: If a batch does not fit the model.
         """
         losses = {layer: torch.zeros((), device=self.device) for layer in self.weights}

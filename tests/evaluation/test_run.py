@@ -84,7 +84,7 @@ def test_a_model_that_knows_the_answers_is_always_right(model, monkeypatch):
         def __init__(self, logits, records):
             self.logits_BSV, self.records = logits, records
 
-    def decode(_, reading, ids, config, forecast):
+    def decode(_, reading, ids, config, forecast, num_ahead=0):
         following = torch.cat([batch.ids_BT, batch.ids_BT[:, :1]], 1)[:, reading.length + 1 :]
         logits = torch.nn.functional.one_hot(following[:, : ids.shape[1]], NUM_TOKENS).float()
         if config.mode == "query":

@@ -31,9 +31,10 @@ GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
 # Of a prompt alone, which nothing profiles by node.
 OTHER_KERNELS = {
     "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_pooled_keys",
-    "_extend_key_bounds", "_store_prefix",
+    "_extend_key_bounds", "_store_prefix", "_store_prefix_packed",
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
+    "_gather_listed_packed",
     "_pack_blocks", "_tile_unions",
     "_attend_tokens", "_rate_candidates", "_judge_rows", "_extend_low_bit_keys",
 }  # fmt: skip
