@@ -44,6 +44,14 @@ class Conversation:
         return "all gone"
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Interrupt as a shell's program does: one that runs in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def talk(capfd):
     """Return a function that has a conversation and returns answers, facts and questions."""
