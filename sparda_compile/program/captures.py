@@ -69,7 +69,9 @@ class Captures:
             return None
         try:
             table = getattr(find(), "weight", None)
-        except NotImplementedError:  # what transformers says of a model whose embedding it misses
+        except NotImplementedError:
+            # transformers raises it for a class of whose embedding it does not know the name. Such
+            # a model runs; only that an id is too large is then said by torch, not before.
             return None
         return None if table is None else int(table.shape[0])
 

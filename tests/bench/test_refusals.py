@@ -10,6 +10,7 @@ refusals = pytest.importorskip("sparda_compile.bench.refusals")
     [
         (ImportError("No module named 'fla'"), "ImportError: No module named 'fla'"),
         (RuntimeError("\n  no such kernel\nat line 3"), "RuntimeError: no such kernel"),
+        # A RuntimeError: what torch raises for an operator that a device does not have.
         (NotImplementedError(), "NotImplementedError: no reason given"),
     ],
 )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from sparda_compile.cli import main as cli
@@ -21,3 +23,17 @@ def sparda(tmp_path, monkeypatch):
         return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, byte_tokenizer):
+    """A small random model with a tokenizer of bytes, saved."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path

@@ -4,23 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparda_compile.traces import load_traces
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, byte_tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    byte_tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
