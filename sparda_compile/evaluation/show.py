@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparda_compile.environment import write_result
 from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.evaluation.metrics import ORACLE
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.guesses import Guess
     from sparda_compile.evaluation.run import Evaluation, EvaluationRow, Recall
 
-__all__ = ["print_evaluation", "write_json", "write_plot"]
+__all__ = ["print_evaluation", "write_plot"]
 
 _ROWS_NOTE: Final = """\
 budget: of all blocks, those that a step may read, sink and local ones included. right: sequences \
@@ -55,12 +54,6 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     if any(row.guesses for row in rows):
         console.print(_guess_table(rows))
         console.print(_GUESS_NOTE, markup=False)
-
-
-def write_json(evaluation: Evaluation, path: Path) -> Path:
-    """Write everything that was found as JSON, with versions and commit; NaN becomes null."""
-    write_result(path, evaluation.to_dict())
-    return path
 
 
 def write_plot(evaluation: Evaluation, path: Path) -> Path:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from sparda_compile.environment import write_result
 from sparda_compile.errors import BackendUnavailableError
 from sparda_compile.evaluation.guesses import Guess
 from sparda_compile.evaluation.run import Evaluation, EvaluationRow, Recall
-from sparda_compile.evaluation.show import print_evaluation, write_json, write_plot
+from sparda_compile.evaluation.show import print_evaluation, write_plot
 
 NAN = float("nan")
 
@@ -73,7 +74,8 @@ def test_no_recall_table_without_recalls():
 
 
 def test_json(tmp_path):
-    path = write_json(EVALUATION, tmp_path / "found.json")
+    path = tmp_path / "found.json"
+    write_result(path, EVALUATION.to_dict())
     plain = json.loads(path.read_text())
     assert plain["environment"]["torch"] == torch.__version__
     assert plain["rows"][1]["accuracy"] == 0.95
