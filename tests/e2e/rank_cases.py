@@ -185,6 +185,11 @@ def variants(folder, model, rank=0):
     found = {"on the device": said(fast)}
     fast = build(folder, "llama", fast, "forecast", chunk_tokens=32)
     found["in chunks"] = said(fast)
+    for offload in ("always", "never"):
+        fast = build(folder, "llama", fast, "forecast", kv_format="int8", offload=offload)
+        found[f"int8, {offload}"] = said(fast)
+    fast = build(folder, "llama", fast, "exact", hint="mixture")
+    found["mixture"] = said(fast)
     with late(rank):
         found["late"] = said(build(folder, "llama", fast, "forecast"))
     fast = build(folder, "llama", fast, "forecast")

@@ -83,6 +83,24 @@ def test_chunks_of_a_prompt_say_what_one_process_says(runs):
         torch.testing.assert_close(rank["variants"]["in chunks"], alone, rtol=0, atol=ROUNDING)
 
 
+def test_a_mixture_of_hints_says_what_one_process_says(runs):
+    alone = runs.alone["variants"]["mixture"]
+    for rank in runs.two:
+        torch.testing.assert_close(rank["variants"]["mixture"], alone, rtol=0, atol=ROUNDING)
+
+
+def test_rounded_blocks_are_those_of_one_process(runs):
+    """But where a sum in another order takes an element over the edge of a code."""
+    first, second = (x["variants"] for x in runs.two)
+    alone = runs.alone["variants"]["int8, always"]
+    assert torch.equal(first["int8, always"], second["int8, always"])
+    assert torch.equal(first["int8, always"], first["int8, never"])
+    assert not torch.equal(first["int8, always"], runs.two[0]["llama"]["forecast"])
+    off = (first["int8, always"] - alone).abs()
+    lost = (runs.alone["llama"]["forecast"] - alone).abs()
+    assert off.mean() < 0.1 * lost.mean()
+
+
 def test_greedy_texts_are_those_of_one_process(runs):
     for rank in runs.two:
         assert torch.equal(rank["variants"]["greedy"], runs.alone["variants"]["greedy"])
