@@ -3,156 +3,32 @@
     gather_packed         pages[b, g, miss_pages[i]] = unpack(host[b, g, miss_blocks[i]])
     gather_listed_packed  the same for lists that are long and counted
 
-`packed_store.py` packs them.
-
-A program has the keys or the values of a block as one tile: what scales them lies on one of its
-axes. Its codes are read from CPU memory once, side by side. A format gives two functions:
-
-    encode(x, inside, AXIS)       codes of a tile [P, D], int32, and two numbers for each line along
-                                  AXIS; x is 0 where it is not finite, or not inside
-    decode(codes, first, last)    values, given those numbers along the same axis
-
-Each product and sum rounds by itself, so that what is written to a page when a block fills is what
-the gather makes of the stored block.
+A program has the keys or the values of a block, or of some of its tokens, as one tile: what scales
+them lies on one of its axes. Codes are read from CPU memory once, side by side. `packed_form.py`
+says what a format gives, `packed_store.py` packs.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import triton
 import triton.language as tl
 
-from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, count_listed, find_listed
-from sparda_compile.kernels.gpu.launch import (
-    as_written,
-    interpreting,
-    launch,
-    power_of_two,
-)
-from sparda_compile.registry import KV_FORMATS
+from sparda_compile.kernels.gpu.launch import as_written, launch, power_of_two
+from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "Form",
-    "codes_at",
-    "functions_of",
-    "gather_listed_packed",
-    "gather_packed",
-    "rounded",
-    "scales_at",
-]
+__all__ = ["gather_listed_packed", "gather_packed"]
 
-_BYTES_IN_FLIGHT: Final = 256 * 1024
-_PARTS: Final = 1
 _COUNT_TILE: Final = 8192
-_ELEMENTS_OF_A_WARP: Final = 1024
-_MOST_WARPS: Final = 16
 
 
-class Form(NamedTuple):
-    """What kernels are compiled for: sizes of a block and of its run, and the codes.
-
-    `cuts` says that a cast to bfloat16 does not round, as that of the interpreter.
-    """
-
-    size: int
-    slots: int
-    dim: int
-    dims: int
-    run: int
-    bits: int
-    scales: int
-    cuts: bool
-
-    @classmethod
-    def of(cls, pages: Tensor, kv_format: str) -> Form:
-        """Return that of pages [B, G, C, 2, P, D] and a format."""
-        found, (size, dim) = KV_FORMATS[kv_format], pages.shape[4:]
-        run = found.num_bytes(size, dim, pages.dtype)
-        sides = (size, power_of_two(size), dim, power_of_two(dim))
-        return cls(*sides, run, found.code_bits, found.num_scales, interpreting())
-
-    @property
-    def num_warps(self) -> int:
-        """Warps of a program."""
-        return min(max(self.slots * self.dims // _ELEMENTS_OF_A_WARP, 1), _MOST_WARPS)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the keys or values of a block that a program of a gather takes at once."""
-        return max(self.slots // _PARTS, 8 // self.bits)
-
-    @property
-    def gather_warps(self) -> int:
-        """Warps of a program of a gather."""
-        return min(max(self.tokens * self.dims // _ELEMENTS_OF_A_WARP, 1), _MOST_WARPS)
-
-    @property
-    def num_programs(self) -> int:
-        """Programs that have enough in flight together, half of them of keys."""
-        return min(max(2 * _BYTES_IN_FLIGHT // self.run, 2), GATHER_PROGRAMS)
-
-    def grid(self, num_programs: int) -> tuple[int, int]:
-        """Return the grid of a gather, of so many programs or of as many as there should be."""
-        return (max((num_programs or self.num_programs) // 2, 1), 2)
-
-
-def functions_of(kv_format: str) -> Any:
-    """Return the module with the functions of a format.
-
-    Raises:
-        UnsupportedInputError: If it has none.
-    """
-    module = KV_FORMATS[kv_format].kernels
-    if module is None:
-        raise UnsupportedInputError(
-            f"kv_format={kv_format!r} has no kernels, so it works on a CPU alone; use one of "
-            f"{', '.join(found.name for found in KV_FORMATS if found.kernels)}, or 'model'."
-        )
-    return importlib.import_module(module)
-
-
-@triton.jit
-def _at(run, AFTER: tl.constexpr, element: tl.constexpr):
-    """Return the address that is AFTER bytes behind the beginning of a run, of elements."""
-    # Of the pointer to the run, then moved: the compiler forgets it of a sum that becomes a pointer
-    # and reads byte by byte.
-    begin = tl.multiple_of(run.to(tl.pointer_type(element)), 16)
-    return begin + AFTER * 8 // element.primitive_bitwidth
-
-
-@triton.jit
-def scales_at(  # noqa: ANN201 - a part of kernels
-    run, pages, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr,
-    SCALES: tl.constexpr,
-):  # fmt: skip
-    """Return where the scales of the keys or values of a stored block are."""
-    WIDTH: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8
-    CODES: tl.constexpr = 2 * SIZE * DIM * BITS // 8
-    return _at(run, CODES + (0 if KEYS else SCALES * DIM * WIDTH), pages.dtype.element_ty)
-
-
-@triton.jit
-def codes_at(  # noqa: ANN201 - a part of kernels
-    run, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
-):
-    """Return where the codes of the keys or values of a stored block are."""
-    return _at(run, 0 if KEYS else SIZE * DIM * BITS // 8, tl.uint8)
-
-
-@triton.jit
-def rounded(values, pages, CUTS: tl.constexpr):  # noqa: ANN201 - a part of kernels
-    """Return float32 values in the dtype of pages, each the nearest one; ties go to the even."""
-    if CUTS & (pages.dtype.element_ty == tl.bfloat16):
-        bits = values.to(tl.int32, bitcast=True)
-        near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(values == values, near, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return values.to(pages.dtype.element_ty)
+def _grid(num_programs: int) -> tuple[int, int]:
+    return max(num_programs // 2, 1), 2
 
 
 @triton.jit
@@ -315,7 +191,7 @@ def gather_packed(
     host_BG: Tensor,
     pages: Tensor,
     kv_format: str,
-    num_programs: int = 0,
+    num_programs: int = GATHER_PROGRAMS,
 ) -> None:
     """Fetch the missed blocks to their pages.
 
@@ -325,13 +201,13 @@ def gather_packed(
         host_BG: int64 addresses.
         pages: [B, G, C, 2, P, D], updated.
         kv_format: How the blocks are stored.
-        num_programs: Programs, half of them for keys; 0 for as many as have enough in flight.
+        num_programs: Programs, half of them for keys.
     """
     batch, groups, selected = miss_blocks_BGK.shape
     form = Form.of(pages, kv_format)
     rows = power_of_two(batch * groups)
     columns = min(power_of_two(selected), max(_COUNT_TILE // rows, 1))
-    launch(_gather_packed, form.grid(num_programs))(
+    launch(_gather_packed, _grid(num_programs))(
         miss_blocks_BGK, miss_pages_BGK, host_BG, pages, batch * groups, pages.shape[2], selected,
         rows, columns, *form, functions_of(kv_format).decode, form.tokens,
         num_warps=form.gather_warps, **as_written(),
@@ -345,7 +221,7 @@ def gather_listed_packed(
     host_BG: Tensor,
     staging: Tensor,
     kv_format: str,
-    num_programs: int = 0,
+    num_programs: int = GATHER_PROGRAMS,
 ) -> None:
     """Fetch as many blocks of each sequence and head as a count says; see `copy.gather_listed`.
 
@@ -360,7 +236,7 @@ def gather_listed_packed(
     """
     num_rows, listed = blocks_nL.shape
     form = Form.of(staging, kv_format)
-    launch(_gather_listed_packed, form.grid(num_programs))(
+    launch(_gather_listed_packed, _grid(num_programs))(
         blocks_nL, slots_nL, counts_n, host_BG, staging, listed, num_rows, staging.shape[2],
         power_of_two(num_rows), *form, functions_of(kv_format).decode, form.tokens,
         num_warps=form.gather_warps, **as_written(),
