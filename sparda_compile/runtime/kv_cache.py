@@ -232,7 +232,7 @@ class KVCache:
         for shape in self.layout.layers:
             if shape.kind != "sparse":
                 continue
-            for summary in self.layout.summaries():
+            for summary in self.layout.summaries(shape.layer):
                 names = self.layout.summary_tensors(summary, shape)
                 tensors = [self.state[state_name(n, shape.layer)] for n in names]
                 summary_named(summary).reset(tensors)

@@ -163,7 +163,7 @@ def test_late_copies_change_nothing_where_streams_do_not_overlap(lab, mode):
     assert engine.num_pending == 0
 
 
-FORMATS = ("int8", "fp8", "int4")
+FORMATS = ("int8", "fp8", "int4", "values8", "values4")
 
 
 @pytest.mark.parametrize(

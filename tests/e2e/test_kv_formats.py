@@ -12,7 +12,7 @@ from sparda_compile.registry import KV_FORMATS
 from sparda_compile.state.layout import state_name
 from sparda_compile.testing import tiny_llama
 
-FORMATS = ("int8", "fp8", "int4")
+FORMATS = ("int8", "fp8", "int4", "values8", "values4")
 SIZE, TOKENS = 16, 90
 SMALL = {
     "mode": "query", "block_size": SIZE, "pool_size": 8, "pool_stride": 4, "local_blocks": 1,
@@ -57,8 +57,9 @@ def rounded_past(model, ids, kv_format):
     for layer in past.layers:
         parts = [part[:, :, :full].unflatten(2, (-1, SIZE)) for part in (layer.keys, layer.values)]
         blocks = torch.stack(parts, 3)
-        read = found.unpack(found.pack(blocks), *blocks.shape[-2:], blocks.dtype)
-        for part, new in zip((layer.keys, layer.values), read.unbind(3), strict=True):
+        for part, new in zip(
+            (layer.keys, layer.values), found.rounded(blocks).unbind(3), strict=True
+        ):
             part[:, :, :full] = new.flatten(2, 3)
     return past
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from sparda_compile.formats.base import STAYING_KEYS
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.state.layout import CacheLayout, LayerShape
 from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of, wrong_numbers
 from sparda_compile.passes.check.grammar import LayerOps
 
@@ -61,20 +63,27 @@ def wrong_operands(
 
 
 class _Names(NamedTuple):
-    """Short names of state tensors, which are the same in all layers of a kind."""
+    """Short names of state tensors, the same in all layers of a kind that write blocks alike."""
 
-    of_kind: dict[str, tuple[str, ...]]
-    of_summary: dict[str, tuple[str, ...]]
+    of_kind: dict[tuple[str, str], tuple[str, ...]]
+    of_summary: dict[tuple[str, str], dict[str, tuple[str, ...]]]
 
     @classmethod
     def of(cls, ctx: PassContext) -> _Names:
         assert ctx.layout is not None
-        layout, kinds = ctx.layout, {shape.kind: shape for shape in ctx.layout.layers}
-        some = layout.layers[0]
+        layout = ctx.layout
+        kinds = {_kind_of(shape, layout): shape for shape in layout.layers}
         return cls(
             {kind: tuple(layout.tensors(shape)) for kind, shape in kinds.items()},
-            {summary: layout.summary_tensors(summary, some) for summary in layout.summaries()},
+            {
+                kind: {n: layout.summary_tensors(n, shape) for n in layout.summaries(shape.layer)}
+                for kind, shape in kinds.items()
+            },
         )
+
+
+def _kind_of(shape: LayerShape, layout: CacheLayout) -> tuple[str, str]:
+    return shape.kind, layout.kv_format(shape.layer).name
 
 
 class _Layer:
@@ -93,10 +102,11 @@ class _Layer:
         self._ctx = ctx
         by_forecast = ctx.strategy.selects_by_forecast
         self._is_forecast = by_forecast and Fact.FORECAST_INSERTED in facts
-        number, kind = layer.shape.layer, layer.shape.kind
+        assert ctx.layout is not None
+        number, kind = layer.shape.layer, _kind_of(layer.shape, ctx.layout)
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
         self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
-        of_summary = names.of_summary if kind != "window" else {}
+        of_summary = names.of_summary[kind] if layer.shape.kind != "window" else {}
         self._summaries: dict[str, list[Operand]] = {
             summary: [self._state[name] for name in tensors]
             for summary, tensors in of_summary.items()
@@ -160,6 +170,9 @@ class _Layer:
         site = SITE.of(sites[0])
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
+        assert self._ctx.layout is not None
+        kept = self._ctx.layout.staying_keys(number)
+        self._own |= {name: self._state[name] if name in kept else None for name in STAYING_KEYS}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
         # Every layer takes those of the first one, so that there is no use for another.
         numbered = self._index.by_name["number_tokens"][:1]

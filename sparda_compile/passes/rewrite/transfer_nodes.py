@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.tags import LAYER
-from sparda_compile.graph.writer import format_of
+from sparda_compile.graph.writer import read_format_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,14 +41,16 @@ class TransferNodes:
         """Start the copy of a plan's misses; return its ticket and its event."""
         misses = (plan.miss_blocks, plan.miss_pages)
         pools = (self.state.get("host", emit.layer), self.state.get("pages", emit.layer))
+        assert self.ctx.layout is not None
+        written = read_format_of(self.ctx.layout, emit.layer, self.state)
+        keys = [each for each in written.values() if not isinstance(each, str)]
         fork = emit.call(
             "fork_stream",
-            [*misses, *pools],
+            [*misses, *pools, *keys],
             next(self.events),
             name=f"{prefix}fork_{emit.layer}",
         )
         event = next(self.events)
-        assert self.ctx.layout is not None
         ticket = emit.call(
             "prefetch_blocks",
             *misses,
@@ -56,7 +58,7 @@ class TransferNodes:
             event,
             fork,
             name=f"{prefix}prefetch_{emit.layer}",
-            **format_of(self.ctx.layout, emit.layer),
+            **written,
         )
         return ticket, event
 
@@ -73,7 +75,7 @@ class TransferNodes:
         layout, shape = self.ctx.layout, self.shape(layer)
         return [
             self.state.get(name, layer)
-            for summary in layout.summaries()
+            for summary in layout.summaries(layer)
             for name in layout.summary_tensors(summary, shape)
         ]
 
