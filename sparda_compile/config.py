@@ -91,7 +91,8 @@ class Memory:
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
         kv_format: How full blocks are written: `model` keeps the model's dtype, bit for bit; `fp8`,
             `int8` and `int4` round each block once, when it is full, wherever it is. In CPU memory
-            it then takes about 8 or 4 bits an element. A dict names those of some layers by number,
+            it then takes about 8 or 4 bits an element; `values8` and `values4` store values alone,
+            for keys stay on the device in 4 bits. A dict names those of some layers by number,
             the others keep `model`. See `docs/kv_formats.md`.
     """
 

@@ -10,9 +10,9 @@ With selector `lowbit4` the keys' codes are there already; with another one they
 alone, an eighth of the bytes of 16-bit keys and values and 4 bytes a channel and block. What crosses
 the link is half of what the same format of values takes with its keys.
 
-A channel of the keys that has a NaN is NaN as a whole. One that has an infinity is made of finite
-numbers, unlike in other formats: the largest of the dtype stands for it, since scores have to be
-finite.
+A channel of the keys that has a NaN is NaN as a whole. One that has an infinity is what the
+selector makes of it: its others lose their resolution, and unlike in other formats the infinity
+itself may become finite.
 
 Source: the issue's own; codes as in `selectors/lowbit.py` (KIVI, arXiv 2402.02750, section 3).
 Kernels: `kernels/gpu/staying.py`.
@@ -96,8 +96,8 @@ class ValuesFormat(BlockFormat):
         k, v = blocks.unbind(-3)
         low, high = k.float().amin(-2, keepdim=True), k.float().amax(-2, keepdim=True)
         info = torch.finfo(k.dtype)
-        # Span, base and the result are each rounded to the dtype; base is the largest of them.
-        rounding = 4 * info.eps * ((high - low) + torch.maximum(low.abs(), high.abs()))
+        # Span, base and the result are each rounded to the dtype.
+        rounding = info.eps * (1.6 * (high - low) + torch.maximum(low.abs(), high.abs()))
         smallest = max(16 * info.smallest_normal * info.eps, 2.0**-136)
         keys = ((high - low) / 30 + rounding + smallest).expand_as(k)
         return torch.stack([keys, self.values.bound_half(v, -1)], -3)
