@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
-from sparda_compile.checks import by_layer, names, number, one_of, whole
+from sparda_compile.checks import format_choice, names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import HINTS, KV_FORMATS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
@@ -93,7 +93,9 @@ class Memory:
             `int8` and `int4` round each block once, when it is full, wherever it is. In CPU memory
             it then takes about 8 or 4 bits an element; `values8` and `values4` store values alone,
             for keys stay on the device in 4 bits. A dict names those of some layers by number,
-            the others keep `model`. See `docs/kv_formats.md`.
+            the others keep `model`. `auto` is chosen by the cost model for each batch size, see
+            `program/choose_format.py`: the most exact of what is about as fast as any, with an
+            error of up to 3% of the numbers' size, or as `auto:PERCENT` says. See `docs/kv_formats.md`.
     """
 
     chunk_tokens: int | None = None
@@ -106,7 +108,7 @@ class Memory:
     kv_format: str | Mapping[int, str] | tuple[tuple[int, str], ...] = "model"
 
     def __post_init__(self) -> None:
-        formats = by_layer("kv_format", self.kv_format, KV_FORMATS.choices())
+        formats = format_choice("kv_format", self.kv_format, KV_FORMATS.choices())
         object.__setattr__(self, "kv_format", formats)
         one_of("offload", self.offload, get_args(Offload))
         one_of("eviction", self.eviction, get_args(Eviction))

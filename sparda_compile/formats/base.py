@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import torch
 
+from sparda_compile.checks import AUTO
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.registry import KV_FORMATS
 
@@ -35,12 +36,14 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["STAYING_KEYS", "BlockFormat", "ScaledFormat", "aligned", "check_dtype", "format_of", "padded"]
+__all__ = ["STAYING_KEYS", "BlockFormat", "ScaledFormat", "aligned", "allowed_error", "check_dtype", "format_of", "padded"]
 
 # Addresses of runs are multiples of this, as those of what copies move have to be.
 _ALIGNMENT: Final = 16
 # What keys that stay are read back from: state of a layer, and arguments of ops.
 STAYING_KEYS: Final = ("key_codes", "key_span", "key_base")
+# What `auto` allows where it says nothing.
+_AUTO_PERCENT: Final = 3.0
 _DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 # Float32 results of a few operations are no further off, relative to the largest of their block.
 _SLACK: Final = 2.0**-20
@@ -70,6 +73,13 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         )
 
 
+def allowed_error(chosen: object) -> float | None:
+    """Return the error that `auto` or `auto:PERCENT` allows, as a share; None for other formats."""
+    if not isinstance(chosen, str) or chosen.partition(":")[0] != AUTO:
+        return None
+    return float(chosen.partition(":")[2] or _AUTO_PERCENT) / 100.0
+
+
 def format_of(config: SpardaConfig, layer: int) -> BlockFormat:
     """Return how a layer's full blocks are written."""
     chosen = config.kv_format
@@ -86,6 +96,7 @@ class BlockFormat(Protocol):
         rounds: Whether what is read is not what was written.
         kernels: Module with its Triton functions, see `kernels/gpu/packed.py`; None where it has
             none, and works on a CPU alone.
+        error: RMS of the error of normal numbers in bfloat16, over theirs; `auto` goes by it.
         summary: Name of the summary, of a selector, from which a block's keys are read back; None
             where they are stored.
     """
@@ -93,6 +104,7 @@ class BlockFormat(Protocol):
     name: ClassVar[str]
     rounds: ClassVar[bool] = True
     kernels: ClassVar[str | None] = None
+    error: ClassVar[float] = 1.0
     summary: ClassVar[str | None] = None
 
     def stored(

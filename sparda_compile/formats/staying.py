@@ -114,6 +114,7 @@ class Values8Format(ValuesFormat):
 
     name: ClassVar[str] = "values8"
     kernels: ClassVar[str | None] = Int8Format.kernels
+    error: ClassVar[float] = 0.07
     values: ClassVar[ScaledFormat] = Int8Format()
     code_bits: ClassVar[int] = Int8Format.code_bits
     num_scales: ClassVar[int] = Int8Format.num_scales
@@ -124,6 +125,7 @@ class Values4Format(ValuesFormat):
 
     name: ClassVar[str] = "values4"
     kernels: ClassVar[str | None] = Int4Format.kernels
+    error: ClassVar[float] = 0.1
     values: ClassVar[ScaledFormat] = Int4Format()
     code_bits: ClassVar[int] = Int4Format.code_bits
     num_scales: ClassVar[int] = Int4Format.num_scales

@@ -208,7 +208,8 @@ class KVCache:
                 wasted=count["wasted_blocks"],
             )
         sentence = selection_sentence(layout.config, layout.max_tokens)
-        return CacheStats(layers, sentence, speculates)
+        formats = {layer: layout.kv_format(layer).name for layer in layers}
+        return CacheStats(layers, sentence, speculates, formats)
 
     def set_budgets(self, budgets: Mapping[int, int]) -> None:
         """Set how many blocks layers predict for a step, from the next prediction on.

@@ -86,12 +86,16 @@ LENGTHS: Final = "sparda_lengths"
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens."""
+    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens.
+
+    `format_reason` says why its format was chosen, where `kv_format="auto"` was given.
+    """
 
     config: SpardaConfig
     layers: tuple[LayerShape, ...]
     batch_size: int
     max_tokens: int
+    format_reason: str = ""
 
     @property
     def strategy(self) -> Strategy:
@@ -196,9 +200,12 @@ class CacheLayout:
 
     def summaries(self, layer: int) -> tuple[str, ...]:
         """Names of a layer's summaries: what it scores with, and what its format reads keys from."""
-        names = {scorer.summary.name for scorer in self.strategy.scorers}
         kept = self.kv_format(layer).summary
-        return tuple(sorted(names if kept is None else {*names, kept}))
+        return tuple(sorted({*self.scored_summaries(), *([] if kept is None else [kept])}))
+
+    def scored_summaries(self) -> tuple[str, ...]:
+        """Names of the summaries that this configuration scores with."""
+        return tuple(sorted({scorer.summary.name for scorer in self.strategy.scorers}))
 
     def staying_keys(self, layer: int) -> tuple[str, ...]:
         """Names of the tensors that a layer's keys are read back from; none if they are stored."""

@@ -97,7 +97,7 @@ def test_a_cache_that_moves_to_cpu_memory_keeps_what_it_says(name):
     """As it grows past the limit of the device: rounded blocks are not rounded again."""
     config = SpardaConfig(
         mode="query", block_size=SIZE, top_k=1, local_blocks=1, kv_format=name, offload="auto",
-        device_bytes=80_000,
+        device_bytes=200_000,
     )  # fmt: skip
     shape = LayerShape(0, "sparse", GROUPS, DIM, 0, torch.bfloat16)
     kv = KVCache(CacheLayout(config, (shape,), 1, 96), torch.device("cpu"))
