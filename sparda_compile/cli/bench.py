@@ -21,6 +21,7 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.options import (
+    MOST_BLOCKS,
     MOST_GIB,
     MOST_MINUTES,
     MOST_SEQUENCES,
@@ -39,6 +40,7 @@ from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
 from sparda_compile.cli.ranks import decode_on_ranks
 from sparda_compile.cli.start import bench_start
+from sparda_compile.cli.tradeoff import bench_tradeoff
 from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, read_traces
 from sparda_compile.errors import ConfigError
 
@@ -67,6 +69,7 @@ bench_app.command("start")(bench_start)
 bench_app.command("prefill")(bench_prefill)
 bench_app.command("turns")(bench_turns)
 bench_app.command("prr")(bench_prr)
+bench_app.command("tradeoff")(bench_tradeoff)
 bench_app.command("compile")(bench_compile)
 
 Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
@@ -88,6 +91,7 @@ Overlaps = Annotated[
         show_default=", ".join(map(str, _OVERLAPS)),
     ),
 ]
+Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
 Variants = Annotated[
     list[Variant] | None,
     typer.Option(help="Program, may be given again.", show_default="all of them"),
@@ -112,7 +116,13 @@ def bench_decode(
     tokens: Tokens = _TOKENS,
     overlap: Overlaps = None,
     variant: Variants = None,
-    kv_format: Annotated[KvFormat, typer.Option(help="How full blocks are written.")] = "model",
+    kv_format: Format = "model",
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="the usual ones"
+        ),
+    ] = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
     trace: TraceOption = None,
@@ -137,7 +147,9 @@ def bench_decode(
     with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
-            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format))
+            if top_k is not None and (trace or tp > 1):
+                raise ConfigError("--top-k goes with neither --trace nor --tp; leave it out.")
+            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format), top_k)
             settings = [_setting(b, *chosen) for b in batch or (1,)]
             followed = read_traces(trace, trace_case or (), copies, tp)
             if followed is not None:
@@ -148,7 +160,11 @@ def bench_decode(
                 require_gpu("sparda bench decode")
                 lab = make_lab(shape, say, max_host_gib)
                 named = (out, shape, tokens, commit, str(kv_format))
-                file = trace_file(*named, followed.plain()) if followed else decode_file(*named)
+                file = (
+                    trace_file(*named, followed.plain())
+                    if followed
+                    else decode_file(*named, top_k=top_k)
+                )
                 for setting in settings:
                     lab.decode(setting, file.save, with_baselines=baseline)
         if tp > 1:
@@ -184,6 +200,7 @@ def bench_budget(
         list[float] | None,
         typer.Option(min=0.0, max=1.0, help="As for decode.", show_default="0.9"),
     ] = None,
+    kv_format: Format = "model",
     rounds: Rounds = 3,
     steps: Steps = 20,
     out: OutFolder = Path("bench-results"),
@@ -198,11 +215,11 @@ def bench_budget(
             raise ConfigError(f"--gib {min(budgets):g} is too small; use more than 0.")
         with progress() as say:
             say("importing torch and transformers")
-            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps)
+            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps, str(kv_format))
             check_folder(out)
             require_gpu("sparda bench budget")
             lab = make_lab(shape, say, max_host_gib)
-            file = budget_file(out, shape, tokens, commit)
+            file = budget_file(out, shape, tokens, commit, str(kv_format))
             for size in budgets:
                 lab.budget(size, setting, file.save)
         from sparda_compile.bench.show import print_budget
@@ -337,6 +354,7 @@ def _setting(
     rounds: int,
     steps: int,
     kv_format: str = "model",
+    top_k: int | None = None,
 ) -> Any:
     """Return a checked setting of decode."""
     from sparda_compile.bench.decode import VARIANTS, DecodeSetting
@@ -352,7 +370,8 @@ def _setting(
             f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
             "add --variant scheduled."
         )
-    overlaps, fields = tuple(overlap or _OVERLAPS), {"kv_format": kv_format}
+    overlaps = tuple(overlap or _OVERLAPS)
+    fields = {"kv_format": kv_format, **({} if top_k is None else {"top_k": top_k})}
     return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
 
 
