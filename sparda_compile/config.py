@@ -90,12 +90,10 @@ class Memory:
         page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
         kv_format: How full blocks are written: `model` keeps the model's dtype, bit for bit; `fp8`,
-            `int8` and `int4` round each block once, when it is full, wherever it is. In CPU memory
-            it then takes about 8 or 4 bits an element; `values8` and `values4` store values alone,
-            for keys stay on the device in 4 bits. A dict names those of some layers by number,
-            the others keep `model`. `auto` is chosen by the cost model for each batch size, see
-            `program/choose_format.py`: the most exact of what is about as fast as any, with an
-            error of up to 3% of the numbers' size, or as `auto:PERCENT` says. See `docs/kv_formats.md`.
+            `int8` and `int4` round each block once, when it is full, wherever it is. `values8` and
+            `values4` store values alone; keys stay on the device, in 4 bits. A dict names those of
+            some layers by number, the others keep `model`. `auto` or `auto:PERCENT` lets the cost
+            model choose, within an error of 3% or PERCENT. See `docs/kv_formats.md`.
     """
 
     chunk_tokens: int | None = None

@@ -73,11 +73,11 @@ def _staying_keys(kv: KVCache, layer: int) -> list[Tensor]:
     return [kv.state[state_name(name, layer)] for name in kv.layout.staying_keys(layer)]
 
 
-def _keep_keys(kv: KVCache, layer: int, row: int, blocks_GNPD: Tensor) -> None:
+def _keep_keys(kv: KVCache, layer: int, row: int, blocks: Tensor) -> None:
     """Keep the keys of a sequence's blocks [G, n, 2, P, D] where the format leaves them."""
     kept = _staying_keys(kv, layer)
     if kept:
-        found = quantize(blocks_GNPD[:, :, 0], KEY_BITS)
+        found = quantize(blocks[:, :, 0], KEY_BITS)
         for tensor, new in zip(kept, found, strict=True):
             tensor[row, :, : new.shape[1]] = new
 

@@ -129,7 +129,7 @@ def _rates(content: Mapping[str, Any], batch_size: int, overlap: float) -> list[
 def _share(content: Mapping[str, Any]) -> float:
     """Return the share of the blocks that a step of a benchmark reads."""
     config = SpardaConfig(top_k=content.get("top_k", SpardaConfig.top_k))
-    num_blocks = content["max_tokens"] // config.block_size
+    num_blocks = int(content["max_tokens"]) // config.block_size
     return config.num_selected(num_blocks) / num_blocks
 
 

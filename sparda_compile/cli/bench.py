@@ -40,8 +40,8 @@ from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
 from sparda_compile.cli.ranks import decode_on_ranks
 from sparda_compile.cli.start import bench_start
-from sparda_compile.cli.tradeoff import bench_tradeoff
 from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, read_traces
+from sparda_compile.cli.tradeoff import bench_tradeoff
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,7 +91,17 @@ Overlaps = Annotated[
         show_default=", ".join(map(str, _OVERLAPS)),
     ),
 ]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
+]
 Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        min=1, max=_MOST_RANKS, help="Ranks to shard the model over, a process and GPU each."
+    ),
+]
 Variants = Annotated[
     list[Variant] | None,
     typer.Option(help="Program, may be given again.", show_default="all of them"),
@@ -117,12 +127,7 @@ def bench_decode(
     overlap: Overlaps = None,
     variant: Variants = None,
     kv_format: Format = "model",
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="the usual ones"
-        ),
-    ] = None,
+    top_k: TopK = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
     trace: TraceOption = None,
@@ -134,12 +139,7 @@ def bench_decode(
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
     max_host_gib: HostGib = None,
-    tp: Annotated[
-        int,
-        typer.Option(
-            min=1, max=_MOST_RANKS, help="Ranks to shard the model over, a process and GPU each."
-        ),
-    ] = 1,
+    tp: Ranks = 1,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
@@ -160,11 +160,8 @@ def bench_decode(
                 require_gpu("sparda bench decode")
                 lab = make_lab(shape, say, max_host_gib)
                 named = (out, shape, tokens, commit, str(kv_format))
-                file = (
-                    trace_file(*named, followed.plain())
-                    if followed
-                    else decode_file(*named, top_k=top_k)
-                )
+                plain = followed.plain() if followed else None
+                file = trace_file(*named, plain) if plain else decode_file(*named, top_k=top_k)
                 for setting in settings:
                     lab.decode(setting, file.save, with_baselines=baseline)
         if tp > 1:

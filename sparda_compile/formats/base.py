@@ -36,7 +36,16 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["STAYING_KEYS", "BlockFormat", "ScaledFormat", "aligned", "allowed_error", "check_dtype", "format_of", "padded"]
+__all__ = [
+    "STAYING_KEYS",
+    "BlockFormat",
+    "ScaledFormat",
+    "aligned",
+    "allowed_error",
+    "check_dtype",
+    "format_of",
+    "padded",
+]
 
 # Addresses of runs are multiples of this, as those of what copies move have to be.
 _ALIGNMENT: Final = 16
@@ -190,7 +199,8 @@ class ScaledFormat(BlockFormat):
 
     def pack(self, blocks: Tensor) -> Tensor:
         """Return the runs of blocks [..., 2, P, D], [..., bytes] uint8."""
-        (total,), _ = self.stored(*blocks.shape[-2:], blocks.dtype)
+        size, dim = blocks.shape[-2:]
+        (total,), _ = self.stored(size, dim, blocks.dtype)
         k, v = blocks.unbind(-3)
         halves = (self.pack_half(k, -2), self.pack_half(v, -1))
         run = torch.cat([part for parts in zip(*halves, strict=True) for part in parts], -1)

@@ -7,14 +7,14 @@
     k' = (1 + code / 16) * span + base        half a step is (max - min) / 30 of a channel's block
 
 With selector `lowbit4` the keys' codes are there already; with another one they are kept for this
-alone, an eighth of the bytes of 16-bit keys and values and 4 bytes a channel and block. What crosses
-the link is half of what the same format of values takes with its keys.
+alone, an eighth of the bytes of 16-bit keys and values and 4 bytes a channel and block. What
+crosses the link is half of what the same format of values takes with its keys.
 
 A channel of the keys that has a NaN is NaN as a whole. One that has an infinity is what the
 selector makes of it: its others lose their resolution, and unlike in other formats the infinity
 itself may become finite.
 
-Source: the issue's own; codes as in `selectors/lowbit.py` (KIVI, arXiv 2402.02750, section 3).
+Codes as in `selectors/lowbit.py` (KIVI, arXiv 2402.02750, section 3).
 Kernels: `kernels/gpu/staying.py`.
 """
 
@@ -69,7 +69,8 @@ class ValuesFormat(BlockFormat):
 
     def pack(self, blocks: Tensor) -> Tensor:
         """Return the runs of the values of blocks [..., 2, P, D], [..., bytes] uint8."""
-        (total,), _ = self.stored(*blocks.shape[-2:], blocks.dtype)
+        size, dim = blocks.shape[-2:]
+        (total,), _ = self.stored(size, dim, blocks.dtype)
         return padded(torch.cat(self.values.pack_half(blocks[..., 1, :, :], -1), -1), total)
 
     def unpack(self, stored: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -88,8 +89,8 @@ class ValuesFormat(BlockFormat):
 
     def rounded(self, blocks: Tensor) -> Tensor:
         """Return blocks [..., 2, P, D] as they are when they are read again."""
-        keys = quantize(blocks[..., 0, :, :], KEY_BITS)
-        return self.read(self.pack(blocks), keys, *blocks.shape[-2:], blocks.dtype)
+        keys, (size, dim) = quantize(blocks[..., 0, :, :], KEY_BITS), blocks.shape[-2:]
+        return self.read(self.pack(blocks), keys, size, dim, blocks.dtype)
 
     def bound(self, blocks: Tensor) -> Tensor:
         """Return half a step, and what rounding to the model's dtype adds; NaN where all is."""
@@ -105,8 +106,8 @@ class ValuesFormat(BlockFormat):
     def _values(self, stored: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
         codes = size * dim * self.code_bits // 8
         scales = self.num_scales * size * dtype.itemsize
-        parts = stored[..., : codes + scales].split([codes, scales], -1)
-        return self.values.unpack_half(*parts, -1, dim, dtype)
+        coded, scaled = stored[..., : codes + scales].split([codes, scales], -1)
+        return self.values.unpack_half(coded, scaled, -1, dim, dtype)
 
 
 class Values8Format(ValuesFormat):

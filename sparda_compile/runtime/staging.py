@@ -14,8 +14,7 @@ On CUDA: `kernels/gpu/stage.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,9 @@ from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.prefill_attention import num_new_slots
 from sparda_compile.registry import KV_FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["empty_staging", "stage_blocks"]
 

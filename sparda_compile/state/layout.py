@@ -199,7 +199,7 @@ class CacheLayout:
         return min(self.num_blocks, max(wanted, self.num_selected + 1))
 
     def summaries(self, layer: int) -> tuple[str, ...]:
-        """Names of a layer's summaries: what it scores with, and what its format reads keys from."""
+        """Names of a layer's summaries: what scores, and what its format reads keys from."""
         kept = self.kv_format(layer).summary
         return tuple(sorted({*self.scored_summaries(), *([] if kept is None else [kept])}))
 

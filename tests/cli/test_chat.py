@@ -64,7 +64,9 @@ def test_settings_by_flags(folder):
         "--prefill", "dense", "--offload", "never", "--dtype", "bfloat16", "--lowering", "eager",
         "--kv-format", "int8",
     )  # fmt: skip
-    result = run(folder, *SMALL, *flags, lines="/settings\nOne?\n/stats\n/kv-format int4\nTwo?\n/stats\n")
+    result = run(
+        folder, *SMALL, *flags, lines="/settings\nOne?\n/stats\n/kv-format int4\nTwo?\n/stats\n"
+    )
     assert result.exit_code == 0, result.output
     for shown in (
         "/mode exact", "/selector quest", "/hint previous_step", "/top-k 2", "/prefill dense",

@@ -111,9 +111,7 @@ class FormatTrial:
         nll, kl, same = (each / total for each in sums)
         return nll, kl, same
 
-    def _scored(
-        self, script: Script, reading: Reading, formats: Mapping[int, str]
-    ) -> list[Scored]:
+    def _scored(self, script: Script, reading: Reading, formats: Mapping[int, str]) -> list[Scored]:
         steps = script.parts[1]
         assert steps.targets_BA is not None
         past = DynamicCache(

@@ -1,6 +1,6 @@
 """Blocks whose keys stay on the device, to device pages: values from CPU memory, keys from codes.
 
-    gather_staying         pages[b, g, miss_pages[i]] = keys of codes, unpack(host[.., miss_blocks[i]])
+    gather_staying         pages[b, g, miss_pages[i]] = keys, unpack(host[b, g, miss_blocks[i]])
     gather_listed_staying  the same for lists that are long and counted
 
 As in `packed.py` a program has the keys or the values of a block as one tile. Keys are made of
@@ -32,7 +32,7 @@ _WORD_BITS: Final = tl.constexpr(16)
 
 @triton.jit
 def keys_of(code, span, base, BITS: tl.constexpr):  # noqa: ANN201 - a part of kernels
-    """Return keys [P, D] float32 of codes [P, D], spans and bases [D]; see `selectors/lowbit.py`."""
+    """Return keys [P, D] float32 of codes [P, D], spans and bases [D], as `selectors/lowbit.py`."""
     factor = 1.0 + code.to(tl.float32) * (1.0 / (1 << BITS))
     return factor * span.to(tl.float32)[None, :] + base.to(tl.float32)[None, :]
 

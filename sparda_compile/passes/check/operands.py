@@ -7,7 +7,7 @@ those of another layer's ids.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.formats.base import STAYING_KEYS
 from sparda_compile.graph.effects import results_of
@@ -24,8 +24,15 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
-    from sparda_compile.state.layout import CacheLayout, LayerShape
-from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of, wrong_numbers
+from sparda_compile.passes.check.compare import (
+    Operand,
+    Operands,
+    StateNames,
+    compare,
+    kind_of,
+    words_of,
+    wrong_numbers,
+)
 from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
@@ -51,7 +58,7 @@ def wrong_operands(
         ctx: What the passes know.
         facts: What holds of the graph.
     """
-    names = _Names.of(ctx)
+    names = StateNames.of(ctx)
     own_ids: dict[int, Any] = {}
     for layer in layers:
         checks = _Layer(index, layer, ctx, facts, names)
@@ -60,30 +67,6 @@ def wrong_operands(
         yield from checks.transfers()
     for once in (*index.by_name["number_tokens"], *index.by_name["advance_lengths"]):
         yield from compare(once, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
-
-
-class _Names(NamedTuple):
-    """Short names of state tensors, the same in all layers of a kind that write blocks alike."""
-
-    of_kind: dict[tuple[str, str], tuple[str, ...]]
-    of_summary: dict[tuple[str, str], dict[str, tuple[str, ...]]]
-
-    @classmethod
-    def of(cls, ctx: PassContext) -> _Names:
-        assert ctx.layout is not None
-        layout = ctx.layout
-        kinds = {_kind_of(shape, layout): shape for shape in layout.layers}
-        return cls(
-            {kind: tuple(layout.tensors(shape)) for kind, shape in kinds.items()},
-            {
-                kind: {n: layout.summary_tensors(n, shape) for n in layout.summaries(shape.layer)}
-                for kind, shape in kinds.items()
-            },
-        )
-
-
-def _kind_of(shape: LayerShape, layout: CacheLayout) -> tuple[str, str]:
-    return shape.kind, layout.kv_format(shape.layer).name
 
 
 class _Layer:
@@ -95,7 +78,7 @@ class _Layer:
         layer: LayerOps,
         ctx: PassContext,
         facts: frozenset[Fact],
-        names: _Names,
+        names: StateNames,
     ) -> None:
         self._index = index
         self._layer = layer
@@ -103,7 +86,7 @@ class _Layer:
         by_forecast = ctx.strategy.selects_by_forecast
         self._is_forecast = by_forecast and Fact.FORECAST_INSERTED in facts
         assert ctx.layout is not None
-        number, kind = layer.shape.layer, _kind_of(layer.shape, ctx.layout)
+        number, kind = layer.shape.layer, kind_of(layer.shape, ctx.layout)
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
         self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
         of_summary = names.of_summary[kind] if layer.shape.kind != "window" else {}

@@ -43,7 +43,7 @@ def test_gather_reads_the_listed_blocks_and_nothing_else(device, case, name, siz
 def test_gather_with_any_number_of_programs(device, case, num_programs):
     found = KV_FORMATS["values4"]
     blocks = case.blocks(3, 2, 4, 2, 16, 16, dtype=torch.float16)
-    runs, at = case.memory(found.pack(blocks), device)
+    _held, at = case.memory(found.pack(blocks), device)
     count = torch.tensor([[0, 4], [1, 2], [3, 0]])[..., None]
     ids = torch.arange(4).expand(3, 2, 4).masked_fill(torch.arange(4) >= count, -1).int()
     pages = torch.zeros(3, 2, 4, 2, 16, 16, dtype=torch.float16)
