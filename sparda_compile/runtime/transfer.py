@@ -1,7 +1,7 @@
 """Bytes between CPU and device: every copy, its start and its wait.
 
     fork_stream       a side stream may go on from here
-    prefetch_blocks   H2D of the missed blocks, on the copy stream; returns at once
+    prefetch_blocks   H2D of the missed blocks, on the copy or repair stream; returns at once
     fetch_blocks      the same in line, on the compute stream
     offload_blocks    D2H of blocks that just became full, on the copy stream
     store_blocks      the same in line
@@ -231,7 +231,6 @@ def fetch_blocks(
 @define(
     mutates=("pages",),
     fake=lambda a: a.pages.new_empty(0),
-    stream=COPY,
     starts=True,
     work=Work.TO_DEVICE,
     kernels=_GATHERS,
@@ -246,11 +245,12 @@ def prefetch_blocks(
     event: int,
     after: Tensor | None = None,
     kv_format: str = "model",
+    stream: int = COPY,
     key_codes: Tensor | None = None,
     key_span: Tensor | None = None,
     key_base: Tensor | None = None,
 ) -> Tensor:
-    """Start the copy of the missed blocks to their pages, on the copy stream.
+    """Start the copy of the missed blocks to their pages, on a stream of copies.
 
     Args:
         miss_blocks: [B, G, K] int32, from `plan_pages`.
@@ -261,6 +261,7 @@ def prefetch_blocks(
         after: Result of the fork, if the misses were chosen on the compute stream. Otherwise the
             copy starts behind the selection.
         kv_format: How blocks in CPU memory are written.
+        stream: `COPY`, or `REPAIR` for what a guess has missed.
         key_codes: As for `fetch_blocks`, like the next two.
         key_span: [B, G, N, D].
         key_base: [B, G, N, D].
@@ -271,8 +272,8 @@ def prefetch_blocks(
     del after
     args = (miss_blocks, miss_pages, host, pages, kv_format, (key_codes, key_span, key_base))
     engine = current_engine()
-    engine.submit(COPY, lambda: _fetch(*args))
-    engine.record(event, COPY)
+    engine.submit(stream, lambda: _fetch(*args))
+    engine.record(event, stream)
     return _ticket(pages)
 
 

@@ -42,7 +42,9 @@ def value_scales_at(  # noqa: ANN201 - a part of kernels
     run, pages, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
 ):
     """Return where the scales of the values of a stored block are."""
-    return (run + SIZE * DIM * BITS // 8).to(pages.dtype)
+    # Of the pointer to the run, then moved, as `packed.codes_at` has it.
+    WIDTH: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth
+    return tl.multiple_of(run.to(pages.dtype), 16) + SIZE * DIM * BITS // WIDTH
 
 
 @triton.jit
