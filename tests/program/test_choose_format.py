@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -78,29 +80,62 @@ def test_a_percent_that_is_none_is_refused(text):
         SpardaConfig(kv_format="autos")
 
 
-def test_a_module_runs_as_with_the_format_that_is_named(traced_llama):
+@pytest.fixture
+def slow_link(monkeypatch):
+    """Plan for a machine whose link is all that takes time."""
+    slow = dataclasses.replace(MACHINES["cpu"], link_gbps=1e-4)
+    monkeypatch.setitem(MACHINES, "cpu", slow)
+    return SpardaConfig(
+        **SMALL, mode="query", lowering="eager", machine="cpu", prefill="dense",
+        expected_overlap=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "name"), [("auto", "int8"), ("auto:10", "int4")])
+def test_a_module_runs_as_with_the_format_that_is_named(traced_llama, slow_link, asked, name):
     ids = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(0))
-    settings = {"mode": "query", "lowering": "eager", "machine": "h200", "expected_overlap": 0.0}
-    base = SpardaConfig(**SMALL, **settings)
     runs = {}
-    for name in ("auto:10", "int4", "model"):
-        module = optimize(traced_llama, base.replace(kv_format=name, block_size=16))
+    for each in (asked, name, "model"):
+        module = optimize(traced_llama, slow_link.replace(kv_format=each))
         out = module.generate(
             ids, max_new_tokens=20, output_logits=True, return_dict_in_generate=True
         )
-        runs[name] = torch.stack(out.logits), module.sparda.stats()
-    found = set(runs["auto:10"][1].formats.values())
-    assert len(found) == 1
-    (name,) = found
-    assert torch.equal(runs["auto:10"][0], runs[name][0])
-    assert runs[name][1].to_dict()["kv_format"] == {"0": name, "1": name}
-    assert ("Full blocks are written in" in str(runs["auto:10"][1])) == (name != "model")
+        runs[each] = torch.stack(out.logits), module.sparda.stats()
+    assert torch.equal(runs[asked][0], runs[name][0])
+    assert not torch.equal(runs[asked][0], runs["model"][0])
+    assert runs[asked][1].to_dict() == runs[name][1].to_dict()
+    assert runs[asked][1].formats == {0: name, 1: name}
+    assert f"Full blocks are written in {name}." in str(runs[asked][1])
 
 
-def test_explain_names_what_was_chosen_and_why(traced_llama):
-    config = SpardaConfig(**SMALL, mode="query", machine="h200", kv_format="auto")
-    report = explain(traced_llama, config, batch_size=4, max_tokens=1024)
-    name, _, reason = report.kv_format.partition(" (auto: ")
-    assert name in ("model", "int8", "fp8")
-    assert "milliseconds a step at an overlap of 0.9: model" in reason
+def test_explain_names_what_was_chosen_and_why(traced_llama, slow_link):
+    report = explain(traced_llama, slow_link.replace(kv_format="auto"), max_tokens=1024)
+    assert report.kv_format.startswith("int8 (auto: milliseconds a step at an overlap of 0: model ")
     assert f"written in {report.kv_format}" in str(report)
+    assert report.to_dict()["kv_format"] == report.kv_format
+    exact = explain(traced_llama, slow_link, max_tokens=1024)
+    assert 0.25 < report.host_bytes / exact.host_bytes < 0.5
+
+
+@torch.no_grad()
+def test_a_cache_that_outgrows_the_device_is_rounded_then(traced_llama, slow_link):
+    """Not before: on the device it has the model's dtype, and gives what that gives."""
+    ids = torch.randint(0, 256, (1, 700), generator=torch.Generator().manual_seed(1))
+    resident = slow_link.replace(offload="never")
+    small, large = (explain(traced_llama, resident, max_tokens=n).device_bytes for n in (512, 1024))
+    limit = {"offload": "auto", "device_bytes": (small + large) // 2}
+    runs = {}
+    for name in ("auto", "model", "int8"):
+        module = optimize(traced_llama, slow_link.replace(kv_format=name, **limit))
+        first = module(ids[:, :400])
+        before = first.past_key_values.kv.stats().formats
+        second = module(ids[:, 400:690], past_key_values=first.past_key_values)
+        cache = second.past_key_values
+        assert cache.kv.layout.offload
+        third = module(ids[:, 690:691], past_key_values=cache)
+        runs[name] = first.logits, third.logits, before[0], cache.kv.stats().formats[0]
+    assert runs["auto"][2:] == ("model", "int8")
+    assert torch.equal(runs["auto"][0], runs["model"][0])
+    assert not torch.equal(runs["auto"][1], runs["model"][1])
+    # From then on its blocks are those of a cache that was rounded from the beginning.
+    torch.testing.assert_close(runs["auto"][1], runs["int8"][1], rtol=0, atol=0.1)
