@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 

@@ -81,8 +81,7 @@ def _fetch(
         return
     row, head, entry = torch.where(miss_blocks >= 0)
     block, page = miss_blocks[row, head, entry].long(), miss_pages[row, head, entry].long()
-    mine = [each[row, head, block] for each in kept]
-    stored = host[row, head, block]
+    stored, *mine = (each[row, head, block] for each in (host, *kept))
     pages[row, head, page] = found.read(stored, mine, *pages.shape[4:], pages.dtype)
 
 
@@ -219,8 +218,7 @@ def fetch_blocks(
         host: [B, G, N, 2, P, D], or empty without offload.
         pages: [B, G, C, 2, P, D], updated.
         kv_format: How blocks in CPU memory are written.
-        key_codes: [B, G, N, C, D] int16, what keys that stay are read back from; else None, like
-            the next two.
+        key_codes: [B, G, N, C, D] int16, by which keys that stay are read, like the next two.
         key_span: [B, G, N, D].
         key_base: [B, G, N, D].
     """
