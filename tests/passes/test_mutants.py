@@ -47,6 +47,7 @@ MODES = {
     },
     "speculate": {"mode": "speculate", "speculate_where": "always"},
     "query-int8": {"mode": "query", "kv_format": "int8"},
+    "forecast-values8": {"mode": "forecast", "kv_format": "values8"},
 }
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")

@@ -129,7 +129,7 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
         return Counter(["window_attention"])
     is_async = layout.offload and Fact.TRANSFERS_ASYNC in facts
     is_early = _begins_early(layer, ctx, facts)
-    roles = ["update_summary"] * len(layout.summaries())
+    roles = ["update_summary"] * len(layout.summaries(shape.layer))
     copies = ["offload_blocks"] if is_async else []
     if layout.offload:
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else []
