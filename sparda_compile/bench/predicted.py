@@ -4,7 +4,7 @@ Every program that `sparda bench decode`, `budget` or `profile` has timed is pla
 the same shape that has no weights, for the machine that the file names, and its step is predicted
 at the file's overlaps. As there, a program is scheduled once, for what is expected by default.
 
-A prediction is of the kernels of today. What was measured before `SINCE` ran with others: it is
+A prediction is of the programs of today. What was measured before `SINCE` ran others: it is
 listed, and its ratio says nothing.
 """
 
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
     from sparda_compile.program.plan import Plan
 
-__all__ = ["SINCE", "Point", "Predictor", "points_in", "read_points"]
+__all__ = ["EXACT_SINCE", "SINCE", "Point", "Predictor", "points_in", "read_points"]
 
 # The first day on which the attention and the gather of today were measured.
 SINCE: Final = "2026-11-26"
+# The first on which repairs of mode `exact` had a stream of their own.
+EXACT_SINCE: Final = "2026-11-30"
 _BUDGET_SIDES: Final = ("resident", "scheduled")
 
 
@@ -68,8 +70,8 @@ class Point:
 
     @property
     def is_judged(self) -> bool:
-        """Whether the kernels of today were measured."""
-        return self.date >= SINCE
+        """Whether the programs of today were measured."""
+        return self.date >= (EXACT_SINCE if self.mode == "exact" else SINCE)
 
 
 def read_points(path: Path) -> list[Point]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparda_compile.bench.predicted import SINCE
+from sparda_compile.bench.predicted import EXACT_SINCE, SINCE
 from sparda_compile.bench.show import make_table
 
 if TYPE_CHECKING:
@@ -46,4 +46,7 @@ def print_predicted(points: Sequence[tuple[Point, float]], console: Console) -> 
     if ratios:
         told = f"{len(ratios)} points, from {min(ratios):.3f} to {max(ratios):.3f} of measured."
         console.print(told, markup=False)
-    console.print(f"Without a ratio: kernels from before {SINCE} were measured.", markup=False)
+    console.print(
+        f"Without a ratio: programs from before {SINCE} were measured, {EXACT_SINCE} in mode exact.",
+        markup=False,
+    )

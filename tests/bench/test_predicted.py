@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparda_compile.bench.predicted import SINCE, Point, Predictor, points_in, read_points
+from sparda_compile.bench.predicted import EXACT_SINCE, SINCE, Point, Predictor, points_in, read_points
 from sparda_compile.errors import ConfigError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -50,7 +50,9 @@ def test_every_committed_step_is_predicted_within_15_percent():
 def test_what_older_kernels_took_is_listed_and_not_judged():
     points = committed()
     older = {point.file for point in points if not point.is_judged}
-    assert all(name < SINCE for name in older)
+    exact = {point.file for point in points if point.mode == "exact"}
+    assert all(name < (EXACT_SINCE if name in exact else SINCE) for name in older)
+    assert "2026-11-26-h200-profile-8b-b16-exact.json" in older
     assert "2026-11-25-h100-decode-8b.json" in older
     assert {point.machine for point in points} == {"h100", "h200"}
     assert not {point.file for point in points if point.is_judged} & older
