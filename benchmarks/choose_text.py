@@ -4,10 +4,11 @@
         --out result.json
 
 MODEL is a folder that transformers' `save_pretrained` wrote, with its tokenizer, or smollm2; it has
-to be built as Llama is. A document is read densely, in the model's dtype, but for its last `--scored`
-tokens. These are run at once in float32, layer by layer in plain PyTorch: each token sees the blocks that a decode step at its
-position would choose, so the layers behind see what that has cost. Texts to calibrate by are read
-densely to the end: they give each layer and KV head its bits and its budget, and do not count.
+to be built as Llama is. A document is read densely, in the model's dtype, but for its last
+`--scored` tokens. These are run at once in float32, layer by layer in plain PyTorch: each token
+sees the blocks that a decode step at its position would choose, so the layers behind see what that
+has cost. Texts to calibrate by are read alike: their ends give each layer and KV head its bits and
+its budget, and do not count.
 
 The ways to choose are in `METHODS`. All read the first 64 tokens, the block being written, 128
 tokens before it, and as many tokens of chosen blocks, whatever their size. Documents that the
@@ -79,11 +80,13 @@ class Step:
         As a decode step has them: before its own key, and of low-bit keys those of full blocks.
         """
         end = self.positions // self.block * self.block if full_only else self.positions
-        seen = torch.arange(k.shape[1]) < end[:, None]
-        logits = torch.einsum("grtd,gsd->grts", self.q, k) * k.shape[-1] ** -0.5
-        weights = logits.masked_fill(~seen, NEVER).softmax(-1)
+        unseen = torch.arange(k.shape[1]) >= end[:, None]
+        logits = torch.einsum("grtd,gsd->grts", self.q * k.shape[-1] ** -0.5, k)
+        weights = logits.masked_fill_(unseen, NEVER).softmax(-1)
         missing = self.num_blocks * self.block - k.shape[1]
-        return F.pad(weights, (0, missing)).unflatten(-1, (-1, self.block))
+        return (F.pad(weights, (0, missing)) if missing else weights).unflatten(
+            -1, (-1, self.block)
+        )
 
 
 def rounded(k, bits, block=BLOCK):
@@ -166,40 +169,41 @@ def by_head(bits, combine):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to choose; `budgets` names those of `calibrate`, None is the same K everywhere."""
+    """One way to choose, and the shares of the blocks at which it is measured.
+
+    `budgets` names those of `calibrate`; None is the same K everywhere.
+    """
 
     score: object
     block: int = BLOCK
     budgets: str | None = None
+    shares: tuple = SHARES
 
 
+LOW = SHARES[:1]
 METHODS = {
     "oracle": Method(oracle),
     "infllm2": Method(infllm2),
     "lowbit2": Method(low_bit(2)),
     "lowbit4": Method(low_bit(4)),
-    "lowbit3": Method(low_bit(3)),
+    "lowbit3": Method(low_bit(3), shares=LOW),
     "mixed 1 and 4 bits, mean 2": Method(mixed("bits_1_4")),
-    "mixed 2 and 4 bits, mean 3": Method(mixed("bits_2_4")),
+    "mixed 2 and 4 bits, mean 3": Method(mixed("bits_2_4"), shares=LOW),
     "lowbit2 among 2 K of infllm2": Method(among(2, 2)),
-    "lowbit2 among 3 K of infllm2": Method(among(3, 2)),
-    "lowbit2 x norm of block's values": Method(with_values(2, by_token=False)),
-    "lowbit2 x norms of values": Method(with_values(2, by_token=True)),
+    "lowbit2 among 3 K of infllm2": Method(among(3, 2), shares=LOW),
+    "lowbit2 x mean norm of values": Method(with_values(2, by_token=False), shares=LOW),
+    "lowbit2 x norm of each value": Method(with_values(2, by_token=True)),
     "lowbit2, largest head": Method(by_head(2, "max")),
-    "lowbit2, mean of ranks": Method(by_head(2, "rank")),
+    "lowbit2, mean of ranks": Method(by_head(2, "rank"), shares=LOW),
     "lowbit2, K by layer": Method(low_bit(2), budgets="by_layer"),
     "lowbit2, K by layer and head": Method(low_bit(2), budgets="by_head"),
-    "lowbit4, K by layer and head": Method(low_bit(4), budgets="by_head"),
-    "infllm2, K by layer": Method(infllm2, budgets="by_layer"),
     "infllm2, K by layer and head": Method(infllm2, budgets="by_head"),
-    "oracle, K by layer and head": Method(oracle, budgets="by_head"),
+    "oracle, K by layer and head": Method(oracle, budgets="by_head", shares=LOW),
     "infllm2, blocks of 32": Method(infllm2, 32),
-    "infllm2, blocks of 16": Method(infllm2, 16),
+    "infllm2, blocks of 16": Method(infllm2, 16, shares=LOW),
     "lowbit2, blocks of 32": Method(low_bit(2), 32),
-    "lowbit2, blocks of 16": Method(low_bit(2), 16),
-    "lowbit2, blocks of 16, scales of 64": Method(low_bit(2, 64), 16),
-    "lowbit4, blocks of 32": Method(low_bit(4), 32),
-    "lowbit4, blocks of 16, scales of 64": Method(low_bit(4, 64), 16),
+    "lowbit2, blocks of 16": Method(low_bit(2), 16, shares=LOW),
+    "lowbit2, blocks of 16, scales of 64": Method(low_bit(2, 64), 16, shares=LOW),
 }
 
 
@@ -229,7 +233,7 @@ def choose(step, scores, num_GL):
 
 
 class Text:
-    """A document read densely: keys and values of all layers, and what the model says of its end."""
+    """A document read densely: its keys and values, and what the model says of its end."""
 
     def __init__(self, reader, model, ids_1S, num_scored):
         self.model = model
@@ -254,14 +258,17 @@ class Text:
                 for each in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             q, k = apply_rotary_pos_emb(q, k, cos, sin)
-            k, v = (torch.cat(pair, 1) for pair in zip(self.past[number], (k[0], v[0])))
+            k, v = (
+                torch.cat(pair, 1) for pair in zip(self.past[number], (k[0], v[0]), strict=True)
+            )
             q = q[0].unflatten(0, (k.shape[0], -1))
             mask = read(Step(number, q, k, v, positions, block))
             seen = causal
             if mask is not None:
                 seen = mask.repeat_interleave(block, -1)[..., : start + num] & causal
                 seen = seen[:, None]
-            out = F.scaled_dot_product_attention(q, k[:, None], v[:, None], attn_mask=seen)
+            k, v = (part[:, None].expand(*q.shape[:2], -1, -1) for part in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
             hidden = hidden + attention.o_proj(out.flatten(0, 1).transpose(0, 1).flatten(1)[None])
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return model.lm_head(model.model.norm(hidden))[0].log_softmax(-1)
@@ -356,15 +363,15 @@ def rows_of(documents):
         other = [cases.get(("lowbit2", share)) for _, cases in held]
         row = {"method": name, "share": share, "documents": len(held)}
         row["kl"] = estimate([case["kl"] for case in mine], counts)
-        ratio = [case["nll"] - doc["nll"] for case, (doc, _) in zip(mine, held)]
+        ratio = [case["nll"] - doc["nll"] for case, (doc, _) in zip(mine, held, strict=True)]
         row["perplexity"] = math.exp(sum(case["nll"] for case in mine) / sum(counts))
         row["ratio"] = [math.exp(each) for each in estimate(ratio, counts)]
         row["top1"] = estimate([case["top1"] for case in mine], counts)
         if name != "lowbit2" and all(other):
-            less = [case["kl"] - base["kl"] for case, base in zip(mine, other)]
+            less = [case["kl"] - base["kl"] for case, base in zip(mine, other, strict=True)]
             row["kl_minus_lowbit2"] = estimate(less, counts)
         by_domain = {}
-        for case, (doc, _) in zip(mine, held):
+        for case, (doc, _) in zip(mine, held, strict=True):
             by_domain.setdefault(doc["domain"], []).append(case["kl"] / doc["scored"])
         row["kl_by_domain"] = {key: sum(each) / len(each) for key, each in by_domain.items()}
         rows.append(row)
@@ -416,9 +423,9 @@ def main():
         done = {(case["method"], case["share"]) for case in document["cases"]} if document else ()
         todo = [
             (name, share)
-            for name in args.method or METHODS
             for share in SHARES
-            if (name, share) not in done
+            for name in args.method or METHODS
+            if share in METHODS[name].shares and (name, share) not in done
         ]
         if not todo:
             continue

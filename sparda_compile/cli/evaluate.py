@@ -16,7 +16,11 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.devices import find_device
-from sparda_compile.cli.evaluation_parts import EvaluationParts, selectors_of
+from sparda_compile.cli.evaluation_parts import (
+    EvaluationParts,
+    check_prompt_selector,
+    selectors_of,
+)
 from sparda_compile.cli.options import (
     LARGEST_SEED,
     MOST_SEQUENCES,
@@ -25,6 +29,7 @@ from sparda_compile.cli.options import (
     KvFormat,
     LocalBlocks,
     Mode,
+    PrefillSelector,
     Prompt,
     Repair,
     Selector,
@@ -177,6 +182,7 @@ def evaluate_model(
     budget: Budgets = None,
     kv_format: KvFormats = None,
     prefill: Prompts = None,
+    prefill_selector: PrefillSelector = None,
     task: Tasks = None,
     tokens: Lengths = None,
     samples: Samples = 32,
@@ -196,6 +202,8 @@ def evaluate_model(
     with errors_as_sentences(evaluate_model):
         check_outputs(json_file=json_file)
         check_plot(plot)
+        prompts = tuple(map(str, prefill or (_PROMPT,)))
+        check_prompt_selector(prefill_selector, prompts)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
@@ -206,10 +214,11 @@ def evaluate_model(
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
+            fields |= {"prefill_selector": str(prefill_selector)} if prefill_selector else {}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, kv_format, fields),
                 tuple(budget or _BUDGETS),
-                tuple(map(str, prefill or (_PROMPT,))),
+                prompts,
                 tuple(map(str, task or _TASKS)),
                 tuple(tokens or (_LENGTH,)),
                 num_samples=samples,

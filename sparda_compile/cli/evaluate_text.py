@@ -16,7 +16,7 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.devices import find_device
-from sparda_compile.cli.evaluation_parts import selectors_of
+from sparda_compile.cli.evaluation_parts import check_prompt_selector, selectors_of
 from sparda_compile.cli.options import (
     LARGEST_SEED,
     MOST_BLOCKS,
@@ -28,6 +28,7 @@ from sparda_compile.cli.options import (
     LocalBlocks,
     Lowering,
     Mode,
+    PrefillSelector,
     Selector,
     ShortList,
     TextPrompt,
@@ -176,6 +177,7 @@ def evaluate_text(
     top_k: TopKs = None,
     kv_format: KvFormats = None,
     prefill: Prompts = None,
+    prefill_selector: PrefillSelector = None,
     no_oracle: Annotated[bool, typer.Option("--no-oracle", help="Leave the oracle out.")] = False,
     scored: Scored = 256,
     trials: Trials = 10,
@@ -203,11 +205,14 @@ def evaluate_text(
         tasks = tuple(map(str, task or _TASKS))
         if plot is not None and "perplexity" not in tasks:
             raise ConfigError("--plot draws perplexity; add --task perplexity, or leave it out.")
+        prompts = tuple(map(str, prefill or _PROMPTS))
+        check_prompt_selector(prefill_selector, prompts)
         with progress() as say:
             say("importing torch and transformers")
             where = find_device(device)
             sizes = {"block_size": block_size, "local_blocks": local_blocks}
             fields = _fields(where, lowering, {**sizes, "short_list": short_list}, forecast)
+            fields["prefill_selector"] = prefill_selector
             hints = tuple(map(str, hint or _HINTS))
             formats = tuple(map(str, kv_format or ("model",)))
             request = TextRequest(
@@ -217,7 +222,7 @@ def evaluate_text(
                 tuple(tokens or (_LENGTH,)),
                 tuple(_bases(mode or _MODES, selector or _SELECTORS, (hints, formats), fields)),
                 tuple(_budgets(budget, top_k)),
-                tuple(map(str, prefill or _PROMPTS)),
+                prompts,
                 not no_oracle,
                 {"scored": scored, "trials": trials, "depths": depths, "seed": seed},
                 forecast,

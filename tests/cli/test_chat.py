@@ -61,12 +61,14 @@ def test_a_pipe_gets_answers_alone(folder, document):
 def test_settings_by_flags(folder):
     flags = (
         "--mode", "exact", "--selector", "quest", "--hint", "previous_step", "--top-k", 2,
-        "--prefill", "dense", "--offload", "never", "--dtype", "bfloat16", "--lowering", "eager",
+        "--prefill", "dense", "--prefill-selector", "infllm2", "--offload", "never",
+        "--dtype", "bfloat16", "--lowering", "eager",
     )  # fmt: skip
     result = run(folder, *SMALL, *flags, lines="/settings\nOne?\n")
     assert result.exit_code == 0, result.output
     for shown in (
         "/mode exact", "/selector quest", "/hint previous_step", "/top-k 2", "/prefill dense",
+        "/prefill-selector infllm2",
         "/budget not set", "/offload never", "/max-new-tokens 4", "cache 27 tokens",
     ):  # fmt: skip
         assert shown in result.stderr
