@@ -144,9 +144,3 @@ def test_hints_of_steps_begin_behind_a_sparse_prompt(make):
     for hint in ("ema", "previous_step", ("ema", "next_query")):
         got = generated(make("query", mode="exact", hint=hint), ids, mask)[1]
         assert torch.equal(got, want), hint
-
-
-def test_a_dense_prompt_keeps_no_other_summary(make):
-    kept, none = (make("query", prefill=kind).new_cache(256) for kind in ("auto", "dense"))
-    assert state_name("pooled_k", 0) in kept.kv.state
-    assert state_name("pooled_k", 0) not in none.kv.state
