@@ -224,7 +224,7 @@ def may_choose(step):
 def choose(step, scores, num_GL):
     """Return [G, T, N] bool: what is read, `num_GL` [G] of it by score."""
     free = scores.masked_fill(~may_choose(step), NEVER)
-    order = free.argsort(-1, descending=True, stable=True)
+    order = free.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
         -1, order, torch.arange(free.shape[-1]).expand_as(order).contiguous()
     )
