@@ -154,15 +154,13 @@ def with_values(bits, *, by_token):
 
 
 def by_head(bits, combine):
-    """Scores of a group's heads as one: their largest, mean of ranks, or shares of what is free."""
+    """Scores of a group's heads as one: the largest, or the mean of ranks."""
 
     def score(step, _):
         each = step.masses(rounded(step.k, bits)).sum(-1).masked_fill(~may_choose(step), 0.0)
         if combine == "max":
             return each.amax(1)
-        if combine == "rank":
-            return each.argsort(-1).argsort(-1).float().mean(1)
-        return (each / each.sum(-1, keepdim=True).clamp(min=1e-9)).sum(1)
+        return each.argsort(-1).argsort(-1).float().mean(1)
 
     return score
 

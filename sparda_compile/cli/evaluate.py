@@ -18,7 +18,7 @@ from sparda_compile.cli.console import (
 from sparda_compile.cli.devices import find_device
 from sparda_compile.cli.evaluation_parts import (
     EvaluationParts,
-    check_prompt_selector,
+    prompts_of,
     selectors_of,
 )
 from sparda_compile.cli.options import (
@@ -202,12 +202,10 @@ def evaluate_model(
     with errors_as_sentences(evaluate_model):
         check_outputs(json_file=json_file)
         check_plot(plot)
-        prompts = tuple(map(str, prefill or (_PROMPT,)))
-        check_prompt_selector(prefill_selector, prompts)
+        prompts = prompts_of(prefill or (_PROMPT,), prefill_selector)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
-            from sparda_compile.evaluation.show import write_plot
 
             where = find_device(device)
             weights = _forecast(model, forecast)
@@ -232,14 +230,15 @@ def evaluate_model(
             settings = {**parts.settings(), **fields, **_sources(model, forecast), "device": device}
             file = EvaluationFile(json_file, type(loaded).__name__, seed, settings)
             parts.measure(loaded, weights, file, say)
-        evaluation = file.evaluation()
-        written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
-    _print(evaluation, written, as_json=as_json)
+        _show(file.evaluation(), json_file, plot, as_json=as_json)
 
 
-def _print(evaluation: Evaluation, written: list[Path | None], *, as_json: bool) -> None:
-    from sparda_compile.evaluation.show import print_evaluation
+def _show(
+    evaluation: Evaluation, json_file: Path | None, plot: Path | None, *, as_json: bool
+) -> None:
+    from sparda_compile.evaluation.show import print_evaluation, write_plot
 
+    written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
     if as_json:
         print_json(evaluation.to_dict())
         return

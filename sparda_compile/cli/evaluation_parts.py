@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.results import EvaluationFile
     from sparda_compile.forecast.weights import ForecastWeights
 
-__all__ = ["EvaluationParts", "check_prompt_selector", "selectors_of"]
+__all__ = ["EvaluationParts", "prompts_of", "selectors_of"]
 
 _USUAL: Final = "infllm2"
 # What selects -> how a configuration's name ends.
@@ -164,21 +164,22 @@ class EvaluationParts:
             file.save(found.rows)
 
 
-def check_prompt_selector(name: str | None, prompts: Sequence[str]) -> None:
-    """Refuse a selector of prompts where none selects.
+def prompts_of(names: Sequence[str], selector: str | None) -> tuple[str, ...]:
+    """Return the kinds of prompts as plain strings.
 
     Args:
-        name: Of the selector; None is none.
-        prompts: What is measured: `dense` prompts, and others.
+        names: `dense`, and others, in which tokens select.
+        selector: Who selects for them; None is none of its own.
 
     Raises:
         ConfigError: If it would have no effect.
     """
-    if name is not None and all(prompt == "dense" for prompt in prompts):
+    if selector is not None and all(name == "dense" for name in names):
         raise ConfigError(
-            f"--prefill-selector {name} is how tokens of a sparse prompt score blocks, and no "
+            f"--prefill-selector {selector} is how tokens of a sparse prompt score blocks, and no "
             "prompt is sparse here; add --prefill sparse, or leave it out."
         )
+    return tuple(map(str, names))
 
 
 def selectors_of(mode: str, selectors: Sequence[str]) -> list[str]:
