@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -30,6 +28,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+# In tests/plugins.
+pytest_plugins = ("quick_interpreter",)
+
 PACKAGE_DIR = str(Path(__file__).resolve().parents[1] / "sparda_compile") + os.sep
 HAS_CUDA = torch.cuda.is_available()
 
@@ -52,16 +53,16 @@ hypothesis.settings.load_profile("sparda")
 
 # The modules that take longest, longest first: begun last, one would keep a worker busy alone.
 SLOWEST = (
+    "e2e/test_compiled.py",
     "e2e/test_ranks.py",
+    "e2e/test_sparse_prefill.py",
     "e2e/test_models.py",
-    "e2e/test_random_models.py",
-    "program/test_lower.py",
-    "check/test_verify_transfers.py",
-    "e2e/test_reference.py",
-    "e2e/test_unsupported.py",
     "e2e/test_bit_equal.py",
-    "cli/test_main.py",
-    "capture/test_forward.py",
+    "e2e/test_ema.py",
+    "e2e/test_reference.py",
+    "e2e/test_speculate.py",
+    "bench/test_predicted.py",
+    "passes/test_mutants.py",
 )
 
 
@@ -99,36 +100,6 @@ def _older_objects_are_left_out() -> None:
     """Let a search for garbage look at what this module's tests have made, not at all there is."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _patch_the_language_once() -> Iterator[None]:
-    """Let Triton's interpreter leave its functions in `triton.language` for the session.
-
-    It looks through the whole language to set them whenever a kernel is launched, and again in
-    each helper that one calls: half of what small kernels take.
-    """
-    if HAS_CUDA or importlib.util.find_spec("triton") is None:
-        yield
-        return
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch_language = interpreter._patch_lang
-    known: set[frozenset[str]] = set()
-    nothing_to_restore = SimpleNamespace(restore=lambda: None)
-
-    def patch_once(function: Callable[..., Any]) -> SimpleNamespace:
-        modules = [value for value in function.__globals__.values() if inspect.ismodule(value)]
-        seen = frozenset(m.__name__ for m in (language, language.core) if m in modules)
-        if seen not in known:
-            known.add(seen)
-            patch_language(function)
-        return nothing_to_restore
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,8 @@ class BlockFormat(Protocol):
     Attributes:
         name: As in `SpardaConfig.kv_format`.
         rounds: Whether what is read is not what was written.
-        kernels: Module with its Triton functions, see `kernels/gpu/packed.py`; None where it has
-            none, and works on a CPU alone.
+        kernels: Module with its Triton functions, see `kernels/gpu/packed_form.py`; None where it
+            has none, and works on a CPU alone.
     """
 
     name: ClassVar[str]

@@ -106,11 +106,30 @@ def _note_views(result: Any, tensors: list[Tensor]) -> dict[int, int]:
     return found
 
 
+# What comes of which arguments, under which settings of torch. It holds no tensor and no fake mode,
+# so what one trace has seen serves the next one.
+_SEEN: Final[dict[Any, dict[Any, Any]]] = {}
+_MOST_SEEN: Final = 50_000
+
+
+def _settings() -> tuple[Any, ...]:
+    """Return what decides beside the arguments which shape, strides and dtype a result has."""
+    sdp = torch.backends.cuda
+    return (
+        torch.get_default_dtype(),
+        torch.is_inference_mode_enabled(),
+        sdp.flash_sdp_enabled(),
+        sdp.mem_efficient_sdp_enabled(),
+        sdp.math_sdp_enabled(),
+        sdp.cudnn_sdp_enabled(),
+    )
+
+
 class FakeRunner:
     """Runs functions on fake tensors, and remembers what comes of which shapes.
 
-    A model repeats its layers, so nearly every call has been seen before: its result is then made
-    from what is remembered.
+    A model repeats its layers, and models of one family each other's, so nearly every call has been
+    seen before: its result is then made from what is remembered. All runners remember together.
 
     Args:
         fake_mode: Of the tensors.
@@ -118,7 +137,7 @@ class FakeRunner:
 
     def __init__(self, fake_mode: Any) -> None:
         self.fake_mode = fake_mode
-        self._seen: dict[Any, Any] = {}
+        self._seen = _SEEN.setdefault(_settings(), {})
 
     @classmethod
     def of(cls, fake_mode: Any) -> FakeRunner:
@@ -151,6 +170,8 @@ class FakeRunner:
         views = _note_views(result, tensors)
         made = self._recipe(result, tensors, views) if known else None
         if made is not None:
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
             self._seen[key] = made, changed
         return result
 

@@ -39,7 +39,10 @@ _MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "nosa")
 
 @dataclasses.dataclass
 class _Memory:
-    """Of one layer, for each group: keys and values, [D] per token, and retention scores, []."""
+    """Of one layer, for each group: keys and values, [D] per token, and retention scores, [].
+
+    Without retention there are no scores.
+    """
 
     keys: list[list[Tensor]]
     values: list[list[Tensor]]
@@ -223,8 +226,9 @@ class _Decoder:
                     ids_by_group.append(ids)
                 keys.append(k_GD[group])
                 values.append(v_GD[group])
-                worths.append(worth_G[group])
-                read = [[tensors[t] for t in readable] for tensors in (keys, values, worths)]
+                if worth_G is not None:
+                    worths.append(worth_G[group])
+                read = [[of[t] for t in readable] for of in (keys, values, worths) if of]
                 outputs.append(_attend(q_RD, layer.self_attn.scaling, *read))
             block_ids.append(ids_by_group)
             x_C = x_C + _linear(torch.cat(outputs).flatten(), layer.self_attn.o_proj)
@@ -302,22 +306,26 @@ def _by_worth(blocks: list[int], worths: Sequence[Tensor], rules: Rules) -> list
     return sorted(blocks, key=lambda m: (-scores[m], m))
 
 
-def _retention(attention: Any, v_GD: Tensor) -> Tensor:
-    """Return the retention score [G] of a token: 0, or NOSA's A * softplus(Delta v)."""
+def _retention(attention: Any, v_GD: Tensor) -> Tensor | None:
+    """Return NOSA's retention score A * softplus(Delta v) of a token, [G]; None without one."""
     if not hasattr(attention, "delta"):
-        return torch.zeros(len(v_GD))
+        return None
     raised_G = (1 + _linear(v_GD.flatten(), attention.delta).exp()).log()
     scores_G: Tensor = attention.amplitude * raised_G
     return scores_G
 
 
 def _attend(
-    q_RD: Tensor, scale: float, keys: list[Tensor], values: list[Tensor], worths: list[Tensor]
+    q_RD: Tensor,
+    scale: float,
+    keys: list[Tensor],
+    values: list[Tensor],
+    worths: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return exact attention [R, D] of the group's query heads over the given tokens."""
     weights_RT = (q_RD @ torch.stack(keys).T * scale).softmax(-1)
-    if any(worths):
-        weights_RT = weights_RT * torch.stack(worths).exp()
+    if worths:
+        weights_RT = weights_RT * torch.stack(list(worths)).exp()
         weights_RT = weights_RT / weights_RT.sum(-1, keepdim=True)
     return weights_RT @ torch.stack(values)
 

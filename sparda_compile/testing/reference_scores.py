@@ -79,12 +79,10 @@ def block_scores(
 
 def pooled_keys(keys: list[Tensor], rules: Rules) -> list[Tensor]:
     """Return the mean key of every window whose tokens are all there."""
-    pooled = []
-    start = 0
-    while start + rules.pool_size <= len(keys):
-        pooled.append(torch.stack(keys[start : start + rules.pool_size]).float().mean(0))
-        start += rules.pool_stride
-    return pooled
+    if len(keys) < rules.pool_size:
+        return []
+    windows = torch.stack(keys).float().unfold(0, rules.pool_size, rules.pool_stride)
+    return list(windows.mean(-1))
 
 
 def _infllm2_window_scores(q_RD: Tensor, windows: list[Tensor], scale: float) -> list[float]:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import typer.main
+import typer.testing
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -12,6 +16,14 @@ from sparda_compile.cli import main as cli
 def _width_of_a_pipe(monkeypatch):
     """Tables are as wide as in a pipe, whatever runs the tests has told them."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_the_signatures_once():
+    """The command line is made of the commands' signatures; typer would read all for each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture

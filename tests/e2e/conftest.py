@@ -173,7 +173,8 @@ class _Text:
         weight = self._plan.captured.weights.get(node.name)
         if weight is None:
             return "$" + self._plan.captured.inputs.get(node.name, node.name)
-        return "$" + self._weight_names.get(id(weight), str(weight.tolist()))
+        name = self._weight_names.get(id(weight))
+        return f"${weight.tolist() if name is None else name}"
 
     def _argument(self, value: Any) -> str:
         if isinstance(value, fx.Node):

@@ -19,7 +19,7 @@ SMALL = {
 }  # fmt: skip
 # Of each of two turns. Blocks fill in each, and pages are taken from others; of the plainest case
 # and the fullest the steps are many.
-STEPS, MANY_STEPS, LATE_STEPS = 40, 104, 24
+STEPS, MANY_STEPS = 24, 104
 EVERY = tuple(name for name in HINTS.names() if name != "mixture")  # it has two of them in it
 CASES = {
     "infllm2": {},
@@ -94,8 +94,8 @@ def test_exact_is_query_with_nosa(made):
 def test_late_streams_change_nothing(made, name, seed):
     engine, settings = DeferredEngine(seed), CASES[name]
     fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
-    want = made.by_query("llama", LATE_STEPS, **settings)
-    assert torch.equal(made.logits(fast, LATE_STEPS, engine), want)
+    want = made.by_query("llama", STEPS, **settings)
+    assert torch.equal(made.logits(fast, STEPS, engine), want)
     assert engine.num_pending == 0
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparda_compile.graph import fake_runner
 from sparda_compile.graph.fake_runner import FakeRunner, leaves_of, map_leaves
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(monkeypatch):
+    monkeypatch.setattr(fake_runner, "_SEEN", {})
 
 
 class TestRunner:
@@ -57,6 +63,48 @@ class TestRunner:
             two, three = torch.tensor(2), torch.tensor(3)
         values = [runner.run(torch.Tensor.item, (x,), {}) for x in (two, three)]
         assert values == [2, 3]
+
+
+def test_what_one_mode_has_seen_another_one_makes_for_itself():
+    calls = []
+
+    def doubled(x):
+        calls.append(x)
+        return x + x
+
+    for mode in (FakeTensorMode(), FakeTensorMode()):
+        with mode:
+            x = torch.empty(4, 6)
+        result = FakeRunner.of(mode).run(doubled, (x,), {})
+        assert result.fake_mode is mode
+        assert result.shape == (4, 6)
+    assert len(calls) == 1
+
+
+def test_other_settings_are_other_calls():
+    """A number beside integers becomes a float of the default dtype."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            mode = FakeTensorMode()
+            with mode:
+                x = torch.empty(3, dtype=torch.int64)
+            found.append(FakeRunner.of(mode).run(torch.mul, (x, 0.5), {}).dtype)
+        finally:
+            torch.set_default_dtype(before)
+    assert found == [torch.float32, torch.float64]
+
+
+def test_no_more_is_remembered_than_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(fake_runner, "_MOST_SEEN", 2)
+    runner = FakeRunner.of(FakeTensorMode())
+    with runner.fake_mode:
+        x = torch.empty(4, 6)
+    for size in (1, 2, 3):
+        runner.run(torch.narrow, (x, 0, 0, size), {})
+    assert len(runner._seen) == 1
 
 
 def test_leaves_go_and_come_in_one_order():

@@ -379,4 +379,4 @@ class LateCopies(CacheMachine):
 def test_cache_against_lists(machine):
     # Most of a case is drawn from seeds, so a smaller one would say no more.
     phases = (Phase.explicit, Phase.generate)
-    run_machine(machine, settings=settings(max_examples=20, stateful_step_count=16, phases=phases))
+    run_machine(machine, settings=settings(max_examples=14, stateful_step_count=16, phases=phases))

@@ -3,8 +3,8 @@
     store_tail      host = pack(pages[.., tail_page]), and the page as it will be read back
     store_prefix    the same of the blocks that a prompt has filled, from where the model left them
 
-A program has the keys or the values of a block as one tile, see `packed.py`. Without offload the
-pages alone are written.
+A program has the keys or the values of a block as one tile, see `packed_form.py`. Without
+offload the pages alone are written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS
 from sparda_compile.kernels.gpu.launch import as_written, launch, tokens_of
-from sparda_compile.kernels.gpu.packed import Form, codes_at, functions_of, rounded, scales_at
+from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -39,6 +39,8 @@ __all__ = ["SCORE_KERNELS", "complete_windows"]
 _BLOCKS: Final = 32
 _FORECAST_BLOCKS: Final = 8
 _WINDOWS: Final = 128
+# Logits of a head begin at a multiple of so many, whatever the number of windows.
+_ALIGNED: Final = 16
 
 
 @triton.jit
@@ -100,8 +102,8 @@ def _forecast(
 
 @triton.jit
 def _infllm2_logits(
-    query, pooled, lengths, logits, maxima, sums, scale, q_row, q_head, groups, num_windows, parts,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
+    query, pooled, lengths, logits, maxima, sums, scale, q_row, q_head, groups, num_windows, room,
+    parts, HEADS: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr, WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -131,7 +133,7 @@ def _infllm2_logits(
             q, keys = q.to(tl.float32), keys.to(tl.float32)
         dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         dots = tl.where(exists[None, :], dots, float("-inf"))
-        place = (pair.to(tl.int64) * HEADS + head[:, None]) * num_windows + window[None, :]
+        place = (pair.to(tl.int64) * HEADS + head[:, None]) * room + window[None, :]
         tl.store(logits + place, dots, mask=is_head[:, None] & exists[None, :])
         peak = tl.max(dots, axis=1)
         total = tl.sum(tl.exp(dots - peak[:, None]), axis=1)
@@ -144,10 +146,10 @@ def _infllm2_logits(
 
 @triton.jit
 def _infllm2_blocks(
-    logits, maxima, sums, lengths, scores, groups, num_windows, num_blocks, parts,
+    logits, maxima, sums, lengths, scores, groups, room, num_blocks, parts,
     HEADS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, POOL: tl.constexpr,
-    STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    STRIDE: tl.constexpr, RATIO: tl.constexpr, RATIOS: tl.constexpr, OVERHANG: tl.constexpr,
+    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
     if not INTERPRETED:
@@ -163,14 +165,23 @@ def _infllm2_blocks(
         totals = tl.load(sums + place, mask=each[:, None] < parts, other=0.0)
         peak = tl.max(peaks, axis=0)
         normal = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak[None, :]), axis=0))
-        rows = (pair.to(tl.int64) * HEADS + head[:, None]) * num_windows
-        for i in tl.static_range(RATIO + OVERHANG):
+        rows = (pair.to(tl.int64) * HEADS + head[:, None]) * room
+        is_head = head[:, None] < HEADS
+        # Windows that begin in a block lie side by side; those that begin before it do not.
+        each = tl.arange(0, RATIOS)
+        begun = block[:, None] * RATIO + each[None, :]
+        exists = (each < RATIO)[None, :] & (begun < complete)
+        mask = is_head[:, :, None] & exists[None, :, :]
+        dots = tl.load(logits + rows[:, :, None] + begun[None, :, :], mask=mask, other=0.0)
+        weight = tl.where(mask, tl.exp(dots - normal[:, None, None]), 0.0)
+        best = tl.max(tl.where(exists, tl.sum(weight, axis=0), float("-inf")), axis=1)
+        for i in tl.static_range(OVERHANG):
             window = block * RATIO - OVERHANG + i
-            exists = (window >= 0) & (window < complete)
-            mask = (head[:, None] < HEADS) & exists[None, :]
-            dots = tl.load(logits + rows + window[None, :], mask=mask, other=float("-inf"))
+            is_there = (window >= 0) & (window < complete)
+            mask = is_head & is_there[None, :]
+            dots = tl.load(logits + rows + window[None, :], mask=mask, other=0.0)
             weight = tl.where(mask, tl.exp(dots - normal[:, None]), 0.0)
-            best = tl.maximum(best, tl.where(exists, tl.sum(weight, axis=0), float("-inf")))
+            best = tl.maximum(best, tl.where(is_there, tl.sum(weight, axis=0), float("-inf")))
     tl.store(scores + pair * num_blocks + block, best, mask=block < num_blocks)
 
 
@@ -189,18 +200,20 @@ def _infllm2(
     rows, parts = power_of_two(heads, 16), triton.cdiv(num_windows, _WINDOWS)
     pairs = batch * groups
     new = lengths_B.new_empty
-    logits = new((pairs, heads, num_windows), dtype=torch.float32)
+    room = triton.cdiv(num_windows, _ALIGNED) * _ALIGNED
+    logits = new((pairs, heads, room), dtype=torch.float32)
     maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
     pool = (geometry.pool_size, geometry.pool_stride)
     launch(_infllm2_logits, (pairs, parts))(
         query, pooled, lengths_B, logits, maxima, sums, scale, q_row, q_head, groups, num_windows,
-        parts, heads, rows, *pool, dim, power_of_two(dim, 16), _WINDOWS, interpreting(),
+        room, parts, heads, rows, *pool, dim, power_of_two(dim, 16), _WINDOWS, interpreting(),
         num_warps=4,
     )  # fmt: skip
     ratio, overhang = geometry.block_size // pool[1], pool[0] // pool[1] - 1
     launch(_infllm2_blocks, (pairs, triton.cdiv(geometry.num_blocks, _BLOCKS)))(
-        logits, maxima, sums, lengths_B, scores_BGN, groups, num_windows, geometry.num_blocks,
-        parts, heads, rows, power_of_two(parts), *pool, ratio, overhang, _BLOCKS, interpreting(),
+        logits, maxima, sums, lengths_B, scores_BGN, groups, room, geometry.num_blocks, parts,
+        heads, rows, power_of_two(parts), *pool, ratio, power_of_two(ratio), overhang,
+        _BLOCKS, interpreting(),
         num_warps=4, **launch_early(),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Compile every kernel for an H200 as its Python wrapper would launch it, without a GPU.
 
 Writes one line of JSON: by kernel, the most shared memory and the widest read and write of device
-memory of its variants, in bytes. Run as a program of its own, since the tests' process has Triton's
+memory of its variants, in bytes, and the most reads of single bytes. Run as a program of its own, since the tests' process has Triton's
 interpreter on.
 """
 
@@ -50,7 +50,9 @@ def compile_only(kernel, grid):
     def launch(*args, **options):
         built = kernel.warmup(*args, grid=grid, **options)
         ptx = built.asm["ptx"]
-        found[kernel.__name__].append((built.metadata.shared, widest(ptx, "ld"), widest(ptx, "st")))
+        single = len(re.findall(r"\bld\.global\S*\.b8\b", ptx))
+        widths = widest(ptx, "ld"), widest(ptx, "st")
+        found[kernel.__name__].append((built.metadata.shared, *widths, single))
 
     return launch
 

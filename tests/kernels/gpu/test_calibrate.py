@@ -39,8 +39,8 @@ def wanted(scores, before, choice, weights, are_comparable):
 
 
 def few():
-    """Return some of the candidates."""
-    return candidates("cpu")[::9].contiguous()
+    """Return some of the candidates, with weights and dampings of each size."""
+    return candidates("cpu")[::17].contiguous()
 
 
 def check(device, scores, before, choice, weights, are_comparable):
@@ -61,17 +61,17 @@ def check(device, scores, before, choice, weights, are_comparable):
 @pytest.mark.parametrize("are_comparable", [True, False])
 @pytest.mark.parametrize("num_blocks", [1, 13, 37])
 def test_rates_equal_the_reference(device, num_blocks, are_comparable):
-    scores, before = rows_of(9, num_blocks)
+    scores, before = rows_of(6, num_blocks)
     choice = (min(7, num_blocks), SIZE, 1, 1)
     found = check(device, scores, before, choice, few(), are_comparable)
     assert (found > 0.0).any() == (num_blocks > 4)
 
 
 def test_short_lists_ties_and_rows_that_are_none(device):
-    scores, before = rows_of(8, 21)
+    scores, before = rows_of(6, 21)
     scores = scores.round(decimals=1)
     scores[:, :, :, 3:6] = LISTED
-    scores[:4, 1] = -INF
+    scores[:3, 1] = -INF
     check(device, scores, before, (8, SIZE, 1, 2), few(), are_comparable=False)
 
 
