@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["by_layer", "names", "number", "one_of", "whole"]
+AUTO: Final = "auto"
+"""Stands for the format that is chosen where a cache is planned; `auto:PERCENT` says its error."""
+
+__all__ = ["AUTO", "by_layer", "format_choice", "names", "number", "one_of", "whole"]
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -88,3 +91,27 @@ def by_layer(
         whole(f"a layer of {name}", layer, 0)
         one_of(f"{name}[{layer}]", chosen, allowed)
     return tuple(sorted(given.items()))
+
+
+def format_choice(
+    name: str, value: str | Mapping[int, str] | tuple[tuple[int, str], ...], allowed: Iterable[str]
+) -> str | tuple[tuple[int, str], ...]:
+    """Return what `by_layer` does, or `auto` or `auto:PERCENT` as it is.
+
+    Raises:
+        ConfigError: If it is none of these, or the percent is no number above 0 and up to 100.
+    """
+    allowed = tuple(allowed)
+    if not isinstance(value, str) or value.partition(":")[0] != AUTO:
+        return by_layer(name, value, (*allowed, AUTO) if isinstance(value, str) else allowed)
+    _, colon, percent = value.partition(":")
+    try:
+        is_right = not colon or 0.0 < float(percent) <= 100.0
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise ConfigError(
+            f"{name}={value!r} does not say which error is allowed; use 'auto', or for example "
+            "'auto:10' for formats whose error is up to 10% of the numbers' size."
+        )
+    return value

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
-from sparda_compile.checks import by_layer, names, number, one_of, whole
+from sparda_compile.checks import format_choice, names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import HINTS, KV_FORMATS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
@@ -91,9 +91,10 @@ class Memory:
         page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
         eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
         kv_format: How full blocks are written: `model` keeps the model's dtype, bit for bit; `fp8`,
-            `int8` and `int4` round each block once, when it is full, wherever it is. In CPU memory
-            it then takes about 8 or 4 bits an element. A dict names those of some layers by number,
-            the others keep `model`. See `docs/kv_formats.md`.
+            `int8` and `int4` round each block once, when it is full, wherever it is. `values8` and
+            `values4` store values alone; keys stay on the device, in 4 bits. A dict names those of
+            some layers by number, the others keep `model`. `auto` or `auto:PERCENT` lets the cost
+            model choose, within an error of 3% or PERCENT. See `docs/kv_formats.md`.
     """
 
     chunk_tokens: int | None = None
@@ -106,7 +107,7 @@ class Memory:
     kv_format: str | Mapping[int, str] | tuple[tuple[int, str], ...] = "model"
 
     def __post_init__(self) -> None:
-        formats = by_layer("kv_format", self.kv_format, KV_FORMATS.choices())
+        formats = format_choice("kv_format", self.kv_format, KV_FORMATS.choices())
         object.__setattr__(self, "kv_format", formats)
         one_of("offload", self.offload, get_args(Offload))
         one_of("eviction", self.eviction, get_args(Eviction))

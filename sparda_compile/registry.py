@@ -133,5 +133,7 @@ KV_FORMATS: Final[Registry[Any]] = Registry(
         "fp8": "sparda_compile.formats.fp8:Fp8Format",
         "int8": "sparda_compile.formats.int8:Int8Format",
         "int4": "sparda_compile.formats.int4:Int4Format",
+        "values8": "sparda_compile.formats.staying:Values8Format",
+        "values4": "sparda_compile.formats.staying:Values4Format",
     },
 )

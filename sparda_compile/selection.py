@@ -169,6 +169,10 @@ class Prediction:
             depends on what was predicted.
         speculate_where: In which layers. `auto`: where the planning machine's constants say that it
             is faster. `always`: in all that select.
+        attend_before_repair: In which layers mode `exact` attends to the blocks that are there
+            while those that its hints have missed are copied. `auto`: where the planning machine's
+            constants say that it is faster than one attention behind the copy. `always`: in all
+            that select. The bits of the result are the same.
     """
 
     ema_level: float = 0.4
@@ -178,6 +182,7 @@ class Prediction:
     speculation_budget: float = 1.5
     repair: Repair = "exact"
     speculate_where: Where = "auto"
+    attend_before_repair: Where = "auto"
 
     def __post_init__(self) -> None:
         for name in ("ema_level", "ema_trend"):
@@ -201,3 +206,4 @@ class Prediction:
             )
         one_of("repair", self.repair, get_args(Repair))
         one_of("speculate_where", self.speculate_where, get_args(Where))
+        one_of("attend_before_repair", self.attend_before_repair, get_args(Where))

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparda_compile.bench.trace import TRACE
+from sparda_compile.formats.staying import KEY_BITS
 from sparda_compile.runtime.block_table import assign_pages
+from sparda_compile.selectors.lowbit import quantize
 from sparda_compile.state.layout import LENGTHS, state_name
 
 if TYPE_CHECKING:
@@ -54,9 +56,9 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
         for row in range(pages.shape[0]):
             size = (pages.shape[1], num_blocks, *pages.shape[3:])
             blocks = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-            stored = found.pack(blocks.to(pages.dtype))
-            if target is pages:
-                stored = found.unpack(stored, size[3], size[4], pages.dtype)
+            blocks = blocks.to(pages.dtype)
+            stored = found.rounded(blocks) if target is pages else found.pack(blocks)
+            _keep_keys(kv, shape.layer, row, blocks)
             for group in range(size[0]):  # one run of memory each: a copy at the link's rate
                 target[row, group, :num_blocks].copy_(stored[group])
         for name in kv.layout.tensors(shape):
@@ -64,6 +66,20 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
                 tensor = kv.state[state_name(name, shape.layer)]
                 tensor.normal_(generator=generator)
     rewind(kv, num_tokens)
+
+
+def _staying_keys(kv: KVCache, layer: int) -> list[Tensor]:
+    """Return what a layer's keys are read back from, [B, G, N, ...] each; nothing if stored."""
+    return [kv.state[state_name(name, layer)] for name in kv.layout.staying_keys(layer)]
+
+
+def _keep_keys(kv: KVCache, layer: int, row: int, blocks: Tensor) -> None:
+    """Keep the keys of a sequence's blocks [G, n, 2, P, D] where the format leaves them."""
+    kept = _staying_keys(kv, layer)
+    if kept:
+        found = quantize(blocks[:, :, 0], KEY_BITS)
+        for tensor, new in zip(kept, found, strict=True):
+            tensor[row, :, : new.shape[1]] = new
 
 
 def rewind(kv: KVCache, num_tokens: int) -> None:
@@ -90,10 +106,13 @@ def rewind(kv: KVCache, num_tokens: int) -> None:
             pages = kv.state[state_name("pages", shape.layer)]
             tail = kv.host_blocks[name][:, :, current]
             tokens, dim = pages.shape[4:]
-            tail = layout.kv_format(shape.layer).unpack(tail, tokens, dim, pages.dtype)
+            keys = [each[:, :, current] for each in _staying_keys(kv, shape.layer)]
+            tail = layout.kv_format(shape.layer).read(
+                tail.to(pages.device), keys, tokens, dim, pages.dtype
+            )
             page = table[:, :, current].long()
             rows = torch.arange(batch, device=table.device)[:, None]
-            pages[rows, torch.arange(groups, device=table.device), page] = tail.to(pages.device)
+            pages[rows, torch.arange(groups, device=table.device), page] = tail
     kv.longest = kv.num_columns = num_tokens
 
 

@@ -21,6 +21,7 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.options import (
+    MOST_BLOCKS,
     MOST_GIB,
     MOST_MINUTES,
     MOST_SEQUENCES,
@@ -40,6 +41,7 @@ from sparda_compile.cli.prr import bench_prr, prr_part
 from sparda_compile.cli.ranks import decode_on_ranks
 from sparda_compile.cli.start import bench_start
 from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, read_traces
+from sparda_compile.cli.tradeoff import bench_tradeoff
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ bench_app.command("start")(bench_start)
 bench_app.command("prefill")(bench_prefill)
 bench_app.command("turns")(bench_turns)
 bench_app.command("prr")(bench_prr)
+bench_app.command("tradeoff")(bench_tradeoff)
 bench_app.command("compile")(bench_compile)
 
 Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
@@ -86,6 +89,17 @@ Overlaps = Annotated[
         help="Share of scored blocks that a step has in common with the one before, may be given "
         "again.",
         show_default=", ".join(map(str, _OVERLAPS)),
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
+]
+Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        min=1, max=_MOST_RANKS, help="Ranks to shard the model over, a process and GPU each."
     ),
 ]
 Variants = Annotated[
@@ -112,7 +126,8 @@ def bench_decode(
     tokens: Tokens = _TOKENS,
     overlap: Overlaps = None,
     variant: Variants = None,
-    kv_format: Annotated[KvFormat, typer.Option(help="How full blocks are written.")] = "model",
+    kv_format: Format = "model",
+    top_k: TopK = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
     trace: TraceOption = None,
@@ -124,12 +139,7 @@ def bench_decode(
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
     max_host_gib: HostGib = None,
-    tp: Annotated[
-        int,
-        typer.Option(
-            min=1, max=_MOST_RANKS, help="Ranks to shard the model over, a process and GPU each."
-        ),
-    ] = 1,
+    tp: Ranks = 1,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
@@ -137,7 +147,9 @@ def bench_decode(
     with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
-            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format))
+            if top_k is not None and (trace or tp > 1):
+                raise ConfigError("--top-k goes with neither --trace nor --tp; leave it out.")
+            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format), top_k)
             settings = [_setting(b, *chosen) for b in batch or (1,)]
             followed = read_traces(trace, trace_case or (), copies, tp)
             if followed is not None:
@@ -148,7 +160,8 @@ def bench_decode(
                 require_gpu("sparda bench decode")
                 lab = make_lab(shape, say, max_host_gib)
                 named = (out, shape, tokens, commit, str(kv_format))
-                file = trace_file(*named, followed.plain()) if followed else decode_file(*named)
+                plain = followed.plain() if followed else None
+                file = trace_file(*named, plain) if plain else decode_file(*named, top_k=top_k)
                 for setting in settings:
                     lab.decode(setting, file.save, with_baselines=baseline)
         if tp > 1:
@@ -184,6 +197,7 @@ def bench_budget(
         list[float] | None,
         typer.Option(min=0.0, max=1.0, help="As for decode.", show_default="0.9"),
     ] = None,
+    kv_format: Format = "model",
     rounds: Rounds = 3,
     steps: Steps = 20,
     out: OutFolder = Path("bench-results"),
@@ -198,11 +212,11 @@ def bench_budget(
             raise ConfigError(f"--gib {min(budgets):g} is too small; use more than 0.")
         with progress() as say:
             say("importing torch and transformers")
-            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps)
+            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps, str(kv_format))
             check_folder(out)
             require_gpu("sparda bench budget")
             lab = make_lab(shape, say, max_host_gib)
-            file = budget_file(out, shape, tokens, commit)
+            file = budget_file(out, shape, tokens, commit, str(kv_format))
             for size in budgets:
                 lab.budget(size, setting, file.save)
         from sparda_compile.bench.show import print_budget
@@ -337,6 +351,7 @@ def _setting(
     rounds: int,
     steps: int,
     kv_format: str = "model",
+    top_k: int | None = None,
 ) -> Any:
     """Return a checked setting of decode."""
     from sparda_compile.bench.decode import VARIANTS, DecodeSetting
@@ -352,7 +367,8 @@ def _setting(
             f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
             "add --variant scheduled."
         )
-    overlaps, fields = tuple(overlap or _OVERLAPS), {"kv_format": kv_format}
+    overlaps = tuple(overlap or _OVERLAPS)
+    fields = {"kv_format": kv_format, **({} if top_k is None else {"top_k": top_k})}
     return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
 
 

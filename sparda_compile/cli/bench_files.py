@@ -15,12 +15,23 @@ __all__ = ["budget_file", "decode_file", "kernels_file", "trace_file"]
 
 
 def decode_file(
-    out: Path, shape: str, tokens: int, commit: str | None, kv_format: str = "model", tp: int = 1
+    out: Path,
+    shape: str,
+    tokens: int,
+    commit: str | None,
+    kv_format: str = "model",
+    tp: int = 1,
+    *,
+    top_k: int | None = None,
 ) -> ResultFile:
-    """Return the file of a shape's decode steps, with a format of blocks, on a number of ranks."""
+    """Return the file of a shape's decode steps, with a format of blocks, on a number of ranks.
+
+    `top_k` is that of the configuration where it is not the usual one.
+    """
     own = {} if kv_format == "model" else {"kv_format": kv_format}
-    head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own}
-    parts = ["decode", shape, *own.values()]
+    budget = {} if top_k is None else {"top_k": top_k}
+    head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own, **budget}
+    parts = ["decode", shape, *own.values(), *(f"top{k}" for k in budget.values())]
     if tp > 1:
         head |= {"name": "decode-tp", "tp": tp}
         parts.append(f"tp{tp}")
@@ -37,10 +48,14 @@ def trace_file(
     return result_file(out / f"{name}.json", head, "batch_size", commit)
 
 
-def budget_file(out: Path, shape: str, tokens: int, commit: str | None) -> ResultFile:
-    """Return the file of a shape's budgets of memory."""
-    head = {"name": "budget", "shape": shape, "max_tokens": tokens}
-    return result_file(out / f"budget-{shape}.json", head, "budget_gib", commit)
+def budget_file(
+    out: Path, shape: str, tokens: int, commit: str | None, kv_format: str = "model"
+) -> ResultFile:
+    """Return the file of a shape's budgets of memory, with a format of blocks."""
+    own = {} if kv_format == "model" else {"kv_format": kv_format}
+    head = {"name": "budget", "shape": shape, "max_tokens": tokens, **own}
+    name = "-".join(["budget", shape, *own.values()])
+    return result_file(out / f"{name}.json", head, "budget_gib", commit)
 
 
 def kernels_file(path: Path, commit: str | None) -> ResultFile:

@@ -15,6 +15,7 @@ from sparda_compile.cli.options import (
     MOST_BLOCKS,
     MOST_TOKENS,
     Hint,
+    KvFormat,
     LocalBlocks,
     Lowering,
     Mode,
@@ -109,6 +110,7 @@ Dtype = Annotated[
 WhereKept = Annotated[
     Offload, typer.Option(help="Where the KV cache lives: in CPU memory, or on the device.")
 ]
+HowWritten = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
 BlockSize = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a block.")]
 ForecastFile = Annotated[Path | None, typer.Option(help="File of Forecast weights.")]
 
@@ -129,6 +131,7 @@ def chat(
     dtype: Dtype = "auto",
     lowering: HowLowered = None,
     offload: WhereKept = SpardaConfig.offload,
+    kv_format: HowWritten = "model",
     block_size: BlockSize = SpardaConfig.block_size,
     local_blocks: LocalBlocks = 2,
     short_list: ShortList = SpardaConfig.short_list,
@@ -151,6 +154,7 @@ def chat(
                 "prefill": prefill,
                 "prefill_selector": prefill_selector,
                 "offload": offload,
+                "kv_format": str(kv_format),
                 "block_size": block_size,
                 "local_blocks": local_blocks,
                 "short_list": short_list,

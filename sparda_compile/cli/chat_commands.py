@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from sparda_compile.cli.wording import in_options
 from sparda_compile.config import Mode, Offload, Prefill
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, SELECTORS
+from sparda_compile.registry import HINTS, KV_FORMATS, SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -73,6 +73,7 @@ _SETTINGS: Final = {
         _name_or_none,
         _names(lambda: (*SELECTORS.choices(), "none")),
     ),
+    "kv_format": _Setting("how full blocks are written", str, _names(KV_FORMATS.choices)),
     "offload": _Setting("where the KV cache lives", str, _names(lambda: get_args(Offload))),
     "max_new_tokens": _Setting("most tokens of an answer", int, _fixed("a whole number")),
 }

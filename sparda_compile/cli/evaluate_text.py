@@ -47,7 +47,15 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.text.cases import Budget
     from sparda_compile.evaluation.text.results import TextFile
 
-__all__ = ["BlockSize", "DocumentPaths", "Model", "Selectors", "Shares", "evaluate_text"]
+__all__ = [
+    "BlockSize",
+    "DocumentPaths",
+    "KvFormats",
+    "Model",
+    "Selectors",
+    "Shares",
+    "evaluate_text",
+]
 
 _MODES: Final[tuple[Mode, ...]] = ("query",)
 _SELECTORS: Final = ("infllm2",)

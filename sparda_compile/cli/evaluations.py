@@ -2,6 +2,7 @@
 
 sparda eval [MODEL] ...        generated tasks, as `sparda eval tasks`
 sparda eval text MODEL ...     real text
+sparda eval formats MODEL ...  the smallest format of blocks that each layer stands
 sparda eval trace MODEL ...    the blocks that are selected on it, in a file for benchmarks
 """
 
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparda_compile.cli.evaluate import evaluate_model
+from sparda_compile.cli.evaluate_formats import evaluate_formats
 from sparda_compile.cli.evaluate_text import evaluate_text
 from sparda_compile.cli.record import record_trace
 
@@ -43,4 +45,5 @@ eval_app = typer.Typer(
 )
 eval_app.command(_USUAL)(evaluate_model)
 eval_app.command("text")(evaluate_text)
+eval_app.command("formats")(evaluate_formats)
 eval_app.command("trace")(record_trace)

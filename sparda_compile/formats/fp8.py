@@ -31,6 +31,7 @@ class Fp8Format(ScaledFormat):
 
     name: ClassVar[str] = "fp8"
     kernels: ClassVar[str | None] = "sparda_compile.kernels.gpu.pack_fp8"
+    error: ClassVar[float] = 0.027
     code_bits: ClassVar[int] = 8
     num_scales: ClassVar[int] = 1
 

@@ -30,6 +30,7 @@ class Int4Format(ScaledFormat):
 
     name: ClassVar[str] = "int4"
     kernels: ClassVar[str | None] = "sparda_compile.kernels.gpu.pack_int4"
+    error: ClassVar[float] = 0.1
     code_bits: ClassVar[int] = 4
     num_scales: ClassVar[int] = 2
 

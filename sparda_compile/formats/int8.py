@@ -28,6 +28,7 @@ class Int8Format(ScaledFormat):
 
     name: ClassVar[str] = "int8"
     kernels: ClassVar[str | None] = "sparda_compile.kernels.gpu.pack_int8"
+    error: ClassVar[float] = 0.006
     code_bits: ClassVar[int] = 8
     num_scales: ClassVar[int] = 1
 

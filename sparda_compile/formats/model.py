@@ -19,6 +19,7 @@ class ModelFormat(BlockFormat):
 
     name: ClassVar[str] = "model"
     rounds: ClassVar[bool] = False
+    error: ClassVar[float] = 0.0
 
     def stored(
         self, size: int, dim: int, dtype: torch.dtype

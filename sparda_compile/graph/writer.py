@@ -26,6 +26,7 @@ __all__ = [
     "format_of",
     "geometry_of",
     "plan_pages",
+    "read_format_of",
     "select_by_score",
     "select_for_tokens",
     "select_past",
@@ -285,7 +286,7 @@ def stage_blocks(
         *(state.get(name, emit.layer) for name in ("pages", "host", "block_table")),
         state.num_past(),
         name=f"stage_{emit.layer}",
-        **format_of(layout, emit.layer),
+        **read_format_of(layout, emit.layer, state),
     )
     staging, slots = _items(emit, node)
     return staging, slots
@@ -294,6 +295,15 @@ def stage_blocks(
 def _items(emit: Emitter, node: fx.Node) -> list[fx.Node]:
     """Add the choice of each result of a node."""
     return [emit.item(node, i, f"{name}_{emit.layer}") for i, name in enumerate(results_of(node))]
+
+
+def read_format_of(layout: CacheLayout, layer: int, state: StateInputs) -> dict[str, Any]:
+    """Return the arguments of what reads full blocks of a layer: their format, and keys that stay.
+
+    None where blocks keep the model's dtype, as for `format_of`.
+    """
+    kept = {name: state.get(name, layer) for name in layout.staying_keys(layer)}
+    return {**format_of(layout, layer), **kept}
 
 
 def format_of(layout: CacheLayout, layer: int) -> dict[str, str]:

@@ -130,14 +130,20 @@ class SelectedBlocks:
 
 
 def past_keys_values(
-    pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int, kv_format: str = "model"
+    pages: Tensor,
+    host: Tensor,
+    block_table: Tensor,
+    num_blocks: int,
+    kv_format: str = "model",
+    keys: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Gather the first blocks of each sequence: two tensors [B, G, num_blocks * P, D]."""
     if pages.is_cuda:
         from sparda_compile.kernels.gpu.prefill import load_prefix
 
-        keys, values = load_prefix(pages, host, block_table, num_blocks, kv_format).unbind(3)
-        return keys.flatten(2, 3), values.flatten(2, 3)
+        loaded = load_prefix(pages, host, block_table, num_blocks, kv_format, keys)
+        k, v = loaded.unbind(3)
+        return k.flatten(2, 3), v.flatten(2, 3)
     batch, groups = pages.shape[:2]
     page = block_table[:, :, :num_blocks].long()
     rows = torch.arange(batch, device=pages.device)[:, None, None]
@@ -146,10 +152,11 @@ def past_keys_values(
     if host.numel():
         absent = (page < 0)[..., None, None, None]
         found = KV_FORMATS[kv_format]
-        stored = found.unpack(host[:, :, :num_blocks], *pages.shape[4:], pages.dtype)
+        mine = [each[:, :, :num_blocks] for each in keys]
+        stored = found.read(host[:, :, :num_blocks], mine, *pages.shape[4:], pages.dtype)
         blocks = torch.where(absent, stored, blocks)
-    keys, values = blocks.unbind(3)
-    return keys.flatten(2, 3), values.flatten(2, 3)
+    k, v = blocks.unbind(3)
+    return k.flatten(2, 3), v.flatten(2, 3)
 
 
 @define(
@@ -171,6 +178,9 @@ def prefill_attention(
     num_past: int,
     may_hide: bool,
     kv_format: str = "model",
+    key_codes: Tensor | None = None,
+    key_span: Tensor | None = None,
+    key_base: Tensor | None = None,
 ) -> Tensor:
     """Attend densely to the past and to the new tokens.
 
@@ -188,24 +198,29 @@ def prefill_attention(
         num_past: No sequence has more tokens in the cache.
         may_hide: Whether some token may not be real; else the mask is all true.
         kv_format: How blocks in CPU memory are written.
+        key_codes: As for `runtime.transfer.fetch_blocks`, like the next two.
+        key_span: [B, G, N, D].
+        key_base: [B, G, N, D].
 
     Returns:
         [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
     """
+    keys = [each for each in (key_codes, key_span, key_base) if each is not None]
     if query.is_cuda and (num_past or softcap):
         from sparda_compile.kernels.gpu import attend_tokens as gpu
 
         if gpu.covers(query, pages, block_table):
             past, factors = (pages, host, block_table), (scale, softcap)
             return gpu.attend_all(
-                query, (k, v), token_mask, lengths, past, num_past, factors, kv_format
+                query, (k, v), token_mask, lengths, past, num_past, factors, kv_format, keys
             )
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())
     if num_past or softcap or (may_hide and is_reference):
         past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
-        out = _attend(query, (k, v), token_mask, lengths, past, scale, softcap, kv_format)
+        written = (kv_format, keys)
+        out = _attend(query, (k, v), token_mask, lengths, past, (scale, softcap), written)
     elif may_hide:
         out = _causal_of_real(query, k, v, token_mask, scale)
     else:
@@ -230,14 +245,13 @@ def _attend(
     token_mask: Tensor,
     lengths: Tensor,
     past: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    softcap: float,
-    kv_format: str,
+    factors: tuple[float, float],
+    written: tuple[str, Sequence[Tensor]],
 ) -> Tensor:
     """Attend to the new tokens, and of the past to what the block table that is given lists."""
     (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2], kv_format)
+    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2], *written)
     index = torch.arange(past_k.shape[2], device=k.device)
     past_BS = index.where(index < lengths[:, None], -1)
     # What lies past a sequence's end may be anything, NaN too: weight 0 must win.
@@ -248,8 +262,7 @@ def _attend(
         torch.cat([past_v.masked_fill(empty, 0.0), v], dim=2),
         position_BT,
         torch.cat([past_BS, position_BT], dim=1),
-        scale,
-        softcap,
+        *factors,
         0,
     )
 

@@ -19,10 +19,11 @@ from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import Machine, machine_for
 from sparda_compile.passes.manager import StageRecord, run_passes
+from sparda_compile.program.choose_format import with_format
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.progress import stage
 from sparda_compile.ranks.agreement import ranks_of
-from sparda_compile.ranks.shards import check_heads
+from sparda_compile.ranks.shards import check_heads, local_of
 from sparda_compile.state.layout import CacheLayout, LayerShape
 
 if TYPE_CHECKING:
@@ -150,7 +151,10 @@ class Captures:
             stages = run_passes(gm, PIPELINE[:1], ctx)
             _check_positions(captured, gm, ctx.model)
             machine = partial(self.machine, config)
-            self._found[key] = FoundSites(captured, gm, (first, *stages), ctx, machine)
+            weight_bytes = sum(local_of(each).nbytes for each in self.model.parameters())
+            self._found[key] = FoundSites(
+                captured, gm, (first, *stages), ctx, machine, weight_bytes
+            )
         return self._found[key]
 
 
@@ -164,6 +168,7 @@ class FoundSites:
         stages: How it came to be.
         ctx: What the first pass knew; there is no cache yet.
         machine: Returns the constants to plan with.
+        weight_bytes: Of the model's parameters, those of a rank.
     """
 
     captured: CapturedGraph
@@ -171,6 +176,7 @@ class FoundSites:
     stages: tuple[StageRecord, ...]
     ctx: PassContext
     machine: Callable[[], Machine]
+    weight_bytes: int
 
     def copy(self) -> fx.GraphModule:
         """Return the graph as a copy that passes may change."""
@@ -190,7 +196,8 @@ class FoundSites:
             max_tokens: Tokens per sequence.
         """
         shapes = tuple(_layer_shape(s, max_tokens) for s in sites_of(self.graph_module.graph))
-        return CacheLayout(self.ctx.config, shapes, batch_size, max_tokens)
+        layout = CacheLayout(self.ctx.config, shapes, batch_size, max_tokens)
+        return with_format(layout, self.machine(), self.weight_bytes)
 
     def context(self, layout: CacheLayout) -> PassContext:
         """Return what the passes behind the first one may know."""

@@ -82,7 +82,8 @@ def _formats(layout: CacheLayout) -> str:
         if shape.kind == "sparse":
             layers.setdefault(layout.kv_format(shape.layer).name, []).append(str(shape.layer))
     if len(layers) < 2:
-        return next(iter(layers), "model")
+        name = next(iter(layers), "model")
+        return f"{name} (auto: {layout.format_reason})" if layout.format_reason else name
     return "; ".join(
         f"{name} in layer{'s' if len(of) > 1 else ''} {', '.join(of)}"
         for name, of in layers.items()

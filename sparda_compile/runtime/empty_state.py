@@ -65,5 +65,7 @@ def _names_of_summaries(layout: CacheLayout, layer: LayerShape) -> set[str]:
     if layer.kind != "sparse":
         return set()
     return {
-        name for summary in layout.summaries() for name in layout.summary_tensors(summary, layer)
+        name
+        for summary in layout.summaries(layer.layer)
+        for name in layout.summary_tensors(summary, layer)
     }

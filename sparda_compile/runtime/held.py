@@ -66,7 +66,9 @@ class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
             stored = host[:, :, :used].to(pages.device, copy=True)
             kv_format = self._kv.layout.kv_format(layer)
             size, dim = pages.shape[4:]
-            blocks = kv_format.unpack(stored, size, dim, pages.dtype)
+            names = self._kv.layout.staying_keys(layer)
+            keys = [self._kv.state[state_name(name, layer)][:, :, :used] for name in names]
+            blocks = kv_format.read(stored, keys, size, dim, pages.dtype)
         else:
             blocks = pages.new_zeros(*pages.shape[:2], used, *pages.shape[3:])
         # The block that is being written is in its page alone; a resident one is the same in both.

@@ -208,7 +208,8 @@ class KVCache:
                 wasted=count["wasted_blocks"],
             )
         sentence = selection_sentence(layout.config, layout.max_tokens)
-        return CacheStats(layers, sentence, speculates)
+        formats = {layer: layout.kv_format(layer).name for layer in layers}
+        return CacheStats(layers, sentence, speculates, formats)
 
     def set_budgets(self, budgets: Mapping[int, int]) -> None:
         """Set how many blocks layers predict for a step, from the next prediction on.
@@ -232,7 +233,7 @@ class KVCache:
         for shape in self.layout.layers:
             if shape.kind != "sparse":
                 continue
-            for summary in self.layout.summaries():
+            for summary in self.layout.summaries(shape.layer):
                 names = self.layout.summary_tensors(summary, shape)
                 tensors = [self.state[state_name(n, shape.layer)] for n in names]
                 summary_named(summary).reset(tensors)

@@ -143,5 +143,4 @@ def store_prefix(
 def _round(blocks: Tensor, kv_format: str) -> tuple[Tensor, Tensor]:
     """Return blocks [..., 2, P, D] as they are stored, and as they are read back."""
     found = KV_FORMATS[kv_format]
-    stored = found.pack(blocks)
-    return stored, found.unpack(stored, *blocks.shape[-2:], blocks.dtype)
+    return found.pack(blocks), found.rounded(blocks)

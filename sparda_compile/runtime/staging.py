@@ -14,7 +14,7 @@ On CUDA: `kernels/gpu/stage.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.prefill_attention import num_new_slots
 from sparda_compile.registry import KV_FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["empty_staging", "stage_blocks"]
 
@@ -51,16 +54,18 @@ def _stage(
     staging: Tensor,
     slots: Tensor,
     kv_format: str,
+    keys: Sequence[Tensor | None],
 ) -> None:
     """Copy the past blocks that any token has selected, and say where they are."""
     num_new = num_new_slots(block_ids.shape[2], staging.shape[4])
     num_room = staging.shape[2] - num_new
     if not num_room:
         return
+    kept = [each for each in keys if each is not None]
     if staging.is_cuda:
         from sparda_compile.kernels.gpu.stage import stage
 
-        stage(block_ids, lengths, past, staging, slots, num_room, kv_format)
+        stage(block_ids, lengths, past, staging, slots, num_room, kv_format, kept)
         return
     pages, host, block_table = past
     num_blocks = block_table.shape[2]
@@ -76,7 +81,8 @@ def _stage(
     if host.numel():
         absent = (page < 0)[:, None, None, None]
         found = KV_FORMATS[kv_format]
-        fetched = found.unpack(host[row, head, block], *pages.shape[4:], pages.dtype)
+        mine = [each[row, head, block] for each in kept]
+        fetched = found.read(host[row, head, block], mine, *pages.shape[4:], pages.dtype)
         blocks = torch.where(absent, fetched, blocks)
     staging[row, head, slots[row, head, block].long()] = blocks
 
@@ -85,7 +91,12 @@ def _stage(
     fake=_fake,
     results=("staging", "slots"),
     work=Work.TO_STAGING,
-    prompt_copies=("_gather_listed", "_gather_listed_packed", "_copy_pages"),
+    prompt_copies=(
+        "_gather_listed",
+        "_gather_listed_packed",
+        "_gather_listed_staying",
+        "_copy_pages",
+    ),
 )
 def stage_blocks(
     block_ids: Tensor,
@@ -97,6 +108,9 @@ def stage_blocks(
     stream: int = 0,
     after: Tensor | None = None,
     kv_format: str = "model",
+    key_codes: Tensor | None = None,
+    key_span: Tensor | None = None,
+    key_base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Copy the past blocks that tokens of a prompt have selected to a buffer.
 
@@ -111,6 +125,9 @@ def stage_blocks(
         after: Result of the fork, if blocks were chosen on the compute stream. Otherwise the copy
             starts behind the selection.
         kv_format: How blocks in CPU memory are written.
+        key_codes: As for `runtime.transfer.fetch_blocks`, like the next two.
+        key_span: [B, G, N, D].
+        key_base: [B, G, N, D].
 
     Returns:
         The buffer [B, G, S, 2, P, D], and the slot in it of each past block, [B, G, N] int32, -1
@@ -119,6 +136,7 @@ def stage_blocks(
     del after
     staging, slots = empty_staging(block_ids, pages, block_table, num_past)
     past = (pages, host, block_table)
-    args = (block_ids, lengths, past, staging, slots, kv_format)
+    keys = (key_codes, key_span, key_base)
+    args = (block_ids, lengths, past, staging, slots, kv_format, keys)
     current_engine().submit(stream, lambda: _stage(*args))
     return staging, slots

@@ -68,11 +68,13 @@ class CacheStats:
         layers: Counts by layer.
         selection: A sentence that says from which length on steps leave blocks out.
         speculates: Whether blocks are predicted, so that it is shown how well.
+        formats: How full blocks of each layer are written.
     """
 
     layers: dict[int, LayerStats]
     selection: str = ""
     speculates: bool = False
+    formats: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> LayerStats:
@@ -88,11 +90,16 @@ class CacheStats:
         """Return plain values, for JSON."""
         layers = {str(i): dataclasses.asdict(s) for i, s in self.layers.items()}
         total = dataclasses.asdict(self.total)
-        return {"layers": layers, "total": total, "selection": self.selection}
+        formats = {str(layer): name for layer, name in self.formats.items()}
+        plain = {"layers": layers, "total": total, "selection": self.selection}
+        return {**plain, "kv_format": formats}
 
     def __str__(self) -> str:
-        """Return the totals in one line, and below it from which length on blocks are left out."""
-        return f"{self._counts}\n{self.selection}" if self.selection else self._counts
+        """Return the totals in one line, and below it from which length on blocks are left out.
+
+        A third line names formats that round, where there are any.
+        """
+        return "\n".join(text for text in (self._counts, self.selection, self._formats) if text)
 
     def __repr__(self) -> str:
         """Return the same; layers are named by their number alone."""
@@ -113,7 +120,7 @@ class CacheStats:
             )
             for layer, each in rows
         ]
-        text = f"CacheStats of {self._what}. {self.selection}".rstrip()
+        text = f"CacheStats of {self._what}. {self.selection} {self._formats}".rstrip()
         head = ("layer", "hits", "misses", "hit rate", "H2D", "D2H")
         return html_table(text, (*head, *(_PREDICTIONS if self.speculates else ())), cells)
 
@@ -124,6 +131,11 @@ class CacheStats:
         counts = (stats.repaired, stats.wasted) if stats.repaired else (None, None)
         shares = (_percent(stats.coverage), _percent(stats.precision))
         return (*("-" if n is None else str(n) for n in counts), *shares)
+
+    @property
+    def _formats(self) -> str:
+        names = list(dict.fromkeys(self.formats.values()))
+        return "" if names in ([], ["model"]) else f"Full blocks are written in {', '.join(names)}."
 
     @property
     def _what(self) -> str:

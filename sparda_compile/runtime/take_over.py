@@ -108,7 +108,7 @@ def _take_blocks(
         config.local_blocks,
         config.eviction,
     )
-    for summary in kv.layout.summaries():
+    for summary in kv.layout.summaries(shape.layer):
         tensors = [state(name) for name in kv.layout.summary_tensors(summary, shape)]
         update_summary(
             k,

@@ -48,18 +48,28 @@ __all__ = [
 ]
 
 # Copy kernels, as they move bytes, and as they pack or unpack them.
-_GATHERS: Final = ("_gather", "_gather_packed")
+_GATHERS: Final = ("_gather", "_gather_packed", "_gather_staying")
 _STORES: Final = ("_store_tail", "_store_tail_packed")
 _PROMPT_STORES: Final = ("_store_prefix", "_store_prefix_packed")
 
 
 def _fetch(
-    miss_blocks: Tensor, miss_pages: Tensor, host: Tensor, pages: Tensor, kv_format: str
+    miss_blocks: Tensor,
+    miss_pages: Tensor,
+    host: Tensor,
+    pages: Tensor,
+    kv_format: str,
+    keys: Sequence[Tensor | None],
 ) -> None:
     if not host.numel():
         return
-    found = KV_FORMATS[kv_format]
+    found, kept = KV_FORMATS[kv_format], [each for each in keys if each is not None]
     if pages.is_cuda:
+        if kept:
+            from sparda_compile.kernels.gpu.staying import gather_staying
+
+            gather_staying(miss_blocks, miss_pages, host, kept, pages, kv_format)
+            return
         if found.rounds:
             from sparda_compile.kernels.gpu.packed import gather_packed
 
@@ -71,7 +81,8 @@ def _fetch(
         return
     row, head, entry = torch.where(miss_blocks >= 0)
     block, page = miss_blocks[row, head, entry].long(), miss_pages[row, head, entry].long()
-    pages[row, head, page] = found.unpack(host[row, head, block], *pages.shape[4:], pages.dtype)
+    stored, *mine = (each[row, head, block] for each in (host, *kept))
+    pages[row, head, page] = found.read(stored, mine, *pages.shape[4:], pages.dtype)
 
 
 def _store_tail(
@@ -158,6 +169,8 @@ def _launched(name: str) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
 
     def launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
         del batch_size
+        if arguments.get("key_codes") is not None:
+            return (f"{name}_staying",)
         return (f"{name}_packed" if KV_FORMATS[arguments["kv_format"]].rounds else name,)
 
     return launched
@@ -193,6 +206,9 @@ def fetch_blocks(
     host: Tensor,
     pages: Tensor,
     kv_format: str = "model",
+    key_codes: Tensor | None = None,
+    key_span: Tensor | None = None,
+    key_base: Tensor | None = None,
 ) -> None:
     """Copy the missed blocks from the host to their pages, in line.
 
@@ -202,8 +218,11 @@ def fetch_blocks(
         host: [B, G, N, 2, P, D], or empty without offload.
         pages: [B, G, C, 2, P, D], updated.
         kv_format: How blocks in CPU memory are written.
+        key_codes: [B, G, N, C, D] int16, by which keys that stay are read, like the next two.
+        key_span: [B, G, N, D].
+        key_base: [B, G, N, D].
     """
-    args = (miss_blocks, miss_pages, host, pages, kv_format)
+    args = (miss_blocks, miss_pages, host, pages, kv_format, (key_codes, key_span, key_base))
     current_engine().submit(COMPUTE, lambda: _fetch(*args))
 
 
@@ -225,6 +244,9 @@ def prefetch_blocks(
     after: Tensor | None = None,
     kv_format: str = "model",
     stream: int = COPY,
+    key_codes: Tensor | None = None,
+    key_span: Tensor | None = None,
+    key_base: Tensor | None = None,
 ) -> Tensor:
     """Start the copy of the missed blocks to their pages, on a stream of copies.
 
@@ -238,12 +260,15 @@ def prefetch_blocks(
             copy starts behind the selection.
         kv_format: How blocks in CPU memory are written.
         stream: `COPY`, or `REPAIR` for what a guess has missed.
+        key_codes: As for `fetch_blocks`, like the next two.
+        key_span: [B, G, N, D].
+        key_base: [B, G, N, D].
 
     Returns:
         A ticket for `wait_blocks`, an empty tensor.
     """
     del after
-    args = (miss_blocks, miss_pages, host, pages, kv_format)
+    args = (miss_blocks, miss_pages, host, pages, kv_format, (key_codes, key_span, key_base))
     engine = current_engine()
     engine.submit(stream, lambda: _fetch(*args))
     engine.record(event, stream)

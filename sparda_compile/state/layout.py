@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.formats.base import BlockFormat, format_of
+from sparda_compile.formats.base import STAYING_KEYS, BlockFormat, format_of
 from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.selectors import Geometry, summary_named
 from sparda_compile.sizes import SAMPLES
@@ -86,12 +86,16 @@ LENGTHS: Final = "sparda_lengths"
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens."""
+    """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens.
+
+    `format_reason` says why its format was chosen, where `kv_format="auto"` was given.
+    """
 
     config: SpardaConfig
     layers: tuple[LayerShape, ...]
     batch_size: int
     max_tokens: int
+    format_reason: str = ""
 
     @property
     def strategy(self) -> Strategy:
@@ -194,9 +198,18 @@ class CacheLayout:
         wanted = math.ceil(self.num_selected * self.config.page_ratio)
         return min(self.num_blocks, max(wanted, self.num_selected + 1))
 
-    def summaries(self) -> tuple[str, ...]:
+    def summaries(self, layer: int) -> tuple[str, ...]:
+        """Names of a layer's summaries: what scores, and what its format reads keys from."""
+        kept = self.kv_format(layer).summary
+        return tuple(sorted({*self.scored_summaries(), *([] if kept is None else [kept])}))
+
+    def scored_summaries(self) -> tuple[str, ...]:
         """Names of the summaries that this configuration scores with."""
         return tuple(sorted({scorer.summary.name for scorer in self.strategy.scorers}))
+
+    def staying_keys(self, layer: int) -> tuple[str, ...]:
+        """Names of the tensors that a layer's keys are read back from; none if they are stored."""
+        return () if self.kv_format(layer).summary is None else STAYING_KEYS
 
     def summary_tensors(self, summary: str, layer: LayerShape) -> tuple[str, ...]:
         """Names of the tensors of one summary, in order."""
@@ -220,7 +233,7 @@ class CacheLayout:
             "page_stamp": TensorSpec((*batch, pages), torch.int32, fill=-1),
             "counters": TensorSpec((len(COUNTERS),), torch.int64, is_shared=True),
         }
-        for summary in self.summaries():
+        for summary in self.summaries(layer.layer):
             found = summary_named(summary)
             specs |= {
                 name: TensorSpec((*batch, *size), found.dtypes.get(name, layer.dtype))

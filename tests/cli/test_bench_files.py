@@ -31,3 +31,12 @@ def test_file_of_steps_that_follow_a_trace(tmp_path):
     file.save({"batch_size": 1})
     assert not trace_file(tmp_path, "8b", 4096, "abc", "model", {"sha256": "2"}).has(1)
     assert trace_file(tmp_path, "8b", 4096, None, "fp8", {}).path.name == "decode-8b-fp8-trace.json"
+
+
+def test_files_of_formats_and_numbers_of_blocks(tmp_path):
+    file = decode_file(tmp_path, "8b", 4096, "abc", "int8", top_k=171)
+    assert file.path.name == "decode-8b-int8-top171.json"
+    assert (file.head["kv_format"], file.head["top_k"]) == ("int8", 171)
+    assert "top_k" not in decode_file(tmp_path, "8b", 4096, "abc", "int8").head
+    file = budget_file(tmp_path, "8b", 4096, "abc", "fp8")
+    assert (file.path.name, file.head["kv_format"]) == ("budget-8b-fp8.json", "fp8")

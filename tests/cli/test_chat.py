@@ -62,16 +62,20 @@ def test_settings_by_flags(folder):
     flags = (
         "--mode", "exact", "--selector", "quest", "--hint", "previous_step", "--top-k", 2,
         "--prefill", "dense", "--prefill-selector", "infllm2", "--offload", "never",
-        "--dtype", "bfloat16", "--lowering", "eager",
+        "--dtype", "bfloat16", "--lowering", "eager", "--kv-format", "int8",
     )  # fmt: skip
-    result = run(folder, *SMALL, *flags, lines="/settings\nOne?\n")
+    result = run(
+        folder, *SMALL, *flags, lines="/settings\nOne?\n/stats\n/kv-format int4\nTwo?\n/stats\n"
+    )
     assert result.exit_code == 0, result.output
     for shown in (
         "/mode exact", "/selector quest", "/hint previous_step", "/top-k 2", "/prefill dense",
-        "/prefill-selector infllm2",
-        "/budget not set", "/offload never", "/max-new-tokens 4", "cache 27 tokens",
+        "/prefill-selector infllm2", "/budget not set", "/offload never", "/kv-format int8",
+        "/max-new-tokens 4", "cache 27 tokens",
     ):  # fmt: skip
         assert shown in result.stderr
+    said = words(result.stderr)
+    assert said.index("written in int8.") < said.index("written in int4.")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ CHANGES = {
     "unscheduled": {"disable_passes": ("schedule_transfers",)},
     "in_line": {"disable_passes": ("insert_prefetch", "schedule_transfers")},
     "h200": BUSY,
+    "early": BUSY | {"attend_before_repair": "always"},
 }
 
 
@@ -163,12 +164,12 @@ def test_late_copies_change_nothing_where_streams_do_not_overlap(lab, mode):
     assert engine.num_pending == 0
 
 
-FORMATS = ("int8", "fp8", "int4")
+FORMATS = ("int8", "fp8", "int4", "values8", "values4")
 # Where a block is and how it gets there: each with one format, and where most is copied with all.
 # A format only says how a block is packed, which tests/kernels and tests/runtime try one by one.
 PLACES = [
     *(("forecast", change) for change in ("on_device", "in_line")),
-    *(("exact", change) for change in ("all_pages", "unscheduled", "h200")),
+    *(("exact", change) for change in ("all_pages", "unscheduled", "h200", "early")),
     ("query", "few_pages"),
 ]
 BUSIEST = [("forecast", "h200"), ("exact", "fifo_few_pages")]

@@ -17,7 +17,7 @@ from sparda_compile.testing import random_forecast, tiny_llama
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = ("int8", "fp8", "int4")
+FORMATS = ("int8", "fp8", "int4", "values8", "values4")
 PROMPT_LENGTHS = (200, 121, 90, 37)
 MAX_TOKENS, STEPS = 2304, 2048
 SMALL = {

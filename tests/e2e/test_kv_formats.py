@@ -12,7 +12,7 @@ from sparda_compile.registry import KV_FORMATS
 from sparda_compile.state.layout import state_name
 from sparda_compile.testing import tiny_llama
 
-FORMATS = ("int8", "fp8", "int4")
+FORMATS = ("int8", "fp8", "int4", "values8", "values4")
 SIZE, TOKENS = 16, 90
 SMALL = {
     "mode": "query", "block_size": SIZE, "pool_size": 8, "pool_stride": 4, "local_blocks": 1,
@@ -57,8 +57,9 @@ def rounded_past(model, ids, kv_format):
     for layer in past.layers:
         parts = [part[:, :, :full].unflatten(2, (-1, SIZE)) for part in (layer.keys, layer.values)]
         blocks = torch.stack(parts, 3)
-        read = found.unpack(found.pack(blocks), *blocks.shape[-2:], blocks.dtype)
-        for part, new in zip((layer.keys, layer.values), read.unbind(3), strict=True):
+        for part, new in zip(
+            (layer.keys, layer.values), found.rounded(blocks).unbind(3), strict=True
+        ):
             part[:, :, :full] = new.flatten(2, 3)
     return past
 
@@ -195,6 +196,33 @@ def test_layers_may_have_formats_of_their_own(model, fast, ids):
     assert not torch.equal(runs["mixed"], runs["int4"])
     report = explain(model, SpardaConfig(**{**SMALL, "kv_format": {1: "int4"}}))
     assert report.kv_format == "model in layer 0; int4 in layer 1"
+
+
+@pytest.mark.parametrize("selector", ["infllm2", "lowbit4"])
+def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector):
+    """Each layer has the summaries that it scores with, and those it reads keys from."""
+    sizes = (TOKENS, *[1] * 20)
+    settings = {"kv_format": {1: "values8"}, "selector": selector, "page_ratio": 1.0}
+    want, cache = turns(built(fast, **settings, offload="never"), ids, *sizes)
+    kept = [state_name("key_codes", layer) in cache.kv.state for layer in (0, 1)]
+    assert kept == [selector == "lowbit4", True]
+    for changes in ({}, {"mode": "exact", "hint": "previous_step", "machine": "h200"}):
+        module = built(fast, **settings, **changes)
+        assert torch.equal(turns(module, ids, *sizes)[0], want)
+        first, second = module.sparda.stats().layers.values()
+        num_bytes = [2 * SIZE * 16 * 4, KV_FORMATS["values8"].num_bytes(SIZE, 16, torch.float32)]
+        assert first.d2h_bytes * num_bytes[1] == second.d2h_bytes * num_bytes[0] > 0
+        assert module.sparda.stats().formats == {0: "model", 1: "values8"}
+    one, other = (
+        explain(model, SpardaConfig(**{**SMALL, **settings, "kv_format": name, "max_tokens": 512}))
+        for name in ("model", {1: "values8"})
+    )
+    codes = one.layers[0].host_bytes // (2 * 8)  # 4 bits for each of half of the 32-bit elements
+    more = [
+        b.summary_bytes - a.summary_bytes for a, b in zip(one.layers, other.layers, strict=True)
+    ]
+    assert more[0] == 0
+    assert more[1] == 0 if selector == "lowbit4" else more[1] > codes
 
 
 def test_a_format_of_a_layer_without_blocks_is_refused(fast):

@@ -56,7 +56,7 @@ def test_a_format_of_ones_own_is_one_class():
         KV_FORMATS.remove("halves")
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "values8", "values4"])
 def test_other_dtypes_are_refused(name):
     with pytest.raises(UnsupportedInputError, match=rf"kv_format='{name}'.*float64.*'model'"):
         KV_FORMATS[name].stored(16, 64, torch.float64)
@@ -66,6 +66,6 @@ def test_blocks_of_any_lead_have_runs_of_their_own(blocks):
     for found in KV_FORMATS:
         x = blocks.plain(16, 24, torch.bfloat16)
         many = torch.stack([x, x * 2]).transpose(0, 1)
-        y = found.unpack(found.pack(many), 16, 24, x.dtype)
+        y = found.rounded(many)
         assert torch.equal(y[:, 0], blocks.read(found, x))
         assert torch.equal(y[:, 1], blocks.read(found, x) * 2)

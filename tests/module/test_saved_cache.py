@@ -30,6 +30,7 @@ CASES = {
     },
     "forecast": {"mode": "forecast"},
     "int8": {"mode": "query", "kv_format": "int8"},
+    "values4": {"mode": "query", "kv_format": "values4"},
     "fp8 on the device": {"mode": "query", "kv_format": "fp8", "offload": "never"},
     "all hints": {
         "mode": "exact",

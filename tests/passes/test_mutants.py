@@ -50,6 +50,7 @@ MODES = {
     "lowbit2-forecast": {
         "mode": "forecast", "selector": "lowbit2", "prefill_selector": "infllm2",
     },
+    "forecast-values8": {"mode": "forecast", "kv_format": "values8"},
 }  # fmt: skip
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")

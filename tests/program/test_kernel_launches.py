@@ -53,6 +53,10 @@ CASES = {
     "resident int4": (
         {"kv_format": "int4", "offload": "never"}, {*ALWAYS, *INFLLM2, "_store_tail_packed"}
     ),
+    "values8": (
+        {"kv_format": "values8"},
+        {*ALWAYS, *INFLLM2, "_append_low_bit_keys", "_gather_staying", "_store_tail_packed"},
+    ),
 }  # fmt: skip
 
 
@@ -192,6 +196,14 @@ PROMPTS = {
         {*STORED, *POOLED, "_store_prefix_packed"} - {"_store_prefix"},
         {*STORED, *POOLED, *TURN, "_store_prefix_packed", "_gather_listed_packed"}
         - {"_store_prefix", "_gather_listed"},
+    ),
+    "values4": (
+        "prefill", {"kv_format": "values4"},
+        {*STORED, *POOLED, "_extend_low_bit_keys", "_store_prefix_packed"} - {"_store_prefix"},
+        {
+            *STORED, *POOLED, *TURN, "_extend_low_bit_keys", "_store_prefix_packed",
+            "_gather_listed_staying",
+        } - {"_store_prefix", "_gather_listed"},
     ),
     "resident int4": (
         "sparse_prefill", {"offload": "never", "kv_format": "int4"},

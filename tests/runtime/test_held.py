@@ -47,7 +47,7 @@ def filled(cache):
     return HeldKeysValues(cache.kv, mask), mask
 
 
-def assert_same(cache, other):
+def assert_same(cache, other, atol=0.0):
     (ours, mask), (theirs, other_mask) = filled(cache), filled(other)
     assert torch.equal(mask, other_mask)
     assert list(ours) == list(theirs)
@@ -57,7 +57,7 @@ def assert_same(cache, other):
             assert one.shape[2] == two.shape[2]
             real = mask[:, mask.shape[1] - one.shape[2] :, None, None]
             rows = (x.transpose(1, 2).masked_fill(~real, 0) for x in (one, two))
-            torch.testing.assert_close(*rows, rtol=0, atol=0)
+            torch.testing.assert_close(*rows, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("offload", ["always", "never"])
@@ -76,14 +76,14 @@ def test_every_mode_takes_over_and_hands_over_the_same_bits(fast, prompt, mode, 
     assert_same(first, fast.new_cache(past=taken))
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "values8"])
 def test_blocks_that_were_rounded_stay_what_they_are(fast, prompt, kv_format):
     rounds = optimize(fast, BASE.replace(kv_format=kv_format))
     first = read(rounds, *prompt)
     plain = fast.new_cache(past=first)
     assert_same(first, plain)
-    # Rounding what is rounded changes nothing.
-    assert_same(first, rounds.new_cache(past=plain))
+    # Rounding what is rounded changes nothing, but for keys that stay, by what float32 rounds.
+    assert_same(first, rounds.new_cache(past=plain), atol=1e-5 if kv_format == "values8" else 0.0)
 
 
 def test_a_step_goes_on_as_if_nothing_had_happened(fast, prompt):

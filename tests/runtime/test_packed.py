@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from sparda_compile import SpardaConfig
+from sparda_compile.formats.base import STAYING_KEYS
 from sparda_compile.isa.counters import OFFLOADED
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime import packed
 from sparda_compile.runtime.kv_cache import KVCache
 from sparda_compile.runtime.transfer import fetch_blocks
+from sparda_compile.selectors.lowbit import quantize
 from sparda_compile.state.layout import CacheLayout, LayerShape, state_name
 
-NAMES = ("int8", "fp8", "int4")
+NAMES = ("int8", "fp8", "int4", "values8", "values4")
 ROWS, GROUPS, SIZE, DIM, BLOCKS, PAGES = 3, 2, 16, 8, 6, 4
 
 
@@ -25,8 +27,7 @@ def randn(*shape, seed=0):
 
 
 def rounded(blocks, name):
-    found = KV_FORMATS[name]
-    return found.unpack(found.pack(blocks), SIZE, DIM, blocks.dtype)
+    return KV_FORMATS[name].rounded(blocks)
 
 
 def empty_host(name):
@@ -49,7 +50,14 @@ def test_a_full_tail_is_rounded_where_it_is_and_fetched_as_that(name):
     # Fetched to another page it is the same.
     ids = torch.tensor([[[1], [1]], [[-1], [-1]], [[0], [-1]]], dtype=torch.int32)
     to = torch.full_like(ids, 2)
-    fetch_blocks(ids, to, host, pages, name)
+    # Where keys stay, a selector's summary has them, by block.
+    kept = {}
+    if KV_FORMATS[name].summary is not None:
+        keys = before.new_zeros(ROWS, GROUPS, BLOCKS, SIZE, DIM)
+        for row, group, page, block in ((0, 0, 1, 1), (0, 1, 0, 1), (2, 0, 3, 0)):
+            keys[row, group, block] = before[row, group, page, 0]
+        kept = dict(zip(STAYING_KEYS, quantize(keys, 4), strict=True))
+    fetch_blocks(ids, to, host, pages, name, **kept)
     for row, group, page in ((0, 0, 1), (0, 1, 0), (2, 0, 3)):
         assert torch.equal(pages[row, group, 2], pages[row, group, page])
     assert torch.equal(pages[1], before[1])
@@ -78,7 +86,7 @@ def test_blocks_of_a_prompt_are_rounded_with_and_without_a_page(name, has_host):
     assert counters[OFFLOADED] == (GROUPS * (2 + 2) if has_host else 0)
     if has_host:
         found = KV_FORMATS[name]
-        read = found.unpack(host[1, :, 2], SIZE, DIM, torch.float32)
+        read = found.read(host[1, :, 2], quantize(whole[:, 0], 4), SIZE, DIM, torch.float32)
         assert torch.equal(read, rounded(whole, name))
         assert (host[2] == 77).all()
         assert (host[0, :, 2:] == 77).all()
@@ -89,13 +97,16 @@ def test_a_cache_that_moves_to_cpu_memory_keeps_what_it_says(name):
     """As it grows past the limit of the device: rounded blocks are not rounded again."""
     config = SpardaConfig(
         mode="query", block_size=SIZE, top_k=1, local_blocks=1, kv_format=name, offload="auto",
-        device_bytes=40_000,
+        device_bytes=200_000,
     )  # fmt: skip
     shape = LayerShape(0, "sparse", GROUPS, DIM, 0, torch.bfloat16)
     kv = KVCache(CacheLayout(config, (shape,), 1, 96), torch.device("cpu"))
     assert not kv.layout.offload
     pages = kv.state[state_name("pages", 0)]
-    pages.copy_(rounded(randn(*pages.shape).bfloat16(), name))
+    blocks = randn(*pages.shape).bfloat16()
+    pages.copy_(rounded(blocks, name))
+    for kept, new in zip(kv.layout.staying_keys(0), quantize(blocks[:, :, :, 0], 4), strict=False):
+        kv.state[state_name(kept, 0)].copy_(new)
     for table in ("block_table", "page_block"):
         kv.state[state_name(table, 0)].copy_(torch.arange(6))
     kv.state["sparda_lengths"].fill_(96)
@@ -104,6 +115,7 @@ def test_a_cache_that_moves_to_cpu_memory_keeps_what_it_says(name):
     assert grown.layout.offload
     host = grown.host_blocks[state_name("host", 0)]
     found = KV_FORMATS[name]
-    assert torch.equal(found.unpack(host[:, :, :6], SIZE, DIM, pages.dtype), pages)
+    kept = [grown.state[state_name(n, 0)][:, :, :6] for n in grown.layout.staying_keys(0)]
+    assert torch.equal(found.read(host[:, :, :6], kept, SIZE, DIM, pages.dtype), pages)
     bigger = grown.grow(dataclasses.replace(grown.layout, max_tokens=8192))
     assert torch.equal(bigger.host_blocks[state_name("host", 0)][:, :, :6], host[:, :, :6])

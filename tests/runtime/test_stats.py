@@ -26,6 +26,7 @@ def test_plain_values_and_text():
         "layers": {"7": layer},
         "total": layer,
         "selection": "",
+        "kv_format": {},
     }
     assert str(stats) == "3 hits, 1 misses (75.0% hits), 30 bytes H2D, 40 bytes D2H"
 
@@ -34,6 +35,16 @@ def test_selection_is_a_second_line():
     stats = CacheStats({7: LayerStats(3, 1, 30, 40)}, "Nothing is selected.")
     assert str(stats).split("\n")[1:] == ["Nothing is selected."]
     assert stats.to_dict()["selection"] == "Nothing is selected."
+
+
+def test_formats_are_named_where_any_rounds():
+    layers = {layer: LayerStats(3, 1, 30, 40) for layer in (0, 1)}
+    stats = CacheStats(layers, "Nothing is selected.", formats={0: "model", 1: "int8"})
+    assert str(stats).split("\n")[2:] == ["Full blocks are written in model, int8."]
+    assert stats.to_dict()["kv_format"] == {"0": "model", "1": "int8"}
+    assert "written in model, int8." in stats._repr_html_()
+    plain = CacheStats(layers, formats={0: "model", 1: "model"})
+    assert "written" not in str(plain)
 
 
 def test_shown_at_a_prompt_it_is_short_however_deep_the_model():

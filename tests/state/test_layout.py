@@ -96,11 +96,13 @@ def test_auto_offloads_what_does_not_fit():
         ({"mode": "query", "selector": "lowbit4"}, ("lowbit4_keys",)),
         ({"mode": "forecast", "selector": "lowbit2"}, ("lowbit2_keys",)),
         ({"mode": "exact", "selector": "lowbit2"}, ("lowbit2_keys",)),
+        ({"mode": "query", "kv_format": "values8"}, ("lowbit4_keys", "pooled_keys")),
+        ({"mode": "query", "selector": "lowbit4", "kv_format": "values4"}, ("lowbit4_keys",)),
     ],
 )
 def test_summaries_are_those_that_are_scored(config, summaries):
     sizes = layout(**config)
-    assert sizes.summaries() == summaries
+    assert sizes.summaries(SPARSE.layer) == summaries
     for summary in ("key_bounds", "pooled_keys", *summaries):
         for name in sizes.summary_tensors(summary, SPARSE):
             assert (name in sizes.tensors(SPARSE)) == (summary in summaries)

@@ -309,6 +309,7 @@ def attend_all(
     num_past: int,
     factors: tuple[float, float],
     kv_format: str = "model",
+    keys: Sequence[Tensor] = (),
 ) -> Tensor:
     """Attend to all that is before each token; see `kernels.prefill_attention`.
 
@@ -322,6 +323,7 @@ def attend_all(
         num_past: No sequence has more tokens in the cache.
         factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
         kv_format: How blocks in CPU memory are stored.
+        keys: What keys that stay are read back from; see `staying.py`. Empty for others.
 
     Returns:
         [B, H, T, D], a token's heads side by side; zero for tokens that are not real.
@@ -334,7 +336,7 @@ def attend_all(
     staging = pages.new_empty((batch, groups, num_slots, *pages.shape[3:]))
     slots = torch.empty_like(table)
     if room:
-        stage(None, lengths_B, past, staging, slots, room, kv_format)
+        stage(None, lengths_B, past, staging, slots, room, kv_format, keys)
     tokens = number_tokens(token_mask_BT, lengths_B)
     prompt = pack_prompt(kv, tokens, lengths_B, (staging, slots), (pages, table))
     rows = tile_rows(heads // groups, dim, query.dtype)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two, rows_of, tokens_of
+from sparda_compile.kernels.gpu.packed_form import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +26,38 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["append_low_bit_keys", "extend_low_bit_keys"]
+__all__ = ["append_low_bit_keys", "extend_low_bit_keys", "quantize_keys"]
 
 # Channels of a program.
 _CHANNELS: Final = 64
+
+
+@triton.jit
+def quantize_keys(  # noqa: ANN201 - a part of kernels
+    keys, like, SIZE: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
+    LARGEST: tl.constexpr, CUTS: tl.constexpr,
+):  # fmt: skip
+    """Return codes [SLOTS, DIMS] int32, span and base [DIMS] of the keys of a block.
+
+    Span and base have the dtype of what `like` points to. A channel that has a NaN gets a span
+    that is NaN. `CUTS` as for `packed.rounded`.
+    """
+    LEVELS: tl.constexpr = 1 << BITS
+    is_slot = (tl.arange(0, SLOTS) < SIZE)[:, None]
+    keys = keys.to(tl.float32)
+    low = tl.min(tl.where(is_slot, keys, float("inf")), axis=0)
+    high = tl.max(tl.where(is_slot, keys, float("-inf")), axis=0)
+    is_broken = tl.max((is_slot & (keys != keys)).to(tl.int32), axis=0) > 0
+    span = tl.minimum((high - low) * (LEVELS / (LEVELS - 1)), LARGEST)
+    span = rounded(tl.where(is_broken, float("nan"), span), like, CUTS)
+    wide = span.to(tl.float32)
+    base = rounded(tl.maximum(low - wide, -LARGEST), like, CUTS)
+    step = (wide * (1.0 / LEVELS))[None, :]
+    above = keys - base.to(tl.float32)[None, :]
+    steps = tl.div_rn(above, tl.where(step > 0, step, 1.0) + tl.zeros_like(keys)) - LEVELS
+    steps = tl.floor(tl.where(step > 0, steps, 0.0) + 0.5)
+    code = tl.where(is_slot, tl.clamp(steps, 0.0, LEVELS - 1.0), 0.0).to(tl.int32)
+    return code, span, base
 
 
 @triton.jit
@@ -40,19 +69,7 @@ def _store_codes(
     """Quantise the keys [SLOTS, DIMS] of a block; `place` is its number among all blocks."""
     PER: tl.constexpr = 16 // BITS
     WORDS: tl.constexpr = SIZE // PER
-    is_slot = (tl.arange(0, SLOTS) < SIZE)[:, None]
-    keys = keys.to(tl.float32)
-    low = tl.min(tl.where(is_slot, keys, float("inf")), axis=0)
-    high = tl.max(tl.where(is_slot, keys, float("-inf")), axis=0)
-    LEVELS: tl.constexpr = 1 << BITS
-    span = tl.minimum((high - low) * (LEVELS / (LEVELS - 1)), LARGEST).to(spans.dtype.element_ty)
-    wide = span.to(tl.float32)
-    base = tl.maximum(low - wide, -LARGEST).to(bases.dtype.element_ty)
-    step = (wide * (1.0 / LEVELS))[None, :]
-    above = keys - base.to(tl.float32)[None, :]
-    steps = tl.div_rn(above, tl.where(step > 0, step, 1.0) + tl.zeros_like(keys)) - LEVELS
-    steps = tl.floor(tl.where(step > 0, steps, 0.0) + 0.5)
-    code = tl.where(is_slot, tl.clamp(steps, 0.0, LEVELS - 1.0), 0.0).to(tl.int32)
+    code, span, base = quantize_keys(keys, spans, SIZE, SLOTS, BITS, LARGEST, False)
     shift = tl.arange(0, PER) * BITS
     parts = tl.reshape(code, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
     words = tl.sum(parts, axis=1).to(tl.int16)

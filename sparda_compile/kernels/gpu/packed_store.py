@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
+from sparda_compile.formats.staying import KEY_BITS
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS
 from sparda_compile.kernels.gpu.launch import as_written, launch, tokens_of
+from sparda_compile.kernels.gpu.low_bit_keys import quantize_keys
 from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
+from sparda_compile.kernels.gpu.staying import keys_of, value_scales_at
+from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +35,35 @@ __all__ = ["store_prefix", "store_tail"]
 def _round_half(
     x, run, pages, target, page, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    CUTS: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+    CUTS: tl.constexpr, KEPT: tl.constexpr, LARGEST: tl.constexpr, HAS_HOST: tl.constexpr,
+    ENCODE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
-    """Store keys or values [SLOTS, DIMS] of a block, and write to its page what is read back."""
+    """Store keys or values [SLOTS, DIMS] of a block, and write to its page what is read back.
+
+    Keys that stay, in `KEPT` bits, are written to the page alone.
+    """
+    if KEYS & (KEPT > 0):
+        code, span, base = quantize_keys(x, pages, SIZE, SLOTS, KEPT, LARGEST, CUTS)
+        values = keys_of(code, span, base, KEPT)
+    else:
+        values = _store_half(
+            x, run, pages, KEYS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, KEPT, HAS_HOST, ENCODE,
+            DECODE,
+        )  # fmt: skip
+    token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
+    at = target + token[:, None] * DIM + dims[None, :]
+    kept = (token < tl.where(page >= 0, SIZE, 0))[:, None] & (dims < DIM)[None, :]
+    tl.debug_barrier()  # the tile may have been read from the same page
+    tl.store(at, rounded(values, pages, CUTS), mask=kept)
+
+
+@triton.jit
+def _store_half(
+    x, run, pages, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
+    KEPT: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """Store keys or values [SLOTS, DIMS] of a block, and return what is read back, float32."""
     PER: tl.constexpr = 8 // BITS
     AXIS: tl.constexpr = 0 if KEYS else 1
     token, dims, byte = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
@@ -50,28 +81,28 @@ def _round_half(
             shift = tl.arange(0, PER) * BITS
             parts = tl.reshape(codes, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
             joined = tl.sum(parts, axis=1)
-        at_codes = codes_at(run, KEYS, SIZE, DIM, BITS) + byte[:, None] * DIM + dims[None, :]
+        IS_FIRST: tl.constexpr = KEYS | (KEPT > 0)
+        at_codes = codes_at(run, IS_FIRST, SIZE, DIM, BITS) + byte[:, None] * DIM + dims[None, :]
         is_code = (byte < SIZE // PER)[:, None] & (dims < DIM)[None, :]
         tl.store(at_codes, joined.to(tl.uint8), mask=is_code)
         line = dims if KEYS else token
         LINES: tl.constexpr = DIM if KEYS else SIZE
-        at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
+        if KEPT > 0:
+            at_scales = value_scales_at(run, pages, SIZE, DIM, BITS) + line
+        else:
+            at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
         tl.store(at_scales, first.to(pages.dtype.element_ty), mask=line < LINES)
         if SCALES > 1:
             tl.store(at_scales + LINES, last.to(pages.dtype.element_ty), mask=line < LINES)
-    values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
-    at = target + token[:, None] * DIM + dims[None, :]
-    kept = (token < tl.where(page >= 0, SIZE, 0))[:, None] & (dims < DIM)[None, :]
-    tl.debug_barrier()  # the tile may have been read from the same page
-    tl.store(at, rounded(values, pages, CUTS), mask=kept)
+    return DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
 
 
 @triton.jit
 def _store_tail_packed(
     tail_page, lengths, pages, host, counter, groups, num_pages, SIZE: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, HAS_HOST: tl.constexpr,
-    ENCODE: tl.constexpr, DECODE: tl.constexpr,
+    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, KEPT: tl.constexpr,
+    LARGEST: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     pair, half = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + pair // groups)
@@ -86,16 +117,22 @@ def _store_tail_packed(
         x = tl.load(to + token[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
         if half == 0:
             _round_half(
-                x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, HAS_HOST,
-                ENCODE, DECODE,
+                x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, KEPT,
+                LARGEST, HAS_HOST, ENCODE, DECODE,
             )  # fmt: skip
             if HAS_HOST:
                 tl.atomic_add(counter, 1)
         else:
             _round_half(
                 x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS,
-                HAS_HOST, ENCODE, DECODE,
+                KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
             )  # fmt: skip
+
+
+def _kept(pages: Tensor, kv_format: str) -> tuple[int, float]:
+    """Return the bits of keys that stay, 0 for stored ones, and the largest number of the dtype."""
+    stays = KV_FORMATS[kv_format].summary is not None
+    return (KEY_BITS if stays else 0), torch.finfo(pages.dtype).max
 
 
 def store_tail(
@@ -121,7 +158,7 @@ def store_tail(
     has_host = host_BG.numel() > 0
     launch(_store_tail_packed, (batch * groups, 2))(
         tail_page_BG, lengths_B, pages, host_BG if has_host else tail_page_BG, counter, groups,
-        num_pages, *form, has_host, functions.encode, functions.decode,
+        num_pages, *form, *_kept(pages, kv_format), has_host, functions.encode, functions.decode,
         num_warps=form.num_warps, **as_written(),
     )  # fmt: skip
 
@@ -146,7 +183,8 @@ def _store_prefix_packed(
     v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
-    HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+    KEPT: tl.constexpr, LARGEST: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr,
+    DECODE: tl.constexpr,
 ):  # fmt: skip
     most = (num_tokens - 1) // SIZE + 1
     token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
@@ -174,7 +212,7 @@ def _store_prefix_packed(
                 x = _tile(source, column, to, is_new, is_old, dims, k_token, DIM, SLOTS)
                 _round_half(
                     x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
-                    CUTS, HAS_HOST, ENCODE, DECODE,
+                    CUTS, KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
                 )  # fmt: skip
                 if HAS_HOST:
                     tl.atomic_add(counter, 1)
@@ -183,7 +221,7 @@ def _store_prefix_packed(
                 x = _tile(source, column, to, is_new, is_old, dims, v_token, DIM, SLOTS)
                 _round_half(
                     x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
-                    CUTS, HAS_HOST, ENCODE, DECODE,
+                    CUTS, KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
                 )  # fmt: skip
         item += tl.num_programs(0)
 
@@ -224,6 +262,6 @@ def store_prefix(
     launch(_store_prefix_packed, (min(num_programs, items),))(
         k, v, columns, lengths, totals, block_table, pages, host if has_host else totals, counter,
         *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
-        *form, has_host, functions.encode, functions.decode,
+        *form, *_kept(pages, kv_format), has_host, functions.encode, functions.decode,
         num_warps=form.num_warps, **as_written(),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, block_bytes, copy_runs, copy_words
 from sparda_compile.kernels.gpu.launch import address_of, launch, power_of_two, tokens_of
 from sparda_compile.kernels.gpu.packed import gather_listed_packed
+from sparda_compile.kernels.gpu.staying import gather_listed_staying
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -125,7 +126,12 @@ def store_prefix(
 
 
 def load_prefix(
-    pages: Tensor, host: Tensor, block_table: Tensor, num_blocks: int, kv_format: str = "model"
+    pages: Tensor,
+    host: Tensor,
+    block_table: Tensor,
+    num_blocks: int,
+    kv_format: str = "model",
+    keys: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the first blocks of each sequence, [B, G, n, 2, P, D].
 
@@ -135,6 +141,7 @@ def load_prefix(
         block_table: [B, G, N] int32; a block without a page comes from the host.
         num_blocks: n.
         kv_format: How blocks in CPU memory are stored.
+        keys: What keys that stay are read back from; see `staying.py`. Empty for others.
     """
     batch, groups, num_pages = pages.shape[:3]
     num_bytes = block_bytes(pages)
@@ -151,7 +158,9 @@ def load_prefix(
     if is_packed:
         absent = (page < 0).flatten(0, 1)
         listed = (~absent).byte().argsort(dim=-1, stable=True).int()
-        gather_listed_packed(
-            listed, listed, absent.sum(-1, dtype=torch.int32), host, blocks, kv_format
-        )
+        lists = (listed, listed, absent.sum(-1, dtype=torch.int32))
+        if keys:
+            gather_listed_staying(*lists, host, keys, blocks, kv_format)
+        else:
+            gather_listed_packed(*lists, host, blocks, kv_format)
     return blocks

@@ -19,9 +19,12 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, copy_words, gather_listed
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 from sparda_compile.kernels.gpu.packed import gather_listed_packed
+from sparda_compile.kernels.gpu.staying import gather_listed_staying
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 __all__ = ["stage"]
@@ -96,6 +99,7 @@ def stage(
     slots_BGN: Tensor,
     num_room: int,
     kv_format: str = "model",
+    keys: Sequence[Tensor] = (),
 ) -> None:
     """Copy the past blocks that any token has selected; see `runtime.staging`.
 
@@ -108,6 +112,7 @@ def stage(
         slots_BGN: int32, written.
         num_room: Slots at the end of the buffer for blocks of the past, more than none.
         kv_format: How blocks in CPU memory are stored.
+        keys: What keys that stay are read back from; see `staying.py`. Empty for others.
     """
     pages, host, table = past
     batch, groups, num_pages, _, size, _ = pages.shape
@@ -129,7 +134,9 @@ def stage(
         wanted, lengths_B, table, slots_BGN, *listed, num_missed, groups,
         num_blocks, num_new, num_room, size, _TILE, num_warps=4,
     )  # fmt: skip
-    if host.numel() and KV_FORMATS[kv_format].rounds:
+    if host.numel() and keys:
+        gather_listed_staying(listed[1], listed[2], num_missed, host, keys, staging, kv_format)
+    elif host.numel() and KV_FORMATS[kv_format].rounds:
         gather_listed_packed(listed[1], listed[2], num_missed, host, staging, kv_format)
     elif host.numel():
         gather_listed(listed[1], listed[2], num_missed, host, staging, GATHER_PROGRAMS)

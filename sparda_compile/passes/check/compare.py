@@ -1,8 +1,8 @@
-"""What an argument takes, beside what it should take."""
+"""What an argument takes, beside what it should take, and the names of what there is to take."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparda_compile.graph.effects import is_state
 from sparda_compile.graph.op_index import result_of
@@ -13,9 +13,19 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op
     from sparda_compile.passes.base import PassContext
+    from sparda_compile.state.layout import CacheLayout, LayerShape
 
 
-__all__ = ["Operand", "Operands", "compare", "wanted_words", "words_of", "wrong_numbers"]
+__all__ = [
+    "Operand",
+    "Operands",
+    "StateNames",
+    "compare",
+    "kind_of",
+    "wanted_words",
+    "words_of",
+    "wrong_numbers",
+]
 
 
 # Names of what arguments take; a pair is one result of a node, None is nothing.
@@ -23,6 +33,32 @@ Operand = str | tuple[str, int] | None
 
 
 Operands = dict[str, "Operand | list[Operand]"]
+
+
+class StateNames(NamedTuple):
+    """Short names of state tensors, the same in all layers of a kind that write blocks alike."""
+
+    of_kind: dict[tuple[str, str], tuple[str, ...]]
+    of_summary: dict[tuple[str, str], dict[str, tuple[str, ...]]]
+
+    @classmethod
+    def of(cls, ctx: PassContext) -> StateNames:
+        """Return those of a plan's cache."""
+        assert ctx.layout is not None
+        layout = ctx.layout
+        kinds = {kind_of(shape, layout): shape for shape in layout.layers}
+        return cls(
+            {kind: tuple(layout.tensors(shape)) for kind, shape in kinds.items()},
+            {
+                kind: {n: layout.summary_tensors(n, shape) for n in layout.summaries(shape.layer)}
+                for kind, shape in kinds.items()
+            },
+        )
+
+
+def kind_of(shape: LayerShape, layout: CacheLayout) -> tuple[str, str]:
+    """Return what layers with the same tensors have in common: their kind and format."""
+    return shape.kind, layout.kv_format(shape.layer).name
 
 
 def compare(op: Op, expected: Operands, mine: frozenset[str] | None = None) -> Iterator[str]:

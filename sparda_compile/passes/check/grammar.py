@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from sparda_compile.graph.tags import SITE
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.passes.base import Fact
-from sparda_compile.passes.schedule.layer_times import speculates
+from sparda_compile.passes.schedule.layer_times import attends_before_repair, speculates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,7 +129,7 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
         return Counter(["window_attention"])
     is_async = layout.offload and Fact.TRANSFERS_ASYNC in facts
     is_early = _begins_early(layer, ctx, facts)
-    roles = ["update_summary"] * len(layout.summaries())
+    roles = ["update_summary"] * len(layout.summaries(shape.layer))
     copies = ["offload_blocks"] if is_async else []
     if layout.offload:
         roles += ["offload_blocks", "offload wait_blocks"] if is_async else []
@@ -154,12 +154,13 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
         if is_async:
             roles += ["hint plan", "hint prefetch_blocks", "hint wait_blocks"]
             copies.append("hint prefetch_blocks")
-    if is_async and strategy.overlaps:
+    is_split = is_async and strategy.repairs and attends_before_repair(shape, ctx)
+    if is_split or (is_async and strategy.overlaps and not strategy.repairs):
         roles += ["prefetch_blocks", "wait_blocks"]
         copies.append("prefetch_blocks")
     elif layout.offload:
         roles.append("fetch_blocks")
-    if is_async and strategy.repairs:
+    if is_split:
         roles += ["attend_resident", "attend_missing"]
     elif strategy.predictor is not None and is_early:
         roles += ["attend_predicted", "repair_predicted", *strategy.predictor.ops]

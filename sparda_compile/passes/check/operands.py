@@ -7,8 +7,9 @@ those of another layer's ids.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.formats.base import STAYING_KEYS
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 
     from sparda_compile.graph.op_index import Op, OpIndex
     from sparda_compile.passes.base import PassContext
-from sparda_compile.passes.check.compare import Operand, Operands, compare, words_of, wrong_numbers
+from sparda_compile.passes.check.compare import (
+    Operand,
+    Operands,
+    StateNames,
+    compare,
+    kind_of,
+    words_of,
+    wrong_numbers,
+)
 from sparda_compile.passes.check.grammar import LayerOps
 
 __all__ = ["wrong_operands"]
@@ -49,7 +58,7 @@ def wrong_operands(
         ctx: What the passes know.
         facts: What holds of the graph.
     """
-    names = _Names.of(ctx)
+    names = StateNames.of(ctx)
     own_ids: dict[int, Any] = {}
     for layer in layers:
         checks = _Layer(index, layer, ctx, facts, names)
@@ -58,23 +67,6 @@ def wrong_operands(
         yield from checks.transfers()
     for once in (*index.by_name["number_tokens"], *index.by_name["advance_lengths"]):
         yield from compare(once, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
-
-
-class _Names(NamedTuple):
-    """Short names of state tensors, which are the same in all layers of a kind."""
-
-    of_kind: dict[str, tuple[str, ...]]
-    of_summary: dict[str, tuple[str, ...]]
-
-    @classmethod
-    def of(cls, ctx: PassContext) -> _Names:
-        assert ctx.layout is not None
-        layout, kinds = ctx.layout, {shape.kind: shape for shape in ctx.layout.layers}
-        some = layout.layers[0]
-        return cls(
-            {kind: tuple(layout.tensors(shape)) for kind, shape in kinds.items()},
-            {summary: layout.summary_tensors(summary, some) for summary in layout.summaries()},
-        )
 
 
 class _Layer:
@@ -86,17 +78,18 @@ class _Layer:
         layer: LayerOps,
         ctx: PassContext,
         facts: frozenset[Fact],
-        names: _Names,
+        names: StateNames,
     ) -> None:
         self._index = index
         self._layer = layer
         self._ctx = ctx
         by_forecast = ctx.strategy.selects_by_forecast
         self._is_forecast = by_forecast and Fact.FORECAST_INSERTED in facts
-        number, kind = layer.shape.layer, layer.shape.kind
+        assert ctx.layout is not None
+        number, kind = layer.shape.layer, kind_of(layer.shape, ctx.layout)
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
         self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
-        of_summary = names.of_summary if kind != "window" else {}
+        of_summary = names.of_summary[kind] if layer.shape.kind != "window" else {}
         self._summaries: dict[str, list[Operand]] = {
             summary: [self._state[name] for name in tensors]
             for summary, tensors in of_summary.items()
@@ -160,6 +153,9 @@ class _Layer:
         site = SITE.of(sites[0])
         self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
+        assert self._ctx.layout is not None
+        kept = self._ctx.layout.staying_keys(number)
+        self._own |= {name: self._state[name] if name in kept else None for name in STAYING_KEYS}
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
         # Every layer takes those of the first one, so that there is no use for another.
         numbered = self._index.by_name["number_tokens"][:1]

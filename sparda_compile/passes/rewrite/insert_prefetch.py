@@ -23,6 +23,8 @@ they missed behind the attention to what is there:
     wait_blocks(repair)
     %out = attend_missing(%q, ..., %partial)
 
+Where that hides less than it adds (`layer_times.py`), fetch_blocks(repair) stays in line.
+
 A wait takes, as if it wrote them, the pages that the copy writes and the state that choosing the
 blocks has used, for that may be the select stream's work: what uses it later, such as
 `update_summary`, depends on the wait, and no schedule moves it in front.
@@ -60,6 +62,7 @@ from sparda_compile.graph.writer import PagePlan, StateInputs, format_of, plan_p
 from sparda_compile.isa.streams import COPY, REPAIR
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
+from sparda_compile.passes.schedule.layer_times import attends_before_repair
 
 if TYPE_CHECKING:
     from torch import fx
@@ -135,6 +138,8 @@ class _Insertion(TransferNodes):
             n for n in find_ops(self.graph, "sparse_attention") if LAYER.of(n) == layer
         )
         if self.ctx.strategy.repairs:
+            if not attends_before_repair(self.shape(layer), self.ctx):
+                return 0  # in line, behind the copies of its hints
             emit = Emitter(self.graph, attention, fetch, layer)
             ticket, event = self.prefetch(emit, plan, "", REPAIR)
             self._split_attention(emit, attention, plan, ticket, event)

@@ -10,6 +10,7 @@ from sparda_compile.graph.writer import (
     format_of,
     geometry_of,
     plan_pages,
+    read_format_of,
     select_by_score,
     select_for_tokens,
     stage_blocks,
@@ -77,7 +78,7 @@ class SiteRewrite:
                 plan.miss_pages,
                 self._get("host"),
                 self._get("pages"),
-                **format_of(layout, site.layer),
+                **read_format_of(layout, site.layer, self.state),
             )
         emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
         self._update_summaries([])
@@ -130,7 +131,7 @@ class SiteRewrite:
                 site.softcap,
                 self.state.num_past(),
                 self.state.may_hide(),
-                **format_of(self._layout, site.layer),
+                **read_format_of(self._layout, site.layer, self.state),
             )
         emit.call(
             "extend_kv",
@@ -210,7 +211,7 @@ class SiteRewrite:
         )
 
     def _update_summaries(self, tokens: list[fx.Node]) -> None:
-        for summary in self._layout.summaries():
+        for summary in self._layout.summaries(self.site.layer):
             tensors = [self._get(n) for n in self._layout.summary_tensors(summary, self.shape)]
             self.emitter.call(
                 "update_summary",

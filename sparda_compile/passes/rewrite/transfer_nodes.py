@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.tags import LAYER
-from sparda_compile.graph.writer import format_of
+from sparda_compile.graph.writer import read_format_of
 from sparda_compile.isa.streams import COPY
 
 if TYPE_CHECKING:
@@ -44,14 +44,16 @@ class TransferNodes:
         """Start the copy of a plan's misses on a stream; return its ticket and its event."""
         misses = (plan.miss_blocks, plan.miss_pages)
         pools = (self.state.get("host", emit.layer), self.state.get("pages", emit.layer))
+        assert self.ctx.layout is not None
+        written = read_format_of(self.ctx.layout, emit.layer, self.state)
+        keys = [each for each in written.values() if not isinstance(each, str)]
         fork = emit.call(
             "fork_stream",
-            [*misses, *pools],
+            [*misses, *pools, *keys],
             next(self.events),
             name=f"{prefix}fork_{emit.layer}",
         )
         event = next(self.events)
-        assert self.ctx.layout is not None
         ticket = emit.call(
             "prefetch_blocks",
             *misses,
@@ -60,7 +62,7 @@ class TransferNodes:
             fork,
             name=f"{prefix}prefetch_{emit.layer}",
             stream=stream,
-            **format_of(self.ctx.layout, emit.layer),
+            **written,
         )
         return ticket, event
 
@@ -77,7 +79,7 @@ class TransferNodes:
         layout, shape = self.ctx.layout, self.shape(layer)
         return [
             self.state.get(name, layer)
-            for summary in layout.summaries()
+            for summary in layout.summaries(layer)
             for name in layout.summary_tensors(summary, shape)
         ]
 

@@ -25,11 +25,13 @@ from sparda_compile.isa.table import Work
 from sparda_compile.passes.schedule.num_bytes import EXAMPLE_TOKENS, num_bytes, numel
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sparda_compile.passes.base import PassContext
     from sparda_compile.state.layout import CacheLayout
     from sparda_compile.state.strategy import HintMethod
 
-__all__ = ["expected_misses", "expected_repair", "link_bytes", "read_bytes"]
+__all__ = ["expected_misses", "expected_repair", "link_bytes", "missed_share", "read_bytes"]
 
 
 def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
@@ -142,10 +144,10 @@ def _fetched_share(copy: fx.Node, ctx: PassContext) -> float:
     fresh = 1.0 - ctx.config.expected_overlap
     hints = _hints_of(argument(copy, "pages"), ctx)
     if not HINT.on(copy):
-        return fresh * _missed(hints, ctx)
+        return fresh * missed_share(hints, ctx)
     names = [hint.name for hint in hints]
     place = names.index(HINT.of(copy))
-    brought_before = 1.0 - _missed(hints[:place], ctx)
+    brought_before = 1.0 - missed_share(hints[:place], ctx)
     hint = hints[place]
     return fresh * max(hint.fetched - _recall(hint, ctx) * brought_before, 0.0)
 
@@ -167,7 +169,7 @@ def _recall(hint: HintMethod, ctx: PassContext) -> float:
     return hint.recall if stated is None else stated
 
 
-def _missed(hints: list[HintMethod], ctx: PassContext) -> float:
+def missed_share(hints: Iterable[HintMethod], ctx: PassContext) -> float:
     """Return the share of a step's new blocks that none of some hints names."""
     share = 1.0
     for hint in hints:
@@ -182,7 +184,7 @@ def _late_share(node: fx.Node, ctx: PassContext) -> float:
     """
     assert ctx.layout is not None
     pages = argument(node, "pages")
-    fresh = (1.0 - ctx.config.expected_overlap) * _missed(_hints_of(pages, ctx), ctx)
+    fresh = (1.0 - ctx.config.expected_overlap) * missed_share(_hints_of(pages, ctx), ctx)
     selected = ctx.layout.num_selected
     missing = fresh * _num_scored(ctx) / max(selected, 1)
     if takes(node, "partial_lse"):

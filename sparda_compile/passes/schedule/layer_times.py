@@ -9,6 +9,9 @@ A layer speculates if max(select, speculate, bytes of both) + repair < select + 
 beside each other shares the memory's bandwidth. Known of a layer are its shapes alone, so that
 prompts, which leave the first prediction, decide as the decode does.
 
+In mode `exact` a layer attends to what is there while its repair comes, if that hides more than it
+adds: min(repair, attention to what is there) > both attentions and what joins them - one attention.
+
 Source: PRR (arXiv 2606.30389) sections 2 and 4.4. Differs from the paper, which speculates in every
 layer.
 """
@@ -19,13 +22,13 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.passes.schedule.expected_blocks import expected_misses
+from sparda_compile.passes.schedule.expected_blocks import expected_misses, missed_share
 
 if TYPE_CHECKING:
     from sparda_compile.passes.base import PassContext
     from sparda_compile.state.layout import LayerShape
 
-__all__ = ["LayerTimes", "layer_times", "speculates"]
+__all__ = ["LayerTimes", "attends_before_repair", "layer_times", "speculates"]
 
 _SELECTING: Final = ("score_blocks", "append_kv", "update_summary")
 
@@ -123,3 +126,31 @@ def speculates(shape: LayerShape, group_size: int, ctx: PassContext) -> bool:
         return False
     times = layer_times(shape, group_size, ctx)
     return times.pays(ctx.layout.num_predicted, math.ceil(expected_misses(ctx)))
+
+
+def attends_before_repair(shape: LayerShape, ctx: PassContext) -> bool:
+    """Return whether a layer of mode `exact` attends to what is there while its repair comes.
+
+    Where no stream runs beside another it does: programs there are those of a GPU, and no faster.
+
+    Args:
+        shape: The layer.
+        ctx: What passes know; it has a layout.
+    """
+    assert ctx.layout is not None
+    layout, machine = ctx.layout, ctx.machine
+    if ctx.config.attend_before_repair == "always" or not machine.overlaps:
+        return True
+    hints = [h for h in ctx.strategy.hints if h.source(shape, layout.layers) is not None]
+    scored = max(layout.num_selected - layout.config.num_forced, 0)
+    late = scored * (1.0 - ctx.config.expected_overlap) * missed_share(hints, ctx)
+    pairs = ctx.batch_size * shape.num_groups
+    stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
+    repair_us = machine.launch_us + pairs * late * stored / (machine.link_gbps * 1e3)
+    block = 2 * layout.config.block_size * shape.head_dim * shape.dtype.itemsize
+    read_us = pairs * layout.num_selected * block / (machine.memory_gbps * 1e3)
+    early_us = machine.latency_of("attend_resident") + read_us
+    # One more launch: of two streams that are joined, one waits for the other's event.
+    added_us = machine.latency_of("attend_resident") + machine.latency_of("attend_missing")
+    added_us += machine.launch_us - machine.latency_of("sparse_attention")
+    return min(repair_us, early_us) > added_us

@@ -1,8 +1,8 @@
 """Compile every kernel for an H200 as its Python wrapper would launch it, without a GPU.
 
 Writes one line of JSON: by kernel, the most shared memory and the widest read and write of device
-memory of its variants, in bytes, and the most reads of single bytes. Run as a program of its own, since the tests' process has Triton's
-interpreter on.
+memory of its variants, in bytes, and the most reads of single bytes. Run as a program of its own,
+since the tests' process has Triton's interpreter on.
 """
 
 import collections
@@ -78,13 +78,16 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     select_tokens,
     speculation,
     stage,
+    staying,
 )
+from sparda_compile.registry import KV_FORMATS  # noqa: E402
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named  # noqa: E402
 from sparda_compile.selectors.base import empty_summary  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
 BLOCKS, SELECTED, PAGES = 300, 20, 31
 PACKED = ("int8", "fp8", "int4")
+STAYING = ("values8", "values4")
 BATCH, GROUPS, HEADS = 2, 2, 8
 
 
@@ -152,6 +155,10 @@ def run_all(dtype, dim, size):
         packed.gather_packed(ids, ids, host, pages, kv_format)
         packed_store.store_tail(tail, lengths, pages, host, counters, kv_format)
     packed_store.store_tail(tail, lengths, pages, host[:0], counters, "int8")
+    for kv_format in STAYING:
+        kept = summaries["lowbit4_keys"][:3]
+        staying.gather_staying(ids, ids, host, kept, pages, kv_format)
+        packed_store.store_tail(tail, lengths, pages, host, counters, kv_format)
 
     table = ints(BATCH, GROUPS, BLOCKS)
     for softcap, flags, late in ((0.0, None, False), (30.0, is_miss, True)):
@@ -208,11 +215,13 @@ def run_prompt(dtype, dim, size):
             extend.extend_kv(k, k, numbered, lengths, pages, tables, resident)
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
         prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
-    for kv_format in PACKED:
+    for kv_format in (*PACKED, *STAYING):
         stored = (tables[0], pages, host, counter, kv_format)
         packed_store.store_prefix(k, k, numbered, lengths, *stored)
         past = (pages, host, tables[0])
-        stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format)
+        found = KV_FORMATS[kv_format].summary
+        kept = empty_summary(summary_named(found), k, geometry)[:3] if found else ()
+        stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format, kept)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
         kernel(k, numbered, lengths, empty_summary(summary_named(name), k, geometry), geometry)
 

@@ -9,11 +9,12 @@ from sparda_compile.kernels.gpu import packed_store
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime import packed
+from sparda_compile.selectors.lowbit import quantize
 
 # Infinity less infinity, and what that becomes as an integer that nobody reads.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-NAMES = ("int8", "fp8", "int4")
+NAMES = ("int8", "fp8", "int4", "values8", "values4")
 SIZES = [
     *((16, 60, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
     (48, 96, torch.bfloat16), (64, 128, torch.bfloat16),
@@ -44,7 +45,8 @@ def test_a_full_tail_is_stored_and_rounded(device, case, name, size, dim, dtype,
     if has_host:
         assert case.same_runs(name, runs[0, :, 1], want_host[0, :, 1], size, dim, dtype)
         # What the page has is what is read back from there.
-        assert case.same(got[0, 0, 2], found.unpack(runs[0, 0, 1], size, dim, dtype))
+        keys = quantize(pages[0, 0, 2, 0], 4)
+        assert case.same(got[0, 0, 2], found.read(runs[0, 0, 1], keys, size, dim, dtype))
 
 
 class Prompt:

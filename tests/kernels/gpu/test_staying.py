@@ -1,0 +1,99 @@
+"""Kernels that read values from CPU memory and keys from codes, against the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparda_compile.kernels.gpu import stage, staying
+from sparda_compile.kernels.gpu.prefill import load_prefix
+from sparda_compile.kernels.prefill_attention import past_keys_values
+from sparda_compile.registry import KV_FORMATS
+from sparda_compile.runtime.staging import stage_blocks
+from sparda_compile.selectors.lowbit import quantize
+
+NAMES = ("values8", "values4")
+SIZES = [
+    *((16, 60, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    (48, 96, torch.bfloat16), (64, 128, torch.bfloat16), (128, 256, torch.bfloat16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "dim", "dtype"), SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gather_reads_the_listed_blocks_and_nothing_else(device, case, name, size, dim, dtype):
+    found = KV_FORMATS[name]
+    blocks = case.blocks(2, 1, 3, 2, size, dim, dtype=dtype)
+    runs, at = case.memory(found.pack(blocks), device)
+    keys = quantize(blocks[..., 0, :, :], 4)
+    read = found.read(runs, keys, size, dim, dtype)
+    assert case.same(read, found.rounded(blocks))
+    pages = torch.full((2, 1, 4, 2, size, dim), 7.0, dtype=dtype)
+    ids = torch.tensor([[[2, 0, -1]], [[1, -1, -1]]], dtype=torch.int32)
+    to = torch.tensor([[[0, 3, -1]], [[1, -1, -1]]], dtype=torch.int32)
+    want = pages.clone()
+    want[0, 0, [0, 3]], want[1, 0, 1] = read[0, 0, [2, 0]], read[1, 0, 1]
+    got, kept = pages.clone().to(device), [each.to(device) for each in keys]
+    staying.gather_staying(ids.to(device), to.to(device), at, kept, got, name, 2)
+    case.wait(device)
+    assert case.same(got, want)
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 9])
+def test_gather_with_any_number_of_programs(device, case, num_programs):
+    found = KV_FORMATS["values4"]
+    blocks = case.blocks(3, 2, 4, 2, 16, 16, dtype=torch.float16)
+    _held, at = case.memory(found.pack(blocks), device)
+    count = torch.tensor([[0, 4], [1, 2], [3, 0]])[..., None]
+    ids = torch.arange(4).expand(3, 2, 4).masked_fill(torch.arange(4) >= count, -1).int()
+    pages = torch.zeros(3, 2, 4, 2, 16, 16, dtype=torch.float16)
+    want = torch.where((ids >= 0)[..., None, None, None], found.rounded(blocks), pages)
+    got, kept = pages.to(device), [each.to(device) for each in quantize(blocks[:, :, :, 0], 4)]
+    staying.gather_staying(ids.to(device), ids.to(device), at, kept, got, "values4", num_programs)
+    case.wait(device)
+    assert case.same(got, want)
+
+
+class Past:
+    """Blocks on pages and in CPU memory, the first ones of each sequence."""
+
+    def __init__(self, case, device, name):
+        found = KV_FORMATS[name]
+        blocks = case.blocks(2, 2, 5, 2, 16, 32, dtype=torch.bfloat16)
+        self.host, at = case.memory(found.pack(blocks), device)
+        pages = found.rounded(blocks)
+        self.pages = pages[:, :, [1, 4, 0]].contiguous()
+        self.table = torch.full((2, 2, 5), -1, dtype=torch.int32)
+        self.table[:, 0, 1], self.table[:, 1, 4], self.table[0, :, 0] = 0, 1, 2
+        self.keys = quantize(blocks[..., 0, :, :], 4)
+        self.plain = (self.pages, self.host, self.table)
+        self.on_device = (self.pages.to(device), at, self.table.to(device))
+        self.kept = [each.to(device) for each in self.keys]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_past_is_read_in_order(device, case, name):
+    past = Past(case, device, name)
+    want = past_keys_values(*past.plain, 5, name, past.keys)
+    got = load_prefix(*past.on_device, 5, name, past.kept)
+    case.wait(device)
+    for half, wanted in zip(got.unbind(3), want, strict=True):
+        assert case.same(half.flatten(2, 3), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_prompt_reads_of_the_past(device, case, name):
+    past, lengths = Past(case, device, name), torch.tensor([80, 50], dtype=torch.int32)
+    ids = torch.tensor([[0, 2, 4], [1, 3, -1]], dtype=torch.int32)
+    ids = ids.expand(2, 2, 2, 3).contiguous()
+    keys = dict(zip(("key_codes", "key_span", "key_base"), past.keys, strict=True))
+    want, want_slots = stage_blocks(ids, lengths, *past.plain, 80, kv_format=name, **keys)
+    got, slots = torch.full_like(want, 3.0).to(device), torch.empty_like(want_slots).to(device)
+    on_device, room = (ids.to(device), lengths.to(device), past.on_device), want.shape[2] - 2
+    stage.stage(*on_device, got, slots, room, name, past.kept)
+    case.wait(device)
+    assert torch.equal(slots.cpu(), want_slots)
+    row, head, block = torch.where(want_slots >= 0)
+    assert len(row) > 8
+    place = want_slots[row, head, block].long()
+    assert case.same(got.cpu()[row, head, place], want[row, head, place])
