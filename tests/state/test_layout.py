@@ -70,9 +70,9 @@ def test_the_past_is_staged_ahead_where_new_keys_change_no_score_of_it(config, i
 def test_a_cache_keeps_the_summary_of_who_selects_for_prompts_while_one_may_be_sparse():
     settings = {"selector": "lowbit2", "prefill_selector": "infllm2"}
     for mode in ("query", "forecast", "exact"):
-        assert layout(mode=mode, **settings).summaries() == ("lowbit2_keys", "pooled_keys")
+        assert layout(mode=mode, **settings).scored_summaries() == ("lowbit2_keys", "pooled_keys")
     for fixed in ({"prefill": "dense"}, {"top_k": None}):
-        assert layout(mode="query", **settings, **fixed).summaries() == ("lowbit2_keys",)
+        assert layout(mode="query", **settings, **fixed).scored_summaries() == ("lowbit2_keys",)
 
 
 def test_auto_offloads_what_does_not_fit():
