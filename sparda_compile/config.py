@@ -47,7 +47,7 @@ class Blocks:
     """How a sequence is cut into blocks, and its keys into pooled windows.
 
     Attributes:
-        block_size: Tokens of one KV block: a multiple of 16 from 16 to 128.
+        block_size: Tokens of one KV block: a multiple of 16 from 16 to 128 (docs/quality.md).
         pool_size: Tokens averaged into one pooled key.
         pool_stride: Tokens between the starts of neighbouring pooled keys.
     """

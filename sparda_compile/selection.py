@@ -59,6 +59,11 @@ class Selection:
         prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
             its own blocks, those that a decode step would select there. `auto`: planned for a GPU,
             of the two what is expected to be faster for a prompt of that length; for a CPU `dense`.
+        prefill_selector: How a sparse prompt's tokens score blocks, where that is not `selector`:
+            `infllm2` for one by `lowbit2` or `lowbit4`, which have no kernel that selects for the
+            tokens of a prompt. In mode `forecast` their Forecasts score what it keeps. The cache
+            then keeps both summaries, in decode too, since a later turn's tokens select among all
+            blocks. None is `selector` itself; not read where no prompt can be sparse.
         shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
             the first of them; it divides `block_size`. 1, the default, gives each token its own, as
             a decode step would. Of more, one scores blocks for all, and what is selected depends on
@@ -74,6 +79,7 @@ class Selection:
     sink_blocks: int = 1
     local_blocks: int = 32
     prefill: Prefill = "auto"
+    prefill_selector: str | None = None
     shared_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -86,6 +92,7 @@ class Selection:
                 f"of past steps; use hint={PREDICTORS.choices()[0]!r}, or mode='exact' with it."
             )
         one_of("prefill", self.prefill, get_args(Prefill))
+        self._check_prefill_selector()
         for name in ("sink_blocks", "local_blocks", "short_list"):
             whole(name, getattr(self, name), 0)
         whole("shared_tokens", self.shared_tokens, 1)
@@ -103,6 +110,17 @@ class Selection:
                 f"short_list={self.short_list} is more than the top_k={self.top_k} blocks that "
                 f"selector={self.selector!r} may pick; use short_list of 0 to {self.top_k}, or "
                 "raise top_k (published: short_list=23, top_k=78)."
+            )
+
+    def _check_prefill_selector(self) -> None:
+        name = self.prefill_selector
+        if name is None:
+            return
+        one_of("prefill_selector", name, SELECTORS.choices())
+        if SELECTORS[name].has_short_list and name != self.selector:
+            raise ConfigError(
+                f"prefill_selector={name!r} has a short list, and selector={self.selector!r} has "
+                f"none; use prefill_selector='infllm2', or selector={name!r} for both."
             )
 
 

@@ -27,6 +27,7 @@ REFUSED = {
     "selector": ("quests", ["selector='quests'", "infllm2, quest, nosa", "Did you mean 'quest'?"]),
     "hint": ("emma", ["hint='emma'", "forecast, previous_step, previous_layer"]),
     "prefill": (None, ["prefill=None", "auto, sparse, dense"]),
+    "prefill_selector": ("infllm", ["prefill_selector='infllm'", "Did you mean 'infllm2'?"]),
     "shared_tokens": (3, ["shared_tokens=3", "does not divide block_size=64", "power of two"]),
     "chunk_tokens": (0, ["chunk_tokens=0", "use 1 or more"]),
     "offload": (True, ["offload=True", "always, never"]),
@@ -124,6 +125,14 @@ def test_budget_up_to_the_blocks_is_allowed(top_k):
 def test_budget_beyond_the_blocks_is_refused():
     with pytest.raises(ConfigError, match=r"top_k=17 .* 16 blocks .* max_tokens=1024"):
         SpardaConfig(max_tokens=1024, top_k=17)
+
+
+def test_a_short_list_for_prompts_needs_one_for_steps():
+    with pytest.raises(ConfigError, match=r"'nosa' has a short list.*'lowbit2' has none; use"):
+        SpardaConfig(selector="lowbit2", prefill_selector="nosa")
+    nosa = {"selector": "nosa", "top_k": 78, "local_blocks": 16}
+    assert SpardaConfig(prefill_selector="nosa", **nosa).prefill_selector == "nosa"
+    assert SpardaConfig(prefill_selector="infllm2", **nosa).selector == "nosa"
 
 
 def test_short_list_within_the_budget_is_allowed():

@@ -46,6 +46,10 @@ def _top_k(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def _name_or_none(text: str) -> str | None:
+    return None if text == "none" else text
+
+
 def _hints(text: str) -> str | tuple[str, ...]:
     names = tuple(text.split(","))
     return names[0] if len(names) == 1 else names
@@ -64,6 +68,11 @@ _SETTINGS: Final = {
         "blocks to pick by score, in the place of a share", _top_k, _fixed("a whole number, or all")
     ),
     "prefill": _Setting("what new questions read", str, _names(lambda: get_args(Prefill))),
+    "prefill_selector": _Setting(
+        "how tokens of a sparse question score blocks, in the place of /selector",
+        _name_or_none,
+        _names(lambda: (*SELECTORS.choices(), "none")),
+    ),
     "kv_format": _Setting("how full blocks are written", str, _names(KV_FORMATS.choices)),
     "offload": _Setting("where the KV cache lives", str, _names(lambda: get_args(Offload))),
     "max_new_tokens": _Setting("most tokens of an answer", int, _fixed("a whole number")),
@@ -154,7 +163,9 @@ def _current(name: str, conversation: Conversation) -> str:
     value = getattr(owner, name)
     if isinstance(value, tuple):
         return ",".join(value)
-    return "all" if value is None else str(value)
+    if value is None:
+        return "all" if name == "top_k" else "none"
+    return str(value)
 
 
 def _all_settings(conversation: Conversation) -> str:

@@ -16,7 +16,11 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.devices import find_device
-from sparda_compile.cli.evaluation_parts import EvaluationParts, selectors_of
+from sparda_compile.cli.evaluation_parts import (
+    EvaluationParts,
+    prompts_of,
+    selectors_of,
+)
 from sparda_compile.cli.options import (
     LARGEST_SEED,
     MOST_SEQUENCES,
@@ -25,6 +29,7 @@ from sparda_compile.cli.options import (
     KvFormat,
     LocalBlocks,
     Mode,
+    PrefillSelector,
     Prompt,
     Repair,
     Selector,
@@ -177,6 +182,7 @@ def evaluate_model(
     budget: Budgets = None,
     kv_format: KvFormats = None,
     prefill: Prompts = None,
+    prefill_selector: PrefillSelector = None,
     task: Tasks = None,
     tokens: Lengths = None,
     samples: Samples = 32,
@@ -196,20 +202,21 @@ def evaluate_model(
     with errors_as_sentences(evaluate_model):
         check_outputs(json_file=json_file)
         check_plot(plot)
+        prompts = prompts_of(prefill or (_PROMPT,), prefill_selector)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
-            from sparda_compile.evaluation.show import write_plot
 
             where = find_device(device)
             weights = _forecast(model, forecast)
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
             fields |= {"short_list": short_list, "local_blocks": local_blocks}
+            fields |= {"prefill_selector": str(prefill_selector)} if prefill_selector else {}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, kv_format, fields),
                 tuple(budget or _BUDGETS),
-                tuple(map(str, prefill or (_PROMPT,))),
+                prompts,
                 tuple(map(str, task or _TASKS)),
                 tuple(tokens or (_LENGTH,)),
                 num_samples=samples,
@@ -223,14 +230,15 @@ def evaluate_model(
             settings = {**parts.settings(), **fields, **_sources(model, forecast), "device": device}
             file = EvaluationFile(json_file, type(loaded).__name__, seed, settings)
             parts.measure(loaded, weights, file, say)
-        evaluation = file.evaluation()
-        written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
-    _print(evaluation, written, as_json=as_json)
+        _show(file.evaluation(), json_file, plot, as_json=as_json)
 
 
-def _print(evaluation: Evaluation, written: list[Path | None], *, as_json: bool) -> None:
-    from sparda_compile.evaluation.show import print_evaluation
+def _show(
+    evaluation: Evaluation, json_file: Path | None, plot: Path | None, *, as_json: bool
+) -> None:
+    from sparda_compile.evaluation.show import print_evaluation, write_plot
 
+    written = [json_file, write_file(lambda path: write_plot(evaluation, path), plot)]
     if as_json:
         print_json(evaluation.to_dict())
         return

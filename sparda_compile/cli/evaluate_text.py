@@ -16,7 +16,7 @@ from sparda_compile.cli.console import (
     progress,
 )
 from sparda_compile.cli.devices import find_device
-from sparda_compile.cli.evaluation_parts import selectors_of
+from sparda_compile.cli.evaluation_parts import prompts_of, selectors_of
 from sparda_compile.cli.options import (
     LARGEST_SEED,
     MOST_BLOCKS,
@@ -28,6 +28,7 @@ from sparda_compile.cli.options import (
     LocalBlocks,
     Lowering,
     Mode,
+    PrefillSelector,
     Selector,
     ShortList,
     TextPrompt,
@@ -184,6 +185,7 @@ def evaluate_text(
     top_k: TopKs = None,
     kv_format: KvFormats = None,
     prefill: Prompts = None,
+    prefill_selector: PrefillSelector = None,
     no_oracle: Annotated[bool, typer.Option("--no-oracle", help="Leave the oracle out.")] = False,
     scored: Scored = 256,
     trials: Trials = 10,
@@ -211,21 +213,21 @@ def evaluate_text(
         tasks = tuple(map(str, task or _TASKS))
         if plot is not None and "perplexity" not in tasks:
             raise ConfigError("--plot draws perplexity; add --task perplexity, or leave it out.")
+        prompts = prompts_of(prefill or _PROMPTS, prefill_selector)
         with progress() as say:
             say("importing torch and transformers")
             where = find_device(device)
             sizes = {"block_size": block_size, "local_blocks": local_blocks}
-            fields = _fields(where, lowering, {**sizes, "short_list": short_list}, forecast)
-            hints = tuple(map(str, hint or _HINTS))
-            formats = tuple(map(str, kv_format or ("model",)))
+            sizes |= {"short_list": short_list}
+            fields = _fields(where, lowering, sizes, prefill_selector, forecast)
             request = TextRequest(
                 model,
                 tuple(document),
                 tasks,
                 tuple(tokens or (_LENGTH,)),
-                tuple(_bases(mode or _MODES, selector or _SELECTORS, (hints, formats), fields)),
+                tuple(_bases(mode or _MODES, selector or _SELECTORS, (hint, kv_format), fields)),
                 tuple(_budgets(budget, top_k)),
-                tuple(map(str, prefill or _PROMPTS)),
+                prompts,
                 not no_oracle,
                 {"scored": scored, "trials": trials, "depths": depths, "seed": seed},
                 forecast,
@@ -251,6 +253,7 @@ def _fields(
     device: torch.device,
     lowering: Lowering | None,
     sizes: dict[str, int],
+    prefill_selector: str | None,
     forecast: Path | None,
 ) -> dict[str, Any]:
     """Return what all configurations share; where blocks are kept changes no result."""
@@ -260,6 +263,7 @@ def _fields(
     return {
         **(info.sizes if info is not None else {}),
         **sizes,
+        "prefill_selector": prefill_selector,
         "lowering": lowering or ("eager" if device.type == "cpu" else "inductor"),
         "offload": "never",
         "progress": False,
@@ -269,14 +273,15 @@ def _fields(
 def _bases(
     modes: Sequence[Mode],
     selectors: Sequence[str],
-    hints_and_formats: tuple[Sequence[str], Sequence[str]],
+    hints_and_formats: tuple[Sequence[str] | None, Sequence[str] | None],
     fields: dict[str, Any],
 ) -> list[SpardaConfig]:
     """Return a configuration for each mode, selector, hint and format of full blocks.
 
     A budget sets its `top_k` later.
     """
-    hints, formats = hints_and_formats
+    hints = tuple(map(str, hints_and_formats[0] or _HINTS))
+    formats = tuple(map(str, hints_and_formats[1] or ("model",)))
     return [
         SpardaConfig(mode=mode, selector=rule, hint=hint, kv_format=kv_format, top_k=None, **fields)
         for mode in modes

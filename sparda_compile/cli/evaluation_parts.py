@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.cli.console import INTERRUPTED, fail
 from sparda_compile.cli.devices import check_memory
+from sparda_compile.errors import ConfigError
 from sparda_compile.registry import SELECTORS
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sparda_compile.evaluation.results import EvaluationFile
     from sparda_compile.forecast.weights import ForecastWeights
 
-__all__ = ["EvaluationParts", "selectors_of"]
+__all__ = ["EvaluationParts", "prompts_of", "selectors_of"]
 
 _USUAL: Final = "infllm2"
 # What selects -> how a configuration's name ends.
@@ -86,8 +87,9 @@ class EvaluationParts:
                 rule = f"{rule} union"
             for share in self.budgets:
                 config = budget_config(base, length, share)
+                by = f" by {base.prefill_selector}" if base.prefill_selector else ""
                 for prompt, ending in _ENDINGS.items():
-                    name = f"{rule} {100 * share:g}%{tail}{ending}"
+                    name = f"{rule} {100 * share:g}%{tail}{ending}{by if ending else ''}"
                     if prompt in self.prompts:
                         kind = "" if prompt == "dense" else prompt
                         found.setdefault(name, (name, config, kind))
@@ -160,6 +162,24 @@ class EvaluationParts:
             except KeyboardInterrupt:
                 fail(_stopped(number, len(parts), file), INTERRUPTED)
             file.save(found.rows)
+
+
+def prompts_of(names: Sequence[str], selector: str | None) -> tuple[str, ...]:
+    """Return the kinds of prompts as plain strings.
+
+    Args:
+        names: `dense`, and others, in which tokens select.
+        selector: Who selects for them; None is none of its own.
+
+    Raises:
+        ConfigError: If it would have no effect.
+    """
+    if selector is not None and all(name == "dense" for name in names):
+        raise ConfigError(
+            f"--prefill-selector {selector} is how tokens of a sparse prompt score blocks, and no "
+            "prompt is sparse here; add --prefill sparse, or leave it out."
+        )
+    return tuple(map(str, names))
 
 
 def selectors_of(mode: str, selectors: Sequence[str]) -> list[str]:

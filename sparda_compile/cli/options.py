@@ -41,6 +41,7 @@ __all__ = [
     "Mode",
     "Offload",
     "OutFolder",
+    "PrefillSelector",
     "Prompt",
     "PromptProgram",
     "Repair",
@@ -141,6 +142,14 @@ ShortList = Annotated[
         min=0,
         max=MOST_BLOCKS,
         help="Blocks that selector nosa picks by the query or the Forecast.",
+    ),
+]
+PrefillSelector = Annotated[
+    Selector | None,
+    typer.Option(
+        help="How tokens of a sparse prompt score blocks: infllm2 for lowbit2 and lowbit4, which "
+        "select for prompts on a CPU alone.",
+        show_default="the selector",
     ),
 ]
 OutFolder = Annotated[Path, typer.Option(help="Folder for the JSON files.")]

@@ -173,12 +173,12 @@ class _Reader:
         k_BGTD, v_BGTD = keys_values
         width = k_BGTD.shape[-1]
         q_BHTD = widened(width, rotated(attention, "q", hidden_BTC, rotation), 1.0)
-        query, selector = q_BHTD, self.config.selector
+        query, selector = q_BHTD, self.config.prefill_selector or self.config.selector
         if self.config.mode == "forecast":
             source_BTC = hidden_BTC if before_BTC is None else before_BTC
             projected = self.forecast[number].to(source_BTC)(source_BTC)
             query = widened(width, rotate(heads_of(attention, projected), rotation), 1.0)
-            selector = self.config.forecast_selector
+            selector = SELECTORS[selector].forecast_selector
         ids_BGTK = self._select(query, k_BGTD, selector, attention.scaling)
         out_BHTD = masked_attention(
             q_BHTD,

@@ -85,10 +85,12 @@ def prompt_phase(
         if cost.dense_us <= cost.sparse_us:
             return "prefill"
     elif not selects_prompts and captures.get("decode").device.type != "cpu":
+        named = "selector" if config.prefill_selector is None else "prefill_selector"
         raise UnsupportedInputError(
-            f"prefill='sparse' with selector={config.selector!r} runs on a CPU alone: no kernel "
-            "selects by it for the tokens of a prompt. Use prefill='auto' or 'dense', which read "
-            "all of a prompt, or selector='infllm2'."
+            f"prefill='sparse' with {named}={getattr(config, named)!r} runs on a CPU alone: no "
+            "kernel selects by it for the tokens of a prompt. Use prefill_selector='infllm2', "
+            "which selects for them by pooled keys, or prefill='auto' or 'dense', which then read "
+            "all of a prompt."
         )
     return "sparse_prefill"
 

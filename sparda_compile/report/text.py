@@ -84,7 +84,10 @@ def selection_sentence(config: SpardaConfig, max_tokens: int | None = None) -> s
         f"{first - 1:,} ({parts} blocks of {config.block_size})."
     )
     if max_tokens is not None and max_tokens < first:
-        text += f" At most {max_tokens:,} are held here, so nothing is selected."
+        return f"{text} At most {max_tokens:,} are held here, so nothing is selected."
+    name = config.prefill_selector
+    if name not in (None, config.selector) and config.prefill != "dense":
+        text += f" Tokens of a sparse prompt select by {name}, whose summary is kept beside."
     return text
 
 

@@ -185,7 +185,7 @@ class CacheLayout:
         of the past is then known before the layer's new keys are. Blocks that new keys do change
         have to be local ones.
         """
-        selector = self.strategy.forecast_selector
+        selector = self.strategy.in_prompts.forecast_selector
         if selector is None or not self.strategy.selects_by_forecast or not self.offload:
             return False
         return selector.settles and self.config.local_blocks >= self.geometry.num_open_blocks

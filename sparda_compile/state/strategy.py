@@ -86,6 +86,7 @@ class Strategy:
         repairs: Whether attention begins with what is there, and the rest is merged in later.
         predictor: Predicts the blocks of the next step, for attention to begin with; None where
             attention begins when the selection has ended.
+        prompt_selector: Scores for the tokens of a prompt, where that is not `selector`.
     """
 
     selector: Selector | None
@@ -95,6 +96,7 @@ class Strategy:
     overlaps: bool
     repairs: bool
     predictor: HintMethod | None = None
+    prompt_selector: Selector | None = None
 
     @property
     def keepers(self) -> tuple[HintMethod, ...]:
@@ -112,9 +114,27 @@ class Strategy:
         return self.forecast_selector is not None
 
     @property
+    def in_prompts(self) -> Strategy:
+        """What scores for the tokens of a prompt, in the place of what does for a step."""
+        if self.prompt_selector is None:
+            return self
+        own = self.prompt_selector.forecast_selector if self.needs_forecast else None
+        return dataclasses.replace(
+            self,
+            selector=self.prompt_selector,
+            forecast_selector=None if own is None else SELECTORS[own],
+            prompt_selector=None,
+        )
+
+    @property
+    def chooser(self) -> Selector | None:
+        """What scores the blocks that attention reads."""
+        return self.forecast_selector if self.selects_by_forecast else self.selector
+
+    @property
     def selects_prompts(self) -> bool:
         """Whether what selects does so for the tokens of a prompt on a GPU, too."""
-        rule = self.forecast_selector if self.selects_by_forecast else self.selector
+        rule = self.in_prompts.chooser
         return rule is not None and rule.selects_prompts
 
     @property
@@ -133,9 +153,10 @@ class Strategy:
 
     @property
     def scorers(self) -> tuple[Selector, ...]:
-        """All selectors whose summaries a cache keeps, in decode."""
+        """All selectors whose summaries a cache keeps."""
         by_query = None if self.selects_by_forecast else self.selector
-        return tuple(s for s in (by_query, self.forecast_selector) if s is not None)
+        in_prompts = None if self.prompt_selector is None else self.in_prompts.chooser
+        return tuple(s for s in (by_query, self.forecast_selector, in_prompts) if s is not None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,4 +178,14 @@ def strategy_of(config: SpardaConfig) -> Strategy:
         overlaps=config.mode in ("forecast", "exact"),
         repairs=config.mode == "exact",
         predictor=None if config.predictor is None else PREDICTORS[config.predictor],
+        prompt_selector=_prompt_selector(config),
     )
+
+
+def _prompt_selector(config: SpardaConfig) -> Selector | None:
+    """Return who scores for the tokens of a prompt, if some prompt may be sparse."""
+    name = config.prefill_selector
+    if name in (None, config.selector) or config.prefill == "dense" or config.top_k is None:
+        return None
+    found: Selector = SELECTORS[name]
+    return found

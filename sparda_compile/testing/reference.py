@@ -65,6 +65,7 @@ def reference_decode(
     pool_stride: int = 16,
     short_list: int = 23,
     prefill: Literal["dense", "sparse"] = "dense",
+    prefill_selector: ReferenceSelector | None = None,
     shared_tokens: int = 1,
     forecast: Mapping[int | str, Tensor] | None = None,
     trace: list[BlockIds] | None = None,
@@ -96,6 +97,8 @@ def reference_decode(
         pool_stride: Tokens between the starts of neighbouring pooled keys.
         short_list: For `nosa`: of the `top_k` blocks, those that the query or forecast picks.
         prefill: Whether tokens of the prompt read all earlier ones, or select blocks too.
+        prefill_selector: How a query, or a forecast, scores for tokens of a sparse prompt; None is
+            `selector`.
         shared_tokens: Tokens of the prompt that read what the first of them selects, from each
             multiple on; for a sparse prompt.
         forecast: For `forecast`: under the key l the projection [G * D, C] of layer l's
@@ -123,13 +126,15 @@ def reference_decode(
         is_prompt_sparse=prefill == "sparse",
         shared_tokens=shared_tokens,
     )
-    decoder = _Decoder(model, rules, forecast or {})
+    in_prompts = dataclasses.replace(rules, selector=prefill_selector or selector)
+    decoder = _Decoder(model, in_prompts, forecast or {})
     lead_ids: BlockIds | None = None
     for token in torch.as_tensor(prompt_ids).reshape(-1).tolist():
         given = lead_ids if decoder.position % shared_tokens else None
         logits_V, lead_ids = decoder.forward(
             token, is_prefill=not rules.is_prompt_sparse, given=given
         )
+    decoder.rules = rules
     tokens, logits = [int(logits_V.argmax())], [logits_V]
     while len(tokens) < num_steps:
         logits_V, block_ids = decoder.forward(tokens[-1], is_prefill=False)

@@ -61,8 +61,8 @@ def test_a_pipe_gets_answers_alone(folder, document):
 def test_settings_by_flags(folder):
     flags = (
         "--mode", "exact", "--selector", "quest", "--hint", "previous_step", "--top-k", 2,
-        "--prefill", "dense", "--offload", "never", "--dtype", "bfloat16", "--lowering", "eager",
-        "--kv-format", "int8",
+        "--prefill", "dense", "--prefill-selector", "infllm2", "--offload", "never",
+        "--dtype", "bfloat16", "--lowering", "eager", "--kv-format", "int8",
     )  # fmt: skip
     result = run(
         folder, *SMALL, *flags, lines="/settings\nOne?\n/stats\n/kv-format int4\nTwo?\n/stats\n"
@@ -70,7 +70,7 @@ def test_settings_by_flags(folder):
     assert result.exit_code == 0, result.output
     for shown in (
         "/mode exact", "/selector quest", "/hint previous_step", "/top-k 2", "/prefill dense",
-        "/budget not set", "/offload never", "/kv-format int8",
+        "/prefill-selector infllm2", "/budget not set", "/offload never", "/kv-format int8",
         "/max-new-tokens 4", "cache 27 tokens",
     ):  # fmt: skip
         assert shown in result.stderr

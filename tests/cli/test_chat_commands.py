@@ -41,6 +41,8 @@ def conversation():
         ("/selector quest", "selector", "quest"),
         ("/hint previous_step", "hint", "previous_step"),
         ("/prefill sparse", "prefill", "sparse"),
+        ("/prefill-selector quest", "prefill_selector", "quest"),
+        ("/prefill-selector none", "prefill_selector", None),
         ("/offload auto", "offload", "auto"),
         ("/top-k 3", "top_k", 3),
         ("/top_k all", "top_k", None),

@@ -124,9 +124,26 @@ def test_modes_hints_and_prompts(folder, texts):
     assert rows["query infllm2 20%"]["kl"]["low"] is None
 
 
+def test_prompts_by_another_selector(folder, texts):
+    given = (
+        folder, "--document", texts / "one.txt", *SMALL, "--mode", "query", "--selector",
+        "lowbit2", "--budget", 0.2, "--prefill", "sparse", "--no-oracle", "--json",
+    )  # fmt: skip
+    found = []
+    for more in ((), ("--prefill-selector", "infllm2")):
+        result = run(*given, *more)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout)["rows"][1])
+    ends = ["lowbit2 20%, sparse prompt", "lowbit2 20%, sparse prompt by infllm2"]
+    assert [row["case"] for row in found] == [f"query {end}" for end in ends]
+    assert [row["prefill_selector"] for row in found] == ["", "infllm2"]
+    assert found[0]["kl"] != found[1]["kl"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--prefill-selector", "infllm2"], "no prompt is sparse here; add --prefill sparse"),
         (["--selector", "best"], "is not one of 'infllm2', 'quest', 'nosa', 'lowbit2'"),
         (["--tokens", "5000"], "one.txt has 1269 tokens, fewer than the 5000 that are read"),
         (["--task", "needle", "--tokens", "600"], "--tokens 600 is more than the 512 positions"),

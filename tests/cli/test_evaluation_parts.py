@@ -38,6 +38,15 @@ def test_names_say_the_format_of_blocks_where_it_is_not_the_models():
     assert some.configs(640)["dense int4"].kv_format == "int4"
 
 
+def test_names_say_who_selects_for_a_prompt_where_one_selects():
+    base = SpardaConfig(
+        mode="query", selector="lowbit2", prefill_selector="infllm2", local_blocks=1
+    )
+    some = parts(bases=[base], prompts=("dense", "sparse"), budgets=(0.4,))
+    names = ["query lowbit2 40%", "query lowbit2 40%, and its prompt by infllm2"]
+    assert list(some.configs(640)) == names
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -80,6 +80,20 @@ def test_logits_are_those_of_the_cpu(lab, on_cpu, mode, prefill):
     assert (got - want).abs().max() < TOLERANCE * want.abs().max()
 
 
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+@pytest.mark.parametrize("mode", MODES)
+def test_low_bit_steps_behind_prompts_by_pooled_keys(lab, on_cpu, mode, selector):
+    settings = {"selector": selector, "prefill": "sparse", "prefill_selector": "infllm2"}
+    want = on_cpu.run(on_cpu.module(mode, **settings))
+    module = lab.module(mode, **settings)
+    got = lab.run(module).cpu()
+    assert module.sparda.num_compilations["sparse_prefill"]
+    assert (got - want).abs().max() < TOLERANCE * want.abs().max()
+    for changes in ({"chunk_tokens": 64}, {"offload": "never"}):
+        other = lab.run(lab.module(mode, **settings, **changes)).cpu()
+        assert (other - got).abs().max() < TOLERANCE * want.abs().max()
+
+
 @pytest.mark.parametrize("prefill", ["sparse", "dense"])
 @pytest.mark.parametrize("chunk", [7, 64, 300])
 def test_chunks(lab, prefill, chunk):

@@ -85,6 +85,7 @@ JUNK = st.sampled_from(
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "mode": st.sampled_from(("dense", "query", "forecast", "exact")),
     "selector": st.sampled_from(("infllm2", "quest", "nosa", "lowbit2", "lowbit4")),
+    "prefill_selector": st.sampled_from((None, "infllm2", "quest", "lowbit2")),
     "hint": st.sampled_from((*HINTS.names(), ("ema", "forecast"), ("previous_step", "next_query"))),
     "forecast_rank": st.sampled_from((1, 4, 1000)),
     "top_k": st.sampled_from((0, 1, 8, 62)),

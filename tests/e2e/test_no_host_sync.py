@@ -147,6 +147,7 @@ def _as_address(host):
         ("llama", {"offload": "always", "selector": "infllm2", "page_ratio": 1.0}),
         ("llama", {"offload": "always", "selector": "quest", "eviction": "fifo"}),
         ("llama", {"offload": "always", "selector": "lowbit2", "prefill": "dense"}),
+        ("llama", {"offload": "always", "selector": "lowbit2", "prefill_selector": "infllm2"}),
         ("llama", {"offload": "never"}),
         ("llama", {"mode": "exact", "hint": "ema"}),
         ("llama", {"mode": "exact", "hint": "ema", "selector": "quest"}),

@@ -32,10 +32,16 @@ CASES = {
     "forecast": (tiny_llama, {"mode": "forecast"}),
     "lowbit4": (tiny_llama, {"mode": "query", "selector": "lowbit4"}),
     "lowbit2 by forecast": (tiny_llama, {"mode": "forecast", "selector": "lowbit2"}),
+    "lowbit2, its prompt by infllm2": (
+        tiny_llama, {"mode": "query", "selector": "lowbit2", "prefill_selector": "infllm2"},
+    ),
+    "lowbit4 by forecast, its prompt by pooled keys": (
+        tiny_llama, {"mode": "forecast", "selector": "lowbit4", "prefill_selector": "infllm2"},
+    ),
     "norms": (lambda: build("qwen3"), {"mode": "query"}),
     "nosa": (tiny_nosa, {"mode": "query", "selector": "nosa", "short_list": 1}),
     "nosa by forecast": (tiny_nosa, {"mode": "forecast", "selector": "nosa", "short_list": 1}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "settings"), CASES.values(), ids=CASES)

@@ -25,6 +25,9 @@ CASES = {
     "dense": {"mode": "dense"},
     "query": {"mode": "query"},
     "lowbit2, fixed size": {"mode": "query", "selector": "lowbit2", "max_tokens": 256},
+    "lowbit4, prompts by infllm2": {
+        "mode": "query", "selector": "lowbit4", "prefill": "sparse", "prefill_selector": "infllm2",
+    },
     "forecast": {"mode": "forecast"},
     "int8": {"mode": "query", "kv_format": "int8"},
     "values4": {"mode": "query", "kv_format": "values4"},
@@ -38,7 +41,7 @@ CASES = {
     "speculate": {"mode": "speculate", **ON_DEVICE},
     "union": {"mode": "speculate", "repair": "union", **ON_DEVICE},
     "windows": {"mode": "query"},
-}
+}  # fmt: skip
 PAST = 120
 
 

@@ -47,8 +47,11 @@ MODES = {
     },
     "speculate": {"mode": "speculate", "speculate_where": "always"},
     "query-int8": {"mode": "query", "kv_format": "int8"},
+    "lowbit2-forecast": {
+        "mode": "forecast", "selector": "lowbit2", "prefill_selector": "infllm2",
+    },
     "forecast-values8": {"mode": "forecast", "kv_format": "values8"},
-}
+}  # fmt: skip
 UNSCHEDULED = ("fuse_selection", "schedule_transfers")
 IN_LINE = ("insert_prefetch", "schedule_transfers")
 
@@ -73,6 +76,7 @@ def cases():
         yield "speculate", phase, "never", ()
     yield "speculate", "decode", "never", UNSCHEDULED
     yield "query-int8", "prefill", "always", ()
+    yield "lowbit2-forecast", "sparse_prefill", "always", ()
 
 
 CASES = [c for c in cases() if c[0] not in ("dense", "speculate") or c[2] == "never"]

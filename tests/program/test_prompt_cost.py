@@ -96,3 +96,15 @@ def test_a_selector_without_a_kernel_for_prompts_reads_them_densely_or_refuses(
     with pytest.raises(UnsupportedInputError, match=f"'sparse' with selector='{selector}' runs on"):
         prompt_phase(on_gpu, config, 1, 0, 1 << 20)
     assert prompt_phase(on_gpu, config, 1, 0, 100) == "prefill"  # each token reads all blocks
+    named = config.replace(prefill_selector="infllm2")
+    assert prompt_phase(on_gpu, named, 1, 0, 1 << 20) == "sparse_prefill"
+    with pytest.raises(UnsupportedInputError, match="with prefill_selector='lowbit4' runs on"):
+        prompt_phase(on_gpu, named.replace(prefill_selector="lowbit4"), 1, 0, 1 << 20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_that_another_selector_selects_for_are_sparse_where_that_is_faster(captures, mode):
+    settings = {"mode": mode, "selector": "lowbit2", "prefill_selector": "infllm2"}
+    for num_tokens in (1 << n for n in range(10, 21)):
+        usual = phase(captures, 0, num_tokens, mode=mode)
+        assert phase(captures, 0, num_tokens, **settings) == usual

@@ -54,6 +54,17 @@ def test_cache_that_ends_before_selection_begins_says_so(max_tokens, is_short):
     assert (f"At most {max_tokens:,} are held here" in text) == is_short
 
 
+def test_who_selects_for_prompts_is_named_where_it_is_another():
+    def last(**settings):
+        return selection_sentence(SpardaConfig(**settings)).split(". ")[-1]
+
+    named = "Tokens of a sparse prompt select by infllm2, whose summary is kept beside."
+    other = {"selector": "lowbit2", "prefill_selector": "infllm2"}
+    assert last(**other) == named
+    for settings in ({**other, "prefill": "dense"}, {"prefill_selector": "infllm2"}):
+        assert last(**settings).startswith("Selection begins")
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [(SpardaConfig(mode="dense"), "mode dense"), (SpardaConfig(top_k=None), "top_k=None")],

@@ -56,6 +56,8 @@ def test_without_offload_every_block_has_a_page(config):
         ({"mode": "forecast", "offload": "never"}, False),
         ({"mode": "forecast", "local_blocks": 0}, False),
         ({"mode": "forecast", "local_blocks": 1}, True),
+        ({"mode": "forecast", "selector": "lowbit2", "local_blocks": 0}, False),
+        ({"mode": "forecast", "selector": "lowbit2", "prefill_selector": "infllm2"}, True),
         ({"mode": "forecast", "selector": "nosa"}, False),  # a short list is a choice among all
         ({"mode": "forecast", "block_size": 16, "pool_size": 64, "local_blocks": 2}, False),
         ({"mode": "forecast", "block_size": 16, "pool_size": 64, "local_blocks": 3}, True),
@@ -63,6 +65,14 @@ def test_without_offload_every_block_has_a_page(config):
 )
 def test_the_past_is_staged_ahead_where_new_keys_change_no_score_of_it(config, is_ahead):
     assert layout(**config).stages_ahead == is_ahead
+
+
+def test_a_cache_keeps_the_summary_of_who_selects_for_prompts_while_one_may_be_sparse():
+    settings = {"selector": "lowbit2", "prefill_selector": "infllm2"}
+    for mode in ("query", "forecast", "exact"):
+        assert layout(mode=mode, **settings).scored_summaries() == ("lowbit2_keys", "pooled_keys")
+    for fixed in ({"prefill": "dense"}, {"top_k": None}):
+        assert layout(mode="query", **settings, **fixed).scored_summaries() == ("lowbit2_keys",)
 
 
 def test_auto_offloads_what_does_not_fit():

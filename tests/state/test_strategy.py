@@ -43,6 +43,27 @@ def test_forecast_selects_early(selector, first, forecast):
     assert [scorer.name for scorer in by_forecast.scorers] == [forecast]
 
 
+@pytest.mark.parametrize(
+    ("mode", "steps", "prompts"),
+    [("query", "lowbit2", "infllm2"), ("exact", "lowbit2", "infllm2"),
+     ("forecast", "lowbit2_forecast", "forecast")],
+)  # fmt: skip
+def test_prompts_may_be_selected_for_by_another(mode, steps, prompts):
+    settings = {"mode": mode, "hint": "ema", "selector": "lowbit2", "prefill_selector": "infllm2"}
+    both = strategy(**settings)
+    assert both.chooser.name == steps
+    assert both.in_prompts.chooser.name == prompts
+    assert [scorer.name for scorer in both.scorers] == [steps, prompts]
+    assert both.selects_prompts
+    assert both.first_selector == "lowbit2"
+    assert both.in_prompts.first_selector == "infllm2"
+    for unread in ({"prefill": "dense"}, {"top_k": None}, {"prefill_selector": "lowbit2"}):
+        own = strategy(**{**settings, **unread})
+        assert own.in_prompts is own
+        assert [scorer.name for scorer in own.scorers] == [steps]
+        assert not own.selects_prompts
+
+
 @pytest.mark.parametrize("hint", HINTS.names())
 def test_exact_selects_by_the_query_and_repairs(hint):
     exact = strategy(mode="exact", hint=hint)

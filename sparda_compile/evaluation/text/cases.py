@@ -95,4 +95,6 @@ def _name(config: SpardaConfig, budget: Budget, prefill: str) -> str:
         return f"module, dense{tail}"
     hint = f" by {'+'.join(config.hints)}" if config.hints else ""
     ending = ", sparse prompt" if prefill == "sparse" else ""
+    if ending and config.prefill_selector:
+        ending += f" by {config.prefill_selector}"
     return f"{config.mode} {config.selector}{hint} {budget}{tail}{ending}"

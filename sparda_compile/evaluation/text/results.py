@@ -49,6 +49,7 @@ class Record:
         same: Those whose likeliest token is the model's.
         is_right: Whether all of their likeliest tokens are right.
         kv_format: How full blocks are written.
+        prefill_selector: Who selects for the tokens of a sparse prompt; empty for the selector.
     """
 
     task: str
@@ -69,6 +70,7 @@ class Record:
     same: int
     is_right: bool
     kv_format: str = "model"
+    prefill_selector: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class TextRow:
         right_gain: Share of right answers less that of the model itself; None likewise.
         right_by_label: Share of right answers by depth or question.
         kv_format: How full blocks are written.
+        prefill_selector: As in records.
     """
 
     task: str
@@ -114,6 +117,7 @@ class TextRow:
     right_gain: Estimate | None
     right_by_label: dict[str, float]
     kv_format: str = "model"
+    prefill_selector: str = ""
 
 
 def rows_of(records: Sequence[Record]) -> list[TextRow]:
@@ -166,6 +170,7 @@ def _row(records: list[Record], dense: list[Record]) -> TextRow:
             for label in labels
         },
         kv_format=first.kv_format,
+        prefill_selector=first.prefill_selector,
     )
 
 

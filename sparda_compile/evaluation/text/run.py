@@ -237,6 +237,11 @@ def _scored(
     ]
 
 
+def _prompt_selector(config: SpardaConfig) -> str:
+    """Return who selects for the prompt's tokens, if that is not who selects for steps."""
+    return (config.prefill_selector or "") if config.prefill == "sparse" else ""
+
+
 def _records(
     part: TextPart, batch: Sequence[Script], case: Case, found: list[list[Scored]]
 ) -> list[Record]:
@@ -254,6 +259,7 @@ def _records(
             selector="" if is_model else config.selector,
             hints="+".join(config.hints),
             prefill=config.prefill,
+            prefill_selector=_prompt_selector(config),
             num_read=config.num_selected(num_blocks),
             num_blocks=num_blocks,
             kv_format=str(config.kv_format),

@@ -60,16 +60,17 @@ class InsertForecast:
             return PassResult(gm, modified=False, counts=counts)
         assert ctx.layout is not None
         selection = "select_blocks" if ctx.is_decode else "select_tokens"
+        scorer = (strategy if ctx.is_decode else strategy.in_prompts).forecast_selector
         block_ids = {LAYER.of(n): n for n in find_ops(gm.graph, selection)}
         for point in hint_points(gm.graph, ctx.layout, block_ids):
             is_first = point.source is point.target
             if strategy.selects_by_forecast:
-                assert strategy.forecast_selector is not None
+                assert scorer is not None
                 selection_of = point.block_ids[point.target.layer]
                 scores = selection_of.args[0] if ctx.is_decode else selection_of
                 forecast = emit_forecast(point)
                 set_argument(scores, "query", forecast)  # type: ignore[arg-type]
-                set_argument(scores, "selector", strategy.forecast_selector.name)  # type: ignore[arg-type]
+                set_argument(scores, "selector", scorer.name)  # type: ignore[arg-type]
                 set_argument(scores, "scale", point.target.scale)  # type: ignore[arg-type]
                 counts["bootstraps" if is_first else "forecasts"] += 1
                 continue

@@ -184,7 +184,7 @@ class SiteRewrite:
         )
 
     def _select_for_tokens(self) -> fx.Node:
-        site, first = self.site, self.ctx.strategy.first_selector
+        site, first = self.site, self.ctx.strategy.in_prompts.first_selector
         return select_for_tokens(
             self.emitter, site.query, first, site.scale, self.shape, self.state, self._layout
         )

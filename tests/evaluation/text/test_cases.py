@@ -48,6 +48,13 @@ def test_every_configuration_at_every_budget_and_prompt():
     assert (oracle.mode, oracle.selector, oracle.top_k) == ("query", "oracle", 4)
 
 
+def test_who_selects_for_a_prompt_is_named():
+    base = BASE.replace(selector="lowbit2", prefill_selector="infllm2")
+    found = cases(base, prefills=("dense", "sparse"))
+    names = ["query lowbit2 25%", "query lowbit2 25%, sparse prompt by infllm2"]
+    assert [case.name for case in found] == names
+
+
 def test_mode_dense_has_no_budget():
     budgets = (Budget(share=0.25), Budget(share=0.5))
     (case,) = cases(BASE.replace(mode="dense"), budgets=budgets, prefills=("dense", "sparse"))
