@@ -27,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -69,6 +71,8 @@ def make_models(folder):
             LlamaConfig(**{**SHAPE, "num_attention_heads": 12, "num_key_value_heads": 6,
                            "hidden_size": 96})
         ),
+        "few": LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 2})),
+        "olmo2": Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, "num_key_value_heads": 2})),
         "mixtral": MixtralForCausalLM(
             MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
         ),
@@ -283,12 +287,12 @@ def ending(folder, model, rank):
     return found
 
 
-def load(folder, family):
-    """Return a checkpoint that is sharded over all ranks."""
+def load(folder, family, changes=None):
+    """Return a checkpoint that is sharded over all ranks, by transformers' plan with changes."""
     size = dist.get_world_size()
     # Both ways to ask for it; `auto` goes by what torchrun has started.
     asked = {"tp_plan": "auto"} if size == int(os.environ["WORLD_SIZE"]) else {"tp_size": size}
-    plan = DistributedConfig(**asked)
+    plan = DistributedConfig(**({"tp_size": size, "tp_plan": changes} if changes else asked))
     return AutoModelForCausalLM.from_pretrained(folder / family, distributed_config=plan).eval()
 
 
@@ -318,11 +322,27 @@ def joined(folder, size, backend="gloo", seconds=60):
         dist.destroy_process_group()
 
 
+def few_heads(folder):
+    """Return what is said of two KV heads on four ranks, by transformers itself and by us."""
+    ids, found = prompt()[0][:1], {}
+    model = load(folder, "few")
+    with torch.no_grad():
+        found["transformers"] = refused(lambda: model(ids), RuntimeError)
+    found["ours"] = refused(lambda: optimize(model))
+    keys = dict.fromkeys((f"model.layers.*.self_attn.{k}_proj" for k in "kv"), "replicate")
+    model = load(folder, "few", keys)
+    with torch.no_grad():
+        found["whole keys"] = model(ids).logits
+    return found | {"ours of whole keys": refused(lambda: optimize(model))}
+
+
 def four(folder):
     """Return what each of four ranks finds."""
     found, fast = all_modes(folder, load(folder, "llama"), "llama")
-    refusal = refused(lambda: optimize(load(folder, "odd")))
-    return {"llama": found, "odd heads": refusal, "heads": heads(fast)}
+    said_of = {"llama": found, "heads": heads(fast), "few heads": few_heads(folder)}
+    said_of["odd heads"] = refused(lambda: optimize(load(folder, "odd")))
+    fast = build(folder, "olmo2", load(folder, "olmo2"), "forecast")
+    return said_of | {"gathered": said(fast), "gathered heads": heads(fast)}
 
 
 def two(folder, rank):

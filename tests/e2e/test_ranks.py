@@ -30,6 +30,10 @@ class Runs:
             self.alone[family], fast = cases.all_modes(folder, model, family)
             if family == "llama":
                 self.alone["variants"] = cases.variants(folder, fast)
+        self.few, olmo2 = (
+            AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("few", "olmo2")
+        )
+        self.alone["gathered"] = cases.said(cases.build(folder, "olmo2", olmo2, "forecast"))
         output, _ = ranks.communicate(timeout=240)
         assert ranks.returncode == 0, output[-6000:]
         self.four, self.two = (
@@ -163,3 +167,22 @@ def test_heads_that_ranks_cannot_share_equally_are_refused_with_the_numbers(runs
     for rank in runs.four:
         assert "has 12 query heads and 6 KV heads, which 4 ranks cannot share" in rank["odd heads"]
         assert "use 1, 2, 3, 6 ranks" in rank["odd heads"]
+
+
+def test_heads_that_a_plan_gathers_are_kept_by_every_rank(runs):
+    first, *others = (rank["gathered"] for rank in runs.four)
+    assert [rank["gathered heads"] for rank in runs.four] == [[2, 2]] * 4
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, runs.alone["gathered"], rtol=0, atol=ROUNDING)
+
+
+def test_transformers_itself_fails_on_fewer_kv_heads_than_ranks(runs):
+    """Why such a model is refused: docs/parallel.md."""
+    with torch.no_grad():
+        whole = runs.few(cases.prompt()[0][:1]).logits
+    for rank in runs.four:
+        few = rank["few heads"]
+        assert "shape '[1, 90, -1, 8]' is invalid for input of size 360" in few["transformers"]
+        assert "into 4 parts, 0.5 heads each, and its own forward fails" in few["ours"]
+        assert (few["whole keys"] - whole).abs().max() > 0.1, "whole keys: another text, no error"
+        assert "leaves every rank all of the second" in few["ours of whole keys"]
