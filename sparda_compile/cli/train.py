@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from sparda_compile.cli.again import words_of
 from sparda_compile.cli.console import (
     INTERRUPTED,
     AsJson,
@@ -240,17 +241,8 @@ def _stop(context: typer.Context, out: Path, reports: Sequence[StepReport]) -> N
     if not reports and given is None:
         fail("stopped before the first step was done; there is nothing to go on from.", INTERRUPTED)
     saved = checkpoint_path(out) if reports else given
-    words = ["sparda", "train", context.params["target"]]
-    for param in context.command.params:
-        value = context.params.get(str(param.name))
-        if param.name in ("target", "resume", None) or value in (None, False, param.default):
-            continue
-        if value is True:
-            words.append(param.opts[0])
-            continue
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            words += [param.opts[0], str(each)]
-    command = shlex.join([*words, "--resume", str(saved)])
+    words = words_of(context, without=("resume",))
+    command = shlex.join(["sparda", "train", *words, "--resume", str(saved)])
     where = f"after step {reports[-1].step}" if reports else "before another step was done"
     fail(f"stopped {where}; {saved} is kept. go on with: {command}", INTERRUPTED)
 

@@ -35,6 +35,10 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from sparda_compile import SpardaConfig, explain, optimize
+from sparda_compile.bench.lab import ResultFile
+from sparda_compile.bench.prefill import PrefillSetting
+from sparda_compile.bench.rank_prompts import RankLab
+from sparda_compile.bench.turns import TurnSetting
 from sparda_compile.errors import SpardaError
 from sparda_compile.forecast.projection import Projection
 from sparda_compile.forecast.weights import ForecastWeights, load_forecast
@@ -72,7 +76,7 @@ def make_models(folder):
                            "hidden_size": 96})
         ),
         "few": LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 2})),
-        "olmo2": Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, "num_key_value_heads": 2})),
+        "olmo2": Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, "num_key_value_heads": 1})),
         "mixtral": MixtralForCausalLM(
             MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
         ),
@@ -296,9 +300,8 @@ def load(folder, family, changes=None):
     return AutoModelForCausalLM.from_pretrained(folder / family, distributed_config=plan).eval()
 
 
-def heads(fast):
-    """Return the KV heads of each layer's pool."""
-    said(fast)
+def kv_heads(fast):
+    """Return the KV heads of each layer's pool, of the last call."""
     return [layer.num_groups for layer in fast.last_cache.layout.layers]
 
 
@@ -339,22 +342,33 @@ def few_heads(folder):
 def four(folder):
     """Return what each of four ranks finds."""
     found, fast = all_modes(folder, load(folder, "llama"), "llama")
-    said_of = {"llama": found, "heads": heads(fast), "few heads": few_heads(folder)}
-    said_of["odd heads"] = refused(lambda: optimize(load(folder, "odd")))
-    fast = build(folder, "olmo2", load(folder, "olmo2"), "forecast")
-    return said_of | {"gathered": said(fast), "gathered heads": heads(fast)}
+    said_of = {"llama": found, "heads": kv_heads(fast), "few heads": few_heads(folder)}
+    return said_of | {"odd heads": refused(lambda: optimize(load(folder, "odd")))}
 
 
 def two(folder, rank):
     """Return what each of two ranks finds, and a module."""
-    found = {}
+    fast = build(folder, "olmo2", load(folder, "olmo2"), "forecast")
+    found = {"gathered": said(fast), "gathered heads": kv_heads(fast)}
     for family in reversed(FAMILIES):
         found[family], fast = all_modes(folder, load(folder, family), family)
-    found["heads"] = heads(fast)
+    found["heads"] = kv_heads(fast)
     found["graphs"] = graphs(build(folder, "llama", fast, "forecast"))
     found["report"] = repr(explain(fast, config("query")))
     found["variants"] = variants(folder, fast, rank)
     return found | {"refused": refusals(folder, fast, rank)}, fast
+
+
+def benchmarks(folder):
+    """Write what `sparda bench prefill --tp 2` and `bench turns --tp 2` do."""
+    lab = RankLab("tiny", lambda text: None, torch.device("cpu"), 2)
+    small = {name: SMALL[name] for name in ("block_size", "top_k", "local_blocks", "machine")}
+    common = {"rounds": 1, "settings": small}
+    file = ResultFile(folder / "prefill.json", {"name": "prefill-tp"}, "tokens")
+    lab.prefill(PrefillSetting((120,), ("sparse_query",), **common), file)
+    file = ResultFile(folder / "turns.json", {"name": "turns-tp"}, "past")
+    names = ("sparse_query", "transformers_flash")
+    lab.turns(TurnSetting((200,), (1, 20), names, **common), file)
 
 
 def main(folder, cases):
@@ -367,6 +381,7 @@ def main(folder, cases):
         if rank > 1:
             return
         with joined(folder, 2) as rank:
+            benchmarks(folder)
             found, fast = two(folder, rank)
             torch.save(found, folder / f"two{rank}")
             torch.save(ending(folder, fast, rank), folder / "ending")

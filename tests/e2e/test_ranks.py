@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ class Runs:
         self.four, self.two = (
             [torch.load(folder / f"{name}{rank}", weights_only=False) for rank in range(size)]
             for name, size in (("four", 4), ("two", 2))
+        )
+        self.prefill, self.turns = (
+            json.loads((folder / f"{name}.json").read_text())["results"]
+            for name in ("prefill", "turns")
         )
         self.ending = torch.load(folder / "ending", weights_only=False)
 
@@ -170,9 +175,9 @@ def test_heads_that_ranks_cannot_share_equally_are_refused_with_the_numbers(runs
 
 
 def test_heads_that_a_plan_gathers_are_kept_by_every_rank(runs):
-    first, *others = (rank["gathered"] for rank in runs.four)
-    assert [rank["gathered heads"] for rank in runs.four] == [[2, 2]] * 4
-    assert all(torch.equal(first, other) for other in others)
+    first, second = (rank["gathered"] for rank in runs.two)
+    assert [rank["gathered heads"] for rank in runs.two] == [[1, 1]] * 2
+    assert torch.equal(first, second)
     torch.testing.assert_close(first, runs.alone["gathered"], rtol=0, atol=ROUNDING)
 
 
@@ -186,3 +191,23 @@ def test_transformers_itself_fails_on_fewer_kv_heads_than_ranks(runs):
         assert "into 4 parts, 0.5 heads each, and its own forward fails" in few["ours"]
         assert (few["whole keys"] - whole).abs().max() > 0.1, "whole keys: another text, no error"
         assert "leaves every rank all of the second" in few["ours of whole keys"]
+
+
+def test_prompts_are_measured_on_two_ranks(runs):
+    (prompt,) = runs.prefill
+    ours = prompt["programs"]["sparse_query"]
+    assert ours["compared"]["phase"] == "sparse_prefill"
+    assert ours["compared"]["same_token"]
+    assert ours["first_token_s"]["median"] > 0
+    (first, second) = (rank["sparse_query"]["host_kv_bytes"] for rank in prompt["ranks"])
+    assert first == second == ours["host_kv_bytes"] > 0
+
+
+def test_turns_are_measured_on_two_ranks(runs):
+    (turns,) = runs.turns
+    for row in turns["programs"].values():
+        assert all(row["by_turn"][turn]["median"] > 0 for turn in ("1", "20"))
+    compared = turns["programs"]["sparse_query"]["by_turn"]["20"]["compared"]
+    assert (compared["phase"], compared["same_token"]) == ("sparse_prefill", True)
+    assert set(turns["transformers_over"]["20"]) == {"program", "sparse_query"}
+    assert len(turns["ranks"]) == 2
