@@ -33,18 +33,21 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.distributed import DistributedConfig
+from typer.testing import CliRunner
 
-from sparda_compile import SpardaConfig, explain, optimize
+from sparda_compile import SpardaConfig, explain, optimize, train_forecast
 from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.prefill import PrefillSetting
 from sparda_compile.bench.rank_prompts import RankLab
 from sparda_compile.bench.turns import TurnSetting
+from sparda_compile.cli.main import app
 from sparda_compile.errors import SpardaError
-from sparda_compile.forecast.projection import Projection
+from sparda_compile.forecast.projection import Projection, to_tensors
 from sparda_compile.forecast.weights import ForecastWeights, load_forecast
 from sparda_compile.isa.engines import DeferredEngine, DelayEngine, use_engine
 from sparda_compile.program import program as program_module
 from sparda_compile.program.rank_order import order_of
+from sparda_compile.training.trainer import ForecastTrainer
 
 SHAPE = {
     "vocab_size": 256,
@@ -95,6 +98,14 @@ def make_models(folder):
         ForecastWeights(forecast).save(folder / f"{name}.safetensors")
 
 
+def make_texts(folder):
+    """Write documents to train on."""
+    (folder / "texts").mkdir()
+    for number in range(5):
+        text = "".join(f"Line {n} says {n * n * (number + 3) % 97}.\n" for n in range(30))
+        (folder / "texts" / f"{number}.txt").write_text(text)
+
+
 def start(folder, name, size):
     """Start the cases; those of gloo see no GPU."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -129,6 +140,7 @@ MODES = {
     "exact": {"hint": ("forecast", "previous_step")},
     "speculate": {"offload": "never", "speculate_where": "always"},
 }
+MODES_OF_FOUR = ("query", "forecast", "exact")
 LENGTHS = (90, 37, 64)
 SECOND = 21
 NEW = 5
@@ -178,10 +190,10 @@ def build(folder, family, model, mode, **changes):
     return optimize(model, made, forecast=forecast)
 
 
-def all_modes(folder, model, family):
+def all_modes(folder, model, family, modes=tuple(MODES)):
     """Return what a model says in every mode, and a module of it, which is traced once."""
     fast, found = model, {}
-    for mode in MODES:
+    for mode in modes:
         fast = build(folder, family, fast, mode)
         found[mode] = said(fast)
     return found, fast
@@ -339,11 +351,13 @@ def few_heads(folder):
     return found | {"ours of whole keys": refused(lambda: optimize(model))}
 
 
-def four(folder):
+def four(folder, rank):
     """Return what each of four ranks finds."""
-    found, fast = all_modes(folder, load(folder, "llama"), "llama")
+    found, fast = all_modes(folder, load(folder, "llama"), "llama", MODES_OF_FOUR)
     said_of = {"llama": found, "heads": kv_heads(fast), "few heads": few_heads(folder)}
-    return said_of | {"odd heads": refused(lambda: optimize(load(folder, "odd")))}
+    said_of["odd heads"] = refused(lambda: optimize(load(folder, "odd")))
+    by_command = trained_by_command(folder, rank, "--tp", "2", "--accumulate", "1")
+    return said_of | {"trained": by_command}
 
 
 def two(folder, rank):
@@ -357,6 +371,50 @@ def two(folder, rank):
     found["report"] = repr(explain(fast, config("query")))
     found["variants"] = variants(folder, fast, rank)
     return found | {"refused": refusals(folder, fast, rank)}, fast
+
+
+TRAINED = {"pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 3, "block_size": 16,
+           "forecast_rank": 12}  # fmt: skip
+
+
+def training_batches(count):
+    """Return sequences to train on, and one that is held out."""
+    generator = torch.Generator().manual_seed(7)
+    made = [torch.randint(0, 256, (1, 100), generator=generator) for _ in range(count + 1)]
+    return made[:-1], made[-1:]
+
+
+def trained(model, **settings):
+    """Train for two steps; return weights, and what each step and measurement saw."""
+    batches, held_out = training_batches(4)
+    steps, measures = [], []
+    weights = train_forecast(
+        model, batches, config=SpardaConfig(**TRAINED), steps=2, lr=3e-3, held_out=held_out,
+        on_step=steps.append, on_measure=measures.append, progress=False, **settings,
+    )  # fmt: skip
+    said_of = [(each.losses, each.recalls, each.num_tokens) for each in (*steps, *measures)]
+    return {"weights": to_tensors(weights.projections), "reports": said_of}
+
+
+def trained_by_command(folder, rank, *options):
+    """Return what `sparda train` prints; it writes a file for each process that writes one."""
+    sizes = {name.replace("_", "-"): str(value) for name, value in TRAINED.items()}
+    sizes["rank"] = sizes.pop("forecast-rank")
+    words = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    words += ["--document", str(folder / "texts"), "--tokenizer", "bytes", "--held-out", "0.4"]
+    words += ["--length", "100", "--steps", "2", "--lr", "3e-3", "--json", *options]
+    out = str(folder / f"trained{rank}.safetensors")
+    ran = CliRunner().invoke(app, ["train", str(folder / "llama"), "--out", out, *words])
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def training_of_a_part(fast, rank):
+    """Return where a training of a sharded model starts, and what is said of other batches."""
+    trainer = ForecastTrainer(fast, SpardaConfig(**TRAINED), 3e-3)
+    start = {name: weight.detach().clone() for name, weight in trainer.parameters.items()}
+    mine = training_batches(4)[0][rank]
+    return {"start": start, "other batches": refused(lambda: trainer.step([mine]))}
 
 
 def benchmarks(folder):
@@ -377,12 +435,16 @@ def main(folder, cases):
     gc.set_threshold(50_000, 20, 100)
     if cases == "gloo":
         with joined(folder, 4) as rank:
-            torch.save(four(folder), folder / f"four{rank}")
+            torch.save(four(folder, rank), folder / f"four{rank}")
         if rank > 1:
             return
         with joined(folder, 2) as rank:
             benchmarks(folder)
+            whole = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+            replicas = trained(whole)
             found, fast = two(folder, rank)
+            found["replicas"] = replicas
+            found["training"] = training_of_a_part(fast, rank)
             torch.save(found, folder / f"two{rank}")
             torch.save(ending(folder, fast, rank), folder / "ending")
     elif cases == "nccl":
