@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import random
 import subprocess
@@ -33,21 +34,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.distributed import DistributedConfig
-from typer.testing import CliRunner
 
-from sparda_compile import SpardaConfig, explain, optimize, train_forecast
-from sparda_compile.bench.lab import ResultFile
-from sparda_compile.bench.prefill import PrefillSetting
-from sparda_compile.bench.rank_prompts import RankLab
-from sparda_compile.bench.turns import TurnSetting
-from sparda_compile.cli.main import app
+from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.errors import SpardaError
-from sparda_compile.forecast.projection import Projection, to_tensors
+from sparda_compile.forecast.projection import Projection
 from sparda_compile.forecast.weights import ForecastWeights, load_forecast
 from sparda_compile.isa.engines import DeferredEngine, DelayEngine, use_engine
 from sparda_compile.program import program as program_module
 from sparda_compile.program.rank_order import order_of
-from sparda_compile.training.trainer import ForecastTrainer
 
 SHAPE = {
     "vocab_size": 256,
@@ -96,14 +90,6 @@ def make_models(folder):
             i: Projection((torch.randn(rows, model.config.hidden_size) * 0.2,)) for i in range(2)
         }
         ForecastWeights(forecast).save(folder / f"{name}.safetensors")
-
-
-def make_texts(folder):
-    """Write documents to train on."""
-    (folder / "texts").mkdir()
-    for number in range(5):
-        text = "".join(f"Line {n} says {n * n * (number + 3) % 97}.\n" for n in range(30))
-        (folder / "texts" / f"{number}.txt").write_text(text)
 
 
 def start(folder, name, size):
@@ -351,13 +337,19 @@ def few_heads(folder):
     return found | {"ours of whole keys": refused(lambda: optimize(model))}
 
 
-def four(folder, rank):
+def sibling(name):
+    """Return a module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def four(folder):
     """Return what each of four ranks finds."""
     found, fast = all_modes(folder, load(folder, "llama"), "llama", MODES_OF_FOUR)
     said_of = {"llama": found, "heads": kv_heads(fast), "few heads": few_heads(folder)}
-    said_of["odd heads"] = refused(lambda: optimize(load(folder, "odd")))
-    by_command = trained_by_command(folder, rank, "--tp", "2", "--accumulate", "1")
-    return said_of | {"trained": by_command}
+    return said_of | {"odd heads": refused(lambda: optimize(load(folder, "odd")))}
 
 
 def two(folder, rank):
@@ -373,78 +365,25 @@ def two(folder, rank):
     return found | {"refused": refusals(folder, fast, rank)}, fast
 
 
-TRAINED = {"pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 3, "block_size": 16,
-           "forecast_rank": 12}  # fmt: skip
-
-
-def training_batches(count):
-    """Return sequences to train on, and one that is held out."""
-    generator = torch.Generator().manual_seed(7)
-    made = [torch.randint(0, 256, (1, 100), generator=generator) for _ in range(count + 1)]
-    return made[:-1], made[-1:]
-
-
-def trained(model, **settings):
-    """Train for two steps; return weights, and what each step and measurement saw."""
-    batches, held_out = training_batches(4)
-    steps, measures = [], []
-    weights = train_forecast(
-        model, batches, config=SpardaConfig(**TRAINED), steps=2, lr=3e-3, held_out=held_out,
-        on_step=steps.append, on_measure=measures.append, progress=False, **settings,
-    )  # fmt: skip
-    said_of = [(each.losses, each.recalls, each.num_tokens) for each in (*steps, *measures)]
-    return {"weights": to_tensors(weights.projections), "reports": said_of}
-
-
-def trained_by_command(folder, rank, *options):
-    """Return what `sparda train` prints; it writes a file for each process that writes one."""
-    sizes = {name.replace("_", "-"): str(value) for name, value in TRAINED.items()}
-    sizes["rank"] = sizes.pop("forecast-rank")
-    words = [word for name, value in sizes.items() for word in (f"--{name}", value)]
-    words += ["--document", str(folder / "texts"), "--tokenizer", "bytes", "--held-out", "0.4"]
-    words += ["--length", "100", "--steps", "2", "--lr", "3e-3", "--json", *options]
-    out = str(folder / f"trained{rank}.safetensors")
-    ran = CliRunner().invoke(app, ["train", str(folder / "llama"), "--out", out, *words])
-    assert ran.exit_code == 0, ran.output
-    return ran.stdout
-
-
-def training_of_a_part(fast, rank):
-    """Return where a training of a sharded model starts, and what is said of other batches."""
-    trainer = ForecastTrainer(fast, SpardaConfig(**TRAINED), 3e-3)
-    start = {name: weight.detach().clone() for name, weight in trainer.parameters.items()}
-    mine = training_batches(4)[0][rank]
-    return {"start": start, "other batches": refused(lambda: trainer.step([mine]))}
-
-
-def benchmarks(folder):
-    """Write what `sparda bench prefill --tp 2` and `bench turns --tp 2` do."""
-    lab = RankLab("tiny", lambda text: None, torch.device("cpu"), 2)
-    small = {name: SMALL[name] for name in ("block_size", "top_k", "local_blocks", "machine")}
-    common = {"rounds": 1, "settings": small}
-    file = ResultFile(folder / "prefill.json", {"name": "prefill-tp"}, "tokens")
-    lab.prefill(PrefillSetting((120,), ("sparse_query",), **common), file)
-    file = ResultFile(folder / "turns.json", {"name": "turns-tp"}, "past")
-    names = ("sparse_query", "transformers_flash")
-    lab.turns(TurnSetting((200,), (1, 20), names, **common), file)
-
-
 def main(folder, cases):
     """Run cases and write what this rank found, for each number of ranks."""
     torch.set_num_threads(1)
     gc.set_threshold(50_000, 20, 100)
     if cases == "gloo":
         with joined(folder, 4) as rank:
-            torch.save(four(folder, rank), folder / f"four{rank}")
+            works = sibling("rank_works")
+            found = four(folder)
+            found["trained"] = works.trained_by_command(folder, rank, "--tp", "2")
+            torch.save(found, folder / f"four{rank}")
         if rank > 1:
             return
         with joined(folder, 2) as rank:
-            benchmarks(folder)
+            works.benchmarks(folder)
             whole = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
-            replicas = trained(whole)
+            replicas = works.trained(whole)
             found, fast = two(folder, rank)
             found["replicas"] = replicas
-            found["training"] = training_of_a_part(fast, rank)
+            found["training"] = works.training_of_a_part(fast, rank)
             torch.save(found, folder / f"two{rank}")
             torch.save(ending(folder, fast, rank), folder / "ending")
     elif cases == "nccl":

@@ -17,6 +17,7 @@ CASES = Path(__file__).with_name("rank_cases.py")
 spec = importlib.util.spec_from_file_location("rank_cases", CASES)
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
+works = cases.sibling("rank_works")
 
 # What a sum in another order changes: float32, activations of about one.
 ROUNDING = 2e-5
@@ -27,7 +28,7 @@ class Runs:
 
     def __init__(self, folder):
         cases.make_models(folder)
-        cases.make_texts(folder)
+        works.make_texts(folder)
         ranks = cases.start(folder, "gloo", 4)
         self.alone = {}
         for family in cases.FAMILIES:
@@ -40,9 +41,9 @@ class Runs:
             AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("few", "olmo2")
         )
         self.alone["gathered"] = cases.said(cases.build(folder, "olmo2", olmo2, "forecast"))
-        self.alone["start"] = cases.training_of_a_part(whole, 0)["start"]
-        self.alone["trained"] = cases.trained(whole, accumulate=2)
-        alone = cases.trained_by_command(folder, "", "--accumulate", "2")
+        self.alone["start"] = works.training_of_a_part(whole, 0)["start"]
+        self.alone["trained"] = works.trained(whole, accumulate=2)
+        alone = works.trained_by_command(folder, "", accumulate=2)
         self.alone["command"] = json.loads(alone)
         output, _ = ranks.communicate(timeout=240)
         assert ranks.returncode == 0, output[-6000:]
