@@ -68,11 +68,13 @@ class CacheStats:
         layers: Counts by layer.
         selection: A sentence that says from which length on steps leave blocks out.
         speculates: Whether blocks are predicted, so that it is shown how well.
+        host_memory: Where the blocks in CPU memory are that a GPU reads, in words; else empty.
     """
 
     layers: dict[int, LayerStats]
     selection: str = ""
     speculates: bool = False
+    host_memory: str = ""
 
     @property
     def total(self) -> LayerStats:
@@ -88,11 +90,13 @@ class CacheStats:
         """Return plain values, for JSON."""
         layers = {str(i): dataclasses.asdict(s) for i, s in self.layers.items()}
         total = dataclasses.asdict(self.total)
-        return {"layers": layers, "total": total, "selection": self.selection}
+        words = {"selection": self.selection, "host_memory": self.host_memory}
+        return {"layers": layers, "total": total, **words}
 
     def __str__(self) -> str:
-        """Return the totals in one line, and below it from which length on blocks are left out."""
-        return f"{self._counts}\n{self.selection}" if self.selection else self._counts
+        """Return the totals, from which length on blocks are left out, and where CPU memory is."""
+        where = f"CPU memory is {self.host_memory}." if self.host_memory else ""
+        return "\n".join(line for line in (self._counts, self.selection, where) if line)
 
     def __repr__(self) -> str:
         """Return the same; layers are named by their number alone."""
