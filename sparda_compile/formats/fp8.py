@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Fp8Format"]
 
 _LARGEST: Final = 448.0
+# Of float32: whoever unpacks multiplies, and does not divide.
+_STEP: Final = torch.tensor(1.0 / _LARGEST, dtype=torch.float32).item()
 _PRECISION: Final = 2.0**-4
 _SMALLEST: Final = 2.0**-10
 
@@ -47,7 +49,7 @@ class Fp8Format(ScaledFormat):
         (a,) = scales
         floats = codes.view(torch.float8_e4m3fn).float()
         is_largest = floats.abs() == _LARGEST
-        return torch.where(is_largest, a.copysign(floats), floats * (a / _LARGEST))
+        return torch.where(is_largest, a.copysign(floats), floats * (a * _STEP))
 
     def half_step(self, x: Tensor, scales: list[Tensor]) -> Tensor:
         """Return half a step, relative to each element."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Int4Format"]
 
 _LARGEST: Final = 15
+# Of float32: whoever unpacks multiplies, and does not divide.
+_STEP: Final = torch.tensor(1.0 / _LARGEST, dtype=torch.float32).item()
 
 
 class Int4Format(ScaledFormat):
@@ -47,7 +49,7 @@ class Int4Format(ScaledFormat):
     def decode(self, codes: Tensor, scales: list[Tensor]) -> Tensor:
         """Return the values of codes."""
         low, high = scales
-        values = low + codes.float() * ((high - low) / _LARGEST)
+        values = low + codes.float() * ((high - low) * _STEP)
         return high.where(codes == _LARGEST, values)
 
     def half_step(self, x: Tensor, scales: list[Tensor]) -> Tensor:

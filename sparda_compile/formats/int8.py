@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Int8Format"]
 
 _LARGEST: Final = 127.0
+# Of float32: whoever unpacks multiplies, and does not divide.
+_STEP: Final = torch.tensor(1.0 / _LARGEST, dtype=torch.float32).item()
 
 
 class Int8Format(ScaledFormat):
@@ -44,7 +46,7 @@ class Int8Format(ScaledFormat):
         (a,) = scales
         integers = codes.view(torch.int8).float()
         is_largest = integers.abs() == _LARGEST
-        return torch.where(is_largest, a.copysign(integers), integers * (a / _LARGEST))
+        return torch.where(is_largest, a.copysign(integers), integers * (a * _STEP))
 
     def half_step(self, x: Tensor, scales: list[Tensor]) -> Tensor:
         """Return half a step, which is one for all."""

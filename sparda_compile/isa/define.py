@@ -1,8 +1,8 @@
 """`define`: the one way to make an op. Its function is the op; the decorator says what it is.
 
-    @define(mutates=("pages",), stream=COPY, starts=True, work=Work.TO_DEVICE,
-            fake=lambda a: a.pages.new_empty(0), kernels=("_gather",))
-    def prefetch_blocks(miss_blocks: Tensor, ..., event: int, after: Tensor | None) -> Tensor:
+    @define(mutates=("pages",), starts=True, work=Work.TO_DEVICE, kernels=("_gather",),
+            fake=lambda a: a.pages.new_empty(0))
+    def prefetch_blocks(miss_blocks: Tensor, ..., event: int, stream: int = COPY) -> Tensor:
         ...
 
 The function does its work on any device, through `engines.current_engine` if it may leave the

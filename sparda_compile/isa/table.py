@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sparda_compile.isa.streams import COMPUTE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -141,11 +140,6 @@ class Instruction:
         """Names of the arguments that are tensors or lists of tensors."""
         schema = self.op._opoverload._schema
         return tuple(e.name for e in schema.arguments if "Tensor" in str(e.type))
-
-    @property
-    def default_stream(self) -> int:
-        """Where it runs if nothing else is said."""
-        return COMPUTE if self.stream is None else self.stream
 
 
 INSTRUCTIONS: Final[dict[str, Instruction]] = {}

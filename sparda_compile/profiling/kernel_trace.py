@@ -82,7 +82,7 @@ class PlannedNode:
         node: Name of the FX node.
         op: What it calls, `sparda.select_pages`.
         layer: Layer that it belongs to, -1 if none.
-        stream: 0 compute, 1 copy, 2 select, 3 attend.
+        stream: 0 compute, 1 copy, 2 select, 3 attend, 4 repair.
         kernels: Names of its kernels, in order; empty where it has none of its own.
         event: Event that it records or waits for, -1 for none.
         behind: Nodes with kernels that it depends on, directly or through nodes without.

@@ -44,7 +44,7 @@ class NodeTimes:
         node: Name of the FX node, or `model_before_<node>`, or `model_end`.
         op: What it calls, or `model`.
         layer: Layer that it belongs to, -1 if none.
-        stream: 0 compute, 1 copy, 2 select, 3 attend.
+        stream: 0 compute, 1 copy, 2 select, 3 attend, 4 repair.
         predicted_us: As the schedule says.
         measured_us: As the trace says.
     """

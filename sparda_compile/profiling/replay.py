@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, SELECT, STREAM_NAMES
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, REPAIR, SELECT, STREAM_NAMES
 from sparda_compile.profiling.kernel_trace import assign_kernels
 from sparda_compile.report.schedule import ScheduleRow
 
@@ -48,7 +48,7 @@ class Totals:
     Attributes:
         step_us: From its first start to its last end.
         compute_us: The compute stream worked.
-        copy_us: The copy stream worked.
+        copy_us: The copy or the repair stream worked.
         select_us: The select stream worked.
         attend_us: The attend stream worked.
         exposed_us: The compute stream waited for others.
@@ -167,7 +167,10 @@ def totals_of(spans: Sequence[Iterable[tuple[float, float]]], exposed_us: float)
         spans: By stream, start and end of each piece of work, without waits.
         exposed_us: Sum of the waits.
     """
-    merged = [merged_spans(each) for each in spans]
+    lanes = [list(each) for each in spans]
+    if len(lanes) > REPAIR:
+        lanes[COPY] += lanes.pop(REPAIR)
+    merged = [merged_spans(each) for each in lanes]
     busy = [sum(end - start for start, end in each) for each in merged]
     busy += [0.0] * (len(STREAM_NAMES) - len(merged))
     ends = [end for each in merged for _, end in each]

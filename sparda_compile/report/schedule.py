@@ -33,7 +33,7 @@ class ScheduleRow:
         node: Name of the FX node.
         op: What it calls, `sparda.prefetch_blocks` or `linear`.
         layer: Layer that it belongs to, -1 if none.
-        stream: 0 compute, 1 copy, 2 select, 3 attend.
+        stream: 0 compute, 1 copy, 2 select, 3 attend, 4 repair.
         start_us: Predicted start, microseconds from the start of the step.
         end_us: Predicted end.
         hbm_bytes: Bytes that it reads and writes in device memory.

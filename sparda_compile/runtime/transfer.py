@@ -1,7 +1,7 @@
 """Bytes between CPU and device: every copy, its start and its wait.
 
     fork_stream       a side stream may go on from here
-    prefetch_blocks   H2D of the missed blocks, on the copy stream; returns at once
+    prefetch_blocks   H2D of the missed blocks, on the copy or repair stream; returns at once
     fetch_blocks      the same in line, on the compute stream
     offload_blocks    D2H of blocks that just became full, on the copy stream
     store_blocks      the same in line
@@ -210,7 +210,6 @@ def fetch_blocks(
 @define(
     mutates=("pages",),
     fake=lambda a: a.pages.new_empty(0),
-    stream=COPY,
     starts=True,
     work=Work.TO_DEVICE,
     kernels=_GATHERS,
@@ -225,8 +224,9 @@ def prefetch_blocks(
     event: int,
     after: Tensor | None = None,
     kv_format: str = "model",
+    stream: int = COPY,
 ) -> Tensor:
-    """Start the copy of the missed blocks to their pages, on the copy stream.
+    """Start the copy of the missed blocks to their pages, on a stream of copies.
 
     Args:
         miss_blocks: [B, G, K] int32, from `plan_pages`.
@@ -237,6 +237,7 @@ def prefetch_blocks(
         after: Result of the fork, if the misses were chosen on the compute stream. Otherwise the
             copy starts behind the selection.
         kv_format: How blocks in CPU memory are written.
+        stream: `COPY`, or `REPAIR` for what a guess has missed.
 
     Returns:
         A ticket for `wait_blocks`, an empty tensor.
@@ -244,8 +245,8 @@ def prefetch_blocks(
     del after
     args = (miss_blocks, miss_pages, host, pages, kv_format)
     engine = current_engine()
-    engine.submit(COPY, lambda: _fetch(*args))
-    engine.record(event, COPY)
+    engine.submit(stream, lambda: _fetch(*args))
+    engine.record(event, stream)
     return _ticket(pages)
 
 

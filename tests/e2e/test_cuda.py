@@ -48,6 +48,11 @@ def forecast_of(model):
     return {0 if key == "bootstrap" else key + 1: value for key, value in weights.items()}
 
 
+def positions_of(mask):
+    """Return the positions that `generate` gives to the tokens of a padded batch."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 class Lab:
     """One model, traced once; modules of it and what they generate."""
 
@@ -245,15 +250,20 @@ def test_two_caches_of_one_module_have_graphs_of_their_own(lab):
     wanted = lab.truth("forecast")[1]
     caches = [module.new_cache() for _ in range(2)]
     logits = [[], []]
+    mask, positions = lab.mask, positions_of(lab.mask)
     for cache, out in zip(caches, logits, strict=True):
-        prefill = module(input_ids=lab.ids, attention_mask=lab.mask, past_key_values=cache)
+        prefill = module(
+            input_ids=lab.ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
         out.append(prefill.logits[:, -1])
-    mask = lab.mask
     for _ in range(30):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        positions = positions_of(mask)[:, -1:]
         for cache, out in zip(caches, logits, strict=True):
             token = out[-1].argmax(-1, keepdim=True)
-            step = module(input_ids=token, attention_mask=mask, past_key_values=cache)
+            step = module(
+                input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache
+            )
             out.append(step.logits[:, -1])
     assert torch.equal(torch.stack(logits[0]), torch.stack(logits[1]))
     assert torch.equal(torch.stack(logits[0])[1:], wanted[1:31])
@@ -263,14 +273,16 @@ def test_two_caches_of_one_module_have_graphs_of_their_own(lab):
 @pytest.mark.parametrize("offload", ["always", "never"])
 def test_a_cache_that_the_model_filled_is_taken_over(lab, offload):
     module = lab.module("query", top_k=None, offload=offload)
-    positions = (lab.mask.cumsum(1) - 1).clamp(min=0)
-    past = lab.model(lab.ids, attention_mask=lab.mask, position_ids=positions).past_key_values
-    taken = module.new_cache(past=past, attention_mask=lab.mask)
-    read = module(lab.ids, attention_mask=lab.mask).past_key_values
+    mask, positions = lab.mask, positions_of(lab.mask)
+    past = lab.model(lab.ids, attention_mask=mask, position_ids=positions).past_key_values
+    taken = module.new_cache(past=past, attention_mask=mask)
+    read = module(lab.ids, attention_mask=mask, position_ids=positions).past_key_values
     assert taken.kv.lengths() == read.kv.lengths() == list(PROMPT_LENGTHS)
     for token in lab.ids[:, -40:].split(1, dim=1):
-        logits = module(token, past_key_values=taken).logits
-        torch.testing.assert_close(logits, module(token, past_key_values=read).logits)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        step = {"attention_mask": mask, "position_ids": positions_of(mask)[:, -1:]}
+        logits = module(token, past_key_values=taken, **step).logits
+        torch.testing.assert_close(logits, module(token, past_key_values=read, **step).logits)
 
 
 def test_no_recompilation_and_one_graph_over_many_lengths(lab):

@@ -17,7 +17,7 @@ from sparda_compile.graph.effects import (
     stream_of,
 )
 from sparda_compile.graph.nodes import find_ops, is_sparda, snapshot
-from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
+from sparda_compile.isa.streams import COMPUTE, COPY, REPAIR, SELECT
 from sparda_compile.ops import OPS
 
 WRITES = {
@@ -126,7 +126,7 @@ def test_argument_set_by_name(graph):
 
 
 def test_streams(graph):
-    expected = {"prefetch_1": COPY, "plan_1": COMPUTE, "fork_1": COMPUTE}
+    expected = {"hint_prefetch_1": COPY, "prefetch_1": REPAIR, "plan_1": COMPUTE, "fork_1": COMPUTE}
     expected["hint_select_pages_1"] = SELECT
     assert {name: stream_of(named(graph, name)) for name in expected} == expected
     assert {stream_of(n) for n in find_ops(graph, "offload_blocks")} == {COPY}

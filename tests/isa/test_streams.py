@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from sparda_compile.isa.streams import ATTEND, BEHIND, COMPUTE, COPY, SELECT, STREAM_NAMES
+from sparda_compile.isa.streams import (
+    ATTEND,
+    BEHIND,
+    COMPUTE,
+    COPY,
+    REPAIR,
+    SELECT,
+    STREAM_NAMES,
+)
 
 
 def test_every_stream_has_a_name_and_says_what_it_is_behind():
-    assert sorted(BEHIND) == list(range(len(STREAM_NAMES))) == [COMPUTE, COPY, SELECT, ATTEND]
+    known = [COMPUTE, COPY, SELECT, ATTEND, REPAIR]
+    assert sorted(BEHIND) == list(range(len(STREAM_NAMES))) == known
     assert BEHIND[COMPUTE] == ()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.isa.streams import COMPUTE, COPY
+from sparda_compile.isa.streams import COPY
 from sparda_compile.isa.table import INSTRUCTIONS, Work, instruction_of, op_name
 from sparda_compile.ops import OPS
 
@@ -37,11 +37,11 @@ def test_packets_overloads_and_others():
 
 
 def test_what_some_instructions_say():
-    prefetch, fork, attend = (
-        INSTRUCTIONS[name] for name in ("prefetch_blocks", "fork_stream", "sparse_attention")
-    )
-    assert (prefetch.stream, prefetch.default_stream, prefetch.work) == (COPY, COPY, Work.TO_DEVICE)
+    names = ("prefetch_blocks", "offload_blocks", "fork_stream", "sparse_attention")
+    prefetch, offload, fork, attend = (INSTRUCTIONS[name] for name in names)
+    assert (prefetch.stream, prefetch.work) == (None, Work.TO_DEVICE)
+    assert (offload.stream, offload.work) == (COPY, Work.TO_HOST)
     assert (fork.forks, fork.work) == (True, Work.NONE)
-    assert (attend.stream, attend.default_stream) == (None, COMPUTE)
+    assert attend.stream is None
     assert "pages" in prefetch.tensors
     assert "event" not in prefetch.tensors

@@ -150,11 +150,12 @@ def test_which_selectors_score_low_bit_keys(selector, is_low_bit):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("teacher", ["attention", "query"])
-def test_half_precision_on_a_gpu_is_near_float32_on_a_cpu(teacher):
+def test_half_precision_on_a_gpu_is_near_that_on_a_cpu(teacher):
+    # To float32 the gradient is off by 23%, on a CPU too: low-bit keys are of the keys' dtype.
     drawn = [each.bfloat16() for each in draw(batch=2, heads=9, groups=3, tokens=1000, dim=64)]
     found = []
-    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
-        forecast, query, key = (each.to(device, dtype) for each in drawn)
+    for device in ("cuda", "cpu"):
+        forecast, query, key = (each.detach().to(device) for each in drawn)
         forecast.requires_grad_()
         config = CONFIG.replace(block_size=64)
         loss = backward_mass_loss(forecast, query, key, config, 0.125, teacher=teacher)

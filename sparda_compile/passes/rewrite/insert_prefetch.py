@@ -17,7 +17,7 @@ they missed behind the attention to what is there:
 
     %hint_plan = plan_pages(%hint_block_ids, ...)   prefetch_blocks(...)      layer l-1
     wait_blocks(hint)  plan_pages(%block_ids)                                 layer l
-    append_kv  fork_stream  prefetch_blocks(repair)
+    append_kv  fork_stream  prefetch_blocks(repair, on a stream of its own)
     %partial = attend_resident(%q, ...)
     ...                                         what only later steps use: an update of the hint
     wait_blocks(repair)
@@ -57,7 +57,7 @@ from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.tags import HINT, HINTS, LAYER, SITE
 from sparda_compile.graph.writer import PagePlan, StateInputs, format_of, plan_pages, select_past
-from sparda_compile.isa.streams import COPY
+from sparda_compile.isa.streams import COPY, REPAIR
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
 
@@ -136,7 +136,7 @@ class _Insertion(TransferNodes):
         )
         if self.ctx.strategy.repairs:
             emit = Emitter(self.graph, attention, fetch, layer)
-            ticket, event = self.prefetch(emit, plan, "")
+            ticket, event = self.prefetch(emit, plan, "", REPAIR)
             self._split_attention(emit, attention, plan, ticket, event)
         else:
             emit = Emitter(self.graph, fetch, fetch, layer)

@@ -9,6 +9,7 @@ from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.tags import LAYER
 from sparda_compile.graph.writer import format_of
+from sparda_compile.isa.streams import COPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,8 +38,10 @@ class TransferNodes:
         self.state = state
         self.events: Iterator[int] = itertools.count()
 
-    def prefetch(self, emit: Emitter, plan: PagePlan, prefix: str) -> tuple[fx.Node, int]:
-        """Start the copy of a plan's misses; return its ticket and its event."""
+    def prefetch(
+        self, emit: Emitter, plan: PagePlan, prefix: str, stream: int = COPY
+    ) -> tuple[fx.Node, int]:
+        """Start the copy of a plan's misses on a stream; return its ticket and its event."""
         misses = (plan.miss_blocks, plan.miss_pages)
         pools = (self.state.get("host", emit.layer), self.state.get("pages", emit.layer))
         fork = emit.call(
@@ -56,6 +59,7 @@ class TransferNodes:
             event,
             fork,
             name=f"{prefix}prefetch_{emit.layer}",
+            stream=stream,
             **format_of(self.ctx.layout, emit.layer),
         )
         return ticket, event

@@ -11,6 +11,8 @@ takes from the compute stream meanwhile is
 so a node that uses the share m of the bandwidth while it runs alone goes on at the rate
 
     min(1, (1 - taken) / m) * (1 - copy_share if a copy is in flight)
+
+Copies of two streams share the link: while both are in flight, each has half of its rate.
 """
 
 from __future__ import annotations
@@ -124,9 +126,13 @@ class Simulator:
     def _times(
         self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]
     ) -> Iterator[tuple[fx.Node, float, float]]:
-        """Yield start and end of each node that takes time, starts or awaits something."""
+        """Yield start and end of each node that takes time, starts or awaits something.
+
+        A copy is yielded again if it ends later, because another one takes a part of the link.
+        """
         clock = [0.0] * len(STREAM_NAMES)
         beside = _Beside(self._machine)
+        copying: _Copy | None = None  # the last one that was issued to a side stream
         event_end: dict[int, float] = {}
         items, overlaps = self._items, self._machine.overlaps
         for node in nodes:
@@ -139,11 +145,32 @@ class Simulator:
                 end = max(start, event_end.get(item.awaits, 0.0)) if overlaps else start
             else:
                 start = max([clock[lane], *[clock[each] for each in BEHIND[lane]]])
+                is_aside = item.is_copy and lane != COMPUTE
+                if is_aside and copying is not None and copying.end > start:
+                    shared = min(item.us, copying.end - start)
+                    item = item._replace(us=item.us + shared)
+                    longer = copying._replace(end=copying.end + shared)
+                    clock[longer.lane] = beside.lengthen(longer)
+                    if longer.event is not None:
+                        event_end[longer.event] = longer.end
+                    yield longer.node, longer.start, longer.end
                 end = beside.end_of(item, start, lane)
+                if is_aside:
+                    copying = _Copy(node, lane, start, end, item.starts)
             clock[lane] = end
             if item.starts is not None:
                 event_end[item.starts] = end
             yield node, start, end
+
+
+class _Copy(NamedTuple):
+    """A copy on a side stream, and the event that it records."""
+
+    node: fx.Node
+    lane: int
+    start: float
+    end: float
+    event: int | None
 
 
 def _item(node: fx.Node, cost: Cost, machine: Machine) -> _Item:
@@ -186,6 +213,13 @@ class _Beside:
         if item.us:
             self._spans[lane].append(_Span(start, end, item.memory, item.is_copy))
         return end
+
+    def lengthen(self, copy: _Copy) -> float:
+        """Let the last work of a side stream, a copy, end later; return when it does."""
+        spans = self._spans[copy.lane]
+        if spans:
+            spans[-1] = spans[-1]._replace(end=copy.end)
+        return copy.end
 
     def _slowed(self, item: _Item, start: float) -> float:
         """Return when work of the compute stream ends."""

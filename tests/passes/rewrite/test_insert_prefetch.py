@@ -8,7 +8,7 @@ from sparda_compile.graph.effects import accesses, argument, is_state, stream_of
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, program_order
 from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.text import graph_text
-from sparda_compile.isa.streams import COMPUTE, COPY
+from sparda_compile.isa.streams import COMPUTE, COPY, REPAIR
 
 
 @pytest.fixture
@@ -65,12 +65,18 @@ def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
         assert list(fork.users) == [copy]
         assert argument(wait, "ticket") is start
         assert order[fork] < order[copy] <= order[start] < order[wait]
-        assert stream_of(copy) == stream_of(start) == COPY
+        assert stream_of(copy) == stream_of(start) == (REPAIR if is_repair(copy) else COPY)
         layers = {LAYER.of(n) for n in (fork, copy, start, wait)}
         assert len(layers) == 1
         # So the fork depends on all that the copy must follow.
         taken = {n for n in copy.all_input_nodes if n is not fork and not is_number(n)}
         assert taken <= set(fork.all_input_nodes)
+
+
+def is_repair(copy):
+    """Whether a copy brings what a guess has missed: then no other layer's blocks are before it."""
+    is_exact = any(find_ops(copy.graph, "attend_missing"))
+    return is_exact and call_name(copy) == "sparda.prefetch_blocks" and not HINT.on(copy)
 
 
 def is_number(node):
@@ -161,7 +167,7 @@ def test_wait_of_an_offload_stands_at_the_end(inserted):
 def test_wait_of_an_offload_takes_pages_that_are_rounded(inserted):
     graph, _ = inserted(mode="forecast", kv_format="int8")
     for copy in find_ops(graph, "offload_blocks", "prefetch_blocks"):
-        assert copy.kwargs == {"kv_format": "int8"}
+        assert copy.kwargs["kv_format"] == "int8"
     for layer, offload in enumerate(find_ops(graph, "offload_blocks")):
         (wait,) = offload.users
         states = [a.state for a in accesses(wait)]
