@@ -299,10 +299,15 @@ def captures_of():
 
 @pytest.fixture(scope="session")
 def plan_of():
-    """Return a function that plans a tiny model; its plans are shared, so tests copy graphs."""
+    """Return a function that plans a tiny model; its plans are shared, so tests copy graphs.
+
+    A repair of a tiny model is too short to be hidden: it is, unless a test says otherwise.
+    """
     from sparda_compile.config import SpardaConfig
 
     def plan(model="llama", phase="decode", *, batch_size=1, max_tokens=8192, **settings):
+        if settings.get("mode") == "exact":
+            settings = {"attend_before_repair": "always", **settings}
         return _plan(model, phase, batch_size, max_tokens, SpardaConfig(**settings))
 
     return plan

@@ -8,7 +8,8 @@ environment that a file holds already are kept.
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property, partial
+import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +76,10 @@ class ResultFile:
         """Add a result, in place of one with the same key, and write the file."""
         others = [r for r in self.results if r[self.key] != result[self.key]]
         self.results = sorted([*others, result], key=lambda r: r[self.key])
+        self.write()
+
+    def write(self) -> None:
+        """Write the file as it is now."""
         write_result(self.path, self.content(), self.commit)
 
     def content(self) -> dict[str, Any]:
@@ -140,13 +145,21 @@ class Lab:
         # The traced decode holds weights that were joined; whoever needs it traces it again.
         self.__dict__.pop("captures", None)
         free_everything()
-        host_bytes = max(FreeMemory.now(self.max_host_bytes).host, 1)
+        host_bytes = max(self.room().host, 1)
         self.prompts.configure(host_bytes=host_bytes, **settings)
 
     def free(self) -> FreeMemory:
         """Return what KV caches may take now, with the model on the device."""
         assert self.captures
+        return self.room()
+
+    def room(self) -> FreeMemory:
+        """Return what may be taken now."""
         return FreeMemory.now(self.max_host_bytes)
+
+    def clock(self) -> float:
+        """Return seconds, to keep within a time."""
+        return time.monotonic()
 
     def decode(
         self,
@@ -219,7 +232,7 @@ class Lab:
         from sparda_compile.bench.prefill import PrefillBench
 
         self._configure(setting.settings)
-        bench = PrefillBench(self.prompts, self.shape, self.rates, setting, self.say)
+        bench = PrefillBench(self.prompts, self.shape, self.rates, setting, self.say, self.clock)
         with louder_tokens(self.model):
             return bench.measure(file)
 
@@ -228,7 +241,6 @@ class Lab:
         from sparda_compile.bench.turns import TurnBench
 
         self._configure(setting.settings)
-        free = partial(FreeMemory.now, self.max_host_bytes)
-        bench = TurnBench(self.prompts, self.shape, free, setting, self.say)
+        bench = TurnBench(self.prompts, self.shape, self.room, setting, self.say)
         with louder_tokens(self.model):
             return bench.measure(file)

@@ -47,6 +47,6 @@ def print_predicted(points: Sequence[tuple[Point, float]], console: Console) -> 
         told = f"{len(ratios)} points, from {min(ratios):.3f} to {max(ratios):.3f} of measured."
         console.print(told, markup=False)
     console.print(
-        f"Without a ratio: programs from before {SINCE} were measured, {EXACT_SINCE} in mode exact.",
+        f"Without a ratio: measured before {SINCE}, in mode exact before {EXACT_SINCE}.",
         markup=False,
     )

@@ -30,6 +30,8 @@ from sparda_compile.capture.cache_name import CACHE_NAME
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import DevicePoolFullError, HostPoolFullError
 from sparda_compile.program.prompt_cost import prompt_phase
+from sparda_compile.ranks.agreement import ranks_of
+from sparda_compile.ranks.shards import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -134,12 +136,14 @@ def fill_dynamic(model: nn.Module, num_tokens: int) -> DynamicCache:
     """Return a cache of one sequence with random keys and values, always the same ones.
 
     Args:
-        model: On the device where the cache is used.
+        model: On the device where the cache is used. Of one that is sharded, the cache has this
+            rank's KV heads.
         num_tokens: Tokens that it holds.
     """
     config: Any = model.config
     weight = next(model.parameters())
-    size = (1, config.num_key_value_heads, num_tokens, config.head_dim)
+    num_groups = config.num_key_value_heads // ranks_of(model).size
+    size = (1, num_groups, num_tokens, config.head_dim)
     cache = DynamicCache(config=config)
     for layer in range(config.num_hidden_layers):
         generator = torch.Generator(device=weight.device).manual_seed(layer)
@@ -161,7 +165,7 @@ class PromptPrograms:
         **settings: Fields of SpardaConfig for ours.
 
     Attributes:
-        weight_bytes: Of the model.
+        weight_bytes: Of the model, of this rank's part of one that is sharded.
     """
 
     def __init__(self, model: nn.Module, say: Callable[[str], None], **settings: Any) -> None:
@@ -171,7 +175,7 @@ class PromptPrograms:
         self.say = say
         self.settings = settings
         self.device = next(model.parameters()).device
-        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        self.weight_bytes = sum(local_of(p).nbytes for p in model.parameters())
         self._ours: dict[str, OptimizedModule] = {}
         self._allowed: dict[tuple[str, int, bool], str | None] = {}
 

@@ -10,7 +10,6 @@ one CUDA graph with NCCL inside. Without GPUs the ranks are gloo's, on CPUs, for
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +17,10 @@ import torch.distributed as dist
 
 from sparda_compile.bench.decode import DecodeBench, memcpy_gbps
 from sparda_compile.bench.memory import free_everything
+from sparda_compile.bench.rank_group import rank_group
 from sparda_compile.bench.rank_model import build_sharded_model
 from sparda_compile.bench.shapes import SHAPES
 from sparda_compile.config import MIB
-from sparda_compile.errors import ConfigError
 from sparda_compile.program.captures import Captures
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.bench.decode import DecodeSetting
 
-__all__ = ["RankBench", "measure_on_ranks", "rank_device"]
+__all__ = ["RankBench", "measure_on_ranks"]
 
 
 class RankBench(DecodeBench):
@@ -45,27 +44,6 @@ class RankBench(DecodeBench):
         super().check()
         with self._captures.ranks.together("the logits of a step") as facts:
             facts["logits"] = self.run("scheduled")
-
-
-def rank_device(num_ranks: int, shape: str) -> torch.device:
-    """Return the device of this rank.
-
-    Args:
-        num_ranks: Processes of this host.
-        shape: A key of `SHAPES`.
-
-    Raises:
-        ConfigError: If there are fewer GPUs than ranks, and the shape is not `tiny`.
-    """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= num_ranks:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if shape != "tiny":
-        raise ConfigError(
-            f"--tp {num_ranks} measures {num_ranks} CUDA GPUs, and torch {torch.__version__} sees "
-            f"{found}; run it on a machine with as many, or use --shape tiny on CPUs."
-        )
-    return torch.device("cpu")
 
 
 def measure_on_ranks(
@@ -85,19 +63,9 @@ def measure_on_ranks(
         save: Given the first rank's results, on that rank alone.
 
     Raises:
-        ConfigError: If torchrun started another number of processes.
+        ConfigError: If torchrun started another number of processes, or there are fewer GPUs.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != num_ranks:
-        raise ConfigError(
-            f"--tp {num_ranks} was started in {started} processes; call it without torchrun, or "
-            f"with --nproc-per-node={num_ranks}."
-        )
-    device = rank_device(num_ranks, shape)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
+    with rank_group(shape, num_ranks) as device:
         say(f"building the {shape} model on {num_ranks} ranks")
         model = build_sharded_model(SHAPES[shape], device, torch.bfloat16, num_ranks)
         captures = Captures(model, {})
@@ -110,8 +78,6 @@ def measure_on_ranks(
                 if captures.ranks.rank == 0:
                     save(result)
             free_everything()
-    finally:
-        dist.destroy_process_group()
 
 
 def _measured(captures: Captures, setting: DecodeSetting, say: Callable[[str], None]) -> Any:

@@ -38,7 +38,7 @@ from sparda_compile.cli.predict import bench_predict
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
-from sparda_compile.cli.ranks import decode_on_ranks
+from sparda_compile.cli.ranks import NumRanks, decode_on_ranks
 from sparda_compile.cli.start import bench_start
 from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, read_traces
 from sparda_compile.cli.tradeoff import bench_tradeoff
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["bench_app", "make_lab", "require_gpu"]
 
 _MOST_TURNS: Final = 1_000_000
-_MOST_RANKS: Final = 64
 _OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
@@ -96,12 +95,6 @@ TopK = Annotated[
     typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
 ]
 Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
-Ranks = Annotated[
-    int,
-    typer.Option(
-        min=1, max=_MOST_RANKS, help="Ranks to shard the model over, a process and GPU each."
-    ),
-]
 Variants = Annotated[
     list[Variant] | None,
     typer.Option(help="Program, may be given again.", show_default="all of them"),
@@ -121,6 +114,7 @@ def require_gpu(command: str) -> None:
 
 @bench_app.command("decode")
 def bench_decode(
+    context: typer.Context,
     shape: ShapeOption = "8b",
     batch: Batches = None,
     tokens: Tokens = _TOKENS,
@@ -139,7 +133,7 @@ def bench_decode(
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
     max_host_gib: HostGib = None,
-    tp: Ranks = 1,
+    tp: NumRanks = 1,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
@@ -165,7 +159,7 @@ def bench_decode(
                 for setting in settings:
                     lab.decode(setting, file.save, with_baselines=baseline)
         if tp > 1:
-            found = decode_on_ranks(shape, settings, tp, out, commit)
+            found = decode_on_ranks(context, shape, settings, (out, commit), tp)
             if found is None:  # one of the ranks: it has written what it found
                 return
             file = found

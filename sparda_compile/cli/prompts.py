@@ -26,6 +26,7 @@ from sparda_compile.cli.options import (
     ShapeOption,
 )
 from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+from sparda_compile.cli.ranks import NumRanks, prompts_on_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,33 @@ _REPEAT: Final = 14  # as `bench.prompt_programs.REPEAT`, which imports torch
 # What is measured -> the field that tells its results apart.
 _KEYS: Final = {"prefill": "tokens", "turns": "past"}
 
+PromptTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=2,
+        max=MOST_TOKENS,
+        help="Tokens of the prompt, may be given again; they are measured in this order.",
+        show_default="1K, 128K, 32K, 512K, 1M, 4K",
+    ),
+]
+PastTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens that the cache holds before, may be given again.",
+        show_default="131072",
+    ),
+]
+TurnTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens of a turn, may be given again.",
+        show_default="1, 200, 4000",
+    ),
+]
 Programs = Annotated[
     list[PromptProgram] | None,
     typer.Option(help="One of ours, may be given again.", show_default="all of them"),
@@ -72,37 +100,31 @@ Profile = Annotated[
         help="Behind all that is timed, profile a call of each of ours: are its copies hidden?",
     ),
 ]
+Limit = Annotated[
+    float, typer.Option(min=0, max=60 * MOST_MINUTES, help="Most seconds of one call.")
+]
+Minutes = Annotated[float, typer.Option(min=0, max=MOST_MINUTES, help="Time for everything.")]
 Rounds = Annotated[
     int, typer.Option(min=1, max=_MOST_ROUNDS, help="Most warm calls; fewer of long ones.")
 ]
 
 
 def bench_prefill(
+    context: typer.Context,
     shape: ShapeOption = "8b",
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=2,
-            max=MOST_TOKENS,
-            help="Tokens of the prompt, may be given again; they are measured in this order.",
-            show_default="1K, 128K, 32K, 512K, 1M, 4K",
-        ),
-    ] = None,
+    tokens: PromptTokens = None,
     program: Programs = None,
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
-    limit: Annotated[
-        float, typer.Option(min=0, max=60 * MOST_MINUTES, help="Most seconds of one call.")
-    ] = 130.0,
-    minutes: Annotated[
-        float, typer.Option(min=0, max=MOST_MINUTES, help="Time for everything.")
-    ] = 60.0,
+    limit: Limit = 130.0,
+    minutes: Minutes = 60.0,
     chunk_tokens: ChunkTokens = None,
     repeat: Repeat = _REPEAT,
     profile: Profile = True,
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as prefill.png.")] = None,
     max_host_gib: HostGib = None,
+    tp: NumRanks = 1,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
@@ -126,9 +148,16 @@ def bench_prefill(
             )
             check_plot(plot)
             check_folder(out)
-            require_gpu("sparda bench prefill")
-            file = _result_file("prefill", out, shape, commit, repeat)
-            make_lab(shape, say, max_host_gib).prefill(setting, file)
+            named = partial(_result_file, "prefill", out, shape, commit, repeat, tp)
+            if tp == 1:
+                require_gpu("sparda bench prefill")
+                file = named()
+                make_lab(shape, say, max_host_gib).prefill(setting, file)
+        if tp > 1:
+            found = prompts_on_ranks(context, shape, setting, tp, named, max_host_gib)
+            if found is None:  # one of the ranks: it has written what it found
+                return
+            file = found
         from sparda_compile.bench.plots import write_prefill_plot
         from sparda_compile.bench.show import print_prefill
 
@@ -141,25 +170,10 @@ def bench_prefill(
 
 
 def bench_turns(
+    context: typer.Context,
     shape: ShapeOption = "8b",
-    past: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1,
-            max=MOST_TOKENS,
-            help="Tokens that the cache holds before, may be given again.",
-            show_default="131072",
-        ),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1,
-            max=MOST_TOKENS,
-            help="Tokens of a turn, may be given again.",
-            show_default="1, 200, 4000",
-        ),
-    ] = None,
+    past: PastTokens = None,
+    tokens: TurnTokens = None,
     program: Programs = None,
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
@@ -168,6 +182,7 @@ def bench_turns(
     profile: Profile = True,
     out: OutFolder = Path("bench-results"),
     max_host_gib: HostGib = None,
+    tp: NumRanks = 1,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
@@ -189,9 +204,16 @@ def bench_turns(
                 profile,
             )
             check_folder(out)
-            require_gpu("sparda bench turns")
-            file = _result_file("turns", out, shape, commit, repeat)
-            make_lab(shape, say, max_host_gib).turns(setting, file)
+            named = partial(_result_file, "turns", out, shape, commit, repeat, tp)
+            if tp == 1:
+                require_gpu("sparda bench turns")
+                file = named()
+                make_lab(shape, say, max_host_gib).turns(setting, file)
+        if tp > 1:
+            found = prompts_on_ranks(context, shape, setting, tp, named, max_host_gib)
+            if found is None:  # one of the ranks: it has written what it found
+                return
+            file = found
         from sparda_compile.bench.show import print_turns
     if as_json:
         print_json(file.content())
@@ -260,11 +282,14 @@ def _settings(chunk_tokens: int | None) -> dict[str, Any]:
 
 
 def _result_file(
-    name: str, out: Path, shape: str, commit: str | None, repeat: int = _REPEAT
+    name: str, out: Path, shape: str, commit: str | None, repeat: int = _REPEAT, tp: int = 1
 ) -> ResultFile:
     """Return the file of `prefill` or of `turns`; its name says what is not the default."""
     from sparda_compile.bench.lab import ResultFile
 
     ending = "" if repeat == _REPEAT else f"-repeat-{repeat}"
     head = {"name": name, "shape": str(shape), "repeat": repeat}
+    if tp > 1:
+        head |= {"name": f"{name}-tp", "tp": tp}
+        ending += f"-tp{tp}"
     return ResultFile(out / f"{name}-{shape}{ending}.json", head, _KEYS[name], commit)

@@ -20,8 +20,16 @@ from sparda_compile.testing import TINY_MODELS, build
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers.distributed.configuration_utils import DistributedConfig
 
-__all__ = ["TINY_PREFIX", "build_target", "folder_config", "load_target", "load_tokenizer"]
+__all__ = [
+    "TINY_PREFIX",
+    "build_target",
+    "folder_config",
+    "load_shared",
+    "load_target",
+    "load_tokenizer",
+]
 
 TINY_PREFIX: Final = "tiny-"
 
@@ -70,12 +78,39 @@ def load_target(target: str) -> nn.Module:
             f"{target!r} is no folder; pass a folder with a model's weights, {REAL_MODEL}, or a "
             f"tiny model such as {TINY_PREFIX}llama."
         )
+    return _from_folder(target, dtype="auto")
+
+
+def load_shared(target: str, plan: DistributedConfig, device: torch.device) -> nn.Module:
+    """Load this process's part of a model, as transformers shards it.
+
+    Args:
+        target: A folder that transformers' `save_pretrained` wrote.
+        plan: How many processes share it; the process group has to be there.
+        device: Of this process; on a CPU the model is in float32.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ConfigError: If it is no folder, or transformers cannot load it so.
+    """
+    if not Path(target).is_dir():
+        raise ConfigError(
+            f"{target!r} is no folder, and --tp shards a model that transformers loads from one; "
+            "pass a folder with a model's weights, or leave --tp out."
+        )
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    return _from_folder(target, dtype=dtype, distributed_config=plan)
+
+
+def _from_folder(target: str, **settings: Any) -> nn.Module:
     folder_config(Path(target))
     from transformers import AutoModelForCausalLM
 
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            target, local_files_only=True, trust_remote_code=False, dtype="auto"
+            target, local_files_only=True, trust_remote_code=False, **settings
         )
     except Exception as error:
         raise ConfigError(

@@ -1,25 +1,24 @@
 """`sparda train`: train a model's Forecast from documents, a text or a data set.
 
-On several GPUs: `torchrun --nproc-per-node=8 -m sparda_compile train ...`.
+On several GPUs: `torchrun --nproc-per-node=8 -m sparda_compile train ...`; with `--tp 2` each two
+share the model, and there are four replicas.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from sparda_compile.cli.again import words_of
 from sparda_compile.cli.console import (
     INTERRUPTED,
     AsJson,
     errors_as_sentences,
     fail,
-    print_json,
-    print_paths,
 )
 from sparda_compile.cli.options import (
     LARGEST_SEED,
@@ -32,9 +31,11 @@ from sparda_compile.cli.options import (
     Teacher,
 )
 from sparda_compile.cli.outputs import check_outputs
+from sparda_compile.cli.ranks import NumRanks
 from sparda_compile.cli.real_model import REAL_MODEL
 from sparda_compile.cli.train_data import DocumentBatches, Sources
-from sparda_compile.cli.train_lines import TrainingLines, share_in_words
+from sparda_compile.cli.train_lines import TrainingLines
+from sparda_compile.cli.train_show import show_training
 from sparda_compile.config import SpardaConfig
 from sparda_compile.errors import ConfigError
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparda_compile.forecast.weights import ForecastWeights
-    from sparda_compile.training.report import HeldOutReport, StepReport
+    from sparda_compile.training.report import StepReport
 
 __all__ = ["train_model"]
 
@@ -166,6 +167,7 @@ def train_model(
     local_blocks: LocalBlocks = 32,
     pool_size: PoolSize = 32,
     pool_stride: PoolStride = 16,
+    tp: NumRanks = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train the Forecast of a model; the model itself is left as it is."""
@@ -181,13 +183,13 @@ def train_model(
         cut = (length, batch, held_out, held_out_batches, seed)
         found = Sources(tuple(document or ()), text, dataset, tokenizer or _source(target), *cut)
         data = found.read(lines.say)
-        lines.steps = _steps(data, steps, tokens, accumulate, lines)
+        lines.steps = _steps(data, steps, tokens, accumulate * _replicas(tp), lines)
         learned |= {"teacher": teacher, "steps": lines.steps, "config": config}
         try:
-            weights = _train(target, data, lines, out=out, resume=resume, **learned, **often)
+            weights = _train(target, data, lines, tp, out=out, resume=resume, **learned, **often)
         except KeyboardInterrupt:
             _stop(context, out, lines.reports)
-    _show(out, weights, lines, data, as_json=as_json)
+    show_training(out, weights, lines, data, tp, as_json=as_json)
 
 
 def _source(target: str) -> str:
@@ -195,11 +197,24 @@ def _source(target: str) -> str:
     return "bytes" if target.startswith("tiny-") else target
 
 
+def _replicas(tp: int) -> int:
+    """Return how many replicas of the model train, of `tp` processes each."""
+    from sparda_compile.training.parallel import world_of_environment
+
+    world = world_of_environment()
+    if world % tp:
+        raise ConfigError(
+            f"--tp {tp} shares the model among as many processes, and {world} are running; start a "
+            "multiple of them: torchrun --nproc-per-node=N -m sparda_compile train."
+        )
+    return world // tp
+
+
 def _steps(
     data: DocumentBatches | Iterable[Tensor],
     steps: int,
     tokens: int | None,
-    accumulate: int,
+    per_step: int,
     lines: TrainingLines,
 ) -> int:
     """Return how many steps to take; of documents, say how often that goes through them."""
@@ -207,9 +222,6 @@ def _steps(
         if tokens is not None:
             raise ConfigError("--tokens counts those of documents; pass --document, or --steps.")
         return steps
-    from sparda_compile.training.parallel import world_of_environment
-
-    per_step = accumulate * world_of_environment()
     if tokens is not None:
         steps = data.steps(tokens, per_step)
     lines.say(data.sentence(steps, per_step))
@@ -217,74 +229,57 @@ def _steps(
 
 
 def _train(
-    target: str, data: DocumentBatches | Iterable[Tensor], lines: TrainingLines, **settings: Any
-) -> Any:
+    target: str,
+    data: DocumentBatches | Iterable[Tensor],
+    lines: TrainingLines,
+    tp: int,
+    **settings: Any,
+) -> ForecastWeights:
+    from sparda_compile.training.parallel import local_device, process_group
     from sparda_compile.training.run import train_forecast
 
-    lines.say(f"loading {target}")
-    model = _model(target)
-    lines.say(f"tracing {type(model).__name__}")
-    said: dict[str, Any] = {"on_step": lines.step, "on_batch": lines.batch}
-    if not isinstance(data, DocumentBatches):
-        return train_forecast(model, data, **said, **settings)
-    held_out = data.held_out or None
-    said["on_measure"] = lines.measured
-    return train_forecast(model, data.batches, held_out=held_out, **said, **settings)
+    # A sharded model is loaded by all of its processes together.
+    with process_group(local_device()) if tp > 1 else contextlib.nullcontext():
+        lines.say(f"loading {target}")
+        model = _model(target, tp)
+        lines.say(f"tracing {type(model).__name__}")
+        said: dict[str, Any] = {"on_step": lines.step, "on_batch": lines.batch}
+        if not isinstance(data, DocumentBatches):
+            return train_forecast(model, data, **said, **settings)
+        held_out = data.held_out or None
+        said["on_measure"] = lines.measured
+        return train_forecast(model, data.batches, held_out=held_out, **said, **settings)
 
 
 def _stop(context: typer.Context, out: Path, reports: Sequence[StepReport]) -> NoReturn:
     """Say what an interrupted training has left, and how to go on from it."""
     from sparda_compile.training.checkpoint import checkpoint_path
+    from sparda_compile.training.parallel import rank_of_environment
 
+    if rank_of_environment():
+        raise typer.Exit(INTERRUPTED)
     given = context.params["resume"]
     if not reports and given is None:
         fail("stopped before the first step was done; there is nothing to go on from.", INTERRUPTED)
     saved = checkpoint_path(out) if reports else given
-    words = ["sparda", "train", context.params["target"]]
-    for param in context.command.params:
-        value = context.params.get(str(param.name))
-        if param.name in ("target", "resume", None) or value in (None, False, param.default):
-            continue
-        if value is True:
-            words.append(param.opts[0])
-            continue
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            words += [param.opts[0], str(each)]
-    command = shlex.join([*words, "--resume", str(saved)])
+    words = words_of(context, without=("resume",))
+    command = shlex.join(["sparda", "train", *words, "--resume", str(saved)])
     where = f"after step {reports[-1].step}" if reports else "before another step was done"
     fail(f"stopped {where}; {saved} is kept. go on with: {command}", INTERRUPTED)
 
 
-def _model(target: str) -> nn.Module:
-    from sparda_compile.cli.targets import load_target
+def _model(target: str, tp: int) -> nn.Module:
+    from sparda_compile.cli.targets import load_shared, load_target
     from sparda_compile.training.parallel import local_device
 
-    model, device = load_target(target), local_device()
+    device = local_device()
+    if tp > 1:
+        from sparda_compile.training.replica_plan import replica_plan
+
+        return load_shared(target, replica_plan(tp), device)
+    model = load_target(target)
     # Half precision is slow on a CPU.
     return model.float() if device.type == "cpu" else model.to(device)
-
-
-def _show(
-    out: Path,
-    weights: ForecastWeights,
-    lines: TrainingLines,
-    data: DocumentBatches | Iterable[Tensor],
-    *,
-    as_json: bool,
-) -> None:
-    """Show what was trained; of several processes, the first one does."""
-    from sparda_compile.training.parallel import rank_of_environment
-
-    if rank_of_environment():
-        return
-    if as_json:
-        documents = data.plain() if isinstance(data, DocumentBatches) else None
-        print_json({"out": str(out), "documents": documents, **_found(weights, lines)})
-        return
-    typer.echo(_summary(lines.reports))
-    if lines.measures:
-        typer.echo(f"held-out documents: {_change(lines.measures)}")
-    print_paths([out])
 
 
 def _check_length(length: int, config: SpardaConfig) -> None:
@@ -298,50 +293,3 @@ def _check_length(length: int, config: SpardaConfig) -> None:
             f"{least - 1} tokens, so a Forecast has nothing to choose; use {least} or more, or "
             "lower --local-blocks or --block-size."
         )
-
-
-def _found(weights: ForecastWeights, lines: TrainingLines) -> dict[str, Any]:
-    """Return what was trained and what each step and measurement saw, as plain data."""
-    assert weights.info is not None
-    described = json.loads(weights.info.to_json())
-    steps = [
-        _described(report)
-        | {
-            "gradient_norm": report.gradient_norm,
-            "num_tokens": report.num_tokens,
-            "seconds": report.seconds,
-        }
-        for report in lines.reports
-    ]
-    measures = [_described(report) for report in lines.measures]
-    return {"forecast": described, "steps": steps, "held_out": measures}
-
-
-def _summary(reports: Sequence[StepReport]) -> str:
-    last = reports[-1]
-    return f"{_change(reports)}, {last.num_tokens / last.seconds:.0f} tokens/s"
-
-
-def _change(reports: Sequence[StepReport] | Sequence[HeldOutReport]) -> str:
-    first, last = reports[0], reports[-1]
-    return (
-        f"loss {first.loss:.4f} -> {last.loss:.4f}, recall {share_in_words(first.recall)} -> "
-        f"{share_in_words(last.recall)}"
-    )
-
-
-def _described(report: StepReport | HeldOutReport) -> dict[str, Any]:
-    def known(numbers: dict[int, float]) -> dict[str, float | None]:
-        return {str(layer): _number(value) for layer, value in numbers.items()}
-
-    return {
-        "step": report.step,
-        "loss": report.loss,
-        "recall": _number(report.recall),
-        "losses": known(report.losses),
-        "recalls": known(report.recalls),
-    }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -17,7 +17,7 @@ from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.plan import forecast_shapes
 from sparda_compile.program.rank_order import collectives_of
-from sparda_compile.ranks.shards import local_of
+from sparda_compile.ranks.shards import local_of, splits_heads
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
 from sparda_compile.report.text import selection_sentence, speculation_sentence
 
@@ -49,6 +49,7 @@ def build_report(
     layout = decode.layout
     schedules = [p.schedule for p in (decode, prefill) if p.schedule is not None]
     shapes = forecast_shapes(decode)
+    num_ranks = decode.captured.ranks.size
     weights = _weight_bytes(model, decode, [shape.num_weights for shape in shapes.values()])
     room = None
     if memory_bytes is not None:
@@ -69,7 +70,8 @@ def build_report(
         weight_bytes=weights,
         prompt=_prompt_memory(prefill, room),
         speculation=_speculation(decode),
-        num_ranks=decode.captured.ranks.size,
+        num_ranks=num_ranks,
+        kv_copies=1 if splits_heads(model) else num_ranks,
         collectives=_collectives(decode),
         kv_format=_formats(layout),
     )

@@ -26,10 +26,14 @@ __all__ = [
     "mesh_of",
     "meshes_in",
     "shard_range",
+    "splits_heads",
 ]
 
 
 _KEYS: Final = re.compile(r"\b(k_proj|qkv_proj|query_key_value)\b")
+_QUERIES: Final = re.compile(r"\bq_proj\b")
+# Styles of transformers' plans that put the parts of all ranks together again.
+_GATHERED: Final = ("colwise_gather_output", "colwise_rep")
 
 
 def is_sharded(value: Any) -> bool:
@@ -90,32 +94,59 @@ def mesh_of(model: nn.Module) -> Any:
     return meshes[0] if meshes else None
 
 
+def splits_heads(model: nn.Module) -> bool:
+    """Whether each rank has KV heads of its own, rather than all of them.
+
+    A plan may cut the rows of the projections and gather what comes out of them, as those of Olmo2
+    and MiniMax-M2 do for their norms over all heads: then every rank attends with every head.
+    """
+    return _splits(model, _KEYS)
+
+
 def check_heads(model: nn.Module, num_ranks: int) -> None:
     """Refuse a model whose heads cannot be given to ranks in equal numbers.
 
     Selection, KV pool and attention are those of whole KV heads.
 
     Args:
-        model: A model; one that shards no keys passes.
+        model: A model; one of which every rank has all heads passes.
         num_ranks: Ranks that share it.
 
     Raises:
-        UnsupportedInputError: If some rank would have another number of heads, or a part of one.
+        UnsupportedInputError: If some rank would have another number of heads, or a part of one,
+            or other query heads than those of its KV heads.
     """
-    keys: list[Any] = [p for name, p in model.named_parameters() if _KEYS.search(name)]
-    if num_ranks == 1 or not any(is_sharded(p) and p.placements[0].is_shard() for p in keys):
+    has_keys = any(_KEYS.search(name) for name, _ in model.named_parameters())
+    if num_ranks == 1 or not has_keys or not (_splits(model, _QUERIES) or splits_heads(model)):
         return
     config: Any = model.config
     config = config.get_text_config()
     query = int(getattr(config, "num_attention_heads", 0) or 0)
     kv = int(getattr(config, "num_key_value_heads", 0) or query)
+    heads = f"{type(model).__name__} has {query} query heads and {kv} KV heads"
+    if not splits_heads(model):
+        raise UnsupportedInputError(
+            f"{heads}, and its tp_plan splits the first among {num_ranks} ranks but leaves every "
+            "rank all of the second; transformers then takes the wrong KV heads for a query. Use "
+            "tp_plan='auto'."
+        )
     if kv % num_ranks or query % num_ranks:
         allowed = [n for n in range(1, kv + 1) if kv % n == 0 and query % n == 0]
         raise UnsupportedInputError(
-            f"{type(model).__name__} has {query} query heads and {kv} KV heads, which {num_ranks} "
-            f"ranks cannot share equally; use {', '.join(map(str, allowed))} ranks. KV heads are "
-            "not replicated."
+            f"{heads}, which {num_ranks} ranks cannot share equally; use "
+            f"{', '.join(map(str, allowed))} ranks. KV heads are not replicated: transformers cuts "
+            f"the rows of k_proj and v_proj into {num_ranks} parts, {kv / num_ranks:g} heads each, "
+            "and its own forward fails on parts of heads."
         )
+
+
+def _splits(model: nn.Module, names: re.Pattern[str]) -> bool:
+    """Whether projections are sharded and what comes out of them is not gathered."""
+    found: list[Any] = [p for name, p in model.named_parameters() if names.search(name)]
+    plan = getattr(model, "tp_plan", None) or {}
+    gathered = [style in _GATHERED for rule, style in plan.items() if names.search(rule)]
+    is_cut = any(is_sharded(p) and p.placements[0].is_shard() for p in found)
+    return is_cut and not (gathered and all(gathered))
 
 
 def _sizes(mesh: Any) -> dict[str, int]:

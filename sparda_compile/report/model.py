@@ -139,6 +139,7 @@ class Report:
         weight_bytes: Of the model's weights and buffers, of Forecasts, and of joined copies.
         num_ranks: Processes that share the model; bytes and heads are those of one of them.
         collectives: What they do together in a step, in words; empty for one.
+        kv_copies: Ranks that keep each KV head: one, or all of them.
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
         kv_format: How full blocks are written.
     """
@@ -161,6 +162,7 @@ class Report:
     speculation: str = ""
     num_ranks: int = 1
     collectives: str = ""
+    kv_copies: int = 1
     kv_format: str = "model"
 
     @property
@@ -172,6 +174,11 @@ class Report:
     def device_bytes(self) -> int:
         """Device memory that the KV cache will take."""
         return sum(p.page_bytes + p.summary_bytes + p.table_bytes for p in self.layers)
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Memory of all ranks together for copies of KV heads that another rank keeps, too."""
+        return (self.kv_copies - 1) * (self.host_bytes + self.device_bytes)
 
     @property
     def peak_device_bytes(self) -> int:
@@ -264,10 +271,19 @@ class Report:
         heads = sorted({site.num_groups for site in self.sites})
         return {
             f"Each of {self.num_ranks} ranks": (
-                f"{', '.join(map(str, heads))} KV heads of a layer; a step has "
+                f"{', '.join(map(str, heads))} KV heads of a layer{self._copies}; a step has "
                 f"{self.collectives or 'no collectives'}. What follows is of one rank"
             )
         }
+
+    @property
+    def _copies(self) -> str:
+        if self.kv_copies == 1:
+            return ""
+        return (
+            f", the same on every rank, as its plan gathers them: {self.kv_copies} times the KV "
+            f"cache, {format_bytes(self.replicated_bytes)} of it replicated"
+        )
 
     @property
     def _reading(self) -> dict[str, str]:
@@ -295,6 +311,7 @@ class Report:
         plain["host_bytes"] = self.host_bytes
         plain["device_bytes"] = self.device_bytes
         plain["peak_device_bytes"] = self.peak_device_bytes
+        plain["replicated_bytes"] = self.replicated_bytes
         return plain
 
     def to_html(self, path: str | Path) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparda_compile.errors import HostPoolFullError
+from sparda_compile.runtime.numa import ANYWHERE, Placement
 from sparda_compile.runtime.pinned import PinnedMemory
 
 if TYPE_CHECKING:
@@ -32,11 +33,19 @@ class HostPool:
     Args:
         limit_bytes: Most that may be taken; None is what the machine has free.
         pinned: Whether a GPU will read and write the blocks.
+        place: Where pinned blocks are to be.
+
+    Attributes:
+        place: The same.
+        num_bytes: What was taken so far.
     """
 
-    def __init__(self, limit_bytes: int | None, *, pinned: bool = False) -> None:
+    def __init__(
+        self, limit_bytes: int | None, *, pinned: bool = False, place: Placement = ANYWHERE
+    ) -> None:
         self._limit_bytes = limit_bytes
         self._pinned = pinned
+        self.place = place
         self._regions: list[PinnedMemory] = []
         self.num_bytes = 0
 
@@ -65,7 +74,7 @@ class HostPool:
         if not self._pinned or not spec.num_bytes:
             self.num_bytes += spec.num_bytes
             return torch.zeros(spec.shape, dtype=spec.dtype)
-        region = PinnedMemory(spec.num_bytes)
+        region = PinnedMemory(spec.num_bytes, self.place)
         self._regions.append(region)
         self.num_bytes += region.num_bytes
         return region.tensor.view(spec.dtype).view(spec.shape)

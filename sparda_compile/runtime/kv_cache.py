@@ -24,6 +24,7 @@ from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.empty_state import EmptyState
 from sparda_compile.runtime.host_pool import HostPool
+from sparda_compile.runtime.numa import ANYWHERE, placement_near
 from sparda_compile.runtime.pinned import check_host_access
 from sparda_compile.runtime.stats import CacheStats, LayerStats
 from sparda_compile.selectors import summary_named
@@ -68,12 +69,14 @@ class KVCache:
         config = layout.config
         size = (layout.batch_size, layout.max_tokens)
         on_cpu = device.type == "cpu"
-        self.host_pool = HostPool(config.host_bytes, pinned=not on_cpu)
         self.device_pool = DevicePool(device, config.device_bytes)
         device_bytes = layout.num_bytes(on_host=False)
         host_bytes = layout.num_bytes(on_host=True)
+        place = ANYWHERE
         if host_bytes and not on_cpu:
             check_host_access(device)
+            place = placement_near(device)
+        self.host_pool = HostPool(config.host_bytes, pinned=not on_cpu, place=place)
         self.device_pool.check(device_bytes, *size)
         self.host_pool.check(host_bytes + (device_bytes if on_cpu else 0), *size)
         self.state: dict[str, Tensor] = {}
@@ -209,7 +212,8 @@ class KVCache:
             )
         sentence = selection_sentence(layout.config, layout.max_tokens)
         formats = {layer: layout.kv_format(layer).name for layer in layers}
-        return CacheStats(layers, sentence, speculates, formats)
+        where = self.host_pool.place.sentence
+        return CacheStats(layers, sentence, speculates, formats, where)
 
     def set_budgets(self, budgets: Mapping[int, int]) -> None:
         """Set how many blocks layers predict for a step, from the next prediction on.

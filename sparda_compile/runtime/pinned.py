@@ -3,7 +3,7 @@
 torch's pinned allocator rounds every request up to a power of two: 4.1 GiB takes 8. Here memory is
 mapped, filled so that its pages exist, and then registered with the driver, page by page:
 
-    mmap(size) -> zero in parallel -> cudaHostRegister -> ... -> cudaHostUnregister -> munmap
+    mmap(size) -> zero near the GPU -> cudaHostRegister -> ... -> cudaHostUnregister -> munmap
 
 The GPU reads and writes registered memory at the address that the CPU uses, where the driver
 says so (`CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM`, CUDA driver API).
@@ -19,6 +19,7 @@ from typing import Final
 import torch
 
 from sparda_compile.errors import HostPoolFullError, UnsupportedInputError
+from sparda_compile.runtime.numa import ANYWHERE, Placement
 
 __all__ = ["PinnedMemory", "check_host_access"]
 
@@ -52,6 +53,7 @@ class PinnedMemory:
 
     Args:
         num_bytes: Size, rounded up to the machine's page size and no further.
+        place: Where it is to be.
 
     Attributes:
         num_bytes: Size that was taken.
@@ -61,7 +63,7 @@ class PinnedMemory:
         HostPoolFullError: If the machine or the driver refuses.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, place: Placement = ANYWHERE) -> None:
         self._address = 0
         self.num_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
@@ -75,8 +77,11 @@ class PinnedMemory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        whole.zero_()
         address = whole.data_ptr()
+        if place.cpus:
+            place.zero(address, self.num_bytes)
+        else:
+            whole.zero_()
         status = int(torch.cuda.cudart().cudaHostRegister(address, self.num_bytes, 0))
         if status != 0:
             raise HostPoolFullError(

@@ -69,12 +69,14 @@ class CacheStats:
         selection: A sentence that says from which length on steps leave blocks out.
         speculates: Whether blocks are predicted, so that it is shown how well.
         formats: How full blocks of each layer are written.
+        host_memory: Where the blocks in CPU memory are that a GPU reads, in words; else empty.
     """
 
     layers: dict[int, LayerStats]
     selection: str = ""
     speculates: bool = False
     formats: dict[int, str] = dataclasses.field(default_factory=dict)
+    host_memory: str = ""
 
     @property
     def total(self) -> LayerStats:
@@ -91,15 +93,17 @@ class CacheStats:
         layers = {str(i): dataclasses.asdict(s) for i, s in self.layers.items()}
         total = dataclasses.asdict(self.total)
         formats = {str(layer): name for layer, name in self.formats.items()}
-        plain = {"layers": layers, "total": total, "selection": self.selection}
-        return {**plain, "kv_format": formats}
+        words = {"selection": self.selection, "host_memory": self.host_memory}
+        return {"layers": layers, "total": total, **words, "kv_format": formats}
 
     def __str__(self) -> str:
-        """Return the totals in one line, and below it from which length on blocks are left out.
+        """Return the totals, and in lines of their own what else there is to say.
 
-        A third line names formats that round, where there are any.
+        From which length on blocks are left out, formats that round, and where CPU memory is.
         """
-        return "\n".join(text for text in (self._counts, self.selection, self._formats) if text)
+        where = f"CPU memory is {self.host_memory}." if self.host_memory else ""
+        lines = (self._counts, self.selection, self._formats, where)
+        return "\n".join(line for line in lines if line)
 
     def __repr__(self) -> str:
         """Return the same; layers are named by their number alone."""

@@ -1,12 +1,22 @@
-"""Training on several GPUs: each process sees other sequences, and gradients are averaged.
+"""Training on several GPUs: replicas see other sequences, and gradients are averaged.
 
 Started by `torchrun --nproc-per-node=N`, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it
-there is one process and nothing here does anything.
+there is one process and nothing here does anything. A replica is one process, or those that a model
+is sharded over:
+
+    process    0  1  2  3
+    replica    0  0  1  1      reads batches of its own
+    rank       0  1  0  1      holds KV heads of its own
+
+A layer's loss is a mean over KV heads and sequences. Ranks have as many heads each, and replicas as
+many sequences, so the mean over all processes is what one process would have; of the gradient, too,
+where a rank's own is zero in the rows of heads that others hold.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -14,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.ranks.collectives import group_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,8 +34,8 @@ if TYPE_CHECKING:
     from sparda_compile.ranks.agreement import Ranks
 
 __all__ = [
+    "Replicas",
     "average_",
-    "check_whole",
     "local_device",
     "process_group",
     "rank",
@@ -81,29 +92,51 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check_whole(ranks: Ranks) -> None:
-    """Refuse to train for a model that is sharded.
+@dataclasses.dataclass(frozen=True)
+class Replicas:
+    """The replicas of the model that train together.
+
+    Attributes:
+        count: How many there are.
+        number: Which one this process is of.
+    """
+
+    count: int
+    number: int
+
+    @classmethod
+    def of(cls, ranks: Ranks) -> Replicas:
+        """Return those of a model that is on some ranks, or on one.
+
+        Raises:
+            UnsupportedInputError: If the processes are no whole number of replicas, each of
+                neighbours.
+        """
+        if ranks.is_alone:
+            return cls(world_size(), rank())
+        members = dist.get_process_group_ranks(group_named(ranks.group))
+        are_neighbours = members == list(range(members[0], members[0] + ranks.size))
+        if world_size() % ranks.size or members[0] % ranks.size or not are_neighbours:
+            raise UnsupportedInputError(
+                f"the model is sharded over the processes {members} of {world_size()}; replicas "
+                "that train together are of as many neighbours each. Load it with "
+                "distributed_config=replica_plan(tp) of sparda_compile.training.replica_plan."
+            )
+        return cls(world_size() // ranks.size, members[0] // ranks.size)
+
+
+def average_(tensors: Sequence[Tensor], ranks: Ranks | None = None) -> None:
+    """Replace each tensor by its mean, in one message.
 
     Args:
-        ranks: Processes that the model is sharded over.
-
-    Raises:
-        UnsupportedInputError: If there are several.
+        tensors: Of this process; all have as many.
+        ranks: Processes to take the mean over; None is all.
     """
-    if not ranks.is_alone:
-        raise UnsupportedInputError(
-            f"the model is sharded over {ranks.size} ranks, and a Forecast is trained on a whole "
-            "one; load the model without distributed_config in every process that torchrun starts, "
-            "which trains in parallel on other sequences. The file is sharded when it is loaded."
-        )
-
-
-def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in one message."""
-    if world_size() == 1:
+    size = world_size() if ranks is None else ranks.size
+    if size == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= world_size()
+    dist.all_reduce(flat, group=None if ranks is None else group_named(ranks.group))
+    flat /= size
     for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))

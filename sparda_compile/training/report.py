@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-__all__ = ["HeldOutReport", "StepReport"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["HeldOutReport", "StepReport", "tokens_per_s"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,11 @@ class StepReport:
         """Mean over the layers."""
         return sum(self.recalls.values()) / len(self.recalls)
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that all processes learned from, in a second."""
+        return self.num_tokens / self.seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutReport:
@@ -64,3 +73,14 @@ class HeldOutReport:
     def recall(self) -> float:
         """Mean over the layers."""
         return sum(self.recalls.values()) / len(self.recalls)
+
+
+def tokens_per_s(reports: Sequence[StepReport]) -> float:
+    """Return the tokens of all processes in a second.
+
+    Args:
+        reports: Of steps, one at least; the first one, which compiles kernels, counts if it is the
+            only one.
+    """
+    warm = reports[1:] or reports
+    return sum(report.num_tokens for report in warm) / sum(report.seconds for report in warm)

@@ -55,7 +55,8 @@ def train_forecast(
     there is none, which start from random weights.
 
     Under `torchrun` every process takes its own batches out of the same iterable and gradients
-    are averaged, so a step sees `accumulate` batches of each.
+    are averaged, so a step sees `accumulate` batches of each. Of a model that is sharded over some
+    of the processes, these take the same batches, and the others are replicas.
 
     Args:
         model: What `optimize` takes, or what it returned, in eval mode; on the CPU or a GPU.
@@ -65,7 +66,7 @@ def train_forecast(
             same ones in `optimize`.
         steps: Optimizer steps in all, those before a resumption included.
         lr: Learning rate, constant.
-        accumulate: Batches per step and process.
+        accumulate: Batches per step and process, or replica.
         last_tokens: Tokens at the end of each sequence to learn from, None for all: those like
             the ones that will be decoded, where a Forecast is used. Fewer make a cheaper step.
         teacher: What to learn: `attention`, where the layer's attention goes, as in SparDA, or
@@ -75,7 +76,7 @@ def train_forecast(
         resume: Checkpoint to go on from.
         save_every: Steps between checkpoints.
         held_out: Token ids that are measured and not learned from, as `token_batches`; None for
-            none. The first process measures them alone.
+            none. The first process, or replica, measures them alone.
         measure_every: Steps between two measurements of them; the first is before the first step,
             the last behind the last one.
         on_measure: Called after each measurement.
@@ -89,6 +90,7 @@ def train_forecast(
     Raises:
         ConfigError: If a number is not allowed, the checkpoint does not fit, or the batches end.
         UnsupportedInputError: If the model or a batch cannot be trained on.
+        RanksDisagreeError: If processes that share the model get other batches.
         CaptureError: If the model's forward cannot be traced as one graph.
         AttentionNotFoundError: If it has no attention, or one that is not implemented.
     """
@@ -103,26 +105,26 @@ def train_forecast(
 
     def save() -> None:
         if out is not None and parallel.rank() == 0 and trainer.steps_done > first:
-            used = num_used + (trainer.steps_done - first) * accumulate * parallel.world_size()
+            used = num_used + (trainer.steps_done - first) * accumulate * replicas.count
             trainer.checkpoint(used).save(checkpoint_path(out))
 
     with parallel.process_group(trainer.device), step_bar(steps, shown=progress) as advance:
-        batches = endless(token_batches, num_used, parallel.rank(), parallel.world_size())
+        replicas = trainer.replicas
+        batches = endless(token_batches, num_used, replicas.number, replicas.count)
         try:
             measured.look(trainer, is_end=True)
             while trainer.steps_done < steps:
                 taken = [next(batches) for _ in range(accumulate)]
                 report = trainer.step(taken, on_batch)
-                if parallel.rank():
-                    continue
-                _log.debug(
-                    "step %d: loss %.4f, recall %.3f", report.step, report.loss, report.recall
-                )
-                advance(report)
-                if on_step is not None:
-                    on_step(report)
-                if report.step % save_every == 0 or report.step == steps:
-                    save()
+                if not parallel.rank():
+                    _log.debug(
+                        "step %d: loss %.4f, recall %.3f", report.step, report.loss, report.recall
+                    )
+                    advance(report)
+                    if on_step is not None:
+                        on_step(report)
+                    if report.step % save_every == 0 or report.step == steps:
+                        save()
                 measured.look(trainer, is_end=report.step == steps)
         except KeyboardInterrupt:
             save()
@@ -142,11 +144,13 @@ class _HeldOut:
     on_measure: Callable[[HeldOutReport], None] | None
 
     def look(self, trainer: ForecastTrainer, *, is_end: bool) -> None:
-        """Measure them, if there are any and it is time; of several processes, the first one."""
+        """Measure them, if there are any and it is time; of several replicas, the first one."""
         is_time = is_end or trainer.steps_done % self.every == 0
-        if self.batches is None or parallel.rank() or not is_time:
+        if self.batches is None or trainer.replicas.number or not is_time:
             return
         found = trainer.measure(self.batches)
+        if parallel.rank():
+            return
         _log.debug("held out, step %d: recall %.3f", found.step, found.recall)
         if self.on_measure is not None:
             self.on_measure(found)

@@ -1,7 +1,8 @@
 """`ForecastTrainer`: teaches every layer's Forecast to point where the layer's attention looks.
 
 One forward of the frozen model per batch. At each layer the loss is computed and sent back into
-that layer's projection alone, so nothing is recomputed and memory is linear in the length.
+that layer's projection alone, so nothing is recomputed and memory is linear in the length. Where
+ranks share the model, each has the projections of all KV heads, and computes with those of its own.
 
 Constants are those of SparDA (arXiv 2606.04511), Forecast training: AdamW, betas 0.9 and 0.95,
 eps 1e-6, weight decay 0.01, gradient norm clipped at 0.5, constant rate 5e-4, 2000 steps of 32
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from sparda_compile import __version__
 from sparda_compile.errors import ConfigError, UnsupportedInputError
+from sparda_compile.forecast.parts import parts_of
 from sparda_compile.forecast.projection import to_tensors
-from sparda_compile.forecast.start import initial_forecast
 from sparda_compile.forecast.weights import ForecastInfo, ForecastWeights
 from sparda_compile.graph.site import forecast_dim
 from sparda_compile.module.captures_of import captures_of
@@ -37,6 +38,7 @@ from sparda_compile.training.loss import backward_loss
 from sparda_compile.training.mass_loss import backward_mass_loss, scores_low_bit_keys
 from sparda_compile.training.names import Teacher
 from sparda_compile.training.progress import uninterrupted
+from sparda_compile.training.rank_start import traced_config, whole_start
 from sparda_compile.training.recall import block_recall
 from sparda_compile.training.report import HeldOutReport, StepReport
 from sparda_compile.training.taps import TappedForward, tap_forward
@@ -98,7 +100,7 @@ class ForecastTrainer:
             raise ConfigError(f"lr={lr} is not allowed; use more than 0, such as 5e-4.")
         self.config = config
         self.captures = captures_of(model)
-        parallel.check_whole(self.captures.ranks)
+        self.ranks = self.captures.ranks
         self.device = next(self.captures.model.parameters()).device
         self.dtype = next(self.captures.model.parameters()).dtype
         self.steps_done = self.longest = 0
@@ -110,14 +112,8 @@ class ForecastTrainer:
         if not scores_low_bit_keys(config):
             self._loss_of = partial(backward_loss, backend=backend)
         self._forwards: dict[int, TappedForward] = {}
-        forward = self._forward(1)
-        start = initial_forecast(
-            forward.graph_module.graph,
-            forward.sites,
-            forward.shapes,
-            self.captures.get("prefill", last_logits_only=True),
-            torch.float32,
-        )
+        self._traced = traced_config(self.captures, config)
+        start = whole_start(self.captures, self._forward(1), config)
         self.weights = {layer: weight.map(nn.Parameter) for layer, weight in start.items()}
         self.parameters = to_tensors(self.weights)
         self.optimizer = torch.optim.AdamW(
@@ -138,8 +134,11 @@ class ForecastTrainer:
 
         Raises:
             UnsupportedInputError: If a batch does not fit the model, or the loss is not finite.
+            RanksDisagreeError: If ranks of one replica have other batches.
         """
         start = time.perf_counter()
+        with self.ranks.together("a step of training") as facts:
+            facts.update((f"batch {number}", ids) for number, ids in enumerate(batches))
         losses = {layer: torch.zeros((), device=self.device) for layer in self.weights}
         recalls = dict(losses)
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,7 +168,7 @@ class ForecastTrainer:
             dict(zip(losses, numbers[:count], strict=True)),
             dict(zip(losses, numbers[count : 2 * count], strict=True)),
             numbers[-1],
-            sum(ids.numel() for ids in batches) * parallel.world_size(),
+            sum(ids.numel() for ids in batches) * self.replicas.count,
             time.perf_counter() - start,
         )
 
@@ -234,6 +233,7 @@ class ForecastTrainer:
             self.weights = trained
         if not count:
             raise ConfigError("there is no batch to measure; pass one of held-out texts or more.")
+        parallel.average_([*losses.values(), *recalls.values()], self.ranks)
         numbers = (torch.stack([*losses.values(), *recalls.values()]) / count).tolist()
         return HeldOutReport(
             self.steps_done,
@@ -248,7 +248,8 @@ class ForecastTrainer:
         positions = torch.arange(ids.shape[1], device=self.device).expand(ids.shape)
         forward = self._forward(ids.shape[0])
         with torch.enable_grad():
-            weights = {layer: weight.to(self.dtype) for layer, weight in self.weights.items()}
+            mine = parts_of(self.weights, forward.shapes, self.ranks)
+            weights = {layer: weight.to(self.dtype) for layer, weight in mine.items()}
             forward(ids, positions, weights, listener)
 
     def forecast(self) -> ForecastWeights:
@@ -261,12 +262,13 @@ class ForecastTrainer:
         """Return what the projections are for."""
         sites, config = self._forward(1).sites, self.config
         shapes = [self.weights[site.layer].shape for site in sites]
+        dims = tuple(map(forecast_dim, sites))
         assert config.top_k is not None
         return ForecastInfo(
             model=self.captures.model_name,
             layers=tuple(site.layer for site in sites),
-            groups=tuple(site.num_groups for site in sites),
-            head_dim=tuple(map(forecast_dim, sites)),
+            groups=tuple(each.rows // dim for each, dim in zip(shapes, dims, strict=True)),
+            head_dim=dims,
             hidden=tuple(shape.hidden for shape in shapes),
             ranks=tuple(shape.rank for shape in shapes),
             block_size=config.block_size,
@@ -309,8 +311,17 @@ class ForecastTrainer:
 
     def _forward(self, batch_size: int) -> TappedForward:
         if batch_size not in self._forwards:
-            self._forwards[batch_size] = tap_forward(self.captures, self.config, batch_size)
+            self._forwards[batch_size] = tap_forward(self.captures, self._traced, batch_size)
         return self._forwards[batch_size]
+
+    @property
+    def replicas(self) -> parallel.Replicas:
+        """The replicas that train together.
+
+        Raises:
+            UnsupportedInputError: If the processes are no whole number of them.
+        """
+        return parallel.Replicas.of(self.ranks)
 
     @property
     def _vocab_size(self) -> int | None:

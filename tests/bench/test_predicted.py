@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sparda_compile.bench.predicted import EXACT_SINCE, SINCE, Point, Predictor, points_in, read_points
+from sparda_compile.bench.predicted import (
+    EXACT_SINCE,
+    SINCE,
+    Point,
+    Predictor,
+    points_in,
+    read_points,
+)
 from sparda_compile.errors import ConfigError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"

@@ -11,7 +11,9 @@ from sparda_compile.bench.predicted_show import print_predicted
 
 def test_a_point_has_a_ratio_where_it_is_judged():
     console = Console(file=io.StringIO(), width=130)
-    point = Point("a.json", EXACT_SINCE, "h200", "8b", 16, 131072, "scheduled", "exact", 0.9, 10000.0)
+    point = Point(
+        "a.json", EXACT_SINCE, "h200", "8b", 16, 131072, "scheduled", "exact", 0.9, 10000.0
+    )
     older = dataclasses.replace(point, date="2026-11-25", mode="forecast")
     print_predicted([(point, 9000.0), (older, 5000.0)], console)
     printed = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]

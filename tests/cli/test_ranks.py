@@ -1,4 +1,4 @@
-"""`sparda bench decode --tp N`: the ranks that it starts, and what they write."""
+"""`--tp N` of benchmarks: the ranks that it starts, and what they write."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sparda_compile import environment
 from sparda_compile.cli import main as cli
 from sparda_compile.cli.bench_files import decode_file
 
@@ -18,8 +19,8 @@ TINY = ["--shape", "tiny", "--tokens", "10240", "--rounds", "1", "--steps", "1"]
 ONE = ["--variant", "scheduled", "--overlap", "0.9"]
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli.app, ["bench", "decode", *map(str, arguments)])
+def run(*arguments, what="decode"):
+    return CliRunner().invoke(cli.app, ["bench", what, *map(str, arguments)])
 
 
 @needs_few_gpus
@@ -44,27 +45,71 @@ def test_more_ranks_than_gpus_are_refused_in_a_sentence(tmp_path):
     assert "--tp 2 measures 2 CUDA GPUs" in " ".join(out.output.split())
 
 
-def test_ranks_get_the_same_options_and_no_multicast(tmp_path, monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """What was started, which writes nothing."""
     seen = {}
 
     def start(command, env, **_):
         seen.update(command=command, env=env)
-        return SimpleNamespace(returncode=3)
+        return SimpleNamespace(returncode=seen.get("returns", 0))
 
     monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(environment, "_commit", lambda: "abc123")
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    return seen
+
+
+def test_ranks_get_the_same_options_and_no_multicast(tmp_path, started):
+    started["returns"] = 3
     out = run("--tp", 4, *TINY, *ONE, "--batch", 1, "--batch", 16, "--out", tmp_path)
     assert out.exit_code == 1
     assert "a rank of --tp 4 ended with an error" in out.output
-    command = seen["command"]
+    command = started["command"]
     begin = command.index("sparda_compile")
     assert command[begin - 2 : begin] == ["--nproc-per-node=4", "-m"]
-    options = command[begin + 3 :]
-    assert options[:4] == ["--shape", "tiny", "--tp", "4"]
-    assert options[4:8] == ["--batch", "1", "--batch", "16"]
-    assert options[-2:] == ["--out", str(tmp_path)]
-    assert seen["env"]["NCCL_NVLS_ENABLE"] == "0"
-    assert seen["env"]["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+    assert command[begin + 1 : begin + 3] == ["bench", "decode"]
+    options = " ".join(command[begin + 3 :])
+    assert options == (
+        "--shape tiny --batch 1 --batch 16 --tokens 10240 --overlap 0.9 --variant scheduled "
+        f"--rounds 1 --steps 1 --out {tmp_path} --tp 4"
+    )
+    assert started["env"]["NCCL_NVLS_ENABLE"] == "0"
+    assert started["env"]["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("what", "own"),
+    [("prefill", ("--tokens", 100, "--minutes", 2.0)), ("turns", ("--past", 300, "--tokens", 7))],
+)
+def test_prompts_of_ranks_get_the_same_options(tmp_path, started, what, own):
+    (tmp_path / f"{what}-tiny-tp2.json").write_text("{}")
+    more = ("--no-baseline", "--program", "dense", "--max-host-gib", 3.0, "--out", tmp_path)
+    out = run("--shape", "tiny", *own, *more, "--tp", 2, "--json", what=what)
+    assert out.exit_code == 0, out.output
+    found = json.loads(out.stdout)
+    assert (found["name"], found["tp"], found["results"]) == (f"{what}-tp", 2, [])
+    command = started["command"]
+    assert command[command.index("bench") + 1] == what
+    options = command[command.index("bench") + 2 :]
+    asked = (*own, *more, "--shape", "tiny", "--tp", 2)
+    assert sorted(options) == sorted(map(str, asked)), "and neither --json nor a default"
+
+
+@pytest.mark.parametrize("what", ["prefill", "turns"])
+def test_one_of_the_ranks_measures_prompts(tmp_path, monkeypatch, what):
+    from sparda_compile.bench import rank_prompts
+
+    asked = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(rank_prompts, "measure_prompts_on_ranks", lambda *args: asked.append(args))
+    options = ("--tp", 2, "--shape", "tiny", "--rounds", 1, "--max-host-gib", 1, "--out", tmp_path)
+    assert run(*options, what=what).exit_code == 0
+    ((shape, setting, tp, _, file, limit),) = asked
+    assert (shape, tp, setting.rounds, limit) == ("tiny", 2, 1, 1 << 30)
+    assert file.path == tmp_path / f"{what}-tiny-tp2.json"
+    assert not file.path.exists()
 
 
 def test_one_of_the_ranks_measures_and_does_not_start_others(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparda_compile.cli import targets
-from sparda_compile.cli.targets import build_target, load_target, load_tokenizer
+from sparda_compile.cli.targets import build_target, load_shared, load_target, load_tokenizer
 from sparda_compile.errors import ConfigError
 from sparda_compile.testing import build
 
@@ -107,3 +107,20 @@ class TestLoad:
         monkeypatch.setattr(targets, "load_real_tokenizer", lambda: "its tokenizer")
         assert load_target("smollm2") == "the model"
         assert load_tokenizer("smollm2") == "its tokenizer"
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "smollm2"])
+def test_what_is_no_folder_cannot_be_shared(name):
+    with pytest.raises(ConfigError, match="is no folder, and --tp shards a model that"):
+        load_shared(name, None, torch.device("cpu"))
+
+
+def test_a_shared_model_is_in_float32_on_a_cpu(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(
+        targets, "_from_folder", lambda folder, **fields: asked.update(fields, folder=folder)
+    )
+    load_shared(str(tmp_path), "plan", torch.device("cpu"))
+    assert asked.pop("dtype") == torch.float32
+    load_shared(str(tmp_path), "plan", torch.device("cuda", 1))
+    assert asked == {"folder": str(tmp_path), "distributed_config": "plan", "dtype": "auto"}

@@ -73,6 +73,9 @@ def test_json_and_resumption(text, tmp_path):
     said = json.loads(result.stdout)
     assert said["out"] == str(out)
     assert said["forecast"]["steps"] == 3
+    assert (said["processes"], said["tp"]) == (1, 1)
+    warm = said["steps"][-1]
+    assert said["tokens_per_s"] == warm["tokens_per_s"] == warm["num_tokens"] / warm["seconds"]
     assert [step["step"] for step in said["steps"]] == [2, 3]
     assert all(step["loss"] > 0 and 0 <= step["recall"] <= 1 for step in said["steps"])
     assert not torch.equal(load_forecast(out)[0], first[0])
@@ -228,3 +231,23 @@ def test_tokens_are_those_of_documents(text, tmp_path):
     result = run("--text", text, "--out", out, "--tokens", 100, *SIZES)
     assert result.exit_code == 2
     assert "--tokens counts those of documents" in result.output
+
+
+def test_processes_that_are_no_whole_replicas_are_refused(text, tmp_path):
+    result = run("--text", text, "--out", tmp_path / "x", "--tp", 2, *SIZES)
+    assert result.exit_code == 2
+    words = " ".join(result.output.replace("\u2502", " ").split())
+    assert "--tp 2 shares the model among as many processes, and 1 are running" in words
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_only_the_first_process_says_what_an_interrupt_left(text, tmp_path, monkeypatch, number):
+    def interrupted(self, batches, *rest):
+        del self, batches, rest
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.ForecastTrainer, "step", interrupted)
+    monkeypatch.setenv("RANK", number)
+    result = run("--text", text, "--out", tmp_path / "x", *SIZES)
+    assert result.exit_code == 130
+    assert ("stopped before the first step" in result.output) == (number == "0")

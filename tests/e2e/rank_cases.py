@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import random
 import subprocess
@@ -27,6 +28,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -69,6 +72,8 @@ def make_models(folder):
             LlamaConfig(**{**SHAPE, "num_attention_heads": 12, "num_key_value_heads": 6,
                            "hidden_size": 96})
         ),
+        "few": LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 2})),
+        "olmo2": Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, "num_key_value_heads": 1})),
         "mixtral": MixtralForCausalLM(
             MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
         ),
@@ -121,6 +126,7 @@ MODES = {
     "exact": {"hint": ("forecast", "previous_step")},
     "speculate": {"offload": "never", "speculate_where": "always"},
 }
+MODES_OF_FOUR = ("query", "forecast", "exact")
 LENGTHS = (90, 37, 64)
 SECOND = 21
 NEW = 5
@@ -170,10 +176,10 @@ def build(folder, family, model, mode, **changes):
     return optimize(model, made, forecast=forecast)
 
 
-def all_modes(folder, model, family):
+def all_modes(folder, model, family, modes=tuple(MODES)):
     """Return what a model says in every mode, and a module of it, which is traced once."""
     fast, found = model, {}
-    for mode in MODES:
+    for mode in modes:
         fast = build(folder, family, fast, mode)
         found[mode] = said(fast)
     return found, fast
@@ -283,18 +289,17 @@ def ending(folder, model, rank):
     return found
 
 
-def load(folder, family):
-    """Return a checkpoint that is sharded over all ranks."""
+def load(folder, family, changes=None):
+    """Return a checkpoint that is sharded over all ranks, by transformers' plan with changes."""
     size = dist.get_world_size()
     # Both ways to ask for it; `auto` goes by what torchrun has started.
     asked = {"tp_plan": "auto"} if size == int(os.environ["WORLD_SIZE"]) else {"tp_size": size}
-    plan = DistributedConfig(**asked)
+    plan = DistributedConfig(**({"tp_size": size, "tp_plan": changes} if changes else asked))
     return AutoModelForCausalLM.from_pretrained(folder / family, distributed_config=plan).eval()
 
 
-def heads(fast):
-    """Return the KV heads of each layer's pool."""
-    said(fast)
+def kv_heads(fast):
+    """Return the KV heads of each layer's pool, of the last call."""
     return [layer.num_groups for layer in fast.last_cache.layout.layers]
 
 
@@ -318,19 +323,42 @@ def joined(folder, size, backend="gloo", seconds=60):
         dist.destroy_process_group()
 
 
+def few_heads(folder):
+    """Return what is said of two KV heads on four ranks, by transformers itself and by us."""
+    ids, found = prompt()[0][:1], {}
+    model = load(folder, "few")
+    with torch.no_grad():
+        found["transformers"] = refused(lambda: model(ids), RuntimeError)
+    found["ours"] = refused(lambda: optimize(model))
+    keys = dict.fromkeys((f"model.layers.*.self_attn.{k}_proj" for k in "kv"), "replicate")
+    model = load(folder, "few", keys)
+    with torch.no_grad():
+        found["whole keys"] = model(ids).logits
+    return found | {"ours of whole keys": refused(lambda: optimize(model))}
+
+
+def sibling(name):
+    """Return a module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def four(folder):
     """Return what each of four ranks finds."""
-    found, fast = all_modes(folder, load(folder, "llama"), "llama")
-    refusal = refused(lambda: optimize(load(folder, "odd")))
-    return {"llama": found, "odd heads": refusal, "heads": heads(fast)}
+    found, fast = all_modes(folder, load(folder, "llama"), "llama", MODES_OF_FOUR)
+    said_of = {"llama": found, "heads": kv_heads(fast), "few heads": few_heads(folder)}
+    return said_of | {"odd heads": refused(lambda: optimize(load(folder, "odd")))}
 
 
 def two(folder, rank):
     """Return what each of two ranks finds, and a module."""
-    found = {}
+    fast = build(folder, "olmo2", load(folder, "olmo2"), "forecast")
+    found = {"gathered": said(fast), "gathered heads": kv_heads(fast)}
     for family in reversed(FAMILIES):
         found[family], fast = all_modes(folder, load(folder, family), family)
-    found["heads"] = heads(fast)
+    found["heads"] = kv_heads(fast)
     found["graphs"] = graphs(build(folder, "llama", fast, "forecast"))
     found["report"] = repr(explain(fast, config("query")))
     found["variants"] = variants(folder, fast, rank)
@@ -343,11 +371,19 @@ def main(folder, cases):
     gc.set_threshold(50_000, 20, 100)
     if cases == "gloo":
         with joined(folder, 4) as rank:
-            torch.save(four(folder), folder / f"four{rank}")
+            works = sibling("rank_works")
+            found = four(folder)
+            found["trained"] = works.trained_by_command(folder, rank, "--tp", "2")
+            torch.save(found, folder / f"four{rank}")
         if rank > 1:
             return
         with joined(folder, 2) as rank:
+            works.benchmarks(folder)
+            whole = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+            replicas = works.trained(whole)
             found, fast = two(folder, rank)
+            found["replicas"] = replicas
+            found["training"] = works.training_of_a_part(fast, rank)
             torch.save(found, folder / f"two{rank}")
             torch.save(ending(folder, fast, rank), folder / "ending")
     elif cases == "nccl":

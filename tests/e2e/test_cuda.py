@@ -342,11 +342,15 @@ def test_offload_auto_stays_on_the_gpu_while_it_fits(lab):
 
 
 def test_pinned_memory_is_exact():
+    from sparda_compile.runtime.numa import placement_near
     from sparda_compile.runtime.pinned import PinnedMemory
 
     asked = (5 << 20) + 100
-    region = PinnedMemory(asked)
+    place = placement_near(torch.device("cuda", torch.cuda.current_device()))
+    assert place.sentence.startswith("near" if place.cpus else "where the process runs")
+    region = PinnedMemory(asked, place)
     assert asked <= region.num_bytes < asked + 4096
+    assert not region.tensor.any()
     assert region.tensor.shape == (asked,)
     on_gpu = torch.arange(64, dtype=torch.uint8, device="cuda")
     region.tensor[:64].copy_(on_gpu, non_blocking=True)

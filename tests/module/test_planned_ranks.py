@@ -14,7 +14,7 @@ from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.graph.nodes import fake_value
 from sparda_compile.module.planned_ranks import as_first_rank
 from sparda_compile.ranks.shards import is_sharded
-from sparda_compile.testing import build, tiny_llama
+from sparda_compile.testing import build, build_form, tiny_llama
 
 CONFIG = SpardaConfig(
     mode="forecast", block_size=16, top_k=2, local_blocks=2, max_tokens=256, offload="always",
@@ -58,6 +58,20 @@ def test_it_may_be_asked_again_and_leaves_nothing_behind():
 def test_heads_that_ranks_cannot_share_are_said_in_the_report():
     error = explain(build("llama"), CONFIG, tp=4).error
     assert "4 query heads and 2 KV heads, which 4 ranks cannot share equally; use 1, 2" in error
+
+
+def test_heads_that_a_plan_gathers_are_on_all_ranks_and_counted():
+    model = build_form("olmo2")
+    one, four = (explain(model, CONFIG, tp=n) for n in (1, 4))
+    assert not four.error
+    assert [site.num_groups for site in four.sites] == [site.num_groups for site in one.sites]
+    assert (one.kv_copies, one.replicated_bytes) == (1, 0)
+    assert four.kv_copies == 4
+    assert four.host_bytes == one.host_bytes > 0
+    assert four.replicated_bytes == 3 * (one.host_bytes + one.device_bytes)
+    assert four.to_dict()["replicated_bytes"] == four.replicated_bytes
+    assert "the same on every rank, as its plan gathers them: 4 times the KV cache" in str(four)
+    assert "replicated" not in str(explain(build("llama"), CONFIG, tp=2))
 
 
 @pytest.mark.parametrize("tp", [0, -1, 1.5, "auto"])

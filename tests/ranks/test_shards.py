@@ -17,6 +17,7 @@ from sparda_compile.ranks.shards import (
     mesh_of,
     meshes_in,
     shard_range,
+    splits_heads,
 )
 
 
@@ -26,8 +27,12 @@ def sharded(mesh, rows=6, placement=None):
 
 
 class Keys(nn.Module):
-    def __init__(self, weight, heads=4, kv=2):
+    def __init__(self, weight, heads=4, kv=2, queries=None, style="colwise"):
         super().__init__()
+        self.tp_plan = {"k_proj": style, "q_proj": "colwise"}
+        if queries is not None:
+            self.q_proj = nn.Linear(2, 6, bias=False)
+            self.q_proj.weight = nn.Parameter(queries)
         self.k_proj = nn.Linear(2, 6, bias=False)
         self.k_proj.weight = nn.Parameter(weight)
         config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv)
@@ -85,6 +90,27 @@ def test_heads_that_ranks_cannot_share_are_refused_with_numbers(mesh, heads, kv,
     words = f"has {heads} query heads and {kv} KV heads, .* 2 ranks .* use {allowed} ranks"
     with pytest.raises(UnsupportedInputError, match=words):
         check_heads(Keys(sharded(mesh), heads, kv), 2)
+
+
+def test_the_reason_why_heads_are_not_replicated_is_said(mesh):
+    with pytest.raises(UnsupportedInputError, match=r"k_proj and v_proj into 2 parts, 1.5 heads"):
+        check_heads(Keys(sharded(mesh), 6, 3), 2)
+
+
+@pytest.mark.parametrize("style", ["colwise_gather_output", "colwise_rep"])
+def test_heads_that_a_plan_gathers_are_on_every_rank(mesh, style):
+    gathered = Keys(sharded(mesh), 3, 3, style=style)
+    assert splits_heads(Keys(sharded(mesh)))
+    assert not splits_heads(gathered)
+    check_heads(gathered, 2)
+
+
+@pytest.mark.parametrize("placement", [Replicate(), None])
+def test_queries_that_are_split_beside_whole_keys_are_refused(mesh, placement):
+    style = "colwise" if placement else "colwise_gather_output"
+    model = Keys(sharded(mesh, placement=placement), 4, 2, sharded(mesh), style)
+    with pytest.raises(UnsupportedInputError, match=r"leaves every rank all .* tp_plan='auto'"):
+        check_heads(model, 2)
 
 
 def test_heads_that_ranks_share_or_all_have_pass(mesh):

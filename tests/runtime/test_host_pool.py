@@ -8,6 +8,7 @@ import torch
 from sparda_compile.errors import HostPoolFullError, KVCacheError
 from sparda_compile.runtime import host_pool
 from sparda_compile.runtime.host_pool import HostPool, free_host_bytes
+from sparda_compile.runtime.numa import Placement
 from sparda_compile.state.layout import TensorSpec
 
 MIB = 1 << 20
@@ -46,17 +47,20 @@ def test_machine_that_is_too_small_is_named(monkeypatch, limit):
 class FakeRegion:
     """Pinned memory of a machine with large pages."""
 
-    def __init__(self, num_bytes):
+    def __init__(self, num_bytes, place):
+        self.place = place
         self.num_bytes = -(-num_bytes // 4096) * 4096
         self.tensor = torch.arange(num_bytes).to(torch.uint8)
 
 
 def test_pinned_blocks_are_views_of_regions_that_the_pool_keeps(monkeypatch):
     monkeypatch.setattr(host_pool, "PinnedMemory", FakeRegion)
-    pool = HostPool(None, pinned=True)
+    place = Placement("near", frozenset({0}))
+    pool = HostPool(None, pinned=True, place=place)
     blocks = [pool.allocate(TensorSpec((2, 3), torch.int16, on_host=True)) for _ in range(2)]
     assert [b.shape for b in blocks] == [(2, 3)] * 2
     assert [b.data_ptr() for b in blocks] == [r.tensor.data_ptr() for r in pool._regions]
+    assert all(region.place is place for region in pool._regions)
     assert blocks[0].view(torch.uint8).flatten().tolist() == list(range(12))
     assert pool.num_bytes == 2 * 4096
     empty = pool.allocate(TensorSpec((0,), torch.float32, on_host=True))

@@ -18,6 +18,7 @@ from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.runtime import kv_cache
 from sparda_compile.runtime.append import advance_lengths, extend_kv
 from sparda_compile.runtime.kv_cache import KVCache
+from sparda_compile.runtime.numa import ANYWHERE, Placement
 from sparda_compile.runtime.stats import LayerStats
 from sparda_compile.runtime.transfer import store_blocks
 from sparda_compile.state.layout import CacheLayout, LayerShape
@@ -120,6 +121,23 @@ def test_a_gpu_is_asked_before_anything_is_allocated(monkeypatch):
     with pytest.raises(DevicePoolFullError, match="asked too late"):
         KVCache(layouts[1], gpu)
     assert asked == [gpu]
+
+
+def test_blocks_in_cpu_memory_are_near_the_gpu_that_reads_them(monkeypatch):
+    places, near = [], Placement("near it", frozenset({0}))
+    layouts = [make(offload=offload).layout for offload in ("always", "never")]
+
+    def pool(limit, *, pinned, place):
+        places.append((pinned, place))
+        raise DevicePoolFullError("far enough")
+
+    monkeypatch.setattr(kv_cache, "check_host_access", lambda device: None)
+    monkeypatch.setattr(kv_cache, "placement_near", lambda device: near)
+    monkeypatch.setattr(kv_cache, "HostPool", pool)
+    for layout, device in ((layouts[0], "cuda:0"), (layouts[1], "cuda:0"), (layouts[0], "cpu")):
+        with pytest.raises(DevicePoolFullError, match="far enough"):
+            KVCache(layout, torch.device(device))
+    assert places == [(True, near), (True, ANYWHERE), (False, ANYWHERE)]
 
 
 def test_reset_forgets_all_and_keeps_the_memory():

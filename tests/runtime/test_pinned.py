@@ -11,6 +11,7 @@ import torch
 
 from sparda_compile.errors import HostPoolFullError, UnsupportedInputError
 from sparda_compile.runtime import pinned
+from sparda_compile.runtime.numa import Placement
 from sparda_compile.runtime.pinned import PinnedMemory, check_host_access
 
 PAGE = mmap.PAGESIZE
@@ -189,3 +190,14 @@ def test_machine_without_huge_pages_gives_the_same(runtime, monkeypatch):
     region = PinnedMemory(100)
     assert fake.registered == {region.tensor.data_ptr(): PAGE}
     region.close()
+
+
+def test_memory_near_a_gpu_is_touched_there_first(runtime, monkeypatch):
+    runtime()
+    touched = []
+    monkeypatch.setattr(Placement, "zero", lambda self, *where: touched.append(where))
+    region = PinnedMemory(PAGE + 1, Placement("near", frozenset({0})))
+    assert touched == [(region.tensor.data_ptr(), 2 * PAGE)]
+    region.close()
+    PinnedMemory(PAGE, Placement("not known")).close()
+    assert len(touched) == 1

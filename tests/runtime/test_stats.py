@@ -27,6 +27,7 @@ def test_plain_values_and_text():
         "total": layer,
         "selection": "",
         "kv_format": {},
+        "host_memory": "",
     }
     assert str(stats) == "3 hits, 1 misses (75.0% hits), 30 bytes H2D, 40 bytes D2H"
 
@@ -82,3 +83,12 @@ def test_predictions_are_shown_where_the_mode_makes_them():
     assert str(CacheStats({1: layers[1]}, speculates=True)).endswith(", nothing predicted")
     others = CacheStats(layers)
     assert "repaired" not in str(others) + others._repr_html_()
+
+
+def test_where_cpu_memory_is_stands_below_the_counts():
+    stats = CacheStats({}, "Selected.", host_memory="near cuda:1: on NUMA node 1")
+    assert str(stats).splitlines()[1:] == [
+        "Selected.", "CPU memory is near cuda:1: on NUMA node 1."
+    ]  # fmt: skip
+    assert stats.to_dict()["host_memory"] == "near cuda:1: on NUMA node 1"
+    assert "CPU memory" not in str(CacheStats({}))

@@ -1,41 +1,12 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import torch.distributed as dist
 
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.module.planned_ranks import as_first_rank
-from sparda_compile.testing import build
+from sparda_compile.ranks.agreement import ALONE, Ranks
 from sparda_compile.training import parallel
-from sparda_compile.training.trainer import ForecastTrainer
-
-# A program of its own: PyTorch does not train in a fork of a process that has trained.
-ONE_OF_TWO = Path(__file__).with_name("one_of_two.py")
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_that_accumulates(gym, shared_capture, tmp_path):
-    batches = gym.batches(4, length=100)
-    alone = ForecastTrainer(gym.model, gym.config, 3e-3)
-    torch.save({"config": gym.config, "batches": batches}, tmp_path / "task")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*torchrun, ONE_OF_TWO, tmp_path], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
-    reports = [alone.step(batches[:2]), alone.step(batches[2:])]
-    for name, weight in alone.parameters.items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], weight.detach(), rtol=1e-4, atol=1e-6)
-    assert first["tokens"] == [r.num_tokens for r in reports] == [200, 200]
-    for mine, report in zip(first["losses"], reports, strict=True):
-        torch.testing.assert_close(mine, report.losses, rtol=1e-4, atol=1e-6)
-    assert second["losses"] == [], "only the first process reports"
 
 
 def test_alone_nothing_is_averaged(monkeypatch):
@@ -55,11 +26,41 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     assert parallel.local_device() == torch.device("cpu")
 
 
-def test_a_model_that_is_sharded_is_not_trained_for(gym):
-    with (
-        as_first_rank(build("llama"), 2) as model,
-        pytest.raises(
-            UnsupportedInputError, match="sharded over 2 ranks, and a Forecast is trained"
-        ),
-    ):
-        ForecastTrainer(model, gym.config, 3e-3)
+@pytest.fixture
+def processes(monkeypatch):
+    """A world of six processes, and the members of a model's group."""
+
+    def make(members):
+        monkeypatch.setattr(parallel, "world_size", lambda: 6)
+        monkeypatch.setattr(parallel, "group_named", lambda name: name)
+        monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: members)
+        return Ranks(len(members), 0, "group")
+
+    return make
+
+
+def test_a_process_is_a_replica_of_its_own_or_shares_one(processes, monkeypatch):
+    assert parallel.Replicas.of(ALONE) == parallel.Replicas(1, 0)
+    assert parallel.Replicas.of(processes([2, 3])) == parallel.Replicas(3, 1)
+    assert parallel.Replicas.of(processes([3, 4, 5])) == parallel.Replicas(2, 1)
+    monkeypatch.setattr(parallel, "rank", lambda: 4)
+    assert parallel.Replicas.of(ALONE) == parallel.Replicas(6, 4)
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2, 3], [0, 2], [1, 2]])
+def test_processes_that_are_no_whole_replicas_are_refused(processes, members):
+    with pytest.raises(UnsupportedInputError, match=r"replicas that train .*replica_plan\(tp\)"):
+        parallel.Replicas.of(processes(members))
+
+
+def test_a_mean_is_over_all_processes_or_over_ranks(processes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "all_reduce", lambda flat, group: asked.append(group) or flat.mul_(3))
+    tensors = [torch.tensor([2.0, 4.0]), torch.tensor(6.0)]
+    ranks = processes([0, 1])
+    parallel.average_(tensors)
+    assert torch.equal(tensors[0], torch.tensor([1.0, 2.0]))
+    parallel.average_(tensors, ranks)
+    assert torch.equal(tensors[1], torch.tensor(4.5))
+    parallel.average_(tensors, ALONE)
+    assert asked == [None, "group"]

@@ -11,6 +11,7 @@ from sparda_compile import optimize, train_forecast
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.forecast.projection import Projection, to_tensors
 from sparda_compile.forecast.weights import load_forecast
+from sparda_compile.training import rank_start
 from sparda_compile.training import trainer as trainer_module
 from sparda_compile.training.checkpoint import checkpoint_path
 from sparda_compile.training.trainer import ForecastTrainer
@@ -53,7 +54,7 @@ def test_from_random_weights_loss_falls_and_recall_rises_and_a_decode_takes_the_
     gym, monkeypatch
 ):
     """Layer 0 forecasts from what its own query is made of, so much can be predicted."""
-    monkeypatch.setattr(trainer_module, "initial_forecast", random_start)
+    monkeypatch.setattr(rank_start, "initial_forecast", random_start)
     held_out = gym.batches(2, length=320, seed=9)
     reports = []
     weights = train(gym, gym.batches(12, length=320), 150, lr=1e-2, on_step=reports.append)
