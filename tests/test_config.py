@@ -52,6 +52,7 @@ REFUSED = {
     "ema_damping": (-0.1, ["ema_damping=-0.1", "use 0.0 to 1.0"]),
     "speculation_budget": (4.5, ["speculation_budget=4.5", "use 0.0 to 4.0"]),
     "repair": ("merge", ["repair='merge'", "exact, union"]),
+    "attend_before_repair": ("never", ["attend_before_repair='never'", "auto, always"]),
     "speculate_where": ("never", ["speculate_where='never'", "auto, always"]),
     "expected_overlap": (1.5, ["expected_overlap=1.5", "use 0.0 to 1.0"]),
     "expected_recall": (-0.5, ["expected_recall=-0.5", "use 0.0 to 1.0"]),

@@ -39,7 +39,11 @@ _LENGTH: Final = 2048
 
 Limit = Annotated[
     float,
-    typer.Option(min=1e-12, help="Divergence from the model that all layers may cost, mean nats."),
+    typer.Option(
+        min=1e-12,
+        max=1e6,
+        help="Divergence from the model that all layers may cost, mean nats.",
+    ),
 ]
 Scored = Annotated[
     int, typer.Option(min=1, max=MOST_TOKENS, help="Last tokens of each document, which count.")

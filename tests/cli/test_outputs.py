@@ -111,6 +111,7 @@ OUTPUTS = {
     "eval tasks --plot": ["eval", "tasks", "--plot"],
     "eval text --json-file": ["eval", "text", "smollm2", *DOCUMENT, "--json-file"],
     "eval text --plot": ["eval", "text", "smollm2", *DOCUMENT, "--plot"],
+    "eval formats --json-file": ["eval", "formats", "smollm2", *DOCUMENT, "--json-file"],
     "eval trace --out": ["eval", "trace", "smollm2", *DOCUMENT, "--out"],
     "train --out": ["train", "tiny-llama", *TEXT, "--out"],
     "bench decode --out": ["bench", "decode", "--out"],
@@ -123,6 +124,15 @@ OUTPUTS = {
     "bench prefill --plot": ["bench", "prefill", "--plot"],
     "bench turns --out": ["bench", "turns", "--out"],
     "bench prr --out": ["bench", "prr", "--out"],
+    "bench tradeoff --plot": [
+        "bench",
+        "tradeoff",
+        "--decode",
+        __file__,
+        "--text",
+        __file__,
+        "--plot",
+    ],
     "bench start --out": ["bench", "start", "--device", "cpu", "--out"],
 }
 

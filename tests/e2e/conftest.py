@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 # `exact` with a Forecast as hint selects by the query and by the Forecast: it uses all that is
 # known of a site.
-FULLEST = SpardaConfig(mode="exact", hint="forecast", machine="h200", top_k=4, block_size=16)
+FULLEST = SpardaConfig(
+    mode="exact", hint="forecast", machine="h200", top_k=4, block_size=16,
+    attend_before_repair="always",
+)  # fmt: skip
 # These give back what they take if the shape stays.
 _LAYOUT = frozenset({"contiguous", "reshape"})
 _SIZE = re.compile(r"\bs\d+\b")

@@ -116,6 +116,7 @@ SMALL = {
     "lowering": "eager",
     "offload": "always",
     "machine": "h200",
+    "attend_before_repair": "always",
     "prefill": "dense",
 }
 FAMILIES = ("llama", "mixtral", "qwen3")

@@ -146,7 +146,7 @@ def test_modes_differ(lab):
 @pytest.mark.parametrize("mode", ["query", "forecast", *(f"exact/{hint}" for hint in HINTS)])
 def test_late_copies_change_nothing(lab, mode):
     mode, _, hint = mode.partition("/")
-    module = lab.module(mode=mode, hint=hint or "forecast", **BUSY)
+    module = lab.module(mode=mode, hint=hint or "forecast", **CHANGES["early"])
     assert torch.equal(lab.run(module), lab.truth(mode))
     for seed in SEEDS if hint != "previous_layer" else SEEDS[:2]:
         engine = DeferredEngine(seed)
@@ -193,7 +193,7 @@ def test_what_is_rounded_is_rounded_wherever_it_is(lab, kv_format, mode, change)
 def test_late_copies_of_rounded_blocks_change_nothing(lab, mode):
     mode, _, hint = mode.partition("/")
     kv_format = FORMATS[len(mode + hint) % len(FORMATS)]
-    module = lab.module(mode=mode, hint=hint or "forecast", kv_format=kv_format, **BUSY)
+    module = lab.module(mode=mode, hint=hint or "forecast", kv_format=kv_format, **CHANGES["early"])
     truth = lab.baseline(mode="forecast" if mode == "forecast" else "query", kv_format=kv_format)
     for seed in (None, 0):
         with use_engine(DeferredEngine(seed)) as engine:

@@ -26,6 +26,7 @@ from sparda_compile.testing import random_forecast, tiny_nosa
 SMALL = {
     "block_size": 16, "pool_size": 8, "pool_stride": 4, "top_k": 3, "local_blocks": 1,
     "max_tokens": 512, "page_ratio": 1.0, "machine": "h200", "lowering": "inductor",
+    "attend_before_repair": "always",
 }  # fmt: skip
 PROMPT, STEPS = 200, 18
 SEEDS = (None, 0, 1)

@@ -28,13 +28,17 @@ PROMPT_LENGTHS = (200, 121, 90, 37)
 MAX_TOKENS = 2304
 STEPS = 2048
 MODES = ("query", "forecast", "exact", "exact/previous_step", "exact/ema", "exact/ema+forecast")
-SMALL = {"block_size": 16, "top_k": 3, "local_blocks": 1, "max_tokens": MAX_TOKENS}
+SMALL = {
+    "block_size": 16, "top_k": 3, "local_blocks": 1, "max_tokens": MAX_TOKENS,
+    "attend_before_repair": "always",
+}  # fmt: skip
 COPIES = ("insert_prefetch", "schedule_transfers")
 CHANGES = {
     "offload off": {"offload": "never"},
     "schedule off": {"disable_passes": COPIES},
     "schedule off, fusion off": {"disable_passes": (*COPIES, "fuse_selection")},
     "graph off": {"cuda_graph": False},
+    "repair in line": {"attend_before_repair": "auto"},
     "page capacity 1.0": {"page_ratio": 1.0},
     "page capacity 2.0": {"page_ratio": 2.0},
     "first in, first out": {"eviction": "fifo"},

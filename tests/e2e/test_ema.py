@@ -15,7 +15,7 @@ from sparda_compile.testing import tiny_llama, tiny_nosa
 SMALL = {
     "block_size": 16, "pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 3,
     "page_ratio": 1.0, "machine": "h200", "lowering": "eager", "max_tokens": 512,
-    "prefill": "dense",
+    "prefill": "dense", "attend_before_repair": "always",
 }  # fmt: skip
 # Of each of two turns. Blocks fill in each, and pages are taken from others; of the plainest case
 # and the fullest the steps are many.

@@ -161,7 +161,10 @@ def test_a_plan_moves_fewer_bytes(model):
         share = KV_FORMATS[name].num_bytes(SIZE, 16, torch.float32) / full
         one, other = reports[name], reports["model"]
         assert one.host_bytes == pytest.approx(other.host_bytes * share)
-        assert one.device_bytes == other.device_bytes
+        # Keys that stay are kept in a few bits by this selector for that alone.
+        stays = KV_FORMATS[name].summary is not None
+        assert (one.device_bytes > other.device_bytes) == stays
+        assert stays or one.device_bytes == other.device_bytes
         assert f"Full blocks: written in {name}" in str(one)
         for mine, theirs in zip(one.schedules, other.schedules, strict=True):
             moved = {row.node: row.link_bytes for row in mine.rows if row.link_bytes}

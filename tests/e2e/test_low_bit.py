@@ -17,6 +17,7 @@ from sparda_compile.state.layout import state_name
 SMALL = {
     "block_size": 16, "pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 2,
     "lowering": "eager", "machine": "h200", "prefill": "dense",
+    "attend_before_repair": "always",
 }  # fmt: skip
 PADDING = 37
 CASES = {

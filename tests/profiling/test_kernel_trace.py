@@ -35,6 +35,7 @@ OTHER_KERNELS = {
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_gather_listed_packed",
+    "_gather_listed_staying",
     "_pack_blocks", "_tile_unions",
     "_attend_tokens", "_rate_candidates", "_judge_rows", "_extend_low_bit_keys",
 }  # fmt: skip
@@ -133,7 +134,8 @@ def test_what_is_attended_to_in_splits_is_merged():
 
 
 def test_nodes_of_an_exact_plan():
-    found = kernels_by_op(mode="exact", hint="forecast", offload="always")
+    settings = {"mode": "exact", "hint": "forecast", "offload": "always"}
+    found = kernels_by_op(**settings, attend_before_repair="always")
     assert found["score_blocks"] == {("_score_forecast",), ("_infllm2_logits", "_infllm2_blocks")}
     assert found["select_blocks"] == found["plan_pages"] == {("_select_pages",)}
     assert found["attend_resident"] == {("_partials",)}

@@ -29,11 +29,13 @@ LOW_BIT = {"_low_bit_masses", "_append_low_bit_keys"}
 CASES = {
     "query": ({}, {*ALWAYS, *COPIES, *INFLLM2}),
     "forecast": ({"mode": "forecast"}, {*ALWAYS, *COPIES, "_score_forecast"}),
-    "exact": (
-        {"mode": "exact", "hint": "previous_step"}, {*ALWAYS, *COPIES, *INFLLM2, "_merge"}
+    "exact": ({"mode": "exact", "hint": "previous_step"}, {*ALWAYS, *COPIES, *INFLLM2}),
+    "exact, early": (
+        {"mode": "exact", "hint": "previous_step", "attend_before_repair": "always"},
+        {*ALWAYS, *COPIES, *INFLLM2, "_merge"},
     ),
     "ema": (
-        {"mode": "exact", "hint": "ema"},
+        {"mode": "exact", "hint": "ema", "attend_before_repair": "always"},
         {*ALWAYS, *COPIES, *INFLLM2, "_merge", "_predict_blocks", "_update_prediction"},
     ),
     "quest": (

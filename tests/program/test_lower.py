@@ -43,7 +43,9 @@ def traced(traced_llama):
 def _fast(traced, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sparda_compile.optimize(traced, SpardaConfig(**{**SMALL, **changes}))
+        return sparda_compile.optimize(
+            traced, SpardaConfig(**{**SMALL, **changes}, attend_before_repair="always")
+        )
 
 
 def _lowered(traced, phase, mode):

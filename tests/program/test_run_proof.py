@@ -25,6 +25,7 @@ from sparda_compile.program.run_proof import check_recording
 SMALL = {
     "top_k": 2, "sink_blocks": 1, "local_blocks": 1, "block_size": 16, "pool_size": 8,
     "pool_stride": 4, "offload": "always", "max_tokens": 512, "machine": "h200",
+    "attend_before_repair": "always",
     "lowering": "eager",
 }  # fmt: skip
 CASES = {

@@ -138,7 +138,11 @@ MEASURED = {
 AS_MEASURED = {
     "block_ids_0": {"disable_passes": ("fuse_selection",)},
     "plan_0": {"disable_passes": ("fuse_selection",)},
-    "attend_resident_0": {"mode": "exact", "expected_overlap": 1.0},
+    "attend_resident_0": {
+        "mode": "exact",
+        "expected_overlap": 1.0,
+        "attend_before_repair": "always",
+    },
 }
 
 
