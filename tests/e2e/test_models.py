@@ -170,7 +170,8 @@ def test_full_budget_generates_the_same_tokens(
 ) -> None:
     got = answer_of(subject.fast(mode), lengths, NEW_TOKENS)
     assert_same_tokens(got, subject.answer(lengths, NEW_TOKENS))
-    assert subject.dense.sparda.num_captures == 2
+    # A prefill, a decode, and a prefill with the logits of all tokens, if another test asked for it.
+    assert subject.dense.sparda.num_captures in (2, 3)
 
 
 @pytest.mark.parametrize("subject", subjects(tuple(TINY_MODELS), "sdpa"), indirect=True)
