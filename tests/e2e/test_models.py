@@ -170,7 +170,7 @@ def test_full_budget_generates_the_same_tokens(
 ) -> None:
     got = answer_of(subject.fast(mode), lengths, NEW_TOKENS)
     assert_same_tokens(got, subject.answer(lengths, NEW_TOKENS))
-    # A prefill, a decode, and a prefill with the logits of all tokens, if another test asked for it.
+    # A prefill, a decode, and a prefill with all logits, if another test asked for it.
     assert subject.dense.sparda.num_captures in (2, 3)
 
 
