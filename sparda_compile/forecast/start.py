@@ -35,6 +35,9 @@ from sparda_compile.forecast.projection import Projection
 from sparda_compile.graph.evaluate import PROOF_BATCH, evaluate
 from sparda_compile.graph.nodes import fake_value, tensor_shape
 from sparda_compile.graph.site import forecast_dim
+from sparda_compile.isa.table import instruction_of
+from sparda_compile.ranks.agreement import ALONE
+from sparda_compile.ranks.collectives import all_reduce
 from sparda_compile.sizes import NUM_TOKENS, concrete
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from sparda_compile.capture.forward import CapturedGraph
     from sparda_compile.forecast.projection import ProjectionShape
     from sparda_compile.graph.site import AttentionSite
+    from sparda_compile.ranks.agreement import Ranks
 
 __all__ = ["initial_forecast"]
 
@@ -135,7 +139,7 @@ def _mean_query(
     try:
         # Weights may have been loaded in inference mode; autograd keeps none of those.
         with torch.inference_mode(False), torch.enable_grad():
-            known = _inputs(query, hidden, captured)
+            known, is_gathered = _inputs(query, hidden, captured)
 
             def group_means(sample: Tensor) -> Tensor:
                 known[hidden] = sample.expand(batch, 1, width)
@@ -143,7 +147,8 @@ def _mean_query(
                 heads = heads.float().reshape(site.num_heads, dim)
                 return heads.view(site.num_groups, -1, dim).mean(1).flatten()
 
-            weight = _mean_jacobian(group_means, width, captured.device)
+            ranks = captured.ranks if is_gathered else ALONE
+            weight = _mean_jacobian(group_means, width, captured.device, ranks)
     except _NoStartError:
         raise
     except Exception as error:
@@ -155,13 +160,19 @@ def _mean_query(
     return weight
 
 
-def _inputs(query: fx.Node, hidden: fx.Node, captured: CapturedGraph) -> dict[fx.Node, Any]:
+def _inputs(
+    query: fx.Node, hidden: fx.Node, captured: CapturedGraph
+) -> tuple[dict[fx.Node, Any], bool]:
     """Return the values of the graph's inputs that make a query of `hidden`, float32.
+
+    Returns:
+        The values, and whether other ranks have a part in the query.
 
     Raises:
         _NoStartError: If the query also depends on the tokens in another way.
     """
     values: dict[fx.Node, Any] = {}
+    is_gathered = False
     seen = {hidden}
     stack = [query]
     while stack:
@@ -170,6 +181,8 @@ def _inputs(query: fx.Node, hidden: fx.Node, captured: CapturedGraph) -> dict[fx
             continue
         seen.add(node)
         stack += node.all_input_nodes
+        instruction = instruction_of(node.target)
+        is_gathered |= instruction is not None and instruction.is_collective
         if node.op != "placeholder":
             continue
         if node.name in captured.weights:
@@ -182,7 +195,7 @@ def _inputs(query: fx.Node, hidden: fx.Node, captured: CapturedGraph) -> dict[fx
             raise _NoStartError(f"they depend on {node.name} besides the layer's input")
         else:
             values[node] = 1 if node.name == NUM_TOKENS else PROOF_BATCH
-    return values
+    return values, is_gathered
 
 
 def _full(argument: Any) -> Any:
@@ -191,12 +204,12 @@ def _full(argument: Any) -> Any:
 
 
 def _mean_jacobian(
-    function: Callable[[Tensor], Tensor], width: int, device: torch.device
+    function: Callable[[Tensor], Tensor], width: int, device: torch.device, ranks: Ranks
 ) -> Tensor:
     """Return the mean derivative [outputs, width] of a function of h [width], h ~ N(0, I)."""
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(_NUM_SAMPLES, width, generator=generator, device="cpu").to(device)
-    first = _jacobian(function, samples[0])
+    first = _jacobian(function, samples[0], ranks)
     step = samples[1] - samples[0]
     with torch.no_grad():
         change = function(samples[1]) - function(samples[0])
@@ -207,12 +220,18 @@ def _mean_jacobian(
         return first
     total = first
     for sample in samples[1:]:
-        total = total + _jacobian(function, sample)
+        total = total + _jacobian(function, sample, ranks)
     return total / _NUM_SAMPLES
 
 
-def _jacobian(function: Callable[[Tensor], Tensor], sample: Tensor) -> Tensor:
-    """Return the derivative [outputs, width] of a function at a point [width]."""
+def _jacobian(function: Callable[[Tensor], Tensor], sample: Tensor, ranks: Ranks) -> Tensor:
+    """Return the derivative [outputs, width] of a function at a point [width].
+
+    Args:
+        function: Of all ranks together, each of which derives the part that is its own.
+        sample: The point, the same on all of them.
+        ranks: They.
+    """
     leaf = sample.clone().requires_grad_()
     out = function(leaf)
     directions = torch.eye(len(out), dtype=out.dtype, device=out.device)
@@ -220,4 +239,5 @@ def _jacobian(function: Callable[[Tensor], Tensor], sample: Tensor) -> Tensor:
         torch.autograd.grad(out, leaf, rows, retain_graph=True, is_grads_batched=True)[0]
         for rows in directions.split(_NUM_ROWS)
     ]
-    return torch.cat(parts)
+    mine = torch.cat(parts)
+    return mine if ranks.is_alone else all_reduce(mine, ranks.size, ranks.group)

@@ -18,7 +18,7 @@ from sparda_compile.errors import RankLostError
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
-from sparda_compile.isa.table import Work
+from sparda_compile.isa.table import INSTRUCTIONS, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,3 +136,19 @@ def all_gather(x: Tensor, num_ranks: int, group: str) -> Tensor:
         lambda found: _GATHER(parts, mine, group=found),
     )
     return parts
+
+
+def _note_part(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+    x, _, group = inputs
+    del output
+    ctx.length = x.shape[0]
+    ctx.first = x.shape[0] * group_named(group).rank()
+
+
+def _own_part(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    """Return the gradient of this rank's part; that of what all ranks made it of is their sum."""
+    return gradient.narrow(0, ctx.first, ctx.length), None, None
+
+
+# Where a Forecast starts is a derivative through it: `forecast/start.py`.
+INSTRUCTIONS["all_gather"].op.register_autograd(_own_part, setup_context=_note_part)

@@ -354,16 +354,16 @@ def four(folder):
 
 
 def two(folder, rank):
-    """Return what each of two ranks finds, and a module."""
-    fast = build(folder, "olmo2", load(folder, "olmo2"), "forecast")
-    found = {"gathered": said(fast), "gathered heads": kv_heads(fast)}
+    """Return what each of two ranks finds, a module, and one of which all have all heads."""
+    gathered = build(folder, "olmo2", load(folder, "olmo2"), "forecast")
+    found = {"gathered": said(gathered), "gathered heads": kv_heads(gathered)}
     for family in reversed(FAMILIES):
         found[family], fast = all_modes(folder, load(folder, family), family)
     found["heads"] = kv_heads(fast)
     found["graphs"] = graphs(build(folder, "llama", fast, "forecast"))
     found["report"] = repr(explain(fast, config("query")))
     found["variants"] = variants(folder, fast, rank)
-    return found | {"refused": refusals(folder, fast, rank)}, fast
+    return found | {"refused": refusals(folder, fast, rank)}, fast, gathered
 
 
 def main(folder, cases):
@@ -382,8 +382,9 @@ def main(folder, cases):
             works.benchmarks(folder)
             whole = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
             replicas = works.trained(whole)
-            found, fast = two(folder, rank)
+            found, fast, gathered = two(folder, rank)
             found["replicas"] = replicas
+            found["gathered start"] = works.gathered_start(gathered)
             found["training"] = works.training_of_a_part(fast, rank)
             torch.save(found, folder / f"two{rank}")
             torch.save(ending(folder, fast, rank), folder / "ending")

@@ -71,10 +71,20 @@ def trained_by_command(folder, rank, *options, accumulate=1):
     return ran.stdout
 
 
+def start_of(trainer):
+    """Return where a training starts."""
+    return {name: weight.detach().clone() for name, weight in trainer.parameters.items()}
+
+
+def gathered_start(fast):
+    """Return where a training starts for a model of which every rank has all heads."""
+    return start_of(ForecastTrainer(fast, SpardaConfig(**TRAINED), 3e-3))
+
+
 def training_of_a_part(fast, rank):
     """Return where a training of a sharded model starts, and what is said of other batches."""
     trainer = ForecastTrainer(fast, SpardaConfig(**TRAINED), 3e-3)
-    start = {name: weight.detach().clone() for name, weight in trainer.parameters.items()}
+    start = start_of(trainer)
     try:
         trainer.step([training_batches(4)[0][rank]])
         said_of = "nothing was raised"

@@ -40,7 +40,9 @@ class Runs:
         self.few, olmo2 = (
             AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("few", "olmo2")
         )
-        self.alone["gathered"] = cases.said(cases.build(folder, "olmo2", olmo2, "forecast"))
+        olmo2 = cases.build(folder, "olmo2", olmo2, "forecast")
+        self.alone["gathered"] = cases.said(olmo2)
+        self.alone["gathered start"] = works.gathered_start(olmo2)
         self.alone["start"] = works.training_of_a_part(whole, 0)["start"]
         self.alone["trained"] = works.trained(whole, accumulate=2)
         alone = works.trained_by_command(folder, "", accumulate=2)
@@ -268,6 +270,14 @@ def test_a_sharded_model_starts_from_the_forecast_of_all_heads(runs):
     for name, weight in first.items():
         assert torch.equal(weight, second[name])
         torch.testing.assert_close(weight, runs.alone["start"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_a_plan_gathers_start_as_on_one_process(runs):
+    """Their queries are made by all ranks, and so is the derivative that a Forecast starts from."""
+    first, second = (rank["gathered start"] for rank in runs.two)
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        torch.testing.assert_close(weight, runs.alone["gathered start"][name], rtol=0, atol=1e-6)
 
 
 def test_ranks_that_share_a_model_train_on_the_same_batches(runs):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile.errors import RankLostError
 from sparda_compile.isa.table import INSTRUCTIONS
+from sparda_compile.ranks import collectives
 from sparda_compile.ranks.collectives import all_gather, all_reduce, group_named, lost_ranks
 
 
@@ -66,3 +69,15 @@ def test_what_torch_says_of_a_lost_rank_becomes_a_sentence():
 def test_an_error_that_says_so_already_stays():
     with pytest.raises(RankLostError, match=r"^mine$"), lost_ranks("all_gather"):
         raise RankLostError("mine")
+
+
+def test_derivative_of_what_is_gathered_is_that_of_this_ranks_part(alone, monkeypatch):
+    """One of three ranks, the second: the others' rows depend on tensors of their own."""
+    group = SimpleNamespace(rank=lambda: 1)
+    monkeypatch.setattr(collectives, "group_named", lambda name: group)
+    monkeypatch.setattr(collectives, "_GATHER", lambda into, x, group: into.copy_(x.repeat(3, 1)))
+    x = torch.randn(2, 4, requires_grad=True)
+    whole = all_gather(x, 3, alone)
+    directions = torch.randn(5, 6, 4)
+    (found,) = torch.autograd.grad(whole, x, directions, is_grads_batched=True)
+    assert torch.equal(found, directions[:, 2:4])
