@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.formats.int8 import Int8Format
 from sparda_compile.kernels.gpu import packed, stage
 from sparda_compile.kernels.gpu.prefill import load_prefix
 from sparda_compile.kernels.prefill_attention import past_keys_values
@@ -94,17 +92,3 @@ def test_what_a_prompt_reads_of_the_past_is_unpacked(device, case, name):
     assert len(row) > 8
     place = want_slots[row, head, block].long()
     assert case.same(got.cpu()[row, head, place], want[row, head, place])
-
-
-def test_a_format_without_kernels_is_refused():
-    class Plain(Int8Format):
-        name = "plain"
-        kernels = None
-
-    KV_FORMATS.add(Plain())
-    try:
-        pages, ids = torch.zeros(1, 1, 2, 2, 16, 8), torch.zeros(1, 1, 1, dtype=torch.int32)
-        with pytest.raises(UnsupportedInputError, match="kv_format='plain' has no kernels"):
-            packed.gather_packed(ids, ids, torch.zeros(1, 1).long(), pages, "plain")
-    finally:
-        KV_FORMATS.remove("plain")
