@@ -151,6 +151,8 @@ def _hint_of(value: object) -> str | tuple[str, ...]:
 class Prediction:
     """How hint `ema` and mode `speculate` predict a step from the steps before, and to what end.
 
+    The last one is of every hint: whether attention begins with what it has brought.
+
     Attributes:
         ema_level: Weight of the newest score in a block's level, above 0 and at most 1; 1 predicts
             the blocks with the best scores of the last step. PRR's alpha.

@@ -91,7 +91,6 @@ def _candidates(layout: CacheLayout, allowed: float) -> list[BlockFormat]:
 def _step_us(layout: CacheLayout, machine: Machine, weight_bytes: int) -> float:
     """Return what a decode step is expected to take, microseconds."""
     config = layout.config
-    scored = max(layout.num_selected - config.num_forced, 0)
     fetched, read, num_layers = 0.0, float(weight_bytes), 0
     for shape in layout.layers:
         if shape.kind != "sparse":
@@ -99,9 +98,8 @@ def _step_us(layout: CacheLayout, machine: Machine, weight_bytes: int) -> float:
         num_layers += 1
         pairs = layout.batch_size * shape.num_groups
         stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
-        fetched += pairs * scored * (1.0 - config.expected_overlap) * stored
-        block = 2 * config.block_size * shape.head_dim * shape.dtype.itemsize
-        read += pairs * layout.num_selected * block
+        fetched += pairs * layout.num_scored * (1.0 - config.expected_overlap) * stored
+        read += pairs * layout.num_selected * layout.page_bytes(shape)
         specs = layout.tensors(shape)
         scoring = (layout.summary_tensors(name, shape) for name in layout.scored_summaries())
         read += sum(specs[name].num_bytes for names in scoring for name in names)

@@ -30,7 +30,8 @@ __all__ = ["ANYWHERE", "Placement", "placement_near"]
 
 _log = logging.getLogger(__name__)
 
-# The kernel, which clears pages, is at its rate with a few.
+# Several, since one CPU clears pages more slowly than memory takes them; how many pay was not
+# measured.
 _MOST_THREADS: Final = 8
 _ADDRESS_BYTES: Final = 32
 

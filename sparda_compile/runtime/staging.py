@@ -91,12 +91,7 @@ def _stage(
     fake=_fake,
     results=("staging", "slots"),
     work=Work.TO_STAGING,
-    prompt_copies=(
-        "_gather_listed",
-        "_gather_listed_packed",
-        "_gather_listed_staying",
-        "_copy_pages",
-    ),
+    prompt_copies=("_gather_listed", "_gather_listed_packed", "_copy_pages"),
 )
 def stage_blocks(
     block_ids: Tensor,

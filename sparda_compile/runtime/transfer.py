@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 # Copy kernels, as they move bytes, and as they pack or unpack them.
-_GATHERS: Final = ("_gather", "_gather_packed", "_gather_staying")
+_GATHERS: Final = ("_gather", "_gather_packed")
 _STORES: Final = ("_store_tail", "_store_tail_packed")
 _PROMPT_STORES: Final = ("_store_prefix", "_store_prefix_packed")
 
@@ -65,15 +65,10 @@ def _fetch(
         return
     found, kept = KV_FORMATS[kv_format], [each for each in keys if each is not None]
     if pages.is_cuda:
-        if kept:
-            from sparda_compile.kernels.gpu.staying import gather_staying
-
-            gather_staying(miss_blocks, miss_pages, host, kept, pages, kv_format)
-            return
         if found.rounds:
             from sparda_compile.kernels.gpu.packed import gather_packed
 
-            gather_packed(miss_blocks, miss_pages, host, pages, kv_format)
+            gather_packed(miss_blocks, miss_pages, host, pages, kv_format, kept)
             return
         from sparda_compile.kernels.gpu.copy import gather
 
@@ -169,8 +164,6 @@ def _launched(name: str) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
 
     def launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
         del batch_size
-        if arguments.get("key_codes") is not None:
-            return (f"{name}_staying",)
         return (f"{name}_packed" if KV_FORMATS[arguments["kv_format"]].rounds else name,)
 
     return launched

@@ -143,6 +143,15 @@ class CacheLayout:
         """K, blocks that attention reads."""
         return self.config.num_selected(self.num_blocks)
 
+    @property
+    def num_scored(self) -> int:
+        """Blocks among them that scores choose; the others are read in every step."""
+        return max(self.num_selected - self.config.num_forced, 0)
+
+    def page_bytes(self, layer: LayerShape) -> int:
+        """Return the bytes of one page, keys and values of a block in the model's dtype."""
+        return 2 * self.config.block_size * layer.head_dim * layer.dtype.itemsize
+
     def traced(self) -> CacheLayout:
         """Return the layout of a graph: a sample number stands for that of the sequences."""
         offload = "always" if self.offload else "never"

@@ -101,12 +101,11 @@ def test_many_kernels_equal_a_count_of_ticks():
 
 def test_kernels_of_copies_are_those_of_the_instructions():
     pytest.importorskip("triton")
-    from sparda_compile.kernels.gpu import copy, packed, packed_store, prefill, stage, staying
+    from sparda_compile.kernels.gpu import copy, packed, packed_store, prefill, stage
 
     names, own = copy_kernels(), {"_gather", "_gather_listed", "_store_tail", "_store_prefix"}
-    stays = {"_gather_staying", "_gather_listed_staying"}
-    assert names == {*own, *(f"{name}_packed" for name in own), *stays, "_copy_pages"}
-    modules = (copy, packed, packed_store, prefill, stage, staying)
+    assert names == {*own, *(f"{name}_packed" for name in own), "_copy_pages"}
+    modules = (copy, packed, packed_store, prefill, stage)
     for name in names:
         assert any(hasattr(module, name) for module in modules), name
 

@@ -10,7 +10,8 @@ refusals = pytest.importorskip("sparda_compile.bench.refusals")
     [
         (ImportError("No module named 'fla'"), "ImportError: No module named 'fla'"),
         (RuntimeError("\n  no such kernel\nat line 3"), "RuntimeError: no such kernel"),
-        # A RuntimeError: what torch raises for an operator that a device does not have.
+        # torch raises it for an operator that a device does not have, mostly without a word, and it
+        # is a RuntimeError: a refusal of others, though it reads like a gap of ours.
         (NotImplementedError(), "NotImplementedError: no reason given"),
     ],
 )

@@ -35,7 +35,6 @@ OTHER_KERNELS = {
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_gather_listed_packed",
-    "_gather_listed_staying",
     "_pack_blocks", "_tile_unions",
     "_attend_tokens", "_rate_candidates", "_judge_rows", "_extend_low_bit_keys",
 }  # fmt: skip

@@ -156,6 +156,13 @@ def test_totals_of_overlapping_spans_count_time_once():
     assert (totals.overlap, totals.exposed_us) == (pytest.approx(1 / 3), 1.5)
 
 
+def test_repairs_are_copies():
+    beside = [(2.0, 5.0)]
+    totals = totals_of(([(0.0, 4.0)], [(1.0, 3.0)], [], [], beside), 0.0)
+    assert (totals.copy_us, totals.overlap) == (4.0, pytest.approx(3 / 4))
+    assert totals.attend_us == 0.0
+
+
 def test_totals_without_copies():
     totals = totals_of(([], [], []), 0.0)
     assert (totals.step_us, totals.overlap, totals.attend_overlap) == (0.0, 1.0, 1.0)

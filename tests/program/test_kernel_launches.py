@@ -57,7 +57,7 @@ CASES = {
     ),
     "values8": (
         {"kv_format": "values8"},
-        {*ALWAYS, *INFLLM2, "_append_low_bit_keys", "_gather_staying", "_store_tail_packed"},
+        {*ALWAYS, *INFLLM2, "_append_low_bit_keys", "_gather_packed", "_store_tail_packed"},
     ),
 }  # fmt: skip
 
@@ -204,7 +204,7 @@ PROMPTS = {
         {*STORED, *POOLED, "_extend_low_bit_keys", "_store_prefix_packed"} - {"_store_prefix"},
         {
             *STORED, *POOLED, *TURN, "_extend_low_bit_keys", "_store_prefix_packed",
-            "_gather_listed_staying",
+            "_gather_listed_packed",
         } - {"_store_prefix", "_gather_listed"},
     ),
     "resident int4": (

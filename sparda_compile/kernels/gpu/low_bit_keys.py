@@ -40,7 +40,7 @@ def quantize_keys(  # noqa: ANN201 - a part of kernels
     """Return codes [SLOTS, DIMS] int32, span and base [DIMS] of the keys of a block.
 
     Span and base have the dtype of what `like` points to. A channel that has a NaN gets a span
-    that is NaN. `CUTS` as for `packed.rounded`.
+    that is NaN. `CUTS` as for `packed_form.rounded`.
     """
     LEVELS: tl.constexpr = 1 << BITS
     is_slot = (tl.arange(0, SLOTS) < SIZE)[:, None]

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["score_low_bit", "score_low_bit_forecast"]
 
-# Blocks of a tile, and the fewest words of a channel in one. Measured on one H200, an earlier form:
-# with 8 blocks of keys in 2 bits sixteen sequences took 9% longer, with 2 in 4 bits 7%.
+# Blocks of a tile, and the fewest words of a channel in one. Measured on one H200: 8 blocks take 3
+# and 5% longer for sixteen sequences, in 2 and 4 bits, and 2 blocks as long and 5% longer;
+# `benchmarks/results/2026-11-30-h200-low-bit-tiles.json`.
 _TILE_BLOCKS: Final = 4
 _FEWEST_WORDS: Final = 32
 # Programs that an H200 has room for at once, four of each multiprocessor; and tiles of one program.

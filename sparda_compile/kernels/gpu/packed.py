@@ -4,8 +4,9 @@
     gather_listed_packed  the same for lists that are long and counted
 
 A program has the keys or the values of a block, or of some of its tokens, as one tile: what scales
-them lies on one of its axes. Codes are read from CPU memory once, side by side. `packed_form.py`
-says what a format gives, `packed_store.py` packs.
+them lies on one of its axes. Codes are read from CPU memory once, side by side. Keys that stay on
+the device are made of their codes there (`staying.py`). `packed_form.py` says what a format gives,
+`packed_store.py` packs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, count_listed, find_listed
 from sparda_compile.kernels.gpu.launch import as_written, launch, power_of_two
 from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
+from sparda_compile.kernels.gpu.staying import write_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 __all__ = ["gather_listed_packed", "gather_packed"]
@@ -51,18 +55,19 @@ def _find(
 def _read(
     run, begin, is_item, pages, KEYS: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """Return four bytes of codes each, and scales, of TOKENS keys or values from `begin` on."""
     PER: tl.constexpr = 8 // BITS
     LINES: tl.constexpr = DIM if KEYS else SIZE
     dims, byte = tl.arange(0, DIMS // 4), begin // PER + tl.arange(0, TOKENS // PER)
-    at_codes = codes_at(run, KEYS, SIZE, DIM, BITS).to(tl.pointer_type(tl.int32))
+    at_codes = codes_at(run, KEYS, SIZE, DIM, BITS, KEPT).to(tl.pointer_type(tl.int32))
     at_codes += byte[:, None] * (DIM // 4) + dims[None, :]
     is_code = (byte < tl.where(is_item, SIZE // PER, 0))[:, None] & (dims < DIM // 4)[None, :]
     joined = tl.load(at_codes, mask=is_code, other=0)
     line = tl.arange(0, DIMS) if KEYS else begin + tl.arange(0, TOKENS)
     is_line = line < tl.where(is_item, LINES, 0)
-    at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
+    at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES, KEPT) + line
     first = tl.load(at_scales, mask=is_line, other=0.0)
     last = tl.load(at_scales + (SCALES - 1) * LINES, mask=is_line, other=0.0)
     return joined, first, last
@@ -93,7 +98,7 @@ def _unpack_half(
     count, blocks, slots, host, target, listed, num_slots, KEYS: tl.constexpr,
     ROWS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    CUTS: tl.constexpr, DECODE: tl.constexpr, TOKENS: tl.constexpr,
+    CUTS: tl.constexpr, KEPT: tl.constexpr, DECODE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Unpack this program's share of the keys or the values of all listed blocks.
 
@@ -110,7 +115,7 @@ def _unpack_half(
     )  # fmt: skip
     joined, first, last = _read(
         run, item % PARTS * TOKENS, item < total, target, KEYS, TOKENS, SIZE, DIM, DIMS, BITS,
-        SCALES,
+        SCALES, KEPT,
     )  # fmt: skip
     next_run, next_to = _find(
         item + programs, total, count, end, blocks, slots, host, target, listed, num_slots, KEYS,
@@ -120,7 +125,7 @@ def _unpack_half(
         coming = item + programs
         next_joined, next_first, next_last = _read(
             next_run, coming % PARTS * TOKENS, coming < total, target, KEYS, TOKENS, SIZE, DIM,
-            DIMS, BITS, SCALES,
+            DIMS, BITS, SCALES, KEPT,
         )  # fmt: skip
         later_run, later_to = _find(
             coming + programs, total, count, end, blocks, slots, host, target, listed, num_slots,
@@ -137,52 +142,63 @@ def _unpack_half(
 
 @triton.jit
 def _unpack_listed(
-    count, blocks, slots, host, target, listed, num_slots,
+    count, blocks, slots, host, codes, spans, bases, target, listed, num_slots, num_blocks,
     ROWS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    CUTS: tl.constexpr, DECODE: tl.constexpr, TOKENS: tl.constexpr,
+    CUTS: tl.constexpr, KEPT: tl.constexpr, DECODE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Unpack the first `count` listed blocks of each row to their slots: this program's share."""
     if tl.program_id(1) == 0:
-        _unpack_half(
-            count, blocks, slots, host, target, listed, num_slots, True, ROWS, SIZE, SLOTS, DIM,
-            DIMS, RUN, BITS, SCALES, CUTS, DECODE, TOKENS,
-        )  # fmt: skip
+        if KEPT > 0:
+            write_keys(
+                count, blocks, slots, codes, spans, bases, target, listed, num_slots, num_blocks,
+                ROWS, SIZE, SLOTS, DIM, DIMS, CUTS, KEPT,
+            )  # fmt: skip
+        else:
+            _unpack_half(
+                count, blocks, slots, host, target, listed, num_slots, True, ROWS, SIZE, SLOTS,
+                DIM, DIMS, RUN, BITS, SCALES, CUTS, KEPT, DECODE, TOKENS,
+            )  # fmt: skip
     else:
         _unpack_half(
             count, blocks, slots, host, target, listed, num_slots, False, ROWS, SIZE, SLOTS, DIM,
-            DIMS, RUN, BITS, SCALES, CUTS, DECODE, TOKENS,
+            DIMS, RUN, BITS, SCALES, CUTS, KEPT, DECODE, TOKENS,
         )  # fmt: skip
 
 
 @triton.jit
 def _gather_packed(
-    miss_blocks, miss_pages, host, pages, num_rows, num_pages,
+    miss_blocks, miss_pages, host, codes, spans, bases, pages, num_rows, num_pages, num_blocks,
     SELECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RUN: tl.constexpr,
-    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
+    BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, KEPT: tl.constexpr,
     DECODE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     count = count_listed(miss_blocks, num_rows, SELECTED, ROWS, COLUMNS)
     _unpack_listed(
-        count, miss_blocks, miss_pages, host, pages, SELECTED, num_pages, ROWS, SIZE,
-        SLOTS, DIM, DIMS, RUN, BITS, SCALES, CUTS, DECODE, TOKENS,
+        count, miss_blocks, miss_pages, host, codes, spans, bases, pages, SELECTED, num_pages,
+        num_blocks, ROWS, SIZE, SLOTS, DIM, DIMS, RUN, BITS, SCALES, CUTS, KEPT, DECODE, TOKENS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["listed", "num_slots"])
 def _gather_listed_packed(
-    blocks, slots, counts, host, staging, listed, num_rows, num_slots,
-    ROWS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+    blocks, slots, counts, host, codes, spans, bases, staging, listed, num_rows, num_slots,
+    num_blocks, ROWS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    CUTS: tl.constexpr, DECODE: tl.constexpr, TOKENS: tl.constexpr,
+    CUTS: tl.constexpr, KEPT: tl.constexpr, DECODE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     count = tl.load(counts + rows, mask=rows < num_rows, other=0)
     _unpack_listed(
-        count, blocks, slots, host, staging, listed, num_slots, ROWS, SIZE,
-        SLOTS, DIM, DIMS, RUN, BITS, SCALES, CUTS, DECODE, TOKENS,
+        count, blocks, slots, host, codes, spans, bases, staging, listed, num_slots, num_blocks,
+        ROWS, SIZE, SLOTS, DIM, DIMS, RUN, BITS, SCALES, CUTS, KEPT, DECODE, TOKENS,
     )  # fmt: skip
+
+
+def _kept(keys: Sequence[Tensor], unused: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """Return codes, spans and bases of keys that stay, and how many blocks they are of."""
+    return (tuple(keys), keys[0].shape[2]) if keys else ((unused,) * 3, 0)
 
 
 def gather_packed(
@@ -191,6 +207,7 @@ def gather_packed(
     host_BG: Tensor,
     pages: Tensor,
     kv_format: str,
+    keys: Sequence[Tensor] = (),
     num_programs: int = GATHER_PROGRAMS,
 ) -> None:
     """Fetch the missed blocks to their pages.
@@ -201,15 +218,17 @@ def gather_packed(
         host_BG: int64 addresses.
         pages: [B, G, C, 2, P, D], updated.
         kv_format: How the blocks are stored.
+        keys: Of keys that stay, codes [B, G, N, C, D] int16, span and base [B, G, N, D]; else none.
         num_programs: Programs, half of them for keys.
     """
     batch, groups, selected = miss_blocks_BGK.shape
     form = Form.of(pages, kv_format)
+    kept, num_blocks = _kept(keys, miss_blocks_BGK)
     rows = power_of_two(batch * groups)
     columns = min(power_of_two(selected), max(_COUNT_TILE // rows, 1))
     launch(_gather_packed, _grid(num_programs))(
-        miss_blocks_BGK, miss_pages_BGK, host_BG, pages, batch * groups, pages.shape[2], selected,
-        rows, columns, *form, functions_of(kv_format).decode, form.tokens,
+        miss_blocks_BGK, miss_pages_BGK, host_BG, *kept, pages, batch * groups, pages.shape[2],
+        num_blocks, selected, rows, columns, *form, functions_of(kv_format).decode, form.tokens,
         num_warps=form.gather_warps, **as_written(),
     )  # fmt: skip
 
@@ -221,6 +240,7 @@ def gather_listed_packed(
     host_BG: Tensor,
     staging: Tensor,
     kv_format: str,
+    keys: Sequence[Tensor] = (),
     num_programs: int = GATHER_PROGRAMS,
 ) -> None:
     """Fetch as many blocks of each sequence and head as a count says; see `copy.gather_listed`.
@@ -232,12 +252,14 @@ def gather_listed_packed(
         host_BG: int64 addresses.
         staging: [B, G, S, 2, P, D], updated.
         kv_format: How the blocks are stored.
-        num_programs: As for `gather_packed`.
+        keys: As for `gather_packed`, like the next one.
+        num_programs: Programs.
     """
     num_rows, listed = blocks_nL.shape
     form = Form.of(staging, kv_format)
+    kept, num_blocks = _kept(keys, blocks_nL)
     launch(_gather_listed_packed, _grid(num_programs))(
-        blocks_nL, slots_nL, counts_n, host_BG, staging, listed, num_rows, staging.shape[2],
-        power_of_two(num_rows), *form, functions_of(kv_format).decode, form.tokens,
-        num_warps=form.gather_warps, **as_written(),
+        blocks_nL, slots_nL, counts_n, host_BG, *kept, staging, listed, num_rows,
+        staging.shape[2], num_blocks, power_of_two(num_rows), *form,
+        functions_of(kv_format).decode, form.tokens, num_warps=form.gather_warps, **as_written(),
     )  # fmt: skip

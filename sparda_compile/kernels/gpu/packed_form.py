@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.errors import UnsupportedInputError
+from sparda_compile.formats.staying import KEY_BITS
 from sparda_compile.kernels.gpu.launch import interpreting, power_of_two
 from sparda_compile.registry import KV_FORMATS
 
@@ -31,6 +32,8 @@ __all__ = ["Form", "codes_at", "functions_of", "rounded", "scales_at"]
 # one before. Measured in whole steps of 16 sequences, half and nine tenths of the blocks resident:
 # `benchmarks/results/2026-11-30-h200-kv-formats.json`.
 _TILE_BYTES: Final = 4096
+# Codes of 8 bits that are read as one number.
+_WORD: Final = 4
 _ELEMENTS_OF_A_WARP: Final = 1024
 _MOST_WARPS: Final = 16
 
@@ -38,7 +41,8 @@ _MOST_WARPS: Final = 16
 class Form(NamedTuple):
     """What kernels are compiled for: sizes of a block and of its run, and the codes.
 
-    `cuts` says that a cast to bfloat16 does not round, as that of the interpreter.
+    `cuts` says that a cast to bfloat16 does not round, as that of the interpreter. `kept` is the
+    bits in which keys stay on the device, 0 where they are stored.
     """
 
     size: int
@@ -49,14 +53,21 @@ class Form(NamedTuple):
     bits: int
     scales: int
     cuts: bool
+    kept: int
 
     @classmethod
     def of(cls, pages: Tensor, kv_format: str) -> Form:
         """Return that of pages [B, G, C, 2, P, D] and a format."""
         found, (size, dim) = KV_FORMATS[kv_format], pages.shape[4:]
+        if dim % _WORD:
+            raise UnsupportedInputError(
+                f"kv_format={kv_format!r} has kernels for head dims that are multiples of {_WORD}, "
+                f"and the model's is {dim}; use kv_format='model'."
+            )
         run = found.num_bytes(size, dim, pages.dtype)
         sides = (size, power_of_two(size), dim, power_of_two(dim))
-        return cls(*sides, run, found.code_bits, found.num_scales, interpreting())
+        kept = 0 if found.summary is None else KEY_BITS
+        return cls(*sides, run, found.code_bits, found.num_scales, interpreting(), kept)
 
     @property
     def num_warps(self) -> int:
@@ -102,20 +113,24 @@ def _at(run, AFTER: tl.constexpr, element: tl.constexpr):
 @triton.jit
 def scales_at(  # noqa: ANN201 - a part of kernels
     run, pages, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr,
-    SCALES: tl.constexpr,
+    SCALES: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Return where the scales of the keys or values of a stored block are."""
     WIDTH: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8
-    CODES: tl.constexpr = 2 * SIZE * DIM * BITS // 8
-    return _at(run, CODES + (0 if KEYS else SCALES * DIM * WIDTH), pages.dtype.element_ty)
+    HALVES: tl.constexpr = 1 if KEPT else 2
+    CODES: tl.constexpr = HALVES * SIZE * DIM * BITS // 8
+    IS_FIRST: tl.constexpr = KEYS | (KEPT > 0)
+    return _at(run, CODES + (0 if IS_FIRST else SCALES * DIM * WIDTH), pages.dtype.element_ty)
 
 
 @triton.jit
 def codes_at(  # noqa: ANN201 - a part of kernels
-    run, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
-):
+    run, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
     """Return where the codes of the keys or values of a stored block are."""
-    return _at(run, 0 if KEYS else SIZE * DIM * BITS // 8, tl.uint8)
+    IS_FIRST: tl.constexpr = KEYS | (KEPT > 0)
+    return _at(run, 0 if IS_FIRST else SIZE * DIM * BITS // 8, tl.uint8)
 
 
 @triton.jit

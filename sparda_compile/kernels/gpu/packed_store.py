@@ -15,13 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from sparda_compile.formats.staying import KEY_BITS
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS
 from sparda_compile.kernels.gpu.launch import as_written, launch, tokens_of
 from sparda_compile.kernels.gpu.low_bit_keys import quantize_keys
 from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
-from sparda_compile.kernels.gpu.staying import keys_of, value_scales_at
-from sparda_compile.registry import KV_FORMATS
+from sparda_compile.kernels.gpu.staying import keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,16 +79,12 @@ def _store_half(
             shift = tl.arange(0, PER) * BITS
             parts = tl.reshape(codes, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
             joined = tl.sum(parts, axis=1)
-        IS_FIRST: tl.constexpr = KEYS | (KEPT > 0)
-        at_codes = codes_at(run, IS_FIRST, SIZE, DIM, BITS) + byte[:, None] * DIM + dims[None, :]
+        at_codes = codes_at(run, KEYS, SIZE, DIM, BITS, KEPT) + byte[:, None] * DIM + dims[None, :]
         is_code = (byte < SIZE // PER)[:, None] & (dims < DIM)[None, :]
         tl.store(at_codes, joined.to(tl.uint8), mask=is_code)
         line = dims if KEYS else token
         LINES: tl.constexpr = DIM if KEYS else SIZE
-        if KEPT > 0:
-            at_scales = value_scales_at(run, pages, SIZE, DIM, BITS) + line
-        else:
-            at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES) + line
+        at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES, KEPT) + line
         tl.store(at_scales, first.to(pages.dtype.element_ty), mask=line < LINES)
         if SCALES > 1:
             tl.store(at_scales + LINES, last.to(pages.dtype.element_ty), mask=line < LINES)
@@ -129,12 +123,6 @@ def _store_tail_packed(
             )  # fmt: skip
 
 
-def _kept(pages: Tensor, kv_format: str) -> tuple[int, float]:
-    """Return the bits of keys that stay, 0 for stored ones, and the largest number of the dtype."""
-    stays = KV_FORMATS[kv_format].summary is not None
-    return (KEY_BITS if stays else 0), torch.finfo(pages.dtype).max
-
-
 def store_tail(
     tail_page_BG: Tensor,
     lengths_B: Tensor,
@@ -158,8 +146,8 @@ def store_tail(
     has_host = host_BG.numel() > 0
     launch(_store_tail_packed, (batch * groups, 2))(
         tail_page_BG, lengths_B, pages, host_BG if has_host else tail_page_BG, counter, groups,
-        num_pages, *form, *_kept(pages, kv_format), has_host, functions.encode, functions.decode,
-        num_warps=form.num_warps, **as_written(),
+        num_pages, *form, torch.finfo(pages.dtype).max, has_host, functions.encode,
+        functions.decode, num_warps=form.num_warps, **as_written(),
     )  # fmt: skip
 
 
@@ -262,6 +250,6 @@ def store_prefix(
     launch(_store_prefix_packed, (min(num_programs, items),))(
         k, v, columns, lengths, totals, block_table, pages, host if has_host else totals, counter,
         *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
-        *form, *_kept(pages, kv_format), has_host, functions.encode, functions.decode,
+        *form, torch.finfo(pages.dtype).max, has_host, functions.encode, functions.decode,
         num_warps=form.num_warps, **as_written(),
     )  # fmt: skip

@@ -19,7 +19,6 @@ from torch import Tensor
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, block_bytes, copy_runs, copy_words
 from sparda_compile.kernels.gpu.launch import address_of, launch, power_of_two, tokens_of
 from sparda_compile.kernels.gpu.packed import gather_listed_packed
-from sparda_compile.kernels.gpu.staying import gather_listed_staying
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -159,8 +158,5 @@ def load_prefix(
         absent = (page < 0).flatten(0, 1)
         listed = (~absent).byte().argsort(dim=-1, stable=True).int()
         lists = (listed, listed, absent.sum(-1, dtype=torch.int32))
-        if keys:
-            gather_listed_staying(*lists, host, keys, blocks, kv_format)
-        else:
-            gather_listed_packed(*lists, host, blocks, kv_format)
+        gather_listed_packed(*lists, host, blocks, kv_format, keys)
     return blocks

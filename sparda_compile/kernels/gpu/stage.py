@@ -19,7 +19,6 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, copy_words, gather_listed
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 from sparda_compile.kernels.gpu.packed import gather_listed_packed
-from sparda_compile.kernels.gpu.staying import gather_listed_staying
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -134,10 +133,8 @@ def stage(
         wanted, lengths_B, table, slots_BGN, *listed, num_missed, groups,
         num_blocks, num_new, num_room, size, _TILE, num_warps=4,
     )  # fmt: skip
-    if host.numel() and keys:
-        gather_listed_staying(listed[1], listed[2], num_missed, host, keys, staging, kv_format)
-    elif host.numel() and KV_FORMATS[kv_format].rounds:
-        gather_listed_packed(listed[1], listed[2], num_missed, host, staging, kv_format)
+    if host.numel() and KV_FORMATS[kv_format].rounds:
+        gather_listed_packed(listed[1], listed[2], num_missed, host, staging, kv_format, keys)
     elif host.numel():
         gather_listed(listed[1], listed[2], num_missed, host, staging, GATHER_PROGRAMS)
     launch(_copy_pages, (num_room, pairs))(

@@ -59,7 +59,7 @@ def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         return block // ctx.layout.config.block_size
     if work is Work.TO_STAGING:
         return _staged_bytes(node, ctx)
-    blocks = numel(pages.shape[:2], ctx) * min(_num_scored(ctx), int(pages.shape[2]))
+    blocks = numel(pages.shape[:2], ctx) * min(ctx.layout.num_scored, int(pages.shape[2]))
     return int(blocks * _stored_bytes(node, ctx) * _fetched_share(node, ctx))
 
 
@@ -102,8 +102,7 @@ def expected_repair(layout: CacheLayout, overlap: float) -> float:
         layout: Its sizes.
         overlap: Share of the blocks chosen by score that the step before chose too.
     """
-    scored = max(layout.num_selected - layout.config.num_forced, 0)
-    return 1.0 + scored * (1.0 - overlap)
+    return 1.0 + layout.num_scored * (1.0 - overlap)
 
 
 def _selected_bytes(pool: Tensor, num_blocks: int, ctx: PassContext) -> int:
@@ -111,11 +110,6 @@ def _selected_bytes(pool: Tensor, num_blocks: int, ctx: PassContext) -> int:
     blocks = min(num_blocks, pool.shape[2])
     pairs, block = numel(pool.shape[:2], ctx), numel(pool.shape[3:], ctx)
     return pairs * blocks * block * pool.dtype.itemsize
-
-
-def _num_scored(ctx: PassContext) -> int:
-    assert ctx.layout is not None
-    return max(ctx.layout.num_selected - ctx.layout.config.num_forced, 0)
 
 
 def _staged_bytes(node: fx.Node, ctx: PassContext) -> int:
@@ -126,7 +120,7 @@ def _staged_bytes(node: fx.Node, ctx: PassContext) -> int:
     assert ctx.layout is not None
     if not ctx.layout.offload:
         return 0
-    fresh = _num_scored(ctx) * (1.0 - ctx.config.expected_overlap)
+    fresh = ctx.layout.num_scored * (1.0 - ctx.config.expected_overlap)
     blocks = min(ctx.layout.num_selected + fresh * EXAMPLE_TOKENS, ctx.layout.num_blocks / 2)
     pairs = numel(fake_value(argument(node, "pages")).shape[:2], ctx)
     return int(blocks * pairs * _stored_bytes(node, ctx))
@@ -186,7 +180,7 @@ def _late_share(node: fx.Node, ctx: PassContext) -> float:
     pages = argument(node, "pages")
     fresh = (1.0 - ctx.config.expected_overlap) * missed_share(_hints_of(pages, ctx), ctx)
     selected = ctx.layout.num_selected
-    missing = fresh * _num_scored(ctx) / max(selected, 1)
+    missing = fresh * ctx.layout.num_scored / max(selected, 1)
     if takes(node, "partial_lse"):
         lse = fake_value(argument(node, "partial_lse"))
     else:

@@ -88,7 +88,7 @@ def layer_times(shape: LayerShape, group_size: int, ctx: PassContext) -> LayerTi
     read = sum(specs[name].num_bytes for name in scored - {*selector.summary.uncounted})
     is_fused = "fuse_selection" not in ctx.config.disable_passes
     choosing = ("select_pages",) if is_fused else ("select_blocks", "plan_pages")
-    block = 2 * layout.config.block_size * shape.head_dim * shape.dtype.itemsize
+    block = layout.page_bytes(shape)
     partial = group_size * (shape.head_dim + 1) * 4
 
     def us(op: str, num_bytes: float = 0.0) -> float:
@@ -142,13 +142,11 @@ def attends_before_repair(shape: LayerShape, ctx: PassContext) -> bool:
     if ctx.config.attend_before_repair == "always" or not machine.overlaps:
         return True
     hints = [h for h in ctx.strategy.hints if h.source(shape, layout.layers) is not None]
-    scored = max(layout.num_selected - layout.config.num_forced, 0)
-    late = scored * (1.0 - ctx.config.expected_overlap) * missed_share(hints, ctx)
+    late = layout.num_scored * (1.0 - ctx.config.expected_overlap) * missed_share(hints, ctx)
     pairs = ctx.batch_size * shape.num_groups
     stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
     repair_us = machine.launch_us + pairs * late * stored / (machine.link_gbps * 1e3)
-    block = 2 * layout.config.block_size * shape.head_dim * shape.dtype.itemsize
-    read_us = pairs * layout.num_selected * block / (machine.memory_gbps * 1e3)
+    read_us = pairs * layout.num_selected * layout.page_bytes(shape) / (machine.memory_gbps * 1e3)
     early_us = machine.latency_of("attend_resident") + read_us
     # One more launch: of two streams that are joined, one waits for the other's event.
     added_us = machine.latency_of("attend_resident") + machine.latency_of("attend_missing")

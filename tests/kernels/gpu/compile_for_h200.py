@@ -78,7 +78,6 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     select_tokens,
     speculation,
     stage,
-    staying,
 )
 from sparda_compile.registry import KV_FORMATS  # noqa: E402
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named  # noqa: E402
@@ -157,7 +156,7 @@ def run_all(dtype, dim, size):
     packed_store.store_tail(tail, lengths, pages, host[:0], counters, "int8")
     for kv_format in STAYING:
         kept = summaries["lowbit4_keys"][:3]
-        staying.gather_staying(ids, ids, host, kept, pages, kv_format)
+        packed.gather_packed(ids, ids, host, pages, kv_format, kept)
         packed_store.store_tail(tail, lengths, pages, host, counters, kv_format)
 
     table = ints(BATCH, GROUPS, BLOCKS)

@@ -31,7 +31,7 @@ def test_gather_unpacks_the_listed_blocks_and_nothing_else(device, case, name, s
     want[0, 0, [0, 3]] = found.unpack(runs[0, 0, [2, 0]], size, dim, dtype)
     want[1, 0, 1] = found.unpack(runs[1, 0, 1], size, dim, dtype)
     got = pages.clone().to(device)
-    packed.gather_packed(ids.to(device), to.to(device), at, got, name, 2)
+    packed.gather_packed(ids.to(device), to.to(device), at, got, name, num_programs=2)
     case.wait(device)
     assert case.same(got, want)
 
@@ -47,7 +47,7 @@ def test_gather_with_any_number_of_programs(device, case, num_programs):
     there = (ids >= 0)[..., None, None, None]
     want = torch.where(there, found.unpack(runs, 16, 16, pages.dtype), pages)
     got = pages.to(device)
-    packed.gather_packed(ids.to(device), ids.to(device), at, got, "int4", num_programs)
+    packed.gather_packed(ids.to(device), ids.to(device), at, got, "int4", num_programs=num_programs)
     case.wait(device)
     assert case.same(got, want)
 

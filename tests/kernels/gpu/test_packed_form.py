@@ -35,6 +35,11 @@ def test_tiles_hold_four_kib_of_codes():
     assert form("int8", 64, 64).tokens == 64
 
 
+def test_head_dims_that_are_no_whole_words_are_refused():
+    with pytest.raises(UnsupportedInputError, match=r"kv_format='int8'.*multiples of 4.*is 18"):
+        form("int8", 16, 18)
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_each_format_has_both_functions(name):
     functions = functions_of(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparda_compile.kernels.gpu import stage, staying
+from sparda_compile.kernels.gpu import packed, stage
 from sparda_compile.kernels.gpu.prefill import load_prefix
 from sparda_compile.kernels.prefill_attention import past_keys_values
 from sparda_compile.registry import KV_FORMATS
@@ -34,7 +34,7 @@ def test_gather_reads_the_listed_blocks_and_nothing_else(device, case, name, siz
     want = pages.clone()
     want[0, 0, [0, 3]], want[1, 0, 1] = read[0, 0, [2, 0]], read[1, 0, 1]
     got, kept = pages.clone().to(device), [each.to(device) for each in keys]
-    staying.gather_staying(ids.to(device), to.to(device), at, kept, got, name, 2)
+    packed.gather_packed(ids.to(device), to.to(device), at, got, name, kept, 2)
     case.wait(device)
     assert case.same(got, want)
 
@@ -49,7 +49,8 @@ def test_gather_with_any_number_of_programs(device, case, num_programs):
     pages = torch.zeros(3, 2, 4, 2, 16, 16, dtype=torch.float16)
     want = torch.where((ids >= 0)[..., None, None, None], found.rounded(blocks), pages)
     got, kept = pages.to(device), [each.to(device) for each in quantize(blocks[:, :, :, 0], 4)]
-    staying.gather_staying(ids.to(device), ids.to(device), at, kept, got, "values4", num_programs)
+    listed = (ids.to(device), ids.to(device))
+    packed.gather_packed(*listed, at, got, "values4", kept, num_programs)
     case.wait(device)
     assert case.same(got, want)
 

@@ -12,7 +12,11 @@ from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import node_cost
 from sparda_compile.passes.schedule.expected_blocks import expected_misses
-from sparda_compile.passes.schedule.layer_times import layer_times, speculates
+from sparda_compile.passes.schedule.layer_times import (
+    attends_before_repair,
+    layer_times,
+    speculates,
+)
 
 H200 = MACHINES["h200"]
 QUICK = dataclasses.replace(H200, latency_us={**H200.latency_us, "repair_predicted": 2.0})
@@ -131,3 +135,28 @@ class TestSpeculates:
         window = dataclasses.replace(shape, kind="window", window=64)
         assert not speculates(window, HEADS, context(plan, speculate_where="always"))
         assert not speculates(shape, HEADS, context(plan, mode="query"))
+
+
+class TestAttendsBeforeRepair:
+    """The sizes of an 8B model at 128K tokens: a few late blocks of each sequence."""
+
+    @pytest.fixture
+    def exact(self, plan_of):
+        settings = {"mode": "exact", "hint": "forecast", "machine": "h200"}
+        return plan_of("llama", **settings, attend_before_repair="auto")
+
+    @pytest.mark.parametrize(("batch", "is_early"), [(1, False), (2, False), (4, True), (16, True)])
+    def test_where_a_repair_is_long_enough_to_be_hidden(self, exact, batch, is_early):
+        shape, ctx = as_measured(exact, batch)
+        assert attends_before_repair(shape, ctx) == is_early
+
+    def test_not_where_hints_miss_nothing(self, exact):
+        shape, ctx = as_measured(exact, 16)
+        config = ctx.config.replace(expected_recall=1.0)
+        assert not attends_before_repair(shape, dataclasses.replace(ctx, config=config))
+
+    def test_where_it_is_asked_for_and_where_nothing_runs_beside(self, exact):
+        shape, ctx = as_measured(exact, 1)
+        config = ctx.config.replace(attend_before_repair="always")
+        assert attends_before_repair(shape, dataclasses.replace(ctx, config=config))
+        assert attends_before_repair(shape, dataclasses.replace(ctx, machine=MACHINES["cpu"]))

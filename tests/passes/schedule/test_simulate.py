@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparda_compile import SpardaConfig, ops
 from sparda_compile.graph.effects import stream_of
 from sparda_compile.graph.emit import Emitter
-from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, SELECT
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, REPAIR, SELECT
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import Cost
@@ -38,7 +38,7 @@ class Program:
         """Add work that uses a share of the memory's bandwidth; a copy uses the link."""
         node = self.emit.function(torch.neg, (self.x,), {}, name)
         hbm_bytes = round(memory * us * self.ctx.machine.memory_gbps * 1e3)
-        link_bytes = 1 if stream == COPY else 0
+        link_bytes = 1 if stream in (COPY, REPAIR) else 0
         self.costs[node], self.streams[node] = Cost(us, hbm_bytes, link_bytes), stream
         return node
 
@@ -183,3 +183,39 @@ def test_two_side_streams_take_from_compute_together():
     program.work("a", 10.0, memory=1.0)
     # For 10 us three quarters of the bandwidth at half the rate.
     assert program.times()["a"][1] == pytest.approx(10.0 + 10.0 - 3.75)
+
+
+@pytest.mark.parametrize(
+    ("repair", "copy_ends", "repair_ends"),
+    [(3.0, 23.0, 16.0), (30.0, 30.0, 50.0)],
+    ids=["a short one", "a longer one"],
+)
+def test_copies_of_two_streams_share_the_link(repair, copy_ends, repair_ends):
+    """From 10 us on each has half of its rate, as long as both are there."""
+    program = Program()
+    program.work("copy", 20.0, COPY)
+    program.work("model", 10.0)
+    program.work("repair", repair, REPAIR)
+    times = program.times()
+    assert times["copy"][:2] == (0.0, copy_ends)
+    assert times["repair"][:2] == (10.0, repair_ends)
+
+
+def test_a_copy_that_ends_later_is_awaited_for_longer():
+    program = Program()
+    copy = program.work("copy", 20.0, COPY)
+    program.mark(1, COPY)
+    program.work("model", 10.0)
+    program.work("repair", 3.0, REPAIR)
+    program.mark(2, REPAIR)
+    program.wait(copy, 2)
+    assert program.times()["wait2"] == (10.0, 16.0, 6.0)
+
+
+def test_copies_one_after_the_other_share_nothing():
+    program = Program()
+    program.work("copy", 10.0, COPY)
+    program.work("model", 10.0)
+    program.work("repair", 3.0, REPAIR)
+    times = program.times()
+    assert (times["copy"][1], times["repair"][:2]) == (10.0, (10.0, 13.0))
