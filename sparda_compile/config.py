@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
-from sparda_compile.checks import format_choice, names, number, one_of, whole
+from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
-from sparda_compile.registry import HINTS, KV_FORMATS, PREDICTORS, SELECTORS
+from sparda_compile.memory import MOST_TOKENS, Memory, Offload, PageFormat
+from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "MACHINE_NAMES",
@@ -24,6 +22,7 @@ __all__ = [
     "Memory",
     "Mode",
     "Offload",
+    "PageFormat",
     "Prediction",
     "Prefill",
     "Selection",
@@ -31,15 +30,11 @@ __all__ = [
     "round_up",
 ]
 
-Eviction = Literal["lru", "fifo"]
 Lowering = Literal["inductor", "eager"]
-Offload = Literal["auto", "always", "never"]
 
 G = TypeVar("G")
 MACHINE_NAMES: Final = ("cpu", "h100", "h200")
 MIB: Final = 1 << 20
-# Lengths are counted in 32 bits.
-MOST_TOKENS: Final = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,59 +64,6 @@ class Blocks:
                 f"pool_stride={self.pool_stride} must divide block_size={self.block_size} and "
                 f"pool_size={self.pool_size}; use 16, the paper's value."
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Where the KV cache lives, and how much of it there may be.
-
-    Attributes:
-        chunk_tokens: Columns of a prompt that are one turn. None reads it as one, layer by layer,
-            with what lies between attentions in slices, or, where the GPU has not the memory that
-            this is worked out to take, in the largest turns for which it has. Shorter turns need
-            less memory, and read the past again from the cache; the result is the same but for
-            rounding.
-        max_tokens: Tokens that one sequence may hold. None reserves what each `generate` needs
-            (prompt plus `max_new_tokens`, rounded up) and grows when a later turn needs more.
-        offload: `always` keeps the KV cache in CPU memory, `never` on the device, `auto` on the
-            device while it fits `device_bytes`.
-        device_bytes: Device memory that the KV cache may take; None is no limit.
-        host_bytes: CPU memory that the KV cache may take; None is what the machine has free.
-        page_ratio: Device pages over selected blocks; more pages keep blocks for longer.
-        eviction: Whose page a new block takes: `lru` (least recently selected) or `fifo`.
-        kv_format: How full blocks are written: `model` keeps the model's dtype, bit for bit; `fp8`,
-            `int8` and `int4` round each block once, when it is full, wherever it is. `values8` and
-            `values4` store values alone; keys stay on the device, in 4 bits. A dict names those of
-            some layers by number, the others keep `model`. `auto` or `auto:PERCENT` lets the cost
-            model choose, within an error of 3% or PERCENT. See `docs/kv_formats.md`.
-    """
-
-    chunk_tokens: int | None = None
-    max_tokens: int | None = None
-    offload: Offload = "always"
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    page_ratio: float = 1.5
-    eviction: Eviction = "lru"
-    kv_format: str | Mapping[int, str] | tuple[tuple[int, str], ...] = "model"
-
-    def __post_init__(self) -> None:
-        formats = format_choice("kv_format", self.kv_format, KV_FORMATS.choices())
-        object.__setattr__(self, "kv_format", formats)
-        one_of("offload", self.offload, get_args(Offload))
-        one_of("eviction", self.eviction, get_args(Eviction))
-        number("page_ratio", self.page_ratio)
-        if self.page_ratio < 1.0:
-            raise ConfigError(
-                f"page_ratio={self.page_ratio} is less than 1.0, so the selected blocks would not "
-                "fit the device pages; use 1.0 or more (default 1.5)."
-            )
-        if self.max_tokens is not None:
-            whole("max_tokens", self.max_tokens, 1, MOST_TOKENS)
-        for name in ("chunk_tokens", "device_bytes", "host_bytes"):
-            value = getattr(self, name)
-            if value is not None:
-                whole(name, value, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 
 from sparda_compile.bench.trace import TRACE
 from sparda_compile.formats.staying import KEY_BITS
+from sparda_compile.kernels.paged import WRITTEN
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.selectors.lowbit import quantize
 from sparda_compile.state.layout import LENGTHS, state_name
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparda_compile.runtime.kv_cache import KVCache
-    from sparda_compile.state.layout import CacheLayout
+    from sparda_compile.state.layout import CacheLayout, LayerShape
 
 __all__ = ["draw_steps", "fill", "follow", "rewind", "trace_steps_of"]
 
@@ -53,11 +54,13 @@ def fill(kv: KVCache, num_tokens: int, seed: int = 0) -> None:
         host = kv.host_blocks.get(state_name("host", shape.layer))
         target = host if host is not None and host.numel() else pages
         found = kv.layout.kv_format(shape.layer)
+        is_model = target is pages and not kv.layout.has_stored_pages(shape.layer)
         for row in range(pages.shape[0]):
-            size = (pages.shape[1], num_blocks, *pages.shape[3:])
+            block = (2, kv.layout.config.block_size, shape.head_dim)
+            size = (pages.shape[1], num_blocks, *block)
             blocks = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-            blocks = blocks.to(pages.dtype)
-            stored = found.rounded(blocks) if target is pages else found.pack(blocks)
+            blocks = blocks.to(shape.dtype)
+            stored = found.rounded(blocks) if is_model else found.pack(blocks)
             _keep_keys(kv, shape.layer, row, blocks)
             for group in range(size[0]):  # one run of memory each: a copy at the link's rate
                 target[row, group, :num_blocks].copy_(stored[group])
@@ -101,19 +104,30 @@ def rewind(kv: KVCache, num_tokens: int) -> None:
             ids = torch.arange(current + 1, dtype=torch.int32, device=table.device)
             ids = ids.expand(batch, groups, -1).contiguous()
         assign_pages(ids, lengths - 1, table, page_block, page_stamp, layout.config.eviction)
-        if layout.offload:
-            name = state_name("host", shape.layer)
-            pages = kv.state[state_name("pages", shape.layer)]
-            tail = kv.host_blocks[name][:, :, current]
-            tokens, dim = pages.shape[4:]
-            keys = [each[:, :, current] for each in _staying_keys(kv, shape.layer)]
-            tail = layout.kv_format(shape.layer).read(
-                tail.to(pages.device), keys, tokens, dim, pages.dtype
-            )
-            page = table[:, :, current].long()
-            rows = torch.arange(batch, device=table.device)[:, None]
-            pages[rows, torch.arange(groups, device=table.device), page] = tail
+        _reopen(kv, shape, current)
     kv.longest = kv.num_columns = num_tokens
+
+
+def _reopen(kv: KVCache, shape: LayerShape, current: int) -> None:
+    """Put a block where tokens are written, from where it is full: CPU memory, or its page."""
+    layout, is_stored = kv.layout, kv.layout.has_stored_pages(shape.layer)
+    if not layout.offload and not is_stored:
+        return  # it is one and the same page
+    pages, table = (kv.state[state_name(name, shape.layer)] for name in ("pages", "block_table"))
+    rows = torch.arange(table.shape[0], device=table.device)[:, None]
+    heads = torch.arange(table.shape[1], device=table.device)
+    page = table[:, :, current].long()
+    if layout.offload:
+        run = kv.host_blocks[state_name("host", shape.layer)][:, :, current].to(pages.device)
+    else:
+        run = pages[rows, heads, page]
+    keys = [each[:, :, current] for each in _staying_keys(kv, shape.layer)]
+    sizes = (layout.config.block_size, shape.head_dim)
+    block = layout.kv_format(shape.layer).read(run, keys, *sizes, shape.dtype)
+    if is_stored:
+        kv.state[state_name("tail", shape.layer)][:, :, WRITTEN] = block
+    else:
+        pages[rows, heads, page] = block
 
 
 def trace_steps_of(layout: CacheLayout) -> int:

@@ -23,14 +23,17 @@ __all__ = [
     "StateInputs",
     "add_scores",
     "add_selection",
-    "format_of",
+    "fetch_format_of",
     "geometry_of",
+    "page_format_of",
     "plan_pages",
     "read_format_of",
     "select_by_score",
     "select_for_tokens",
     "select_past",
     "stage_blocks",
+    "store_format_of",
+    "written_pool",
 ]
 
 
@@ -298,21 +301,55 @@ def _items(emit: Emitter, node: fx.Node) -> list[fx.Node]:
 
 
 def read_format_of(layout: CacheLayout, layer: int, state: StateInputs) -> dict[str, Any]:
-    """Return the arguments of what reads full blocks of a layer: their format, and keys that stay.
+    """Return the arguments of what reads full blocks of a layer from wherever they are.
 
-    None where blocks keep the model's dtype, as for `format_of`.
+    Their format, keys that stay, and `tail` beside pages of stored runs. None where blocks keep the
+    model's dtype, as for `page_format_of`.
     """
+    return {**fetch_format_of(layout, layer, state), **store_format_of(layout, layer, state)}
+
+
+def fetch_format_of(layout: CacheLayout, layer: int, state: StateInputs) -> dict[str, Any]:
+    """Return the arguments of what copies full blocks of a layer to pages.
+
+    None where pages hold what CPU memory does: blocks move as they are.
+    """
+    if layout.has_stored_pages(layer):
+        return {}
     kept = {name: state.get(name, layer) for name in layout.staying_keys(layer)}
-    return {**format_of(layout, layer), **kept}
+    return {**_format_of(layout, layer), **kept}
 
 
-def format_of(layout: CacheLayout, layer: int) -> dict[str, str]:
+def page_format_of(layout: CacheLayout, layer: int, state: StateInputs) -> dict[str, Any]:
+    """Return the arguments of what reads pages of a layer alone.
+
+    None where these hold the model's dtype.
+    """
+    return store_format_of(layout, layer, state) if layout.has_stored_pages(layer) else {}
+
+
+def store_format_of(layout: CacheLayout, layer: int, state: StateInputs) -> dict[str, Any]:
+    """Return the arguments of what stores full blocks of a layer: their format, and `tail`."""
+    tail = {"tail": state.get("tail", layer)} if layout.has_stored_pages(layer) else {}
+    return {**_format_of(layout, layer), **tail}
+
+
+def _format_of(layout: CacheLayout, layer: int) -> dict[str, str]:
     """Return the argument that says how full blocks of a layer are written.
 
     None where they keep the model's dtype: that is the default of the ops that take it.
     """
     found = layout.kv_format(layer)
     return {"kv_format": found.name} if found.rounds else {}
+
+
+def written_pool(
+    layout: CacheLayout, layer: int, state: StateInputs
+) -> tuple[fx.Node, dict[str, Any]]:
+    """Return the pool that new tokens of a layer are written to, and what says which one it is."""
+    if layout.has_stored_pages(layer):
+        return state.get("tail", layer), {"is_tail": True}
+    return state.get("pages", layer), {}
 
 
 def geometry_of(layout: CacheLayout) -> tuple[int, int, int, int]:

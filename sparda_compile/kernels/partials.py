@@ -16,13 +16,17 @@ are public as `sparda_compile.partials`, which says what they take. On CUDA: `gp
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.isa.define import define
+from sparda_compile.kernels.paged import read_pages
+
+if TYPE_CHECKING:
+    from sparda_compile.kernels.paged import Stored
 
 __all__ = [
     "MOST_REMOVED",
@@ -48,26 +52,27 @@ def group_partials(
     lengths_B: Tensor,
     scale: float,
     softcap: float,
+    stored: Stored | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to each group of blocks alone.
 
     Args:
         query_BH1D: Queries.
-        pages: [B, G, C, 2, P, D], keys then values.
+        pages: [B, G, C, 2, P, D], keys then values; or stored runs.
         page_ids_BGSn: Page of each block, int32; n blocks of each of S groups.
         block_ids_BGSn: Blocks, int32, -1 for none.
         lengths_B: Position of the query, int32; later keys are not seen.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
+        stored: What goes with pages of stored runs.
 
     Returns:
         [B, G, S, R, D] fp32 and [B, G, S, R] fp32; (0, -inf) where a group has no block.
     """
-    batch, groups, _, _, size, _ = pages.shape
+    groups = pages.shape[1]
     query_BGRD = query_BH1D[:, :, 0].unflatten(1, (groups, -1)).float()
-    rows = torch.arange(batch, device=pages.device)[:, None, None, None]
-    heads = torch.arange(groups, device=pages.device)[:, None, None]
-    kv_BGSn2PD = pages[rows, heads, page_ids_BGSn.clamp(min=0).long()].float()
+    kv_BGSn2PD = read_pages(pages, page_ids_BGSn, block_ids_BGSn, lengths_B, stored).float()
+    size = kv_BGSn2PD.shape[5]
     keys, values = (each.flatten(3, 4) for each in kv_BGSn2PD.unbind(4))
     scores = query_BGRD[:, :, None] @ keys.transpose(-1, -2) * scale
     if softcap:
@@ -90,6 +95,7 @@ def block_partials(
     lengths_B: Tensor,
     scale: float,
     softcap: float = 0.0,
+    stored: Stored | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to each block alone; see `group_partials`.
 
@@ -97,7 +103,7 @@ def block_partials(
         [B, G, K, R, D] fp32 and [B, G, K, R] fp32; (0, -inf) where there is no block.
     """
     ids = (page_ids_BGK[..., None], block_ids_BGK[..., None])
-    return group_partials(query_BH1D, pages, *ids, lengths_B, scale, softcap)
+    return group_partials(query_BH1D, pages, *ids, lengths_B, scale, softcap, stored)
 
 
 def merge(out_SRD: Tensor, lse_SR: Tensor, keep_S: Tensor | None = None) -> tuple[Tensor, Tensor]:

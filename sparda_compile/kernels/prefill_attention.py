@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sparda_compile.isa.define import define
 from sparda_compile.isa.table import Work
+from sparda_compile.kernels.paged import block_pool, past_keys_values, tail_pages
 from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
-from sparda_compile.registry import KV_FORMATS
 
 __all__ = [
     "SelectedBlocks",
@@ -129,36 +129,6 @@ class SelectedBlocks:
         return chosen.gather(-1, block.expand(*ids.shape[:3], block.shape[-1]))
 
 
-def past_keys_values(
-    pages: Tensor,
-    host: Tensor,
-    block_table: Tensor,
-    num_blocks: int,
-    kv_format: str = "model",
-    keys: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor]:
-    """Gather the first blocks of each sequence: two tensors [B, G, num_blocks * P, D]."""
-    if pages.is_cuda:
-        from sparda_compile.kernels.gpu.prefill import load_prefix
-
-        loaded = load_prefix(pages, host, block_table, num_blocks, kv_format, keys)
-        k, v = loaded.unbind(3)
-        return k.flatten(2, 3), v.flatten(2, 3)
-    batch, groups = pages.shape[:2]
-    page = block_table[:, :, :num_blocks].long()
-    rows = torch.arange(batch, device=pages.device)[:, None, None]
-    heads = torch.arange(groups, device=pages.device)[:, None]
-    blocks = pages[rows, heads, page.clamp(min=0)]
-    if host.numel():
-        absent = (page < 0)[..., None, None, None]
-        found = KV_FORMATS[kv_format]
-        mine = [each[:, :, :num_blocks] for each in keys]
-        stored = found.read(host[:, :, :num_blocks], mine, *pages.shape[4:], pages.dtype)
-        blocks = torch.where(absent, stored, blocks)
-    k, v = blocks.unbind(3)
-    return k.flatten(2, 3), v.flatten(2, 3)
-
-
 @define(
     fake=lambda a: _token_major(torch.empty_like(a.query)),
     before=("extend_kv",),  # which may evict what attention reads of the past
@@ -181,6 +151,7 @@ def prefill_attention(
     key_codes: Tensor | None = None,
     key_span: Tensor | None = None,
     key_base: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Attend densely to the past and to the new tokens.
 
@@ -190,7 +161,7 @@ def prefill_attention(
         v: [B, G, T, D] new values.
         token_mask: [B, T] bool, which tokens are real.
         lengths: [B] int32, tokens in the cache.
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D]; or stored runs, see `paged.py`.
         host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
         block_table: [B, G, N] int32.
         scale: Factor on q . k.
@@ -201,25 +172,26 @@ def prefill_attention(
         key_codes: As for `runtime.transfer.fetch_blocks`, like the next two.
         key_span: [B, G, N, D].
         key_base: [B, G, N, D].
+        tail: [B, G, 2, 2, P, D] beside stored runs, the block that is being written.
 
     Returns:
         [B, H, T, D]; zero for tokens that are not real. A token's heads lie side by side.
     """
     keys = [each for each in (key_codes, key_span, key_base) if each is not None]
+    written, pool = (kv_format, keys, tail), block_pool(pages, tail)
     if query.is_cuda and (num_past or softcap):
         from sparda_compile.kernels.gpu import attend_tokens as gpu
 
-        if gpu.covers(query, pages, block_table):
+        if gpu.covers(query, pool, block_table):
             past, factors = (pages, host, block_table), (scale, softcap)
             return gpu.attend_all(
-                query, (k, v), token_mask, lengths, past, num_past, factors, kv_format, keys
+                query, (k, v), token_mask, lengths, past, num_past, factors, *written
             )
     is_reference = not query.is_cuda
     if may_hide and is_reference:
         may_hide = not bool(token_mask.all())
     if num_past or softcap or (may_hide and is_reference):
-        past = (pages, host, block_table[:, :, : -(-num_past // pages.shape[4])])
-        written = (kv_format, keys)
+        past = (pages, host, block_table[:, :, : -(-num_past // pool.shape[4])])
         out = _attend(query, (k, v), token_mask, lengths, past, (scale, softcap), written)
     elif may_hide:
         out = _causal_of_real(query, k, v, token_mask, scale)
@@ -246,12 +218,12 @@ def _attend(
     lengths: Tensor,
     past: tuple[Tensor, Tensor, Tensor],
     factors: tuple[float, float],
-    written: tuple[str, Sequence[Tensor]],
+    written: tuple[str, Sequence[Tensor], Tensor | None],
 ) -> Tensor:
     """Attend to the new tokens, and of the past to what the block table that is given lists."""
     (k, v), (pages, host, block_table) = new, past
     position_BT = token_positions(lengths, token_mask, k.shape[2])
-    past_k, past_v = past_keys_values(pages, host, block_table, block_table.shape[2], *written)
+    past_k, past_v = past_keys_values(pages, host, block_table, lengths, *written)
     index = torch.arange(past_k.shape[2], device=k.device)
     past_BS = index.where(index < lengths[:, None], -1)
     # What lies past a sequence's end may be anything, NaN too: weight 0 must win.
@@ -306,6 +278,7 @@ def attend_tokens(
     block_table: Tensor,
     scale: float,
     softcap: float,
+    is_tail: bool = False,
 ) -> Tensor:
     """Attend to the selected blocks of the past and of the new tokens, causally.
 
@@ -323,11 +296,12 @@ def attend_tokens(
         block_table: [B, G, N] int32.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
+        is_tail: Whether `pages` is `tail`, beside pages of stored runs.
 
     Returns:
         [B, H, T, D]; zero for tokens that are not real.
     """
-    staged, paged = (staging, slots), (pages, block_table)
+    staged, paged = (staging, slots), (pages, tail_pages(block_table, is_tail=is_tail))
     if query.is_cuda:
         from sparda_compile.kernels.gpu import attend_tokens as gpu
 

@@ -25,10 +25,13 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import submit_into
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Part, Work
+from sparda_compile.kernels.paged import block_pool, stored_or_none
 from sparda_compile.kernels.partials import group_partials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from sparda_compile.kernels.paged import Stored
 
 __all__ = [
     "attend_missing",
@@ -75,15 +78,15 @@ def blocks_per_split(num_pairs: int, num_selected: int, block_size: int) -> int:
     return min(range(least, max(num_selected, least) + 1), key=cost)
 
 
-def _split_size(pages: Tensor, block_ids_BGK: Tensor) -> int:
+def _split_size(pool: Tensor, block_ids_BGK: Tensor) -> int:
     # Sizes that a trace left open are settled here: how ids are split hangs on the numbers.
     batch, groups, selected = block_ids_BGK.shape
-    return blocks_per_split(int(batch * groups), int(selected), int(pages.shape[4]))
+    return blocks_per_split(int(batch * groups), int(selected), int(pool.shape[4]))
 
 
-def num_splits(pages: Tensor, block_ids_BGK: Tensor) -> int:
-    """Return how many partial results there are, given [B, G, C, 2, P, D] and the ids."""
-    return -(-int(block_ids_BGK.shape[-1]) // _split_size(pages, block_ids_BGK))
+def num_splits(pool: Tensor, block_ids_BGK: Tensor) -> int:
+    """Return how many partial results there are, given a pool [B, G, C, 2, P, D] and the ids."""
+    return -(-int(block_ids_BGK.shape[-1]) // _split_size(pool, block_ids_BGK))
 
 
 def _in_splits(tensor_BGK: Tensor, blocks: int, fill: int) -> Tensor:
@@ -101,11 +104,12 @@ def split_partials(
     lengths_B: Tensor,
     scale: float,
     softcap: float,
+    stored: Stored | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to each split alone: [B, G, S, R, D] and [B, G, S, R], fp32."""
-    blocks = _split_size(pages, block_ids_BGK)
+    blocks = _split_size(block_pool(pages, stored and stored.tail), block_ids_BGK)
     ids = (_in_splits(page_ids_BGK, blocks, 0), _in_splits(block_ids_BGK, blocks, -1))
-    return group_partials(query_BH1D, pages, *ids, lengths_B, scale, softcap)
+    return group_partials(query_BH1D, pages, *ids, lengths_B, scale, softcap, stored)
 
 
 def merge_partials(out_BGSRD: Tensor, lse_BGSR: Tensor) -> Tensor:
@@ -122,9 +126,9 @@ def _in_late_split(is_miss_BGK: Tensor, blocks: int) -> Tensor:
 
 
 def _launched(arguments: Mapping[str, Any], batch_size: int) -> tuple[str, ...]:
-    ids, pages = arguments["block_ids"], arguments["pages"]
+    ids, pool = arguments["block_ids"], block_pool(arguments["pages"], arguments.get("tail"))
     groups, selected = ids.shape[1:]
-    is_one_split = blocks_per_split(batch_size * groups, selected, pages.shape[4]) >= selected
+    is_one_split = blocks_per_split(batch_size * groups, selected, pool.shape[4]) >= selected
     return ("_partials",) if is_one_split else ("_partials", "_merge")
 
 
@@ -144,12 +148,14 @@ def sparse_attention(
     softcap: float,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    tail: Tensor | None = None,
+    kv_format: str = "model",
 ) -> Tensor:
     """Attend to the selected blocks, all of them resident.
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D] device pages.
+        pages: [B, G, C, 2, P, D] device pages; or stored runs, see `paged.py`.
         page_ids: [B, G, K] int32, page of each selected block.
         block_ids: [B, G, K] int32, the blocks, -1 for none.
         lengths: [B] int32, position of the new token.
@@ -157,21 +163,23 @@ def sparse_attention(
         softcap: Soft cap on the scores, 0.0 for none.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        tail: [B, G, 2, 2, P, D] beside stored runs, the block that is being written.
+        kv_format: Beside stored runs, how they are written.
 
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
     del after
+    operands = (query, pages, page_ids, block_ids)
+    stored = stored_or_none(tail, kv_format)
 
     def attend() -> Tensor:
         if query.is_cuda:
             from sparda_compile.kernels.gpu import attention
 
-            blocks = _split_size(pages, block_ids)
-            return attention.attend(
-                query, pages, page_ids, block_ids, lengths, scale, softcap, blocks
-            )
-        out, lse = split_partials(query, pages, page_ids, block_ids, lengths, scale, softcap)
+            blocks = _split_size(block_pool(pages, tail), block_ids)
+            return attention.attend(*operands, lengths, scale, softcap, blocks, stored)
+        out, lse = split_partials(*operands, lengths, scale, softcap, stored)
         return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)
 
     if stream == COMPUTE:
@@ -183,7 +191,7 @@ def sparse_attention(
 
 def _fake_partials(arguments: Any) -> tuple[Tensor, Tensor]:
     query, block_ids = arguments.query, arguments.block_ids
-    splits = num_splits(arguments.pages, block_ids)
+    splits = num_splits(block_pool(arguments.pages, arguments.tail), block_ids)
     shape = (*block_ids.shape[:2], splits, query.shape[1] // block_ids.shape[1])
     lse = query.new_empty(shape, dtype=torch.float32)
     return query.new_empty((*shape, query.shape[-1]), dtype=torch.float32), lse
@@ -208,12 +216,14 @@ def attend_resident(
     softcap: float,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    tail: Tensor | None = None,
+    kv_format: str = "model",
 ) -> tuple[Tensor, Tensor]:
     """Attend to the selected blocks that are resident while the others are on their way.
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D]; pages of missing blocks are not read for their content.
+        pages: As for `sparse_attention`; those of missing blocks are not read for their content.
         page_ids: [B, G, K] int32.
         block_ids: [B, G, K] int32.
         is_miss: [B, G, K] bool, blocks that a copy is bringing.
@@ -222,28 +232,29 @@ def attend_resident(
         softcap: Soft cap on the scores, 0.0 for none.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        tail: As for `sparse_attention`, like the next one.
+        kv_format: How stored runs are written.
 
     Returns:
         Partial outputs [B, G, S, R, D] fp32 and their log-sum-exps [B, G, S, R] fp32; empty
         (0, -inf) for splits with a missing block.
     """
     del after
+    pool, stored = block_pool(pages, tail), stored_or_none(tail, kv_format)
+    blocks, scaling = _split_size(pool, block_ids), (scale, softcap)
 
     def attend() -> tuple[Tensor, Tensor]:
         if query.is_cuda:
             from sparda_compile.kernels.gpu import attention
 
-            blocks = _split_size(pages, block_ids)
-            return attention.partials(
-                query, pages, page_ids, block_ids, is_miss, lengths, scale, softcap, blocks
-            )
-        late = _in_late_split(is_miss, _split_size(pages, is_miss))
-        resident = block_ids.masked_fill(late, -1)
-        return split_partials(query, pages, page_ids, resident, lengths, scale, softcap)
+            ids = (page_ids, block_ids, is_miss)
+            return attention.partials(query, pages, *ids, lengths, *scaling, blocks, stored)
+        resident = block_ids.masked_fill(_in_late_split(is_miss, blocks), -1)
+        return split_partials(query, pages, page_ids, resident, lengths, *scaling, stored)
 
     if stream == COMPUTE:
         return attend()
-    shape = (*block_ids.shape[:2], num_splits(pages, block_ids), query.shape[1] // pages.shape[1])
+    shape = (*block_ids.shape[:2], num_splits(pool, block_ids), query.shape[1] // pages.shape[1])
     lse = query.new_empty(shape, dtype=torch.float32)
     out = query.new_empty((*shape, query.shape[-1]), dtype=torch.float32)
     submit_into(stream, (out, lse), attend)
@@ -269,12 +280,14 @@ def attend_missing(
     softcap: float,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    tail: Tensor | None = None,
+    kv_format: str = "model",
 ) -> Tensor:
     """Attend to the blocks that were missing and merge with the resident ones (repair).
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D].
+        pages: As for `sparse_attention`.
         page_ids: [B, G, K] int32.
         block_ids: [B, G, K] int32.
         is_miss: [B, G, K] bool, blocks that had to be fetched.
@@ -285,33 +298,26 @@ def attend_missing(
         softcap: Soft cap on the scores, 0.0 for none.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        tail: As for `sparse_attention`, like the next one.
+        kv_format: How stored runs are written.
 
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
     del after
-    blocks = _split_size(pages, is_miss)
+    blocks, stored = _split_size(block_pool(pages, tail), is_miss), stored_or_none(tail, kv_format)
+    scaling = (scale, softcap)
 
     def repair() -> Tensor:
         if query.is_cuda:
             from sparda_compile.kernels.gpu import attention
 
-            late = attention.partials(
-                query,
-                pages,
-                page_ids,
-                block_ids,
-                is_miss,
-                lengths,
-                scale,
-                softcap,
-                blocks,
-                missing=True,
-            )
+            operands = (query, pages, page_ids, block_ids, is_miss, lengths)
+            late = attention.partials(*operands, *scaling, blocks, stored, missing=True)
             return attention.merge(partial_out, partial_lse, late, query.dtype)
         is_late = _in_splits(is_miss, blocks, 0).any(-1)
         missing = block_ids.masked_fill(~_in_late_split(is_miss, blocks), -1)
-        out, lse = split_partials(query, pages, page_ids, missing, lengths, scale, softcap)
+        out, lse = split_partials(query, pages, page_ids, missing, lengths, *scaling, stored)
         out = torch.where(is_late[..., None, None], out, partial_out)
         lse = torch.where(is_late[..., None], lse, partial_lse)
         return merge_partials(out, lse).flatten(1, 2)[:, :, None].to(query.dtype)

@@ -32,6 +32,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine, submit_into
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Part, Work
+from sparda_compile.kernels.paged import block_pool, stored_or_none
 from sparda_compile.kernels.partials import block_partials, merge
 from sparda_compile.kernels.predict_blocks import calibrated_or, predict_blocks_reference
 
@@ -122,7 +123,7 @@ def _empty_partials(query: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
     results=("partial_out", "partial_lse"),
     work=Work.PREDICTED,
     kernels=("_attend_blocks",),
-    parts=(Part("pages", "past", by="lengths"), Part("block_table", "past", by="lengths")),
+    parts=tuple(Part(name, "past", by="lengths") for name in ("pages", "tail", "block_table")),
     before=("predict_ahead",),  # else it read with the next step's prediction
 )
 def attend_predicted(
@@ -135,12 +136,14 @@ def attend_predicted(
     softcap: float,
     stream: int = COMPUTE,
     after: Tensor | None = None,
+    tail: Tensor | None = None,
+    kv_format: str = "model",
 ) -> tuple[Tensor, Tensor]:
     """Attend to each predicted block alone, before the selection is known.
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D], with every block of the cache.
+        pages: [B, G, C, 2, P, D], with every block of the cache; or stored runs, see `paged.py`.
         block_table: [B, G, N] int32, page of each block.
         predicted: [B, G, W] int32, ascending, then -1.
         lengths: [B] int32, position of the new token; its block is left out.
@@ -148,6 +151,8 @@ def attend_predicted(
         softcap: Soft cap on the scores, 0.0 for none.
         stream: 0 compute, 3 attend.
         after: Result of the fork that starts the side stream's work, if this op is first on it.
+        tail: [B, G, 2, 2, P, D] beside stored runs; it is not read, for no tail is attended early.
+        kv_format: Beside stored runs, how they are written.
 
     Returns:
         Partial outputs [B, G, W, R, D] fp32 and their log-sum-exps [B, G, W, R] fp32. Where there
@@ -155,18 +160,19 @@ def attend_predicted(
     """
     del after
     out, lse = _empty_partials(query, predicted)
+    stored = stored_or_none(tail, kv_format)
 
     def work() -> tuple[Tensor, Tensor]:
-        current_B11 = (lengths // pages.shape[4])[:, None, None]
+        current_B11 = (lengths // block_pool(pages, tail).shape[4])[:, None, None]
         blocks = predicted.masked_fill(predicted >= current_B11, -1)
         page_ids = block_table.gather(-1, blocks.clamp(min=0).long())
-        return block_partials(query, pages, page_ids, blocks, lengths, scale, softcap)
+        return block_partials(query, pages, page_ids, blocks, lengths, scale, softcap, stored)
 
     if query.is_cuda:
         from sparda_compile.kernels.gpu import speculation
 
-        operands = (query, pages, block_table, predicted, lengths, scale, softcap)
-        current_engine().submit(stream, lambda: speculation.attend_predicted(*operands, (out, lse)))
+        operands = (query, pages, block_table, predicted, lengths, scale, softcap, (out, lse))
+        current_engine().submit(stream, lambda: speculation.attend_predicted(*operands, stored))
     else:
         submit_into(stream, (out, lse), work)
     return out, lse
@@ -200,12 +206,14 @@ def repair_predicted(
     scale: float,
     softcap: float,
     union: bool,
+    tail: Tensor | None = None,
+    kv_format: str = "model",
 ) -> Tensor:
     """Attend to the selected blocks that were not predicted, and merge all that were selected.
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D]; or stored runs, see `paged.py`.
         page_ids: [B, G, K] int32, page of each selected block.
         block_ids: [B, G, K] int32, selected blocks, ascending, then -1.
         predicted: [B, G, W] int32, what `attend_predicted` took.
@@ -216,23 +224,27 @@ def repair_predicted(
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
         union: Whether predicted blocks that were not selected count too.
+        tail: [B, G, 2, 2, P, D] beside stored runs, the block that is being written.
+        kv_format: Beside stored runs, how they are written.
 
     Returns:
         [B, H, 1, D] in the query's dtype.
     """
+    scaling, stored = (scale, softcap), stored_or_none(tail, kv_format)
     if query.is_cuda:
         from sparda_compile.kernels.gpu import speculation
 
         chosen = (page_ids, block_ids, predicted)
         partials = (partial_out, partial_lse)
         return speculation.repair_predicted(
-            query, pages, chosen, lengths, partials, counters, (scale, softcap), union=union
+            query, pages, chosen, lengths, partials, counters, scaling, stored, union=union
         )
-    size = pages.shape[4]
+    size = block_pool(pages, tail).shape[4]
     place = find_predicted(block_ids, predicted, lengths, size)
     is_hit = place >= 0
     missed = block_ids.masked_fill(is_hit, -1)
-    late_out, late_lse = block_partials(query, pages, page_ids, missed, lengths, scale, softcap)
+    ids = (page_ids, missed)
+    late_out, late_lse = block_partials(query, pages, *ids, lengths, *scaling, stored)
     at = place.clamp(min=0)[..., None].expand(*late_lse.shape)
     early_lse = partial_lse.gather(2, at)
     early_out = partial_out.gather(2, at[..., None].expand(*late_out.shape))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.kernels.paged import block_pool
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -238,9 +240,10 @@ def all_blocks_bytes(a: Any) -> int:
     Beside them slots of the past, positions and columns of the new tokens, and one union.
     """
     batch, groups, num_blocks = a.block_table.shape
-    size, num_tokens, pairs = a.pages.shape[4], int(a.k.shape[2]), batch * groups
+    pool = block_pool(a.pages, a.tail)
+    size, num_tokens, pairs = pool.shape[4], int(a.k.shape[2]), batch * groups
     blocks = -(-num_tokens // size) + 1 + a.num_past // size
-    staging = blocks * _bytes(a.pages) // a.pages.shape[2]
+    staging = blocks * _bytes(pool) // pool.shape[2]
     heads = a.query.shape[1] // groups
     tokens = tile_rows(heads, a.query.shape[3], a.query.dtype) // _power_of_two(heads)
     tables = 4 * pairs * num_blocks * (3 + union_words(tokens))

@@ -48,6 +48,7 @@ _SETTINGS: Final = (
     "page_ratio",
     "eviction",
     "kv_format",
+    "page_format",
 )
 # Least values of what is counted.
 _COUNTS: Final = {

@@ -9,7 +9,8 @@ says. Of those whose step is within 5% of the fastest, the one with the least er
 does not fit `host_bytes` is left out where something does.
 
 A cache on the device keeps the model's dtype: its pages have that in every format, so that rounding
-would save nothing there.
+would save nothing there. With `page_format="stored"` it would save memory, but not one copy; name a
+format for that.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ __all__ = ["with_format"]
 
 # A format is left for a more exact one that is expected to be at most so much slower.
 _MARGIN: Final = 1.05
+# Why a cache on the device is not rounded, by `page_format`.
+_ON_DEVICE: Final = {"model": "where pages have that dtype", "stored": "so that no block is copied"}
 # Kernels of the model in a layer of a decode step.
 _KERNELS: Final = 6
 
@@ -45,9 +48,9 @@ def with_format(layout: CacheLayout, machine: Machine, weight_bytes: int) -> Cac
     allowed = allowed_error(layout.config.kv_format)
     if allowed is None:
         return layout
-    plain = _with(layout, "model")
+    plain, page_format = _with(layout, "model"), layout.config.page_format
     if not plain.offload:
-        return _with(layout, "model", "the KV cache is on the device, where pages have that dtype")
+        return _with(layout, "model", f"the KV cache is on the device, {_ON_DEVICE[page_format]}")
     steps = {
         found.name: _step_us(_with(layout, found.name), machine, weight_bytes)
         for found in _candidates(plain, allowed)
@@ -72,11 +75,13 @@ def _candidates(layout: CacheLayout, allowed: float) -> list[BlockFormat]:
     """Return the formats that are exact enough, run anywhere and fit the model's dtype.
 
     Keys that stay do so where the selector keeps them anyway: others would take device memory.
+    Pages of stored runs have no place for them.
     """
     shapes = [shape for shape in layout.layers if shape.kind == "sparse"]
     found = [KV_FORMATS["model"]]
     for each in KV_FORMATS:
-        needs = {each.summary} - {None, *layout.scored_summaries()}
+        kept = () if layout.config.page_format == "stored" else layout.scored_summaries()
+        needs = {each.summary} - {None, *kept}
         if each.kernels is None or each.error > allowed or needs:
             continue
         try:

@@ -74,6 +74,7 @@ def build_report(
         kv_copies=1 if splits_heads(model) else num_ranks,
         collectives=_collectives(decode),
         kv_format=_formats(layout),
+        has_stored_pages=any(layout.has_stored_pages(shape.layer) for shape in layout.layers),
     )
 
 
@@ -210,7 +211,7 @@ def _site(site: AttentionSite) -> SiteSummary:
 def _layer(layout: CacheLayout, shape: LayerShape) -> LayerPlan:
     specs = layout.tensors(shape)
     device = {n: s.num_bytes for n, s in specs.items() if not s.on_host}
-    pages = sum(device.get(n, 0) for n in ("pages", "ring_k", "ring_v"))
+    pages = sum(device.get(n, 0) for n in ("pages", "tail", "ring_k", "ring_v"))
     hinted = [n for kept in layout.strategy.keepers for n in kept.state(layout, shape)]
     tables = sum(device.get(n, 0) for n in (*_TABLES, *hinted))
     return LayerPlan(

@@ -142,6 +142,7 @@ class Report:
         kv_copies: Ranks that keep each KV head: one, or all of them.
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
         kv_format: How full blocks are written.
+        has_stored_pages: Whether pages of some layers hold full blocks as CPU memory does.
     """
 
     model: str
@@ -164,6 +165,7 @@ class Report:
     collectives: str = ""
     kv_copies: int = 1
     kv_format: str = "model"
+    has_stored_pages: bool = False
 
     @property
     def host_bytes(self) -> int:
@@ -261,7 +263,8 @@ class Report:
             "Forecast": f"{self.forecast_parameters} parameters, {100 * share:.2f}% of the model",
         }
         if self.kv_format != "model":
-            facts["Full blocks"] = f"written in {self.kv_format}"
+            where = ", in pages too" if self.has_stored_pages else ""
+            facts["Full blocks"] = f"written in {self.kv_format}{where}"
         return self._shared | facts | self._reading
 
     @property

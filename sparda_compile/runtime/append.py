@@ -18,6 +18,7 @@ from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE
 from sparda_compile.isa.table import Part, Work
+from sparda_compile.kernels.paged import FOUND, WRITTEN, tail_pages
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named
 
@@ -30,7 +31,14 @@ __all__ = ["advance_lengths", "append_kv", "extend_kv", "update_summary"]
     kernels=("_append_kv",),
     parts=(Part("pages", "current", by="lengths"),),
 )
-def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    tail_page: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    is_tail: bool = False,
+) -> None:
     """Write one token per sequence to its tail page.
 
     Args:
@@ -39,18 +47,19 @@ def append_kv(k: Tensor, v: Tensor, tail_page: Tensor, lengths: Tensor, pages: T
         tail_page: [B, G] int32, from `plan_pages`.
         lengths: [B] int32, position of the token.
         pages: [B, G, C, 2, P, D], updated.
+        is_tail: Whether `pages` is `tail`, beside pages of stored runs.
     """
 
     def work() -> None:
         if k.is_cuda:
             from sparda_compile.kernels.gpu import append
 
-            append.append_kv(k, v, tail_page, lengths, pages)
+            append.append_kv(k, v, tail_page, lengths, pages, is_tail=is_tail)
             return
         rows = torch.arange(k.shape[0])[:, None]
         heads = torch.arange(k.shape[1])
         offset = (lengths.long() % pages.shape[4])[:, None]
-        page = tail_page.long()
+        page = tail_pages(tail_page, is_tail=is_tail).long()
         pages[rows, heads, page, 0, offset] = k[:, :, 0]
         pages[rows, heads, page, 1, offset] = v[:, :, 0]
 
@@ -74,6 +83,7 @@ def extend_kv(
     sink_blocks: int,
     local_blocks: int,
     eviction: str,
+    is_tail: bool = False,
 ) -> None:
     """Give pages to the blocks that should stay resident and write the new tokens into them.
 
@@ -81,6 +91,9 @@ def extend_kv(
     `local_blocks` + 1, the first of them, because its older tokens are only in its page, and what
     the last token has selected, which the next token will want too. With a page for every block,
     all of them.
+
+    Beside pages of stored runs only the tokens of the block that stays open are written, to the
+    tail; what was there before moves to its second page, for the store that packs the first block.
 
     Args:
         k: [B, G, T, D] new keys, after rotation.
@@ -96,15 +109,17 @@ def extend_kv(
         sink_blocks: Always-kept first blocks.
         local_blocks: Always-kept blocks before the last.
         eviction: `lru` or `fifo`.
+        is_tail: Whether `pages` is `tail`, beside pages of stored runs.
     """
     if k.is_cuda:
         from sparda_compile.kernels.gpu import extend
 
         tables = (block_table, page_block, page_stamp)
         resident = extend.Resident(block_ids, sink_blocks, local_blocks, eviction)
-        extend.extend_kv(k, v, extend.Numbered(*tokens), lengths, pages, tables, resident)
+        numbered = extend.Numbered(*tokens)
+        extend.extend_kv(k, v, numbered, lengths, pages, tables, resident, is_tail=is_tail)
         return
-    groups, num_pages, size = k.shape[1], pages.shape[2], pages.shape[4]
+    groups, num_pages, size = k.shape[1], page_block.shape[2], pages.shape[4]
     num_blocks = block_table.shape[-1]
     position_BT, _, total_B = (numbers.long() for numbers in tokens)
     block_N = torch.arange(num_blocks, device=k.device)
@@ -122,9 +137,13 @@ def extend_kv(
     stamp_B = (total_B - 1).clamp(min=0).int()
     assign_pages(ids_BGK, stamp_B, block_table, page_block, page_stamp, eviction)
 
-    row, column = torch.where(position_BT >= 0)
+    is_written = position_BT >= 0
+    if is_tail:
+        pages[:, :, FOUND] = pages[:, :, WRITTEN]
+        is_written &= position_BT >= (total_B // size * size)[:, None]
+    row, column = torch.where(is_written)
     position = position_BT[row, column]
-    page_ng = block_table[row, :, position // size]
+    page_ng = tail_pages(block_table[row, :, position // size], is_tail=is_tail)
     token, head = torch.where(page_ng >= 0)
     row, column, offset = row[token], column[token], position[token] % size
     page = page_ng[token, head].long()

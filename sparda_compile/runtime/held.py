@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparda_compile.state.layout import state_name
+from sparda_compile.kernels.paged import WRITTEN, Stored, read_blocks
+from sparda_compile.state.layout import LENGTHS, state_name
 
 if TYPE_CHECKING:
     from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.state.layout import LayerShape
 
-__all__ = ["HeldKeysValues"]
+__all__ = ["HeldKeysValues", "resident_blocks"]
 
 
 class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
@@ -57,29 +58,48 @@ class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
 
     def _blocks(self, layer: int) -> Tensor:
         """Return the blocks that have tokens, [B, G, n, 2, P, D], from wherever each one is."""
-        pages, table = (
-            self._kv.state[state_name(name, layer)] for name in ("pages", "block_table")
-        )
-        used = -(-self._kv.longest // pages.shape[4])
-        if self._kv.layout.offload:
+        layout = self._kv.layout
+        shape = self._shapes[layer]
+        size, dim = layout.config.block_size, shape.head_dim
+        table = self._kv.state[state_name("block_table", layer)]
+        used = -(-self._kv.longest // size)
+        if layout.offload:
             host = self._kv.host_blocks[state_name("host", layer)]
-            stored = host[:, :, :used].to(pages.device, copy=True)
-            kv_format = self._kv.layout.kv_format(layer)
-            size, dim = pages.shape[4:]
-            names = self._kv.layout.staying_keys(layer)
+            stored = host[:, :, :used].to(table.device, copy=True)
+            names = layout.staying_keys(layer)
             keys = [self._kv.state[state_name(name, layer)][:, :, :used] for name in names]
-            blocks = kv_format.read(stored, keys, size, dim, pages.dtype)
+            blocks = layout.kv_format(layer).read(stored, keys, size, dim, shape.dtype)
         else:
-            blocks = pages.new_zeros(*pages.shape[:2], used, *pages.shape[3:])
-        # The block that is being written is in its page alone; a resident one is the same in both.
+            sizes = (*table.shape[:2], used, 2, size, dim)
+            blocks = torch.zeros(sizes, dtype=shape.dtype, device=table.device)
+        # The block that is being written is on the device alone; others are the same in both.
         row, head, block = torch.where(table[:, :, :used] >= 0)
-        blocks[row, head, block] = pages[row, head, table[row, head, block].long()]
+        blocks[row, head, block] = resident_blocks(self._kv, layer, (row, head, block))
         return blocks
 
     def _of_ring(self, shape: LayerShape) -> tuple[Tensor, Tensor]:
         position_BT = self._position_BT[:, -shape.window :] % shape.window
         k, v = (self._kv.state[state_name(n, shape.layer)] for n in ("ring_k", "ring_v"))
         return _at(k, position_BT), _at(v, position_BT)
+
+
+def resident_blocks(kv: KVCache, layer: int, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return blocks that have a page as the model's dtype has them, [n, 2, P, D].
+
+    Args:
+        kv: The cache, with no step under way.
+        layer: A layer with blocks.
+        index: Sequence, KV head and number of each block, [n] int64 each.
+    """
+    pages, table = (kv.state[state_name(name, layer)] for name in ("pages", "block_table"))
+    row, head, block = index
+    page = table[row, head, block].long()
+    if not kv.layout.has_stored_pages(layer):
+        return read_blocks(pages, (row, head, page), None)
+    stored = Stored(kv.state[state_name("tail", layer)], kv.layout.kv_format(layer).name)
+    blocks = read_blocks(pages, (row, head, page), stored)
+    is_tail = block == kv.state[LENGTHS][row].long() // kv.layout.config.block_size
+    return torch.where(is_tail[:, None, None, None], stored.tail[row, head, WRITTEN], blocks)
 
 
 def _at(x_BGSD: Tensor, position_BT: Tensor) -> Tensor:

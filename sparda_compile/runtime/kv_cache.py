@@ -19,10 +19,12 @@ import torch
 from sparda_compile.checks import whole
 from sparda_compile.errors import ConfigError, KVCacheError
 from sparda_compile.isa.counters import COUNTERS
+from sparda_compile.kernels.paged import WRITTEN
 from sparda_compile.report.text import selection_sentence
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.empty_state import EmptyState
+from sparda_compile.runtime.held import resident_blocks
 from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.numa import ANYWHERE, placement_near
 from sparda_compile.runtime.pinned import check_host_access
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["KVCache", "check_budgets"]
 
 # What says where blocks are.
-_PAGED: Final = ("pages", "host", "block_table", "page_block", "page_stamp")
+_PAGED: Final = ("pages", "host", "block_table", "page_block", "page_stamp", "tail")
 
 
 class KVCache:
@@ -212,8 +214,8 @@ class KVCache:
             )
         sentence = selection_sentence(layout.config, layout.max_tokens)
         formats = {layer: layout.kv_format(layer).name for layer in layers}
-        where = self.host_pool.place.sentence
-        return CacheStats(layers, sentence, speculates, formats, where)
+        where, pages = self.host_pool.place.sentence, layout.config.page_format
+        return CacheStats(layers, sentence, speculates, formats, where, pages)
 
     def set_budgets(self, budgets: Mapping[int, int]) -> None:
         """Set how many blocks layers predict for a step, from the next prediction on.
@@ -282,25 +284,26 @@ def _as_input(blocks: Tensor, device: torch.device) -> Tensor:
 
 def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
     """Copy a layer's blocks to the host; only those that are still being written get pages."""
-    pages, _, table, *_ = (resident.state[state_name(name, layer)] for name in _PAGED)
+    table = resident.state[state_name("block_table", layer)]
     new_pages, _, new_table, page_block, page_stamp = (
-        offloaded.state[state_name(name, layer)] for name in _PAGED
+        offloaded.state[state_name(name, layer)] for name in _PAGED[:5]
     )
     host = offloaded.host_blocks[state_name("host", layer)]
     row, head, block = torch.where(table >= 0)
-    moved = pages[row, head, table[row, head, block].long()]
+    moved = resident_blocks(resident, layer, (row, head, block))
     # Full blocks were rounded before, and stay what they are. Nobody reads another one from there.
     moved = offloaded.layout.kv_format(layer).pack(moved)
     host[row.to(host.device), head.to(host.device), block.to(host.device)] = moved.to(host.device)
     lengths = resident.state[LENGTHS]
-    size = pages.shape[4]
+    size = offloaded.layout.config.block_size
     written_B = torch.where(lengths % size > 0, lengths // size, -1)
     ids_BG1 = written_B[:, None, None].expand(*table.shape[:2], 1).contiguous()
     eviction = offloaded.layout.config.eviction
     stamp_B = (lengths - 1).clamp(min=0)
     page_BG1, _ = assign_pages(ids_BG1, stamp_B, new_table, page_block, page_stamp, eviction)
     row, head, entry = torch.where(page_BG1 >= 0)
-    block = ids_BG1[row, head, entry].long()
-    new_pages[row, head, page_BG1[row, head, entry].long()] = pages[
-        row, head, table[row, head, block].long()
-    ]
+    written = resident_blocks(resident, layer, (row, head, ids_BG1[row, head, entry].long()))
+    if offloaded.layout.has_stored_pages(layer):
+        offloaded.state[state_name("tail", layer)][row, head, WRITTEN] = written
+    else:
+        new_pages[row, head, page_BG1[row, head, entry].long()] = written

@@ -22,6 +22,7 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
+from sparda_compile.kernels.paged import block_pool, read_blocks, stored_or_none
 from sparda_compile.kernels.prefill_attention import num_new_slots
 from sparda_compile.registry import KV_FORMATS
 
@@ -34,7 +35,10 @@ __all__ = ["empty_staging", "stage_blocks"]
 def empty_staging(
     block_ids: Tensor, pages: Tensor, block_table: Tensor, num_past: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the buffer, and slots in it, of no content; arguments are those of `stage_blocks`."""
+    """Return the buffer, and slots in it, of no content; arguments are those of `stage_blocks`.
+
+    Beside pages of stored runs `tail` stands for them, whose blocks have the buffer's shape.
+    """
     num_tokens, selected = block_ids.shape[2:]
     size = pages.shape[4]
     room = min(num_past // size, num_tokens * selected)
@@ -44,7 +48,7 @@ def empty_staging(
 
 
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
-    return empty_staging(a.block_ids, a.pages, a.block_table, a.num_past)
+    return empty_staging(a.block_ids, block_pool(a.pages, a.tail), a.block_table, a.num_past)
 
 
 def _stage(
@@ -55,6 +59,7 @@ def _stage(
     slots: Tensor,
     kv_format: str,
     keys: Sequence[Tensor | None],
+    tail: Tensor | None,
 ) -> None:
     """Copy the past blocks that any token has selected, and say where they are."""
     num_new = num_new_slots(block_ids.shape[2], staging.shape[4])
@@ -65,7 +70,7 @@ def _stage(
     if staging.is_cuda:
         from sparda_compile.kernels.gpu.stage import stage
 
-        stage(block_ids, lengths, past, staging, slots, num_room, kv_format, kept)
+        stage(block_ids, lengths, past, staging, slots, num_room, kv_format, kept, tail)
         return
     pages, host, block_table = past
     num_blocks = block_table.shape[2]
@@ -77,12 +82,13 @@ def _stage(
     slots.copy_((num_new + wanted.long().cumsum(-1) - 1).masked_fill(~wanted, -1))
     row, head, block = torch.where(wanted)
     page = block_table[row, head, block].long()
-    blocks = pages[row, head, page.clamp(min=0)]
+    index = (row, head, page.clamp(min=0))
+    blocks = read_blocks(pages, index, stored_or_none(tail, kv_format))
     if host.numel():
         absent = (page < 0)[:, None, None, None]
         found = KV_FORMATS[kv_format]
         mine = [each[row, head, block] for each in kept]
-        fetched = found.read(host[row, head, block], mine, *pages.shape[4:], pages.dtype)
+        fetched = found.read(host[row, head, block], mine, *staging.shape[4:], staging.dtype)
         blocks = torch.where(absent, fetched, blocks)
     staging[row, head, slots[row, head, block].long()] = blocks
 
@@ -106,13 +112,14 @@ def stage_blocks(
     key_codes: Tensor | None = None,
     key_span: Tensor | None = None,
     key_base: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Copy the past blocks that tokens of a prompt have selected to a buffer.
 
     Args:
         block_ids: [B, G, T, K] int32 blocks that each token reads, -1 for none.
         lengths: [B] int32, tokens in the cache.
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D]; or stored runs, see `kernels.paged`.
         host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
         block_table: [B, G, N] int32.
         num_past: No sequence has more tokens in the cache.
@@ -123,15 +130,16 @@ def stage_blocks(
         key_codes: As for `runtime.transfer.fetch_blocks`, like the next two.
         key_span: [B, G, N, D].
         key_base: [B, G, N, D].
+        tail: [B, G, 2, 2, P, D] beside stored runs; past blocks are full, so it is not read.
 
     Returns:
         The buffer [B, G, S, 2, P, D], and the slot in it of each past block, [B, G, N] int32, -1
         where no token has selected it; without a past, any number.
     """
     del after
-    staging, slots = empty_staging(block_ids, pages, block_table, num_past)
+    staging, slots = empty_staging(block_ids, block_pool(pages, tail), block_table, num_past)
     past = (pages, host, block_table)
     keys = (key_codes, key_span, key_base)
-    args = (block_ids, lengths, past, staging, slots, kv_format, keys)
+    args = (block_ids, lengths, past, staging, slots, kv_format, keys, tail)
     current_engine().submit(stream, lambda: _stage(*args))
     return staging, slots

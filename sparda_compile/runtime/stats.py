@@ -70,6 +70,7 @@ class CacheStats:
         speculates: Whether blocks are predicted, so that it is shown how well.
         formats: How full blocks of each layer are written.
         host_memory: Where the blocks in CPU memory are that a GPU reads, in words; else empty.
+        page_format: What pages hold of full blocks in a format that rounds, `model` or `stored`.
     """
 
     layers: dict[int, LayerStats]
@@ -77,6 +78,7 @@ class CacheStats:
     speculates: bool = False
     formats: dict[int, str] = dataclasses.field(default_factory=dict)
     host_memory: str = ""
+    page_format: str = "model"
 
     @property
     def total(self) -> LayerStats:
@@ -94,7 +96,8 @@ class CacheStats:
         total = dataclasses.asdict(self.total)
         formats = {str(layer): name for layer, name in self.formats.items()}
         words = {"selection": self.selection, "host_memory": self.host_memory}
-        return {"layers": layers, "total": total, **words, "kv_format": formats}
+        written = {"kv_format": formats, "page_format": self.page_format}
+        return {"layers": layers, "total": total, **words, **written}
 
     def __str__(self) -> str:
         """Return the totals, and in lines of their own what else there is to say.
@@ -139,7 +142,10 @@ class CacheStats:
     @property
     def _formats(self) -> str:
         names = list(dict.fromkeys(self.formats.values()))
-        return "" if names in ([], ["model"]) else f"Full blocks are written in {', '.join(names)}."
+        if names in ([], ["model"]):
+            return ""
+        where = ", in pages too" if self.page_format == "stored" else ""
+        return f"Full blocks are written in {', '.join(names)}{where}."
 
     @property
     def _what(self) -> str:

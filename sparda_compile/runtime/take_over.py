@@ -12,6 +12,7 @@ import torch
 
 from sparda_compile.errors import KVCacheError
 from sparda_compile.kernels.number_tokens import number_tokens
+from sparda_compile.kernels.paged import block_pool
 from sparda_compile.runtime.append import advance_lengths, extend_kv, update_summary
 from sparda_compile.runtime.transfer import store_blocks
 from sparda_compile.state.layout import LENGTHS, state_name
@@ -94,19 +95,21 @@ def _take_blocks(
 
     config, geometry = kv.layout.config, kv.layout.geometry
     lengths, pages, table = kv.state[LENGTHS], state("pages"), state("block_table")
+    tail = state("tail") if kv.layout.has_stored_pages(shape.layer) else None
     extend_kv(
         k,
         v,
         None,
         tokens,
         lengths,
-        pages,
+        block_pool(pages, tail),
         table,
         state("page_block"),
         state("page_stamp"),
         config.sink_blocks,
         config.local_blocks,
         config.eviction,
+        tail is not None,
     )
     for summary in kv.layout.summaries(shape.layer):
         tensors = [state(name) for name in kv.layout.summary_tensors(summary, shape)]
@@ -123,7 +126,7 @@ def _take_blocks(
         )
     if kv.layout.stores(shape.layer):
         counters, kv_format = state("counters"), kv.layout.kv_format(shape.layer).name
-        stored = (pages, state("host"), counters, kv_format)
+        stored = (pages, state("host"), counters, kv_format, tail)
         store_blocks([k, v], None, tokens, lengths, table, *stored)
 
 

@@ -18,7 +18,8 @@ CUDA a CPU tensor cannot be part of a captured step, so `host` is [B, G] int64 o
 each sequence's and head's blocks begin.
 
 In a format that rounds, blocks that became full are rounded on their pages, too (`packed.py`), with
-offload and without: so storing them writes `pages`.
+offload and without: so storing them writes `pages`. Pages that hold what CPU memory does are filled
+as in the format `model`, run by run (`kernels/paged.py`).
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from sparda_compile.isa.counters import OFFLOADED
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.streams import COMPUTE, COPY
 from sparda_compile.isa.table import Part, Work
 from sparda_compile.registry import KV_FORMATS
-from sparda_compile.runtime import packed
+from sparda_compile.runtime import copied, packed
 
 __all__ = [
     "fetch_blocks",
@@ -77,65 +77,9 @@ def _fetch(
     row, head, entry = torch.where(miss_blocks >= 0)
     block, page = miss_blocks[row, head, entry].long(), miss_pages[row, head, entry].long()
     stored, *mine = (each[row, head, block] for each in (host, *kept))
-    pages[row, head, page] = found.read(stored, mine, *pages.shape[4:], pages.dtype)
-
-
-def _store_tail(
-    tail_page: Tensor, lengths: Tensor, pages: Tensor, host: Tensor, counters: Tensor
-) -> None:
-    """Copy the tail block of each sequence whose block the current token has filled."""
-    if not host.numel():
-        return
-    if pages.is_cuda:
-        from sparda_compile.kernels.gpu.copy import store_tail
-
-        store_tail(tail_page, lengths, pages, host, counters[OFFLOADED:])
-        return
-    size = pages.shape[4]
-    is_full = ((lengths + 1) % size == 0)[:, None] & (tail_page >= 0)
-    row, head = torch.where(is_full)
-    block = (lengths.long() // size)[row]
-    host[row, head, block] = pages[row, head, tail_page[row, head].long()]
-    counters[OFFLOADED] += is_full.sum()
-
-
-def _store_prefix(
-    k: Tensor,
-    v: Tensor,
-    tokens: Sequence[Tensor],
-    lengths: Tensor,
-    block_table: Tensor,
-    pages: Tensor,
-    host: Tensor,
-    counters: Tensor,
-) -> None:
-    """Copy every block that the new tokens have filled."""
-    if not host.numel():
-        return
-    if pages.is_cuda:
-        from sparda_compile.kernels.gpu.prefill import store_prefix
-
-        counter = counters[OFFLOADED:]
-        store_prefix(k, v, tokens, lengths, block_table, pages, host, counter)
-        return
-    size = pages.shape[4]
-    position_BT, _, total_B = (numbers.long() for numbers in tokens)
-    first_B, end_B = lengths.long() // size, total_B // size
-    # The first block may have older tokens, which only its page has.
-    row = torch.where(end_B > first_B)[0]
-    page_nG = block_table[row, :, first_B[row]].long()
-    heads = torch.arange(pages.shape[1])
-    host[row, :, first_B[row]] = pages[row[:, None], heads, page_nG]
-
-    whole = (position_BT >= ((first_B + 1) * size)[:, None]) & (
-        position_BT < (end_B * size)[:, None]
-    )
-    row, column = torch.where(whole)
-    position = position_BT[row, column]
-    block, offset = position // size, position % size
-    host[row, :, block, 0, offset] = k[row, :, column]
-    host[row, :, block, 1, offset] = v[row, :, column]
-    counters[OFFLOADED] += (end_B - first_B).sum() * pages.shape[1]
+    if found.rounds:
+        stored = found.read(stored, mine, *pages.shape[4:], pages.dtype)
+    pages[row, head, page] = stored
 
 
 def _store(
@@ -148,15 +92,16 @@ def _store(
     host: Tensor,
     counters: Tensor,
     kv_format: str,
+    tail: Tensor | None,
 ) -> None:
     if KV_FORMATS[kv_format].rounds:
         stored = (lengths, pages, host, counters)
-        packed.store(new_kv, tail_page, tokens, block_table, stored, kv_format)
+        packed.store(new_kv, tail_page, tokens, block_table, stored, kv_format, tail)
     elif tail_page is not None:
-        _store_tail(tail_page, lengths, pages, host, counters)
+        copied.store_tail(tail_page, lengths, pages, host, counters)
     elif block_table is not None:
         k, v = new_kv
-        _store_prefix(k, v, tokens, lengths, block_table, pages, host, counters)
+        copied.store_prefix(k, v, tokens, lengths, block_table, pages, host, counters)
 
 
 def _launched(name: str) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
@@ -210,7 +155,7 @@ def fetch_blocks(
         miss_pages: [B, G, K] int32.
         host: [B, G, N, 2, P, D], or empty without offload.
         pages: [B, G, C, 2, P, D], updated.
-        kv_format: How blocks in CPU memory are written.
+        kv_format: How blocks in CPU memory are written; `model` where pages hold the same.
         key_codes: [B, G, N, C, D] int16, by which keys that stay are read, like the next two.
         key_span: [B, G, N, D].
         key_base: [B, G, N, D].
@@ -251,7 +196,7 @@ def prefetch_blocks(
         event: Number of the event, unique in the graph.
         after: Result of the fork, if the misses were chosen on the compute stream. Otherwise the
             copy starts behind the selection.
-        kv_format: How blocks in CPU memory are written.
+        kv_format: As for `fetch_blocks`.
         stream: `COPY`, or `REPAIR` for what a guess has missed.
         key_codes: As for `fetch_blocks`, like the next two.
         key_span: [B, G, N, D].
@@ -322,6 +267,7 @@ def store_blocks(
     host: Tensor,
     counters: Tensor,
     kv_format: str = "model",
+    tail: Tensor | None = None,
 ) -> None:
     """Copy blocks that became full in this step to the host, in line.
 
@@ -336,9 +282,10 @@ def store_blocks(
         host: [B, G, N, 2, P, D], updated; empty without offload.
         counters: [6] int64, updated.
         kv_format: How blocks in CPU memory are written.
+        tail: [B, G, 2, 2, P, D] beside pages of stored runs; has what is packed of older tokens.
     """
-    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters, kv_format)
-    current_engine().submit(COMPUTE, lambda: _store(*args))
+    stored = (lengths, block_table, pages, host, counters, kv_format, tail)
+    current_engine().submit(COMPUTE, lambda: _store(new_kv, tail_page, tokens, *stored))
 
 
 @define(
@@ -364,6 +311,7 @@ def offload_blocks(
     event: int,
     after: Tensor | None = None,
     kv_format: str = "model",
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Start the copy of blocks that became full in this step, on the copy stream.
 
@@ -380,13 +328,14 @@ def offload_blocks(
         event: Number of the event, unique in the graph.
         after: Result of the fork before it.
         kv_format: How blocks in CPU memory are written.
+        tail: As for `store_blocks`.
 
     Returns:
         A ticket for `wait_blocks`, an empty tensor.
     """
     del after
-    args = (new_kv, tail_page, tokens, lengths, block_table, pages, host, counters, kv_format)
+    stored = (lengths, block_table, pages, host, counters, kv_format, tail)
     engine = current_engine()
-    engine.submit(COPY, lambda: _store(*args))
+    engine.submit(COPY, lambda: _store(new_kv, tail_page, tokens, *stored))
     engine.record(event, COPY)
     return _ticket(pages)

@@ -2,7 +2,10 @@
 
 A sparse layer l owns these tensors (B sequences, G KV heads, N blocks, C device pages, P tokens):
 
-    pages        [B, G, C, 2, P, D]   device pages, K then V
+    pages        [B, G, C, 2, P, D]   device pages, K then V; [B, G, C, bytes] uint8 as in `host`
+                                      with `page_format="stored"` and a `kv_format` that rounds
+    tail         [B, G, 2, 2, P, D]   beside such pages alone, in the model's dtype: the block that
+                                      is being written, and what a prompt has found in its place
     host         [B, G, N, 2, P, D]   the same blocks in CPU memory; empty without offload, and
                                       [B, G, N, bytes] uint8 in a `kv_format` that rounds
     block_table  [B, G, N] int32      block -> page, -1 if absent
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
 
 __all__ = ["LENGTHS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
+
+# The block that is being written, and what a prompt has found in its place.
+_TAIL_PAGES: Final = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +139,10 @@ class CacheLayout:
         """Return the bytes of a full block in CPU memory, which are those that cross the link."""
         return self.kv_format(layer).num_bytes(self.config.block_size, head_dim, dtype)
 
+    def has_stored_pages(self, layer: int) -> bool:
+        """Whether a layer's pages hold full blocks as CPU memory does, not as the model does."""
+        return self.config.page_format == "stored" and self.kv_format(layer).rounds
+
     @property
     def num_blocks(self) -> int:
         """N, blocks of one sequence and group."""
@@ -148,9 +158,15 @@ class CacheLayout:
         """Blocks among them that scores choose; the others are read in every step."""
         return max(self.num_selected - self.config.num_forced, 0)
 
-    def page_bytes(self, layer: LayerShape) -> int:
-        """Return the bytes of one page, keys and values of a block in the model's dtype."""
+    def block_bytes(self, layer: LayerShape) -> int:
+        """Return the bytes of keys and values of a block in the model's dtype."""
         return 2 * self.config.block_size * layer.head_dim * layer.dtype.itemsize
+
+    def page_bytes(self, layer: LayerShape) -> int:
+        """Return the bytes of one page, which are those that attention reads of a full block."""
+        if self.has_stored_pages(layer.layer):
+            return self.stored_bytes(layer.layer, layer.head_dim, layer.dtype)
+        return self.block_bytes(layer)
 
     def traced(self) -> CacheLayout:
         """Return the layout of a graph: a sample number stands for that of the sequences."""
@@ -234,8 +250,13 @@ class CacheLayout:
         pages, blocks = self.num_pages, self.num_blocks
         stored, dtype = self.kv_format(layer.layer).stored(*block[1:], layer.dtype)
         host_shape = (*batch, blocks, *stored) if self.offload else (0,)
-        specs = {
-            "pages": TensorSpec((*batch, pages, *block), layer.dtype),
+        pools = {"pages": TensorSpec((*batch, pages, *block), layer.dtype)}
+        if self.has_stored_pages(layer.layer):
+            pools = {
+                "pages": TensorSpec((*batch, pages, *stored), dtype),
+                "tail": TensorSpec((*batch, _TAIL_PAGES, *block), layer.dtype),
+            }
+        specs = pools | {
             "host": TensorSpec(host_shape, dtype, on_host=True),
             "block_table": TensorSpec((*batch, blocks), torch.int32, fill=-1),
             "page_block": TensorSpec((*batch, pages), torch.int32, fill=-1),

@@ -204,7 +204,7 @@ def prompt_of(heads, tokens, dtype, num_past=0, blocks=64):
         staging=torch.zeros(BATCH, GROUPS, 99, 2, SIZE, DIM, dtype=dtype), num_blocks=blocks,
         pooled=torch.zeros(BATCH, GROUPS, 4 * blocks, DIM, dtype=dtype), block_size=SIZE,
         bounds=torch.zeros(BATCH, GROUPS, blocks, 2, DIM, dtype=dtype), near_ids=None, shared=1,
-        num_selected=4,
+        num_selected=4, tail=None,
     )  # fmt: skip
 
 

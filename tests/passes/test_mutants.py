@@ -47,6 +47,15 @@ MODES = {
     },
     "speculate": {"mode": "speculate", "speculate_where": "always"},
     "query-int8": {"mode": "query", "kv_format": "int8"},
+    "query-stored": {"mode": "query", "kv_format": "int8", "page_format": "stored"},
+    "exact-stored": {
+        "mode": "exact", "hint": "forecast", "kv_format": "int4", "page_format": "stored",
+    },
+    "forecast-stored": {"mode": "forecast", "kv_format": "fp8", "page_format": "stored"},
+    "speculate-stored": {
+        "mode": "speculate", "speculate_where": "always", "kv_format": "int8",
+        "page_format": "stored",
+    },
     "lowbit2-forecast": {
         "mode": "forecast", "selector": "lowbit2", "prefill_selector": "infllm2",
     },
@@ -76,13 +85,20 @@ def cases():
         yield "speculate", phase, "never", ()
     yield "speculate", "decode", "never", UNSCHEDULED
     yield "query-int8", "prefill", "always", ()
+    yield from (("query-stored", "prefill", offload, ()) for offload in ("always", "never"))
+    yield from (
+        ("forecast-stored", "sparse_prefill", offload, ()) for offload in ("always", "never")
+    )
     yield "lowbit2-forecast", "sparse_prefill", "always", ()
 
 
-CASES = [c for c in cases() if c[0] not in ("dense", "speculate") or c[2] == "never"]
+CASES = [
+    c for c in cases() if c[0] not in ("dense", "speculate", "speculate-stored") or c[2] == "never"
+]
 COPYING = [
     case for case in CASES
-    if (case[2] == "always" and case[3] != IN_LINE) or case[:2] == ("speculate", "decode")
+    if (case[2] == "always" and case[3] != IN_LINE)
+    or (case[0].startswith("speculate") and case[1] == "decode")
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from sparda_compile.config import Eviction
+from sparda_compile.memory import Eviction
 from sparda_compile.runtime.eviction import TOUCHES_HITS, victim_order
 
 

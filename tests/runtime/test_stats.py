@@ -28,6 +28,7 @@ def test_plain_values_and_text():
         "selection": "",
         "kv_format": {},
         "host_memory": "",
+        "page_format": "model",
     }
     assert str(stats) == "3 hits, 1 misses (75.0% hits), 30 bytes H2D, 40 bytes D2H"
 
@@ -44,7 +45,10 @@ def test_formats_are_named_where_any_rounds():
     assert str(stats).split("\n")[2:] == ["Full blocks are written in model, int8."]
     assert stats.to_dict()["kv_format"] == {"0": "model", "1": "int8"}
     assert "written in model, int8." in stats._repr_html_()
-    plain = CacheStats(layers, formats={0: "model", 1: "model"})
+    small = CacheStats(layers, formats={0: "model", 1: "int8"}, page_format="stored")
+    assert str(small).endswith("Full blocks are written in model, int8, in pages too.")
+    assert small.to_dict()["page_format"] == "stored"
+    plain = CacheStats(layers, formats={0: "model", 1: "model"}, page_format="stored")
     assert "written" not in str(plain)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sparda_compile.graph.effects import is_state
+from sparda_compile.graph.effects import is_state, results_of
 from sparda_compile.graph.op_index import result_of
-from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST
+from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,12 +22,20 @@ __all__ = [
     "StateNames",
     "compare",
     "kind_of",
+    "results_of_op",
+    "token_mask_of",
     "wanted_words",
     "words_of",
     "wrong_numbers",
 ]
 
 
+# What copies blocks to pages, and what reads pages alone.
+_FETCHES: Final = ("fetch_blocks", "prefetch_blocks")
+_PAGE_READERS: Final = (
+    *("sparse_attention", "attend_resident", "attend_missing"),
+    *("attend_predicted", "repair_predicted"),
+)
 # Names of what arguments take; a pair is one result of a node, None is nothing.
 Operand = str | tuple[str, int] | None
 
@@ -110,14 +118,30 @@ def wanted_words(wanted: Operand | list[Operand]) -> str:
 
 
 def wrong_numbers(op: Op, ctx: PassContext) -> Iterator[str]:
-    """Yield which number an op takes that its caller does not give, and which other format."""
+    """Yield which number an op takes that its caller does not give, and which other format.
+
+    What copies blocks to pages of stored runs moves them as they are.
+    """
     for name, wanted in (("num_past", NUM_PAST), ("may_hide", MAY_HIDE)):
         if name in op.args and getattr(op.args[name], "name", None) != wanted:
             yield f"{op.node.name} takes {words_of(op.args[name])} as its {name}, not {wanted}"
     assert ctx.layout is not None
-    given = op.args.get("kv_format")
-    if given is None or op.layer is None:
+    if op.layer is None:
         return
-    wanted = ctx.layout.kv_format(op.layer).name
-    if given != wanted:
-        yield f"{op.node.name} takes {given!r} as its kv_format, not {wanted!r}"
+    is_stored = ctx.layout.has_stored_pages(op.layer)
+    form = ctx.layout.kv_format(op.layer).name
+    reads_model = op.name in _FETCHES if is_stored else op.name in _PAGE_READERS
+    for name, right in (("kv_format", "model" if reads_model else form), ("is_tail", is_stored)):
+        given = op.args.get(name)
+        if given is not None and given != right:
+            yield f"{op.node.name} takes {given!r} as its {name}, not {right!r}"
+
+
+def results_of_op(plan: Op) -> Operands:
+    """Return what the results of an op are, by the names of arguments that take them."""
+    return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
+
+
+def token_mask_of(ctx: PassContext) -> Operand:
+    """Return what says which tokens are real: of one token per sequence nothing does."""
+    return None if ctx.is_decode else TOKEN_MASK

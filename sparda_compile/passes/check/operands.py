@@ -15,7 +15,13 @@ from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
-from sparda_compile.passes.check.transfers import full_state, marked, marked_state, wrong_transfers
+from sparda_compile.passes.check.transfers import (
+    full_state,
+    marked,
+    marked_state,
+    pools,
+    wrong_transfers,
+)
 from sparda_compile.selectors import SELECTORS
 from sparda_compile.state.layout import LENGTHS, state_name
 
@@ -30,6 +36,8 @@ from sparda_compile.passes.check.compare import (
     StateNames,
     compare,
     kind_of,
+    results_of_op,
+    token_mask_of,
     words_of,
     wrong_numbers,
 )
@@ -41,6 +49,8 @@ _TABLES: Final = ("block_table", "page_block", "page_stamp", "counters")
 _SELECTIONS: Final = ("select_blocks", "select_pages", "all_blocks")
 _SCORING: Final = ("score_blocks", "select_tokens", "select_past", "begin_prediction")
 _GUESSES: Final = ("recall_ids", "predict_blocks", "select_blocks")
+# What writes new tokens, or reads those of the block that is being written.
+_WRITERS: Final = ("append_kv", "extend_kv", "attend_tokens")
 _ATTENTIONS: Final = (
     *("sparse_attention", "attend_missing", "repair_predicted", "window_attention"),
     *("prefill_attention", "attend_tokens"),
@@ -66,7 +76,7 @@ def wrong_operands(
         yield from checks.operands()
         yield from checks.transfers()
     for once in (*index.by_name["number_tokens"], *index.by_name["advance_lengths"]):
-        yield from compare(once, {"lengths": LENGTHS, "token_mask": _token_mask(ctx)})
+        yield from compare(once, {"lengths": LENGTHS, "token_mask": token_mask_of(ctx)})
 
 
 class _Layer:
@@ -124,7 +134,7 @@ class _Layer:
             yield f"{taken} as its scores, not those of layer {number}"
             return
         own_ids[number] = ids = (plan.node.name, 0) if chosen is plan else chosen.node.name
-        self._own |= {**_results(plan), "block_ids": ids}
+        self._own |= {**results_of_op(plan), "block_ids": ids}
         self._own["scores"] = scored.node.name if scored else None
         for name, (hint, source) in hints_of(self._layer.shape, self._ctx).items():
             borrowed = own_ids.get(source.layer) if hint.borrows_ids else None
@@ -139,7 +149,7 @@ class _Layer:
         found: Operands = {"scores": scores, "block_ids": first if borrowed is None else borrowed}
         self._own |= {"asked": by_name["score_blocks"]} if "mix_scores" in by_name else {}
         plans = [op for op in self._layer.by_role.get("hint plan", ()) if op in mine]
-        return {**(_results(plans[0]) if plans else {}), **found}
+        return {**(results_of_op(plans[0]) if plans else {}), **found}
 
     def _site(self) -> Iterator[str]:
         """Take query, key and value from the site that the layer's attention carries."""
@@ -151,11 +161,12 @@ class _Layer:
             yield f"{found}, not by {words_of(ops)}"
             return
         site = SITE.of(sites[0])
-        self._own |= {**self._state, "lengths": LENGTHS, "token_mask": _token_mask(self._ctx)}
+        self._own |= {**self._state, "lengths": LENGTHS, "token_mask": token_mask_of(self._ctx)}
         self._own |= {"query": site.query.name, "k": site.k.name, "v": site.v.name}
         assert self._ctx.layout is not None
         kept = self._ctx.layout.staying_keys(number)
         self._own |= {name: self._state[name] if name in kept else None for name in STAYING_KEYS}
+        self._own["tail"] = self._state.get("tail")
         self._own["new_kv"] = [] if self._ctx.is_decode else [site.k.name, site.v.name]
         # Every layer takes those of the first one, so that there is no use for another.
         numbered = self._index.by_name["number_tokens"][:1]
@@ -169,9 +180,9 @@ class _Layer:
             self._own |= {"near_ids": None, "near_scores": None}
             for role in ("select_past", "stage_blocks"):
                 made = self._layer.one(role)
-                self._own |= _results(made) if made else {}
+                self._own |= results_of_op(made) if made else {}
         for role in ("attend_resident", "attend_predicted"):
-            self._own |= _results(op) if (op := self._layer.one(role)) else {}
+            self._own |= results_of_op(op) if (op := self._layer.one(role)) else {}
 
     def operands(self) -> Iterator[str]:
         """Yield which op takes what it should not."""
@@ -194,6 +205,8 @@ class _Layer:
             elif op.name == "stage_blocks":
                 near = self._own["near_ids"]
                 expected = {**expected, "block_ids": near or expected["block_ids"]}
+            elif op.name in _WRITERS:
+                expected = {**expected, "pages": self._state.get("tail", self._state["pages"])}
             elif op.name == "record_event":
                 expected = {"inputs": marked(op, self._layer, self._state)}
             elif op.name == "predict_ahead":
@@ -234,13 +247,4 @@ class _Layer:
             own = hints[name][0].state(self._ctx.layout, self._layer.shape)
             used += [self._state[tensor] for tensor in own]
         tables = _TABLES if self._ctx.is_decode else ("block_table",)
-        return [*(self._state[name] for name in ("pages", *tables)), *used]
-
-
-def _results(plan: Op) -> Operands:
-    """Return what the results of an op are, by the names of arguments that take them."""
-    return {name: (plan.node.name, i) for i, name in enumerate(results_of(plan.node))}
-
-
-def _token_mask(ctx: PassContext) -> Operand:
-    return None if ctx.is_decode else TOKEN_MASK
+        return [*(self._state[name] for name in (*pools(self._ctx, copy), *tables)), *used]

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from sparda_compile.passes.check.compare import Operand
     from sparda_compile.passes.check.grammar import LayerOps
 
-__all__ = ["full_state", "marked", "marked_state", "wrong_fork", "wrong_transfers", "wrong_wait"]
+__all__ = [
+    "full_state",
+    "marked",
+    "marked_state",
+    "pools",
+    "wrong_fork",
+    "wrong_transfers",
+    "wrong_wait",
+]
 
 _COPY_OF: Final = {
     "wait_blocks": "prefetch_blocks",
@@ -44,10 +52,19 @@ def marked_state(mark: Op, layer: LayerOps) -> tuple[str, ...]:
 
 
 def full_state(ctx: PassContext, copy: Op) -> tuple[str, ...]:
-    """Return short names of the state that a store of full blocks writes, and its wait takes."""
+    """Return short names of what a store of full blocks writes or packs, and its wait takes."""
     assert ctx.layout is not None
     assert copy.layer is not None
-    return ("pages", "host") if ctx.layout.kv_format(copy.layer).rounds else ("host",)
+    if not ctx.layout.kv_format(copy.layer).rounds:
+        return ("host",)
+    return (*pools(ctx, copy), "host")
+
+
+def pools(ctx: PassContext, op: Op) -> tuple[str, ...]:
+    """Return short names of what the blocks on the device of an op's layer are in."""
+    assert ctx.layout is not None
+    assert op.layer is not None
+    return ("pages", "tail") if ctx.layout.has_stored_pages(op.layer) else ("pages",)
 
 
 def marked(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[Operand]:

@@ -51,14 +51,20 @@ ScheduleTransfers moves these nodes; this pass only makes them.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparda_compile.graph.effects import argument, instruction, results_of, set_argument
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.tags import HINT, HINTS, LAYER, SITE
-from sparda_compile.graph.writer import PagePlan, StateInputs, format_of, plan_pages, select_past
+from sparda_compile.graph.writer import (
+    PagePlan,
+    StateInputs,
+    plan_pages,
+    select_past,
+    store_format_of,
+)
 from sparda_compile.isa.streams import COPY, REPAIR
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
@@ -172,7 +178,7 @@ class _Insertion(TransferNodes):
             update.prepend(node)
         event = next(self.events)
         ticket = emit.call("record_event", staged, event, COPY, name=f"staged_{layer}")
-        pools = [self.state.get(name, layer) for name in ("pages", "block_table")]
+        pools = [*self.pools(layer), self.state.get("block_table", layer)]
         self.wait(update, ticket, event, [*pools, *self.summaries(layer)])
         return 1
 
@@ -185,13 +191,11 @@ class _Insertion(TransferNodes):
         inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self.events)
-        ticket = emit.call(
-            "offload_blocks", *store.args, event, fork, **format_of(self.ctx.layout, layer)
-        )
+        written = store_format_of(self.ctx.layout, layer, self.state)
+        ticket = emit.call("offload_blocks", *store.args, event, fork, **written)
         end = find_ops(self.graph, "advance_lengths")[0]
-        rounds = self.ctx.layout.kv_format(layer).rounds
-        written = ("pages", "host") if rounds else ("host",)
-        self.wait(end, ticket, event, [self.state.get(name, layer) for name in written])
+        used = self.pools(layer) if self.ctx.layout.kv_format(layer).rounds else []
+        self.wait(end, ticket, event, [*used, self.state.get("host", layer)])
         self.graph.erase_node(store)
         return 1
 
@@ -205,12 +209,13 @@ class _Insertion(TransferNodes):
     ) -> None:
         query, pages, page_ids, block_ids, lengths, scale, softcap = attention.args
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
-        partial = emit.call("attend_resident", *selection, scale, softcap)
+        written: dict[str, Any] = dict(attention.kwargs)
+        partial = emit.call("attend_resident", *selection, scale, softcap, **written)
         parts = [emit.item(partial, i) for i in range(len(results_of(partial)))]
         for node in self._for_later(emit.layer):
             attention.prepend(node)  # nobody waits for it, and it runs while the copy does
         self.wait(attention, ticket, event, [self.state.get("pages", emit.layer)])
-        out = emit.call("attend_missing", *selection, *parts, scale, softcap)
+        out = emit.call("attend_missing", *selection, *parts, scale, softcap, **written)
         SITE.put(out, SITE.of(attention))
         attention.replace_all_uses_with(out)
         self.graph.erase_node(attention)

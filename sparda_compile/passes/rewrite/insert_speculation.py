@@ -36,7 +36,7 @@ memory are refused before: nothing could be attended to early.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Final, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from sparda_compile.graph.effects import argument, results_of, set_argument
 from sparda_compile.graph.emit import Emitter
@@ -115,6 +115,7 @@ class _Insertion(TransferNodes):
         layer = point.target.layer
         serial = next(n for n in find_ops(self.graph, "sparse_attention") if LAYER.of(n) == layer)
         query, pages, page_ids, block_ids, lengths, scale, softcap = serial.args
+        written: dict[str, Any] = dict(serial.kwargs)
         predicted, table, counters = (
             self.state.get(name, layer) for name in ("predicted", "block_table", "counters")
         )
@@ -124,6 +125,7 @@ class _Insertion(TransferNodes):
             "attend_predicted",
             *(query, pages, table, predicted, lengths, scale, softcap),
             stream=ATTEND,
+            **written,
         )
         parts = [emit.item(attend, i) for i in range(len(results_of(attend)))]
         ticket, event = self._side([attend], parts, "parts", emit)
@@ -133,6 +135,7 @@ class _Insertion(TransferNodes):
             "repair_predicted",
             *(query, pages, page_ids, block_ids, predicted, lengths, *parts, counters),
             *(scale, softcap, self.ctx.config.repair == "union"),
+            **written,
         )
         SITE.put(out, SITE.of(serial))
         serial.replace_all_uses_with(out)

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 from sparda_compile.graph.writer import (
     StateInputs,
-    format_of,
+    fetch_format_of,
     geometry_of,
+    page_format_of,
     plan_pages,
     read_format_of,
     select_by_score,
     select_for_tokens,
     stage_blocks,
+    store_format_of,
+    written_pool,
 )
 
 if TYPE_CHECKING:
@@ -78,9 +81,10 @@ class SiteRewrite:
                 plan.miss_pages,
                 self._get("host"),
                 self._get("pages"),
-                **read_format_of(layout, site.layer, self.state),
+                **fetch_format_of(layout, site.layer, self.state),
             )
-        emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, self._get("pages"))
+        written, kind = written_pool(layout, site.layer, self.state)
+        emit.call("append_kv", site.k, site.v, plan.tail_page, lengths, written, **kind)
         self._update_summaries([])
         out = emit.call(
             "sparse_attention",
@@ -91,6 +95,7 @@ class SiteRewrite:
             lengths,
             site.scale,
             site.softcap,
+            **page_format_of(layout, site.layer, self.state),
         )
         if layout.stores(site.layer):
             emit.call(
@@ -103,7 +108,7 @@ class SiteRewrite:
                 self._get("pages"),
                 self._get("host"),
                 self._get("counters"),
-                **format_of(layout, site.layer),
+                **store_format_of(layout, site.layer, self.state),
             )
         return out
 
@@ -133,6 +138,7 @@ class SiteRewrite:
                 self.state.may_hide(),
                 **read_format_of(self._layout, site.layer, self.state),
             )
+        written, kind = written_pool(self._layout, site.layer, self.state)
         emit.call(
             "extend_kv",
             site.k,
@@ -140,13 +146,14 @@ class SiteRewrite:
             block_ids,
             tokens,
             lengths,
-            pages,
+            written,
             table,
             self._get("page_block"),
             self._get("page_stamp"),
             config.sink_blocks,
             config.local_blocks,
             config.eviction,
+            **kind,
         )
         if block_ids is None:
             self._update_summaries(tokens)
@@ -161,13 +168,14 @@ class SiteRewrite:
                 pages,
                 host,
                 self._get("counters"),
-                **format_of(self._layout, site.layer),
+                **store_format_of(self._layout, site.layer, self.state),
             )
         return out
 
     def _attend_tokens(self, block_ids: fx.Node, tokens: list[fx.Node]) -> fx.Node:
         site, emit, lengths = self.site, self.emitter, self.state.lengths
         staged = stage_blocks(emit, block_ids, self.state, self._layout)
+        written, kind = written_pool(self._layout, site.layer, self.state)
         return emit.call(
             "attend_tokens",
             site.query,
@@ -177,10 +185,11 @@ class SiteRewrite:
             tokens,
             lengths,
             *staged,
-            self._get("pages"),
+            written,
             self._get("block_table"),
             site.scale,
             site.softcap,
+            **kind,
         )
 
     def _select_for_tokens(self) -> fx.Node:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sparda_compile.graph.effects import accesses
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.tags import LAYER
-from sparda_compile.graph.writer import read_format_of
+from sparda_compile.graph.writer import fetch_format_of
 from sparda_compile.isa.streams import COPY
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TransferNodes:
         misses = (plan.miss_blocks, plan.miss_pages)
         pools = (self.state.get("host", emit.layer), self.state.get("pages", emit.layer))
         assert self.ctx.layout is not None
-        written = read_format_of(self.ctx.layout, emit.layer, self.state)
+        written = fetch_format_of(self.ctx.layout, emit.layer, self.state)
         keys = [each for each in written.values() if not isinstance(each, str)]
         fork = emit.call(
             "fork_stream",
@@ -71,7 +71,13 @@ class TransferNodes:
         layer = LAYER.of(plan.node)
         written = {access.state for access in accesses(plan.node) if access.is_write}
         tables = [n for n in plan.node.all_input_nodes if n.name in written]
-        return [self.state.get("pages", layer), *tables, *self.summaries(layer)]
+        return [*self.pools(layer), *tables, *self.summaries(layer)]
+
+    def pools(self, layer: int) -> list[fx.Node]:
+        """Return what a layer's blocks on the device are in."""
+        assert self.ctx.layout is not None
+        names = ("pages", "tail") if self.ctx.layout.has_stored_pages(layer) else ("pages",)
+        return [self.state.get(name, layer) for name in names]
 
     def summaries(self, layer: int) -> list[fx.Node]:
         """Return the tensors of a layer's summaries."""

@@ -109,12 +109,12 @@ def _sparda_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         new = [argument(node, name) for name in ("k", "v") if takes(node, name)]
         return 2 * sum(num_bytes(fake_value(n), ctx) for n in new)
     total = num_bytes(fake_value(node), ctx)
-    uncounted = _uncounted(node)
+    uncounted, pages = _uncounted(node), state_name("pages", LAYER.get(node))
     for source in node.all_input_nodes:
         value = fake_value(source)
         if source.name in uncounted:
             continue
-        is_pool = isinstance(value, Tensor) and value.dim() == 6
+        is_pool = isinstance(value, Tensor) and (value.dim() == 6 or source.name == pages)
         total += read_bytes(node, value, work, ctx) if is_pool else num_bytes(value, ctx)
     return total
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sparda_compile.passes.base import PassContext
-    from sparda_compile.state.layout import CacheLayout
+    from sparda_compile.state.layout import CacheLayout, LayerShape
     from sparda_compile.state.strategy import HintMethod
 
 __all__ = ["expected_misses", "expected_repair", "link_bytes", "missed_share", "read_bytes"]
@@ -52,8 +52,7 @@ def link_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         new_kv = argument(node, "new_kv")
         if new_kv:
             new = sum(num_bytes(fake_value(n), ctx) for n in new_kv)
-            block = numel(pages.shape[3:], ctx) * int(pages.dtype.itemsize)
-            return new * _stored_bytes(node, ctx) // block
+            return new * _stored_bytes(node, ctx) // ctx.layout.block_bytes(_shape(node, ctx))
         # One block per `block_size` steps.
         block = numel(pages.shape[:2], ctx) * _stored_bytes(node, ctx)
         return block // ctx.layout.config.block_size
@@ -68,7 +67,7 @@ def read_bytes(node: fx.Node, pool: Tensor, work: Work, ctx: PassContext) -> int
 
     Args:
         node: The op.
-        pool: [B, G, pages, 2, P, D], fake.
+        pool: [B, G, pages, ...], fake.
         work: Its kind; some read a part of the selected blocks, or those that were predicted.
         ctx: What the pass knows.
     """
@@ -129,8 +128,14 @@ def _staged_bytes(node: fx.Node, ctx: PassContext) -> int:
 def _stored_bytes(copy: fx.Node, ctx: PassContext) -> int:
     """Return the bytes of one block in CPU memory, given a copy of such blocks."""
     assert ctx.layout is not None
-    pages = fake_value(argument(copy, "pages"))
-    return ctx.layout.stored_bytes(LAYER.of(copy), int(pages.shape[5]), pages.dtype)
+    shape = _shape(copy, ctx)
+    return ctx.layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
+
+
+def _shape(copy: fx.Node, ctx: PassContext) -> LayerShape:
+    """Return what the cache knows of the layer of a copy."""
+    assert ctx.layout is not None
+    return next(shape for shape in ctx.layout.layers if shape.layer == LAYER.of(copy))
 
 
 def _fetched_share(copy: fx.Node, ctx: PassContext) -> float:

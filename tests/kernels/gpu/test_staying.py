@@ -75,7 +75,7 @@ class Past:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_past_is_read_in_order(device, case, name):
     past = Past(case, device, name)
-    want = past_keys_values(*past.plain, 5, name, past.keys)
+    want = past_keys_values(*past.plain, past.lengths, name, past.keys)
     got = load_prefix(*past.on_device, 5, name, past.kept)
     case.wait(device)
     for half, wanted in zip(got.unbind(3), want, strict=True):
