@@ -201,6 +201,34 @@ def test_late_copies_of_rounded_blocks_change_nothing(lab, mode):
         assert engine.num_pending == 0
 
 
+# Formats whose pages may hold what CPU memory does.
+RUNS = ("int8", "fp8", "int4")
+STORED = [
+    *((RUNS[i % len(RUNS)], *place) for i, place in enumerate(PLACES)),
+    *((kv_format, *place) for place in BUSIEST for kv_format in RUNS),
+]
+
+
+@pytest.mark.parametrize(("kv_format", "mode", "change"), STORED)
+def test_pages_of_stored_runs_change_nothing(lab, kv_format, mode, change):
+    module = lab.module(mode=mode, kv_format=kv_format, page_format="stored", **CHANGES[change])
+    truth = lab.baseline(mode="forecast" if mode == "forecast" else "query", kv_format=kv_format)
+    assert torch.equal(lab.run(module), truth)
+
+
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact/forecast", "exact/ema"])
+def test_late_copies_to_pages_of_stored_runs_change_nothing(lab, mode):
+    mode, _, hint = mode.partition("/")
+    kv_format = RUNS[len(mode + hint) % len(RUNS)]
+    settings = {"kv_format": kv_format, "page_format": "stored", **CHANGES["early"]}
+    module = lab.module(mode=mode, hint=hint or "forecast", **settings)
+    truth = lab.baseline(mode="forecast" if mode == "forecast" else "query", kv_format=kv_format)
+    for seed in (None, 0):
+        with use_engine(DeferredEngine(seed)) as engine:
+            assert torch.equal(lab.run(module), truth), f"seed {seed}"
+        assert engine.num_pending == 0
+
+
 def without_wait(module, index):
     """Take the `index`-th wait out of a module's decode program, behind the verifier's back."""
     plan = module.programs.get("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True).plan

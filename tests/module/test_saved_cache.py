@@ -32,6 +32,10 @@ CASES = {
     "int8": {"mode": "query", "kv_format": "int8"},
     "values4": {"mode": "query", "kv_format": "values4"},
     "fp8 on the device": {"mode": "query", "kv_format": "fp8", "offload": "never"},
+    "pages of runs": {"mode": "query", "kv_format": "int4", "page_format": "stored"},
+    "pages of runs on the device": {
+        "mode": "query", "kv_format": "int8", "page_format": "stored", "offload": "never",
+    },
     "all hints": {
         "mode": "exact",
         "hint": ("ema", "forecast", "previous_step", "previous_layer"),

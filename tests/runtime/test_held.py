@@ -76,9 +76,16 @@ def test_every_mode_takes_over_and_hands_over_the_same_bits(fast, prompt, mode, 
     assert_same(first, fast.new_cache(past=taken))
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "int4", "values8"])
-def test_blocks_that_were_rounded_stay_what_they_are(fast, prompt, kv_format):
-    rounds = optimize(fast, BASE.replace(kv_format=kv_format))
+@pytest.mark.parametrize(
+    ("kv_format", "changes"),
+    [
+        *((name, {}) for name in ("int8", "int4", "values8")),
+        ("int8", {"page_format": "stored"}),
+        ("int4", {"page_format": "stored", "offload": "never"}),
+    ],
+)
+def test_blocks_that_were_rounded_stay_what_they_are(fast, prompt, kv_format, changes):
+    rounds = optimize(fast, BASE.replace(kv_format=kv_format, **changes))
     first = read(rounds, *prompt)
     plain = fast.new_cache(past=first)
     assert_same(first, plain)

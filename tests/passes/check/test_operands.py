@@ -128,6 +128,48 @@ def test_wrong_operand(first_wrong, name):
     assert first_wrong(change) == sentence
 
 
+STORED = {"kv_format": "fp8", "page_format": "stored"}
+WRONG_OF_STORED = {
+    "no tail": (
+        put("attend_resident_1", "tail", "nothing"),
+        "attend_resident_1 takes None as its tail, not sparda_tail_1",
+    ),
+    "the tail of another layer": (
+        put("attend_missing_1", "tail", "sparda_tail_0"),
+        "attend_missing_1 takes sparda_tail_0 as its tail, not sparda_tail_1",
+    ),
+    "new tokens in pages": (
+        put("append_kv_0", "pages", "sparda_pages_0"),
+        "append_kv_0 takes sparda_pages_0 as its pages, not sparda_tail_0",
+    ),
+    "a tail that is none": (
+        lambda nodes: set_argument(nodes["append_kv_0"], "is_tail", False),
+        "append_kv_0 takes False as its is_tail, not True",
+    ),
+    "a copy that unpacks": (
+        lambda nodes: set_argument(nodes["prefetch_0"], "kv_format", "fp8"),
+        "prefetch_0 takes 'fp8' as its kv_format, not 'model'",
+    ),
+    "attention that does not unpack": (
+        lambda nodes: set_argument(nodes["attend_resident_0"], "kv_format", "model"),
+        "attend_resident_0 takes 'model' as its kv_format, not 'fp8'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OF_STORED)
+def test_wrong_operand_beside_pages_of_stored_runs(first_wrong, name):
+    change, sentence = WRONG_OF_STORED[name]
+    assert first_wrong(change, hint="previous_step", **STORED) == sentence
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill", "sparse_prefill"])
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
+def test_right_graphs_with_pages_of_stored_runs(first_wrong, mode, phase):
+    settings = {"mode": mode, "hint": "forecast", **STORED}
+    assert first_wrong(lambda _: None, "gemma3", phase, **settings) is None
+
+
 def test_hint_takes_the_ids_of_the_layer_before(first_wrong):
     change = put("hint_plan_1", "block_ids", "block_ids_1")
     assert first_wrong(change, hint="previous_layer") == (
