@@ -87,7 +87,7 @@ class Memory:
         if self.page_format == "model":
             return
         chosen = self.kv_format
-        named = (chosen,) if isinstance(chosen, str) else [name for _, name in chosen]
+        named = [chosen] if isinstance(chosen, str) else dict(chosen).values()
         for name in named:
             if name in KV_FORMATS.names() and KV_FORMATS[name].summary is not None:
                 whole_blocks = [f.name for f in KV_FORMATS if f.rounds and f.summary is None]

@@ -36,10 +36,10 @@ from sparda_compile.state.strategy import Strategy, strategy_of
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["LENGTHS", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
+__all__ = ["LENGTHS", "TAIL_PAGES", "CacheLayout", "LayerShape", "TensorSpec", "state_name"]
 
-# The block that is being written, and what a prompt has found in its place.
-_TAIL_PAGES: Final = 2
+TAIL_PAGES: Final = 2
+"""Of `tail`: the block that is being written, and what a prompt has found in its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ class CacheLayout:
         if self.has_stored_pages(layer.layer):
             pools = {
                 "pages": TensorSpec((*batch, pages, *stored), dtype),
-                "tail": TensorSpec((*batch, _TAIL_PAGES, *block), layer.dtype),
+                "tail": TensorSpec((*batch, TAIL_PAGES, *block), layer.dtype),
             }
         specs = pools | {
             "host": TensorSpec(host_shape, dtype, on_host=True),

@@ -31,12 +31,14 @@ __all__ = ["SUMMARY_KERNELS", "append_kv"]
 @triton.jit
 def _append_kv(
     k, v, tail_page, lengths, pages, k_row, k_head, v_row, v_head, groups, num_pages,
-    SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    SIZE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     row, head = pair // groups, pair % groups
     length = tl.load(lengths + row)
     page = tl.load(tail_page + pair)
+    if TAIL:
+        page = tl.minimum(page, 0)  # the first page of `tail`, where the block has one
     dims = tl.arange(0, DIMS)
     mask = dims < tl.where(page >= 0, DIM, 0)
     key = tl.load(k + row * k_row + head * k_head + dims, mask=mask)
@@ -47,7 +49,13 @@ def _append_kv(
 
 
 def append_kv(
-    k_BG1D: Tensor, v_BG1D: Tensor, tail_page_BG: Tensor, lengths_B: Tensor, pages: Tensor
+    k_BG1D: Tensor,
+    v_BG1D: Tensor,
+    tail_page_BG: Tensor,
+    lengths_B: Tensor,
+    pages: Tensor,
+    *,
+    is_tail: bool = False,
 ) -> None:
     """Write one token per sequence to its tail page; see `runtime.append.append_kv`."""
     batch, groups, num_pages, _, size, dim = pages.shape
@@ -55,7 +63,7 @@ def append_kv(
     v, v_row, v_head = rows_of(v_BG1D)
     launch(_append_kv, (batch * groups,))(
         k, v, tail_page_BG, lengths_B, pages, k_row, k_head, v_row, v_head, groups, num_pages,
-        size, dim, power_of_two(dim), num_warps=1,
+        size, dim, power_of_two(dim), is_tail, num_warps=1,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from sparda_compile.kernels.gpu.token_blocks import (
     pack_prompt,
     unions,
 )
+from sparda_compile.kernels.paged import block_pool, tail_pages
 from sparda_compile.kernels.prefill_attention import num_new_slots
 from sparda_compile.kernels.workspace import QUERY_BYTES, tile_rows, unions_at_once
 
@@ -310,6 +311,7 @@ def attend_all(
     factors: tuple[float, float],
     kv_format: str = "model",
     keys: Sequence[Tensor] = (),
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Attend to all that is before each token; see `kernels.prefill_attention`.
 
@@ -318,27 +320,30 @@ def attend_all(
         kv: [B, G, T, D] new keys and values.
         token_mask_BT: bool, which tokens are real.
         lengths_B: int32, tokens in the cache.
-        past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
-            the block table [B, G, N] int32.
+        past: Pages [B, G, C, 2, P, D] or stored runs, [B, G] int64 host addresses or empty without
+            offload, and the block table [B, G, N] int32.
         num_past: No sequence has more tokens in the cache.
         factors: Factor on q . k, and soft cap on the scores, 0.0 for none.
         kv_format: How blocks in CPU memory are stored.
         keys: What keys that stay are read back from; see `staying.py`. Empty for others.
+        tail: [B, G, 2, 2, P, D] beside pages of stored runs, the block that is being written.
 
     Returns:
         [B, H, T, D], a token's heads side by side; zero for tokens that are not real.
     """
     query = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
     (pages, _, table), (batch, heads, num_tokens, dim) = past, query.shape
-    size, groups = pages.shape[4], pages.shape[1]
+    pool = block_pool(pages, tail)
+    size, groups = pool.shape[4], pool.shape[1]
     room = num_past // size
     num_slots = num_new_slots(num_tokens, size) + room
-    staging = pages.new_empty((batch, groups, num_slots, *pages.shape[3:]))
+    staging = pool.new_empty((batch, groups, num_slots, *pool.shape[3:]))
     slots = torch.empty_like(table)
     if room:
-        stage(None, lengths_B, past, staging, slots, room, kv_format, keys)
+        stage(None, lengths_B, past, staging, slots, room, kv_format, keys, tail)
     tokens = number_tokens(token_mask_BT, lengths_B)
-    prompt = pack_prompt(kv, tokens, lengths_B, (staging, slots), (pages, table))
+    paged = (pool, tail_pages(table, is_tail=tail is not None))
+    prompt = pack_prompt(kv, tokens, lengths_B, (staging, slots), paged)
     rows = tile_rows(heads // groups, dim, query.dtype)
     union = all_blocks(prompt, rows // power_of_two(heads // groups))
     out = query.new_empty((batch, num_tokens, heads, dim)).transpose(1, 2)

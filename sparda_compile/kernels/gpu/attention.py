@@ -29,12 +29,22 @@ from sparda_compile.kernels.gpu.launch import (
     rows_of,
     shared_bytes,
 )
+from sparda_compile.kernels.gpu.tiles import (
+    PageForm,
+    first_page,
+    page_size,
+    pages_of,
+    read_tile,
+    tail_at,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparda_compile.kernels.paged import Stored
 
-__all__ = ["attend", "merge", "partials", "read_tile", "scaled_scores"]
+
+__all__ = ["attend", "merge", "partials", "scaled_scores"]
 
 # Measured on H200s (head_dim 128, blocks of 64, bf16) with 2 to 256 pairs of sequence and KV head.
 # A program takes two tiles a turn, with one softmax, and has two turns in flight: it has a
@@ -65,29 +75,6 @@ def _ids_of(block_ids, page_ids, tile, end, ROOM: tl.constexpr, TOKENS: tl.const
 
 
 @triton.jit
-def read_tile(  # noqa: ANN201 - a part of kernels
-    pages, block, page, tile, length, dims,
-    SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Return keys and values of a tile, and which of its tokens there are."""
-    if TOKENS > ROOM:
-        token = tl.arange(0, TOKENS) % ROOM
-        start = pages + page[:, None].to(tl.int64) * (2 * SIZE * DIM)
-    else:
-        token = tile % (ROOM // TOKENS) * TOKENS + tl.arange(0, TOKENS)
-        start = pages + page.to(tl.int64) * (2 * SIZE * DIM)
-    seen = token <= tl.where(block >= 0, tl.minimum(length - block * SIZE, SIZE - 1), -1)
-    source = start + token[:, None] * DIM + dims[None, :]
-    mask = seen[:, None] & (dims < DIM)[None, :]
-    keys = tl.load(source, mask=mask, other=0.0)
-    values = tl.load(source + SIZE * DIM, mask=mask, other=0.0)
-    if INTERPRETED:
-        keys, values = keys.to(tl.float32), values.to(tl.float32)
-    return keys, values, seen
-
-
-@triton.jit
 def scaled_scores(q, keys, seen, factor, cap, SOFTCAP: tl.constexpr):  # noqa: ANN201
     """Return scores times log2(e): their exponential is then a power of two, which is one step."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
@@ -99,13 +86,15 @@ def scaled_scores(q, keys, seen, factor, cap, SOFTCAP: tl.constexpr):  # noqa: A
 
 @triton.jit
 def _partials(
-    query, pages, page_ids, block_ids, is_miss, lengths, out, lse, factor, cap,
+    query, pages, tail, page_ids, block_ids, is_miss, lengths, out, lse, factor, cap,
     q_row, q_head, groups, num_pages, splits,
     SELECTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, EACH: tl.constexpr, PICK: tl.constexpr,
     SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+    RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
+    DECODE: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0), tl.program_id(1)
     row, group = pair // groups, pair % groups
@@ -132,7 +121,8 @@ def _partials(
         )
         if INTERPRETED:
             q = q.to(tl.float32)
-        mine = pages + pair.to(tl.int64) * num_pages * (2 * SIZE * DIM)
+        mine = first_page(pages, pair, num_pages, SIZE, DIM, RUN)
+        written = tail_at(tail, pair, SIZE, DIM)
         blocks_at = block_ids + pair * SELECTED + first
         pages_at = page_ids + pair * SELECTED + first
         end = tl.minimum(BLOCKS, SELECTED - first)
@@ -143,11 +133,13 @@ def _partials(
             next_block, next_page = _ids_of(blocks_at, pages_at, tile + 2, end, ROOM, TOKENS)
             next_block2, next_page2 = _ids_of(blocks_at, pages_at, tile + 3, end, ROOM, TOKENS)
             keys, values, seen = read_tile(
-                mine, block, page, tile, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
-            )
+                mine, written, block, page, tile, length, dims, SIZE, ROOM, TOKENS, DIM,
+                INTERPRETED, RUN, BITS, SCALES, CUTS, DECODE,
+            )  # fmt: skip
             keys2, values2, seen2 = read_tile(
-                mine, block2, page2, tile + 1, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
-            )
+                mine, written, block2, page2, tile + 1, length, dims, SIZE, ROOM, TOKENS, DIM,
+                INTERPRETED, RUN, BITS, SCALES, CUTS, DECODE,
+            )  # fmt: skip
             scores = scaled_scores(q, keys, seen, factor, cap, SOFTCAP)
             scores2 = scaled_scores(q, keys2, seen2, factor, cap, SOFTCAP)
             new_peak = tl.maximum(peak, tl.max(tl.maximum(scores, scores2), axis=1))
@@ -176,15 +168,15 @@ def _partials(
     tl.store(lse + place, log_sum, mask=head < HEADS)
 
 
-def _stages(pages: Tensor, rows: int, tokens: int, dims: int) -> int:
+def _stages(pool: Tensor, form: PageForm, rows: int, tokens: int, dims: int) -> int:
     """Return how many stages fit; results do not depend on it."""
-    if pages.device.type != "cuda":
+    if pool.device.type != "cuda":
         return _STAGES
-    width = pages.element_size()
+    width = pool.element_size()
+    turn, made = form.tile_bytes(4 * tokens * dims, width)
     # Queries and outputs, and scores or weights of both tiles, as far as shared memory holds them.
-    others = rows * (dims * (width + 4) + 2 * tokens * 4)
-    turn = 4 * tokens * dims * width
-    return 1 + min(_STAGES - 1, max(shared_bytes(pages.device) - others, 0) // turn)
+    others = rows * (dims * (width + 4) + 2 * tokens * 4) + made
+    return 1 + min(_STAGES - 1, max(shared_bytes(pool.device) - others, 0) // turn)
 
 
 def partials(
@@ -197,6 +189,7 @@ def partials(
     scale: float,
     softcap: float,
     num_blocks: int,
+    stored: Stored | None = None,
     *,
     missing: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -205,7 +198,7 @@ def partials(
 
     Args:
         query_BH1D: Queries.
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D], or stored runs.
         page_ids_BGK: int32.
         block_ids_BGK: int32, -1 for none.
         is_miss_BGK: bool; None attends to every split. Otherwise to those without a miss.
@@ -213,14 +206,15 @@ def partials(
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
         num_blocks: Blocks of one split.
+        stored: What goes with pages of stored runs.
         missing: With `is_miss_BGK`: attend to the splits with a miss instead.
         dtype: Of the outputs.
 
     Returns:
         Outputs and log-sum-exps; 0 and -inf for a split that was left out or is empty.
     """
-    batch, groups, num_pages, _, size, dim = pages.shape
-    selected = block_ids_BGK.shape[-1]
+    (batch, groups, num_pages), (size, dim) = pages.shape[:3], page_size(pages, stored)
+    selected, form = block_ids_BGK.shape[-1], PageForm.of(stored)
     query, q_row, q_head = rows_of(query_BH1D)
     heads = query.shape[1] // groups
     splits = triton.cdiv(selected, num_blocks)
@@ -230,15 +224,17 @@ def partials(
     flags = block_ids_BGK if is_miss_BGK is None else is_miss_BGK.view(torch.int8)
     rows, dims = power_of_two(heads, 16), power_of_two(dim, 16)
     room = power_of_two(size)
-    tokens = min(_TILE, _TILE_BYTES // (dims * pages.element_size()))
+    pool = pages_of(pages, stored)[1]
+    tokens = min(_TILE, _TILE_BYTES // (dims * pool.element_size()))
     tokens = min(tokens, max(power_of_two(room * num_blocks) // 2, 16))
     turns = triton.cdiv(room * num_blocks, 2 * tokens)
     factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     launch(_partials, (batch * groups, splits))(
-        query, pages, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse, factor,
-        softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads, rows, size,
-        room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick, softcap != 0.0,
-        interpreting(), _stages(pages, rows, tokens, dims), num_warps=_WARPS, **as_written(),
+        query, pages, pool, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse,
+        factor, softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads, rows,
+        size, room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick,
+        softcap != 0.0, interpreting(), _stages(pool, form, rows, tokens, dims), *form,
+        num_warps=_WARPS, **as_written(),
     )  # fmt: skip
     return out, lse
 
@@ -322,6 +318,7 @@ def attend(
     scale: float,
     softcap: float,
     num_blocks: int,
+    stored: Stored | None = None,
 ) -> Tensor:
     """Attend to all splits: [B, H, 1, D] in the query's dtype; operands as for `partials`.
 
@@ -329,6 +326,6 @@ def attend(
     """
     operands = (query_BH1D, pages, page_ids_BGK, block_ids_BGK, None, lengths_B, scale, softcap)
     if block_ids_BGK.shape[-1] > num_blocks:
-        return merge(*partials(*operands, num_blocks), None, query_BH1D.dtype)
-    out, _ = partials(*operands, num_blocks, dtype=query_BH1D.dtype)
+        return merge(*partials(*operands, num_blocks, stored), None, query_BH1D.dtype)
+    out, _ = partials(*operands, num_blocks, stored, dtype=query_BH1D.dtype)
     return out.view(query_BH1D.shape)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two, tokens_of
 from sparda_compile.kernels.gpu.select import check_num_blocks, find_largest
+from sparda_compile.kernels.gpu.tiles import tail_at
+from sparda_compile.kernels.paged import FOUND
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Numbered", "Resident", "extend_kv", "number_tokens"]
 
 _IN_USE = tl.constexpr(0x7FFFFFFF)
+_FOUND = tl.constexpr(FOUND)
 # Tokens that are counted at once, and numbers of a tile of keys.
 _COUNTED: Final = 2048
 _TILE: Final = 4096
@@ -244,6 +247,32 @@ def _extend_kv(
         tl.store(slot + SIZE * DIM, value, mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _extend_tail(
+    k, v, columns, lengths, totals, tail, k_row, k_head, k_token, v_row, v_head, v_token, groups,
+    num_tokens, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Keep what the open block had, and write the new tokens of the one that stays open."""
+    pair, half = tl.program_id(0), tl.program_id(1)
+    row, head = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
+    length, total = tl.load(lengths + row), tl.load(totals + row)
+    token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
+    inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
+    at = tail_at(tail, pair, SIZE, DIM) + half * (SIZE * DIM) + token[:, None] * DIM + dims[None, :]
+    tl.store(at + _FOUND * (2 * SIZE * DIM), tl.load(at, mask=inside), mask=inside)
+    tl.debug_barrier()
+    position = total // SIZE * SIZE + token
+    is_new = (token < SIZE) & (position >= length) & (position < total)
+    order = columns + row * num_tokens + position - length
+    column = tl.load(order, mask=is_new, other=0).to(tl.int64)[:, None]
+    mask = is_new[:, None] & (dims < DIM)[None, :]
+    if half == 0:
+        x = tl.load(k + row * k_row + head * k_head + column * k_token + dims, mask=mask)
+    else:
+        x = tl.load(v + row * v_row + head * v_head + column * v_token + dims, mask=mask)
+    tl.store(at, x, mask=mask)
+
+
 def extend_kv(
     k_BGTD: Tensor,
     v_BGTD: Tensor,
@@ -252,6 +281,8 @@ def extend_kv(
     pages: Tensor,
     tables: Sequence[Tensor],
     resident: Resident,
+    *,
+    is_tail: bool = False,
 ) -> None:
     """Give pages to blocks and write the new tokens; see `runtime.append.extend_kv`.
 
@@ -263,6 +294,7 @@ def extend_kv(
         pages: [B, G, C, 2, P, D], updated.
         tables: `block_table`, `page_block` and `page_stamp`, updated.
         resident: Which blocks stay.
+        is_tail: Whether `pages` is `tail`, beside pages of stored runs.
     """
     batch, groups, num_pages, _, size, dim = pages.shape
     num_tokens = k_BGTD.shape[2]
@@ -270,6 +302,12 @@ def extend_kv(
     k, *k_strides = tokens_of(k_BGTD)
     v, *v_strides = tokens_of(v_BGTD)
     dims = power_of_two(dim)
+    if is_tail:
+        launch(_extend_tail, (batch * groups, 2))(
+            k, v, numbered.columns, lengths_B, numbered.totals, pages, *k_strides, *v_strides,
+            groups, num_tokens, size, power_of_two(size), dim, dims, num_warps=4,
+        )  # fmt: skip
+        return
     tokens = max(_TILE // dims, 1)
     launch(_extend_kv, (triton.cdiv(num_tokens, tokens), batch * groups))(
         k, v, numbered.positions, tables[0], pages, *k_strides, *v_strides, groups, num_tokens,

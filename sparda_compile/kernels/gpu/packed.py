@@ -2,6 +2,7 @@
 
     gather_packed         pages[b, g, miss_pages[i]] = unpack(host[b, g, miss_blocks[i]])
     gather_listed_packed  the same for lists that are long and counted
+    unpack_pages          the same of pages that hold stored runs
 
 A program has the keys or the values of a block, or of some of its tokens, as one tile: what scales
 them lies on one of its axes. Codes are read from CPU memory once, side by side. Keys that stay on
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import torch
 import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, count_listed, find_listed
-from sparda_compile.kernels.gpu.launch import as_written, launch, power_of_two
+from sparda_compile.kernels.gpu.launch import address_of, as_written, launch, power_of_two
 from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
 from sparda_compile.kernels.gpu.staying import write_keys
 
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["gather_listed_packed", "gather_packed"]
+__all__ = ["gather_listed_packed", "gather_packed", "unpack_pages"]
 
 _COUNT_TILE: Final = 8192
+# Four for each multiprocessor: device memory is not far away, as CPU memory is.
+_PAGE_PROGRAMS: Final = 528
 
 
 def _grid(num_programs: int) -> tuple[int, int]:
@@ -263,3 +267,25 @@ def gather_listed_packed(
         staging.shape[2], num_blocks, power_of_two(num_rows), *form,
         functions_of(kv_format).decode, form.tokens, num_warps=form.gather_warps, **as_written(),
     )  # fmt: skip
+
+
+def unpack_pages(
+    pages: Tensor, page_BGL: Tensor, first_slot: int, staging: Tensor, kv_format: str
+) -> None:
+    """Unpack pages of stored runs to a buffer: entry i of a list to slot `first_slot` + i.
+
+    Args:
+        pages: [B, G, C, bytes] uint8.
+        page_BGL: Pages, -1 for none.
+        first_slot: Where the first one goes.
+        staging: [B, G, S, 2, P, D], updated.
+        kv_format: How the runs are written.
+    """
+    page_nL = page_BGL.flatten(0, 1).int()
+    pairs = torch.arange(page_nL.shape[0], device=pages.device)
+    at = address_of(pages) + pairs * (pages.stride(1) * pages.element_size())
+    order_nL = (page_nL < 0).byte().argsort(dim=-1, stable=True)
+    lists = (page_nL.gather(-1, order_nL), (order_nL + first_slot).int())
+    count_n = (page_nL >= 0).sum(-1, dtype=torch.int32)
+    most = min(_PAGE_PROGRAMS, 2 * page_nL.numel())
+    gather_listed_packed(*lists, count_n, at, staging, kv_format, num_programs=most)

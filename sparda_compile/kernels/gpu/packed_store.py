@@ -4,7 +4,8 @@
     store_prefix    the same of the blocks that a prompt has filled, from where the model left them
 
 A program has the keys or the values of a block as one tile, see `packed_form.py`. Without
-offload the pages alone are written.
+offload the pages alone are written. Pages that hold stored runs get the same run; the numbers of a
+block that was open come from `tail` then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from sparda_compile.kernels.gpu.launch import as_written, launch, tokens_of
 from sparda_compile.kernels.gpu.low_bit_keys import quantize_keys
 from sparda_compile.kernels.gpu.packed_form import Form, codes_at, functions_of, rounded, scales_at
 from sparda_compile.kernels.gpu.staying import keys_of
+from sparda_compile.kernels.gpu.tiles import tail_at
+from sparda_compile.kernels.paged import FOUND, WRITTEN, block_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,43 +31,54 @@ if TYPE_CHECKING:
 
 __all__ = ["store_prefix", "store_tail"]
 
+_FOUND = tl.constexpr(FOUND)
+_WRITTEN = tl.constexpr(WRITTEN)
+
 
 @triton.jit
 def _round_half(
-    x, run, pages, target, page, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    CUTS: tl.constexpr, KEPT: tl.constexpr, LARGEST: tl.constexpr, HAS_HOST: tl.constexpr,
-    ENCODE: tl.constexpr, DECODE: tl.constexpr,
+    x, run, pool, target, page, KEYS: tl.constexpr, RUNS: tl.constexpr, SIZE: tl.constexpr,
+    SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, CUTS: tl.constexpr, KEPT: tl.constexpr, LARGEST: tl.constexpr,
+    HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Store keys or values [SLOTS, DIMS] of a block, and write to its page what is read back.
 
-    Keys that stay, in `KEPT` bits, are written to the page alone.
+    That is a run with RUNS; else `target` is where the page has the half. Keys that stay, in `KEPT`
+    bits, are written to the page alone.
     """
+    AXIS: tl.constexpr = 0 if KEYS else 1
     if KEYS & (KEPT > 0):
-        code, span, base = quantize_keys(x, pages, SIZE, SLOTS, KEPT, LARGEST, CUTS)
+        code, span, base = quantize_keys(x, pool, SIZE, SLOTS, KEPT, LARGEST, CUTS)
         values = keys_of(code, span, base, KEPT)
     else:
-        values = _store_half(
-            x, run, pages, KEYS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, KEPT, HAS_HOST, ENCODE,
-            DECODE,
-        )  # fmt: skip
-    token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
-    at = target + token[:, None] * DIM + dims[None, :]
-    kept = (token < tl.where(page >= 0, SIZE, 0))[:, None] & (dims < DIM)[None, :]
-    tl.debug_barrier()  # the tile may have been read from the same page
-    tl.store(at, rounded(values, pages, CUTS), mask=kept)
+        codes, first, last = _encode_half(x, AXIS, SIZE, SLOTS, DIM, DIMS, BITS, ENCODE)
+        if HAS_HOST:
+            _write_run(
+                codes, first, last, run, pool, True, KEYS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                KEPT,
+            )  # fmt: skip
+        if RUNS:
+            _write_run(
+                codes, first, last, target, pool, page >= 0, KEYS, SIZE, SLOTS, DIM, DIMS, BITS,
+                SCALES, KEPT,
+            )  # fmt: skip
+        values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
+    if RUNS == 0:
+        token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
+        at = target + token[:, None] * DIM + dims[None, :]
+        kept = (token < tl.where(page >= 0, SIZE, 0))[:, None] & (dims < DIM)[None, :]
+        tl.debug_barrier()  # the tile may have been read from the same page
+        tl.store(at, rounded(values, pool, CUTS), mask=kept)
 
 
 @triton.jit
-def _store_half(
-    x, run, pages, KEYS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
-    KEPT: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+def _encode_half(
+    x, AXIS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr,
+    DIMS: tl.constexpr, BITS: tl.constexpr, ENCODE: tl.constexpr,
 ):  # fmt: skip
-    """Store keys or values [SLOTS, DIMS] of a block, and return what is read back, float32."""
-    PER: tl.constexpr = 8 // BITS
-    AXIS: tl.constexpr = 0 if KEYS else 1
-    token, dims, byte = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
+    """Return the codes of keys or values [SLOTS, DIMS] of a block, and two scales of each line."""
+    token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
     inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
     x = x.to(tl.float32)
     is_finite = (x - x) == 0.0
@@ -73,30 +87,60 @@ def _store_half(
     first = tl.where(is_broken, float("nan"), first)
     last = tl.where(is_broken, float("nan"), last)
     codes = tl.where(tl.expand_dims(is_broken, AXIS), 0, codes) & ((1 << BITS) - 1)
-    if HAS_HOST:
-        joined = codes
-        if PER > 1:
-            shift = tl.arange(0, PER) * BITS
-            parts = tl.reshape(codes, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
-            joined = tl.sum(parts, axis=1)
-        at_codes = codes_at(run, KEYS, SIZE, DIM, BITS, KEPT) + byte[:, None] * DIM + dims[None, :]
-        is_code = (byte < SIZE // PER)[:, None] & (dims < DIM)[None, :]
-        tl.store(at_codes, joined.to(tl.uint8), mask=is_code)
-        line = dims if KEYS else token
-        LINES: tl.constexpr = DIM if KEYS else SIZE
-        at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES, KEPT) + line
-        tl.store(at_scales, first.to(pages.dtype.element_ty), mask=line < LINES)
-        if SCALES > 1:
-            tl.store(at_scales + LINES, last.to(pages.dtype.element_ty), mask=line < LINES)
-    return DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
+    return codes, first, last
+
+
+@triton.jit
+def _write_run(
+    codes, first, last, run, pool, is_there, KEYS: tl.constexpr, SIZE: tl.constexpr,
+    SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Write codes and scales of keys or values to a stored run, if there is one."""
+    PER: tl.constexpr = 8 // BITS
+    LINES: tl.constexpr = DIM if KEYS else SIZE
+    token, dims, byte = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
+    joined = codes
+    if PER > 1:
+        shift = tl.arange(0, PER) * BITS
+        parts = tl.reshape(codes, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
+        joined = tl.sum(parts, axis=1)
+    at_codes = codes_at(run, KEYS, SIZE, DIM, BITS, KEPT) + byte[:, None] * DIM + dims[None, :]
+    is_code = (byte < tl.where(is_there, SIZE // PER, 0))[:, None] & (dims < DIM)[None, :]
+    tl.store(at_codes, joined.to(tl.uint8), mask=is_code)
+    line = dims if KEYS else token
+    is_line = line < tl.where(is_there, LINES, 0)
+    at_scales = scales_at(run, pool, KEYS, SIZE, DIM, BITS, SCALES, KEPT) + line
+    tl.store(at_scales, first.to(pool.dtype.element_ty), mask=is_line)
+    if SCALES > 1:
+        tl.store(at_scales + LINES, last.to(pool.dtype.element_ty), mask=is_line)
+
+
+@triton.jit
+def _places(
+    pages, pool, pair, owned, half, open_page: tl.constexpr, SIZE: tl.constexpr,
+    DIM: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Return where a half of a block that was open is, and what `_round_half` writes of its page.
+
+    They are one and the same but for pages of stored runs: beside these it is a page of `tail`.
+    """
+    if RUNS:
+        source = tail_at(pool, pair, SIZE, DIM) + (open_page * 2 + half) * (SIZE * DIM)
+        target = pages.to(tl.int64) + owned * RUN
+    else:
+        source = pages + (owned * 2 + half) * (SIZE * DIM)
+        target = source
+    return source, target
 
 
 @triton.jit
 def _store_tail_packed(
-    tail_page, lengths, pages, host, counter, groups, num_pages, SIZE: tl.constexpr,
+    tail_page, lengths, pages, pool, host, counter, groups, num_pages, SIZE: tl.constexpr,
     SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RUN: tl.constexpr,
     BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr, KEPT: tl.constexpr,
-    LARGEST: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr,
+    RUNS: tl.constexpr, LARGEST: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr,
+    DECODE: tl.constexpr,
 ):  # fmt: skip
     pair, half = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + pair // groups)
@@ -105,21 +149,22 @@ def _store_tail_packed(
         run = pair.to(tl.int64)
         if HAS_HOST:
             run = tl.load(host + pair) + (length // SIZE).to(tl.int64) * RUN
-        to = pages + ((pair.to(tl.int64) * num_pages + page) * 2 + half) * (SIZE * DIM)
+        owned = pair.to(tl.int64) * num_pages + page
+        source, target = _places(pages, pool, pair, owned, half, _WRITTEN, SIZE, DIM, RUN, RUNS)
         token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
         inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
-        x = tl.load(to + token[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+        x = tl.load(source + token[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
         if half == 0:
             _round_half(
-                x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS, KEPT,
-                LARGEST, HAS_HOST, ENCODE, DECODE,
+                x, run, pool, target, page, True, RUNS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS,
+                KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
             )  # fmt: skip
             if HAS_HOST:
                 tl.atomic_add(counter, 1)
         else:
             _round_half(
-                x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES, CUTS,
-                KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
+                x, run, pool, target, page, False, RUNS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                CUTS, KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
             )  # fmt: skip
 
 
@@ -130,49 +175,52 @@ def store_tail(
     host_BG: Tensor,
     counter: Tensor,
     kv_format: str,
+    tail: Tensor | None = None,
 ) -> None:
     """Store and round each block that the current token has filled; see `runtime.packed`.
 
     Args:
         tail_page_BG: int32 page of the current block, -1 if it has none.
         lengths_B: int32, position of the current token.
-        pages: [B, G, C, 2, P, D], updated.
+        pages: [B, G, C, 2, P, D], or stored runs; updated.
         host_BG: int64 addresses; what they point to is written. Empty without offload.
         counter: One int64, raised by the number of blocks that went to CPU memory.
         kv_format: How blocks are stored.
+        tail: [B, G, 2, 2, P, D] beside pages of stored runs.
     """
     batch, groups, num_pages = pages.shape[:3]
-    form, functions = Form.of(pages, kv_format), functions_of(kv_format)
+    pool = block_pool(pages, tail)
+    form, functions = Form.of(pool, kv_format), functions_of(kv_format)
     has_host = host_BG.numel() > 0
     launch(_store_tail_packed, (batch * groups, 2))(
-        tail_page_BG, lengths_B, pages, host_BG if has_host else tail_page_BG, counter, groups,
-        num_pages, *form, torch.finfo(pages.dtype).max, has_host, functions.encode,
-        functions.decode, num_warps=form.num_warps, **as_written(),
+        tail_page_BG, lengths_B, pages, pool, host_BG if has_host else tail_page_BG, counter,
+        groups, num_pages, *form, tail is not None, torch.finfo(pool.dtype).max, has_host,
+        functions.encode, functions.decode, num_warps=form.num_warps, **as_written(),
     )  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    source, column, to, is_new, is_old, dims, s_token, DIM: tl.constexpr, SLOTS: tl.constexpr
+    source, column, old_at, is_new, is_old, dims, s_token, DIM: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """Return keys or values of a block: new ones by column, older ones from its page."""
+    """Return keys or values of a block: new ones by column, older ones from where it was open."""
     is_dim = (dims < DIM)[None, :]
     new = tl.load(
         source + column[:, None] * s_token + dims[None, :], mask=is_new[:, None] & is_dim, other=0.0
     )
-    at = to + tl.arange(0, SLOTS)[:, None] * DIM + dims[None, :]
+    at = old_at + tl.arange(0, SLOTS)[:, None] * DIM + dims[None, :]
     old = tl.load(at, mask=is_old[:, None] & is_dim, other=0.0)
     return tl.where(is_old[:, None], old, new)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_items"])
 def _store_prefix_packed(
-    k, v, columns, lengths, totals, block_table, pages, host, counter, k_row, k_head, k_token,
+    k, v, columns, lengths, totals, block_table, pages, pool, host, counter, k_row, k_head, k_token,
     v_row, v_head, v_token, groups, num_tokens, num_blocks, num_pages, num_items,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     RUN: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
-    KEPT: tl.constexpr, LARGEST: tl.constexpr, HAS_HOST: tl.constexpr, ENCODE: tl.constexpr,
-    DECODE: tl.constexpr,
+    KEPT: tl.constexpr, RUNS: tl.constexpr, LARGEST: tl.constexpr, HAS_HOST: tl.constexpr,
+    ENCODE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     most = (num_tokens - 1) // SIZE + 1
     token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
@@ -186,7 +234,7 @@ def _store_prefix_packed(
         if block < end:
             page = tl.load(block_table + pair.to(tl.int64) * num_blocks + block)
             owned = pair.to(tl.int64) * num_pages + tl.maximum(page, 0)
-            to = pages + (owned * 2 + half) * (SIZE * DIM)
+            old, target = _places(pages, pool, pair, owned, half, _FOUND, SIZE, DIM, RUN, RUNS)
             position = block * SIZE + token
             is_new = (token < SIZE) & (position >= length)
             is_old = (token < SIZE) & (position < length)
@@ -197,18 +245,18 @@ def _store_prefix_packed(
                 run = tl.load(host + pair) + block.to(tl.int64) * RUN
             if half == 0:
                 source = k + row * k_row + head * k_head
-                x = _tile(source, column, to, is_new, is_old, dims, k_token, DIM, SLOTS)
+                x = _tile(source, column, old, is_new, is_old, dims, k_token, DIM, SLOTS)
                 _round_half(
-                    x, run, pages, to, page, True, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                    x, run, pool, target, page, True, RUNS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
                     CUTS, KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
                 )  # fmt: skip
                 if HAS_HOST:
                     tl.atomic_add(counter, 1)
             else:
                 source = v + row * v_row + head * v_head
-                x = _tile(source, column, to, is_new, is_old, dims, v_token, DIM, SLOTS)
+                x = _tile(source, column, old, is_new, is_old, dims, v_token, DIM, SLOTS)
                 _round_half(
-                    x, run, pages, to, page, False, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
+                    x, run, pool, target, page, False, RUNS, SIZE, SLOTS, DIM, DIMS, BITS, SCALES,
                     CUTS, KEPT, LARGEST, HAS_HOST, ENCODE, DECODE,
                 )  # fmt: skip
         item += tl.num_programs(0)
@@ -224,6 +272,7 @@ def store_prefix(
     host: Tensor,
     counter: Tensor,
     kv_format: str,
+    tail: Tensor | None = None,
     num_programs: int = GATHER_PROGRAMS,
 ) -> None:
     """Store and round every block that new tokens have filled; see `runtime.packed`.
@@ -234,22 +283,24 @@ def store_prefix(
         tokens: Their positions [B, T], columns [B, T] and totals [B], int32.
         lengths: [B] int32, tokens before this step.
         block_table: [B, G, N] int32.
-        pages: [B, G, C, 2, P, D], updated.
+        pages: [B, G, C, 2, P, D], or stored runs; updated.
         host: [B, G] int64 addresses; what they point to is written. Empty without offload.
         counter: One int64, raised by the number of blocks that went to CPU memory.
         kv_format: How blocks are stored.
+        tail: [B, G, 2, 2, P, D] beside pages of stored runs.
         num_programs: Programs; each stores the keys or the values of one block at a time.
     """
-    batch, groups, num_pages, _, size, _ = pages.shape
+    (batch, groups, num_pages), pool = pages.shape[:3], block_pool(pages, tail)
+    size = pool.shape[4]
     num_tokens, has_host = k.shape[2], host.numel() > 0
     _, columns, totals = tokens
     k, *k_strides = tokens_of(k)
     v, *v_strides = tokens_of(v)
-    form, functions = Form.of(pages, kv_format), functions_of(kv_format)
+    form, functions = Form.of(pool, kv_format), functions_of(kv_format)
     items = 2 * batch * groups * ((num_tokens - 1) // size + 1)
     launch(_store_prefix_packed, (min(num_programs, items),))(
-        k, v, columns, lengths, totals, block_table, pages, host if has_host else totals, counter,
-        *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
-        *form, torch.finfo(pages.dtype).max, has_host, functions.encode, functions.decode,
-        num_warps=form.num_warps, **as_written(),
+        k, v, columns, lengths, totals, block_table, pages, pool, host if has_host else totals,
+        counter, *k_strides, *v_strides, groups, num_tokens, block_table.shape[2], num_pages, items,
+        *form, tail is not None, torch.finfo(pool.dtype).max, has_host, functions.encode,
+        functions.decode, num_warps=form.num_warps, **as_written(),
     )  # fmt: skip

@@ -16,13 +16,13 @@ twice as much as it writes. The reference is `kernels/partials.py`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.attention import read_tile, scaled_scores
+from sparda_compile.kernels.gpu.attention import scaled_scores
 from sparda_compile.kernels.gpu.launch import (
     as_written,
     interpreting,
@@ -31,9 +31,19 @@ from sparda_compile.kernels.gpu.launch import (
     rows_of,
     shared_bytes,
 )
+from sparda_compile.kernels.gpu.tiles import (
+    PageForm,
+    first_page,
+    page_size,
+    pages_of,
+    read_tile,
+    tail_at,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sparda_compile.kernels.paged import Stored
 
 __all__ = [
     "WARPS",
@@ -66,11 +76,12 @@ _LN_2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def attend_each(  # noqa: ANN201 - a part of kernels
-    query, pages, block, page, entry, wanted, length, out, lse, factor, cap, q_row, q_head,
+    query, pages, tail, block, page, entry, wanted, length, out, lse, factor, cap, q_row, q_head,
     pair, groups, num_pages, num_entries,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr,
     TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Attend to each wanted block of a list; write the partial of each to its entry of a pair."""
     PARTS: tl.constexpr = ROOM // TOKENS
@@ -87,7 +98,8 @@ def attend_each(  # noqa: ANN201 - a part of kernels
         )
         if INTERPRETED:
             q = q.to(tl.float32)
-        mine = pages + pair.to(tl.int64) * num_pages * (2 * SIZE * DIM)
+        mine = first_page(pages, pair, num_pages, SIZE, DIM, RUN)
+        written = tail_at(tail, pair, SIZE, DIM)
         rank = tl.cumsum(wanted.to(tl.int32), 0) - 1
         peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         total = tl.zeros([ROWS], dtype=tl.float32)
@@ -100,8 +112,9 @@ def attend_each(  # noqa: ANN201 - a part of kernels
             page_id = tl.sum(tl.where(chosen, page, 0), 0)
             number = tl.sum(tl.where(chosen, entry, 0), 0)
             keys, values, seen = read_tile(
-                mine, block_id, page_id, part, length, dims, SIZE, ROOM, TOKENS, DIM, INTERPRETED
-            )
+                mine, written, block_id, page_id, part, length, dims, SIZE, ROOM, TOKENS, DIM,
+                INTERPRETED, RUN, BITS, SCALES, CUTS, DECODE,
+            )  # fmt: skip
             scores = scaled_scores(q, keys, seen, factor, cap, SOFTCAP)
             old_peak = tl.where(part == 0, float("-inf"), peak)
             peak = tl.maximum(old_peak, tl.max(scores, axis=1))
@@ -126,15 +139,16 @@ def attend_each(  # noqa: ANN201 - a part of kernels
 
 @triton.jit
 def _attend_blocks(
-    query, pages, page_ids, block_ids, lengths, out, lse, factor, cap, q_row, q_head,
-    groups, num_pages, num_blocks, num_entries, splits, RUN: tl.constexpr, EARLY: tl.constexpr,
+    query, pages, tail, page_ids, block_ids, lengths, out, lse, factor, cap, q_row, q_head,
+    groups, num_pages, num_blocks, num_entries, splits, EACH: tl.constexpr, EARLY: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr,
     TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + pair // groups)
-    entry = split + tl.arange(0, RUN) * splits
+    entry = split + tl.arange(0, EACH) * splits
     inside = entry < num_entries
     row = pair.to(tl.int64) * num_entries
     block = tl.load(block_ids + row + entry, mask=inside, other=-1)
@@ -150,9 +164,9 @@ def _attend_blocks(
         wanted = inside
         page = tl.load(page_ids + row + entry, mask=inside, other=0)
     attend_each(
-        query, pages, block, tl.maximum(page, 0), entry, wanted, length, out, lse, factor, cap,
-        q_row, q_head, pair, groups, num_pages, num_entries, HEADS, ROWS, SIZE, ROOM, TOKENS, DIM,
-        DIMS, SOFTCAP, STAGES, INTERPRETED,
+        query, pages, tail, block, tl.maximum(page, 0), entry, wanted, length, out, lse, factor,
+        cap, q_row, q_head, pair, groups, num_pages, num_entries, HEADS, ROWS, SIZE, ROOM, TOKENS,
+        DIM, DIMS, SOFTCAP, STAGES, INTERPRETED, RUN, BITS, SCALES, CUTS, DECODE,
     )  # fmt: skip
 
 
@@ -169,23 +183,29 @@ class Tiles(NamedTuple):
     softcap: bool
     stages: int
     interpreted: bool
+    run: int
+    bits: int
+    scales: int
+    cuts: bool
+    decode: Any
 
 
-def tiles_of(pages: Tensor, num_heads: int, softcap: float) -> Tiles:
+def tiles_of(pages: Tensor, num_heads: int, softcap: float, stored: Stored | None = None) -> Tiles:
     """Return the constants for R query heads of each KV head; results hang on none of `stages`."""
-    size, dim = pages.shape[4:]
+    (size, dim), form = page_size(pages, stored), PageForm.of(stored)
     rows, dims, room = power_of_two(num_heads, 16), power_of_two(dim, 16), power_of_two(size, 16)
-    width = pages.element_size()
+    width = pages_of(pages, stored)[1].element_size()
     tokens = min(_TILE, max(_TILE_BYTES // (dims * width), 16), room)
     stages = _STAGES
     if pages.device.type == "cuda":
-        others = rows * (dims * (width + 4) + tokens * 4)
-        turn = 2 * tokens * dims * width
+        turn, made = form.tile_bytes(2 * tokens * dims, width)
+        others = rows * (dims * (width + 4) + tokens * 4) + made
         free = max(shared_bytes(pages.device) - others, 0)
         stages = 1 + min(_STAGES - 1, free // turn)
     return Tiles(
-        num_heads, rows, size, room, tokens, dim, dims, softcap != 0.0, stages, interpreting()
-    )
+        num_heads, rows, size, room, tokens, dim, dims, softcap != 0.0, stages, interpreting(),
+        *form,
+    )  # fmt: skip
 
 
 def factors(scale: float, softcap: float) -> tuple[float, float]:
@@ -213,6 +233,7 @@ def attend_blocks(
     scale: float,
     softcap: float,
     results: tuple[Tensor, Tensor],
+    stored: Stored | None = None,
     *,
     early: bool,
 ) -> None:
@@ -220,13 +241,14 @@ def attend_blocks(
 
     Args:
         query_BH1D: Queries.
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D], or stored runs.
         page_ids: [B, G, K] int32, page of each block; with `early` [B, G, N], the block table.
         block_ids_BGK: int32, -1 for none.
         lengths_B: int32, position of the new token.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
         results: [B, G, K, R, D] and [B, G, K, R] fp32, written: 0 and -inf where there is no block.
+        stored: What goes with pages of stored runs.
         early: Whether the block of the new token, and what is behind it, counts as no block. Where
             there is none, the output is left as it is.
     """
@@ -238,9 +260,11 @@ def attend_blocks(
     run = run_length(pairs, entries)
     splits = triton.cdiv(entries, run)
     launch(_attend_blocks, (pairs, splits))(
-        query, pages, page_ids, block_ids_BGK, lengths_B, *results, *factors(scale, softcap), q_row,
-        q_head, groups, num_pages, page_ids.shape[-1], entries, splits, power_of_two(run), early,
-        *tiles_of(pages, query.shape[1] // groups, softcap), num_warps=WARPS, **as_written(),
+        query, *pages_of(pages, stored), page_ids, block_ids_BGK, lengths_B, *results,
+        *factors(scale, softcap), q_row, q_head, groups, num_pages, page_ids.shape[-1], entries,
+        splits, power_of_two(run), early,
+        *tiles_of(pages, query.shape[1] // groups, softcap, stored),
+        num_warps=WARPS, **as_written(),
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, block_bytes, copy_runs, copy_words
 from sparda_compile.kernels.gpu.launch import address_of, launch, power_of_two, tokens_of
-from sparda_compile.kernels.gpu.packed import gather_listed_packed
+from sparda_compile.kernels.gpu.packed import gather_listed_packed, unpack_pages
+from sparda_compile.kernels.paged import block_pool
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -131,32 +132,42 @@ def load_prefix(
     num_blocks: int,
     kv_format: str = "model",
     keys: Sequence[Tensor] = (),
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Return the first blocks of each sequence, [B, G, n, 2, P, D].
 
     Args:
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D], or stored runs.
         host: [B, G] int64 addresses, or empty without offload.
         block_table: [B, G, N] int32; a block without a page comes from the host.
         num_blocks: n.
         kv_format: How blocks in CPU memory are stored.
         keys: What keys that stay are read back from; see `staying.py`. Empty for others.
+        tail: [B, G, 2, 2, P, D] beside pages of stored runs; the block that is being written has
+            no meaning then.
     """
     batch, groups, num_pages = pages.shape[:3]
-    num_bytes = block_bytes(pages)
-    blocks = pages.new_empty((batch, groups, num_blocks, *pages.shape[3:]))
+    pool = block_pool(pages, tail)
+    num_bytes = block_bytes(pool)
+    blocks = pool.new_empty((batch, groups, num_blocks, *pool.shape[3:]))
     page = block_table[:, :, :num_blocks].long()
+    is_packed = host.numel() > 0 and KV_FORMATS[kv_format].rounds
+    if is_packed:
+        absent = (page < 0).flatten(0, 1)
+        listed = (~absent).byte().argsort(dim=-1, stable=True).int()
+        lists = (listed, listed, absent.sum(-1, dtype=torch.int32))
+    if tail is not None:
+        unpack_pages(pages, page, 0, blocks, kv_format)
+        if is_packed:
+            gather_listed_packed(*lists, host, blocks, kv_format, keys)
+        return blocks
     pairs = torch.arange(batch * groups, device=pages.device).view(batch, groups, 1)
     source = address_of(pages) + (pairs * num_pages + page.clamp(min=0)) * num_bytes
-    is_packed = host.numel() > 0 and KV_FORMATS[kv_format].rounds
     if host.numel() and not is_packed:
         numbers = torch.arange(num_blocks, device=pages.device) * num_bytes
         source = source.where(page >= 0, host[:, :, None] + numbers)
     # What is stored in another form gets a page's bytes first, and then its own.
     copy_runs(source.flatten().contiguous(), _addresses(blocks.flatten(0, 2)), num_bytes)
     if is_packed:
-        absent = (page < 0).flatten(0, 1)
-        listed = (~absent).byte().argsort(dim=-1, stable=True).int()
-        lists = (listed, listed, absent.sum(-1, dtype=torch.int32))
         gather_listed_packed(*lists, host, blocks, kv_format, keys)
     return blocks

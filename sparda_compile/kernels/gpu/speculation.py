@@ -39,9 +39,12 @@ from sparda_compile.kernels.gpu.partials import (
     run_length,
     tiles_of,
 )
+from sparda_compile.kernels.gpu.tiles import page_size, pages_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sparda_compile.kernels.paged import Stored
 
 __all__ = ["attend_predicted", "repair_predicted"]
 
@@ -66,22 +69,23 @@ def _find(wanted, listed, num_listed, RUN: tl.constexpr, COMPARED: tl.constexpr)
 
 @triton.jit
 def _repair_predicted(
-    query, pages, page_ids, block_ids, predicted, lengths, late_out, late_lse, source, factor, cap,
-    q_row, q_head, groups, num_pages, selected, width, splits,
-    RUN: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, UNION: tl.constexpr,
+    query, pages, tail, page_ids, block_ids, predicted, lengths, late_out, late_lse, source, factor,
+    cap, q_row, q_head, groups, num_pages, selected, width, splits,
+    EACH: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, UNION: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr,
     TOKENS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr,
+    SCALES: tl.constexpr, CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + pair // groups)
     current = length // SIZE
     wide_pair = pair.to(tl.int64)
     chosen, guessed = block_ids + wide_pair * selected, predicted + wide_pair * width
-    entry = split + tl.arange(0, RUN) * splits
+    entry = split + tl.arange(0, EACH) * splits
     inside = entry < selected
     block = tl.load(chosen + entry, mask=inside, other=-1)
-    place = _find(block, guessed, width, RUN, MOST)
+    place = _find(block, guessed, width, EACH, MOST)
     place = tl.where(block < current, place, -1)
     missed = (block >= 0) & (place < 0)
     sources = source + wide_pair * (selected + width if UNION else selected)
@@ -94,9 +98,9 @@ def _repair_predicted(
         tl.store(sources + selected + other, tl.where(wasted, other, -1), mask=other < width)
     page = tl.load(page_ids + wide_pair * selected + entry, mask=missed, other=0)
     attend_each(
-        query, pages, block, tl.maximum(page, 0), entry, missed, length, late_out, late_lse,
+        query, pages, tail, block, tl.maximum(page, 0), entry, missed, length, late_out, late_lse,
         factor, cap, q_row, q_head, pair, groups, num_pages, selected, HEADS, ROWS, SIZE, ROOM,
-        TOKENS, DIM, DIMS, SOFTCAP, STAGES, INTERPRETED,
+        TOKENS, DIM, DIMS, SOFTCAP, STAGES, INTERPRETED, RUN, BITS, SCALES, CUTS, DECODE,
     )  # fmt: skip
     if not INTERPRETED:
         cuda.gdc_launch_dependents()
@@ -179,13 +183,14 @@ def attend_predicted(
     scale: float,
     softcap: float,
     results: tuple[Tensor, Tensor],
+    stored: Stored | None = None,
 ) -> None:
     """Attend to each predicted block; see `kernels.speculation`. Writes `results`.
 
     Where there is no block, the log-sum-exp is -inf and the output is left as it is.
     """
     attend_blocks(
-        query, pages, block_table, predicted, lengths, scale, softcap, results, early=True
+        query, pages, block_table, predicted, lengths, scale, softcap, results, stored, early=True
     )
 
 
@@ -197,6 +202,7 @@ def repair_predicted(
     partials: tuple[Tensor, Tensor],
     counters: Tensor,
     scaling: tuple[float, float],
+    stored: Stored | None = None,
     *,
     union: bool,
 ) -> Tensor:
@@ -204,7 +210,7 @@ def repair_predicted(
 
     Args:
         query: [B, H, 1, D].
-        pages: [B, G, C, 2, P, D].
+        pages: [B, G, C, 2, P, D], or stored runs.
         chosen: Pages and ids of the selected blocks, [B, G, K] int32, and the predicted ids,
             [B, G, W] int32.
         lengths: [B] int32, position of the new token.
@@ -212,6 +218,7 @@ def repair_predicted(
             neither is read.
         counters: int64, updated.
         scaling: Factor on q . k, and soft cap.
+        stored: What goes with pages of stored runs.
         union: Whether predicted blocks that were not selected count too, behind the selected ones.
 
     Returns:
@@ -219,7 +226,7 @@ def repair_predicted(
     """
     page_ids, block_ids, predicted = chosen
     (batch, groups, selected), width = block_ids.shape, predicted.shape[-1]
-    num_pages, _, size, dim = pages.shape[2:]
+    num_pages, (size, dim) = pages.shape[2], page_size(pages, stored)
     rows, q_row, q_head = rows_of(query)
     heads, pairs = rows.shape[1] // groups, batch * groups
     num_sources = selected + width if union else selected
@@ -230,10 +237,10 @@ def repair_predicted(
     splits = triton.cdiv(selected, run)
     most = min(power_of_two(max(width, selected if union else 0)), _COMPARED)
     launch(_repair_predicted, (pairs, splits))(
-        rows, pages, page_ids, block_ids, predicted, lengths, late_out, late_lse, source,
-        *factors(*scaling), q_row, q_head, groups, num_pages, selected, width, splits,
+        rows, *pages_of(pages, stored), page_ids, block_ids, predicted, lengths, late_out, late_lse,
+        source, *factors(*scaling), q_row, q_head, groups, num_pages, selected, width, splits,
         power_of_two(run), power_of_two(triton.cdiv(width, splits)), most, union,
-        *tiles_of(pages, heads, scaling[1]), num_warps=WARPS, **as_written(),
+        *tiles_of(pages, heads, scaling[1], stored), num_warps=WARPS, **as_written(),
     )  # fmt: skip
     merged = rows.new_empty((batch, groups * heads, 1, dim))
     columns, padded, tile = merge_tiles(num_sources, dim)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.copy import GATHER_PROGRAMS, copy_words, gather_listed
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
-from sparda_compile.kernels.gpu.packed import gather_listed_packed
+from sparda_compile.kernels.gpu.packed import gather_listed_packed, unpack_pages
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -99,22 +99,24 @@ def stage(
     num_room: int,
     kv_format: str = "model",
     keys: Sequence[Tensor] = (),
+    tail: Tensor | None = None,
 ) -> None:
     """Copy the past blocks that any token has selected; see `runtime.staging`.
 
     Args:
         block_ids_BGTK: int32, -1 for none; None for every block.
         lengths_B: int32, tokens before this call.
-        past: Pages [B, G, C, 2, P, D], [B, G] int64 host addresses or empty without offload, and
-            the block table [B, G, N] int32.
+        past: Pages [B, G, C, 2, P, D] or stored runs, [B, G] int64 host addresses or empty without
+            offload, and the block table [B, G, N] int32.
         staging: [B, G, S, 2, P, D]; its last slots are written.
         slots_BGN: int32, written.
         num_room: Slots at the end of the buffer for blocks of the past, more than none.
         kv_format: How blocks in CPU memory are stored.
         keys: What keys that stay are read back from; see `staying.py`. Empty for others.
+        tail: Beside pages of stored runs, `tail`; it is not read.
     """
     pages, host, table = past
-    batch, groups, num_pages, _, size, _ = pages.shape
+    (batch, groups, num_pages), size = pages.shape[:3], staging.shape[4]
     num_blocks, num_slots, pairs = table.shape[2], staging.shape[2], batch * groups
     num_new = num_slots - num_room
     words = pages[0, 0, 0].numel() * pages.element_size() // 4
@@ -137,6 +139,10 @@ def stage(
         gather_listed_packed(listed[1], listed[2], num_missed, host, staging, kv_format, keys)
     elif host.numel():
         gather_listed(listed[1], listed[2], num_missed, host, staging, GATHER_PROGRAMS)
+    if tail is not None:
+        page_BGL = listed[0].view(batch, groups, num_room)
+        unpack_pages(pages, page_BGL, num_new, staging, kv_format)
+        return
     launch(_copy_pages, (num_room, pairs))(
         listed[0], pages, staging, num_pages, num_slots, num_new, words,
         min(power_of_two(words), _CHUNK_WORDS), num_warps=4,

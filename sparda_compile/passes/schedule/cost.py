@@ -109,12 +109,13 @@ def _sparda_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         new = [argument(node, name) for name in ("k", "v") if takes(node, name)]
         return 2 * sum(num_bytes(fake_value(n), ctx) for n in new)
     total = num_bytes(fake_value(node), ctx)
-    uncounted, pages = _uncounted(node), state_name("pages", LAYER.get(node))
+    uncounted = _uncounted(node)
+    pages = argument(node, "pages") if takes(node, "pages") else None
     for source in node.all_input_nodes:
         value = fake_value(source)
         if source.name in uncounted:
             continue
-        is_pool = isinstance(value, Tensor) and (value.dim() == 6 or source.name == pages)
+        is_pool = isinstance(value, Tensor) and (value.dim() == 6 or source is pages)
         total += read_bytes(node, value, work, ctx) if is_pool else num_bytes(value, ctx)
     return total
 

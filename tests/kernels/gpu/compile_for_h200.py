@@ -79,6 +79,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     speculation,
     stage,
 )
+from sparda_compile.kernels.paged import Stored  # noqa: E402
 from sparda_compile.registry import KV_FORMATS  # noqa: E402
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named  # noqa: E402
 from sparda_compile.selectors.base import empty_summary  # noqa: E402
@@ -171,24 +172,49 @@ def run_all(dtype, dim, size):
         )  # fmt: skip
     stage.stage(ids[:, :, None], lengths, (pages, host, table), pages, table, PAGES - 2)
     run_speculation(query, pages, table, ids, lengths)
+    run_stored(query, k, ids, lengths, size)
     launch_aligned_teacher(
         torch.zeros(1, HEADS, 64, dim, dtype=dtype), torch.zeros(1, GROUPS, 40, dim, dtype=dtype),
         range(64), (32, 16), 1.0, 0.0,
     )  # fmt: skip
 
 
-def run_speculation(query, pages, table, ids, lengths):
+def stored_pool(kv_format, dim, size, dtype):
+    """Return pages of stored runs, and what goes with them."""
+    run = KV_FORMATS[kv_format].num_bytes(size, dim, dtype)
+    pages = torch.zeros(BATCH, GROUPS, PAGES, run, dtype=torch.uint8)
+    return pages, Stored(torch.zeros(BATCH, GROUPS, 2, 2, size, dim, dtype=dtype), kv_format)
+
+
+def run_stored(query, k, ids, lengths, size):
+    """Launch the kernels of a decode step beside pages of stored runs."""
+    dim, dtype = query.shape[-1], query.dtype
+    host, table = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(BATCH, GROUPS, BLOCKS)
+    for kv_format in PACKED:
+        pages, stored = stored_pool(kv_format, dim, size, dtype)
+        append.append_kv(k, k, ids[..., 0].contiguous(), lengths, stored.tail, is_tail=True)
+        copy.gather(ids, ids, host, pages)
+        for blocks in (3, 16):
+            attention.partials(query, pages, ids, ids, None, lengths, 1.0, 0.0, blocks, stored)
+        tail, counter = ids[..., 0].contiguous(), torch.zeros(1, dtype=torch.int64)
+        packed_store.store_tail(tail, lengths, pages, host, counter, kv_format, stored.tail)
+        run_speculation(query, pages, table, ids, lengths, stored)
+
+
+def run_speculation(query, pages, table, ids, lengths, stored=None):
     """Attend to predicted blocks, and repair, in both forms."""
     shape = (*ids.shape, HEADS // GROUPS)
     partial = torch.zeros(*shape, query.shape[-1]), torch.zeros(shape)
     counters = torch.zeros(6, dtype=torch.int64)
     for softcap, union in ((0.0, False), (30.0, True)):
-        speculation.attend_predicted(query, pages, table, ids, lengths, 1.0, softcap, partial)
+        scored = (query, pages, table, ids, lengths, 1.0, softcap, partial, stored)
+        speculation.attend_predicted(*scored)
         chosen, scaling = (ids, ids, ids), (1.0, softcap)
         speculation.repair_predicted(
-            query, pages, chosen, lengths, partial, counters, scaling, union=union
+            query, pages, chosen, lengths, partial, counters, scaling, stored, union=union
         )
-        partials.attend_blocks(query, pages, ids, ids, lengths, 1.0, softcap, partial, early=False)
+        alone = (query, pages, ids, ids, lengths, 1.0, softcap, partial, stored)
+        partials.attend_blocks(*alone, early=False)
     merged = partial[0][:, :, 0], partial[1][:, :, 0]
     is_usable = torch.zeros(merged[1].shape, dtype=torch.bool)
     for keep in (None, ids != 0):
@@ -221,6 +247,15 @@ def run_prompt(dtype, dim, size):
         found = KV_FORMATS[kv_format].summary
         kept = empty_summary(summary_named(found), k, geometry)[:3] if found else ()
         stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format, kept)
+    for kv_format in PACKED:
+        runs, (tail, _) = stored_pool(kv_format, dim, size, dtype)
+        resident, owned = extend.Resident(None, 1, 4, "lru"), ints(BATCH, GROUPS, PAGES)
+        tables = (ints(BATCH, GROUPS, BLOCKS), owned, owned)
+        extend.extend_kv(k, k, numbered, lengths, tail, tables, resident, is_tail=True)
+        stored = (tables[0], runs, host, counter, kv_format, tail)
+        packed_store.store_prefix(k, k, numbered, lengths, *stored)
+        past = (runs, host, tables[0])
+        stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format, (), tail)
     for name, kernel in extend_summary.PROMPT_SUMMARY_KERNELS.items():
         kernel(k, numbered, lengths, empty_summary(summary_named(name), k, geometry), geometry)
 
@@ -241,6 +276,10 @@ def run_largest(dtype, dim, size):
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
     run_speculation(query, pages, ids, ids, ints(BATCH))
+    for kv_format in PACKED:
+        runs, stored = stored_pool(kv_format, dim, size, dtype)
+        attention.partials(query, runs, ids, ids, None, ints(BATCH), 1.0, 0.0, 16, stored)
+        run_speculation(query, runs, ids, ids, ints(BATCH), stored)
     new, staged = (query[:, :GROUPS],) * 2, (pages, ints(BATCH, GROUPS, BLOCKS))
     numbered = (ints(BATCH, 1), ints(BATCH, 1), ints(BATCH))
     attend_tokens.attend_tokens(

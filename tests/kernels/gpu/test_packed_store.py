@@ -93,7 +93,7 @@ class Prompt:
         count = torch.zeros(1, dtype=torch.int64, device=device)
         at = at if has_host else torch.empty(0, device=device)
         new = [t.to(device) for t in (self.k, self.v, *tokens, self.lengths, self.table)]
-        packed_store.store_prefix(*new[:2], new[2:5], *new[5:], got, at, count, name, 5)
+        packed_store.store_prefix(*new[:2], new[2:5], *new[5:], got, at, count, name, None, 5)
         self.case.wait(device)
         assert self.case.same(got, want)
         filled = (tokens[2] // self.size - self.lengths // self.size).sum() * self.groups

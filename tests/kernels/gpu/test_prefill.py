@@ -7,8 +7,8 @@ import torch
 
 from sparda_compile.kernels.gpu.prefill import load_prefix, store_prefix
 from sparda_compile.kernels.number_tokens import number_tokens
-from sparda_compile.kernels.prefill_attention import past_keys_values
-from sparda_compile.runtime.transfer import _store_prefix
+from sparda_compile.kernels.paged import past_keys_values
+from sparda_compile.runtime.copied import store_prefix as store_prefix_reference
 
 GROUPS, NUM_BLOCKS, NUM_PAGES = 2, 9, 6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -74,7 +74,7 @@ class Store:
         tokens = number_tokens(self.mask, self.lengths)
         new = (self.k, self.v, *tokens, self.lengths, cache.table, cache.pages)
         want, counters = cache.host.clone(), torch.zeros(5, dtype=torch.int64)
-        _store_prefix(*new[:2], tokens, *new[5:], want, counters)
+        store_prefix_reference(*new[:2], tokens, *new[5:], want, counters)
         before = cache.host.clone()
         on_device = cache.on_device(*new)
         count = torch.tensor([7], device=cache.device)
@@ -140,7 +140,8 @@ def test_strided_keys_and_values(device):
 
 def check_load(cache, num_blocks, *, offload):
     host = cache.host if offload else torch.empty(0)
-    want = past_keys_values(cache.pages, host, cache.table, num_blocks)
+    table = cache.table[:, :, :num_blocks]
+    want = past_keys_values(cache.pages, host, table, torch.zeros(len(table)))
     pages, table = cache.on_device(cache.pages, cache.table)
     where = addresses(cache.host, cache.device) if offload else torch.empty(0, device=cache.device)
     before = cache.host.clone()

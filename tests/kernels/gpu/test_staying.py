@@ -7,7 +7,7 @@ import torch
 
 from sparda_compile.kernels.gpu import packed, stage
 from sparda_compile.kernels.gpu.prefill import load_prefix
-from sparda_compile.kernels.prefill_attention import past_keys_values
+from sparda_compile.kernels.paged import past_keys_values
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime.staging import stage_blocks
 from sparda_compile.selectors.lowbit import quantize
@@ -75,7 +75,7 @@ class Past:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_past_is_read_in_order(device, case, name):
     past = Past(case, device, name)
-    want = past_keys_values(*past.plain, past.lengths, name, past.keys)
+    want = past_keys_values(*past.plain, torch.tensor([80, 80]), name, past.keys)
     got = load_prefix(*past.on_device, 5, name, past.kept)
     case.wait(device)
     for half, wanted in zip(got.unbind(3), want, strict=True):
