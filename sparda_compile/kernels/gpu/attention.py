@@ -168,12 +168,12 @@ def _partials(
     tl.store(lse + place, log_sum, mask=head < HEADS)
 
 
-def _stages(pool: Tensor, form: PageForm, rows: int, tokens: int, dims: int) -> int:
+def _stages(pool: Tensor, form: PageForm, rows: int, tokens: int, dims: int, room: int) -> int:
     """Return how many stages fit; results do not depend on it."""
     if pool.device.type != "cuda":
         return _STAGES
     width = pool.element_size()
-    turn, made = form.tile_bytes(4 * tokens * dims, width)
+    turn, made = form.tile_bytes(4 * tokens * dims, width, many=tokens > room)
     # Queries and outputs, and scores or weights of both tiles, as far as shared memory holds them.
     others = rows * (dims * (width + 4) + 2 * tokens * 4) + made
     return 1 + min(_STAGES - 1, max(shared_bytes(pool.device) - others, 0) // turn)
@@ -233,7 +233,7 @@ def partials(
         query, pages, pool, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse,
         factor, softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads, rows,
         size, room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick,
-        softcap != 0.0, interpreting(), _stages(pool, form, rows, tokens, dims), *form,
+        softcap != 0.0, interpreting(), _stages(pool, form, rows, tokens, dims, room), *form,
         num_warps=_WARPS, **as_written(),
     )  # fmt: skip
     return out, lse

@@ -50,17 +50,19 @@ class PageForm(NamedTuple):
         decode = functions_of(stored.kv_format).decode
         return cls(form.run, form.bits, form.scales, form.cuts, decode)
 
-    def tile_bytes(self, elements: int, width: int) -> tuple[int, int]:
+    def tile_bytes(self, elements: int, width: int, *, many: bool = False) -> tuple[int, int]:
         """Return the shared memory of tiles: while they are on their way, and as they are used.
 
         Args:
             elements: Of all tiles.
             width: Bytes of a number of the model's dtype.
+            many: Whether a tile is of many blocks: then the one that is being written is read
+                ahead, too, and so are scales for each key.
         """
         if not self.run:
             return elements * width, 0
-        # Codes, and where the block that is being written would be; numbers are made of these.
-        return elements * (width + 1), elements * width
+        ahead = width + self.scales * width // 2 if many else 0
+        return elements * (1 + ahead), elements * width
 
 
 def pages_of(pages: Tensor, stored: Stored | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,8 @@ def _read_run(
 ):  # fmt: skip
     """Return the keys or values of the first `full` tokens of stored runs; 0 for others.
 
-    With MANY, each token has a run of its own.
+    With MANY, each token has a run of its own. Codes of 4 bits are read once for each of the two
+    tokens that share a byte: taken apart in registers, they took more of these than there are.
     """
     PER: tl.constexpr = 8 // BITS
     LINES: tl.constexpr = DIM if KEYS else SIZE
@@ -152,10 +155,16 @@ def read_tile(  # noqa: ANN201 - a part of kernels
         values = _read_run(
             run, tail, token, full, dims, SIZE, DIM, MANY, False, BITS, SCALES, CUTS, DECODE
         )
-        of_tail = (seen & (token < tl.where(block == current, SIZE, 0)))[:, None] & is_dim
-        keys = tl.where(of_tail, tl.load(tail + offset, mask=of_tail, other=0.0), keys)
-        open_values = tl.load(tail + SIZE * DIM + offset, mask=of_tail, other=0.0)
-        values = tl.where(of_tail, open_values, values)
+        if MANY:
+            of_tail = (seen & (block == current))[:, None] & is_dim
+            keys = tl.where(of_tail, tl.load(tail + offset, mask=of_tail, other=0.0), keys)
+            open_values = tl.load(tail + SIZE * DIM + offset, mask=of_tail, other=0.0)
+            values = tl.where(of_tail, open_values, values)
+        elif block == current:
+            # One tile, or a few, in all turns: no room is kept to read them ahead.
+            of_tail = seen[:, None] & is_dim
+            keys = tl.load(tail + offset, mask=of_tail, other=0.0)
+            values = tl.load(tail + SIZE * DIM + offset, mask=of_tail, other=0.0)
     else:
         if MANY:
             source = pages + page[:, None].to(tl.int64) * (2 * SIZE * DIM) + offset

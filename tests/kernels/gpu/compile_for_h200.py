@@ -194,11 +194,10 @@ def run_stored(query, k, ids, lengths, size):
         pages, stored = stored_pool(kv_format, dim, size, dtype)
         append.append_kv(k, k, ids[..., 0].contiguous(), lengths, stored.tail, is_tail=True)
         copy.gather(ids, ids, host, pages)
-        for blocks in (3, 16):
-            attention.partials(query, pages, ids, ids, None, lengths, 1.0, 0.0, blocks, stored)
+        attention.partials(query, pages, ids, ids, None, lengths, 1.0, 0.0, 3, stored)
         tail, counter = ids[..., 0].contiguous(), torch.zeros(1, dtype=torch.int64)
         packed_store.store_tail(tail, lengths, pages, host, counter, kv_format, stored.tail)
-        run_speculation(query, pages, table, ids, lengths, stored)
+    run_speculation(query, pages, table, ids, lengths, stored)
 
 
 def run_speculation(query, pages, table, ids, lengths, stored=None):
@@ -276,10 +275,8 @@ def run_largest(dtype, dim, size):
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
     run_speculation(query, pages, ids, ids, ints(BATCH))
-    for kv_format in PACKED:
-        runs, stored = stored_pool(kv_format, dim, size, dtype)
-        attention.partials(query, runs, ids, ids, None, ints(BATCH), 1.0, 0.0, 16, stored)
-        run_speculation(query, runs, ids, ids, ints(BATCH), stored)
+    runs, stored = stored_pool("int4", dim, size, dtype)
+    attention.partials(query, runs, ids, ids, None, ints(BATCH), 1.0, 0.0, 16, stored)
     new, staged = (query[:, :GROUPS],) * 2, (pages, ints(BATCH, GROUPS, BLOCKS))
     numbered = (ints(BATCH, 1), ints(BATCH, 1), ints(BATCH))
     attend_tokens.attend_tokens(

@@ -46,6 +46,23 @@ def test_token_goes_to_its_slot_of_the_tail_page(device, layout, dtype):
     check_append(device, [0, 1, 16 * 7 + 15], 3, 16, 24, dtype, layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_goes_to_the_first_page_of_a_tail(device, dtype):
+    """Beside pages of stored runs; the page that its block has says only that there is one."""
+    k, v = (new_token("transposed", 3, 2, 24, dtype) for _ in range(2))
+    lengths = torch.tensor([0, 5, 16 * 7 + 15], dtype=torch.int32)
+    tail_page = torch.tensor([[4, 0], [1, 3], [2, 2]], dtype=torch.int32)
+    want = torch.full((3, 2, 2, 2, 16, 24), float("nan"), dtype=dtype)
+    got = want.clone().to(device)
+    append_kv_reference(k, v, tail_page, lengths, want, True)
+    tail_page[1, 1] = -1  # a plan that does not name the current block
+    append_kv(*(t.to(device) for t in (k, v, tail_page, lengths)), got, is_tail=True)
+    assert want[1, 1].isfinite().any()
+    want[1, 1] = float("nan")
+    assert torch.equal(got.cpu().view(torch.uint8), want.view(torch.uint8))
+    assert want[:, :, 1].isnan().all()
+
+
 def test_nothing_is_written_without_a_tail_page(device):
     """A plan that does not name the current block has no page for it."""
     k = torch.randn(3, 1, 1, 8, device=device)

@@ -6,6 +6,7 @@ import torch
 from sparda_compile.kernels import workspace
 from sparda_compile.kernels.gpu import attend_tokens as kernels
 from sparda_compile.kernels.prefill_attention import attend_tokens, prefill_attention
+from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime.staging import stage_blocks
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -97,6 +98,37 @@ def test_all_blocks_equal_the_reference(
         if real.any():
             assert_close(got[row][None, :, real], want[row][None, :, real], "attention", dtype)
     assert got[~case.mask[:, None, :, None].expand(got.shape)].eq(0).all()
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize(("name", "dtype"), [("int8", torch.bfloat16), ("int4", torch.float32)])
+def test_pages_of_runs_give_the_same_bits(device, prompt_case, case, name, dtype, offload):
+    """Behind full blocks and an open one; the older tokens of that come from the tail."""
+    found, mask = KV_FORMATS[name], [first(21, 21), [i > 4 for i in range(21)], first(7, 21)]
+    prompt = prompt_case([83, 64, 17], mask, (1, 3, 16, 24), dtype=dtype, offload=offload)
+    tail = torch.full((3, 1, 2, 2, 16, 24), float("nan"), dtype=dtype)
+    for row in (0, 2):
+        page = prompt.table[row, 0, int(prompt.lengths[row]) // 16]
+        tail[row, 0, 0] = prompt.pages[row, 0, page]
+    runs, host = found.pack(prompt.pages), torch.empty(0, device=device)
+    rounded = found.rounded(prompt.pages)
+    for row in (0, 2):
+        page = prompt.table[row, 0, int(prompt.lengths[row]) // 16]
+        rounded[row, 0, page] = tail[row, 0, 0]
+    if offload:
+        prompt.pinned, host = case.memory(found.pack(prompt.host), device)
+    new = [t.to(device) for t in (prompt.query, prompt.k, prompt.v, prompt.mask, prompt.lengths)]
+    query, k, v, real, lengths = new
+    table, both = prompt.table.to(device), []
+    for pages, kept in ((rounded, None), (runs, tail.to(device))):
+        past = (pages.to(device), host, table)
+        both.append(
+            kernels.attend_all(
+                query, (k, v), real, lengths, past, 83, (0.3, 0.0), name, (), kept
+            ).cpu()
+        )
+    assert both[0].isfinite().all()
+    assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("repeat", [1, 3, 4, 7, 8, 16, 71])

@@ -97,17 +97,22 @@ def same(got, want):
     )
 
 
-def check_extend(device, cache, k, v, mask, resident):
-    want = [t.clone() for t in (cache.pages, *cache.tables)]
+def check_extend(device, cache, k, v, mask, resident, *, is_tail=False):
+    pool = cache.pages
+    if is_tail:
+        shape = (*pool.shape[:2], 2, *pool.shape[3:])
+        pool = torch.randn(shape, generator=cache.generator).to(pool.dtype)
+    want = [t.clone() for t in (pool, *cache.tables)]
     got = [t.clone().to(device) for t in want]
     tokens = number_tokens_reference(mask, cache.lengths)
     extend_kv_reference(
         k, v, resident.block_ids, tokens, cache.lengths, *want,
-        resident.sink_blocks, resident.local_blocks, resident.eviction,
+        resident.sink_blocks, resident.local_blocks, resident.eviction, is_tail,
     )  # fmt: skip
     ids = resident.block_ids if resident.block_ids is None else resident.block_ids.to(device)
     k, v, lengths, *numbered = (t.to(device) for t in (k, v, cache.lengths, *tokens))
-    extend_kv(k, v, Numbered(*numbered), lengths, got[0], got[1:], resident._replace(block_ids=ids))
+    resident = resident._replace(block_ids=ids)
+    extend_kv(k, v, Numbered(*numbered), lengths, got[0], got[1:], resident, is_tail=is_tail)
     for name, mine, its in zip(("pages", "table", "block", "stamp"), got, want, strict=True):
         assert same(mine, its), name
     return want
@@ -130,6 +135,33 @@ def draw(seed, dtype=torch.float16, layout="plain", size=16):
     shape = (generator, batch, groups, num_tokens, dim, dtype)
     k, v = (new_tokens(layout, *shape) for _ in range(2))
     return cache, k, v, masks(generator, batch, num_tokens)
+
+
+@pytest.mark.parametrize("layout", ["plain", "sliced"])
+@pytest.mark.parametrize("seed", range(8))
+def test_beside_pages_of_runs_the_open_block_alone_is_written(device, seed, layout):
+    """To the tail, which keeps what it had; pages are given as ever."""
+    cache, k, v, mask = draw(seed, DTYPES[seed % 3], layout)
+    check_extend(device, cache, k, v, mask, Resident(None, 1, 2, "lru"), is_tail=True)
+
+
+def test_the_tail_keeps_what_it_had_for_the_store(device):
+    """One sequence goes on in its block, one ends two blocks further on, one has no token."""
+    cache, k, v, mask = draw(4, torch.float32)  # which is ragged
+    size, total = cache.size, cache.lengths + mask.sum(1).int()
+    tail, *_ = check_extend(device, cache, k, v, mask, Resident(None, 1, 2, "lru"), is_tail=True)
+    for row in range(len(mask)):
+        kept = (
+            int(cache.lengths[row]) % size
+            if total[row] // size == cache.lengths[row] // size
+            else 0
+        )
+        assert torch.equal(tail[row, :, 0, :, :kept], tail[row, :, 1, :, :kept])
+        new = int(total[row]) % size - kept
+        columns = torch.where(mask[row])[0]
+        columns = columns[len(columns) - new :]
+        assert torch.equal(tail[row, :, 0, 0, kept : kept + new], k[row, :, columns])
+        assert torch.equal(tail[row, :, 0, 1, kept : kept + new], v[row, :, columns])
 
 
 @pytest.mark.parametrize("seed", range(12))

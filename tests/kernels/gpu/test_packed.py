@@ -92,3 +92,32 @@ def test_what_a_prompt_reads_of_the_past_is_unpacked(device, case, name):
     assert len(row) > 8
     place = want_slots[row, head, block].long()
     assert case.same(got.cpu()[row, head, place], want[row, head, place])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_past_on_pages_of_runs_is_unpacked(device, case, name):
+    """In order, and what a prompt reads of it; the same numbers as of other pages."""
+    past, lengths = Past(case, device, name), torch.tensor([80, 50], dtype=torch.int32)
+    runs = past.host[:, :, [1, 4, 0]].contiguous().to(device)
+    tail = torch.zeros(2, 2, 2, 2, 16, 32, dtype=torch.bfloat16, device=device)
+    at, table = past.on_device[1:]
+    want = past_keys_values(*past.plain, torch.tensor([80, 80]), name)
+    got = load_prefix(runs, at, table, 5, name, (), tail)
+    case.wait(device)
+    for half, wanted in zip(got.unbind(3), want, strict=True):
+        assert case.same(half.flatten(2, 3), wanted)
+
+    ids = torch.tensor([[0, 2, 4], [1, 3, -1]], dtype=torch.int32)
+    ids = ids.expand(2, 2, 2, 3).contiguous()
+    staged, slots = stage_blocks(ids, lengths, *past.plain, 80, kv_format=name)
+    mine, mine_slots = torch.zeros_like(staged).to(device), torch.empty_like(slots).to(device)
+    given = (ids.to(device), lengths.to(device), (runs, at, table), mine, mine_slots)
+    stage.stage(*given, staged.shape[2] - 2, name, (), tail)
+    case.wait(device)
+    assert torch.equal(mine_slots.cpu(), slots)
+    row, head, block = torch.where(slots >= 0)
+    place = slots[row, head, block].long()
+    assert case.same(mine.cpu()[row, head, place], staged[row, head, place])
+    assert {int(past.table[r, h, b]) < 0 for r, h, b in zip(row, head, block, strict=True)} == {
+        True, False
+    }  # fmt: skip

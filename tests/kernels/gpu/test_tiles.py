@@ -187,13 +187,11 @@ def test_blocks_alone_have_the_same_bits(device, name):
     assert same(*pool.both(run))
 
 
-def test_pages_of_the_models_dtype_take_no_more_shared_memory():
-    form = PageForm.of(None)
-    assert form.tile_bytes(4 * 64 * 128, 2) == (4 * 64 * 128 * 2, 0)
-    on_the_way, made = PageForm.of(Stored(torch.zeros(1, 1, 2, 2, 64, 128), "int4")).tile_bytes(
-        64 * 128, 4
-    )
-    assert (on_the_way, made) == (64 * 128 * 5, 64 * 128 * 4)
+def test_shared_memory_of_tiles():
+    assert PageForm.of(None).tile_bytes(4 * 64 * 128, 2) == (4 * 64 * 128 * 2, 0)
+    form = PageForm.of(Stored(torch.zeros(1, 1, 2, 2, 64, 128), "int4"))
+    assert form.tile_bytes(64 * 128, 4) == (64 * 128, 64 * 128 * 4)
+    assert form.tile_bytes(64 * 128, 4, many=True) == (64 * 128 * 9, 64 * 128 * 4)
 
 
 @pytest.mark.gpu
