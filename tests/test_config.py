@@ -58,6 +58,7 @@ REFUSED = {
     "expected_recall": (-0.5, ["expected_recall=-0.5", "use 0.0 to 1.0"]),
     "device_bytes": (0, ["device_bytes=0", "use 1 or more"]),
     "host_bytes": (-5, ["host_bytes=-5", "use 1 or more"]),
+    "page_format": ("int8", ["page_format='int8'", "model, stored"]),
     "kv_format": ("int2", ["kv_format='int2'", "model, fp8, int8, int4"]),
 }
 

@@ -30,6 +30,7 @@ from sparda_compile.cli.options import (
     HostGib,
     KvFormat,
     OutFolder,
+    PageFormat,
     ShapeOption,
     Variant,
 )
@@ -94,6 +95,7 @@ TopK = Annotated[
     int | None,
     typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
 ]
+Pages = Annotated[PageFormat, typer.Option(help="What pages hold of full blocks.")]
 Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
 Variants = Annotated[
     list[Variant] | None,
@@ -121,6 +123,7 @@ def bench_decode(
     overlap: Overlaps = None,
     variant: Variants = None,
     kv_format: Format = "model",
+    page_format: Pages = "model",
     top_k: TopK = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
@@ -141,9 +144,9 @@ def bench_decode(
     with errors_as_sentences(bench_decode):
         with progress() as say:
             say("importing torch and transformers")
-            if top_k is not None and (trace or tp > 1):
-                raise ConfigError("--top-k goes with neither --trace nor --tp; leave it out.")
-            chosen = (tokens, overlap, variant, rounds, steps, str(kv_format), top_k)
+            _check_top_k(top_k, alone=not trace and tp == 1)
+            formats = {"kv_format": str(kv_format), "page_format": str(page_format)}
+            chosen = (tokens, overlap, variant, rounds, steps, formats, top_k)
             settings = [_setting(b, *chosen) for b in batch or (1,)]
             followed = read_traces(trace, trace_case or (), copies, tp)
             if followed is not None:
@@ -153,9 +156,10 @@ def bench_decode(
             if tp == 1:
                 require_gpu("sparda bench decode")
                 lab = make_lab(shape, say, max_host_gib)
-                named = (out, shape, tokens, commit, str(kv_format))
                 plain = followed.plain() if followed else None
-                file = trace_file(*named, plain) if plain else decode_file(*named, top_k=top_k)
+                own: dict[str, Any] = {"trace": plain} if plain else {"top_k": top_k}
+                kind: Callable[..., ResultFile] = trace_file if plain else decode_file
+                file = kind(out, shape, tokens, commit, **formats, **own)
                 for setting in settings:
                     lab.decode(setting, file.save, with_baselines=baseline)
         if tp > 1:
@@ -206,7 +210,8 @@ def bench_budget(
             raise ConfigError(f"--gib {min(budgets):g} is too small; use more than 0.")
         with progress() as say:
             say("importing torch and transformers")
-            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps, str(kv_format))
+            formats = {"kv_format": str(kv_format)}
+            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps, formats)
             check_folder(out)
             require_gpu("sparda bench budget")
             lab = make_lab(shape, say, max_host_gib)
@@ -337,6 +342,11 @@ def _measure_kernels(path: Path, commit: str | None, say: Callable[[str], None])
     return result
 
 
+def _check_top_k(top_k: int | None, *, alone: bool) -> None:
+    if top_k is not None and not alone:
+        raise ConfigError("--top-k goes with neither --trace nor --tp; leave it out.")
+
+
 def _setting(
     batch: int,
     tokens: int,
@@ -344,7 +354,7 @@ def _setting(
     variant: list[Variant] | None,
     rounds: int,
     steps: int,
-    kv_format: str = "model",
+    formats: dict[str, str] | None = None,
     top_k: int | None = None,
 ) -> Any:
     """Return a checked setting of decode."""
@@ -362,7 +372,7 @@ def _setting(
             "add --variant scheduled."
         )
     overlaps = tuple(overlap or _OVERLAPS)
-    fields = {"kv_format": kv_format, **({} if top_k is None else {"top_k": top_k})}
+    fields = {**(formats or {}), **({} if top_k is None else {"top_k": top_k})}
     return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
 
 

@@ -23,12 +23,13 @@ def decode_file(
     tp: int = 1,
     *,
     top_k: int | None = None,
+    page_format: str = "model",
 ) -> ResultFile:
     """Return the file of a shape's decode steps, with a format of blocks, on a number of ranks.
 
     `top_k` is that of the configuration where it is not the usual one.
     """
-    own = {} if kv_format == "model" else {"kv_format": kv_format}
+    own = _formats(kv_format, page_format)
     budget = {} if top_k is None else {"top_k": top_k}
     head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own, **budget}
     parts = ["decode", shape, *own.values(), *(f"top{k}" for k in budget.values())]
@@ -39,10 +40,16 @@ def decode_file(
 
 
 def trace_file(
-    out: Path, shape: str, tokens: int, commit: str | None, kv_format: str, trace: dict[str, Any]
+    out: Path,
+    shape: str,
+    tokens: int,
+    commit: str | None,
+    kv_format: str,
+    trace: dict[str, Any],
+    page_format: str = "model",
 ) -> ResultFile:
     """Return the file of a shape's decode steps that follow what a real model selected."""
-    own = {} if kv_format == "model" else {"kv_format": kv_format}
+    own = _formats(kv_format, page_format)
     head = {"name": "decode-trace", "shape": shape, "max_tokens": tokens, **own, "trace": trace}
     name = "-".join(["decode", shape, *own.values(), "trace"])
     return result_file(out / f"{name}.json", head, "batch_size", commit)
@@ -52,7 +59,7 @@ def budget_file(
     out: Path, shape: str, tokens: int, commit: str | None, kv_format: str = "model"
 ) -> ResultFile:
     """Return the file of a shape's budgets of memory, with a format of blocks."""
-    own = {} if kv_format == "model" else {"kv_format": kv_format}
+    own = _formats(kv_format)
     head = {"name": "budget", "shape": shape, "max_tokens": tokens, **own}
     name = "-".join(["budget", shape, *own.values()])
     return result_file(out / f"{name}.json", head, "budget_gib", commit)
@@ -61,3 +68,9 @@ def budget_file(
 def kernels_file(path: Path, commit: str | None) -> ResultFile:
     """Return the file of the kernels."""
     return result_file(path, {"name": "kernels"}, "part", commit)
+
+
+def _formats(kv_format: str, page_format: str = "model") -> dict[str, str]:
+    """Return the formats that are not those of the model; the name of a file has them, too."""
+    given = {"kv_format": kv_format, "page_format": page_format}
+    return {name: value for name, value in given.items() if value != "model"}

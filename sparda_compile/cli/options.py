@@ -41,6 +41,7 @@ __all__ = [
     "Mode",
     "Offload",
     "OutFolder",
+    "PageFormat",
     "PrefillSelector",
     "Prompt",
     "PromptProgram",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     Machine = str
     Selector = str
     Mode = config.Mode
+    PageFormat = config.PageFormat
     SelectingMode = config.Mode
     Lowering = config.Lowering
     Offload = config.Offload
@@ -111,6 +113,7 @@ else:
     Machine = choices("Machine", config.MACHINE_NAMES)
     Selector = choices("Selector", SELECTORS.choices())
     Mode = choices("Mode", get_args(config.Mode))
+    PageFormat = choices("PageFormat", get_args(config.PageFormat))
     SelectingMode = choices("SelectingMode", (m for m in get_args(config.Mode) if m != "dense"))
     Lowering = choices("Lowering", get_args(config.Lowering))
     Offload = choices("Offload", get_args(config.Offload))

@@ -118,9 +118,19 @@ def test_decode_as_json(asked, tmp_path):
 def test_decode_of_a_format_of_blocks_has_its_own_file(asked, tmp_path):
     result = run("decode", "--shape", "tiny", "--out", tmp_path, "--kv-format", "int4")
     assert result.exit_code == 0, result.output
-    assert asked[1][1].settings == {"kv_format": "int4"}
+    assert asked[1][1].settings == {"kv_format": "int4", "page_format": "model"}
     found = json.loads((tmp_path / "decode-tiny-int4.json").read_text())
     assert found["kv_format"] == "int4"
+    assert "page_format" not in found
+
+
+def test_decode_of_small_pages_has_its_own_file(asked, tmp_path):
+    formats = ("--kv-format", "fp8", "--page-format", "stored")
+    result = run("decode", "--shape", "tiny", "--out", tmp_path, *formats)
+    assert result.exit_code == 0, result.output
+    assert asked[1][1].settings == {"kv_format": "fp8", "page_format": "stored"}
+    found = json.loads((tmp_path / "decode-tiny-fp8-stored.json").read_text())
+    assert (found["kv_format"], found["page_format"]) == ("fp8", "stored")
 
 
 def test_decode_plots(asked, tmp_path):

@@ -38,5 +38,10 @@ def test_files_of_formats_and_numbers_of_blocks(tmp_path):
     assert file.path.name == "decode-8b-int8-top171.json"
     assert (file.head["kv_format"], file.head["top_k"]) == ("int8", 171)
     assert "top_k" not in decode_file(tmp_path, "8b", 4096, "abc", "int8").head
+    file = decode_file(tmp_path, "8b", 4096, "abc", "int8", 2, page_format="stored")
+    assert file.path.name == "decode-8b-int8-stored-tp2.json"
+    assert file.head["page_format"] == "stored"
+    file = trace_file(tmp_path, "8b", 4096, None, "int4", {}, "stored")
+    assert file.path.name == "decode-8b-int4-stored-trace.json"
     file = budget_file(tmp_path, "8b", 4096, "abc", "fp8")
     assert (file.path.name, file.head["kv_format"]) == ("budget-8b-fp8.json", "fp8")

@@ -55,6 +55,10 @@ CASES = {
     "resident int4": (
         {"kv_format": "int4", "offload": "never"}, {*ALWAYS, *INFLLM2, "_store_tail_packed"}
     ),
+    "int8, small pages": (
+        {"kv_format": "int8", "page_format": "stored"},
+        {*ALWAYS, *INFLLM2, "_gather", "_store_tail_packed"},
+    ),
     "values8": (
         {"kv_format": "values8"},
         {*ALWAYS, *INFLLM2, "_append_low_bit_keys", "_gather_packed", "_store_tail_packed"},
@@ -212,6 +216,15 @@ PROMPTS = {
         {*SPARSE, "_token_sums", "_store_prefix_packed"} - {"_store_prefix"},
         {*SPARSE, "_token_sums", *STAGED, "_store_prefix_packed"}
         - {"_store_prefix", "_gather_listed"},
+    ),
+    "int8, small pages": (
+        "sparse_prefill", {"kv_format": "int8", "page_format": "stored"},
+        {*SPARSE, "_token_sums", "_store_prefix_packed", "_extend_tail"}
+        - {"_store_prefix", "_extend_kv"},
+        {
+            *SPARSE, "_token_sums", *STAGED, "_store_prefix_packed", "_extend_tail",
+            "_gather_listed_packed",
+        } - {"_store_prefix", "_extend_kv", "_gather_listed", "_copy_pages"},
     ),
     "calibrated": (
         "prefill", {"mode": "exact", "hint": "ema", "ema_calibrate": True},

@@ -45,6 +45,15 @@ def test_fetch_copies_the_listed_blocks_and_nothing_else(pools):
     assert torch.equal(host, before)
 
 
+def test_runs_move_as_they_are():
+    """To pages that hold what CPU memory does."""
+    host = torch.randint(0, 256, (2, 2, 4, 48), dtype=torch.uint8)
+    pages = torch.zeros(2, 2, 3, 48, dtype=torch.uint8)
+    want = fetched(host, pages)
+    fetch_blocks(BLOCKS, PAGES, host, pages)
+    assert torch.equal(pages, want)
+
+
 def test_prefetch_has_arrived_after_the_wait(pools):
     host, pages = pools
     want, before = fetched(host, pages), pages.clone()

@@ -31,6 +31,7 @@ COPY = {
     "_store_tail",
     "_copy_runs",
     "_extend_kv",
+    "_extend_tail",
     "_store_prefix",
     "_store_prefix_packed",
     "_store_tail_packed",
@@ -47,7 +48,7 @@ def test_kernels_compile_and_fit_and_read_16_bytes_at_once(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 51
+    assert len(found) == 52
     assert {name: shared for name, (shared, *_) in found.items() if shared > MOST_SHARED} == {}
     assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
     assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)
