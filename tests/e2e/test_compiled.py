@@ -45,6 +45,12 @@ MODES = {
     "exact, lowbit4": {"mode": "exact", "hint": ("ema", "forecast"), "selector": "lowbit4"},
     "exact, nosa": {"mode": "exact", "selector": "nosa", "short_list": 2},
     "exact, int4": {"mode": "exact", "hint": "previous_step", "kv_format": "int4"},
+    "exact, small pages": {
+        "mode": "exact",
+        "hint": "forecast",
+        "kv_format": "fp8",
+        "page_format": "stored",
+    },
 }
 FAMILIES = ("llama", "qwen3", "glm4", "phi3", "mistral", "minicpm4")
 BATCH_SIZES = (1, 2, 4)
@@ -63,6 +69,7 @@ PAIRS = [
     ("exact, lowbit4", "phi3", 2),
     ("exact, nosa", "nosa", 2),
     ("exact, int4", "llama", 2),
+    ("exact, small pages", "qwen3", 2),
 ]
 # NOSA scores by a channel that only its own models have.
 ALL = [

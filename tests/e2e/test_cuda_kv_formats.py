@@ -18,6 +18,7 @@ from sparda_compile.testing import random_forecast, tiny_llama
 pytestmark = pytest.mark.gpu
 
 FORMATS = ("int8", "fp8", "int4", "values8", "values4")
+RUNS = ("int8", "fp8", "int4")  # whose pages may hold what CPU memory does
 PROMPT_LENGTHS = (200, 121, 90, 37)
 MAX_TOKENS, STEPS = 2304, 2048
 SMALL = {
@@ -123,6 +124,60 @@ def test_turns_read_the_same_wherever_blocks_are(lab, kv_format, prefill):
     assert torch.isfinite(want).all()
     for changes in ({}, {"page_ratio": 1.0}, {"cuda_graph": False}):
         assert torch.equal(lab.turns(lab.module(**settings, **changes), *sizes), want)
+
+
+@pytest.mark.parametrize(("mode", "changes"), CHANGES, ids=str)
+@pytest.mark.parametrize("kv_format", RUNS)
+def test_pages_of_runs_change_nothing(lab, kv_format, mode, changes):
+    """Attention makes the numbers that the gather makes, in tiles of many blocks."""
+    module = lab.module(mode=mode, kv_format=kv_format, page_format="stored", **changes)
+    logits, want = lab.run(module), lab.truth(mode, kv_format=kv_format)
+    assert torch.equal(logits, want), (logits != want).any(-1).nonzero()[:3].tolist()
+    if "offload" not in changes:
+        total = module.sparda.stats().total
+        assert total.d2h_bytes > 30 * KV_FORMATS[kv_format].num_bytes(16, 16, lab.model.dtype)
+
+
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
+@pytest.mark.parametrize("kv_format", RUNS)
+def test_pages_of_runs_of_a_block_a_tile(lab, kv_format, mode):
+    settings = {"mode": mode, "kv_format": kv_format, "block_size": 64, "page_ratio": 1.0}
+    one, other = (lab.module(page_format=name, **settings) for name in ("model", "stored"))
+    assert torch.equal(lab.run(other, 700), lab.run(one, 700))
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("kv_format", RUNS)
+def test_speculation_reads_pages_of_runs(lab, kv_format, block_size):
+    settings = {
+        "mode": "speculate", "offload": "never", "speculate_where": "always",
+        "kv_format": kv_format, "block_size": block_size,
+    }  # fmt: skip
+    one, other = (lab.module(page_format=name, **settings) for name in ("model", "stored"))
+    assert torch.equal(lab.run(other, 300), lab.run(one, 300))
+
+
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
+@pytest.mark.parametrize("kv_format", RUNS)
+def test_random_delays_change_nothing_on_pages_of_runs(lab, kv_format, mode):
+    settings = {"kv_format": kv_format, "page_format": "stored", "page_ratio": 1.0}
+    module = lab.module(mode=mode, cuda_graph=False, **settings)
+    want = lab.truth(mode, kv_format=kv_format)[:100]
+    for seed in range(3):
+        rows = len(PROMPT_LENGTHS)
+        decode = module.programs.get("decode", rows, MAX_TOKENS, last_only=True)
+        decode._engine = DelayEngine(torch.device("cuda"), seed)
+        assert torch.equal(lab.run(module, 100), want), seed
+
+
+@pytest.mark.parametrize("offload", ["always", "never"])
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("kv_format", RUNS)
+def test_turns_read_the_same_from_pages_of_runs(lab, kv_format, prefill, offload):
+    settings = {"mode": "forecast", "prefill": prefill, "kv_format": kv_format, "offload": offload}
+    sizes = (70, 45, 1, 1, 50, 1)
+    one, other = (lab.module(page_format=name, **settings) for name in ("model", "stored"))
+    assert torch.equal(lab.turns(other, *sizes), lab.turns(one, *sizes))
 
 
 @pytest.mark.parametrize("mode", ["dense", "query"])
