@@ -19,8 +19,9 @@ try:
     import triton
     import triton.language as tl
 
-    from sparda_compile.kernels.gpu.launch import as_written, power_of_two, tokens_of
+    from sparda_compile.kernels.gpu.launch import as_written, interpreting, power_of_two, tokens_of
     from sparda_compile.kernels.gpu.low_bit_keys import quantize_keys
+    from sparda_compile.kernels.gpu.packed_form import rounded
 except ImportError as error:
     raise BackendUnavailableError(
         "low-bit keys in one kernel need Triton, which is not installed; install triton, or pass "
@@ -40,7 +41,7 @@ _CHANNELS: Final = 64
 def _near_keys(
     k_ptr, near_ptr, k_stride_b, k_stride_g, k_stride_t, groups, num_blocks,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
-    DIMS: tl.constexpr, LARGEST: tl.constexpr,
+    DIMS: tl.constexpr, LARGEST: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, g = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
@@ -50,11 +51,11 @@ def _near_keys(
     token = block * SIZE + slot
     source = k_ptr + b * k_stride_b + g * k_stride_g + token * k_stride_t + dims
     keys = tl.load(source, mask=is_there, other=0.0)
-    code, span, base = quantize_keys(keys, near_ptr, SIZE, SLOTS, BITS, LARGEST, False)
+    code, span, base = quantize_keys(keys, near_ptr, SIZE, SLOTS, BITS, LARGEST, CUTS)
     factor = 1.0 + code.to(tl.float32) * (1.0 / (1 << BITS))
     near = factor * span.to(tl.float32)[None, :] + base.to(tl.float32)[None, :]
     target = near_ptr + (pair * num_blocks + block) * SIZE * D + slot * D + dims
-    tl.store(target, near.to(near_ptr.dtype.element_ty), mask=is_there)
+    tl.store(target, rounded(near, near_ptr, CUTS), mask=is_there)
 
 
 def launch_near_keys(k_BGTD: Tensor, size: int, bits: int) -> Tensor:
@@ -74,6 +75,6 @@ def launch_near_keys(k_BGTD: Tensor, size: int, bits: int) -> Tensor:
     with torch.cuda.device(k.device) if k.is_cuda else contextlib.nullcontext():
         _near_keys[grid](
             k, near, *strides, groups, num_blocks, size, power_of_two(size), bits, dim, channels,
-            torch.finfo(k.dtype).max, num_warps=4, **as_written(),
+            torch.finfo(k.dtype).max, interpreting(), num_warps=4, **as_written(),
         )  # fmt: skip
     return near

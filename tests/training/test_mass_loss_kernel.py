@@ -58,6 +58,7 @@ def both(drawn, config, scale, **options):
         ((1, 2, 1, 150, 128), (32, 0, 1), {"last_tokens": 33}),
         ((1, 2, 1, 530, 16), (128, 1, 1), {"last_tokens": 70}),
         ((1, 3, 3, 149, 8), (16, 0, 0), {"last_tokens": 1}),
+        ((1, 2, 1, 90, 256), (16, 1, 1), {}),
     ],
 )  # fmt: skip
 def test_the_fused_loss_is_the_plain_one(shape, sizes, options):
@@ -68,3 +69,111 @@ def test_the_fused_loss_is_the_plain_one(shape, sizes, options):
     assert want > 0.0
     assert expected.any()
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-6 * expected.abs().max())
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 0.02)])
+def test_half_precision(dtype, tolerance):
+    # The interpreter multiplies float32, so shares are not rounded before they meet the keys.
+    drawn = draw(2, 3, 1, 150, 16, dtype)
+    (loss, gradient), (want, expected) = both(drawn, CONFIG, 0.3)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(loss, want, rtol=tolerance, atol=0.0)
+    assert (gradient - expected).float().norm() < tolerance * expected.float().norm()
+
+
+@interpreted
+def test_ranges_of_queries_change_nothing(monkeypatch):
+    drawn = draw(1, 2, 1, 400, 8)
+    (loss, gradient), _ = both(drawn, CONFIG, 0.3)
+    monkeypatch.setattr(mass_loss_kernel, "_HELD", 1)
+    launches = []
+    real = mass_loss_kernel.block_logs
+    monkeypatch.setattr(
+        mass_loss_kernel, "block_logs", lambda *a: launches.append(a[2]) or real(*a)
+    )
+    (again, parts), _ = both(drawn, CONFIG, 0.3)
+    assert launches[::2] == [range(48, 176), range(176, 304), range(304, 400)]
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(parts, gradient, rtol=1e-6, atol=0.0)
+
+
+@interpreted
+def test_queries_without_a_free_block_add_nothing():
+    forecast, query, k = draw(1, 2, 1, 100, 8)
+    near, first = near_keys(k, CONFIG), first_supervised(CONFIG)
+    found = []
+    for queries in (range(100), range(first, 100)):
+        gradient = torch.zeros_like(forecast)
+        loss = launch_mass_loss(
+            forecast, query, (k, near), queries, CONFIG, 0.3, 0.0, full_only=False,
+            push=(gradient, 1.0),
+        )  # fmt: skip
+        found.append((loss, gradient))
+    assert not found[0][1][:, :, :first].any()
+    assert found[0][1].any()
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@interpreted
+def test_only_the_loss_is_computed_where_no_gradient_is_needed():
+    forecast, query, k = draw(1, 2, 1, 100, 8)
+    loss = backward_mass_loss(forecast, query, k, CONFIG, 0.3, backend="triton")
+    want = backward_mass_loss(forecast, query, k, CONFIG, 0.3, backend="plain")
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0.0)
+
+
+@interpreted
+@pytest.mark.parametrize("counted", [(0, 0), (0, 1), (1, 2)])
+def test_logs_of_blocks(counted):
+    _, query, k = draw(1, 4, 2, 150, 8)
+    first, behind = counted
+    logs, lse = block_logs(query, k, range(40, 150), 16, 0.3, 2.0, counted)
+    scores = 2.0 * torch.tanh(query @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3 / 2.0)
+    scores = torch.nn.functional.pad(scores, (0, 10), value=float("-inf"))
+    scores.masked_fill_(torch.arange(160) > torch.arange(150)[:, None], float("-inf"))
+    block, current = torch.arange(10), torch.arange(150)[:, None] // 16
+    counts = (block >= first) & (block <= current - behind)
+    want = scores.unflatten(-1, (10, 16)).logsumexp(-1).masked_fill(~counts, float("-inf"))
+    ln_2 = torch.tensor(2.0).log()
+    got = logs.transpose(-1, -2) * ln_2
+    counts, want = counts[40:].expand_as(got), want[:, :, 40:]
+    torch.testing.assert_close(got[counts], want[counts], rtol=1e-5, atol=1e-5)
+    has_any = counts.any(-1)
+    torch.testing.assert_close(lse[has_any] * ln_2, want.logsumexp(-1)[has_any])
+
+
+def test_head_dims_beyond_the_limit_and_unknown_backends_are_refused():
+    drawn = draw(1, 1, 1, 100, 264)
+    with pytest.raises(ConfigError, match=r"head_dim=264.*backend='plain'"):
+        block_logs(drawn[1], drawn[2], range(50, 60), 16, 1.0, 0.0, (0, 0))
+    with pytest.raises(ConfigError, match="backend='fast' is not known"):
+        backward_mass_loss(*drawn, CONFIG, 0.3, backend="fast")
+
+
+# Both round the shares to bfloat16 before they meet the keys, but the sums' order differs.
+@pytest.mark.gpu
+@pytest.mark.parametrize("teacher", ["attention", "query"])
+@pytest.mark.parametrize(
+    ("shape", "size", "options"),
+    [
+        ((2, 9, 3, 8192, 64), 64, {}),
+        ((1, 8, 2, 8191, 128), 32, {"softcap": 30.0}),
+        ((1, 4, 1, 8000, 96), 16, {"last_tokens": 1000}),
+        ((1, 3, 3, 4100, 80), 48, {}),
+        ((1, 2, 1, 2100, 256), 128, {}),
+    ],
+)  # fmt: skip
+def test_real_shapes_on_a_gpu_without_a_wait_for_it(shape, size, options, teacher):
+    config = CONFIG.replace(block_size=size, local_blocks=2)
+    drawn = draw(*shape, torch.bfloat16, "cuda")
+    scale, options = shape[-1] ** -0.5, options | {"teacher": teacher}
+    (loss, gradient), (want, expected) = both(drawn, config, scale, **options)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-6)
+    assert (gradient - expected).float().norm() < 0.01 * expected.float().norm()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        backward_mass_loss(drawn[0].clone().requires_grad_(), *drawn[1:], config, scale, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
