@@ -182,7 +182,7 @@ def backward_mass_loss(
     near_BGSD = near_keys(k_BGTD, config, backend)
     is_query = teacher == "query"
     keys = (near_BGSD if is_query else k_BGTD, near_BGSD)
-    gradient = torch.zeros_like(forecast) if forecast_BGTD.requires_grad else None
+    gradient = forecast.new_zeros(forecast.shape) if forecast_BGTD.requires_grad else None
     mean = 1.0 / (counted * batch * groups)
     push = None if gradient is None else (gradient, mean * weight)
     queries = range(max(first_supervised(config), num_tokens - counted), num_tokens)

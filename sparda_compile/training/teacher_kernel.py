@@ -56,7 +56,7 @@ def _keys(k_base, offs_j, offs_d, k_stride_j, num_fine, D: tl.constexpr):
 
 
 @triton.jit
-def grow(peak, total, s):
+def grow(peak, total, s):  # noqa: ANN201
     """Take scores into a running maximum and a running sum of powers of two."""
     higher = tl.maximum(peak, tl.max(s, 1))
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)

@@ -13,7 +13,7 @@ from sparda_compile.training.mass_loss import backward_mass_loss, near_keys
 pytest.importorskip("triton")
 
 from sparda_compile.training import mass_loss_kernel
-from sparda_compile.training.mass_loss_kernel import block_logs, launch_mass_loss
+from sparda_compile.training.mass_loss_kernel import launch_mass_loss
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -124,32 +124,9 @@ def test_only_the_loss_is_computed_where_no_gradient_is_needed():
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0.0)
 
 
-@interpreted
-@pytest.mark.parametrize("counted", [(0, 0), (0, 1), (1, 2)])
-def test_logs_of_blocks(counted):
-    _, query, k = draw(1, 4, 2, 150, 8)
-    first, behind = counted
-    logs, lse = block_logs(query, k, range(40, 150), 16, 0.3, 2.0, counted)
-    scores = 2.0 * torch.tanh(query @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3 / 2.0)
-    scores = torch.nn.functional.pad(scores, (0, 10), value=float("-inf"))
-    scores.masked_fill_(torch.arange(160) > torch.arange(150)[:, None], float("-inf"))
-    block, current = torch.arange(10), torch.arange(150)[:, None] // 16
-    counts = (block >= first) & (block <= current - behind)
-    want = scores.unflatten(-1, (10, 16)).logsumexp(-1).masked_fill(~counts, float("-inf"))
-    ln_2 = torch.tensor(2.0).log()
-    got = logs.transpose(-1, -2) * ln_2
-    counts, want = counts[40:].expand_as(got), want[:, :, 40:]
-    torch.testing.assert_close(got[counts], want[counts], rtol=1e-5, atol=1e-5)
-    has_any = counts.any(-1)
-    torch.testing.assert_close(lse[has_any] * ln_2, want.logsumexp(-1)[has_any])
-
-
-def test_head_dims_beyond_the_limit_and_unknown_backends_are_refused():
-    drawn = draw(1, 1, 1, 100, 264)
-    with pytest.raises(ConfigError, match=r"head_dim=264.*backend='plain'"):
-        block_logs(drawn[1], drawn[2], range(50, 60), 16, 1.0, 0.0, (0, 0))
+def test_unknown_backends_are_refused():
     with pytest.raises(ConfigError, match="backend='fast' is not known"):
-        backward_mass_loss(*drawn, CONFIG, 0.3, backend="fast")
+        backward_mass_loss(*draw(1, 1, 1, 100, 8), CONFIG, 0.3, backend="fast")
 
 
 # Both round the shares to bfloat16 before they meet the keys, but the sums' order differs.
@@ -170,7 +147,7 @@ def test_real_shapes_on_a_gpu_without_a_wait_for_it(shape, size, options, teache
     drawn = draw(*shape, torch.bfloat16, "cuda")
     scale, options = shape[-1] ** -0.5, options | {"teacher": teacher}
     (loss, gradient), (want, expected) = both(drawn, config, scale, **options)
-    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, want, rtol=5e-4, atol=1e-6)
     assert (gradient - expected).float().norm() < 0.01 * expected.float().norm()
     torch.cuda.set_sync_debug_mode("error")
     try:
