@@ -130,8 +130,9 @@ class Execution:
 
     Attributes:
         lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
-        cuda_graph: On a GPU, capture each decode step once and replay it for every token. False
-            launches every kernel from Python, which is slower and easier to look into.
+        cuda_graph: On a GPU, capture each decode step once and replay it for every token, and
+            short prompts of a shape that comes again. False launches every kernel from Python,
+            which is slower and easier to look into.
         machine: Whose constants the scheduler plans with: `cpu`, `h100`, `h200`, or None for
             the machine that the model is on.
         expected_overlap: Share of the blocks chosen by score that the step before chose too;
