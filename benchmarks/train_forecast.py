@@ -7,7 +7,7 @@ pass of Q K^T over the visible pairs (the teacher; over pooled keys for `--teach
 rate of a large matrix product on the same device. `ratio` is the step's time over the floor.
 Weights are random and are made on the device; before timing, the fused teacher is compared with the
 plain one on a short sequence. With a selector on low-bit keys both teachers compare queries with
-every key.
+every key, and it is the gradient of the fused loss that is compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from sparda_compile import SpardaConfig
 from sparda_compile.bench.shapes import ModelShape, build_model
 from sparda_compile.environment import describe, write_result
-from sparda_compile.training.mass_loss import scores_low_bit_keys
+from sparda_compile.training.mass_loss import backward_mass_loss, scores_low_bit_keys
 from sparda_compile.training.teacher import aligned_teacher, fine_keys
 from sparda_compile.training.trainer import ForecastTrainer
 
@@ -59,10 +59,36 @@ def build(args, device, dtype):
     return build_model(shape, device, dtype)
 
 
-def check_teacher(args, device, dtype):
-    """Return the largest difference between the two teachers on a short sequence."""
+def check_fused(args, config, device, dtype):
+    """Return how far fused and plain are apart on a short sequence; None if nothing is fused."""
     if args.backend == "plain" or (args.backend == "auto" and device.type != "cuda"):
         return None
+    check = check_gradient if scores_low_bit_keys(config) else check_teacher
+    return check(args, config, device, dtype)
+
+
+def check_gradient(args, config, device, dtype):
+    """Return the difference between the two gradients, relative to their norm."""
+    config = config.replace(local_blocks=1)
+    query = torch.randn(1, 777, args.heads, args.head_dim, device=device).to(dtype).transpose(1, 2)
+    forecast, key = torch.randn(2, 1, args.groups, 777, args.head_dim, device=device).to(dtype)
+    found = []
+    for backend in ("plain", "triton"):
+        leaf = forecast.clone().requires_grad_()
+        scale = args.head_dim**-0.5
+        backward_mass_loss(
+            leaf, query, key, config, scale, teacher=args.teacher, backend=backend
+        )  # fmt: skip
+        found.append(leaf.grad.float())
+    difference = float((found[0] - found[1]).norm() / found[0].norm())
+    if not difference < 1e-2:
+        raise SystemExit(f"the fused loss is wrong (relative difference {difference}): no time")
+    return difference
+
+
+def check_teacher(args, config, device, dtype):
+    """Return the largest difference between the two teachers."""
+    del config
     shape = (1, 777, args.heads, args.head_dim)
     query = torch.randn(shape, device=device).to(dtype).transpose(1, 2)
     key = torch.randn(1, args.groups, 777, args.head_dim, device=device).to(dtype)
@@ -103,7 +129,8 @@ def matmul_rate(device, dtype, size):
 def main():
     args = parse()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    difference = check_teacher(args, device, dtype)
+    config = SpardaConfig(selector=args.selector)
+    difference = check_fused(args, config, device, dtype)
     model = build(args, device, dtype)
     ids = torch.randint(0, args.vocabulary, (1, args.tokens), device=device)
 
@@ -114,7 +141,6 @@ def main():
     forward_s, forward_times = median_s(forward, device, args.repeats)
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 512)
     pairs = args.tokens * (args.tokens + 1) // 2
-    config = SpardaConfig(selector=args.selector)
     is_pooled = args.teacher == "query" and not scores_low_bit_keys(config)
     keys = pairs // config.pool_stride if is_pooled else pairs
     teacher_flops = 2 * args.layers * args.heads * args.head_dim * keys
@@ -143,7 +169,7 @@ def main():
         "tokens_per_s": args.tokens / step_s,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if is_cuda else None,
         "loss": reports[-1].loss,
-        "teacher_difference": difference,
+        "fused_difference": difference,
     }
     if args.out:
         write_result(args.out, result, args.commit)

@@ -72,12 +72,12 @@ class Execution:
 
     Attributes:
         lowering: `inductor` compiles the rewritten graph, `eager` runs it as it stands.
-        cuda_graph: On a GPU, capture each decode step once and replay it for every token. False
-            launches every kernel from Python, which is slower and easier to look into.
+        cuda_graph: On a GPU, replay each decode step, and short prompts of a shape that comes
+            again. False launches every kernel from Python: slower, and easier to look into.
         machine: Whose constants the scheduler plans with: `cpu`, `h100`, `h200`, or None for
             the machine that the model is on.
-        expected_overlap: Share of the blocks chosen by score that the step before chose too;
-            the scheduler's estimate of how many bytes a step moves.
+        expected_overlap: Share of the blocks chosen by score that the step before chose too: the
+            scheduler's estimate of a step's bytes, as a small real model reads text by default.
         expected_recall: Share of the other blocks that each hint names: the scheduler's estimate of
             what is left to repair. None takes what was measured of each hint.
         disable_passes: Names of passes to leave out.
@@ -89,7 +89,7 @@ class Execution:
     lowering: Lowering = "inductor"
     cuda_graph: bool = True
     machine: str | None = None
-    expected_overlap: float = 0.9
+    expected_overlap: float = 0.75
     expected_recall: float | None = None
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None

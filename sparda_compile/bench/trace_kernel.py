@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from sparda_compile.kernels.gpu.launch import launch
+from sparda_compile.kernels.gpu.launch import interpreting, launch, launch_early
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +19,12 @@ __all__ = ["raise_scores"]
 
 @triton.jit
 def _raise_scores(
-    trace, lengths, scores, best, groups, num_steps, num_blocks, BLOCKS: tl.constexpr
-):
+    trace, lengths, scores, best, groups, num_steps, num_blocks,
+    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
+    if not INTERPRETED:
+        cuda.gdc_wait()
     step = tl.load(lengths + pair // groups) % num_steps
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     place = (pair.to(tl.int64) * num_steps + step) * num_blocks + block
@@ -34,5 +38,5 @@ def raise_scores(trace_BGSN: Tensor, lengths_B: Tensor, scores_BGN: Tensor, best
     batch, groups, num_steps, num_blocks = trace_BGSN.shape
     launch(_raise_scores, (batch * groups, triton.cdiv(num_blocks, 1024)))(
         trace_BGSN.view(torch.int8), lengths_B, scores_BGN, best, groups, num_steps, num_blocks,
-        1024, num_warps=4,
+        1024, interpreting(), num_warps=4, **launch_early(),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from sparda_compile.cli.devices import check_memory, find_device
 from sparda_compile.cli.options import (
     MOST_BLOCKS,
     MOST_TOKENS,
+    ForecastFile,
     Hint,
     KvFormat,
     LocalBlocks,
@@ -112,7 +113,6 @@ WhereKept = Annotated[
 ]
 HowWritten = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
 BlockSize = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a block.")]
-ForecastFile = Annotated[Path | None, typer.Option(help="File of Forecast weights.")]
 
 
 def chat(

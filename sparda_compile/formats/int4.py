@@ -9,6 +9,7 @@ first in the low bits. Where h - l is beyond float32 all is NaN. Kernels:
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -22,7 +23,7 @@ __all__ = ["Int4Format"]
 
 _LARGEST: Final = 15
 # Of float32: whoever unpacks multiplies, and does not divide.
-_STEP: Final = torch.tensor(1.0 / _LARGEST, dtype=torch.float32).item()
+_STEP: Final = ctypes.c_float(1.0 / _LARGEST).value
 
 
 class Int4Format(ScaledFormat):

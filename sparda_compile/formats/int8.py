@@ -7,6 +7,7 @@ Half a step is a / 254. Kernels: `kernels/gpu/pack_int8.py`.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ["Int8Format"]
 
 _LARGEST: Final = 127.0
 # Of float32: whoever unpacks multiplies, and does not divide.
-_STEP: Final = torch.tensor(1.0 / _LARGEST, dtype=torch.float32).item()
+_STEP: Final = ctypes.c_float(1.0 / _LARGEST).value
 
 
 class Int8Format(ScaledFormat):

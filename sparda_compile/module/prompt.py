@@ -8,6 +8,7 @@ What the largest prompt of the KV cache would take is worked out once; if it fit
 
 A chunk is a turn: it attends to what the cache holds, then the cache takes it in. So selections are
 the same however a prompt is cut. Kernels of all chunks begin to compile before the first is read.
+The columns of a short chunk are rounded up by hidden ones, see `program/prompt_graphs.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.program.chunks import RESERVE, chunk_sizes, largest_chunk
+from sparda_compile.program.prompt_graphs import num_read
 from sparda_compile.report.text import format_bytes
 from sparda_compile.runtime.device_pool import free_device_bytes
 
@@ -169,28 +172,25 @@ def read_prompt(
     found: list[Tensor] = []
     kv = reading.kv
     for begin, end in chunks if len(chunks) > 1 else ():
-        reading.program_of(begin, end).compile_kernels(end - begin, kv.most_past + begin)
+        columns = num_read(ids.shape[0], end - begin, ids.device)
+        reading.program_of(begin, end).compile_kernels(columns, kv.most_past + begin)
     for begin, end in chunks:
         program = reading.program_of(begin, end)
+        hidden = num_read(ids.shape[0], end - begin, ids.device) - (end - begin)
         real = mask
-        if end - begin == 1 and mask is None:
-            real = torch.ones_like(ids, dtype=torch.bool)  # its neighbour is hidden
+        if hidden and mask is None:
+            real = torch.ones_like(ids, dtype=torch.bool)
         logits = program(
-            _columns(ids, begin, end),
-            _columns(positions, begin, end),
-            None if real is None else _columns(real, begin, end),
+            _columns(ids, begin, end, hidden),
+            _columns(positions, begin, end, hidden),
+            None if real is None else _columns(real, begin, end, hidden),
             kv,
+            num_hidden=hidden,
         )
         found.append(logits[:, begin - end :])
     return found[-1] if reading.last_only else torch.cat(found, dim=1)
 
 
-def _columns(part: Tensor, begin: int, end: int) -> Tensor:
-    """Return some columns; a single one gets a hidden one beside it, which is 0 in all parts.
-
-    A program for prompts takes two columns or more.
-    """
-    columns = part[:, begin:end]
-    if end - begin == 1:
-        columns = torch.cat([torch.zeros_like(columns), columns], dim=1)
-    return columns.contiguous()
+def _columns(part: Tensor, begin: int, end: int, hidden: int) -> Tensor:
+    """Return some columns behind hidden ones, which are 0 in all parts."""
+    return F.pad(part[:, begin:end], (hidden, 0)).contiguous()

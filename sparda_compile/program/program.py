@@ -24,6 +24,13 @@ from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
+from sparda_compile.program.prompt_graphs import (
+    MOST_BYTES,
+    PromptGraphs,
+    is_short,
+    num_read,
+    rounded_past,
+)
 from sparda_compile.program.rank_order import order_of
 from sparda_compile.program.recording import record_run
 from sparda_compile.program.run_proof import check_recording
@@ -74,8 +81,10 @@ class Program:
         self._engine = engine
         if engine is None and device.type == "cuda":
             self._engine = CudaEngine(device)
-        self._replays = device.type == "cuda" and plan.captured.phase == "decode"
-        self._replays &= plan.layout.config.cuda_graph
+        replays = device.type == "cuda" and plan.layout.config.cuda_graph
+        is_decode = plan.captured.phase == "decode"
+        self._replays = replays and is_decode
+        self._prompts = PromptGraphs(self._function) if replays and not is_decode else None
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._joined: list[JoinedWeight] = []
         # By whether there is a past, the bits of the longest text.
@@ -129,7 +138,8 @@ class Program:
     @property
     def num_graphs(self) -> int:
         """CUDA graphs that were captured and are alive."""
-        return sum(graph.is_captured for graph in self._graphs.values())
+        steps = sum(graph.is_captured for graph in self._graphs.values())
+        return steps if self._prompts is None else len(self._prompts)
 
     @cached_property
     def lowered(self) -> LoweredProgram:
@@ -140,10 +150,15 @@ class Program:
         """Return what a prompt takes, see `memory.prompt_memory`; worked out once for each shape.
 
         Args:
-            num_tokens: Columns.
+            num_tokens: Columns, before they are rounded.
             num_past: Most tokens that a sequence has before them.
             may_hide: Whether some token may be padding.
         """
+        layout, device = self.plan.layout, self.plan.captured.device
+        if is_short(layout.batch_size, num_tokens, device):
+            columns = num_read(layout.batch_size, num_tokens, device)
+            num_past = rounded_past(num_past, layout.max_tokens)
+            num_tokens, may_hide = columns, may_hide or columns > num_tokens
         key = (num_tokens, num_past, may_hide)
         if key not in self._memory:
             if len(self._memory) == _MOST_SHAPES:
@@ -197,6 +212,8 @@ class Program:
         position_ids: Tensor,
         token_mask: Tensor | None,
         kv: KVCache,
+        *,
+        num_hidden: int = 0,
     ) -> Tensor:
         """Run one step.
 
@@ -205,6 +222,7 @@ class Program:
             position_ids: [B, T] int64.
             token_mask: [B, T] bool for a prefill; None where all tokens are real, as in a decode.
             kv: The KV cache; its state is updated.
+            num_hidden: How many of T columns are hidden in every sequence, see `prompt_graphs`.
 
         Returns:
             Logits [B, T or 1, vocabulary].
@@ -217,11 +235,7 @@ class Program:
         for weight in self._joined:
             weight.refresh()
         num_past, may_hide = kv.most_past, token_mask is not None
-        kv.issue(input_ids.shape[1])
-        if self.plan.captured.phase == "prefill":
-            self.compile_kernels(input_ids.shape[1], num_past)
-            if token_mask is None:
-                token_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        kv.issue(input_ids.shape[1] - num_hidden)
         if self._replays:
             with torch.cuda.device(self.plan.captured.device):
                 return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
@@ -234,7 +248,34 @@ class Program:
             NUM_PAST: num_past,
             MAY_HIDE: may_hide,
         }
+        if self.plan.captured.phase == "prefill":
+            return self._read_prompt(call, kv)
         return self._function(*self._bound(call, kv))
+
+    def _read_prompt(self, call: dict[str, Any], kv: KVCache) -> Tensor:
+        device, size = self.plan.captured.device, call[NUM_TOKENS]
+        short = is_short(call[BATCH_SIZE], size, device)
+        if short:
+            call[NUM_PAST] = rounded_past(call[NUM_PAST], self.plan.layout.max_tokens)
+        self.compile_kernels(size, call[NUM_PAST])
+        if call[TOKEN_MASK] is None:
+            call[TOKEN_MASK] = torch.ones_like(call["input_ids"], dtype=torch.bool)
+        if self._prompts is None or not short:
+            return self._function(*self._bound(call, kv))
+        names = ("input_ids", "position_ids", TOKEN_MASK)
+        inputs = [call[name] for name in names]
+        num_past, may_hide = call[NUM_PAST], call[MAY_HIDE]
+
+        def bind(*tensors: Tensor) -> list[Any]:
+            return self._bound(call | dict(zip(names, tensors, strict=True)), kv)
+
+        def fits() -> bool:
+            most = 1 << (size - 1).bit_length()  # few sizes are worked out
+            memory = self.prompt_memory(most, num_past, may_hide=may_hide)
+            return memory.peak_bytes <= MOST_BYTES
+
+        with torch.cuda.device(device):
+            return self._prompts.run(kv, inputs, (num_past, may_hide), bind, fits)
 
     def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
         return [

@@ -1,5 +1,7 @@
 """One CUDA graph of a whole decode step, copy branch included, over the compiled program.
 
+A short prompt has one, too, see `prompt_graphs.py`.
+
     first token      the program runs as it is: kernels are compiled, nothing is recorded
     second token     the program is captured: every launch on every stream, every event, no work
     from then on     inputs are copied into the captured buffers, and the graph is replayed
@@ -10,7 +12,7 @@ does in Python happens only while it is captured.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,20 +31,28 @@ class StepGraph:
         function: Takes `arguments`, returns the logits. May change them in place.
         arguments: What it is called with, always.
         inputs: Those of the arguments whose values change from call to call.
+        pool: A handle of the memory that the graph is to share with others, of which no two are
+            replayed at once; None is memory of its own.
+        has_run: Whether the function has run with arguments of these sizes: no first call is
+            needed then.
     """
 
     def __init__(
         self,
         function: Callable[..., Tensor],
-        arguments: Sequence[Tensor],
+        arguments: Sequence[Any],
         inputs: Sequence[Tensor],
+        *,
+        pool: Any = None,
+        has_run: bool = False,
     ) -> None:
         self._function = function
         self._arguments = tuple(arguments)
         self._inputs = tuple(inputs)
+        self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._calls = 0
+        self._has_run = has_run
 
     @property
     def is_captured(self) -> bool:
@@ -53,8 +63,8 @@ class StepGraph:
         """Run one step with new values of the inputs; returns the logits, a tensor of their own."""
         for buffer, value in zip(self._inputs, values, strict=True):
             buffer.copy_(value)
-        self._calls += 1
-        if self._calls == 1:
+        if not self._has_run:
+            self._has_run = True
             return self._function(*self._arguments)
         if self._graph is None:
             self._capture()
@@ -66,6 +76,6 @@ class StepGraph:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._logits = self._function(*self._arguments)
         self._graph = graph

@@ -27,7 +27,7 @@ import torch
 from sparda_compile.registry import SELECTORS
 from sparda_compile.selectors.lowbit import LowBitKeys, dequantize, quantize
 from sparda_compile.training.loss import first_supervised, free_blocks
-from sparda_compile.training.teacher import Teacher, scores
+from sparda_compile.training.teacher import Backend, Teacher, is_fused, scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +46,24 @@ def scores_low_bit_keys(config: SpardaConfig) -> bool:
     return isinstance(SELECTORS[config.selector].summary, LowBitKeys)
 
 
-def near_keys(k_BGTD: Tensor, config: SpardaConfig) -> Tensor:
+def near_keys(k_BGTD: Tensor, config: SpardaConfig, backend: Backend = "auto") -> Tensor:
     """Return the low-bit keys of all full blocks of a sequence, [B, G, S, D], in the keys' dtype.
 
     Args:
         k_BGTD: Keys, after rotation.
         config: Of a selector on low-bit keys.
+        backend: `triton` is one kernel, `plain` this file, of the same bits; see `is_fused`.
+
+    Raises:
+        ConfigError: If the backend is not known.
     """
     summary = SELECTORS[config.selector].summary
     assert isinstance(summary, LowBitKeys)
     size = config.block_size
+    if is_fused(backend, k_BGTD):
+        from sparda_compile.training.near_keys_kernel import launch_near_keys
+
+        return launch_near_keys(k_BGTD, size, summary.bits)
     num_full = k_BGTD.shape[2] // size
     blocks = k_BGTD[:, :, : num_full * size].unflatten(2, (num_full, size))
     return dequantize(*quantize(blocks, summary.bits), summary.bits).flatten(2, 3)
@@ -142,10 +150,11 @@ def backward_mass_loss(
     weight: float = 1.0,
     last_tokens: int | None = None,
     teacher: Teacher = "attention",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Compute the loss of one layer and send its gradient into the Forecast at once.
 
-    Works in tiles of queries, so that memory is linear in T.
+    Works in ranges of queries, so that memory is linear in T.
 
     Args:
         forecast_BGTD: Predicted queries, after rotation; if they need no gradient, only the loss
@@ -159,44 +168,76 @@ def backward_mass_loss(
         last_tokens: Queries to learn from, at the end of each sequence; None is all. The loss is
             the mean over them.
         teacher: What to learn: `attention` or `query`.
+        backend: `triton` fuses all of it, `plain` is this file; see `is_fused`.
 
     Returns:
         The loss, a float32 scalar in nats without a graph.
+
+    Raises:
+        ConfigError: If the backend is not known, or the fused loss does not take the head dim.
     """
     forecast, query_BHTD, k_BGTD = forecast_BGTD.detach(), query_BHTD.detach(), k_BGTD.detach()
     batch, groups, num_tokens, _ = forecast.shape
     counted = min(last_tokens or num_tokens, num_tokens)
-    near_BGSD = near_keys(k_BGTD, config)
+    near_BGSD = near_keys(k_BGTD, config, backend)
     is_query = teacher == "query"
-    taught_BGSD = near_BGSD if is_query else k_BGTD
-    needs_gradient = forecast_BGTD.requires_grad
-    gradient = torch.zeros_like(forecast, dtype=torch.float32) if needs_gradient else None
-    total = torch.zeros((), dtype=torch.float32, device=k_BGTD.device)
-    first = max(first_supervised(config), num_tokens - counted)
-    step = max(1, min(1024, _TILE_SCORES // max(batch * query_BHTD.shape[1] * num_tokens, 1)))
-    for start in range(first, num_tokens, step):
-        stop = min(start + step, num_tokens)
-        position_Q = torch.arange(start, stop, device=k_BGTD.device)
+    keys = (near_BGSD if is_query else k_BGTD, near_BGSD)
+    gradient = forecast.new_zeros(forecast.shape) if forecast_BGTD.requires_grad else None
+    mean = 1.0 / (counted * batch * groups)
+    push = None if gradient is None else (gradient, mean * weight)
+    queries = range(max(first_supervised(config), num_tokens - counted), num_tokens)
+    loss_of = _plain_loss
+    if is_fused(backend, k_BGTD):
+        from sparda_compile.training.mass_loss_kernel import launch_mass_loss
+
+        loss_of = launch_mass_loss
+    softcap = 0.0 if is_query else softcap
+    total = loss_of(
+        forecast, query_BHTD, keys, queries, config, scale, softcap, full_only=is_query, push=push
+    )
+    if gradient is not None:
+        forecast_BGTD.backward(gradient)
+    return total * mean
+
+
+def _plain_loss(
+    forecast_BGTD: Tensor,
+    query_BHTD: Tensor,
+    keys: tuple[Tensor, Tensor],
+    queries: range,
+    config: SpardaConfig,
+    scale: float,
+    softcap: float,
+    *,
+    full_only: bool,
+    push: tuple[Tensor, float] | None,
+) -> Tensor:
+    """Do what `launch_mass_loss` says in plain PyTorch, in tiles of queries."""
+    taught_BGSD, near_BGSD = keys
+    batch, heads, num_tokens = query_BHTD.shape[:3]
+    total = torch.zeros((), dtype=torch.float32, device=near_BGSD.device)
+    step = max(1, min(1024, _TILE_SCORES // max(batch * heads * num_tokens, 1)))
+    for start in range(queries.start, queries.stop, step):
+        stop = min(start + step, queries.stop)
+        position_Q = torch.arange(start, stop, device=near_BGSD.device)
         # Tokens up to the last query: the full blocks of these hold every free block.
-        seen = stop // config.block_size * config.block_size if is_query else stop
+        seen = stop // config.block_size * config.block_size if full_only else stop
         target_BGQN = block_mass(
             query_BHTD[:, :, start:stop],
             taught_BGSD[:, :, :seen],
             position_Q,
             config,
             scale,
-            softcap=0.0 if is_query else softcap,
-            full_only=is_query,
+            softcap=softcap,
+            full_only=full_only,
             seen=start // config.block_size,
         )
-        loss, part = _tile(
-            forecast[:, :, start:stop], near_BGSD, target_BGQN, range(start, stop), config, scale
-        )
-        total += loss / (counted * batch * groups)
-        if gradient is not None:
-            gradient[:, :, start:stop] = part / (counted * batch * groups)
-    if gradient is not None:
-        forecast_BGTD.backward((gradient * weight).to(forecast_BGTD.dtype))
+        forecast_BGQD = forecast_BGTD[:, :, start:stop]
+        loss, part = _tile(forecast_BGQD, near_BGSD, target_BGQN, range(start, stop), config, scale)
+        total += loss
+        if push is not None:
+            gradient, factor = push
+            gradient[:, :, start:stop] = part * factor
     return total
 
 

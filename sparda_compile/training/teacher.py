@@ -45,6 +45,7 @@ __all__ = [
     "Teacher",
     "aligned_teacher",
     "fine_keys",
+    "is_fused",
     "num_windows",
     "plain_teacher",
     "query_teacher",
@@ -66,6 +67,24 @@ def num_windows(num_tokens: int, pool_size: int, pool_stride: int) -> int:
 def visible_windows(num_tokens: int, queries: range, pool: tuple[int, int]) -> int:
     """Return how many of a sequence's windows can have mass for these queries."""
     return min(num_windows(num_tokens, *pool), (queries.stop - 1) // pool[1] + 2)
+
+
+def is_fused(backend: Backend, like: Tensor) -> bool:
+    """Return whether fused kernels compute on such a tensor.
+
+    Args:
+        backend: `triton` or `plain` says it; `auto` is `triton` for half precision on a GPU.
+        like: What is computed on.
+
+    Raises:
+        ConfigError: If the backend is not known.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(
+            f"backend={backend!r} is not known; use one of {', '.join(get_args(Backend))}."
+        )
+    is_half = like.dtype in (torch.float16, torch.bfloat16)
+    return backend == "triton" or (backend == "auto" and like.is_cuda and is_half)
 
 
 def fine_keys(k_BGTD: Tensor) -> Tensor:
@@ -106,8 +125,7 @@ def aligned_teacher(
         pool: Tokens of a deployed window, and between the starts of two.
         scale: Factor on q . k.
         softcap: Soft cap on the scores, 0.0 for none.
-        backend: `triton` fuses all of it, `plain` is this file; `auto` is `triton` for half
-            precision on a GPU.
+        backend: `triton` fuses all of it, `plain` is this file; see `is_fused`.
 
     Returns:
         [B, G, Q, W] float32, not negative, for the first `visible_windows`; the others have no
@@ -116,12 +134,7 @@ def aligned_teacher(
     Raises:
         ConfigError: If the backend is not known.
     """
-    if backend not in get_args(Backend):
-        raise ConfigError(
-            f"backend={backend!r} is not known; use one of {', '.join(get_args(Backend))}."
-        )
-    is_half = query_BHTD.dtype in (torch.float16, torch.bfloat16)
-    if backend == "triton" or (backend == "auto" and query_BHTD.is_cuda and is_half):
+    if is_fused(backend, query_BHTD):
         from sparda_compile.training.teacher_kernel import launch_aligned_teacher
 
         return launch_aligned_teacher(query_BHTD, fine_BGJD, queries, pool, scale, softcap)

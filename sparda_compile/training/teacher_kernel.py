@@ -31,13 +31,13 @@ except ImportError as error:
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["launch_aligned_teacher"]
+__all__ = ["grow", "launch_aligned_teacher", "logits"]
 
 _MAX_STRIDE, _MAX_HEAD_DIM = 64, 256
 
 
 @triton.jit
-def _logits(q, k, scale, softcap, HAS_CAP: tl.constexpr, IEEE: tl.constexpr):
+def logits(q, k, scale, softcap, HAS_CAP: tl.constexpr, IEEE: tl.constexpr):  # noqa: ANN201
     """Return q . k * scale, capped, in units of log2."""
     dots = tl.dot(q, k, input_precision="ieee") if IEEE else tl.dot(q, k)
     if HAS_CAP:
@@ -56,7 +56,7 @@ def _keys(k_base, offs_j, offs_d, k_stride_j, num_fine, D: tl.constexpr):
 
 
 @triton.jit
-def _grow(peak, total, s):
+def grow(peak, total, s):  # noqa: ANN201
     """Take scores into a running maximum and a running sum of powers of two."""
     higher = tl.maximum(peak, tl.max(s, 1))
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
@@ -89,13 +89,13 @@ def _lse_kernel(
     for first in range(0, seen, BLOCK_J):
         offs_j = first + tl.arange(0, BLOCK_J)
         k = _keys(k_base, offs_j, offs_d, k_stride_j, num_fine, D)
-        peak, total = _grow(peak, total, _logits(q, k, scale, softcap, HAS_CAP, IEEE))
+        peak, total = grow(peak, total, logits(q, k, scale, softcap, HAS_CAP, IEEE))
     for first in range(seen, tl.minimum(start + (tile + 1) * BLOCK_Q, num_fine), BLOCK_J):
         offs_j = first + tl.arange(0, BLOCK_J)
         k = _keys(k_base, offs_j, offs_d, k_stride_j, num_fine, D)
         visible = (offs_j[None, :] <= position[:, None]) & (offs_j[None, :] < num_fine)
-        s = tl.where(visible, _logits(q, k, scale, softcap, HAS_CAP, IEEE), -1.0e30)
-        peak, total = _grow(peak, total, s)
+        s = tl.where(visible, logits(q, k, scale, softcap, HAS_CAP, IEEE), -1.0e30)
+        peak, total = grow(peak, total, s)
     tl.store(lse_ptr + row.to(tl.int64) * num_queries + offs_q, peak + tl.log2(total), mask=in_q)
 
 
@@ -127,7 +127,7 @@ def _cell_kernel(
             )  # fmt: skip
             lse_row = b * num_groups * R + h
             lse = tl.load(lse_ptr + lse_row * num_queries + offs_q, mask=in_q, other=0.0)
-            s = _logits(q, k, scale, softcap, HAS_CAP, IEEE)
+            s = logits(q, k, scale, softcap, HAS_CAP, IEEE)
             # A hidden score may be far above the sum: infinity, which the mask below takes away.
             mass += tl.exp2(s - lse[:, None])
     visible = (offs_j[None, :] <= position[:, None]) & (offs_j[None, :] < num_fine)

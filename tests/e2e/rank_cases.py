@@ -213,9 +213,9 @@ def late(rank):
     chance, run = random.Random(rank), program_module.Program.__call__
     engine = program_module.CudaEngine
 
-    def slow(self, *args):
+    def slow(self, *args, **rest):
         time.sleep(chance.random() * 0.01 if rank else 0.0)
-        return run(self, *args)
+        return run(self, *args, **rest)
 
     program_module.Program.__call__ = slow
     program_module.CudaEngine = lambda device: DelayEngine(device, 7 + rank)

@@ -205,9 +205,9 @@ def test_random_delays_change_nothing(lab, monkeypatch, prefill, chunk):
     run = Program.__call__
     for seed in range(10):
 
-        def delayed(self, *args, seed=seed):
+        def delayed(self, *args, seed=seed, **rest):
             self._engine = DelayEngine(torch.device("cuda"), seed)
-            return run(self, *args)
+            return run(self, *args, **rest)
 
         monkeypatch.setattr(Program, "__call__", delayed)
         assert torch.equal(lab.run(lab.module("forecast", **settings)), want), f"seed {seed}"
@@ -242,3 +242,63 @@ def test_kernels_of_prompts_are_compiled_before_they_are_launched(lab):
         "_number_tokens", "_extend_kv", "_token_blocks", "_pick_tokens", "_attend_tokens",
         "_copy_pages",
     }  # fmt: skip
+
+
+def prompt_graphs(module):
+    """Return the CUDA graphs of a module's programs for prompts."""
+    programs = module.programs.compiled()
+    return sum(p.num_graphs for p in programs if p.plan.phase != "decode")
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("prefill", ["sparse", "dense"])
+@pytest.mark.parametrize("mode", MODES)
+def test_short_prompts_are_replayed_bit_for_bit(lab, mode, prefill, lowering):
+    settings = {"prefill": prefill, "lowering": lowering, "page_ratio": 1.0}
+    want = lab.run(lab.module(mode, **settings, cuda_graph=False))
+    module = lab.module(mode, **settings)
+    for turn in range(4):
+        assert torch.equal(lab.run(module), want), f"turn {turn}"
+        assert prompt_graphs(module) == (turn > 0)
+
+
+@pytest.mark.parametrize("prefill", ["sparse", "dense"])
+@pytest.mark.parametrize("seed", range(5))
+def test_delays_captured_with_a_prompt_change_nothing(lab, monkeypatch, prefill, seed):
+    settings = {"prefill": prefill, "page_ratio": 1.0}
+    want = lab.run(lab.module("forecast", **settings))
+    module, run = lab.module("forecast", **settings), Program.__call__
+
+    def delayed(self, *args, **rest):
+        if self.plan.phase != "decode" and not isinstance(self._engine, DelayEngine):
+            self._engine = DelayEngine(torch.device("cuda"), seed)
+        return run(self, *args, **rest)
+
+    monkeypatch.setattr(Program, "__call__", delayed)
+    for _ in range(4):
+        assert torch.equal(lab.run(module), want)
+    assert prompt_graphs(module) == 1
+
+
+@pytest.mark.parametrize("prefill", ["sparse", "dense"])
+def test_turns_of_two_caches_are_replayed(lab, prefill):
+    """Turns of many lengths behind many pasts: 40 texts, cut in the same places."""
+    generator = torch.Generator().manual_seed(11)
+    cuts = torch.randint(1, 90, (9,), generator=generator).tolist()
+
+    def logits(module):
+        caches, found = [module.new_cache(1024) for _ in range(2)], []
+        for text in range(40):
+            cache, begin = caches[text % 2], 0
+            cache.reset()
+            for columns in cuts:
+                part = (text_ids[:, begin : begin + columns] + text) % 250 + 1
+                found.append(module(part, past_key_values=cache, logits_to_keep=1).logits)
+                begin += columns
+        return torch.stack(found)
+
+    text_ids = lab.ids[:1]
+    want = logits(lab.module("query", prefill=prefill, cuda_graph=False))
+    module = lab.module("query", prefill=prefill)
+    assert torch.equal(logits(module), want)
+    assert prompt_graphs(module) > 4

@@ -378,11 +378,11 @@ def test_an_interrupted_chunk_breaks_the_cache_alone(module_of, monkeypatch, err
     cache, calls = fast.new_cache(256), []
     run = Program.__call__
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **rest):
         calls.append(1)
         if len(calls) == 3:
             raise error
-        return run(self, *args)
+        return run(self, *args, **rest)
 
     monkeypatch.setattr(Program, "__call__", interrupted)
     with pytest.raises(error):

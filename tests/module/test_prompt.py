@@ -40,10 +40,10 @@ def calls(traced_llama, monkeypatch):
     seen = []
     run = Program.__call__
 
-    def noted(self, ids, positions, mask, kv):
+    def noted(self, ids, positions, mask, kv, **rest):
         hidden = None if mask is None else mask[0].logical_not().tolist()
         seen.append((self.plan.phase, ids.shape[1], hidden))
-        return run(self, ids, positions, mask, kv)
+        return run(self, ids, positions, mask, kv, **rest)
 
     def of(num_tokens, **settings):
         fast = optimize(traced_llama, SpardaConfig(**SMALL, **settings))

@@ -101,10 +101,10 @@ def test_speculation_is_said_in_a_sentence(fast):
     config = CONFIG.replace(
         mode="speculate", offload="never", machine="h200", top_k=8, speculate_where="always"
     )
-    # Selected are 1 + 2 + 1 blocks, and 8 by score: of these 0.8, and the current one, are new.
+    # Selected are 1 + 2 + 1 blocks, and 8 by score: of these 2, and the current one, are new.
     said = (
         "Layers that attend to up to 16 predicted blocks while they select: 2. Of 12 selected "
-        "blocks 2 are expected to be repaired, and of those predicted 6 to be {} the result."
+        "blocks 3 are expected to be repaired, and of those predicted 7 to be {} the result."
     )
     assert config.num_predicted(planned_capacity(config) // config.block_size) == 16
     for changes, text in (

@@ -112,10 +112,19 @@ def test_second_call_captures_and_later_ones_replay(log):
         assert step.state.tolist() == [total] * 3
     assert run.is_captured
     # Work in flight has ended before a capture begins; Python runs twice, whatever comes.
-    settings = {"capture_error_mode": "thread_local"}
+    settings = {"pool": None, "capture_error_mode": "thread_local"}
     assert log == ["python", "synchronize", ("capture", settings), "python"]
     assert FakeGraph.made == 1
     assert run._graph.num_replays == 3
+
+
+def test_what_has_run_already_is_captured_at_the_first_call(log):
+    step = Step(log)
+    run = StepGraph(step, step.arguments(), (step.ids, step.positions), pool=(7, 7), has_run=True)
+    for number, total in ((2, 2), (5, 7)):
+        assert run(*values(number)).tolist() == wanted(total, number)
+    settings = {"pool": (7, 7), "capture_error_mode": "thread_local"}
+    assert log == ["synchronize", ("capture", settings), "python"]
 
 
 def test_inputs_are_copied_to_where_the_graph_reads_them(log):

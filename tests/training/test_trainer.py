@@ -75,6 +75,25 @@ def test_from_random_weights_loss_falls_and_recall_rises_and_a_decode_takes_the_
     assert fast.generate(held_out[0], max_new_tokens=2).shape == (1, 322)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="runs the kernels in Triton's interpreter, which is off where there is a GPU",
+)
+@pytest.mark.parametrize("teacher", ["attention", "query"])
+def test_the_fused_loss_on_low_bit_keys_takes_the_same_step(gym, teacher):
+    pytest.importorskip("triton")
+    config, (batch,) = gym.config.replace(selector="lowbit2"), gym.batches(1, length=150)
+    reports, weights = [], []
+    for backend in ("plain", "triton"):
+        trainer = ForecastTrainer(gym.model, config, 1e-3, teacher=teacher, backend=backend)
+        reports.append(trainer.step([batch]))
+        weights.append(trainer.weights[0].product().detach())
+    plain, fused = reports
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert fused.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-3)
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-4)
+
+
 def test_the_model_is_left_as_it_is(gym):
     before = {name: value.clone() for name, value in gym.model.state_dict().items()}
     train(gym, gym.batches(1), 2)

@@ -2,6 +2,7 @@
 
     forecast   max over the windows of a block of f . pooled_k                       one launch
     infllm2    logits and, per part, their maxima and sums; then weights, max        two launches
+               (logits [W, heads]: a window's lie side by side, and a block's windows)
     quest      sum_d max(qbar_d * min_d, qbar_d * max_d)                             one launch
     lowbit     in `low_bit_score.py`
 
@@ -38,9 +39,14 @@ __all__ = ["SCORE_KERNELS", "complete_windows"]
 # Blocks of one program; a Forecast's measured on one H200, of 8 to 64, and of 2 to 8 warps.
 _BLOCKS: Final = 32
 _FORECAST_BLOCKS: Final = 8
-_WINDOWS: Final = 128
-# Logits of a head begin at a multiple of so many, whatever the number of windows.
-_ALIGNED: Final = 16
+# Windows of a tile, programs that are enough, most tiles of one, and tiles that are read ahead of
+# one. Measured on one H200 for one sequence and sixteen, beside tiles of 128, 1 to 16 of them, and
+# the product the other way round: `benchmarks/results/2026-11-30-h200-score-forms.json`.
+_WINDOWS: Final = 64
+_PROGRAMS: Final = 256
+_MOST_TILES: Final = 16
+_MOST_STAGES: Final = 3
+_STAGE_BYTES: Final = 1 << 16
 
 
 @triton.jit
@@ -100,43 +106,48 @@ def _forecast(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _infllm2_logits(
-    query, pooled, lengths, logits, maxima, sums, scale, q_row, q_head, groups, num_windows, room,
-    parts, HEADS: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, WINDOWS: tl.constexpr, INTERPRETED: tl.constexpr,
+    query, pooled, lengths, logits, maxima, sums, scale, q_row, q_head, groups, num_windows, parts,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
+    DIM: tl.constexpr, DIMS: tl.constexpr, WINDOWS: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
     row, group = pair // groups, pair % groups
     complete = complete_windows(tl.load(lengths + row), POOL, STRIDE)
     head = tl.arange(0, ROWS)
-    is_head = head < HEADS
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    if part * WINDOWS < complete:
-        dims = tl.arange(0, DIMS)
-        is_dim = dims < DIM
-        heads = group * HEADS + head
-        q = tl.load(
-            query + row * q_row + heads[:, None] * q_head + dims[None, :],
-            mask=is_head[:, None] & is_dim[None, :],
-            other=0.0,
-        )
-        window = part * WINDOWS + tl.arange(0, WINDOWS)
+    dims = tl.arange(0, DIMS)
+    is_dim = dims < DIM
+    heads = group * HEADS + head
+    q = tl.load(
+        query + row * q_row + heads[:, None] * q_head + dims[None, :],
+        mask=(head < HEADS)[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    if INTERPRETED:
+        q = q.to(tl.float32)
+    first = part * (WINDOWS * TILES)
+    tiles = tl.minimum(tl.cdiv(tl.maximum(complete - first, 0), WINDOWS), TILES)
+    for tile in tl.range(tiles, num_stages=STAGES):
+        window = first + tile * WINDOWS + tl.arange(0, WINDOWS)
         exists = window < complete
+        place = pair.to(tl.int64) * num_windows + window
         keys = tl.load(
-            pooled + (pair.to(tl.int64) * num_windows + window[:, None]) * DIM + dims[None, :],
+            pooled + place[:, None] * DIM + dims[None, :],
             mask=exists[:, None] & is_dim[None, :],
             other=0.0,
         )
         if INTERPRETED:
-            q, keys = q.to(tl.float32), keys.to(tl.float32)
-        dots = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        dots = tl.where(exists[None, :], dots, float("-inf"))
-        place = (pair.to(tl.int64) * HEADS + head[:, None]) * room + window[None, :]
-        tl.store(logits + place, dots, mask=is_head[:, None] & exists[None, :])
-        peak = tl.max(dots, axis=1)
-        total = tl.sum(tl.exp(dots - peak[:, None]), axis=1)
+            keys = keys.to(tl.float32)
+        dots = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
+        dots = tl.where(exists[:, None], dots, float("-inf"))
+        tl.store(logits + place[:, None] * ROWS + head[None, :], dots, mask=exists[:, None])
+        above = tl.maximum(peak, tl.max(dots, axis=0))
+        total = total * tl.exp(peak - above) + tl.sum(tl.exp(dots - above[None, :]), axis=0)
+        peak = above
     if not INTERPRETED:
         cuda.gdc_launch_dependents()
     place = (pair * parts + part) * ROWS + head
@@ -144,11 +155,11 @@ def _infllm2_logits(
     tl.store(sums + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _infllm2_blocks(
-    logits, maxima, sums, lengths, scores, groups, room, num_blocks, parts,
+    logits, maxima, sums, lengths, scores, groups, num_windows, num_blocks, parts,
     HEADS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, POOL: tl.constexpr,
-    STRIDE: tl.constexpr, RATIO: tl.constexpr, RATIOS: tl.constexpr, OVERHANG: tl.constexpr,
+    STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -158,30 +169,21 @@ def _infllm2_blocks(
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     best = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
     if part * BLOCKS * RATIO - OVERHANG < complete:
-        head = tl.arange(0, ROWS)
-        each = tl.arange(0, PARTS)
+        head, each = tl.arange(0, ROWS), tl.arange(0, PARTS)
         place = (pair * parts + each[:, None]) * ROWS + head[None, :]
         peaks = tl.load(maxima + place, mask=each[:, None] < parts, other=float("-inf"))
         totals = tl.load(sums + place, mask=each[:, None] < parts, other=0.0)
         peak = tl.max(peaks, axis=0)
         normal = peak + tl.log(tl.sum(totals * tl.exp(peaks - peak[None, :]), axis=0))
-        rows = (pair.to(tl.int64) * HEADS + head[:, None]) * room
-        is_head = head[:, None] < HEADS
-        # Windows that begin in a block lie side by side; those that begin before it do not.
-        each = tl.arange(0, RATIOS)
-        begun = block[:, None] * RATIO + each[None, :]
-        exists = (each < RATIO)[None, :] & (begun < complete)
-        mask = is_head[:, :, None] & exists[None, :, :]
-        dots = tl.load(logits + rows[:, :, None] + begun[None, :, :], mask=mask, other=0.0)
-        weight = tl.where(mask, tl.exp(dots - normal[:, None, None]), 0.0)
-        best = tl.max(tl.where(exists, tl.sum(weight, axis=0), float("-inf")), axis=1)
-        for i in tl.static_range(OVERHANG):
+        is_head = (head < HEADS)[None, :]
+        for i in tl.static_range(RATIO + OVERHANG):
             window = block * RATIO - OVERHANG + i
             is_there = (window >= 0) & (window < complete)
-            mask = is_head & is_there[None, :]
-            dots = tl.load(logits + rows + window[None, :], mask=mask, other=0.0)
-            weight = tl.where(mask, tl.exp(dots - normal[:, None]), 0.0)
-            best = tl.maximum(best, tl.where(is_there, tl.sum(weight, axis=0), float("-inf")))
+            mask = is_head & is_there[:, None]
+            place = pair.to(tl.int64) * num_windows + window
+            dots = tl.load(logits + place[:, None] * ROWS + head[None, :], mask=mask, other=0.0)
+            weight = tl.where(mask, tl.exp(dots - normal[None, :]), 0.0)
+            best = tl.maximum(best, tl.where(is_there, tl.sum(weight, axis=1), float("-inf")))
     tl.store(scores + pair * num_blocks + block, best, mask=block < num_blocks)
 
 
@@ -196,24 +198,26 @@ def _infllm2(
     pooled = tensors[0]
     batch, groups, num_windows, dim = pooled.shape
     query, q_row, q_head = rows_of(query_BH1D)
-    heads = query.shape[1] // groups
-    rows, parts = power_of_two(heads, 16), triton.cdiv(num_windows, _WINDOWS)
-    pairs = batch * groups
+    heads, pairs = query.shape[1] // groups, batch * groups
+    rows, dims = power_of_two(heads, 16), power_of_two(dim, 16)
+    num_tiles = triton.cdiv(num_windows, _WINDOWS)
+    wanted = max(pairs * num_tiles // _PROGRAMS, 1)
+    tiles = min(1 << (wanted.bit_length() - 1), _MOST_TILES)
+    tile_bytes = _WINDOWS * dims * pooled.element_size()
+    stages = max(min(_STAGE_BYTES // tile_bytes, _MOST_STAGES), 1) if tiles > 1 else 1
+    parts = triton.cdiv(num_tiles, tiles)
     new = lengths_B.new_empty
-    room = triton.cdiv(num_windows, _ALIGNED) * _ALIGNED
-    logits = new((pairs, heads, room), dtype=torch.float32)
+    logits = new((pairs, num_windows, rows), dtype=torch.float32)
     maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
     pool = (geometry.pool_size, geometry.pool_stride)
     launch(_infllm2_logits, (pairs, parts))(
         query, pooled, lengths_B, logits, maxima, sums, scale, q_row, q_head, groups, num_windows,
-        room, parts, heads, rows, *pool, dim, power_of_two(dim, 16), _WINDOWS, interpreting(),
-        num_warps=4,
+        parts, heads, rows, *pool, dim, dims, _WINDOWS, tiles, stages, interpreting(), num_warps=4,
     )  # fmt: skip
     ratio, overhang = geometry.block_size // pool[1], pool[0] // pool[1] - 1
     launch(_infllm2_blocks, (pairs, triton.cdiv(geometry.num_blocks, _BLOCKS)))(
-        logits, maxima, sums, lengths_B, scores_BGN, groups, room, geometry.num_blocks, parts,
-        heads, rows, power_of_two(parts), *pool, ratio, power_of_two(ratio), overhang,
-        _BLOCKS, interpreting(),
+        logits, maxima, sums, lengths_B, scores_BGN, groups, num_windows, geometry.num_blocks,
+        parts, heads, rows, power_of_two(parts), *pool, ratio, overhang, _BLOCKS, interpreting(),
         num_warps=4, **launch_early(),
     )  # fmt: skip
 

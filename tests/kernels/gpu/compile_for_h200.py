@@ -60,6 +60,7 @@ def compile_only(kernel, grid):
 JITFunction.__getitem__ = compile_only
 
 from sparda_compile.bench.trace_kernel import raise_scores  # noqa: E402
+from sparda_compile.config import SpardaConfig  # noqa: E402
 from sparda_compile.kernels.gpu import (  # noqa: E402
     append,
     attend_tokens,
@@ -83,6 +84,7 @@ from sparda_compile.kernels.paged import Stored  # noqa: E402
 from sparda_compile.registry import KV_FORMATS  # noqa: E402
 from sparda_compile.selectors import SELECTORS, Geometry, summary_named  # noqa: E402
 from sparda_compile.selectors.base import empty_summary  # noqa: E402
+from sparda_compile.training.mass_loss import backward_mass_loss  # noqa: E402
 from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noqa: E402
 
 BLOCKS, SELECTED, PAGES = 300, 20, 31
@@ -259,6 +261,15 @@ def run_prompt(dtype, dim, size):
         kernel(k, numbered, lengths, empty_summary(summary_named(name), k, geometry), geometry)
 
 
+def run_mass_loss(dtype, dim, size, softcap):
+    """Launch the loss on low-bit keys and its gradient."""
+    config = SpardaConfig(selector="lowbit2", block_size=size, local_blocks=1)
+    forecast = torch.zeros(1, GROUPS, 10 * size, dim, dtype=dtype, requires_grad=True)
+    query = torch.zeros(1, HEADS, 10 * size, dim, dtype=dtype)
+    k = forecast.detach()
+    backward_mass_loss(forecast, query, k, config, 1.0, softcap=softcap, backend="triton")
+
+
 def run_largest(dtype, dim, size):
     """Launch those whose tiles of keys fill shared memory."""
     geometry = Geometry(BLOCKS, size, 32, 16)
@@ -288,5 +299,8 @@ run_all(torch.bfloat16, 128, 64)
 run_largest(torch.float32, 256, 128)
 run_prompt(torch.bfloat16, 128, 64)
 run_prompt(torch.float32, 256, 128)
+run_mass_loss(torch.bfloat16, 64, 64, 0.0)
+run_mass_loss(torch.bfloat16, 256, 128, 30.0)
+run_mass_loss(torch.float16, 80, 16, 0.0)
 most = {name: [max(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 json.dump(most, sys.stdout)

@@ -21,6 +21,7 @@ READ = {
     "_low_bit_masses", "_low_bit_scores",
     "_token_sums", "_token_blocks", "_attend_tokens", "_attend_blocks", "_repair_predicted",
     "_merge_partials", "_merge_predicted", "_remove_partial",
+    "_block_logs", "_mass_gradient", "_near_keys",
 }  # fmt: skip
 COPY = {
     "_gather",
@@ -48,7 +49,7 @@ def test_kernels_compile_and_fit_and_read_16_bytes_at_once(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 52
+    assert len(found) == 56
     assert {name: shared for name, (shared, *_) in found.items() if shared > MOST_SHARED} == {}
     assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
     assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from sparda_compile.kernels.gpu import score
 from sparda_compile.kernels.gpu.score import SCORE_KERNELS
 from sparda_compile.selectors import SELECTORS, Geometry
 
@@ -69,6 +70,15 @@ def test_kernel_equals_the_selector(device, assert_close, name, dtype):
     """40 blocks are two tiles, and the last sequence has more windows than one part holds."""
     geometry = Geometry(40, 16, 8, 4)
     check_scores(device, assert_close, name, [100, 333, 639], (2, 6, 24), geometry, dtype)
+
+
+@pytest.mark.parametrize(("programs", "windows"), [(1, 16), (4, 16), (1, 64)])
+def test_a_program_of_several_tiles(device, assert_close, monkeypatch, programs, windows):
+    """Sequences that end inside a tile, at its end, and before the second program's first one."""
+    monkeypatch.setattr(score, "_PROGRAMS", programs)
+    monkeypatch.setattr(score, "_WINDOWS", windows)
+    lengths = [639, 4 * windows + 4, 8 * windows, 0]
+    check_scores(device, assert_close, "infllm2", lengths, (2, 3, 24), Geometry(40, 16, 8, 4))
 
 
 @pytest.mark.parametrize(

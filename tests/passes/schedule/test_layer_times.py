@@ -145,7 +145,7 @@ class TestAttendsBeforeRepair:
         settings = {"mode": "exact", "hint": "forecast", "machine": "h200"}
         return plan_of("llama", **settings, attend_before_repair="auto")
 
-    @pytest.mark.parametrize(("batch", "is_early"), [(1, False), (2, False), (4, True), (16, True)])
+    @pytest.mark.parametrize(("batch", "is_early"), [(1, False), (2, True), (4, True), (16, True)])
     def test_where_a_repair_is_long_enough_to_be_hidden(self, exact, batch, is_early):
         shape, ctx = as_measured(exact, batch)
         assert attends_before_repair(shape, ctx) == is_early
