@@ -175,7 +175,8 @@ def test_random_delays_change_nothing_on_pages_of_runs(lab, kv_format, mode):
 @pytest.mark.parametrize("kv_format", RUNS)
 def test_turns_read_the_same_from_pages_of_runs(lab, kv_format, prefill, offload):
     settings = {"mode": "forecast", "prefill": prefill, "kv_format": kv_format, "offload": offload}
-    sizes = (70, 45, 1, 1, 50, 1)
+    # Short turns behind pasts of one rounded length: read, captured, and replayed twice.
+    sizes = (70, 10, 12, 1, 15, 1, 50, 1)
     one, other = (lab.module(page_format=name, **settings) for name in ("model", "stored"))
     assert torch.equal(lab.turns(other, *sizes), lab.turns(one, *sizes))
 
