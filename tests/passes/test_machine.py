@@ -12,7 +12,13 @@ import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.ops import OPS
-from sparda_compile.passes.machine import LATENCY_US, MACHINES, SCORES, calibration_file, machine_for
+from sparda_compile.passes.machine import (
+    LATENCY_US,
+    MACHINES,
+    SCORES,
+    calibration_file,
+    machine_for,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 MEASURED = {

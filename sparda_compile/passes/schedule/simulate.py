@@ -5,9 +5,8 @@ takes from the compute stream meanwhile is
 
     a copy          the share `Machine.copy_share` of the rate of all that is no copy: it holds
                     multiprocessors, and shares the memory system
-    anything else   the share of the memory's bandwidth that it uses, or of the multiprocessors if
-                    that is more (`Cost.least_taken`): what it leaves is the most that work on the
-                    compute stream gets
+    anything else   the share of the bandwidth that it uses, or of the device if `Cost` says more:
+                    what it leaves is the most that work on the compute stream gets
 
 so a node that uses the share m of the bandwidth while it runs alone goes on at the rate
 
