@@ -33,6 +33,7 @@ __all__ = [
     "Choice",
     "Commit",
     "Device",
+    "ForecastFile",
     "Hint",
     "HostGib",
     "KvFormat",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,7 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LATENCY_US", "MACHINES", "Machine", "calibration_file", "machine_for"]
+__all__ = ["LATENCY_US", "MACHINES", "SCORES", "Machine", "calibration_file", "machine_for"]
 
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,20 @@ LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
     },
 }
 
+# What the scores of a selector take beside its bytes, and the rate at which their kernels read
+# these: unpacking codes and summing weights take instructions, not bytes. A selector that is not
+# named takes `score_blocks` of the above, and the rate of the memory. On one H200, November 2026,
+# 128K tokens, 2 KV heads of 128, 1 and 16 sequences, in replayed CUDA graphs
+# (benchmarks/results/2026-11-30-h200-score-forms.json and -low-bit-forms.json): these two numbers
+# are the line through the two times.
+SCORES: Final[Mapping[str, Mapping[str, float]]] = {
+    "infllm2": {"latency_us": 4.8, "gbps": 2710.0},
+    "lowbit2": {"latency_us": 6.4, "gbps": 1786.0},
+    "lowbit4": {"latency_us": 7.3, "gbps": 2712.0},
+    "lowbit2_forecast": {"latency_us": 3.75, "gbps": 2043.0},
+    "lowbit4_forecast": {"latency_us": 4.8, "gbps": 2895.0},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -95,6 +110,7 @@ class Machine:
             device runs beside it, 0.0 to 1.0.
         peer_gbps: Rate at which a rank sends to others in a collective, 10^9 bytes per second. Not
             measured here: of an H200's 450 over NVLink two thirds, as NCCL reaches.
+        scores: Selector -> `latency_us` and `gbps` of its scores in a decode step, see `SCORES`.
     """
 
     name: str
@@ -109,6 +125,20 @@ class Machine:
     kernel_us: float = 3.1
     copy_share: float = 0.15
     peer_gbps: float = 300.0
+    scores: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=lambda: {name: dict(times) for name, times in SCORES.items()}, hash=False
+    )
+
+    def score_us(self, selector: str, num_bytes: float) -> float:
+        """Return what the scores of a selector take in a decode step, microseconds.
+
+        Args:
+            selector: Its name, `Selector.timed_as`.
+            num_bytes: Of its summary, and of the scores.
+        """
+        times = self.scores.get(selector, {})
+        latency = times.get("latency_us", self.latency_of("score_blocks"))
+        return latency + num_bytes / (min(times.get("gbps", math.inf), self.memory_gbps) * 1e3)
 
     def latency_of(self, op: str, default_us: float | None = None) -> float:
         """Return what a sparda op, such as `select_pages`, takes beside its bytes.
@@ -132,6 +162,7 @@ MACHINES: Final = {
         kernel_us=2.5,
         copy_share=0.0,
         peer_gbps=1.0,
+        scores={},
     ),
     "h100": Machine(
         "h100",

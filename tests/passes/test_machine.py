@@ -12,13 +12,19 @@ import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.ops import OPS
-from sparda_compile.passes.machine import LATENCY_US, MACHINES, calibration_file, machine_for
+from sparda_compile.passes.machine import (
+    LATENCY_US,
+    MACHINES,
+    SCORES,
+    calibration_file,
+    machine_for,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 MEASURED = {
     "name": "h200", "memory_gbps": 4000.5, "link_gbps": 41.0, "tflops": 700.0, "launch_us": 2.5,
     "overlaps": True, "latency_us": {"select_pages": 9.5}, "kernel_us": 2.75, "copy_share": 0.2,
-    "peer_gbps": 250.0,
+    "peer_gbps": 250.0, "scores": {"quest": {"gbps": 900.0}},
 }  # fmt: skip
 
 
@@ -138,13 +144,36 @@ def test_gpu_that_was_measured_is_planned_for_as_it_is(calibration, caplog):
 
 
 def test_constants_without_latencies_have_those_of_an_h200(calibration):
-    newer = ("latency_us", "kernel_us", "copy_share", "peer_gbps")
+    newer = ("latency_us", "kernel_us", "copy_share", "peer_gbps", "scores")
     older = {key: value for key, value in MEASURED.items() if key not in newer}
     calibration.write_text(json.dumps({"machine": older}))
     machine = machine_for(None, GPU)
     assert machine.peer_gbps == MACHINES["h200"].peer_gbps
     assert machine.latency_us == LATENCY_US["h200"]
     assert (machine.kernel_us, machine.copy_share) == (3.1, 0.15)
+    assert machine.scores == SCORES
+
+
+@pytest.mark.parametrize(
+    ("selector", "sequences", "us"),
+    [
+        ("infllm2", 1, 6.36), ("infllm2", 16, 29.64), ("lowbit2", 1, 12.31),
+        ("lowbit2", 16, 100.53), ("lowbit4", 16, 118.73), ("lowbit2_forecast", 1, 8.89),
+        ("lowbit2_forecast", 16, 85.97), ("lowbit4_forecast", 1, 11.32), ("forecast", 16, 19.33),
+        ("forecast", 1, 3.68),
+    ],
+)  # fmt: skip
+def test_scores_take_what_was_measured(selector, sequences, us):
+    """128K tokens, 2 KV heads of 128: pooled keys, or codes with a span and a base."""
+    pairs, bits = 2 * sequences, int(selector[6]) if selector.startswith("low") else 0
+    block = 64 * 128 * bits // 8 + 2 * 128 * 2 if bits else 4 * 128 * 2
+    assert MACHINES["h200"].score_us(selector, pairs * 2048 * block) == pytest.approx(us, rel=0.06)
+
+
+def test_what_is_not_known_of_scores_is_read_at_the_rate_of_the_memory():
+    machine = dataclasses.replace(MACHINES["h200"], scores={"slow": {"gbps": 9000.0}})
+    assert machine.score_us("unknown", 4300e3) == pytest.approx(2.76 + 1.0)
+    assert machine.score_us("slow", 4300e3) == pytest.approx(2.76 + 1.0)
 
 
 @pytest.mark.parametrize(

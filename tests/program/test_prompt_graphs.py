@@ -11,7 +11,7 @@ import torch
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.program import program, prompt_graphs
 from sparda_compile.program.prompt_graphs import PromptGraphs, is_short, num_read, rounded_past
-from sparda_compile.testing import random_forecast, tiny_llama
+from sparda_compile.testing import build, random_forecast, tiny_llama
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -139,24 +139,12 @@ def test_shapes_that_were_not_read_for_long_are_let_go(graphs):
 RULES = {"block_size": 16, "pool_size": 8, "pool_stride": 4, "local_blocks": 1, "top_k": 2}
 
 
-@pytest.mark.parametrize("prefill", ["dense", "sparse"])
-@pytest.mark.parametrize("mode", ["dense", "query", "forecast", "exact"])
-def test_rounded_prompts_and_turns_give_the_same_logits(monkeypatch, mode, prefill):
-    """As on a GPU, but for graphs: lengths around 64, padding within a batch, three turns."""
-    model = tiny_llama()
-    weights = random_forecast(model, seed=1)
-    forecast = {0 if key == "bootstrap" else key + 1: w for key, w in weights.items()}
-    if mode == "dense" and prefill == "sparse":
-        pytest.skip("mode dense has no sparse prompts")
-    prefill = {} if mode == "dense" else {"prefill": prefill}
-    config = SpardaConfig(
-        mode=mode, hint="previous_step", lowering="eager", **RULES, **prefill, max_tokens=512
-    )
-    given = forecast if config.needs_forecast else None
+def check_rounded(monkeypatch, model, config, forecast=None):
+    """Read as on a GPU, but for graphs: lengths around 64, padding within a batch, turns."""
     ids = torch.randint(2, 250, (2, 300), generator=torch.Generator().manual_seed(5))
 
     def logits():
-        fast = optimize(model, config, forecast=given)
+        fast = optimize(model, config, forecast=forecast)
         cache, found, begin = fast.new_cache(), [], 0
         for columns in (130, 63, 1, 2, 65):
             mask = torch.ones(2, begin + columns)
@@ -181,3 +169,21 @@ def test_rounded_prompts_and_turns_give_the_same_logits(monkeypatch, mode, prefi
     got = logits()
     assert 130 in rounded
     assert (got - want).abs().max() < 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
+def test_rounded_prompts_and_turns_give_the_same_logits(monkeypatch, mode, prefill):
+    model = tiny_llama()
+    weights = random_forecast(model, seed=1)
+    forecast = {0 if key == "bootstrap" else key + 1: w for key, w in weights.items()}
+    config = SpardaConfig(
+        mode=mode, hint="previous_step", lowering="eager", prefill=prefill, **RULES, max_tokens=512
+    )
+    check_rounded(monkeypatch, model, config, forecast if config.needs_forecast else None)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("llama", "dense"), ("gemma3", "query")])
+def test_rounded_prompts_of_dense_layers_and_of_windows(monkeypatch, name, mode):
+    config = SpardaConfig(mode=mode, lowering="eager", **RULES, max_tokens=512)
+    check_rounded(monkeypatch, build(name), config)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerTimes", "attends_before_repair", "layer_times", "speculates"]
 
-_SELECTING: Final = ("score_blocks", "append_kv", "update_summary")
+_SELECTING: Final = ("append_kv", "update_summary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +97,12 @@ def layer_times(shape: LayerShape, group_size: int, ctx: PassContext) -> LayerTi
     def bytes_us(num_bytes: float) -> float:
         return num_bytes / (machine.memory_gbps * 1e3)
 
-    reading = bytes_us(read + 2 * pairs * layout.num_blocks * 4)  # scores: written, read
+    scorer = selector.timed_as or selector.name
+    # Scores are written, and read.
+    scoring = machine.score_us(scorer, read + 2 * pairs * layout.num_blocks * 4)
+    reading = scoring - machine.score_us(scorer, 0.0)
     return LayerTimes(
-        select_us=sum(map(us, (*_SELECTING, *choosing))) + reading,
+        select_us=sum(map(us, (*_SELECTING, *choosing))) + scoring,
         start_us=us("attend_predicted"),
         block_us=bytes_us(pairs * (block + partial)),
         repair_us=us("repair_predicted", pairs * layout.num_selected * partial),

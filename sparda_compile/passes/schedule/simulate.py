@@ -5,8 +5,8 @@ takes from the compute stream meanwhile is
 
     a copy          the share `Machine.copy_share` of the rate of all that is no copy: it holds
                     multiprocessors, and shares the memory system
-    anything else   the share of the memory's bandwidth that it uses: what it leaves is the most
-                    that work on the compute stream gets
+    anything else   the share of the bandwidth that it uses, or of the device if `Cost` says more:
+                    what it leaves is the most that work on the compute stream gets
 
 so a node that uses the share m of the bandwidth while it runs alone goes on at the rate
 
@@ -57,6 +57,7 @@ class _Item(NamedTuple):
 
     us: float
     memory: float  # share of the bandwidth that it uses
+    taken: float  # share of the device that it takes from what runs beside it
     is_copy: bool
     awaits: int | None
     starts: int | None
@@ -79,7 +80,7 @@ class Simulator:
         self._machine = ctx.machine
         found = {n: _item(n, cost, ctx.machine) for n, cost in costs.items()}
         # Most nodes are views and inputs, which take no time and hold nobody back.
-        self._items = {n: item for n, item in found.items() if item.us or item[3:] != (None, None)}
+        self._items = {n: item for n, item in found.items() if item.us or item[4:] != (None, None)}
 
     def end_us(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> float:
         """Return when the last node ends, microseconds; arguments as for `rows`."""
@@ -175,9 +176,11 @@ class _Copy(NamedTuple):
 
 def _item(node: fx.Node, cost: Cost, machine: Machine) -> _Item:
     memory = cost.hbm_bytes / (machine.memory_gbps * 1e3 * cost.us) if cost.us else 0.0
+    memory = min(memory, 1.0)
     return _Item(
         cost.us,
-        min(memory, 1.0),
+        memory,
+        max(memory, cost.least_taken),
         is_copy=cost.link_bytes > 0,
         awaits=awaited_event(node),
         starts=started_event(node),
@@ -189,7 +192,7 @@ class _Span(NamedTuple):
 
     start: float
     end: float
-    memory: float
+    taken: float
     is_copy: bool
 
 
@@ -211,7 +214,7 @@ class _Beside:
             return self._slowed(item, start) if item.us else start
         end = start + item.us
         if item.us:
-            self._spans[lane].append(_Span(start, end, item.memory, item.is_copy))
+            self._spans[lane].append(_Span(start, end, item.taken, item.is_copy))
         return end
 
     def lengthen(self, copy: _Copy) -> float:
@@ -236,7 +239,7 @@ class _Beside:
                     change = min(change, span.start)
                     continue
                 change = min(change, span.end)
-                taken += span.memory
+                taken += span.taken
                 if span.is_copy:
                     rate = self._copy_rate
             if item.memory > 1.0 - taken:

@@ -176,6 +176,15 @@ def test_streams_share_the_bandwidth_of_the_memory(side, mine, us):
     assert times["a"][1] == pytest.approx(us)
 
 
+@pytest.mark.parametrize(("least", "us"), [(0.0, 10.0), (0.5, 20.0), (0.25, 13.333333)])
+def test_scores_take_multiprocessors_whatever_their_bytes_are(least, us):
+    program = Program()
+    scores = program.work("scores", 100.0, SELECT)
+    program.costs[scores] = dataclasses.replace(program.costs[scores], least_taken=least)
+    program.work("product", 10.0, memory=1.0)
+    assert program.times()["product"][1] == pytest.approx(us)
+
+
 def test_two_side_streams_take_from_compute_together():
     program = Program(copy_share=0.5)
     program.work("attention", 10.0, ATTEND, memory=0.25)
