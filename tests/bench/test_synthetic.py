@@ -53,6 +53,29 @@ def test_content_is_rounded_wherever_blocks_live():
     assert torch.equal(tail, pages[0, 0, TOKENS // 64])
 
 
+@pytest.mark.parametrize("variant", ["scheduled", "resident"])
+def test_content_of_pages_of_runs_is_that_of_others(variant):
+    small, plain = (
+        cache(variant, kv_format="int8", page_format=name) for name in ("stored", "model")
+    )
+    for kv in (small, plain):
+        fill(kv, TOKENS)
+    current, found = TOKENS // 64, small.layout.kv_format(1)
+    table = plain.state[state_name("block_table", 1)]
+    assert torch.equal(small.state[state_name("block_table", 1)], table)
+    pages = plain.state[state_name("pages", 1)]
+    page = table[0, 1, current]
+    assert torch.equal(small.state[state_name("tail", 1)][0, 1, 0], pages[0, 1, page])
+    mine, theirs = blocks(small, 1)[:, :, :current], blocks(plain, 1)[:, :, :current]
+    if variant == "resident":
+        theirs = found.pack(theirs)
+    assert torch.equal(mine, theirs)
+    small.state[state_name("tail", 1)].zero_()
+    rewind(small, TOKENS - 64)
+    tail = small.state[state_name("tail", 1)][0, 1, 0]
+    assert torch.equal(found.pack(tail), blocks(small, 1)[0, 1, current - 1])
+
+
 def test_tail_is_resident_and_equal_to_its_block():
     kv = cache("scheduled")
     fill(kv, TOKENS)

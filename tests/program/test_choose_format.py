@@ -41,6 +41,19 @@ def chosen(batch_size, machine="h200", dtype=torch.bfloat16, **settings):
         (16, {"expected_overlap": 0.5, "kv_format": "auto:10"}, "int4"),
         # Keys are on the device with this selector, and values in 8 bits are nearer than in 4.
         (16, {"expected_overlap": 0.5, "kv_format": "auto:10", "selector": "lowbit4"}, "values8"),
+        # A page that holds a run has no place for keys that are elsewhere.
+        (
+            16,
+            {
+                "expected_overlap": 0.5,
+                "kv_format": "auto:10",
+                "selector": "lowbit4",
+                "page_format": "stored",
+            },
+            "int4",
+        ),
+        (16, {"expected_overlap": 0.5, "page_format": "stored"}, "int8"),
+        (16, {"expected_overlap": 0.5, "page_format": "stored", "offload": "never"}, "model"),
         (16, {"expected_overlap": 0.5, "offload": "never"}, "model"),
         (16, {"expected_overlap": 0.5, "offload": "auto", "device_bytes": 1 << 40}, "model"),
         (16, {"expected_overlap": 0.5, "offload": "auto", "device_bytes": 1 << 35}, "int8"),

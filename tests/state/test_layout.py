@@ -30,6 +30,26 @@ def test_published_sizes():
     assert "last_block_ids" not in tensors
 
 
+def test_pages_of_runs_are_as_large_as_what_is_in_cpu_memory():
+    """Two layers, one of which keeps the model's dtype; the tail has a block and what it was."""
+    other = LayerShape(2, "sparse", 2, 64, 0, torch.bfloat16)
+    settings = {"kv_format": {0: "int8"}, "layers": (SPARSE, other, WINDOW)}
+    plain, sizes = layout(**settings), layout(**settings, page_format="stored")
+    run = 2 * 64 * 64 + 2 * (64 + 64)
+    tensors = sizes.tensors(SPARSE)
+    assert tensors["pages"] == TensorSpec((3, 2, 144, run), torch.uint8)
+    assert tensors["tail"] == TensorSpec((3, 2, 2, 2, 64, 64), torch.bfloat16)
+    assert tensors["host"].shape == (3, 2, 200, run)
+    assert list(tensors)[:2] == ["pages", "tail"]
+    for shape in (other, WINDOW):
+        assert sizes.tensors(shape) == plain.tensors(shape)
+    assert [sizes.has_stored_pages(n) for n in (0, 2)] == [True, False]
+    assert [sizes.page_bytes(shape) for shape in (SPARSE, other)] == [run, 2 * 64 * 64 * 2]
+    assert [plain.page_bytes(shape) for shape in (SPARSE, other)] == [2 * 64 * 64 * 2] * 2
+    assert sizes.block_bytes(SPARSE) == plain.page_bytes(SPARSE)
+    assert sizes.num_pages == plain.num_pages
+
+
 @pytest.mark.parametrize(
     ("num_blocks", "ratio", "num_pages"),
     [(200, 1.0, 97), (200, 1.01, 97), (200, 1.5, 144), (200, 3.0, 200), (96, 1.0, 96), (4, 9, 4)],

@@ -174,6 +174,25 @@ def test_wait_of_an_offload_takes_pages_that_are_rounded(inserted):
         assert states == [f"sparda_pages_{layer}", f"sparda_host_{layer}"]
 
 
+def test_waits_take_the_tail_beside_pages_of_runs(inserted):
+    """That of an offload, which packs it, and that of a plan on the select stream."""
+    settings = {"kv_format": "int8", "page_format": "stored"}
+    graph, _ = inserted(mode="forecast", **settings)
+    for layer, offload in enumerate(find_ops(graph, "offload_blocks")):
+        tail = next(n for n in graph.nodes if n.name == f"sparda_tail_{layer}")
+        assert offload.kwargs == {"kv_format": "int8", "tail": tail}
+        (wait,) = offload.users
+        states = [a.state for a in accesses(wait)]
+        assert states == [f"sparda_{name}_{layer}" for name in ("pages", "tail", "host")]
+    for layer, copy in enumerate(find_ops(graph, "prefetch_blocks")):
+        assert "kv_format" not in copy.kwargs
+        waits = [user for user in copy.users if call_name(user) == "sparda.wait_blocks"]
+        assert f"sparda_tail_{layer}" in {a.state for wait in waits for a in accesses(wait)}
+    graph, _ = inserted(mode="exact", hint="forecast", attend_before_repair="always", **settings)
+    for op in find_ops(graph, "attend_resident", "attend_missing"):
+        assert op.kwargs["kv_format"] == "int8"
+
+
 def test_exact_splits_attention_around_the_repair(inserted):
     graph, _ = inserted(mode="exact", hint="forecast")
     order = program_order(graph)

@@ -109,6 +109,37 @@ def test_a_format_that_rounds_stores_without_offload(replaced):
     assert ops_of(gm, 0)[-2:] == ["sparse_attention", "store_blocks"]
 
 
+STORED = {"kv_format": "int8", "page_format": "stored"}
+
+
+def test_beside_pages_of_runs_new_tokens_go_to_the_tail(replaced):
+    """What copies moves runs as they are; what attends and what stores is given the tail."""
+    gm, _, _ = replaced(**STORED)
+    assert ops_of(gm, 0) == list(DECODE)
+    by_name = {node.name: node for node in gm.graph.nodes}
+    tail = by_name["sparda_tail_0"]
+    assert by_name["fetch_blocks_0"].kwargs == {}
+    append = by_name["append_kv_0"]
+    assert (append.args[4], append.kwargs) == (tail, {"is_tail": True})
+    for op in ("sparse_attention_0", "store_blocks_0"):
+        assert by_name[op].kwargs == {"kv_format": "int8", "tail": tail}
+        assert by_name["sparda_pages_0"] in by_name[op].args
+
+
+@pytest.mark.parametrize("phase", ["prefill", "sparse_prefill"])
+def test_prompts_beside_pages_of_runs(replaced, phase):
+    gm, _, _ = replaced(phase=phase, **STORED)
+    by_name = {node.name: node for node in gm.graph.nodes}
+    tail = by_name["sparda_tail_0"]
+    reads = "prefill_attention_0" if phase == "prefill" else "stage_0"
+    for op in (reads, "store_blocks_0"):
+        assert by_name[op].kwargs == {"kv_format": "int8", "tail": tail}
+    for op in ("extend_kv_0", *(["attend_tokens_0"] if phase == "sparse_prefill" else [])):
+        assert tail in by_name[op].args
+        assert by_name["sparda_pages_0"] not in by_name[op].args
+        assert by_name[op].kwargs == {"is_tail": True}
+
+
 def test_mode_dense_reads_every_block(replaced):
     gm, _, _ = replaced(mode="dense")
     assert ops_of(gm, 0) == ["all_blocks", "plan_pages", "append_kv", "sparse_attention"]

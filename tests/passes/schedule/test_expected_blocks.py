@@ -69,6 +69,24 @@ def test_copies_move_the_bytes_of_the_format(plan_of, decode):
     assert read[0] == read[1]  # pages have the model's dtype
 
 
+@pytest.mark.parametrize(("name", "block"), [("int8", 2048 + 80 * 4), ("int4", 1024 + 80 * 8)])
+def test_attention_reads_the_bytes_of_small_pages(plan_of, name, block):
+    """And of the tail, which is one of them; copies move what they move to other pages."""
+    settings = {**SETTINGS, "kv_format": name}
+    plans = {
+        pages: plan_of("llama", "decode", batch_size=3, **settings, page_format=pages)
+        for pages in ("model", "stored")
+    }
+    reads = {pages: cost(plan, "sparse_attention_1").hbm_bytes for pages, plan in plans.items()}
+    selected = plans["model"].layout.num_selected
+    saved = HEADS * selected * (BLOCK_BYTES - block)
+    tail = 2 * HEADS * BLOCK_BYTES  # counted as two blocks of a pool
+    assert reads["model"] - reads["stored"] == saved - tail
+    for op in ("prefetch_1", "offload_blocks_0"):
+        one, other = (cost(plan, op).link_bytes for plan in plans.values())
+        assert one == other
+
+
 def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
     plan = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
     # A prompt of unknown length counts as 1024 tokens.
