@@ -48,7 +48,7 @@ def main() -> None:
     for name, case in CASES.items():
         config = SpardaConfig(
             selector="lowbit2", local_blocks=2, top_k=2, page_ratio=1.5, offload="always",
-            max_tokens=given.tokens + given.steps + 64, lowering=given.lowering, **case,
+            max_tokens=-(-(given.tokens + given.steps) // 64) * 64, lowering=given.lowering, **case,
         )  # fmt: skip
         fast = optimize(model, config, forecast=forecast if config.needs_forecast else None)
         began = time.perf_counter()
