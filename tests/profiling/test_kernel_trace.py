@@ -30,7 +30,8 @@ from sparda_compile.testing import tiny_llama
 GPU = Path(__file__).resolve().parents[2] / "sparda_compile" / "kernels" / "gpu"
 # Of a prompt alone, which nothing profiles by node.
 OTHER_KERNELS = {
-    "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_pooled_keys",
+    "_copy_runs", "_number_tokens", "_keep_blocks", "_extend_kv", "_extend_tail",
+    "_extend_pooled_keys",
     "_extend_key_bounds", "_store_prefix", "_store_prefix_packed",
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
