@@ -75,8 +75,12 @@ class _Following(Selector):
         self.reads_retention = inner.reads_retention  # type: ignore[misc]
         self.is_comparable = inner.is_comparable  # type: ignore[misc]
         self.selects_prompts = inner.selects_prompts  # type: ignore[misc]
-        self.timed_as = inner.timed_as or inner.name  # type: ignore[misc]
         self._inner = inner
+
+    @property
+    def timed_as(self) -> str:
+        """Name of the selector below: a program is planned as it is without the trace."""
+        return self._inner.timed_as
 
     def score(
         self,

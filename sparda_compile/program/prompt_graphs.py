@@ -1,4 +1,4 @@
-"""Short prompts are replayed: to launch their kernels takes longer than to run them.
+"""Short prompts are replayed: to launch their kernels may take longer than to run them.
 
     B x T columns  -> T up to the next multiple of 64, hidden columns at the left
     past           -> up to the next power of two, at most what the cache has room for
@@ -34,8 +34,9 @@ _MOST_COLUMNS: Final = 4096
 _STEP: Final = 64
 # Shapes that are known of a cache, and so the most graphs; those used last.
 _MOST_SHAPES: Final = 16
-# Bytes that a graph may hold, which all graphs of a program share. A prompt that takes more has the
-# GPU work long enough: a model of 8 billion parameters takes 20 ms and 0.12 GiB for 1024 tokens.
+# Bytes that a graph may hold, which all graphs of a program share. The time that a GPU works grows
+# with them: 1024 tokens of the 8b shape take 0.10 GiB by `prompt_memory`, and kept an H200 busy for
+# 0.39 of their 48 ms (benchmarks/results/2026-11-30-h200-prefill-1024.json).
 MOST_BYTES: Final = 1 << 28
 
 

@@ -162,7 +162,6 @@ class Selector(Protocol):
             `prefill="auto"` is dense there, and `prefill="sparse"` is refused.
         is_comparable: Whether the scores of one step can be compared with those of another, and
             averaged; a prediction from past scores standardises others.
-        timed_as: Name by which a machine knows how long its scores take; empty is its own.
     """
 
     name: ClassVar[str]
@@ -174,7 +173,11 @@ class Selector(Protocol):
     reads_retention: ClassVar[bool] = False
     selects_prompts: ClassVar[bool] = True
     is_comparable: ClassVar[bool] = False
-    timed_as: ClassVar[str] = ""
+
+    @property
+    def timed_as(self) -> str:
+        """Name by which a machine knows how long its scores take."""
+        return self.name
 
     def score(
         self,

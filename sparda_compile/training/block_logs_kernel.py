@@ -16,7 +16,6 @@ tokens of a block, S tokens of keys, D head dim.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,7 +26,12 @@ try:
     import triton
     import triton.language as tl
 
-    from sparda_compile.kernels.gpu.launch import interpreting, power_of_two, tokens_of
+    from sparda_compile.kernels.gpu.launch import (
+        device_of,
+        interpreting,
+        power_of_two,
+        tokens_of,
+    )
     from sparda_compile.training.teacher_kernel import grow, logits
 except ImportError as error:
     raise BackendUnavailableError(
@@ -38,7 +42,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["block_logs", "device_of", "places", "sizes_of", "vectors"]
+__all__ = ["block_logs", "places", "sizes_of", "vectors"]
 
 _MAX_HEAD_DIM: Final = 256
 # Keys of a tile; a block that has more is one.
@@ -219,8 +223,3 @@ def block_logs(
             SEES_OPEN=counted[1] == 0, HAS_CAP=bool(softcap), **sizes,
         )  # fmt: skip
     return logs, lse
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the device of a tensor the one that is launched on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

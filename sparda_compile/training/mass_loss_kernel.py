@@ -28,10 +28,9 @@ try:
     import triton
     import triton.language as tl
 
-    from sparda_compile.kernels.gpu.launch import tokens_of
+    from sparda_compile.kernels.gpu.launch import device_of, tokens_of
     from sparda_compile.training.block_logs_kernel import (
         block_logs,
-        device_of,
         places,
         sizes_of,
         vectors,

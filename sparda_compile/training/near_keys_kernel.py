@@ -8,7 +8,6 @@ Dimensions: B batch, G groups, T tokens, N full blocks, P tokens of a block, S =
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -19,7 +18,13 @@ try:
     import triton
     import triton.language as tl
 
-    from sparda_compile.kernels.gpu.launch import as_written, interpreting, power_of_two, tokens_of
+    from sparda_compile.kernels.gpu.launch import (
+        as_written,
+        device_of,
+        interpreting,
+        power_of_two,
+        tokens_of,
+    )
     from sparda_compile.kernels.gpu.low_bit_keys import quantize_keys
     from sparda_compile.kernels.gpu.packed_form import rounded
 except ImportError as error:
@@ -72,7 +77,7 @@ def launch_near_keys(k_BGTD: Tensor, size: int, bits: int) -> Tensor:
     near = k.new_empty(batch, groups, num_blocks * size, dim)
     channels = min(power_of_two(dim), _CHANNELS)
     grid = (num_blocks, batch * groups, triton.cdiv(dim, channels))
-    with torch.cuda.device(k.device) if k.is_cuda else contextlib.nullcontext():
+    with device_of(k):
         _near_keys[grid](
             k, near, *strides, groups, num_blocks, size, power_of_two(size), bits, dim, channels,
             torch.finfo(k.dtype).max, interpreting(), num_warps=4, **as_written(),

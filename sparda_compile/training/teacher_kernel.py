@@ -22,6 +22,8 @@ from sparda_compile.training.teacher import visible_windows
 try:
     import triton
     import triton.language as tl
+
+    from sparda_compile.kernels.gpu.launch import device_of
 except ImportError as error:
     raise BackendUnavailableError(
         "the fused teacher needs Triton, which is not installed; install triton, or pass "
@@ -189,7 +191,7 @@ def launch_aligned_teacher(
     }  # fmt: skip
     strides = (*query_BHTD.stride()[:3], *fine_BGJD.stride()[:3])
     tiles_q = triton.cdiv(num_queries, block_q)
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+    with device_of(query_BHTD):
         _lse_kernel[(tiles_q, batch * heads)](
             query_BHTD, fine_BGJD, lse, *strides, queries.start, num_queries, num_fine, heads,
             scale, softcap, **shared,

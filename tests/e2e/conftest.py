@@ -48,6 +48,21 @@ class Traced:
 
 
 @pytest.fixture(scope="session")
+def turns():
+    """Return a function that reads tokens in turns of some sizes: their logits, and the cache."""
+
+    @torch.no_grad()
+    def read(module, ids, *sizes, past=None):
+        logits, begin = [], 0
+        for size in sizes:
+            out = module(ids[:, begin : begin + size], past_key_values=past)
+            logits, past, begin = [*logits, out.logits], out.past_key_values, begin + size
+        return torch.cat(logits, 1), past
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def traced() -> Any:
     """Return a function that gives the plain form of a family, traced once."""
 

@@ -39,16 +39,6 @@ def built(fast, **changes):
     return optimize(fast, SpardaConfig(**(SMALL | changes)))
 
 
-@torch.no_grad()
-def turns(module, ids, *sizes):
-    """Return the logits of tokens that are read in turns of some sizes, and the cache."""
-    logits, past, begin = [], None, 0
-    for size in sizes:
-        out = module(ids[:, begin : begin + size], past_key_values=past)
-        logits, past, begin = [*logits, out.logits], out.past_key_values, begin + size
-    return torch.cat(logits, 1), past
-
-
 def rounded_past(model, ids, kv_format):
     """Return the model's own cache of tokens, full blocks as a format reads them back."""
     found, past = KV_FORMATS[kv_format], DynamicCache()
@@ -66,7 +56,9 @@ def rounded_past(model, ids, kv_format):
 
 @pytest.mark.parametrize("kv_format", FORMATS)
 @torch.no_grad()
-def test_a_call_reads_its_own_tokens_and_the_open_block_as_they_are(model, fast, ids, kv_format):
+def test_a_call_reads_its_own_tokens_and_the_open_block_as_they_are(
+    model, fast, ids, kv_format, turns
+):
     """And of the past the full blocks rounded: the model itself says so, with such a cache."""
     module = built(fast, mode="dense", kv_format=kv_format, top_k=None)
     got, _ = turns(module, ids, TOKENS, 17, 1)
@@ -81,7 +73,7 @@ def test_a_call_reads_its_own_tokens_and_the_open_block_as_they_are(model, fast,
 
 @pytest.mark.parametrize("changes", [{}, {"prefill": "sparse"}, {"mode": "dense", "top_k": None}])
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_chunks_are_turns(fast, ids, kv_format, changes):
+def test_chunks_are_turns(fast, ids, kv_format, changes, turns):
     chunked = built(fast, kv_format=kv_format, chunk_tokens=40, **changes)
     whole = built(fast, kv_format=kv_format, **changes)
     got, _ = turns(chunked, ids, TOKENS, 1, 1)
@@ -90,7 +82,7 @@ def test_chunks_are_turns(fast, ids, kv_format, changes):
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_sparse_prompts_read_the_same_wherever_blocks_are(fast, ids, kv_format):
+def test_sparse_prompts_read_the_same_wherever_blocks_are(fast, ids, kv_format, turns):
     one, other = (
         built(fast, kv_format=kv_format, prefill="sparse", offload=offload, page_ratio=1.0)
         for offload in ("always", "never")
@@ -100,7 +92,7 @@ def test_sparse_prompts_read_the_same_wherever_blocks_are(fast, ids, kv_format):
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_speculation_equals_query(fast, ids, kv_format):
+def test_speculation_equals_query(fast, ids, kv_format, turns):
     sizes = (TOKENS, *[1] * 20)
     want, _ = turns(built(fast, kv_format=kv_format, offload="never"), ids, *sizes)
     module = built(
@@ -113,7 +105,9 @@ def test_speculation_equals_query(fast, ids, kv_format):
 @pytest.mark.parametrize("offload", ["always", "never"])
 @pytest.mark.parametrize("kv_format", FORMATS)
 @torch.no_grad()
-def test_a_cache_of_the_model_is_taken_over_and_rounded(model, fast, ids, kv_format, offload):
+def test_a_cache_of_the_model_is_taken_over_and_rounded(
+    model, fast, ids, kv_format, offload, turns
+):
     module = built(fast, kv_format=kv_format, offload=offload, max_tokens=512)
     past = model(ids[:, :TOKENS], use_cache=True).past_key_values
     taken = module.new_cache(past=past)
@@ -134,7 +128,7 @@ def test_a_cache_of_the_model_is_taken_over_and_rounded(model, fast, ids, kv_for
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_bytes_are_those_of_the_format(fast, ids, kv_format):
+def test_bytes_are_those_of_the_format(fast, ids, kv_format, turns):
     num_bytes = KV_FORMATS[kv_format].num_bytes(SIZE, 16, torch.float32)
     module = built(fast, kv_format=kv_format, page_ratio=1.0)
     _, cache = turns(module, ids, TOKENS, *[1] * 20)
@@ -178,7 +172,7 @@ def test_models_of_other_dtypes_are_refused():
         optimize(tiny_llama().double(), SpardaConfig(**SMALL, kv_format="int8"))
 
 
-def test_layers_may_have_formats_of_their_own(model, fast, ids):
+def test_layers_may_have_formats_of_their_own(model, fast, ids, turns):
     """One int4, the other as the model's: as far from all of the model's as from all int4."""
     sizes, settings = (TOKENS, *[1] * 20), {"mode": "exact", "hint": "previous_step"}
     runs = {}
@@ -202,7 +196,7 @@ def test_layers_may_have_formats_of_their_own(model, fast, ids):
 
 
 @pytest.mark.parametrize("selector", ["infllm2", "lowbit4"])
-def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector):
+def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector, turns):
     """Each layer has the summaries that it scores with, and those it reads keys from."""
     sizes = (TOKENS, *[1] * 20)
     settings = {"kv_format": {1: "values8"}, "selector": selector, "page_ratio": 1.0}

@@ -55,19 +55,9 @@ def built(fast, **changes):
     return optimize(fast, SpardaConfig(**(SMALL | changes)))
 
 
-@torch.no_grad()
-def turns(module, ids, *sizes, past=None):
-    """Return the logits of tokens that are read in turns of some sizes, and the cache."""
-    logits, begin = [], 0
-    for size in sizes:
-        out = module(ids[:, begin : begin + size], past_key_values=past)
-        logits, past, begin = [*logits, out.logits], out.past_key_values, begin + size
-    return torch.cat(logits, 1), past
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_both_kinds_of_pages_give_the_same_bits(fast, ids, kv_format, change):
+def test_both_kinds_of_pages_give_the_same_bits(fast, ids, kv_format, change, turns):
     settings = {"kv_format": kv_format, **CHANGES[change]}
     one, other = (built(fast, page_format=name, **settings) for name in ("model", "stored"))
     want, _ = turns(one, ids, *SIZES)
@@ -80,7 +70,7 @@ def test_both_kinds_of_pages_give_the_same_bits(fast, ids, kv_format, change):
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_a_long_decode_with_few_pages(fast, ids, kv_format):
+def test_a_long_decode_with_few_pages(fast, ids, kv_format, turns):
     """Blocks leave and come back, and fill, many times over."""
     steps = [1] * 200
     tokens = torch.cat([ids, ids], 1)
@@ -92,7 +82,7 @@ def test_a_long_decode_with_few_pages(fast, ids, kv_format):
     assert module.sparda.stats().total.h2d_bytes > 0
 
 
-def test_more_pages_change_nothing(fast, ids):
+def test_more_pages_change_nothing(fast, ids, turns):
     settings = {"kv_format": "int8", "page_format": "stored"}
     runs = [
         turns(built(fast, **settings, page_ratio=ratio), ids, *SIZES)[0] for ratio in (1.0, 1.95)
@@ -103,7 +93,7 @@ def test_more_pages_change_nothing(fast, ids):
 @pytest.mark.parametrize("offload", ["always", "never"])
 @pytest.mark.parametrize("kv_format", FORMATS)
 @torch.no_grad()
-def test_a_cache_of_the_model_is_taken_over(model, fast, ids, kv_format, offload):
+def test_a_cache_of_the_model_is_taken_over(model, fast, ids, kv_format, offload, turns):
     past = model(ids[:, :TOKENS], use_cache=True).past_key_values
     runs = []
     for page_format in ("model", "stored"):
@@ -114,7 +104,7 @@ def test_a_cache_of_the_model_is_taken_over(model, fast, ids, kv_format, offload
     assert torch.equal(*runs)
 
 
-def test_sequences_that_go_on_from_others_take_the_open_block_along(fast, ids):
+def test_sequences_that_go_on_from_others_take_the_open_block_along(fast, ids, turns):
     """As beams do."""
     runs = []
     for page_format in ("model", "stored"):
@@ -126,7 +116,7 @@ def test_sequences_that_go_on_from_others_take_the_open_block_along(fast, ids):
     assert not torch.equal(runs[0][0], runs[0][1])  # their new tokens differ
 
 
-def test_layers_that_keep_the_models_dtype_keep_their_pages(fast, ids):
+def test_layers_that_keep_the_models_dtype_keep_their_pages(fast, ids, turns):
     settings = {"kv_format": {1: "int4"}, "mode": "exact", "hint": "previous_step"}
     want, _ = turns(built(fast, **settings), ids, *SIZES)
     got, cache = turns(built(fast, **settings, page_format="stored"), ids, *SIZES)
@@ -135,7 +125,7 @@ def test_layers_that_keep_the_models_dtype_keep_their_pages(fast, ids):
     assert cache.kv.state[state_name("pages", 0)].dtype == torch.float32
 
 
-def test_with_the_models_format_it_makes_no_difference(fast, ids):
+def test_with_the_models_format_it_makes_no_difference(fast, ids, turns):
     one, other = (built(fast, page_format=name) for name in ("model", "stored"))
     assert torch.equal(*(turns(module, ids, 30, 1, 1)[0] for module in (one, other)))
     assert "in pages too" not in str(other.sparda.stats())
@@ -176,7 +166,7 @@ def test_a_page_takes_the_bytes_of_the_format(model, kv_format):
     assert reads[1] < reads[0]
 
 
-def test_more_pages_fit_where_they_are_smaller(fast, ids):
+def test_more_pages_fit_where_they_are_smaller(fast, ids, turns):
     """A limit that refuses so many pages of the model's dtype has room for them as runs."""
     settings = {"kv_format": "int8", "page_ratio": 12.0, "max_tokens": 4096, "top_k": 8}
     layouts = {}

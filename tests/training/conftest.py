@@ -33,6 +33,18 @@ class Gym:
 
 
 @pytest.fixture(scope="session")
+def interpreted():
+    """Run kernels on CPU tensors, in Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip(
+            "runs a kernel on CPU tensors in Triton's interpreter, which is on only where there is "
+            "no GPU, since it would interpret every kernel of the run. With a GPU the compiled "
+            "kernels are compared with the same plain PyTorch by `pytest -m gpu tests/training`, "
+            "and by benchmarks/train_forecast.py before it times"
+        )
+
+
+@pytest.fixture(scope="session")
 def gym():
     return Gym()
 

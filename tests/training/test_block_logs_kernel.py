@@ -12,10 +12,7 @@ pytest.importorskip("triton")
 from sparda_compile.training.block_logs_kernel import block_logs
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="runs the kernel in Triton's interpreter, which is off where there is a GPU",
-)
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("counted", [(0, 0), (0, 1), (1, 2)])
 def test_logs_of_blocks(counted):
     generator = torch.Generator().manual_seed(3)

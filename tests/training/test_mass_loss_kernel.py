@@ -15,10 +15,6 @@ pytest.importorskip("triton")
 from sparda_compile.training import mass_loss_kernel
 from sparda_compile.training.mass_loss_kernel import launch_mass_loss
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="runs the kernel in Triton's interpreter, which is off where there is a GPU",
-)
 CONFIG = SpardaConfig(
     selector="lowbit2", block_size=16, sink_blocks=1, local_blocks=1, top_k=2, lowering="eager"
 )
@@ -45,7 +41,7 @@ def both(drawn, config, scale, **options):
     return found
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("shape", "sizes", "options"),
     [
@@ -71,7 +67,7 @@ def test_the_fused_loss_is_the_plain_one(shape, sizes, options):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-6 * expected.abs().max())
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 0.02)])
 def test_half_precision(dtype, tolerance):
     # The interpreter multiplies float32, so shares are not rounded before they meet the keys.
@@ -82,7 +78,7 @@ def test_half_precision(dtype, tolerance):
     assert (gradient - expected).float().norm() < tolerance * expected.float().norm()
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreted")
 def test_ranges_of_queries_change_nothing(monkeypatch):
     drawn = draw(1, 2, 1, 400, 8)
     (loss, gradient), _ = both(drawn, CONFIG, 0.3)
@@ -98,7 +94,7 @@ def test_ranges_of_queries_change_nothing(monkeypatch):
     torch.testing.assert_close(parts, gradient, rtol=1e-6, atol=0.0)
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreted")
 def test_queries_without_a_free_block_add_nothing():
     forecast, query, k = draw(1, 2, 1, 100, 8)
     near, first = near_keys(k, CONFIG), first_supervised(CONFIG)
@@ -116,7 +112,7 @@ def test_queries_without_a_free_block_add_nothing():
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreted")
 def test_only_the_loss_is_computed_where_no_gradient_is_needed():
     forecast, query, k = draw(1, 2, 1, 100, 8)
     loss = backward_mass_loss(forecast, query, k, CONFIG, 0.3, backend="triton")

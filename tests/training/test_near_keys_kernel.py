@@ -27,10 +27,7 @@ def check(k, selector, size):
     return near_keys(k, config, "triton"), want
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="runs the kernel in Triton's interpreter, which is off where there is a GPU",
-)
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
 @pytest.mark.parametrize(
     ("tokens", "dim", "size", "dtype"),

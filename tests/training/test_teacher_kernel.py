@@ -7,10 +7,7 @@ from sparda_compile.errors import ConfigError
 from sparda_compile.training.teacher import aligned_teacher, fine_keys
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="runs the kernel in Triton's interpreter, which is off where there is a GPU",
-)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,7 @@ def test_from_random_weights_loss_falls_and_recall_rises_and_a_decode_takes_the_
     assert fast.generate(held_out[0], max_new_tokens=2).shape == (1, 322)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="runs the kernels in Triton's interpreter, which is off where there is a GPU",
-)
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("teacher", ["attention", "query"])
 def test_the_fused_loss_on_low_bit_keys_takes_the_same_step(gym, teacher):
     pytest.importorskip("triton")

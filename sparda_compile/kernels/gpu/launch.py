@@ -41,6 +41,7 @@ __all__ = [
     "as_written",
     "collect_launches",
     "compile_ahead",
+    "device_of",
     "interpreting",
     "launch",
     "launch_early",
@@ -209,6 +210,11 @@ def launch_early() -> dict[str, bool]:
 def as_written() -> dict[str, bool]:
     """Return the launch options of a kernel in which each product and sum rounds by itself."""
     return {} if interpreting() else {"enable_fp_fusion": False}
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the device of a tensor the one that is launched on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def address_of(tensor: Tensor) -> int:

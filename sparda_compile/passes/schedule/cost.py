@@ -91,8 +91,7 @@ def node_cost(node: fx.Node, ctx: PassContext, *, begins_kernel: bool = False) -
     flops = _flops(node, ctx) if it is None else _sparda_flops(node, it.work, ctx)
     us = max(flops / (machine.tflops * 1e6), hbm_bytes / (machine.memory_gbps * 1e3))
     if it is not None and it.name == "score_blocks":
-        selector = SELECTORS[argument(node, "selector")]
-        scorer = selector.timed_as or selector.name
+        scorer = SELECTORS[argument(node, "selector")].timed_as
         us = machine.score_us(scorer, hbm_bytes)
         busy = 1.0 - machine.score_us(scorer, 0.0) / us
         return Cost(us, hbm_bytes, least_taken=SCORES_TAKE * busy)

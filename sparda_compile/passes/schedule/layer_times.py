@@ -97,10 +97,9 @@ def layer_times(shape: LayerShape, group_size: int, ctx: PassContext) -> LayerTi
     def bytes_us(num_bytes: float) -> float:
         return num_bytes / (machine.memory_gbps * 1e3)
 
-    scorer = selector.timed_as or selector.name
     # Scores are written, and read.
-    scoring = machine.score_us(scorer, read + 2 * pairs * layout.num_blocks * 4)
-    reading = scoring - machine.score_us(scorer, 0.0)
+    scoring = machine.score_us(selector.timed_as, read + 2 * pairs * layout.num_blocks * 4)
+    reading = scoring - machine.score_us(selector.timed_as, 0.0)
     return LayerTimes(
         select_us=sum(map(us, (*_SELECTING, *choosing))) + scoring,
         start_us=us("attend_predicted"),
