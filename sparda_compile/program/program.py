@@ -20,6 +20,7 @@ from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 from sparda_compile.isa.engines import CudaEngine, use_engine
 from sparda_compile.kernels.gpu.launch import compile_ahead
 from sparda_compile.program.compiler_errors import compiler_errors
+from sparda_compile.program.host_waits import check_no_host_waits
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
@@ -69,6 +70,7 @@ class Program:
 
     Raises:
         KeyError: If a projection is missing.
+        UnsupportedInputError: If CUDA graphs are asked for, and the model waits for the CPU.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Program:
         if engine is None and device.type == "cuda":
             self._engine = CudaEngine(device)
         replays = device.type == "cuda" and plan.layout.config.cuda_graph
+        if replays:
+            check_no_host_waits(plan.graph_module.graph)
         is_decode = plan.captured.phase == "decode"
         self._replays = replays and is_decode
         self._prompts = PromptGraphs(self._function) if replays and not is_decode else None

@@ -296,7 +296,15 @@ def load(folder, family, changes=None):
     # Both ways to ask for it; `auto` goes by what torchrun has started.
     asked = {"tp_plan": "auto"} if size == int(os.environ["WORLD_SIZE"]) else {"tp_size": size}
     plan = DistributedConfig(**({"tp_size": size, "tp_plan": changes} if changes else asked))
-    return AutoModelForCausalLM.from_pretrained(folder / family, distributed_config=plan).eval()
+    return read(folder / family, distributed_config=plan)
+
+
+def read(path, **settings):
+    """Return a checkpoint's model; on GPUs its experts run in a way that CUDA graphs can hold."""
+    model = AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+    if torch.cuda.is_available() and path.name == "mixtral":
+        model.set_experts_implementation("batched_mm")
+    return model
 
 
 def kv_heads(fast):

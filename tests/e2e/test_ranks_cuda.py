@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 CASES = Path(__file__).with_name("rank_cases.py")
 spec = importlib.util.spec_from_file_location("rank_cases", CASES)
@@ -36,7 +35,7 @@ class Runs:
         self.two = [torch.load(folder / f"two{rank}", weights_only=False) for rank in range(2)]
         self.alone = {}
         for family in cases.FAMILIES:
-            model = AutoModelForCausalLM.from_pretrained(folder / family).eval().cuda()
+            model = cases.read(folder / family).cuda()
             self.alone[family], fast = cases.all_modes(folder, model, family)
             if family == "llama":
                 self.alone["variants"] = cases.variants(folder, fast)
