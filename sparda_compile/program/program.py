@@ -241,8 +241,11 @@ class Program:
         num_past, may_hide = kv.most_past, token_mask is not None
         kv.issue(input_ids.shape[1] - num_hidden)
         if self._replays:
-            with torch.cuda.device(self.plan.captured.device):
-                return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
+            device = self.plan.captured.device
+            with torch.cuda.device(device):
+                logits = self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
+                self._ranks.watch_replay(device)
+                return logits
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -279,7 +282,9 @@ class Program:
             return memory.peak_bytes <= MOST_BYTES
 
         with torch.cuda.device(device):
-            return self._prompts.run(kv, inputs, (num_past, may_hide), bind, fits)
+            logits = self._prompts.run(kv, inputs, (num_past, may_hide), bind, fits)
+            self._ranks.watch_replay(device)
+            return logits
 
     def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
         return [
