@@ -22,8 +22,7 @@ from sparda_compile.graph.effects import (
 )
 from sparda_compile.graph.liveness import side_stream_inputs
 from sparda_compile.graph.nodes import call_name, is_sparda, program_order
-from sparda_compile.graph.site import sites_of
-from sparda_compile.graph.tags import HINT, LAYER
+from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.isa.streams import COMPUTE, SELECT
 
 if TYPE_CHECKING:
@@ -104,6 +103,10 @@ class Chains:
             return Chain(nodes, prefetch, fork, stages, self._places_ahead(layer))
         wait = self._previous_wait(prefetch, order, earliest)
         places = [(f"behind {earliest.name}", earliest)]
+        awaited = min(order[user] for user in last.users)
+        attention = self._attention_behind(earliest, order, awaited)
+        if attention is not None:
+            places.append((f"behind {attention.name}", attention))
         if wait is not None:
             behind = wait.prev
             while LAYER.on(behind):  # may move itself; the model's nodes do not
@@ -111,6 +114,13 @@ class Chains:
             if order[behind] > order[earliest]:
                 places.append((f"before {wait.name}", behind))
         return Chain(nodes, prefetch, fork, stages, places)
+
+    def _attention_behind(
+        self, node: fx.Node, order: dict[fx.Node, int], end: int
+    ) -> fx.Node | None:
+        """Return the first attention behind a node and before a place in the program."""
+        anchors = (each for each in self._graph.nodes if SITE.on(each))
+        return next((a for a in anchors if order[node] < order[a] < end), None)
 
     def _below(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int) -> set[fx.Node]:
         """Return what depends on nodes and comes before a place in the program."""
@@ -124,10 +134,14 @@ class Chains:
         return found
 
     def _places_ahead(self, layer: int) -> list[tuple[str, fx.Node]]:
-        """Return places one, two, four and so on layers ahead, and the beginning of the step."""
-        before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
+        """Return places one, two, four and so on layers ahead, and the beginning of the step.
+
+        Of each layer there are two: before all of it, and behind its attention.
+        """
+        before = [n for n in self._graph.nodes if SITE.on(n) and SITE.of(n).layer < layer]
         ahead = [before[-(1 << i)] for i in range(len(before).bit_length())]
-        places = [(f"behind {node.name}", node) for node in ahead]
+        nodes = [node for end in ahead for node in (SITE.of(end).hidden, end)]
+        places = [(f"behind {node.name}", node) for node in nodes]
         first = next(n for n in self._graph.nodes if n.op != "placeholder")
         return [*places, ("at the beginning", first.prev)]
 
