@@ -108,6 +108,11 @@ class Machine:
             of a decode step in a row, less the time of their bytes.
         copy_share: Share of its rate that the compute stream loses while a copy between CPU and
             device runs beside it, 0.0 to 1.0.
+        crowd_share: Share of its rate that an op of ours on the compute stream loses, besides, while
+            a copy or the selection for another layer runs beside it: each of them is a few small
+            kernels that wait for memory. On an H200 a step of mode `forecast` of one sequence, 128K
+            tokens and 2 KV heads took 4 us a layer less where both ran beside the model's products
+            instead (benchmarks/results/2026-11-30-h200-chain-places.json).
         peer_gbps: Rate at which a rank sends to others in a collective, 10^9 bytes per second. Not
             measured here: of an H200's 450 over NVLink two thirds, as NCCL reaches.
         scores: Selector -> `latency_us` and `gbps` of its scores in a decode step, see `SCORES`.
@@ -124,6 +129,7 @@ class Machine:
     )
     kernel_us: float = 3.1
     copy_share: float = 0.15
+    crowd_share: float = 0.27
     peer_gbps: float = 300.0
     scores: Mapping[str, Mapping[str, float]] = dataclasses.field(
         default_factory=lambda: {name: dict(times) for name, times in SCORES.items()}, hash=False
@@ -161,6 +167,7 @@ MACHINES: Final = {
         latency_us=LATENCY_US["cpu"],
         kernel_us=2.5,
         copy_share=0.0,
+        crowd_share=0.0,
         peer_gbps=1.0,
         scores={},
     ),

@@ -104,9 +104,9 @@ class Chains:
         wait = self._previous_wait(prefetch, order, earliest)
         places = [(f"behind {earliest.name}", earliest)]
         awaited = min(order[user] for user in last.users)
-        attention = self._attention_behind(earliest, order, awaited)
-        if attention is not None:
-            places.append((f"behind {attention.name}", attention))
+        end = self._end_behind(earliest, order, awaited)
+        if end is not None:
+            places.append((f"behind {end.name}", end))
         if wait is not None:
             behind = wait.prev
             while LAYER.on(behind):  # may move itself; the model's nodes do not
@@ -115,12 +115,12 @@ class Chains:
                 places.append((f"before {wait.name}", behind))
         return Chain(nodes, prefetch, fork, stages, places)
 
-    def _attention_behind(
-        self, node: fx.Node, order: dict[fx.Node, int], end: int
+    def _end_behind(
+        self, node: fx.Node, order: dict[fx.Node, int], limit: int
     ) -> fx.Node | None:
-        """Return the first attention behind a node and before a place in the program."""
-        anchors = (each for each in self._graph.nodes if SITE.on(each))
-        return next((a for a in anchors if order[node] < order[a] < end), None)
+        """Return where the first attention behind a node ends, if that is before a place."""
+        ends = map(_end_of, (each for each in self._graph.nodes if SITE.on(each)))
+        return next((end for end in ends if order[node] < order[end] < limit), None)
 
     def _below(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int) -> set[fx.Node]:
         """Return what depends on nodes and comes before a place in the program."""
@@ -140,7 +140,7 @@ class Chains:
         """
         before = [n for n in self._graph.nodes if SITE.on(n) and SITE.of(n).layer < layer]
         ahead = [before[-(1 << i)] for i in range(len(before).bit_length())]
-        nodes = [node for end in ahead for node in (SITE.of(end).hidden, end)]
+        nodes = [node for each in ahead for node in (SITE.of(each).hidden, _end_of(each))]
         places = [(f"behind {node.name}", node) for node in nodes]
         first = next(n for n in self._graph.nodes if n.op != "placeholder")
         return [*places, ("at the beginning", first.prev)]
@@ -151,6 +151,14 @@ class Chains:
         """Return the first wait between the chain's earliest place and its prefetch."""
         between = [w for w in waits_of(self._graph) if order[earliest] < order[w] < order[prefetch]]
         return between[0] if between else None
+
+
+def _end_of(attention: fx.Node) -> fx.Node:
+    """Return the last op of an attention's layer that stands right behind it."""
+    node = attention
+    while LAYER.get(node.next) == LAYER.of(attention) and is_sparda(node.next):
+        node = node.next
+    return node
 
 
 def _last_of(copy: fx.Node) -> fx.Node:

@@ -12,6 +12,7 @@ so a node that uses the share m of the bandwidth while it runs alone goes on at 
 
     min(1, (1 - taken) / m) * (1 - copy_share if a copy is in flight)
 
+and an op of ours at 1 - `Machine.crowd_share` of that while a copy or a selection runs beside it.
 Copies of two streams share the link: while both are in flight, each has half of its rate.
 """
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sparda_compile.graph.effects import awaited_event, started_event, stream_of
 from sparda_compile.graph.nodes import call_name, is_sparda
 from sparda_compile.graph.tags import LAYER
-from sparda_compile.isa.streams import BEHIND, COMPUTE, STREAM_NAMES
+from sparda_compile.isa.streams import BEHIND, COMPUTE, SELECT, STREAM_NAMES
 from sparda_compile.passes.schedule.cost import costs_of
 from sparda_compile.report.schedule import ScheduleRow
 
@@ -59,6 +60,7 @@ class _Item(NamedTuple):
     memory: float  # share of the bandwidth that it uses
     taken: float  # share of the device that it takes from what runs beside it
     is_copy: bool
+    is_ours: bool
     awaits: int | None
     starts: int | None
 
@@ -80,7 +82,7 @@ class Simulator:
         self._machine = ctx.machine
         found = {n: _item(n, cost, ctx.machine) for n, cost in costs.items()}
         # Most nodes are views and inputs, which take no time and hold nobody back.
-        self._items = {n: item for n, item in found.items() if item.us or item[4:] != (None, None)}
+        self._items = {n: item for n, item in found.items() if item.us or item[5:] != (None, None)}
 
     def end_us(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> float:
         """Return when the last node ends, microseconds; arguments as for `rows`."""
@@ -182,6 +184,7 @@ def _item(node: fx.Node, cost: Cost, machine: Machine) -> _Item:
         memory,
         max(memory, cost.least_taken),
         is_copy=cost.link_bytes > 0,
+        is_ours=is_sparda(node),
         awaits=awaited_event(node),
         starts=started_event(node),
     )
@@ -206,6 +209,7 @@ class _Beside:
 
     def __init__(self, machine: Machine) -> None:
         self._copy_rate = 1.0 - machine.copy_share
+        self._crowd_rate = 1.0 - machine.crowd_share
         self._spans: list[deque[_Span]] = [deque() for _ in STREAM_NAMES]
 
     def end_of(self, item: _Item, start: float, lane: int) -> float:
@@ -228,8 +232,8 @@ class _Beside:
         """Return when work of the compute stream ends."""
         now, left = start, item.us
         while True:
-            change, taken, rate = math.inf, 0.0, 1.0
-            for spans in self._spans:
+            change, taken, rate, crowd = math.inf, 0.0, 1.0, 1.0
+            for lane, spans in enumerate(self._spans):
                 while spans and spans[0].end <= now:
                     spans.popleft()
                 if not spans:
@@ -242,6 +246,9 @@ class _Beside:
                 taken += span.taken
                 if span.is_copy:
                     rate = self._copy_rate
+                if item.is_ours and (span.is_copy or lane == SELECT):
+                    crowd = self._crowd_rate
+            rate *= crowd
             if item.memory > 1.0 - taken:
                 rate *= max(1.0 - taken, 0.0) / item.memory
             if left <= rate * (change - now):
