@@ -24,7 +24,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 MEASURED = {
     "name": "h200", "memory_gbps": 4000.5, "link_gbps": 41.0, "tflops": 700.0, "launch_us": 2.5,
     "overlaps": True, "latency_us": {"select_pages": 9.5}, "kernel_us": 2.75, "copy_share": 0.2,
-    "crowd_share": 0.3, "peer_gbps": 250.0, "scores": {"quest": {"gbps": 900.0}},
+    "crowd_share": 0.3, "unpack_gnps": 500.0, "peer_gbps": 250.0,
+    "scores": {"quest": {"gbps": 900.0}},
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_constants_are_named_positive_and_in_proportion(name):
     assert machine.name == name
     numbers = [v for v in dataclasses.astuple(machine) if isinstance(v, float)]
     shares = (machine.copy_share, machine.crowd_share)
-    assert len(numbers) == 8
+    assert len(numbers) == 9
     assert min(n for n in numbers if n not in shares) > 0
     # A copy takes nothing where nothing runs beside it.
     assert all(0 <= share < 0.5 for share in shares)
@@ -145,14 +146,22 @@ def test_gpu_that_was_measured_is_planned_for_as_it_is(calibration, caplog):
 
 
 def test_constants_without_latencies_have_those_of_an_h200(calibration):
-    newer = ("latency_us", "kernel_us", "copy_share", "crowd_share", "peer_gbps", "scores")
+    newer = (
+        "latency_us",
+        "kernel_us",
+        "copy_share",
+        "crowd_share",
+        "unpack_gnps",
+        "peer_gbps",
+        "scores",
+    )
     older = {key: value for key, value in MEASURED.items() if key not in newer}
     calibration.write_text(json.dumps({"machine": older}))
     machine = machine_for(None, GPU)
     assert machine.peer_gbps == MACHINES["h200"].peer_gbps
     assert machine.latency_us == LATENCY_US["h200"]
     assert (machine.kernel_us, machine.copy_share) == (3.1, 0.15)
-    assert machine.crowd_share == 0.27
+    assert (machine.crowd_share, machine.unpack_gnps) == (0.27, 460.0)
     assert machine.scores == SCORES
 
 

@@ -115,9 +115,7 @@ class Chains:
                 places.append((f"before {wait.name}", behind))
         return Chain(nodes, prefetch, fork, stages, places)
 
-    def _end_behind(
-        self, node: fx.Node, order: dict[fx.Node, int], limit: int
-    ) -> fx.Node | None:
+    def _end_behind(self, node: fx.Node, order: dict[fx.Node, int], limit: int) -> fx.Node | None:
         """Return where the first attention behind a node ends, if that is before a place."""
         ends = map(_end_of, (each for each in self._graph.nodes if SITE.on(each)))
         return next((end for end in ends if order[node] < order[end] < limit), None)

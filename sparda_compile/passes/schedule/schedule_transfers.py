@@ -46,15 +46,13 @@ from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.schedule.cost import costs_of
+from sparda_compile.passes.schedule.cost import costs_of, longer_copies
 from sparda_compile.report.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import fx
-
-    from sparda_compile.passes.schedule.cost import Cost
 from sparda_compile.passes.schedule.chains import Chain, Chains, ordered, set_streams
 from sparda_compile.passes.schedule.simulate import Simulator
 
@@ -62,8 +60,8 @@ __all__ = ["ScheduleTransfers"]
 
 # What is predicted to be faster by less than a thousandth is not.
 _CLEARLY: Final = 0.999
-# Text changes, and copies beside products take longer than alone: a place has to do for this much
-# more to copy, too. On an H200 copies of 6 MB took 1.25 times what their rate says.
+# A place has to do for copies that take so much longer, too: text changes, and beside products
+# copies of 6 MB took an H200 1.25 times what their rate says.
 _MORE_COPIES: Final = 1.3
 
 
@@ -108,7 +106,7 @@ class _Planner:
         self._dag = dependence_graph(graph)
         costs = costs_of(graph, ctx)
         self.simulator = Simulator(costs, ctx)
-        self._worse = Simulator(_with_more_copies(costs), ctx)
+        self._worse = Simulator(longer_copies(costs, _MORE_COPIES), ctx)
         self.baseline_us = self.simulator.end_us(graph.nodes, dict.fromkeys(graph.nodes, COMPUTE))
         self._between: list[tuple[fx.Node, fx.Node]] = []
         self.num_chains = 0
@@ -158,7 +156,7 @@ class _Planner:
     def place_offload_waits(self) -> list[str]:
         """Let the offload of each layer of a prefill end one layer later."""
         self._sink_waits()
-        anchors = [site.anchor_node for site in _SitePoints.of(self._graph)]
+        anchors = [node for node in self._graph.nodes if SITE.on(node)]
         starts = {started_event(n): n for n in self._starts(Work.TO_HOST)}
         choices = []
         for wait in waits_of(self._graph):
@@ -247,21 +245,3 @@ class _Planner:
         side = [n.name for n in chain.side(cut)]
         beside = f"; {', '.join(side)} on the select stream" if side else ""
         return f"{chain.prefetch.name}: {where}{beside}"
-
-
-def _with_more_copies(costs: Mapping[fx.Node, Cost]) -> dict[fx.Node, Cost]:
-    return {
-        node: dataclasses.replace(cost, us=cost.us * _MORE_COPIES) if cost.link_bytes else cost
-        for node, cost in costs.items()
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _SitePoints:
-    """Where a layer's attention begins in the program."""
-
-    anchor_node: fx.Node
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> list[_SitePoints]:
-        return [cls(n) for n in graph.nodes if SITE.on(n)]

@@ -54,7 +54,7 @@ def predict(graph: fx.Graph, ctx: PassContext) -> list[ScheduleRow]:
 
 
 class _Item(NamedTuple):
-    """What a node is for its times, in whatever order and on whatever stream it runs."""
+    """What a node is for its times."""
 
     us: float
     memory: float  # share of the bandwidth that it uses
@@ -68,9 +68,8 @@ class _Item(NamedTuple):
 class Simulator:
     """Predicts the times of a program in any order, on any streams.
 
-    Each stream runs its nodes in program order. What a side stream does starts behind all that was
-    issued before it to the streams that `streams.BEHIND` names; a wait holds its stream back to the
-    event that it names. On a machine without overlap all streams are one.
+    Each stream runs its nodes in program order, a side stream behind what `streams.BEHIND` says. A
+    wait holds its stream back to its event. On a machine without overlap all streams are one.
 
     Args:
         costs: Cost of each node.
@@ -89,12 +88,7 @@ class Simulator:
         return max((end for _, _, end in self._times(nodes, streams)), default=0.0)
 
     def rows(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> list[ScheduleRow]:
-        """Return the predicted times of a program.
-
-        Args:
-            nodes: In program order.
-            streams: Stream of each node.
-        """
+        """Return the predicted times of nodes in program order, with the stream of each."""
         nodes = list(nodes)
         times = {node: (start, end) for node, start, end in self._times(nodes, streams)}
         clock = dict.fromkeys(range(len(STREAM_NAMES)), 0.0)
@@ -202,9 +196,8 @@ class _Span(NamedTuple):
 class _Beside:
     """What side streams do while the compute stream works.
 
-    Nodes come in program order, and what is issued to a side stream later starts no earlier than
-    the compute stream has come: so all that runs beside a node of the compute stream is known when
-    that node comes, and what has ended by then is forgotten.
+    In program order all that runs beside a node of the compute stream is known when that node
+    comes, and what has ended by then is forgotten.
     """
 
     def __init__(self, machine: Machine) -> None:
