@@ -15,8 +15,8 @@ from sparda_compile.passes.schedule.expected_blocks import expected_repair
 from sparda_compile.program.chunks import RESERVE, chunk_sizes, largest_chunk
 from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
-from sparda_compile.program.prompt_graphs import MOST_BYTES, longest_short
 from sparda_compile.program.plan import forecast_shapes
+from sparda_compile.program.prompt_graphs import MOST_BYTES, longest_short
 from sparda_compile.program.rank_order import collectives_of
 from sparda_compile.ranks.shards import local_of, splits_heads
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
