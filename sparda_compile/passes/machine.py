@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 # heads, 98% predicted) less one without attention (24.21 - 7.66) and the bytes of the partials: by
 # `sparda bench prr`, November 2026. `attend_predicted` took 5.95 us alone, 1.8 of them its bytes.
 # h100: `sparda calibrate` on one H100, with the kernels before those.
-# Collectives were measured nowhere yet: 12 us between GPUs is an assumption, and so is 200 of gloo.
+# The 200 of gloo's collectives are an assumption.
 # cpu: the reference ops on one core of a server, best of 40, batch 1, 8192 tokens, 2 KV heads of
 # 16, fp32. Attention is not named: there it is arithmetic.
 LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
@@ -116,8 +116,9 @@ class Machine:
         unpack_gnps: Rate at which attention unpacks pages of stored runs, 10^9 numbers per second:
             16 sequences with `int8` took 2.74 ms more than with pages of the model's dtype, 32
             layers, 96 blocks, 2 KV heads (benchmarks/results/2026-11-30-h200-small-pages.json).
-        peer_gbps: Rate at which a rank sends to others in a collective, 10^9 bytes per second. Not
-            measured here: of an H200's 450 over NVLink two thirds, as NCCL reaches.
+        peer_gbps: Rate at which a rank sends to others in a collective, 10^9 bytes per second: what
+            sums of a decode step reach between two H200s, up to 2 MB
+            (benchmarks/results/2026-11-30-h200x2-all-reduce.json). Long ones are faster.
         scores: Selector -> `latency_us` and `gbps` of its scores in a decode step, see `SCORES`.
     """
 
@@ -134,7 +135,7 @@ class Machine:
     copy_share: float = 0.15
     crowd_share: float = 0.27
     unpack_gnps: float = 460.0
-    peer_gbps: float = 300.0
+    peer_gbps: float = 100.0
     scores: Mapping[str, Mapping[str, float]] = dataclasses.field(
         default_factory=lambda: {name: dict(times) for name, times in SCORES.items()}, hash=False
     )

@@ -27,8 +27,9 @@ __all__ = ["all_gather", "all_reduce", "group_named", "lost_ranks", "sum_in_plac
 
 # Its other name is older; torch 2.13 warns of it.
 _GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Of NCCL between GPUs of one host, until `sparda calibrate` has measured it: see docs/parallel.md.
-_LATENCY_US = 12.0
+# Of NCCL between two H200s of one host, [1, 4096] in 16 bits in a CUDA graph, less the copy before
+# it (benchmarks/results/2026-11-30-h200x2-all-reduce.json).
+_LATENCY_US = 7.0
 
 
 @contextlib.contextmanager
