@@ -65,10 +65,16 @@ class Ranks:
 
     def watch_replay(self, device: torch.device) -> None:
         """Watch the step that was just launched on a GPU's current stream, by a CUDA graph."""
-        if not self.is_alone:
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(device))
-            watch_of(self.group, device).ran(done.query)
+        if self.is_alone:
+            return
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+
+        def is_done() -> bool:
+            with torch.cuda.device(device):  # a thread begins on the first GPU, which is another's
+                return bool(done.query())
+
+        watch_of(self.group, device).ran(is_done)
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[dict[str, Any]]:
