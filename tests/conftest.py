@@ -42,6 +42,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tracing tiny models takes most of the time of a run. Dynamo's cache of fake tensors costs more
 # than it saves where few nodes are alike, and so do Python's frequent searches for garbage.
 os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+# Inductor would build seven programs, in each new folder for compiled code, to learn whether the
+# compiler knows the vectors that the CPU says it has. A compiler that does not fails the tests.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 gc.set_threshold(50_000, 20, 100)
 
 torch.set_num_threads(1)
@@ -92,6 +95,18 @@ def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         base = base.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_line_of_progress() -> Iterator[None]:
+    """Each of a plan's 18 stages would start a thread that waits to say so, and end it.
+
+    The tests of the line itself show one of their own; subprocesses show theirs.
+    """
+    from sparda_compile.progress import showing
+
+    with showing(False):
         yield
 
 
