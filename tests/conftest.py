@@ -88,13 +88,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep compiled code out of the user's cache; all workers of a run share one folder."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
+def _inductor_cache(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Keep compiled code out of the user's cache; all workers and runs share one folder.
+
+    Inductor finds code by a hash of the graph, its settings and torch itself.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("inductor")))
         yield
 
 
