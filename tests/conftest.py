@@ -87,14 +87,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reasons[name]))
 
 
+@pytest.fixture(scope="session")
+def kept_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that names a folder for the next run to find, if pytest keeps any."""
+    cache = getattr(pytestconfig, "cache", None)
+    return cache.mkdir if cache else tmp_path_factory.mktemp
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _inductor_cache(pytestconfig: pytest.Config) -> Iterator[None]:
+def _inductor_cache(kept_folder: Any) -> Iterator[None]:
     """Keep compiled code out of the user's cache; all workers and runs share one folder.
 
     Inductor finds code by a hash of the graph, its settings and torch itself.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept_folder("inductor")))
         yield
 
 
