@@ -1,7 +1,7 @@
 """The format that `kv_format="auto"` stands for: the most exact one that is about as fast as any.
 
     link = B * sum over layers of G * scored * (1 - overlap) * bytes of a block / link rate
-    rest = (weights + blocks read + summaries) / memory rate + latencies
+    rest = (weights + summaries) / memory rate + blocks read, unpacked or not + latencies
     step = max(link, rest) in modes that copy beside compute, else link + rest
 
 Candidates are the package's formats whose error is allowed: 3% of RMS, or what `auto:PERCENT`
@@ -96,7 +96,7 @@ def _candidates(layout: CacheLayout, allowed: float) -> list[BlockFormat]:
 def _step_us(layout: CacheLayout, machine: Machine, weight_bytes: int) -> float:
     """Return what a decode step is expected to take, microseconds."""
     config = layout.config
-    fetched, read, num_layers = 0.0, float(weight_bytes), 0
+    fetched, read, pages_us, num_layers = 0.0, float(weight_bytes), 0.0, 0
     for shape in layout.layers:
         if shape.kind != "sparse":
             continue
@@ -104,12 +104,15 @@ def _step_us(layout: CacheLayout, machine: Machine, weight_bytes: int) -> float:
         pairs = layout.batch_size * shape.num_groups
         stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
         fetched += pairs * layout.num_scored * (1.0 - config.expected_overlap) * stored
-        read += pairs * layout.num_selected * layout.page_bytes(shape)
+        pages = pairs * layout.num_selected
+        pages_us += machine.pages_us(
+            pages * layout.page_bytes(shape), pages * layout.unpacked(shape)
+        )
         specs = layout.tensors(shape)
         scoring = (layout.summary_tensors(name, shape) for name in layout.scored_summaries())
         read += sum(specs[name].num_bytes for names in scoring for name in names)
     ops = ("select_pages", "sparse_attention")
     layer_us = sum(map(machine.latency_of, ops)) + _KERNELS * machine.kernel_us
-    rest = read / (machine.memory_gbps * 1e3) + num_layers * layer_us
+    rest = read / (machine.memory_gbps * 1e3) + pages_us + num_layers * layer_us
     link = fetched / (machine.link_gbps * 1e3)
     return max(link, rest) if machine.overlaps and layout.strategy.overlaps else link + rest

@@ -20,6 +20,7 @@ from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 from sparda_compile.isa.engines import CudaEngine, use_engine
 from sparda_compile.kernels.gpu.launch import compile_ahead
 from sparda_compile.program.compiler_errors import compiler_errors
+from sparda_compile.program.host_waits import check_no_host_waits
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.program.lower import lower
@@ -69,6 +70,7 @@ class Program:
 
     Raises:
         KeyError: If a projection is missing.
+        UnsupportedInputError: If CUDA graphs are asked for, and the model waits for the CPU.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Program:
         if engine is None and device.type == "cuda":
             self._engine = CudaEngine(device)
         replays = device.type == "cuda" and plan.layout.config.cuda_graph
+        if replays:
+            check_no_host_waits(plan.graph_module.graph)
         is_decode = plan.captured.phase == "decode"
         self._replays = replays and is_decode
         self._prompts = PromptGraphs(self._function) if replays and not is_decode else None
@@ -237,8 +241,11 @@ class Program:
         num_past, may_hide = kv.most_past, token_mask is not None
         kv.issue(input_ids.shape[1] - num_hidden)
         if self._replays:
-            with torch.cuda.device(self.plan.captured.device):
-                return self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
+            device = self.plan.captured.device
+            with torch.cuda.device(device):
+                logits = self._step_graph(kv, input_ids, position_ids)(input_ids, position_ids)
+                self._ranks.watch_replay(device)
+                return logits
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -275,7 +282,9 @@ class Program:
             return memory.peak_bytes <= MOST_BYTES
 
         with torch.cuda.device(device):
-            return self._prompts.run(kv, inputs, (num_past, may_hide), bind, fits)
+            logits = self._prompts.run(kv, inputs, (num_past, may_hide), bind, fits)
+            self._ranks.watch_replay(device)
+            return logits
 
     def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
         return [

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparda_compile.errors import RankLostError, RanksDisagreeError
 from sparda_compile.ranks.collectives import group_named, lost_ranks
+from sparda_compile.ranks.replays import check_replays, watch_of
 from sparda_compile.ranks.shards import mesh_of
 
 if TYPE_CHECKING:
@@ -54,13 +55,20 @@ class Ranks:
         return self.size == 1
 
     def check_alive(self) -> None:
-        """Refuse to go on without a process group.
+        """Refuse to go on without a process group, or without one of its ranks.
 
         Raises:
-            RankLostError: If it was destroyed.
+            RankLostError: If the group was destroyed, or a replayed step of it did not end.
         """
         if not self.is_alone:
-            group_named(self.group)
+            check_replays(self.group)
+
+    def watch_replay(self, device: torch.device) -> None:
+        """Watch the step that was just launched on a GPU's current stream, by a CUDA graph."""
+        if not self.is_alone:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            watch_of(self.group, device).ran(done.query)
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[dict[str, Any]]:
@@ -132,6 +140,7 @@ class Ranks:
         torch.cuda.set_rng_state(state, device) if is_cuda else torch.set_rng_state(state)
 
     def _exchange(self, what: str, mine: Any) -> list[Any]:
+        self.check_alive()
         group, said = group_named(self.group), [None] * self.size
         with lost_ranks(what):
             dist.all_gather_object(said, mine, group=group)

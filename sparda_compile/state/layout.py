@@ -168,6 +168,11 @@ class CacheLayout:
             return self.stored_bytes(layer.layer, layer.head_dim, layer.dtype)
         return self.block_bytes(layer)
 
+    def unpacked(self, layer: LayerShape) -> int:
+        """Return how many numbers attention unpacks of one page: none of the model's dtype."""
+        stored = self.has_stored_pages(layer.layer)
+        return 2 * self.config.block_size * layer.head_dim if stored else 0
+
     def traced(self) -> CacheLayout:
         """Return the layout of a graph: a sample number stands for that of the sequences."""
         offload = "always" if self.offload else "never"

@@ -273,17 +273,28 @@ def refusals(folder, model, rank):
     return found
 
 
-def ending(folder, model, rank):
-    """Return what the first rank says when the second one dies, and when the group is gone."""
+def lost(folder, model, rank):
+    """Return a module, its prompt, and what the first rank says when the second one dies."""
     fast = build(folder, "llama", model, "query")
     ids = prompt()[0].to(fast.device)
     cache = fast.new_cache()
     fast(ids, past_key_values=cache)
-    token, found = ids[:, -1:], {}
-    fast(token, past_key_values=cache)
+    token = ids[:, -1:]
+    for _ in range(2):  # on GPUs the second step is a CUDA graph
+        fast(token, past_key_values=cache).logits.cpu()
     if rank:
         os._exit(0)
-    found["lost"] = refused(lambda: [fast(token, past_key_values=cache) for _ in range(3)])
+
+    def steps():
+        return [fast(token, past_key_values=cache).logits.cpu() for _ in range(3)]
+
+    return fast, ids, refused(steps)
+
+
+def ending(folder, model, rank):
+    """Return what the first rank says when the second one dies, and when the group is gone."""
+    fast, ids, said_lost = lost(folder, model, rank)
+    found = {"lost": said_lost}
     dist.destroy_process_group()
     found["destroyed"] = refused(lambda: fast(ids))
     found["destroyed in generate"] = refused(lambda: fast.generate(ids, max_new_tokens=2))
@@ -296,7 +307,15 @@ def load(folder, family, changes=None):
     # Both ways to ask for it; `auto` goes by what torchrun has started.
     asked = {"tp_plan": "auto"} if size == int(os.environ["WORLD_SIZE"]) else {"tp_size": size}
     plan = DistributedConfig(**({"tp_size": size, "tp_plan": changes} if changes else asked))
-    return AutoModelForCausalLM.from_pretrained(folder / family, distributed_config=plan).eval()
+    return read(folder / family, distributed_config=plan)
+
+
+def read(path, **settings):
+    """Return a checkpoint's model; on GPUs its experts run in a way that CUDA graphs can hold."""
+    model = AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+    if torch.cuda.is_available() and path.name == "mixtral":
+        model.set_experts_implementation("batched_mm")
+    return model
 
 
 def kv_heads(fast):
@@ -393,7 +412,9 @@ def main(folder, cases):
             torch.save(two(folder, rank)[0], folder / f"two{rank}")
     else:
         with joined(folder, 2, "nccl", seconds=15) as rank:
-            sys.stderr.write(str(ending(folder, load(folder, "llama"), rank)))
+            sys.stderr.write(lost(folder, load(folder, "llama"), rank)[-1])
+            sys.stderr.flush()
+            os._exit(0)  # what else is to be ended would wait for the other rank
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 MEASURED = {
     "name": "h200", "memory_gbps": 4000.5, "link_gbps": 41.0, "tflops": 700.0, "launch_us": 2.5,
     "overlaps": True, "latency_us": {"select_pages": 9.5}, "kernel_us": 2.75, "copy_share": 0.2,
-    "peer_gbps": 250.0, "scores": {"quest": {"gbps": 900.0}},
+    "crowd_share": 0.3, "unpack_gnps": 500.0, "peer_gbps": 250.0,
+    "scores": {"quest": {"gbps": 900.0}},
 }  # fmt: skip
 
 
@@ -33,11 +34,12 @@ def test_constants_are_named_positive_and_in_proportion(name):
     machine = MACHINES[name]
     assert machine.name == name
     numbers = [v for v in dataclasses.astuple(machine) if isinstance(v, float)]
-    assert len(numbers) == 7
-    assert min(n for n in numbers if n != machine.copy_share) > 0
+    shares = (machine.copy_share, machine.crowd_share)
+    assert len(numbers) == 9
+    assert min(n for n in numbers if n not in shares) > 0
     # A copy takes nothing where nothing runs beside it.
-    assert 0 <= machine.copy_share < 0.5
-    assert (machine.copy_share > 0) == machine.overlaps
+    assert all(0 <= share < 0.5 for share in shares)
+    assert all((share > 0) == machine.overlaps for share in shares)
     # The link is what everything here is about: slower than the device's own memory.
     assert machine.link_gbps < machine.memory_gbps
     assert machine.peer_gbps < machine.memory_gbps
@@ -144,13 +146,22 @@ def test_gpu_that_was_measured_is_planned_for_as_it_is(calibration, caplog):
 
 
 def test_constants_without_latencies_have_those_of_an_h200(calibration):
-    newer = ("latency_us", "kernel_us", "copy_share", "peer_gbps", "scores")
+    newer = (
+        "latency_us",
+        "kernel_us",
+        "copy_share",
+        "crowd_share",
+        "unpack_gnps",
+        "peer_gbps",
+        "scores",
+    )
     older = {key: value for key, value in MEASURED.items() if key not in newer}
     calibration.write_text(json.dumps({"machine": older}))
     machine = machine_for(None, GPU)
     assert machine.peer_gbps == MACHINES["h200"].peer_gbps
     assert machine.latency_us == LATENCY_US["h200"]
     assert (machine.kernel_us, machine.copy_share) == (3.1, 0.15)
+    assert (machine.crowd_share, machine.unpack_gnps) == (0.27, 460.0)
     assert machine.scores == SCORES
 
 

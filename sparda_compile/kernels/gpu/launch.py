@@ -6,7 +6,8 @@ before it reads anything, and is launched with `launch_early()` (CUDA's programm
 launch). Both are launched by one function, so that nothing comes between them in the stream.
 
 A kernel that is compiled in several forms whose results must be equal bit for bit is launched with
-`as_written()`: else the compiler joins a product with one sum or another as each form suggests.
+`as_written()`: else the compiler joins a product with one sum or another as each form suggests. Nor
+may a tile of a dot be made of narrower numbers in one form than in another: see `tiles.py`.
 
 Triton compiles a kernel where it is first launched, one after another. `compile_ahead` does it in
 threads, for launches that were collected from a run on fake tensors; a launch waits for its kernel.

@@ -5,8 +5,9 @@
                                  format's own function, that of the gather; the block that is being
                                  written lies in `tail`
 
-Both give the same numbers in tiles of the same shape, so what is computed with them has the same
-bits. `kernels/paged.py` says what pages hold, `packed_form.py` what a format gives.
+Both give the same numbers in tiles of the same shape, and the compiler does not know which were
+made of codes: it would sum products of those in another order. So what is computed with them has
+the same bits. `kernels/paged.py` says what pages hold, `packed_form.py` what a format gives.
 """
 
 from __future__ import annotations
@@ -86,10 +87,25 @@ def first_page(  # noqa: ANN201 - a part of kernels
 
 
 @triton.jit
+def _opaque(codes):
+    """Return codes, int32, as if nobody knew that they were read as bytes.
+
+    For a dot on tensor cores Triton looks for the narrowest numbers that a tile was loaded as, back
+    through what has no effects, and gives each thread as many neighbours of the summed dimension as
+    32 bits of them hold (`kWidth`): two of 16 bits, four of 8. That decides which products one
+    instruction sums, and so how the sum rounds. An instruction that may have effects ends the
+    search. This one is a move between registers, of which nothing is left in the machine's code.
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [codes], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _read_run(
     run, tail, token, full, dims, SIZE: tl.constexpr, DIM: tl.constexpr, MANY: tl.constexpr,
-    KEYS: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr, CUTS: tl.constexpr,
-    DECODE: tl.constexpr,
+    KEYS: tl.constexpr, INTERPRETED: tl.constexpr, BITS: tl.constexpr, SCALES: tl.constexpr,
+    CUTS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Return the keys or values of the first `full` tokens of stored runs; 0 for others.
 
@@ -106,6 +122,8 @@ def _read_run(
         code = tl.load(codes[:, None] + offset, mask=mask, other=0).to(tl.int32)
     else:
         code = tl.load(codes + offset, mask=mask, other=0).to(tl.int32)
+    if not INTERPRETED:
+        code = _opaque(code)
     if PER > 1:
         code = (code >> (token % PER * BITS)[:, None]) & ((1 << BITS) - 1)
     if KEYS:
@@ -150,11 +168,13 @@ def read_tile(  # noqa: ANN201 - a part of kernels
         run = pages.to(tl.int64) + page.to(tl.int64) * RUN
         full = tl.where((block >= 0) & (block < current), SIZE, 0)
         keys = _read_run(
-            run, tail, token, full, dims, SIZE, DIM, MANY, True, BITS, SCALES, CUTS, DECODE
-        )
+            run, tail, token, full, dims, SIZE, DIM, MANY, True, INTERPRETED, BITS, SCALES, CUTS,
+            DECODE,
+        )  # fmt: skip
         values = _read_run(
-            run, tail, token, full, dims, SIZE, DIM, MANY, False, BITS, SCALES, CUTS, DECODE
-        )
+            run, tail, token, full, dims, SIZE, DIM, MANY, False, INTERPRETED, BITS, SCALES, CUTS,
+            DECODE,
+        )  # fmt: skip
         if MANY:
             of_tail = (seen & (block == current))[:, None] & is_dim
             keys = tl.where(of_tail, tl.load(tail + offset, mask=of_tail, other=0.0), keys)

@@ -22,8 +22,7 @@ from sparda_compile.graph.effects import (
 )
 from sparda_compile.graph.liveness import side_stream_inputs
 from sparda_compile.graph.nodes import call_name, is_sparda, program_order
-from sparda_compile.graph.site import sites_of
-from sparda_compile.graph.tags import HINT, LAYER
+from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.isa.streams import COMPUTE, SELECT
 
 if TYPE_CHECKING:
@@ -104,6 +103,10 @@ class Chains:
             return Chain(nodes, prefetch, fork, stages, self._places_ahead(layer))
         wait = self._previous_wait(prefetch, order, earliest)
         places = [(f"behind {earliest.name}", earliest)]
+        awaited = min(order[user] for user in last.users)
+        end = self._end_behind(earliest, order, awaited)
+        if end is not None:
+            places.append((f"behind {end.name}", end))
         if wait is not None:
             behind = wait.prev
             while LAYER.on(behind):  # may move itself; the model's nodes do not
@@ -111,6 +114,11 @@ class Chains:
             if order[behind] > order[earliest]:
                 places.append((f"before {wait.name}", behind))
         return Chain(nodes, prefetch, fork, stages, places)
+
+    def _end_behind(self, node: fx.Node, order: dict[fx.Node, int], limit: int) -> fx.Node | None:
+        """Return where the first attention behind a node ends, if that is before a place."""
+        ends = map(_end_of, (each for each in self._graph.nodes if SITE.on(each)))
+        return next((end for end in ends if order[node] < order[end] < limit), None)
 
     def _below(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int) -> set[fx.Node]:
         """Return what depends on nodes and comes before a place in the program."""
@@ -124,10 +132,14 @@ class Chains:
         return found
 
     def _places_ahead(self, layer: int) -> list[tuple[str, fx.Node]]:
-        """Return places one, two, four and so on layers ahead, and the beginning of the step."""
-        before = [s.hidden for s in sites_of(self._graph) if s.layer < layer]
+        """Return places one, two, four and so on layers ahead, and the beginning of the step.
+
+        Of each layer there are two: before all of it, and behind its attention.
+        """
+        before = [n for n in self._graph.nodes if SITE.on(n) and SITE.of(n).layer < layer]
         ahead = [before[-(1 << i)] for i in range(len(before).bit_length())]
-        places = [(f"behind {node.name}", node) for node in ahead]
+        nodes = [node for each in ahead for node in (SITE.of(each).hidden, _end_of(each))]
+        places = [(f"behind {node.name}", node) for node in nodes]
         first = next(n for n in self._graph.nodes if n.op != "placeholder")
         return [*places, ("at the beginning", first.prev)]
 
@@ -137,6 +149,14 @@ class Chains:
         """Return the first wait between the chain's earliest place and its prefetch."""
         between = [w for w in waits_of(self._graph) if order[earliest] < order[w] < order[prefetch]]
         return between[0] if between else None
+
+
+def _end_of(attention: fx.Node) -> fx.Node:
+    """Return the last op of an attention's layer that stands right behind it."""
+    node = attention
+    while LAYER.get(node.next) == LAYER.of(attention) and is_sparda(node.next):
+        node = node.next
+    return node
 
 
 def _last_of(copy: fx.Node) -> fx.Node:

@@ -3,6 +3,7 @@
     us = kernel + max(flops / rate, bytes / bandwidth)       a kernel of the model
     us = bytes / bandwidth, + kernel if it begins one        an elementwise node
     us = latency of the op + max(flops / rate, bytes / ..)   an op of ours
+    us = numbers / rate of unpacking, if that is more    attention to pages of stored runs
     us = the line of the selector, `Machine.score_us`        scores of a decode step
     us = launch + expected bytes / link bandwidth            a copy
     us = latency of the op + bytes sent / rate to peers      a collective
@@ -34,14 +35,17 @@ from sparda_compile.registry import SELECTORS
 from sparda_compile.state.layout import state_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sparda_compile.isa.table import Instruction
     from sparda_compile.passes.base import PassContext
 
-__all__ = ["SCORES_TAKE", "Cost", "costs_of", "node_cost"]
+__all__ = ["SCORES_TAKE", "Cost", "costs_of", "longer_copies", "node_cost"]
 
 # Share of the device that scores hold while they stream over a summary: on an H200, scores by
 # `lowbit2` of 86 us a layer lengthen the model's 211 beside them by 70.
 SCORES_TAKE: Final = 0.8
+_ATTENDS: Final = frozenset({Work.HITS, Work.MISSES, Work.PREDICTED, Work.REPAIRED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,14 @@ def costs_of(graph: fx.Graph, ctx: PassContext) -> dict[fx.Node, Cost]:
     return {node: node_cost(node, ctx, begins_kernel=node in begin) for node in graph.nodes}
 
 
+def longer_copies(costs: Mapping[fx.Node, Cost], times: float) -> dict[fx.Node, Cost]:
+    """Return costs with copies over the link that take so many times as long."""
+    return {
+        node: dataclasses.replace(cost, us=cost.us * times) if cost.link_bytes else cost
+        for node, cost in costs.items()
+    }
+
+
 def node_cost(node: fx.Node, ctx: PassContext, *, begins_kernel: bool = False) -> Cost:
     """Return the expected cost of a node on the context's machine.
 
@@ -90,6 +102,8 @@ def node_cost(node: fx.Node, ctx: PassContext, *, begins_kernel: bool = False) -
     hbm_bytes = _bytes(node, ctx) if it is None else _sparda_bytes(node, it.work, ctx)
     flops = _flops(node, ctx) if it is None else _sparda_flops(node, it.work, ctx)
     us = max(flops / (machine.tflops * 1e6), hbm_bytes / (machine.memory_gbps * 1e3))
+    if it is not None:
+        us = max(us, machine.pages_us(0.0, _unpacked(node, it, ctx)))
     if it is not None and it.name == "score_blocks":
         scorer = SELECTORS[argument(node, "selector")].timed_as
         us = machine.score_us(scorer, hbm_bytes)
@@ -137,6 +151,16 @@ def _sparda_bytes(node: fx.Node, work: Work, ctx: PassContext) -> int:
         is_pool = isinstance(value, Tensor) and (value.dim() == 6 or source is pages)
         total += read_bytes(node, value, work, ctx) if is_pool else num_bytes(value, ctx)
     return total
+
+
+def _unpacked(node: fx.Node, it: Instruction, ctx: PassContext) -> float:
+    """Return how many numbers attention of a decode step unpacks of its pages."""
+    if it.work not in _ATTENDS and it.name != "sparse_attention":
+        return 0.0
+    assert ctx.layout is not None
+    shape = next(s for s in ctx.layout.layers if s.layer == LAYER.of(node))
+    read = read_bytes(node, fake_value(argument(node, "pages")), it.work, ctx)
+    return read / ctx.layout.page_bytes(shape) * ctx.layout.unpacked(shape)
 
 
 def _uncounted(node: fx.Node) -> set[str]:

@@ -97,16 +97,19 @@ def layer_times(shape: LayerShape, group_size: int, ctx: PassContext) -> LayerTi
     def bytes_us(num_bytes: float) -> float:
         return num_bytes / (machine.memory_gbps * 1e3)
 
+    def pages_us(pages: float) -> float:
+        return machine.pages_us(pages * block, pages * layout.unpacked(shape))
+
     # Scores are written, and read.
     scoring = machine.score_us(selector.timed_as, read + 2 * pairs * layout.num_blocks * 4)
     reading = scoring - machine.score_us(selector.timed_as, 0.0)
     return LayerTimes(
         select_us=sum(map(us, (*_SELECTING, *choosing))) + scoring,
         start_us=us("attend_predicted"),
-        block_us=bytes_us(pairs * (block + partial)),
+        block_us=pages_us(pairs) + bytes_us(pairs * partial),
         repair_us=us("repair_predicted", pairs * layout.num_selected * partial),
-        miss_us=bytes_us(pairs * block),
-        serial_us=us("sparse_attention", pairs * layout.num_selected * block),
+        miss_us=pages_us(pairs),
+        serial_us=us("sparse_attention") + pages_us(pairs * layout.num_selected),
         read_us=reading,
     )
 
@@ -148,7 +151,8 @@ def attends_before_repair(shape: LayerShape, ctx: PassContext) -> bool:
     pairs = ctx.batch_size * shape.num_groups
     stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
     repair_us = machine.launch_us + pairs * late * stored / (machine.link_gbps * 1e3)
-    read_us = pairs * layout.num_selected * layout.page_bytes(shape) / (machine.memory_gbps * 1e3)
+    pages = pairs * layout.num_selected
+    read_us = machine.pages_us(pages * layout.page_bytes(shape), pages * layout.unpacked(shape))
     early_us = machine.latency_of("attend_resident") + read_us
     # One more launch: of two streams that are joined, one waits for the other's event.
     added_us = machine.latency_of("attend_resident") + machine.latency_of("attend_missing")

@@ -12,6 +12,7 @@ so a node that uses the share m of the bandwidth while it runs alone goes on at 
 
     min(1, (1 - taken) / m) * (1 - copy_share if a copy is in flight)
 
+and an op of ours at 1 - `Machine.crowd_share` of that while a copy or a selection runs beside it.
 Copies of two streams share the link: while both are in flight, each has half of its rate.
 """
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sparda_compile.graph.effects import awaited_event, started_event, stream_of
 from sparda_compile.graph.nodes import call_name, is_sparda
 from sparda_compile.graph.tags import LAYER
-from sparda_compile.isa.streams import BEHIND, COMPUTE, STREAM_NAMES
+from sparda_compile.isa.streams import BEHIND, COMPUTE, SELECT, STREAM_NAMES
 from sparda_compile.passes.schedule.cost import costs_of
 from sparda_compile.report.schedule import ScheduleRow
 
@@ -53,12 +54,13 @@ def predict(graph: fx.Graph, ctx: PassContext) -> list[ScheduleRow]:
 
 
 class _Item(NamedTuple):
-    """What a node is for its times, in whatever order and on whatever stream it runs."""
+    """What a node is for its times."""
 
     us: float
     memory: float  # share of the bandwidth that it uses
     taken: float  # share of the device that it takes from what runs beside it
     is_copy: bool
+    is_ours: bool
     awaits: int | None
     starts: int | None
 
@@ -66,9 +68,8 @@ class _Item(NamedTuple):
 class Simulator:
     """Predicts the times of a program in any order, on any streams.
 
-    Each stream runs its nodes in program order. What a side stream does starts behind all that was
-    issued before it to the streams that `streams.BEHIND` names; a wait holds its stream back to the
-    event that it names. On a machine without overlap all streams are one.
+    Each stream runs its nodes in program order, a side stream behind what `streams.BEHIND` says. A
+    wait holds its stream back to its event. On a machine without overlap all streams are one.
 
     Args:
         costs: Cost of each node.
@@ -80,19 +81,14 @@ class Simulator:
         self._machine = ctx.machine
         found = {n: _item(n, cost, ctx.machine) for n, cost in costs.items()}
         # Most nodes are views and inputs, which take no time and hold nobody back.
-        self._items = {n: item for n, item in found.items() if item.us or item[4:] != (None, None)}
+        self._items = {n: item for n, item in found.items() if item.us or item[5:] != (None, None)}
 
     def end_us(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> float:
         """Return when the last node ends, microseconds; arguments as for `rows`."""
         return max((end for _, _, end in self._times(nodes, streams)), default=0.0)
 
     def rows(self, nodes: Iterable[fx.Node], streams: Mapping[fx.Node, int]) -> list[ScheduleRow]:
-        """Return the predicted times of a program.
-
-        Args:
-            nodes: In program order.
-            streams: Stream of each node.
-        """
+        """Return the predicted times of nodes in program order, with the stream of each."""
         nodes = list(nodes)
         times = {node: (start, end) for node, start, end in self._times(nodes, streams)}
         clock = dict.fromkeys(range(len(STREAM_NAMES)), 0.0)
@@ -182,6 +178,7 @@ def _item(node: fx.Node, cost: Cost, machine: Machine) -> _Item:
         memory,
         max(memory, cost.least_taken),
         is_copy=cost.link_bytes > 0,
+        is_ours=is_sparda(node),
         awaits=awaited_event(node),
         starts=started_event(node),
     )
@@ -199,13 +196,13 @@ class _Span(NamedTuple):
 class _Beside:
     """What side streams do while the compute stream works.
 
-    Nodes come in program order, and what is issued to a side stream later starts no earlier than
-    the compute stream has come: so all that runs beside a node of the compute stream is known when
-    that node comes, and what has ended by then is forgotten.
+    In program order all that runs beside a node of the compute stream is known when that node
+    comes, and what has ended by then is forgotten.
     """
 
     def __init__(self, machine: Machine) -> None:
         self._copy_rate = 1.0 - machine.copy_share
+        self._crowd_rate = 1.0 - machine.crowd_share
         self._spans: list[deque[_Span]] = [deque() for _ in STREAM_NAMES]
 
     def end_of(self, item: _Item, start: float, lane: int) -> float:
@@ -228,8 +225,8 @@ class _Beside:
         """Return when work of the compute stream ends."""
         now, left = start, item.us
         while True:
-            change, taken, rate = math.inf, 0.0, 1.0
-            for spans in self._spans:
+            change, taken, rate, crowd = math.inf, 0.0, 1.0, 1.0
+            for lane, spans in enumerate(self._spans):
                 while spans and spans[0].end <= now:
                     spans.popleft()
                 if not spans:
@@ -242,6 +239,9 @@ class _Beside:
                 taken += span.taken
                 if span.is_copy:
                     rate = self._copy_rate
+                if item.is_ours and (span.is_copy or lane == SELECT):
+                    crowd = self._crowd_rate
+            rate *= crowd
             if item.memory > 1.0 - taken:
                 rate *= max(1.0 - taken, 0.0) / item.memory
             if left <= rate * (change - now):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -194,9 +200,26 @@ def test_shared_memory_of_tiles():
     assert form.tile_bytes(64 * 128, 4, many=True) == (64 * 128 * 9, 64 * 128 * 4)
 
 
+def test_sums_have_the_same_order_on_an_h200(tmp_path):
+    """A tensor core sums the same products at once, which the interpreter cannot say."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sums_on_h200.py"))],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    attending = {"_partials 16": 4, "_partials 64": 4}
+    attending |= {"_attend_blocks 64": 2, "_repair_predicted 64": 2}
+    for name, num_dots in attending.items():
+        want = found[name].pop("model")
+        assert sum("kWidth" in line for line in want) == num_dots < len(want)
+        assert found[name] == dict.fromkeys(NAMES, want), name
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("name", NAMES)
 def test_large_shapes(device, name, size, dtype):
     pool = Pool(device, name, [size * 70 + 5, size * 90 + 3], 65, (2, 4, size, 128), dtype)

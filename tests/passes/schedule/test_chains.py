@@ -103,10 +103,15 @@ def test_what_takes_nothing_of_its_step_may_begin_any_number_of_layers_ahead(pla
     mark_order(graph)
     chains = Chains(graph, dependence_graph(graph))
     sites = sites_of(graph)
+    ends = {LAYER.of(n): n.name for n in find_ops(graph, "offload_blocks")}
     guesses = [n for n in find_ops(graph, "prefetch_blocks") if n.name.startswith("hint")]
     for number, node in enumerate(guesses):
         places = chains.chain(node).places
-        want = [f"behind {sites[number - d].hidden.name}" for d in (1, 2, 4) if d <= number]
+        want = []
+        for ahead in (1, 2, 4):
+            if ahead <= number:
+                site = sites[number - ahead]
+                want += [f"behind {site.hidden.name}", f"behind {ends[site.layer]}"]
         assert [words for words, _ in places] == [*want, "at the beginning"]
         assert places[-1][1].op == "placeholder"
 

@@ -14,6 +14,7 @@ from sparda_compile.graph.nodes import call_name, find_ops, module_path
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import Cost, costs_of, node_cost
+from sparda_compile.passes.schedule.layer_times import layer_times
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import make_plan
 
@@ -236,3 +237,25 @@ def test_everything_is_slower_on_the_cpu(decode):
         slow = node_cost(node, context(decode, MACHINES["cpu"]))
         assert slow.us >= fast.us
         assert (slow.hbm_bytes, slow.link_bytes) == (fast.hbm_bytes, fast.link_bytes)
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "unpacks"), [("int8", True), ("int4", True), ("model", False)]
+)
+def test_attention_unpacks_pages_of_stored_runs(plan_of, kv_format, unpacks):
+    settings = {**SETTINGS, "kv_format": kv_format, "page_format": "stored"}
+    plan = plan_of("llama", batch_size=3, **settings)
+    slow = dataclasses.replace(H200, unpack_gnps=0.001, latency_us={})
+    numbers = HEADS * SELECTED * 2 * 64 * 16
+    us = cost(plan, "sparse_attention_1", slow).us
+    assert us == pytest.approx(2.0 + numbers) if unpacks else us < 100.0
+
+
+def test_parts_of_a_layer_are_unpacked_too(plan_of):
+    settings = {**SETTINGS, "mode": "speculate", "offload": "never", "kv_format": "int8"}
+    plan = plan_of("llama", batch_size=3, **settings, page_format="stored")
+    slow = dataclasses.replace(H200, unpack_gnps=0.001, latency_us={})
+    (shape, *_), ctx = plan.layout.layers, context(plan, slow)
+    times, page = layer_times(shape, 2, ctx), 2 * 64 * 16
+    assert times.miss_us == pytest.approx(HEADS * page)
+    assert times.serial_us == pytest.approx(2.0 + HEADS * SELECTED * page)

@@ -185,6 +185,24 @@ def test_scores_take_multiprocessors_whatever_their_bytes_are(least, us):
     assert program.times()["product"][1] == pytest.approx(us)
 
 
+@pytest.mark.parametrize(
+    ("stream", "ours", "us"),
+    [(SELECT, True, 20.0), (COPY, True, 20.0), (ATTEND, True, 15.0), (SELECT, False, 15.0)],
+)
+def test_small_kernels_of_ours_are_slower_beside_a_selection_and_a_copy(stream, ours, us):
+    program = Program()
+    program.ctx = dataclasses.replace(
+        program.ctx, machine=dataclasses.replace(program.ctx.machine, crowd_share=0.5)
+    )
+    program.work("beside", 10.0, stream)
+    if ours:
+        node = program.mark(9, COMPUTE)
+        program.costs[node] = Cost(15.0)
+    else:
+        node = program.work("mine", 15.0)
+    assert program.times()[node.name][1] == us
+
+
 def test_two_side_streams_take_from_compute_together():
     program = Program(copy_share=0.5)
     program.work("attention", 10.0, ATTEND, memory=0.25)

@@ -1,0 +1,41 @@
+"""A driver of an H200 that is not there: launches compile their kernel, and nothing runs.
+
+For programs of their own, since the tests' process has Triton's interpreter on.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class OnPaper:
+    """A driver of a GPU that is not there."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def compile_only(note):
+    """Let each launch compile its kernel for an H200 and tell `note` its name and what was built.
+
+    Kernels are to be imported behind this call.
+    """
+
+    def launcher(kernel, grid):
+        def launch(*args, **options):
+            note(kernel.__name__, kernel.warmup(*args, grid=grid, **options))
+
+        return launch
+
+    triton.runtime.driver.set_active(OnPaper())
+    JITFunction.__getitem__ = launcher
