@@ -16,6 +16,7 @@ from sparda_compile.program.chunks import RESERVE, chunk_sizes, largest_chunk
 from sparda_compile.program.lower import lower
 from sparda_compile.program.memory import prompt_memory
 from sparda_compile.program.plan import forecast_shapes
+from sparda_compile.program.prompt_graphs import MOST_BYTES, longest_short
 from sparda_compile.program.rank_order import collectives_of
 from sparda_compile.ranks.shards import local_of, splits_heads
 from sparda_compile.report.model import LayerPlan, PassSummary, Report, SiteSummary
@@ -143,7 +144,11 @@ def _prompt_memory(prefill: Plan, room: int | None) -> PromptMemory:
     chunk = config.chunk_tokens or most
     if config.chunk_tokens is None and not fits(most):
         chunk = largest_chunk(config, most, fits) or chunk_sizes(config, most)[-1]
-    return dataclasses.replace(memory(chunk), room_bytes=room)
+    found, longest = memory(chunk), min(longest_short(prefill.layout.batch_size), most)
+    kept = 0
+    if config.cuda_graph and prefill.machine.overlaps and longest > 1:
+        kept = min(memory(longest).peak_bytes, MOST_BYTES)
+    return dataclasses.replace(found, room_bytes=room, kept_bytes=kept)
 
 
 def _weight_bytes(model: nn.Module, decode: Plan, forecasts: list[int]) -> int:

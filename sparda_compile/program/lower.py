@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -25,8 +25,10 @@ from torch import Tensor, fx
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
 from sparda_compile.graph.nodes import call_name, changes_in_place, fake_value, is_sparda
 from sparda_compile.isa.define import implementation
+from sparda_compile.passes.schedule.kernels_of import VIEWS
 from sparda_compile.program.pieces import Piece, form_of, make_piece
 from sparda_compile.program.slices import SlicedPiece
+from sparda_compile.ranks.collectives import sum_in_place
 from sparda_compile.sizes import NUM_TOKENS
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from sparda_compile.program.recording import Observer
 
 __all__ = ["Call", "LoweredProgram", "Register", "lower", "split_graph"]
+
+_SUM: Final = "sparda.all_reduce"
+_PRODUCTS: Final = frozenset({"linear", "addmm", "matmul"})
 
 
 @dataclasses.dataclass
@@ -239,7 +244,9 @@ class _Lowering:
         names = [node.name for node in self._registers]
         program = LoweredProgram(self._calls, names, len(self._inputs), result)
         set_frees(program)
-        _set_slices(program, [*self._registers])
+        nodes = [*self._registers]
+        _set_slices(program, nodes)
+        _set_sums(program, nodes)
         return program
 
     def _register(self, node: fx.Node | _Unused) -> Register:
@@ -322,6 +329,33 @@ def _set_slices(program: LoweredProgram, nodes: Sequence[fx.Node | _Unused]) -> 
         }
         call.function = SlicedPiece(piece, call.function, places)
         makers |= dict.fromkeys(call.results, call.function)
+
+
+def _set_sums(program: LoweredProgram, nodes: Sequence[fx.Node | _Unused]) -> None:
+    """Let a sum over ranks take the memory of its summand, where that is nobody else's."""
+    makers = {register: call for call in program.calls for register in call.results}
+    for call in program.calls:
+        summand = call.args[0] if call.node is not None and call_name(call.node) == _SUM else None
+        if summand not in call.frees or makers[summand].piece is None:
+            continue
+        beside = [nodes[r] for r in makers[summand].results if r != summand]
+        if _is_product(nodes[summand]) and all(
+            _base(node) is not nodes[summand] for node in beside
+        ):
+            call.function = sum_in_place
+            call.reuses = ((call.results[0], summand),)
+
+
+def _is_product(node: fx.Node | _Unused) -> bool:
+    """Whether a result is that of a matrix product, which has new memory that is contiguous."""
+    return isinstance(node, fx.Node) and call_name(node) in _PRODUCTS
+
+
+def _base(node: fx.Node | _Unused) -> fx.Node | _Unused:
+    """Return what a node is a view of, through all views; itself if it is none."""
+    while isinstance(node, fx.Node) and call_name(node) in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_of_one_form(one: fx.Node | _Unused, other: fx.Node | _Unused) -> bool:

@@ -129,6 +129,8 @@ class _Walk:
 
     def _reused(self, call: Call) -> dict[int, int]:
         """Return the results that take the memory of another register, each with it."""
+        if call.piece is None:
+            return dict(call.reuses)
         piece = self._sliced(call)
         if piece is None:
             return {}

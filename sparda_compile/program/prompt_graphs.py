@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
     from sparda_compile.runtime.kv_cache import KVCache
 
-__all__ = ["MOST_BYTES", "PromptGraphs", "is_short", "num_read", "rounded_past"]
+__all__ = [
+    "MOST_BYTES",
+    "PromptGraphs",
+    "is_short",
+    "longest_short",
+    "num_read",
+    "rounded_past",
+]
 
 # Columns of all sequences that a short prompt has at most, and what its columns are a multiple of.
 _MOST_COLUMNS: Final = 4096
@@ -43,6 +50,11 @@ MOST_BYTES: Final = 1 << 28
 def is_short(batch_size: int, num_columns: int, device: torch.device) -> bool:
     """Return whether a prompt of so many columns is one whose shape is rounded."""
     return device.type == "cuda" and batch_size * num_columns <= _MOST_COLUMNS
+
+
+def longest_short(batch_size: int) -> int:
+    """Return how many columns the longest short prompt of so many sequences has; 0 for none."""
+    return _MOST_COLUMNS // batch_size // _STEP * _STEP
 
 
 def num_read(batch_size: int, num_columns: int, device: torch.device) -> int:

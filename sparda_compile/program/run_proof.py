@@ -248,7 +248,9 @@ def _check_held(records: Sequence[Record], clocks: Sequence[Clock]) -> int:
         if record.overwritten:
             raise _wrong(f"{record.name} wrote its results to memory that is still in use")
         for storage in {*record.returns} - {0}:
-            if storage in live and (record.node is not None or storage not in mine):
+            # A piece may return a view of what it takes; an op writes where it was told it may.
+            may_be = mine if record.node is None else record.reused
+            if storage in live and storage not in may_be:
                 raise _wrong(f"{record.name} was given memory that is still in use")
             live.add(storage)
         if record.stream != COMPUTE:

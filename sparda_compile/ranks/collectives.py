@@ -23,7 +23,7 @@ from sparda_compile.isa.table import INSTRUCTIONS, Work
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["all_gather", "all_reduce", "group_named", "lost_ranks"]
+__all__ = ["all_gather", "all_reduce", "group_named", "lost_ranks", "sum_in_place"]
 
 # Its other name is older; torch 2.13 warns of it.
 _GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -90,7 +90,8 @@ def _run(what: str, group: str, work: Callable[[Any], Any]) -> None:
 def all_reduce(x: Tensor, num_ranks: int, group: str) -> Tensor:
     """Add up the tensors of all ranks: `out = sum_r x_r`, the same bits on every rank.
 
-    Reads and writes x once, and sends 2 (n - 1) / n of it to other ranks.
+    Reads and writes x once, and sends 2 (n - 1) / n of it to other ranks. A program that takes x
+    nowhere else adds up in its memory, see `sum_in_place`.
 
     Args:
         x: [...] this rank's summand, any dtype.
@@ -100,10 +101,23 @@ def all_reduce(x: Tensor, num_ranks: int, group: str) -> Tensor:
     Raises:
         RankLostError: If a rank does not take part.
     """
+    return sum_in_place(x.clone(memory_format=torch.contiguous_format), num_ranks, group)
+
+
+def sum_in_place(x: Tensor, num_ranks: int, group: str) -> Tensor:
+    """Do what `all_reduce` does, in the memory of x, which is what it returns.
+
+    Args:
+        x: [...] this rank's summand, contiguous.
+        num_ranks: n, ranks of the group.
+        group: Its name.
+
+    Raises:
+        RankLostError: If a rank does not take part.
+    """
     del num_ranks
-    total = x.clone(memory_format=torch.contiguous_format)
-    _run("all_reduce", group, lambda found: dist.all_reduce(total, group=found))
-    return total
+    _run("all_reduce", group, lambda found: dist.all_reduce(x, group=found))
+    return x
 
 
 @define(

@@ -75,6 +75,8 @@ class PromptMemory:
         whole: Pieces that cannot run on slices of a prompt, each with the reason.
         logits_bytes: Logits of the chunk, which are part of it.
         room_bytes: Memory that is left for all of it; None where nothing limits it.
+        kept_bytes: Most that CUDA graphs of short prompts keep between calls, once a shape of
+            prompt has come twice; see `program/prompt_graphs.py`.
     """
 
     num_tokens: int
@@ -83,6 +85,7 @@ class PromptMemory:
     whole: tuple[tuple[str, str], ...] = ()
     logits_bytes: int = 0
     room_bytes: int | None = None
+    kept_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -297,6 +300,9 @@ class Report:
         if room is not None and not self.prompt.fits:
             whole = f", for which {format_bytes(max(room, 0))} are left: it does not fit{whole}"
         at_once = f", {chunk} at once" if chunk < self.max_tokens else ""
+        if self.prompt.kept_bytes:
+            kept = format_bytes(self.prompt.kept_bytes)
+            whole += f"; up to {kept} stay in CUDA graphs of short prompts"
         return {
             f"GPU memory while {self.batch_size} x {self.max_tokens} tokens are read{at_once}": (
                 f"{format_bytes(self.peak_device_bytes)}: {format_bytes(self.weight_bytes)} of "

@@ -9,6 +9,7 @@ import torch
 
 from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.isa.table import INSTRUCTIONS
+from sparda_compile.program import explain as explain_module
 from sparda_compile.program import memory, slices
 from sparda_compile.program.chunks import chunk_sizes
 from sparda_compile.program.memory import prompt_memory
@@ -139,6 +140,22 @@ def test_explain_says_what_all_of_it_takes():
     chunked = explain(tiny_llama(), SpardaConfig(**{**SMALL, "chunk_tokens": 100}))
     assert chunked.prompt.num_tokens == 100
     assert "GPU memory while 1 x 512 tokens are read, 100 at once: " in str(chunked)
+
+
+def test_explain_says_what_graphs_of_short_prompts_keep(monkeypatch):
+    def kept(**settings):
+        given = {**SMALL, "max_tokens": 65536, "machine": "h200", **settings}
+        return explain(tiny_llama(), SpardaConfig(**given))
+
+    report = kept()
+    assert 0 < report.prompt.kept_bytes <= 1 << 28
+    assert "stay in CUDA graphs of short prompts" in str(report)
+    for settings in ({"cuda_graph": False}, {"machine": "cpu"}):
+        without = kept(**settings)
+        assert without.prompt.kept_bytes == 0
+        assert "CUDA graphs" not in str(without)
+    monkeypatch.setattr(explain_module, "MOST_BYTES", 1000)
+    assert kept().prompt.kept_bytes == 1000
 
 
 def test_explain_chooses_the_chunk_that_a_gpu_has_room_for():

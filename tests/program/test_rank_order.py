@@ -8,15 +8,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparda_compile import SpardaConfig
 from sparda_compile.errors import TransferRaceError
 from sparda_compile.graph.emit import Emitter
-from sparda_compile.graph.nodes import find_ops, program_order, snapshot
+from sparda_compile.graph.nodes import call_name, find_ops, program_order, snapshot
 from sparda_compile.graph.tags import ORDER
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.module.planned_ranks import as_first_rank
 from sparda_compile.passes.check.issued import extract_program
 from sparda_compile.passes.check.verify_transfers import check_program
 from sparda_compile.program.kernel_launches import launches_of
+from sparda_compile.program.lower import lower
 from sparda_compile.program.plan import make_plan
 from sparda_compile.program.rank_order import collectives_of, order_of
+from sparda_compile.ranks.collectives import sum_in_place
 from sparda_compile.testing import build
 
 CONFIG = SpardaConfig(
@@ -84,3 +86,41 @@ def test_kernels_are_found_without_a_collective_being_done(plan, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", None)
     found = launches_of(plan.graph_module.graph, torch.device("cpu"), 1)
     assert found, "and the process group is gone"
+
+
+def test_a_sum_takes_the_memory_of_its_summand(plan):
+    program = lower(plan.graph_module, "eager")
+    sums = [call for call in program.calls if call.name.startswith("all_reduce")]
+    in_place = [call for call in sums if call.function is sum_in_place]
+    # Attention and MLP of each layer end with a product; the embedding with a choice of rows.
+    assert len(in_place) == 2 * len(plan.layout.layers)
+    for call in in_place:
+        assert call.reuses == ((call.results[0], call.args[0]),)
+        assert call.args[0] in call.frees
+
+
+def test_a_summand_that_is_taken_again_is_kept(plan):
+    gm = snapshot(plan.graph_module)
+    first = next(n for n in find_ops(gm.graph, "all_reduce") if call_name(n.args[0]) == "linear")
+    last = next(n for n in reversed(gm.graph.nodes) if n.op == "output").prev
+    with gm.graph.inserting_after(last):
+        late = gm.graph.call_function(torch.neg, (first.args[0],))
+        late.meta["val"] = first.args[0].meta["val"]
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    output.args = ((late,),)
+    calls = {call.name: call for call in lower(gm, "eager").calls}
+    assert calls[first.name].function is not sum_in_place
+    assert calls[first.name].reuses == ()
+
+
+def test_a_summand_that_another_result_is_a_view_of_is_kept(plan):
+    gm = snapshot(plan.graph_module)
+    first = next(n for n in find_ops(gm.graph, "all_reduce") if call_name(n.args[0]) == "linear")
+    product = first.args[0]
+    with gm.graph.inserting_after(product):
+        view = gm.graph.call_method("reshape", (product, -1))
+        view.meta["val"] = product.meta["val"].reshape(-1)
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    output.args = ((view,),)
+    calls = {call.name: call for call in lower(gm, "eager").calls}
+    assert calls[first.name].function is not sum_in_place
