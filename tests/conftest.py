@@ -42,6 +42,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tracing tiny models takes most of the time of a run. Dynamo's cache of fake tensors costs more
 # than it saves where few nodes are alike, and so do Python's frequent searches for garbage.
 os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+# Inductor would build seven programs, in each new folder for compiled code, to learn whether the
+# compiler knows the vectors that the CPU says it has. A compiler that does not fails the tests.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 gc.set_threshold(50_000, 20, 100)
 
 torch.set_num_threads(1)
@@ -84,14 +87,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reasons[name]))
 
 
+@pytest.fixture(scope="session")
+def kept_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that names a folder for the next run to find, if pytest keeps any."""
+    cache = getattr(pytestconfig, "cache", None)
+    return cache.mkdir if cache else tmp_path_factory.mktemp
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep compiled code out of the user's cache; all workers of a run share one folder."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
+def _inductor_cache(kept_folder: Any) -> Iterator[None]:
+    """Keep compiled code out of the user's cache; all workers and runs share one folder.
+
+    Inductor finds code by a hash of the graph, its settings and torch itself.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept_folder("inductor")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_line_of_progress() -> Iterator[None]:
+    """Each of a plan's 18 stages would start a thread that waits to say so, and end it.
+
+    The tests of the line itself show one of their own; subprocesses show theirs.
+    """
+    from sparda_compile.progress import showing
+
+    with showing(False):
         yield
 
 

@@ -133,8 +133,8 @@ class TestReference:
             max_position_embeddings=8192,
         )  # fmt: skip
         sizes = {"block_size": 64, "pool_size": 64, "pool_stride": 64}
-        fast = optimize(model, SpardaConfig(**SMALL | sizes, mode="query", chunk_tokens=1000))
-        self.check(model, fast, {}, (4097,), 200, mode="query", **sizes)
+        fast = optimize(model, SpardaConfig(**SMALL | sizes, mode="query", chunk_tokens=500))
+        self.check(model, fast, {}, (2049,), 200, mode="query", **sizes)
 
     @pytest.mark.parametrize("mode", ["query", "forecast"])
     def test_nosa(self, mode):

@@ -65,6 +65,8 @@ from sparda_compile.training.teacher_kernel import launch_aligned_teacher  # noq
 BLOCKS, SELECTED, PAGES = 300, 20, 31
 PACKED = ("int8", "fp8", "int4")
 STAYING = ("values8", "values4")
+# Of the formats, those with most to unpack: what the largest blocks are packed in.
+LARGEST = ("int4", "values4")
 BATCH, GROUPS, HEADS = 2, 2, 8
 
 
@@ -200,7 +202,7 @@ def run_speculation(query, pages, table, ids, lengths, stored=None):
     partials.remove(merged, merged, 0.5, (*merged, is_usable))
 
 
-def run_prompt(dtype, dim, size):
+def run_prompt(dtype, dim, size, formats):
     """Launch the kernels of a prompt, with and without pages for all blocks."""
     geometry, num_tokens = Geometry(BLOCKS, size, 32, 16), 1000
     lengths, mask = ints(BATCH), torch.ones(BATCH, num_tokens, dtype=torch.bool)
@@ -216,14 +218,14 @@ def run_prompt(dtype, dim, size):
             extend.extend_kv(k, k, numbered, lengths, pages, tables, resident)
         host, counter = torch.zeros(BATCH, GROUPS, dtype=torch.int64), ints(2).long()
         prefill.store_prefix(k, k, numbered, lengths, tables[0], pages, host, counter)
-    for kv_format in (*PACKED, *STAYING):
+    for kv_format in formats:
         stored = (tables[0], pages, host, counter, kv_format)
         packed_store.store_prefix(k, k, numbered, lengths, *stored)
         past = (pages, host, tables[0])
         found = KV_FORMATS[kv_format].summary
         kept = empty_summary(summary_named(found), k, geometry)[:3] if found else ()
         stage.stage(ids, lengths, past, pages, tables[0], BLOCKS - 2, kv_format, kept)
-    for kv_format in PACKED:
+    for kv_format in set(formats) & set(PACKED):
         runs, (tail, _) = stored_pool(kv_format, dim, size, dtype)
         resident, owned = extend.Resident(None, 1, 4, "lru"), ints(BATCH, GROUPS, PAGES)
         tables = (ints(BATCH, GROUPS, BLOCKS), owned, owned)
@@ -272,8 +274,8 @@ def run_largest(dtype, dim, size):
 
 run_all(torch.bfloat16, 128, 64)
 run_largest(torch.float32, 256, 128)
-run_prompt(torch.bfloat16, 128, 64)
-run_prompt(torch.float32, 256, 128)
+run_prompt(torch.bfloat16, 128, 64, (*PACKED, *STAYING))
+run_prompt(torch.float32, 256, 128, LARGEST)
 run_mass_loss(torch.bfloat16, 64, 64, 0.0)
 run_mass_loss(torch.bfloat16, 256, 128, 30.0)
 run_mass_loss(torch.float16, 80, 16, 0.0)
