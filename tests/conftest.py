@@ -42,9 +42,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tracing tiny models takes most of the time of a run. Dynamo's cache of fake tensors costs more
 # than it saves where few nodes are alike, and so do Python's frequent searches for garbage.
 os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
-# Inductor would build seven programs, in each new folder for compiled code, to learn whether the
-# compiler knows the vectors that the CPU says it has. A compiler that does not fails the tests.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 gc.set_threshold(50_000, 20, 100)
 
 torch.set_num_threads(1)
