@@ -22,74 +22,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.errors import SpardaError
-from sparda_compile.forecast.projection import Projection
-from sparda_compile.forecast.weights import ForecastWeights, load_forecast
+from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.isa.engines import DeferredEngine, DelayEngine, use_engine
 from sparda_compile.program import program as program_module
 from sparda_compile.program.rank_order import order_of
 
-SHAPE = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 # A program that uses NVLink multicast can take the GPUs of a shared host out of service.
 NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
     "NVSHMEM_DISABLE_NVLS": "1",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
-
-
-def make_models(folder):
-    """Write the checkpoints of the families, and a Forecast for each."""
-    torch.manual_seed(0)
-    made = {
-        "llama": LlamaForCausalLM(LlamaConfig(**SHAPE)),
-        "odd": LlamaForCausalLM(
-            LlamaConfig(**{**SHAPE, "num_attention_heads": 12, "num_key_value_heads": 6,
-                           "hidden_size": 96})
-        ),
-        "few": LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 2})),
-        "olmo2": Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, "num_key_value_heads": 1})),
-        "mixtral": MixtralForCausalLM(
-            MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
-        ),
-        "qwen3": Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
-    }  # fmt: skip
-    for name, model in made.items():
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else None
-        model.save_pretrained(folder / name)
-        dim = model.config.hidden_size // model.config.num_attention_heads
-        dim = getattr(model.config, "head_dim", None) or dim
-        rows = model.config.num_key_value_heads * dim
-        forecast = {
-            i: Projection((torch.randn(rows, model.config.hidden_size) * 0.2,)) for i in range(2)
-        }
-        ForecastWeights(forecast).save(folder / f"{name}.safetensors")
 
 
 def start(folder, name, size):

@@ -27,7 +27,7 @@ class Runs:
     """What one process, two ranks and four ranks said."""
 
     def __init__(self, folder):
-        cases.make_models(folder)
+        cases.sibling("rank_models").make_models(folder)
         works.make_texts(folder)
         ranks = cases.start(folder, "gloo", 4)
         self.alone = {}

@@ -28,7 +28,7 @@ class Runs:
     """What one GPU and two GPUs said."""
 
     def __init__(self, folder):
-        cases.make_models(folder)
+        cases.sibling("rank_models").make_models(folder)
         ranks = cases.start(folder, "nccl", 2)
         output, _ = ranks.communicate(timeout=500)
         assert ranks.returncode == 0, output[-6000:]
@@ -79,7 +79,7 @@ def test_a_step_of_each_rank_is_one_cuda_graph(runs):
 
 
 def test_a_process_that_ends_does_not_let_the_other_hang(tmp_path):
-    cases.make_models(tmp_path)
+    cases.sibling("rank_models").make_models(tmp_path)
     ranks = cases.start(tmp_path, "dying", 2)
     try:
         output, _ = ranks.communicate(timeout=90)

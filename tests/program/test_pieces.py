@@ -204,8 +204,7 @@ print(*(counts["autograd_cache_" + what] for what in ("miss", "hit", "bypass")))
 @pytest.mark.slow
 def test_a_second_process_traces_and_compiles_nothing(tmp_path):
     """In a folder of their own: other tests compile meanwhile, and may leave variables behind."""
-    kept = ("PATH", "HOME", "PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE",
-            "TORCHINDUCTOR_VEC_ISA_OK")  # fmt: skip
+    kept = ("PATH", "HOME", "PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
     env = {name: os.environ[name] for name in kept if name in os.environ}
     new = repr(1e-6 * (1 + random.random()))  # a model that no process has compiled before
     printed = []
