@@ -108,11 +108,11 @@ class Machine:
             of a decode step in a row, less the time of their bytes.
         copy_share: Share of its rate that the compute stream loses while a copy between CPU and
             device runs beside it, 0.0 to 1.0.
-        crowd_share: Share of its rate that an op of ours on the compute stream loses besides, while
-            a copy or the selection for another layer runs beside it: its kernels are small and wait
-            for memory. On an H200 a step of mode `forecast` of one sequence, 128K tokens and 2 KV
-            heads took 4 us a layer less where both ran beside the model's products instead
-            (benchmarks/results/2026-11-30-h200-chain-places.json).
+        crowd_share: Share of its rate that an op of ours on the compute stream of a decode step
+            loses besides, while a copy or the selection for another layer runs beside it: its
+            kernels are small and wait for memory. On an H200 a step of mode `forecast` of one
+            sequence, 128K tokens and 2 KV heads took 4 us a layer less where both ran beside the
+            model's products instead (benchmarks/results/2026-11-30-h200-chain-places.json).
         unpack_gnps: Rate at which attention unpacks pages of stored runs, 10^9 numbers per second:
             16 sequences with `int8` took 2.74 ms more than with pages of the model's dtype, 32
             layers, 96 blocks, 2 KV heads (benchmarks/results/2026-11-30-h200-small-pages.json).

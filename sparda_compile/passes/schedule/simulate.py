@@ -12,7 +12,7 @@ so a node that uses the share m of the bandwidth while it runs alone goes on at 
 
     min(1, (1 - taken) / m) * (1 - copy_share if a copy is in flight)
 
-and an op of ours at 1 - `Machine.crowd_share` of that while a copy or a selection runs beside it.
+and an op of ours in a decode at 1 - `Machine.crowd_share` of that beside a copy or a selection.
 Copies of two streams share the link: while both are in flight, each has half of its rate.
 """
 
@@ -60,7 +60,7 @@ class _Item(NamedTuple):
     memory: float  # share of the bandwidth that it uses
     taken: float  # share of the device that it takes from what runs beside it
     is_copy: bool
-    is_ours: bool
+    is_small: bool
     awaits: int | None
     starts: int | None
 
@@ -79,7 +79,7 @@ class Simulator:
     def __init__(self, costs: Mapping[fx.Node, Cost], ctx: PassContext) -> None:
         self._costs = costs
         self._machine = ctx.machine
-        found = {n: _item(n, cost, ctx.machine) for n, cost in costs.items()}
+        found = {n: _item(n, cost, ctx) for n, cost in costs.items()}
         # Most nodes are views and inputs, which take no time and hold nobody back.
         self._items = {n: item for n, item in found.items() if item.us or item[5:] != (None, None)}
 
@@ -170,15 +170,15 @@ class _Copy(NamedTuple):
     event: int | None
 
 
-def _item(node: fx.Node, cost: Cost, machine: Machine) -> _Item:
-    memory = cost.hbm_bytes / (machine.memory_gbps * 1e3 * cost.us) if cost.us else 0.0
+def _item(node: fx.Node, cost: Cost, ctx: PassContext) -> _Item:
+    memory = cost.hbm_bytes / (ctx.machine.memory_gbps * 1e3 * cost.us) if cost.us else 0.0
     memory = min(memory, 1.0)
     return _Item(
         cost.us,
         memory,
         max(memory, cost.least_taken),
         is_copy=cost.link_bytes > 0,
-        is_ours=is_sparda(node),
+        is_small=ctx.is_decode and is_sparda(node),
         awaits=awaited_event(node),
         starts=started_event(node),
     )
@@ -239,7 +239,7 @@ class _Beside:
                 taken += span.taken
                 if span.is_copy:
                     rate = self._copy_rate
-                if item.is_ours and (span.is_copy or lane == SELECT):
+                if item.is_small and (span.is_copy or lane == SELECT):
                     crowd = self._crowd_rate
             rate *= crowd
             if item.memory > 1.0 - taken:
