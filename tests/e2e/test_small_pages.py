@@ -28,6 +28,7 @@ CHANGES = {
     "chunks": {"chunk_tokens": 24},
     "sparse chunks": {"prefill": "sparse", "chunk_tokens": 40},
     "a GPU's schedule": {"mode": "exact", "hint": "previous_step", "machine": "h200"},
+    "and a layer without a hint": {"mode": "exact", "hint": "next_query", "machine": "h200"},
     "dense": {"mode": "dense", "top_k": None},
     "speculate": ALWAYS,
     "union": {**ALWAYS, "repair": "union"},

@@ -18,12 +18,13 @@ from sparda_compile.graph.effects import (
     instruction,
     set_argument,
     started_event,
+    stream_of,
     waits_of,
 )
 from sparda_compile.graph.liveness import side_stream_inputs
 from sparda_compile.graph.nodes import call_name, is_sparda, program_order
 from sparda_compile.graph.tags import HINT, LAYER, SITE
-from sparda_compile.isa.streams import COMPUTE, SELECT
+from sparda_compile.isa.streams import COMPUTE, REPAIR, SELECT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,6 +70,9 @@ class Chains:
 
     def chain(self, prefetch: fx.Node) -> Chain | None:
         """Return the chain that leads to a copy, None if it has to stay where it is."""
+        if stream_of(prefetch) == REPAIR:
+            # It is behind its layer's own selection, which compute makes and waits for.
+            return None
         layer = LAYER.of(prefetch)
         fork = argument(prefetch, "after")
         last = _last_of(prefetch)
@@ -86,10 +90,6 @@ class Chains:
         nodes = sorted(mine, key=lambda n: order[n])
         inside = set(nodes)
         needed = {p for n in nodes for p in self._dag.predecessors(n)} - inside
-        if needed & self._below(nodes[:-1], order, order[nodes[-1]]):
-            # Something outside needs the chain and is needed by it: a repair, behind its layer's
-            # own append. It stays where it is.
-            return None
         # What says itself on which stream it runs, but for the copy.
         chosen = [(n, instruction(n)) for n in nodes if n not in (prefetch, last)]
         stages = [n for n, it in chosen if it is not None and it.stream is None]
@@ -119,17 +119,6 @@ class Chains:
         """Return where the first attention behind a node ends, if that is before a place."""
         ends = map(_end_of, (each for each in self._graph.nodes if SITE.on(each)))
         return next((end for end in ends if order[node] < order[end] < limit), None)
-
-    def _below(self, nodes: Sequence[fx.Node], order: dict[fx.Node, int], end: int) -> set[fx.Node]:
-        """Return what depends on nodes and comes before a place in the program."""
-        found: set[fx.Node] = set()
-        stack = list(nodes)
-        while stack:
-            for user in self._dag.successors(stack.pop()):
-                if user not in found and order[user] < end:
-                    found.add(user)
-                    stack.append(user)
-        return found
 
     def _places_ahead(self, layer: int) -> list[tuple[str, fx.Node]]:
         """Return places one, two, four and so on layers ahead, and the beginning of the step.

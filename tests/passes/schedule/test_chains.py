@@ -9,7 +9,7 @@ from sparda_compile.graph.effects import argument, stream_of
 from sparda_compile.graph.nodes import call_name, find_ops, program_order, snapshot
 from sparda_compile.graph.site import sites_of
 from sparda_compile.graph.tags import HINT, LAYER
-from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
+from sparda_compile.isa.streams import COMPUTE, COPY, REPAIR, SELECT
 from sparda_compile.passes.schedule.chains import Chains, ordered, set_streams
 
 UNSCHEDULED = {"disable_passes": ("schedule_transfers", "fuse_selection"), "machine": "h200"}
@@ -125,3 +125,17 @@ def test_a_second_chain_of_a_layer_waits_for_nothing_of_the_first_to_find_its_pl
         before = sites[max(layer - 1, 0)]
         assert order[chain.places[0][1]] >= order[before.hidden]
         assert not HINT.on(chain.places[0][1])
+
+
+@pytest.mark.parametrize("page_format", ["model", "stored"])
+@pytest.mark.parametrize("hint", ["next_query", "previous_layer", "mixture"])
+def test_a_repair_of_a_layer_without_a_hint_stays_where_it_is(plan_of, hint, page_format):
+    """With stored pages the append writes a tail of its own, and holds no repair back by itself."""
+    settings = {"mode": "exact", "hint": hint, "kv_format": "int8", "page_format": page_format}
+    graph = snapshot(plan_of("llama", **UNSCHEDULED, **settings).graph_module).graph
+    mark_order(graph)
+    chains = Chains(graph, dependence_graph(graph))
+    repairs = [n for n in find_ops(graph, "prefetch_blocks") if stream_of(n) == REPAIR]
+    assert {LAYER.of(node) for node in repairs} == {0, 1}
+    assert [chains.chain(node) for node in repairs] == [None, None]
+    plan_of("llama", machine="h200", **settings)  # and what is scheduled is proved
