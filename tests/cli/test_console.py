@@ -49,6 +49,7 @@ def test_progress_has_the_terminal_to_itself(monkeypatch):
         def isatty(self):
             return True
 
+    monkeypatch.setattr(progress, "_line", progress._Line())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     with console.progress():

@@ -123,6 +123,7 @@ class TestModule:
 
             return call
 
+        monkeypatch.setattr(progress, "_line", progress._Line())
         monkeypatch.setattr(plan, "run_passes", noted(plan.run_passes))
         monkeypatch.setattr(Program, "__call__", noted(Program.__call__))
         for shows in (True, False):
