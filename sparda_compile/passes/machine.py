@@ -118,7 +118,7 @@ class Machine:
             layers, 96 blocks, 2 KV heads (benchmarks/results/2026-11-30-h200-small-pages.json).
         peer_gbps: Rate at which a rank sends to others in a collective, 10^9 bytes per second: what
             sums of a decode step reach between two H200s, up to 2 MB
-            (benchmarks/results/2026-11-30-h200x2-all-reduce.json). Long ones are faster.
+            (benchmarks/results/2026-11-30-h200x2-all-reduce.json).
         scores: Selector -> `latency_us` and `gbps` of its scores in a decode step, see `SCORES`.
     """
 

@@ -82,7 +82,7 @@ class ReplayWatch:
             raise RankLostError(self._lost)
 
     def _watch(self) -> None:
-        while not self._lost:
+        while True:
             with self._changed:
                 while not self._running:
                     self._changed.wait()

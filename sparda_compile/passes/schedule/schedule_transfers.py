@@ -60,8 +60,9 @@ __all__ = ["ScheduleTransfers"]
 
 # What is predicted to be faster by less than a thousandth is not.
 _CLEARLY: Final = 0.999
-# A place has to do for copies that take so much longer, too: text changes, and beside products
-# copies of 6 MB took an H200 1.25 times what their rate says.
+# A place has to do for copies that take so much longer, too: text changes, and beside the model
+# copies of 6 MB took an H200 143 us where the rate of one large copy says 114
+# (benchmarks/results/2026-11-30-h200-profile-8b-b16-exact.json).
 _MORE_COPIES: Final = 1.3
 
 
