@@ -11,6 +11,7 @@ __all__ = [
     "BypassError",
     "CaptureError",
     "ConfigError",
+    "CudaGraphError",
     "DevicePoolFullError",
     "GraphInvariantError",
     "HostPoolFullError",
@@ -75,6 +76,10 @@ class RanksDisagreeError(SpardaError):
 
 class RankLostError(SpardaError, RuntimeError):
     """A rank of the process group is gone or did not come in time, or the group itself is gone."""
+
+
+class CudaGraphError(SpardaError, RuntimeError):
+    """A step could not be captured in a CUDA graph; says where, and what torch says of it."""
 
 
 class KVCacheError(SpardaError):

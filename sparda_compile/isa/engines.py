@@ -209,6 +209,11 @@ class CudaEngine:
         """Let a stream go on only when the mark has been passed."""
         self._stream(stream).wait_event(self._events[event])
 
+    def forget(self) -> None:
+        """Forget the work issued so far: it was captured, and the capture has failed."""
+        for news in self._news.values():
+            news.clear()
+
     def _stream(self, stream: int) -> torch.cuda.Stream:
         if stream == COMPUTE:
             return torch.cuda.current_stream(self._device)

@@ -83,6 +83,7 @@ class LoweredProgram:
         names: Name of the node of each register; inputs come first.
         num_inputs: Registers that a run is given.
         result: Register of the logits.
+        failed: The call that the last run to fail has failed in.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LoweredProgram:
         self.names = list(names)
         self.num_inputs = num_inputs
         self.result = result
+        self.failed: Call | None = None
 
     def pieces(self) -> list[Piece]:
         """Return the different pieces, in the order of their first call."""
@@ -109,25 +111,30 @@ class LoweredProgram:
             The logits.
         """
         values: list[Any] = [*inputs, *[None] * (len(self.names) - len(inputs))]
+        call = None
 
         def value(leaf: Any) -> Any:
             return values[leaf] if type(leaf) is Register else leaf
 
-        with torch.no_grad():
-            for call in self.calls:
-                args = _filled(call.args, values)
-                kwargs = map_leaves(call.kwargs, value) if call.kwargs else {}
-                if observer is not None:
-                    observer.begin(call, args, kwargs)
-                result = call.function(*args, **kwargs)
-                results = result if call.is_tuple else (result,)
-                for i, register in enumerate(call.results):
-                    values[register] = results[i]
-                if observer is not None:
-                    observer.end(call, results)
-                del result, results, args, kwargs
-                for register in call.frees:
-                    values[register] = None
+        try:
+            with torch.no_grad():
+                for call in self.calls:
+                    args = _filled(call.args, values)
+                    kwargs = map_leaves(call.kwargs, value) if call.kwargs else {}
+                    if observer is not None:
+                        observer.begin(call, args, kwargs)
+                    result = call.function(*args, **kwargs)
+                    results = result if call.is_tuple else (result,)
+                    for i, register in enumerate(call.results):
+                        values[register] = results[i]
+                    if observer is not None:
+                        observer.end(call, results)
+                    del result, results, args, kwargs
+                    for register in call.frees:
+                        values[register] = None
+        except BaseException:
+            self.failed = call
+            raise
         logits: Tensor = values[self.result]
         return logits
 

@@ -20,6 +20,7 @@ from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
 from sparda_compile.isa.engines import CudaEngine, use_engine
 from sparda_compile.kernels.gpu.launch import compile_ahead
 from sparda_compile.program.compiler_errors import compiler_errors
+from sparda_compile.program.graph_capture import place_of
 from sparda_compile.program.host_waits import check_no_host_waits
 from sparda_compile.program.joined_weight import JoinedWeight
 from sparda_compile.program.kernel_launches import launches_of
@@ -88,7 +89,9 @@ class Program:
             check_no_host_waits(plan.graph_module.graph)
         is_decode = plan.captured.phase == "decode"
         self._replays = replays and is_decode
-        self._prompts = PromptGraphs(self._function) if replays and not is_decode else None
+        self._prompts = (
+            PromptGraphs(self._function, self._failed_in) if replays and not is_decode else None
+        )
         self._graphs: weakref.WeakKeyDictionary[KVCache, StepGraph] = weakref.WeakKeyDictionary()
         self._joined: list[JoinedWeight] = []
         # By whether there is a past, the bits of the longest text.
@@ -232,6 +235,7 @@ class Program:
             Logits [B, T or 1, vocabulary].
 
         Raises:
+            CudaGraphError: If the step is captured and does what a CUDA graph cannot hold.
             RanksDisagreeError: If another rank would run another program.
             RankLostError: If another rank is gone, or the process group is.
         """
@@ -286,6 +290,13 @@ class Program:
             self._ranks.watch_replay(device)
             return logits
 
+    def _failed_in(self) -> str:
+        """Leave a capture that has failed; returns which call of the program it failed in."""
+        if isinstance(self._engine, CudaEngine):
+            self._engine.forget()
+        failed, self.lowered.failed = self.lowered.failed, None
+        return f" of the {self.plan.phase}{place_of(failed)}"
+
     def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
         return [
             a if isinstance(a, Tensor) else call[a] if a in call else kv.state[a]
@@ -296,7 +307,10 @@ class Program:
         if kv not in self._graphs:
             ids, positions = (t.clone() for t in inputs)
             call = {"input_ids": ids, "position_ids": positions, BATCH_SIZE: ids.shape[0]}
-            self._graphs[kv] = StepGraph(self._function, self._bound(call, kv), (ids, positions))
+            arguments = self._bound(call, kv)
+            self._graphs[kv] = StepGraph(
+                self._function, arguments, (ids, positions), failed_in=self._failed_in
+            )
         return self._graphs[kv]
 
 

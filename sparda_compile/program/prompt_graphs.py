@@ -83,10 +83,12 @@ class PromptGraphs:
 
     Args:
         function: Takes what `bind` returned, returns the logits. May change them in place.
+        failed_in: As for `graph_capture.capture`.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor], failed_in: Callable[[], str] = str) -> None:
         self._function = function
+        self._failed_in = failed_in
         self._graphs: weakref.WeakKeyDictionary[
             KVCache, collections.OrderedDict[tuple[Any, ...], Any]
         ] = weakref.WeakKeyDictionary()
@@ -113,6 +115,9 @@ class PromptGraphs:
             sizes: All else that the calls depend on and that is not a tensor.
             bind: Returns the function's arguments for tensors in the place of `inputs`.
             fits: Whether a graph may hold what the prompt takes; asked before one is captured.
+
+        Raises:
+            CudaGraphError: If the function does what a CUDA graph cannot hold.
         """
         kept = self._graphs.setdefault(kv, collections.OrderedDict())
         key = (*(tuple(each.shape) for each in inputs), *sizes)
@@ -125,10 +130,19 @@ class PromptGraphs:
             kept[key] = self._graph(inputs, bind) if fits() else None
         kept.move_to_end(key)
         graph = kept[key]
-        return graph(*inputs) if graph is not None else self._function(*bind(*inputs))
+        if graph is None:
+            return self._function(*bind(*inputs))
+        try:
+            logits: Tensor = graph(*inputs)
+        finally:
+            if not graph.is_captured:
+                kept[key] = _NOT_YET
+        return logits
 
     def _graph(self, inputs: Sequence[Tensor], bind: Callable[..., Sequence[Any]]) -> StepGraph:
-        if self._pool is None:
+        if not len(self):
+            # Nobody may add to a pool that all graphs have left.
             self._pool = torch.cuda.graph_pool_handle()
         buffers = [each.clone() for each in inputs]
-        return StepGraph(self._function, bind(*buffers), buffers, pool=self._pool, has_run=True)
+        known = {"pool": self._pool, "has_run": True, "failed_in": self._failed_in}
+        return StepGraph(self._function, bind(*buffers), buffers, **known)

@@ -7,18 +7,19 @@ A short prompt has one, too, see `prompt_graphs.py`.
     from then on     inputs are copied into the captured buffers, and the graph is replayed
 
 A graph holds addresses, so there is one for each cache that a program runs on. What the program
-does in Python happens only while it is captured.
+does in Python happens only while it is captured. Where that fails, the next call tries again.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
+from sparda_compile.program.graph_capture import capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor
 
 __all__ = ["StepGraph"]
@@ -35,6 +36,7 @@ class StepGraph:
             replayed at once; None is memory of its own.
         has_run: Whether the function has run with arguments of these sizes: no first call is
             needed then.
+        failed_in: As for `capture`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class StepGraph:
         *,
         pool: Any = None,
         has_run: bool = False,
+        failed_in: Callable[[], str] = str,
     ) -> None:
         self._function = function
         self._arguments = tuple(arguments)
@@ -53,6 +56,7 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._has_run = has_run
+        self._failed_in = failed_in
 
     @property
     def is_captured(self) -> bool:
@@ -60,22 +64,20 @@ class StepGraph:
         return self._graph is not None
 
     def __call__(self, *values: Tensor) -> Tensor:
-        """Run one step with new values of the inputs; returns the logits, a tensor of their own."""
+        """Run one step with new values of the inputs; returns the logits, a tensor of their own.
+
+        Raises:
+            CudaGraphError: If the function does what a CUDA graph cannot hold.
+        """
         for buffer, value in zip(self._inputs, values, strict=True):
             buffer.copy_(value)
         if not self._has_run:
             self._has_run = True
             return self._function(*self._arguments)
         if self._graph is None:
-            self._capture()
-        assert self._graph is not None
+            self._graph, self._logits = capture(
+                lambda: self._function(*self._arguments), self._pool, self._failed_in
+            )
         assert self._logits is not None
         self._graph.replay()
         return self._logits.clone()
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._logits = self._function(*self._arguments)
-        self._graph = graph

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 
 import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.program import program, prompt_graphs
+from sparda_compile.errors import CudaGraphError
+from sparda_compile.program import graph_capture, program, prompt_graphs
 from sparda_compile.program.prompt_graphs import PromptGraphs, is_short, num_read, rounded_past
 from sparda_compile.testing import build, random_forecast, tiny_llama
 
@@ -55,22 +57,28 @@ class FakeGraph:
 @pytest.fixture
 def graphs(monkeypatch):
     """Replace CUDA graphs; return PromptGraphs of a function, and what it was called with."""
-    python, pools = [], []
+    python, pools, handles = [], [], itertools.count()
 
     @contextlib.contextmanager
     def capture(graph, pool, **_):
         pools.append(pool)
         FakeGraph.capturing = graph
-        yield
-        FakeGraph.capturing = None
+        try:
+            yield
+        finally:
+            FakeGraph.capturing = None
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (7, 7))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(graph_capture, "_leave", lambda stream, pool: None)
 
     def double(ids, extra):
         python.append((tuple(ids.shape), extra))
+        if extra == WAITS and FakeGraph.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
         out = torch.empty_like(ids)
 
         def work():
@@ -83,6 +91,10 @@ def graphs(monkeypatch):
         return out
 
     return types.SimpleNamespace(of=PromptGraphs(double), python=python, pools=pools)
+
+
+# What a function is given that waits for the GPU.
+WAITS = -1
 
 
 class Cache:
@@ -112,9 +124,32 @@ def test_other_sizes_and_other_caches_have_graphs_of_their_own(graphs):
             read(graphs, kv, value, 64, extra=5)
     assert len(graphs.of) == 6
     assert len(graphs.python) == 12
-    assert set(graphs.pools) == {(7, 7)}
+    assert set(graphs.pools) == {(0, 0)}
     del second, kv
     assert len(graphs.of) == 3
+
+
+def test_a_pool_that_all_graphs_have_left_gets_no_other(graphs):
+    for number in range(2):
+        kv = Cache()
+        for value in range(3):
+            read(graphs, kv, value, 64)
+        assert graphs.pools == [(0, i) for i in range(number + 1)]
+        del kv
+        assert len(graphs.of) == 0
+
+
+def test_a_shape_that_cannot_be_captured_is_refused_each_time_and_holds_up_no_other(graphs):
+    kv = Cache()
+    read(graphs, kv, 1, 64, WAITS)
+    for _ in range(2):
+        with pytest.raises(CudaGraphError, match="not permitted when stream is capturing"):
+            read(graphs, kv, 1, 64, WAITS)
+    for value in range(3):
+        read(graphs, kv, value, 64)
+    assert len(graphs.of) == 1
+    # The pool of a graph that failed is given back, and so no other's.
+    assert graphs.pools == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_what_is_too_large_is_never_captured(graphs):

@@ -7,6 +7,8 @@ import contextlib
 import pytest
 import torch
 
+from sparda_compile.errors import CudaGraphError
+from sparda_compile.program import graph_capture
 from sparda_compile.program.step_graph import StepGraph
 
 
@@ -77,6 +79,8 @@ def log(monkeypatch):
     FakeGraph.made = 0
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 5))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: events.append("synchronize"))
     return events
 
@@ -112,7 +116,7 @@ def test_second_call_captures_and_later_ones_replay(log):
         assert step.state.tolist() == [total] * 3
     assert run.is_captured
     # Work in flight has ended before a capture begins; Python runs twice, whatever comes.
-    settings = {"pool": None, "capture_error_mode": "thread_local"}
+    settings = {"pool": (0, 5), "capture_error_mode": "thread_local"}
     assert log == ["python", "synchronize", ("capture", settings), "python"]
     assert FakeGraph.made == 1
     assert run._graph.num_replays == 3
@@ -157,14 +161,19 @@ def test_every_input_needs_its_value(log, count):
         step_graph(Step(log))(*[torch.zeros(3)] * count)
 
 
-def test_failed_capture_leaves_the_next_call_to_try_again(log):
+def test_failed_capture_leaves_the_next_call_to_try_again(log, monkeypatch):
+    left = []
+    monkeypatch.setattr(graph_capture, "_leave", lambda stream, pool: left.append((stream, pool)))
     step = Step(log)
-    run = step_graph(step)
+    run = StepGraph(
+        step, step.arguments(), (step.ids, step.positions), failed_in=lambda: " of the decode"
+    )
     run(*values(1))
     whole, run._function = run._function, lambda *_: 1 // 0
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(CudaGraphError, match=r"captured of the decode\. torch says: ZeroDivision"):
         run(*values(2))
     assert not run.is_captured
+    assert left == [(None, (0, 5))]
     FakeCapture.graph = None
     run._function = whole
     assert run(*values(3)).tolist() == wanted(4, 3)
