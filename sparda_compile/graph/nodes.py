@@ -182,8 +182,15 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-        mapping[node].name = node.name
+        # Arguments that are given later are not searched for sizes that are symbols: that takes
+        # longer than all else.
+        copy = mapping[node] = graph.create_node(node.op, node.target, name=node.name)
+        copy.args = fx.node.map_arg(node.args, mapping.__getitem__)
+        if node.kwargs:
+            copy.kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)
+        copy.meta, copy.type = dict(node.meta), node.type
+        if copy.name != node.name:
+            copy.name = node.name
     for node in graph.nodes:
         if SITE.on(node):  # an attention's site, which has nodes; some may be gone
             SITE.put(node, SITE.of(node).mapped(lambda n: mapping.get(n, n)))

@@ -59,6 +59,8 @@ class Captures:
         self.windows = dict(windows)
         self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
         self._found: dict[tuple[str, bool, SpardaConfig], FoundSites] = {}
+        # By what finding reads of a configuration.
+        self._tagged: dict[Any, tuple[fx.GraphModule, tuple[StageRecord, ...]]] = {}
         self._joined: dict[tuple[int, ...], JoinedWeight] = {}
         self._machines: dict[str | None, Machine] = {}
 
@@ -144,17 +146,13 @@ class Captures:
                 machine=self.machine(config),
                 weights=captured.weights,
             )
-            gm = captured.copy()
-            first = StageRecord(
-                "capture", lambda: captured.copy().graph, {"nodes": len(gm.graph.nodes)}, 0.0
-            )
-            stages = run_passes(gm, PIPELINE[:1], ctx)
-            _check_positions(captured, gm, ctx.model)
+            shared = (phase, last_logits_only, ctx.strategy.selector, config.dump_dir)
+            if shared not in self._tagged:
+                self._tagged[shared] = _tag(captured, ctx)
+            gm, stages = self._tagged[shared]
             machine = partial(self.machine, config)
             weight_bytes = sum(local_of(each).nbytes for each in self.model.parameters())
-            self._found[key] = FoundSites(
-                captured, gm, (first, *stages), ctx, machine, weight_bytes
-            )
+            self._found[key] = FoundSites(captured, gm, stages, ctx, machine, weight_bytes)
         return self._found[key]
 
 
@@ -208,6 +206,18 @@ class FoundSites:
             # Read again: it may have been calibrated since.
             machine=self.machine(),
         )
+
+
+def _tag(
+    captured: CapturedGraph, ctx: PassContext
+) -> tuple[fx.GraphModule, tuple[StageRecord, ...]]:
+    """Return a traced forward with its attentions tagged, and how it came to be."""
+    gm = captured.copy()
+    num_nodes = {"nodes": len(gm.graph.nodes)}
+    first = StageRecord("capture", lambda: captured.copy().graph, num_nodes, 0.0)
+    stages = run_passes(gm, PIPELINE[:1], ctx, lambda _: gm.graph)
+    _check_positions(captured, gm, ctx.model)
+    return gm, (first, *stages)
 
 
 def _copy_of(record: StageRecord) -> fx.Graph:

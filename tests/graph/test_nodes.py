@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.nodes import (
     call_name,
+    copy_graph,
     find_ops,
     is_sparda,
     module_path,
@@ -114,3 +115,19 @@ def test_module_path(plan_of):
     assert "lm_head" in paths
     assert {f"model.layers.{i}.self_attn.q_proj" for i in range(2)} <= paths
     assert module_path(fx.Graph().create_node("call_function", len)) == ""
+
+
+def test_a_copy_has_the_same_nodes_and_shares_none(graph):
+    by_hand = graph.placeholder("a")  # gets another name, as this one is taken
+    by_hand.name = "_odd_9"
+    copy = copy_graph(graph)
+    copy.lint()
+    assert str(copy) == str(graph)
+    for old, new in zip(graph.nodes, copy.nodes, strict=True):
+        assert new is not old
+        assert (new.name, new.op, new.target, new.type) == (old.name, old.op, old.target, old.type)
+        assert new.meta == old.meta
+        assert new.meta is not old.meta
+        assert [n.name for n in new.users] == [n.name for n in old.users]
+    named(copy, "b")[0].meta["val"] = None
+    assert named(graph, "b")[0].meta["val"] is not None

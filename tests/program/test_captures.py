@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,6 +13,9 @@ from sparda_compile.passes import PIPELINE
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import Plan, make_plan
 from sparda_compile.testing import UNSUPPORTED_MODELS, build, tiny_llama
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CONFIG = SpardaConfig(mode="forecast", top_k=None, block_size=16, lowering="eager", max_tokens=64)
 
@@ -70,6 +73,26 @@ def test_plans_of_a_model_find_its_attentions_once_and_share_no_graph(captures: 
     for plan in (one, other):
         nodes = set(plan.graph_module.graph.nodes)
         assert all(site.hidden in nodes for site in plan.sites)
+
+
+def test_attentions_are_found_once_for_all_configurations_but_for_each_selector() -> None:
+    captures = Captures(as_causal_lm(tiny_llama()), {})
+    one, other = (captures.sites("decode", CONFIG.replace(top_k=k)) for k in (2, 3))
+    assert one.graph_module is other.graph_module
+    assert (one.ctx.config.top_k, other.ctx.config.top_k) == (2, 3)
+    with pytest.raises(UnsupportedInputError, match="reads a retention score"):
+        captures.sites("decode", CONFIG.replace(selector="nosa"))
+    for record, again in zip(one.records(), other.records(), strict=True):
+        assert str(record.graph) == str(again.graph)
+        assert record.graph is not again.graph
+        assert record.graph is not one.graph_module.graph
+
+
+def test_graphs_are_written_for_every_configuration_that_asks(tmp_path: Path) -> None:
+    captures = Captures(as_causal_lm(tiny_llama()), {})
+    for name in ("one", "other"):
+        captures.sites("decode", CONFIG.replace(dump_dir=str(tmp_path / name)))
+        assert (tmp_path / name / f"decode_{PIPELINE[0].name}.txt").read_text()
 
 
 def test_sites_are_found_with_the_first_pass_of_the_pipeline(captures: Captures) -> None:

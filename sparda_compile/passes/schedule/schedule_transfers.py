@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from sparda_compile.errors import PassError
@@ -105,13 +106,18 @@ class _Planner:
         self._graph = graph
         self._ctx = ctx
         self._dag = dependence_graph(graph)
-        costs = costs_of(graph, ctx)
-        self.simulator = Simulator(costs, ctx)
-        self._worse = Simulator(longer_copies(costs, _MORE_COPIES), ctx)
+        self._costs = costs_of(graph, ctx)
+        self.simulator = Simulator(self._costs, ctx)
         self.baseline_us = self.simulator.end_us(graph.nodes, dict.fromkeys(graph.nodes, COMPUTE))
         self._between: list[tuple[fx.Node, fx.Node]] = []
+        self._written: dict[fx.Node, int] = {}
         self.num_chains = 0
         self.num_moved = 0
+
+    @cached_property
+    def _worse(self) -> Simulator:
+        """Predicts as `simulator` does, with more to copy."""
+        return Simulator(longer_copies(self._costs, _MORE_COPIES), self._ctx)
 
     def streams(self) -> dict[fx.Node, int]:
         """Return the stream of every node as it stands."""
@@ -132,7 +138,7 @@ class _Planner:
         cuts = sorted(range(most + 1), reverse=self._ctx.machine.overlaps)
         places = range(max(len(chain.places) for chain in chains))
         options = [(place, cut) for cut in cuts for place in places]
-        self._between = self._edges_between(chains)
+        self._between, self._written = self._edges_between(chains), self.streams()
         times = {option: self._try(chains, [option] * len(chains)) for option in options}
         best_us = min(times.values())
         best = next(option for option in options if times[option] * _CLEARLY <= best_us)
@@ -200,7 +206,7 @@ class _Planner:
         That is the mean of two predicted step times: as expected, and with more to copy.
         """
         nodes = ordered(self._graph, chains, decisions)
-        streams = {node: stream_of(node) for node in nodes}
+        streams = dict(self._written)
         for chain, (_, cut) in zip(chains, decisions, strict=True):
             streams |= dict.fromkeys(chain.stages, COMPUTE)
             streams |= dict.fromkeys(chain.side(cut), SELECT)

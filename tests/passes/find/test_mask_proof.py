@@ -220,6 +220,7 @@ def test_windows_of_transformers_are_proved(attn_implementation: str) -> None:
     assert {site.window for site in found} == {100}
     captures.windows = dict.fromkeys(captures.windows, 101)
     captures._found.clear()
+    captures._tagged.clear()
     with pytest.raises(AttentionNotFoundError, match="window of 101 tokens: the token at position"):
         captures.sites("prefill", CONFIG)
 
