@@ -1,9 +1,11 @@
-"""What the ranks of a sharded model do; `test_ranks.py` starts them with torchrun.
+"""What the ranks of a sharded model do; `test_ranks.py` starts them.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=4 rank_cases.py FOLDER gloo
+    python rank_cases.py FOLDER gloo                                                 four ranks
+    python -m torch.distributed.run --standalone --nproc-per-node=2 rank_cases.py FOLDER nccl
 
 `FOLDER/<family>` are the checkpoints, `FOLDER/four<rank>` and `FOLDER/two<rank>` is what each rank
 says; two of the four go on when all are done. What one process says comes from the same functions.
+Those of gloo are copies of one process, which has imported all and traced a model: else each would.
 With `nccl` two ranks have a GPU each, and with `dying` the second of them ends in the middle.
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -31,6 +34,8 @@ from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.isa.engines import DeferredEngine, DelayEngine, use_engine
 from sparda_compile.program import program as program_module
 from sparda_compile.program.rank_order import order_of
+from sparda_compile.progress import showing
+from sparda_compile.testing import tiny_llama
 
 # A program that uses NVLink multicast can take the GPUs of a shared host out of service.
 NO_MULTICAST = {
@@ -40,12 +45,13 @@ NO_MULTICAST = {
 }
 
 
-def start(folder, name, size):
+def start(folder, name):
     """Start the cases; those of gloo see no GPU."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if name == "gloo" else {}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    is_gloo = name == "gloo"
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if is_gloo else {}
     return subprocess.Popen(
-        [*torchrun, f"--nproc-per-node={size}", __file__, folder, name],
+        [sys.executable, *([] if is_gloo else torchrun), __file__, folder, name],
         env={**os.environ, **NO_MULTICAST, **hidden},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -333,6 +339,22 @@ def two(folder, rank):
     return found | {"refused": refusals(folder, fast, rank)}, fast, gathered
 
 
+def forked(folder, cases, size):
+    """Run the cases in copies of this process, with what torchrun would say to each."""
+    torch.set_num_threads(1)
+    gc.set_threshold(50_000, 20, 100)
+    sibling("rank_works")
+    optimize(tiny_llama(), config("query"))
+    gc.freeze()  # nothing of it is looked at again, so the copies share its memory
+    start_processes(rank_of, (folder, cases, size), size, start_method="fork")
+
+
+def rank_of(rank, folder, cases, size):
+    """Be one of the ranks."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    main(folder, cases)
+
+
 def main(folder, cases):
     """Run cases and write what this rank found, for each number of ranks."""
     torch.set_num_threads(1)
@@ -365,4 +387,6 @@ def main(folder, cases):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    with showing(False):  # a line of progress for each plan takes a thread
+        is_rank, given = "RANK" in os.environ, (Path(sys.argv[1]), sys.argv[2])
+        main(*given) if is_rank else forked(*given, 4)

@@ -29,7 +29,7 @@ class Runs:
     def __init__(self, folder):
         cases.sibling("rank_models").make_models(folder)
         works.make_texts(folder)
-        ranks = cases.start(folder, "gloo", 4)
+        ranks = cases.start(folder, "gloo")
         self.alone = {}
         for family in cases.FAMILIES:
             model = AutoModelForCausalLM.from_pretrained(folder / family).eval()

@@ -29,7 +29,7 @@ class Runs:
 
     def __init__(self, folder):
         cases.sibling("rank_models").make_models(folder)
-        ranks = cases.start(folder, "nccl", 2)
+        ranks = cases.start(folder, "nccl")
         output, _ = ranks.communicate(timeout=500)
         assert ranks.returncode == 0, output[-6000:]
         self.two = [torch.load(folder / f"two{rank}", weights_only=False) for rank in range(2)]
@@ -80,7 +80,7 @@ def test_a_step_of_each_rank_is_one_cuda_graph(runs):
 
 def test_a_process_that_ends_does_not_let_the_other_hang(tmp_path):
     cases.sibling("rank_models").make_models(tmp_path)
-    ranks = cases.start(tmp_path, "dying", 2)
+    ranks = cases.start(tmp_path, "dying")
     try:
         output, _ = ranks.communicate(timeout=90)
     finally:

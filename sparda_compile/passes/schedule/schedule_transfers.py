@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from sparda_compile.errors import PassError
@@ -110,14 +109,8 @@ class _Planner:
         self.simulator = Simulator(self._costs, ctx)
         self.baseline_us = self.simulator.end_us(graph.nodes, dict.fromkeys(graph.nodes, COMPUTE))
         self._between: list[tuple[fx.Node, fx.Node]] = []
-        self._written: dict[fx.Node, int] = {}
         self.num_chains = 0
         self.num_moved = 0
-
-    @cached_property
-    def _worse(self) -> Simulator:
-        """Predicts as `simulator` does, with more to copy."""
-        return Simulator(longer_copies(self._costs, _MORE_COPIES), self._ctx)
 
     def streams(self) -> dict[fx.Node, int]:
         """Return the stream of every node as it stands."""
@@ -138,6 +131,7 @@ class _Planner:
         cuts = sorted(range(most + 1), reverse=self._ctx.machine.overlaps)
         places = range(max(len(chain.places) for chain in chains))
         options = [(place, cut) for cut in cuts for place in places]
+        self._worse = Simulator(longer_copies(self._costs, _MORE_COPIES), self._ctx)
         self._between, self._written = self._edges_between(chains), self.streams()
         times = {option: self._try(chains, [option] * len(chains)) for option in options}
         best_us = min(times.values())

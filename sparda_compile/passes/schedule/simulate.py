@@ -141,9 +141,7 @@ class Simulator:
                 start = clock[lane]
                 end = max(start, event_end.get(item.awaits, 0.0)) if overlaps else start
             else:
-                start = clock[lane]
-                for each in BEHIND[lane]:
-                    start = max(start, clock[each])
+                start = max([clock[lane], *[clock[each] for each in BEHIND[lane]]])
                 is_aside = item.is_copy and lane != COMPUTE
                 if is_aside and copying is not None and copying.end > start:
                     shared = min(item.us, copying.end - start)
