@@ -12,7 +12,7 @@ from sparda_compile.graph.tags import SITE
 from sparda_compile.isa.table import op_name
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container
 
 __all__ = [
     "as_module",
@@ -216,23 +216,21 @@ def as_module(graph: fx.Graph) -> fx.GraphModule:
 
 def replace_and_erase(graph: fx.Graph, old: fx.Node, new: fx.Node) -> int:
     """Put `new` in the place of `old` and erase what only `old` needed; returns how many nodes."""
-    ancestors: set[fx.Node] = set()
-    stack = [old]
-    while stack:
-        node = stack.pop()
-        if node not in ancestors and node.op != "placeholder":
-            ancestors.add(node)
-            stack += node.all_input_nodes
     old.replace_all_uses_with(new)
     erased = 0
-    for node in _backwards(graph, ancestors):
+    unused = {old}
+    while unused:
+        node = max(unused)  # the last one: nothing behind it is still to be erased
+        unused.remove(node)
         if (
-            not node.users
-            and (not changes_in_place(node) or _changes_for_itself(node))
+            (not changes_in_place(node) or _changes_for_itself(node))
+            and node.op != "placeholder"
             and not call_name(node).startswith("sparda.")
         ):
+            sources = node.all_input_nodes
             graph.erase_node(node)
             erased += 1
+            unused |= {source for source in sources if not source.users}
     for marker in find_ops(graph, "kv_update"):
         if not marker.users:
             graph.erase_node(marker)
@@ -244,8 +242,3 @@ def _changes_for_itself(node: fx.Node) -> bool:
     """Whether what a node changes in place was made for it alone, as scores are."""
     changed = node.args[0]
     return isinstance(changed, fx.Node) and call_name(changed) in _NEW and len(changed.users) < 2
-
-
-def _backwards(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    wanted = set(nodes)
-    return [n for n in reversed(graph.nodes) if n in wanted]

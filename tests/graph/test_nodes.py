@@ -18,6 +18,7 @@ from sparda_compile.graph.nodes import (
     module_path,
     nodes_between,
     program_order,
+    replace_and_erase,
     tensor_shape,
 )
 from sparda_compile.ops import OPS
@@ -131,3 +132,29 @@ def test_a_copy_has_the_same_nodes_and_shares_none(graph):
         assert [n.name for n in new.users] == [n.name for n in old.users]
     named(copy, "b")[0].meta["val"] = None
     assert named(graph, "b")[0].meta["val"] is not None
+
+
+def test_what_only_the_old_node_needed_goes_and_nothing_else(graph):
+    x, relu, a, b, out = named(graph, "x", "relu", "a", "b", "out")
+    emit = Emitter(graph, out, x, 0)
+    # In place on what others see, and on what was made for it alone.
+    seen = emit.method("add_", emit.method("view", b, 2, 3), 1)
+    filled = emit.method("mul_", emit.function(torch.add, (b, 1), {}, "own"), 0)
+    old = emit.function(operator.add, (seen, filled), {}, "old")
+    out.args = (a, old)
+    assert replace_and_erase(graph, old, a) == 3
+    graph.lint()
+    assert [n.name for n in graph.nodes] == [
+        "x",
+        "relu",
+        "a",
+        "b",
+        "view",
+        seen.name,
+        "out",
+        "output",
+    ]
+    assert out.args == (a, a)
+    assert replace_and_erase(graph, a, relu) == 1
+    assert [n.name for n in graph.nodes][:3] == ["x", "relu", "b"]
+    graph.lint()

@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparda_compile.graph.emit import Emitter
-from sparda_compile.graph.nodes import call_name, fake_value, program_order
+from sparda_compile.graph.nodes import call_name, fake_value
 from sparda_compile.graph.tags import JOINED, LAYER
 from sparda_compile.passes.base import Fact, PassContext, PassResult
 
@@ -96,8 +96,7 @@ def _weight_bytes(node: fx.Node) -> float:
 
 
 def _join(graph: fx.Graph, nodes: list[fx.Node], joined: dict[str, tuple[str, ...]]) -> None:
-    order = program_order(graph)
-    nodes = sorted(nodes, key=lambda n: order[n])
+    nodes = sorted(nodes)
     hidden = nodes[0].args[0]
     emit = Emitter(graph, nodes[0], nodes[-1], -1)
     weight = _placeholder(graph, [n.args[1] for n in nodes], "weight", joined)  # type: ignore[misc]
@@ -120,7 +119,7 @@ def _placeholder(
     graph: fx.Graph, sources: list[fx.Node], what: str, joined: dict[str, tuple[str, ...]]
 ) -> fx.Node:
     """Add the placeholder of some weights put together, one above the other."""
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    last = max(graph.find_nodes(op="placeholder", sort=False))
     with graph.inserting_after(last):
         node = graph.placeholder(f"joined_{what}_{len(joined)}")
     values = [fake_value(source) for source in sources]

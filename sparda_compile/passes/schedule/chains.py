@@ -66,6 +66,9 @@ class Chains:
     def __init__(self, graph: fx.Graph, dag: nx.DiGraph) -> None:
         self._graph = graph
         self._dag = dag
+        self._order = program_order(graph)
+        self._waits = waits_of(graph)
+        self._attentions = [node for node in graph.nodes if SITE.on(node)]
         self._earliest: dict[int, fx.Node] = {}
 
     def chain(self, prefetch: fx.Node) -> Chain | None:
@@ -86,7 +89,7 @@ class Chains:
                     stack.append(source)
         made = [n for n in mine if is_sparda(n)]
         mine |= {user for n in made for user in n.users if call_name(user) == "getitem"}
-        order = program_order(self._graph)
+        order = self._order
         nodes = sorted(mine, key=lambda n: order[n])
         inside = set(nodes)
         needed = {p for n in nodes for p in self._dag.predecessors(n)} - inside
@@ -117,7 +120,7 @@ class Chains:
 
     def _end_behind(self, node: fx.Node, order: dict[fx.Node, int], limit: int) -> fx.Node | None:
         """Return where the first attention behind a node ends, if that is before a place."""
-        ends = map(_end_of, (each for each in self._graph.nodes if SITE.on(each)))
+        ends = map(_end_of, self._attentions)
         return next((end for end in ends if order[node] < order[end] < limit), None)
 
     def _places_ahead(self, layer: int) -> list[tuple[str, fx.Node]]:
@@ -125,7 +128,7 @@ class Chains:
 
         Of each layer there are two: before all of it, and behind its attention.
         """
-        before = [n for n in self._graph.nodes if SITE.on(n) and SITE.of(n).layer < layer]
+        before = [each for each in self._attentions if SITE.of(each).layer < layer]
         ahead = [before[-(1 << i)] for i in range(len(before).bit_length())]
         nodes = [node for each in ahead for node in (SITE.of(each).hidden, _end_of(each))]
         places = [(f"behind {node.name}", node) for node in nodes]
@@ -136,7 +139,7 @@ class Chains:
         self, prefetch: fx.Node, order: dict[fx.Node, int], earliest: fx.Node
     ) -> fx.Node | None:
         """Return the first wait between the chain's earliest place and its prefetch."""
-        between = [w for w in waits_of(self._graph) if order[earliest] < order[w] < order[prefetch]]
+        between = [w for w in self._waits if order[earliest] < order[w] < order[prefetch]]
         return between[0] if between else None
 
 

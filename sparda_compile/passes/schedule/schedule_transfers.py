@@ -161,10 +161,9 @@ class _Planner:
         starts = {started_event(n): n for n in self._starts(Work.TO_HOST)}
         choices = []
         for wait in waits_of(self._graph):
-            order = program_order(self._graph)
             start = starts.get(awaited_event(wait))
-            later = [a for a in anchors if start is not None and order[a] > order[start]]
-            if start is not None and later and self._may_move(wait, later[0], order):
+            later = [a for a in anchors if start is not None and a > start]
+            if start is not None and later and self._may_move(wait, later[0]):
                 later[0].prepend(wait)
                 self.num_moved += 1
                 choices.append(f"{start.name} is awaited before {later[0].name}")
@@ -181,18 +180,15 @@ class _Planner:
         staging = [n for n, it in found if it is not None and it.work is Work.TO_STAGING]
         return [n for n in staging if stream_of(n) == COPY]
 
-    def _may_move(self, node: fx.Node, before: fx.Node, order: dict[fx.Node, int]) -> bool:
-        place = order[before]
-        return all(order[p] < place for p in self._dag.predecessors(node))
+    def _may_move(self, node: fx.Node, before: fx.Node) -> bool:
+        return all(p < before for p in self._dag.predecessors(node))
 
     def _sink_waits(self) -> None:
         """Move every wait to just before the first op that needs it."""
         for wait in waits_of(self._graph):
-            order = program_order(self._graph)
-            consumers = [order[n] for n in self._dag.successors(wait)]
-            nodes = list(self._graph.nodes)
-            if consumers and min(consumers) > order[wait] + 1:
-                nodes[min(consumers)].prepend(wait)
+            first = min(self._dag.successors(wait), default=None)
+            if first is not None and first is not wait.next:
+                first.prepend(wait)
 
     def _try(self, chains: Sequence[Chain], decisions: Sequence[tuple[int, int]]) -> float:
         """Return what a set of decisions costs; infinity if it would be wrong.

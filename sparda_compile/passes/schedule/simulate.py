@@ -19,7 +19,7 @@ Copies of two streams share the link: while both are in flight, each has half of
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparda_compile.graph.effects import awaited_event, started_event, stream_of
@@ -203,7 +203,7 @@ class _Beside:
     def __init__(self, machine: Machine) -> None:
         self._copy_rate = 1.0 - machine.copy_share
         self._crowd_rate = 1.0 - machine.crowd_share
-        self._spans: list[deque[_Span]] = [deque() for _ in STREAM_NAMES]
+        self._spans: defaultdict[int, deque[_Span]] = defaultdict(deque)
 
     def end_of(self, item: _Item, start: float, lane: int) -> float:
         """Return when work that starts at a time on a stream ends, microseconds."""
@@ -226,7 +226,7 @@ class _Beside:
         now, left = start, item.us
         while True:
             change, taken, rate, crowd = math.inf, 0.0, 1.0, 1.0
-            for lane, spans in enumerate(self._spans):
+            for lane, spans in self._spans.items():
                 while spans and spans[0].end <= now:
                     spans.popleft()
                 if not spans:
