@@ -19,10 +19,11 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from sparda_compile.graph.effects import stream_of
+from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.graph.tags import HINT
 from sparda_compile.isa.streams import COMPUTE, SELECT
 from sparda_compile.passes.schedule.chains import ordered
-from sparda_compile.passes.schedule.cost import costs_of, longer_copies
+from sparda_compile.passes.schedule.cost import costs_of, longer_copies, node_cost
 from sparda_compile.passes.schedule.simulate import Simulator
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class _Trials:
         self._between = _edges_between(dag, chains)
         costs = costs_of(graph, ctx)
         self._expected = [Simulator(costs, ctx), Simulator(longer_copies(costs, _MORE_COPIES), ctx)]
-        self._half = Simulator(_with_half(graph, ctx), ctx)
+        self._half = Simulator(_with_half(costs, ctx), ctx)
         self._least_half = math.inf
         self._known: set[tuple[Decision, ...]] = set()
         self._times: dict[tuple[Decision, ...], tuple[float, float]] = {}
@@ -143,11 +144,16 @@ class _Trials:
         )
 
 
-def _with_half(graph: fx.Graph, ctx: PassContext) -> dict[fx.Node, Cost]:
-    """Return costs where half of the blocks are new, or more if more are expected to be."""
+def _with_half(costs: Mapping[fx.Node, Cost], ctx: PassContext) -> dict[fx.Node, Cost]:
+    """Return costs where half of the blocks are new, or more if more are expected to be.
+
+    Only ops of ours have others then.
+    """
     overlap = min(_LEAST_OVERLAP, ctx.config.expected_overlap)
-    config = ctx.config.replace(expected_overlap=overlap)
-    return costs_of(graph, dataclasses.replace(ctx, config=config))
+    half = dataclasses.replace(ctx, config=ctx.config.replace(expected_overlap=overlap))
+    return {
+        node: node_cost(node, half) if is_sparda(node) else cost for node, cost in costs.items()
+    }
 
 
 def _edges_between(dag: nx.DiGraph, chains: Sequence[Chain]) -> list[tuple[fx.Node, fx.Node]]:
