@@ -40,6 +40,11 @@ def _quick_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_get_np_dtype", by_name(interpreter._get_np_dtype))
         patch.setattr(interpreter, "_patch_attr", given_semantic(interpreter.interpreter_semantic))
         patch.setattr(interpreter, "_patch_lang", patching_once(interpreter._patch_lang))
+        semantic = interpreter.interpreter_semantic
+        patch.setattr(semantic, "cast", unless_of_that_type(semantic.cast))
+        patch.setattr(semantic, "broadcast_impl_value", unless_alike(semantic.broadcast_impl_value))
+        promote = by_names(semantic.computation_type_impl)
+        patch.setattr(semantic, "computation_type_impl", promote)
         patch.setattr(core.block_type, "__init__", like_the_first(core.block_type.__init__))
         patch.setattr(core.tensor, "__init__", formed_as_the_first(core.tensor.__init__))
         yield
@@ -98,6 +103,38 @@ def by_name(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if of.name not in known:
             known[of.name] = function(of)
         return known[of.name]
+
+    return remembered
+
+
+def unless_of_that_type(cast: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a cast that leaves alone what has the type already: most operands do."""
+
+    def cast_other(value: Any, dtype: Any, *rounding: Any) -> Any:
+        return value if value.dtype.name == dtype.name else cast(value, dtype, *rounding)
+
+    return cast_other
+
+
+def unless_alike(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a broadcast that leaves alone what has one type, and so one shape."""
+
+    def broadcast_others(left: Any, right: Any) -> Any:
+        same = left.type.name == right.type.name
+        return (left, right) if same else broadcast(left, right)
+
+    return broadcast_others
+
+
+def by_names(promote: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a promotion of two types that remembers its results."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def remembered(left: Any, left_is_scalar: bool, right: Any, *rest: bool) -> Any:
+        key = (left.name, left_is_scalar, right.name, *rest)
+        if key not in known:
+            known[key] = promote(left, left_is_scalar, right, *rest)
+        return known[key]
 
     return remembered
 
