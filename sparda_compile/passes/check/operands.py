@@ -208,7 +208,7 @@ class _Layer:
             elif op.name in _WRITERS:
                 expected = {**expected, "pages": self._state.get("tail", self._state["pages"])}
             elif op.name == "record_event":
-                expected = {"inputs": marked(op, self._layer, self._state)}
+                expected = {"inputs": marked(op, self._layer)}
             elif op.name == "predict_ahead":
                 expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
             yield from wrong_numbers(op, self._ctx)
@@ -234,8 +234,8 @@ class _Layer:
 
     def _buffers(self, copy: Op) -> list[str]:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
-        if names := marked_state(copy, self._layer):
-            return [self._state[name] for name in names]
+        if names := marked_state(copy, self._layer, self._state):
+            return names
         if copy.name == "offload_blocks":
             return [self._state[name] for name in full_state(self._ctx, copy)]
         if self._ctx.strategy.repairs and copy not in self._of_hint:
