@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from sparda_compile.formats.base import STAYING_KEYS
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import HINT, LAYER, SITE
-from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
 from sparda_compile.passes.check.transfers import (
@@ -36,6 +35,7 @@ from sparda_compile.passes.check.compare import (
     StateNames,
     compare,
     kind_of,
+    names_of,
     results_of_op,
     token_mask_of,
     words_of,
@@ -98,7 +98,7 @@ class _Layer:
         assert ctx.layout is not None
         number, kind = layer.shape.layer, kind_of(layer.shape, ctx.layout)
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
-        self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
+        self._mine = names_of(number, self._state)
         of_summary = names.of_summary[kind] if layer.shape.kind != "window" else {}
         self._summaries: dict[str, list[Operand]] = {
             summary: [self._state[name] for name in tensors]

@@ -13,7 +13,8 @@ Before, and after (mode `forecast`):
                                                 advance_lengths(%lengths)
 
 Mode `exact` also fetches what each hint names, where its ids are, and hides the repair of what
-they missed behind the attention to what is there:
+they missed behind the attention to what is there. What a hint computes becomes an op, which may run
+on a side stream (`hint_pieces.py`).
 
     %hint_plan = plan_pages(%hint_block_ids, ...)   prefetch_blocks(...)      layer l-1
     wait_blocks(hint)  plan_pages(%block_ids)                                 layer l
@@ -70,6 +71,7 @@ from sparda_compile.graph.writer import (
 )
 from sparda_compile.isa.streams import COPY, REPAIR
 from sparda_compile.passes.base import Fact, PassContext, PassResult
+from sparda_compile.passes.rewrite.hint_pieces import put_in_piece
 from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes, ops_for_later
 from sparda_compile.passes.schedule.layer_times import attends_before_repair
 
@@ -83,7 +85,7 @@ __all__ = ["InsertPrefetch"]
 class InsertPrefetch:
     """Make copies asynchronous.
 
-    Counts: prefetches, hint_prefetches, staged, offloads, for_later, waits.
+    Counts: prefetches, hint_prefetches, staged, offloads, for_later, pieces, waits.
     """
 
     name: ClassVar[str] = "insert_prefetch"
@@ -104,6 +106,7 @@ class InsertPrefetch:
             "offloads": sum(insertion.store(n) for n in find_ops(gm.graph, "store_blocks")),
             "for_later": insertion.put_beside(ops_for_later(gm.graph)) if ctx.is_decode else 0,
         }
+        counts["pieces"] = insertion.num_pieces
         counts["waits"] = len(find_ops(gm.graph, "wait_blocks"))
         set_keepalives(gm.graph)
         return PassResult(gm, modified=True, counts=counts)
@@ -118,6 +121,7 @@ class _Insertion(TransferNodes):
 
     def __init__(self, graph: fx.Graph, ctx: PassContext, state: StateInputs) -> None:
         super().__init__(graph, ctx, state)
+        self.num_pieces = 0
         self._first_waits: dict[int, fx.Node] = {}
 
     def hint(self, hinted: tuple[fx.Node, str, int]) -> int:
@@ -128,6 +132,7 @@ class _Insertion(TransferNodes):
         plan = _plan_of(self.graph, layer)
         emit = Emitter(self.graph, ids.next, ids, layer)
         prefix = "hint_" if len(hints) == 1 else f"{name}_"
+        self.num_pieces += put_in_piece(self.graph, name, layer, prefix)
         guess = plan_pages(emit, ids, self.state, layout, prefix, is_hint=True)
         ticket, event = self.prefetch(emit, guess, prefix)
         hint = next(hint for hint in hints if hint.name == name)

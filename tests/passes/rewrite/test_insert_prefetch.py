@@ -26,18 +26,24 @@ def inserted(plan_of):
 # What choosing and fetching a layer's blocks uses.
 USED = {"block_table", "page_block", "page_stamp", "counters", "pages", "pooled_k", "recent_k"}
 COUNTS = {
-    "forecast": ({"mode": "forecast"}, (0, 2, 0, 2, 0, 4)),
-    "query": ({"mode": "query"}, (0, 0, 0, 2, 0, 2)),
-    "exact": ({"mode": "exact"}, (2, 2, 0, 2, 0, 6)),
-    "exact by the layer before": ({"mode": "exact", "hint": "previous_layer"}, (1, 2, 0, 2, 0, 5)),
-    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 0, 2, 2, 10)),
-    "prefill": ({"phase": "prefill"}, (0, 0, 0, 2, 0, 2)),
-    "window": ({"model": "gemma3"}, (0, 1, 0, 1, 0, 2)),
-    "sparse prefill": ({"phase": "sparse_prefill"}, (0, 0, 2, 2, 0, 4)),
-    "sparse prefill by query": ({"phase": "sparse_prefill", "mode": "query"}, (0, 0, 0, 2, 0, 2)),
+    "forecast": ({"mode": "forecast"}, (0, 2, 0, 2, 0, 0, 4)),
+    "query": ({"mode": "query"}, (0, 0, 0, 2, 0, 0, 2)),
+    "exact": ({"mode": "exact"}, (2, 2, 0, 2, 0, 2, 6)),
+    "exact by the layer before": (
+        {"mode": "exact", "hint": "previous_layer"},
+        (1, 2, 0, 2, 0, 0, 5),
+    ),
+    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 0, 2, 2, 2, 10)),
+    "prefill": ({"phase": "prefill"}, (0, 0, 0, 2, 0, 0, 2)),
+    "window": ({"model": "gemma3"}, (0, 1, 0, 1, 0, 0, 2)),
+    "sparse prefill": ({"phase": "sparse_prefill"}, (0, 0, 2, 2, 0, 0, 4)),
+    "sparse prefill by query": (
+        {"phase": "sparse_prefill", "mode": "query"},
+        (0, 0, 0, 2, 0, 0, 2),
+    ),
     "windows and a sparse prefill": (
         {"model": "gemma3", "phase": "sparse_prefill"},
-        (0, 0, 1, 1, 0, 2),
+        (0, 0, 1, 1, 0, 0, 2),
     ),
 }
 
@@ -46,7 +52,7 @@ COUNTS = {
 def test_counts(inserted, case):
     settings, expected = COUNTS[case]
     _, counts = inserted(**settings)
-    names = ("hint_prefetches", "prefetches", "staged", "offloads", "for_later", "waits")
+    names = ("hint_prefetches", "prefetches", "staged", "offloads", "for_later", "pieces", "waits")
     assert counts == dict(zip(names, expected, strict=True))
 
 
