@@ -191,10 +191,7 @@ def _release(program, register, freed, earlier):
 
 
 def test_memory_that_a_side_stream_uses_is_not_given_again(lab):
-    """A piece that returns its result in memory that the copy or select stream still uses.
-
-    So does an op that runs one.
-    """
+    """A piece, or an op that runs one, that returns what the copy or select stream still uses."""
     reference = lab.calls()
     sides = [i for i in ops(reference) if stream_of(reference.calls[i].node) != COMPUTE]
     found = 0
