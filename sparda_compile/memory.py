@@ -16,7 +16,7 @@ __all__ = ["MOST_TOKENS", "Eviction", "Memory", "Offload", "PageFormat"]
 
 Eviction = Literal["lru", "fifo"]
 Offload = Literal["auto", "always", "never"]
-PageFormat = Literal["model", "stored"]
+PageFormat = Literal["model", "stored", "auto"]
 
 # Lengths are counted in 32 bits.
 MOST_TOKENS: Final = (1 << 31) - 1
@@ -49,7 +49,8 @@ class Memory:
             `model` the block in the model's dtype, which the copy unpacks, `stored` what is in CPU
             memory, which attention unpacks. Both give the same bits. With `stored` a page takes the
             format's bytes: for the same memory `page_ratio` can be as many times larger. Formats
-            with keys that stay have no such pages.
+            with keys that stay have no such pages. `auto` takes `model`, unless the cost model
+            expects `stored` to be faster, or only with them the cache fits `device_bytes`.
     """
 
     chunk_tokens: int | None = None
@@ -84,7 +85,7 @@ class Memory:
 
     def _check_pages(self) -> None:
         """Refuse pages of stored runs where a run is not the whole block."""
-        if self.page_format == "model":
+        if self.page_format != "stored":
             return
         chosen = self.kv_format
         named = [chosen] if isinstance(chosen, str) else dict(chosen).values()

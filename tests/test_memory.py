@@ -20,7 +20,8 @@ def test_the_group_is_that_of_a_configuration():
 
 @pytest.mark.parametrize("kv_format", ["model", "int8", "fp8", "int4", "auto", {0: "int8"}])
 def test_formats_whose_pages_may_hold_runs(kv_format):
-    assert Memory(kv_format=kv_format, page_format="stored").page_format == "stored"
+    for pages in ("stored", "auto"):
+        assert Memory(kv_format=kv_format, page_format=pages).page_format == pages
 
 
 @pytest.mark.parametrize("kv_format", ["values8", "values4", {0: "int8", 3: "values8"}])
@@ -31,6 +32,7 @@ def test_keys_that_stay_are_refused_with_what_to_use(kv_format):
     assert "stores values alone" in sentence
     assert "Use page_format='model', or one of fp8, int8, int4." in sentence
     assert dataclasses.replace(Memory(kv_format=kv_format)).page_format == "model"
+    assert Memory(kv_format=kv_format, page_format="auto").page_format == "auto"
 
 
 def test_formats_of_ones_own_are_asked_too():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PART_BLOCKS",
     "QUERY_BYTES",
+    "RUN_BLOCKS",
     "SCORE_BYTES",
     "SCORE_COLUMNS",
     "TILE_ROWS",
@@ -25,6 +26,7 @@ __all__ = [
     "all_blocks_bytes",
     "attend_tokens_bytes",
     "most_vectors",
+    "num_runs",
     "prefill_attention_bytes",
     "score_columns",
     "scored_at_once",
@@ -38,9 +40,9 @@ __all__ = [
     "window_attention_bytes",
 ]
 
-SCORE_BYTES: Final = 64 << 20
-"""Of block scores that are there at once: a part of the L2 cache, from which they are read."""
-UNION_BYTES: Final = 64 << 20
+SCORE_BYTES: Final = 256 << 20
+"""Of block scores that are there at once: of a million tokens' blocks, those of 900 tokens."""
+UNION_BYTES: Final = 128 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64
 """Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""
@@ -51,17 +53,14 @@ QUERY_BYTES: Final = 64 * 1024
 WINDOW_TOKENS: Final = 512
 """Tokens of a prompt that are read at once by attention over a sliding window."""
 SCORE_COLUMNS: Final = 128
-"""Query vectors of a program that scores; more of them read fewer keys.
-
-128 columns of sums in 32 bits are half of the registers of 4 warps. A Forecast keeps maxima of
-every column, too, and has fewer.
-"""
-_FORECAST_COLUMNS: Final = 64
+"""Query vectors of a program that scores; more of them read fewer keys."""
 # Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
 # of 32 bits, which threads multiply, not tensor cores: those hold less.
 _SCORE_TILE_BYTES: Final = 32 * 1024
 PART_BLOCKS: Final = 256
 """Blocks of a program that scores: a token of a long sequence has several programs."""
+RUN_BLOCKS: Final = 8
+"""Neighbouring blocks whose best score is kept, to pick by; programs that score have whole runs."""
 # Queries that see their keys at once where a mask says which.
 _MASKED_QUERIES: Final = 256
 
@@ -92,24 +91,33 @@ def most_vectors(dims: int, itemsize: int) -> int:
     return 2 * _SCORE_TILE_BYTES // (dims * itemsize**2)
 
 
-def score_columns(room: int, dims: int, itemsize: int, *, softmax: bool) -> int:
+def score_columns(room: int, dims: int, itemsize: int) -> int:
     """Return the query vectors of a program that scores.
 
     Args:
         room: Vectors of one token, a power of two.
         dims: Numbers of a vector, a power of two.
         itemsize: Bytes of one.
-        softmax: Whether a head's scores are weights.
     """
-    most = SCORE_COLUMNS if softmax else _FORECAST_COLUMNS
-    return max(min(most, most_vectors(dims, itemsize)), room, 16)
+    return max(min(SCORE_COLUMNS, most_vectors(dims, itemsize)), room, 16)
+
+
+def num_runs(num_blocks: int, selected: int) -> int:
+    """Return how many runs of blocks have their best scores kept; 0 where that saves nothing.
+
+    Args:
+        num_blocks: That may be scored.
+        selected: K, of which each lies in one of the K best runs.
+    """
+    listed = RUN_BLOCKS * _power_of_two(selected)
+    return -(-num_blocks // RUN_BLOCKS) if 4 * listed <= _power_of_two(num_blocks) else 0
 
 
 def scored_at_once(scores: int, columns: int, room: int, num_tokens: int) -> int:
     """Return the tokens whose scores are there at once.
 
     Args:
-        scores: Of one token: blocks of all sequences and KV heads.
+        scores: Of one token: blocks and runs of all sequences and KV heads.
         columns: See `score_columns`.
         room: Vectors of one token.
         num_tokens: All of them.
@@ -130,10 +138,9 @@ def select_tokens_bytes(a: Any) -> int:
     """Return what `select_tokens` takes: scores, and what leads of runs take."""
     leads, tokens = _leads(a)
     new = tokens * a.shared
-    num_blocks = -(-(a.num_past + new) // a.block_size)
     if a.near_ids is not None and a.num_past:
-        num_blocks = -(-new // a.block_size) + 3
-    return leads + _scores(a, tokens, num_blocks)
+        return leads + _scores(a, tokens, -(-new // a.block_size) + 3, is_new=True)
+    return leads + _scores(a, tokens, -(-(a.num_past + new) // a.block_size))
 
 
 def _leads(a: Any) -> tuple[int, int]:
@@ -148,8 +155,8 @@ def _leads(a: Any) -> tuple[int, int]:
     return int(queries + picked + 8 * batch * num_tokens + 12 * batch * tokens), tokens
 
 
-def _scores(a: Any, tokens: int, num_blocks: int) -> int:
-    """Return what it takes to score blocks for so many tokens."""
+def _scores(a: Any, tokens: int, num_blocks: int, *, is_new: bool = False) -> int:
+    """Return what it takes to score blocks for so many tokens; those that are new in no runs."""
     batch, groups = a.summary[0].shape[:2]
     pairs, num_blocks = batch * groups, min(a.num_blocks, num_blocks)
     vectors, dim = a.query.shape[1] // groups, a.query.shape[3]
@@ -161,10 +168,12 @@ def _scores(a: Any, tokens: int, num_blocks: int) -> int:
     retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
     softmax = a.selector in ("infllm2", "nosa")
     room = _power_of_two(vectors)
-    columns = score_columns(room, _power_of_two(dim, 16), itemsize, softmax=softmax)
-    chunk = scored_at_once(pairs * num_blocks, columns, room, tokens)
+    columns = score_columns(room, _power_of_two(dim, 16), itemsize)
+    runs = 0 if retention or is_new else num_runs(num_blocks, a.num_selected)
+    chunk = scored_at_once(pairs * (num_blocks + runs), columns, room, tokens)
     sums = pairs * -(-num_blocks // PART_BLOCKS) * chunk * room if softmax else 1
-    return int(max(while_made, parts + retention + pairs * chunk * num_blocks * 8 + 8 * sums))
+    scores = pairs * chunk * (num_blocks + runs) * 8
+    return int(max(while_made, parts + retention + scores + 8 * sums))
 
 
 def _mean_parts(a: Any, numbers: int) -> tuple[int, int, int]:

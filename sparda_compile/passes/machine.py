@@ -4,8 +4,9 @@ H200 values: medians measured on one H200 with PCIe Gen5: device copy 4.3 TB/s, 
 790 TFLOP/s; of gathers from pinned memory and of matrix products with and without one beside them,
 as in benchmarks/results/2026-11-26-h200-kernels.json. H100 values: `sparda calibrate` on one H100,
 and the last two from 2026-11-25-h100-kernels.json. CPU values: two cores of a server, best of 15
-runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul and a small elementwise op;
-there nothing runs beside anything else. `LATENCY_US` has its own source.
+runs each: a 256 MiB copy, a gather of 32 KiB rows, a 2048^3 fp32 matmul, a small elementwise op,
+and, on one core, blocks in `int8` unpacked to fp32; there nothing runs beside anything else.
+`LATENCY_US` has its own source.
 """
 
 from __future__ import annotations
@@ -182,6 +183,7 @@ MACHINES: Final = {
         kernel_us=2.5,
         copy_share=0.0,
         crowd_share=0.0,
+        unpack_gnps=0.22,
         peer_gbps=1.0,
         scores={},
     ),

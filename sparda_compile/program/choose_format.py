@@ -1,28 +1,35 @@
-"""The format that `kv_format="auto"` stands for: the most exact one that is about as fast as any.
+"""What `auto` stands for in `kv_format` and `page_format`, by the size of a cache.
 
     link = B * sum over layers of G * scored * (1 - overlap) * bytes of a block / link rate
     rest = (weights + summaries) / memory rate + blocks read, unpacked or not + latencies
     step = max(link, rest) in modes that copy beside compute, else link + rest
 
-Candidates are the package's formats whose error is allowed: 3% of RMS, or what `auto:PERCENT`
-says. Of those whose step is within 5% of the fastest, the one with the least error is chosen. What
-does not fit `host_bytes` is left out where something does.
+Choices are the formats, each with the kinds of pages that are allowed. Of `kv_format="auto"` they
+are the package's formats whose error is allowed: 3% of RMS, or what `auto:PERCENT` says. With
+`page_format="auto"` a format has pages of the model's dtype and, if it rounds whole blocks, stored
+ones.
 
-A cache on the device keeps the model's dtype: its pages have that in every format, so that rounding
-would save nothing there. With `page_format="stored"` it would save memory, but not one copy; name a
-format for that.
+A cache that has to be in CPU memory takes the most exact format of those whose step is within 5% of
+the fastest. What does not fit `host_bytes` or `device_bytes` is left out where something does. Of
+one format the faster pages are taken, those of the model's dtype if both are as fast.
+
+A cache that may stay on the device does, if a choice fits `device_bytes`: in the model's dtype if
+that fits, else in the most exact format that does. Pages of the model's dtype are as large in every
+format, so that such a cache is rounded on stored pages alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.formats.base import allowed_error
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sparda_compile.formats.base import BlockFormat
     from sparda_compile.passes.machine import Machine
     from sparda_compile.state.layout import CacheLayout
@@ -31,44 +38,137 @@ __all__ = ["with_format"]
 
 # A format is left for a more exact one that is expected to be at most so much slower.
 _MARGIN: Final = 1.05
-# Why a cache on the device is not rounded, by `page_format`.
-_ON_DEVICE: Final = {"model": "where pages have that dtype", "stored": "so that no block is copied"}
+_NO_COPIES: Final = "so that no block is copied"
 # Kernels of the model in a layer of a decode step.
 _KERNELS: Final = 6
 
 
 def with_format(layout: CacheLayout, machine: Machine, weight_bytes: int) -> CacheLayout:
-    """Return a layout whose format is known.
+    """Return a layout whose format and pages are known.
 
     Args:
-        layout: Of a configuration whose `kv_format` may be `auto`.
+        layout: Of a configuration whose `kv_format` and `page_format` may be `auto`.
         machine: Constants to plan with.
         weight_bytes: Of the model.
+
+    Raises:
+        ConfigError: If full blocks would have to be in CPU memory in every choice, and the mode
+            wants them on the device.
     """
-    allowed = allowed_error(layout.config.kv_format)
-    if allowed is None:
+    allowed, pages = allowed_error(layout.config.kv_format), layout.config.page_format
+    if allowed is None and pages != "auto":
         return layout
-    plain, page_format = _with(layout, "model"), layout.config.page_format
-    if not plain.offload:
-        return _with(layout, "model", f"the KV cache is on the device, {_ON_DEVICE[page_format]}")
-    steps = {
-        found.name: _step_us(_with(layout, found.name), machine, weight_bytes)
-        for found in _candidates(plain, allowed)
-    }
-    most = layout.config.host_bytes
-    fits = [n for n in steps if most is None or _with(layout, n).num_bytes(on_host=True) <= most]
-    names = fits or list(steps)
-    fastest = min(steps[name] for name in names)
-    near = [name for name in names if steps[name] <= _MARGIN * fastest]
-    chosen = min(near, key=lambda name: (KV_FORMATS[name].error, steps[name]))
-    times = ", ".join(f"{name} {steps[name] / 1e3:.2f}" for name in steps)
-    overlap = layout.config.expected_overlap
-    return _with(layout, chosen, f"milliseconds a step at an overlap of {overlap:g}: {times}")
+    choices = _choices(layout, allowed)
+    resident = [each for each in choices if each.stays_on_device]
+    steps = {each: _step_us(each, machine, weight_bytes) for each in resident or choices}
+    fits = [each for each in steps if _fits(each)] or list(steps)
+    if not resident:
+        fastest = min(steps[each] for each in fits)
+        fits = [each for each in fits if steps[each] <= _MARGIN * fastest]
+    chosen = min(fits, key=lambda each: (_error(each), steps[each]))
+    format_reason = "" if allowed is None else _why_format(chosen, choices[0], steps)
+    if format_reason and not resident and pages == "model":
+        other = with_format(_with(layout, layout.config.kv_format, "auto"), machine, weight_bytes)
+        if other.stays_on_device:
+            name = other.config.kv_format
+            format_reason += f"; page_format='auto' would keep it on the device, in {name}"
+    chosen = dataclasses.replace(chosen, format_reason=format_reason)
+    if pages != "auto":
+        return chosen
+    return dataclasses.replace(chosen, page_reason=_why_pages(chosen, choices, steps))
 
 
-def _with(layout: CacheLayout, name: str, reason: str = "") -> CacheLayout:
-    config = layout.config.replace(kv_format=name)
-    return dataclasses.replace(layout, config=config, format_reason=reason)
+def _choices(layout: CacheLayout, allowed: float | None) -> list[CacheLayout]:
+    """Return the layout with each format and kind of pages that is allowed.
+
+    The model's dtype comes first, of formats and of the pages of each.
+    """
+    given = layout.config.page_format
+    kinds = ("model", "stored") if given == "auto" else (given,)
+    plain = _with(layout, "model", kinds[0])
+    formats: list[Any] = [layout.config.kv_format]
+    if allowed is not None:
+        formats = [each.name for each in _candidates(plain, allowed)]
+    found = []
+    for name in formats:
+        first = _with(layout, name, kinds[0])
+        others = [_with(layout, name, kind) for kind in kinds[1:] if _may_be_stored(first)]
+        found += [first, *others]
+    return found
+
+
+def _with(layout: CacheLayout, kv_format: Any, page_format: Any) -> CacheLayout:
+    config = layout.config.replace(kv_format=kv_format, page_format=page_format)
+    return dataclasses.replace(layout, config=config)
+
+
+def _formats_of(layout: CacheLayout) -> list[BlockFormat]:
+    """Return the format of each layer with blocks."""
+    return [layout.kv_format(shape.layer) for shape in layout.layers if shape.kind == "sparse"]
+
+
+def _may_be_stored(layout: CacheLayout) -> bool:
+    """Whether pages of stored runs are allowed, and others than those of the model's dtype."""
+    formats = _formats_of(layout)
+    return any(f.rounds for f in formats) and all(f.summary is None for f in formats)
+
+
+def _error(layout: CacheLayout) -> float:
+    """Return the error of the least exact layer."""
+    return max((each.error for each in _formats_of(layout) if each.rounds), default=0.0)
+
+
+def _fits(layout: CacheLayout) -> bool:
+    """Whether a cache fits the memory that it may take."""
+    config = layout.config
+    return all(
+        most is None or layout.num_bytes(on_host=on_host) <= most
+        for on_host, most in ((True, config.host_bytes), (False, config.device_bytes))
+    )
+
+
+def _why_format(chosen: CacheLayout, plain: CacheLayout, steps: Mapping[CacheLayout, float]) -> str:
+    """Say why a format was chosen, given the layout in the model's dtype and estimated steps."""
+    config = chosen.config
+    if chosen.stays_on_device:
+        if _error(chosen):
+            return (
+                f"the KV cache stays on the device, where it takes {chosen.resident_bytes:,} of "
+                f"device_bytes={config.device_bytes:,} and in the model's dtype would take "
+                f"{plain.resident_bytes:,}"
+            )
+        why = "where pages have that dtype" if config.page_format == "model" else _NO_COPIES
+        return f"the KV cache is on the device, {why}"
+    best: dict[str, float] = {}
+    for each, us in steps.items():
+        name = str(each.config.kv_format)
+        best[name] = min(us, best.get(name, us))
+    times = ", ".join(f"{name} {us / 1e3:.2f}" for name, us in best.items())
+    return f"milliseconds a step at an overlap of {config.expected_overlap:g}: {times}"
+
+
+def _why_pages(
+    chosen: CacheLayout, choices: Sequence[CacheLayout], steps: Mapping[CacheLayout, float]
+) -> str:
+    """Say why pages were chosen, given all choices and the estimated steps of some."""
+    config = chosen.config
+    mine = [each for each in choices if each.config.kv_format == config.kv_format]
+    if len(mine) == 1:
+        return "such formats have no others"
+    if chosen.format_reason and chosen.stays_on_device:
+        return "others are as large in every format"
+    model, stored = mine
+    if model not in steps or (_fits(stored) and not _fits(model)):
+        sizes = [
+            each.resident_bytes if chosen.stays_on_device else each.num_bytes(on_host=False)
+            for each in (stored, model)
+        ]
+        return (
+            f"they take {sizes[0]:,} bytes of device_bytes={config.device_bytes:,}, and pages of "
+            f"the model's dtype would take {sizes[1]:,}"
+        )
+    times = [f"{each.config.page_format} {steps[each] / 1e3:.2f}" for each in mine if each in steps]
+    return f"milliseconds a step: {', '.join(times)}"
 
 
 def _candidates(layout: CacheLayout, allowed: float) -> list[BlockFormat]:
@@ -103,7 +203,8 @@ def _step_us(layout: CacheLayout, machine: Machine, weight_bytes: int) -> float:
         num_layers += 1
         pairs = layout.batch_size * shape.num_groups
         stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
-        fetched += pairs * layout.num_scored * (1.0 - config.expected_overlap) * stored
+        if not layout.stays_on_device:
+            fetched += pairs * layout.num_scored * (1.0 - config.expected_overlap) * stored
         pages = pairs * layout.num_selected
         pages_us += machine.pages_us(
             pages * layout.page_bytes(shape), pages * layout.unpacked(shape)

@@ -146,6 +146,7 @@ class Report:
         prompt: Memory of a prompt that fills the KV cache; None where nothing is read.
         kv_format: How full blocks are written.
         has_stored_pages: Whether pages of some layers hold full blocks as CPU memory does.
+        page_reason: Why, where `page_format="auto"` was given.
     """
 
     model: str
@@ -169,6 +170,7 @@ class Report:
     kv_copies: int = 1
     kv_format: str = "model"
     has_stored_pages: bool = False
+    page_reason: str = ""
 
     @property
     def host_bytes(self) -> int:
@@ -267,6 +269,9 @@ class Report:
         }
         if self.kv_format != "model":
             where = ", in pages too" if self.has_stored_pages else ""
+            if self.page_reason:
+                pages = where or ", in pages in the model's dtype"
+                where = f"{pages} (auto: {self.page_reason})"
             facts["Full blocks"] = f"written in {self.kv_format}{where}"
         return self._shared | facts | self._reading
 

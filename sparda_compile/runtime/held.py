@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparda_compile.runtime.kv_cache import KVCache
     from sparda_compile.state.layout import LayerShape
 
-__all__ = ["HeldKeysValues", "resident_blocks"]
+__all__ = ["HeldKeysValues", "held_blocks"]
 
 
 class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
@@ -44,7 +44,7 @@ class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
         shape = self._shapes[layer]
         if shape.kind == "window":
             return self._of_ring(shape)
-        blocks = self._blocks(layer)
+        blocks = held_blocks(self._kv, shape)
         k, v = (blocks[:, :, :, part].flatten(2, 3) for part in (0, 1))
         return _at(k, self._position_BT), _at(v, self._position_BT)
 
@@ -56,34 +56,39 @@ class HeldKeysValues(Mapping[int, tuple[Tensor, Tensor]]):
         """Return the number of layers."""
         return len(self._shapes)
 
-    def _blocks(self, layer: int) -> Tensor:
-        """Return the blocks that have tokens, [B, G, n, 2, P, D], from wherever each one is."""
-        layout = self._kv.layout
-        shape = self._shapes[layer]
-        size, dim = layout.config.block_size, shape.head_dim
-        table = self._kv.state[state_name("block_table", layer)]
-        used = -(-self._kv.longest // size)
-        if layout.offload:
-            host = self._kv.host_blocks[state_name("host", layer)]
-            stored = host[:, :, :used].to(table.device, copy=True)
-            names = layout.staying_keys(layer)
-            keys = [self._kv.state[state_name(name, layer)][:, :, :used] for name in names]
-            blocks = layout.kv_format(layer).read(stored, keys, size, dim, shape.dtype)
-        else:
-            sizes = (*table.shape[:2], used, 2, size, dim)
-            blocks = torch.zeros(sizes, dtype=shape.dtype, device=table.device)
-        # The block that is being written is on the device alone; others are the same in both.
-        row, head, block = torch.where(table[:, :, :used] >= 0)
-        blocks[row, head, block] = resident_blocks(self._kv, layer, (row, head, block))
-        return blocks
-
     def _of_ring(self, shape: LayerShape) -> tuple[Tensor, Tensor]:
         position_BT = self._position_BT[:, -shape.window :] % shape.window
         k, v = (self._kv.state[state_name(n, shape.layer)] for n in ("ring_k", "ring_v"))
         return _at(k, position_BT), _at(v, position_BT)
 
 
-def resident_blocks(kv: KVCache, layer: int, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def held_blocks(kv: KVCache, shape: LayerShape) -> Tensor:
+    """Return the blocks that have tokens, [B, G, n, 2, P, D], from wherever each one is.
+
+    Args:
+        kv: The cache, with no step under way.
+        shape: A layer with blocks.
+    """
+    layout, layer = kv.layout, shape.layer
+    size, dim = layout.config.block_size, shape.head_dim
+    table = kv.state[state_name("block_table", layer)]
+    used = -(-kv.longest // size)
+    if layout.offload:
+        host = kv.host_blocks[state_name("host", layer)]
+        stored = host[:, :, :used].to(table.device, copy=True)
+        names = layout.staying_keys(layer)
+        keys = [kv.state[state_name(name, layer)][:, :, :used] for name in names]
+        blocks = layout.kv_format(layer).read(stored, keys, size, dim, shape.dtype)
+    else:
+        sizes = (*table.shape[:2], used, 2, size, dim)
+        blocks = torch.zeros(sizes, dtype=shape.dtype, device=table.device)
+    # The block that is being written is on the device alone; others are the same in both.
+    row, head, block = torch.where(table[:, :, :used] >= 0)
+    blocks[row, head, block] = _resident_blocks(kv, layer, (row, head, block))
+    return blocks
+
+
+def _resident_blocks(kv: KVCache, layer: int, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Return blocks that have a page as the model's dtype has them, [n, 2, P, D].
 
     Args:

@@ -24,13 +24,13 @@ from sparda_compile.report.text import selection_sentence
 from sparda_compile.runtime.block_table import assign_pages
 from sparda_compile.runtime.device_pool import DevicePool
 from sparda_compile.runtime.empty_state import EmptyState
-from sparda_compile.runtime.held import resident_blocks
+from sparda_compile.runtime.held import held_blocks
 from sparda_compile.runtime.host_pool import HostPool
 from sparda_compile.runtime.numa import ANYWHERE, placement_near
 from sparda_compile.runtime.pinned import check_host_access
 from sparda_compile.runtime.stats import CacheStats, LayerStats
 from sparda_compile.selectors import summary_named
-from sparda_compile.state.layout import LENGTHS, CacheLayout, state_name
+from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache", "check_budgets"]
 
-# What says where blocks are.
+# What holds blocks, and what says where they are.
+_POOLS: Final = ("pages", "host", "tail")
 _PAGED: Final = ("pages", "host", "block_table", "page_block", "page_stamp", "tail")
 
 
@@ -145,21 +146,22 @@ class KVCache:
     def grow(self, layout: CacheLayout) -> KVCache:
         """Return a larger cache with the same content.
 
+        Full blocks are rounded where the larger one has another format.
+
         Args:
-            layout: As this one's, with more `max_tokens`.
+            layout: As this one's, with more `max_tokens`, and maybe another place or format of
+                blocks, as `auto` chooses by size.
         """
         device = self.state[LENGTHS].device
         larger = KVCache(layout, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the CPU is about to read what the GPU wrote
-        moves_out = layout.offload and not self.layout.offload
-        paged = set()
+        written_anew = set()
         for shape in self.layout.layers:
-            if moves_out and shape.kind == "sparse":
-                paged |= {state_name(name, shape.layer) for name in _PAGED}
-                _move_out(self, larger, shape.layer)
+            if shape.kind == "sparse" and _form(layout, shape) != _form(self.layout, shape):
+                written_anew |= _write_anew(self, larger, shape)
         for name, old in (self.state | self.host_blocks).items():
-            if name not in paged:
+            if name not in written_anew:
                 new = larger.host_blocks.get(name, larger.state[name])
                 new[tuple(slice(0, size) for size in old.shape)] = old
         larger.num_columns, larger.longest = self.num_columns, self.longest
@@ -282,28 +284,46 @@ def _as_input(blocks: Tensor, device: torch.device) -> Tensor:
     return (blocks.data_ptr() + pairs * stride).to(device)
 
 
-def _move_out(resident: KVCache, offloaded: KVCache, layer: int) -> None:
-    """Copy a layer's blocks to the host; only those that are still being written get pages."""
-    table = resident.state[state_name("block_table", layer)]
-    new_pages, _, new_table, page_block, page_stamp = (
-        offloaded.state[state_name(name, layer)] for name in _PAGED[:5]
+def _form(layout: CacheLayout, shape: LayerShape) -> tuple[bool, str, bool]:
+    """Return what decides where blocks of a layer are, and how they are written."""
+    layer = shape.layer
+    return layout.offload, layout.kv_format(layer).name, layout.has_stored_pages(layer)
+
+
+def _write_anew(old: KVCache, new: KVCache, shape: LayerShape) -> set[str]:
+    """Copy a layer's blocks to a larger cache of another form; returns the tensors that are done.
+
+    In CPU memory all blocks are written, and only those that are still open get pages. On the
+    device each block keeps the number of its page.
+    """
+    layer, layout = shape.layer, new.layout
+    assert layout.offload or not old.layout.offload, "a larger cache does not come back"
+    pages, _, table, page_block, page_stamp = (
+        new.state[state_name(name, layer)] for name in _PAGED[:5]
     )
-    host = offloaded.host_blocks[state_name("host", layer)]
-    row, head, block = torch.where(table >= 0)
-    moved = resident_blocks(resident, layer, (row, head, block))
-    # Full blocks were rounded before, and stay what they are. Nobody reads another one from there.
-    moved = offloaded.layout.kv_format(layer).pack(moved)
-    host[row.to(host.device), head.to(host.device), block.to(host.device)] = moved.to(host.device)
-    lengths = resident.state[LENGTHS]
-    size = offloaded.layout.config.block_size
-    written_B = torch.where(lengths % size > 0, lengths // size, -1)
-    ids_BG1 = written_B[:, None, None].expand(*table.shape[:2], 1).contiguous()
-    eviction = offloaded.layout.config.eviction
-    stamp_B = (lengths - 1).clamp(min=0)
-    page_BG1, _ = assign_pages(ids_BG1, stamp_B, new_table, page_block, page_stamp, eviction)
-    row, head, entry = torch.where(page_BG1 >= 0)
-    written = resident_blocks(resident, layer, (row, head, ids_BG1[row, head, entry].long()))
-    if offloaded.layout.has_stored_pages(layer):
-        offloaded.state[state_name("tail", layer)][row, head, WRITTEN] = written
+    blocks = held_blocks(old, shape)
+    # Full blocks that were rounded before stay what they are. Nobody reads an open one from there.
+    stored = layout.kv_format(layer).pack(blocks)
+    lengths, size = old.state[LENGTHS], layout.config.block_size
+    open_B = torch.where(lengths % size > 0, lengths // size, -1)
+    ids_BG1 = open_B[:, None, None].expand(*table.shape[:2], 1).contiguous()
+    if layout.offload:
+        host = new.host_blocks[state_name("host", layer)]
+        host[:, :, : stored.shape[2]] = stored.to(host.device)
+        stamp_B, eviction = (lengths - 1).clamp(min=0), layout.config.eviction
+        page_BG1, _ = assign_pages(ids_BG1, stamp_B, table, page_block, page_stamp, eviction)
+        done: tuple[str, ...] = _PAGED
     else:
-        new_pages[row, head, page_BG1[row, head, entry].long()] = written
+        before = old.state[state_name("block_table", layer)]
+        row, head, block = torch.where(before[:, :, : blocks.shape[2]] >= 0)
+        whole = stored if layout.has_stored_pages(layer) else blocks
+        pages[row, head, before[row, head, block].long()] = whole[row, head, block]
+        page_BG1 = torch.where(ids_BG1 < 0, -1, before.gather(2, ids_BG1.clamp(min=0).long()))
+        done = _POOLS
+    row, head, entry = torch.where(page_BG1 >= 0)
+    opened = blocks[row, head, ids_BG1[row, head, entry].long()]
+    if layout.has_stored_pages(layer):
+        new.state[state_name("tail", layer)][row, head, WRITTEN] = opened
+    else:
+        pages[row, head, page_BG1[row, head, entry].long()] = opened
+    return {state_name(name, layer) for name in done}

@@ -21,6 +21,7 @@ A window layer owns a ring of its last tokens, `ring_k` and `ring_v` [B, G, wind
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -94,7 +95,8 @@ LENGTHS: Final = "sparda_lengths"
 class CacheLayout:
     """Sizes of a KV cache for `batch_size` sequences of up to `max_tokens` tokens.
 
-    `format_reason` says why its format was chosen, where `kv_format="auto"` was given.
+    `format_reason` and `page_reason` say why its format and pages were chosen, where `auto` was
+    given.
     """
 
     config: SpardaConfig
@@ -102,6 +104,7 @@ class CacheLayout:
     batch_size: int
     max_tokens: int
     format_reason: str = ""
+    page_reason: str = ""
 
     @property
     def strategy(self) -> Strategy:
@@ -191,21 +194,33 @@ class CacheLayout:
         Raises:
             ConfigError: If they would have to and the mode wants them on the device.
         """
-        if not self.strategy.selects or self.config.offload == "never":
+        if self.stays_on_device:
             return False
-        if self.config.offload == "always":
-            return True
         limit = self.config.device_bytes
-        is_too_large = limit is not None and self._resident_bytes() > limit
-        if is_too_large and self.strategy.predictor is not None:
+        if self.strategy.predictor is not None:
             raise ConfigError(
                 f"a KV cache of {self.batch_size} x {self.max_tokens} tokens takes "
-                f"{self._resident_bytes():,} bytes, and device_bytes={limit:,} would move it to "
+                f"{self.resident_bytes:,} bytes, and device_bytes={limit:,} would move it to "
                 f"CPU memory, where mode={self.config.mode!r} cannot attend before it has "
                 "selected; raise device_bytes, pass offload='never' or fewer tokens, or use "
                 "mode='exact' with hint='ema'."
             )
-        return is_too_large
+        return True
+
+    @functools.cached_property
+    def stays_on_device(self) -> bool:
+        """Whether full blocks stay on the device, by what the configuration says alone."""
+        if not self.strategy.selects or self.config.offload == "never":
+            return True
+        limit = self.config.device_bytes
+        is_small = limit is None or self.resident_bytes <= limit
+        return self.config.offload == "auto" and is_small
+
+    @functools.cached_property
+    def resident_bytes(self) -> int:
+        """Device memory that the cache takes with all blocks there."""
+        resident = dataclasses.replace(self, config=self.config.replace(offload="never"))
+        return resident.num_bytes(on_host=False)
 
     @property
     def stages_ahead(self) -> bool:
@@ -288,7 +303,3 @@ class CacheLayout:
     def num_bytes(self, *, on_host: bool) -> int:
         """Return the size of the cache in CPU memory, or on the device."""
         return sum(s.num_bytes for s in self.all_tensors().values() if s.on_host == on_host)
-
-    def _resident_bytes(self) -> int:
-        resident = dataclasses.replace(self, config=self.config.replace(offload="never"))
-        return resident.num_bytes(on_host=False)

@@ -124,6 +124,10 @@ class Replicas:
             )
         return cls(world_size() // ranks.size, members[0] // ranks.size)
 
+    def share(self, layers: Sequence[int]) -> Sequence[int]:
+        """Return the layers, of all, that this replica looks at where one replica is enough."""
+        return layers[self.number :: self.count]
+
 
 def average_(tensors: Sequence[Tensor], ranks: Ranks | None = None) -> None:
     """Replace each tensor by its mean, in one message.

@@ -20,6 +20,7 @@ class StepReport:
         losses: Loss of each layer in nats, over all sequences of the step, before the update.
         recalls: Share of the true query's blocks that each layer's Forecast picks at equal
             budget, sink and local blocks left out; NaN where a sequence is too short for a choice.
+            Of several replicas, each one says it of some layers, on its own sequences.
         gradient_norm: Norm of the gradient before clipping.
         num_tokens: Tokens of the step, over all processes.
         seconds: Time that the step took.

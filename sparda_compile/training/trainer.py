@@ -139,7 +139,9 @@ class ForecastTrainer:
         with self.ranks.together("a step of training") as facts:
             facts.update((f"batch {number}", ids) for number, ids in enumerate(batches))
         losses = {layer: torch.zeros((), device=self.device) for layer in self.weights}
-        recalls = dict(losses)
+        # Recall takes many small kernels: each replica looks at some of the layers.
+        replicas = self.replicas
+        recalls = {layer: losses[layer] for layer in replicas.share(list(losses))}
         self.optimizer.zero_grad(set_to_none=True)
         for number, ids in enumerate(batches):
             is_last = number == len(batches) - 1
@@ -147,9 +149,11 @@ class ForecastTrainer:
             if on_batch is not None:
                 on_batch(number + 1, self.steps_done)
         gradients = [w.grad for w in self.parameters.values() if w.grad is not None]
-        parallel.average_([*gradients, *losses.values(), *recalls.values()])
+        found = [recalls.get(layer, torch.zeros_like(loss)) for layer, loss in losses.items()]
+        parallel.average_([*gradients, *losses.values(), *found])
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), _LARGEST_NORM)
-        numbers = torch.stack([*losses.values(), *recalls.values(), norm]).tolist()
+        found = [recall * replicas.count for recall in found]
+        numbers = torch.stack([*losses.values(), *found, norm]).tolist()
         bad = [i for i, loss in zip(losses, numbers, strict=False) if not math.isfinite(loss)]
         if bad or not math.isfinite(numbers[-1]):
             raise UnsupportedInputError(
@@ -167,7 +171,7 @@ class ForecastTrainer:
             dict(zip(losses, numbers[:count], strict=True)),
             dict(zip(losses, numbers[count : 2 * count], strict=True)),
             numbers[-1],
-            sum(ids.numel() for ids in batches) * self.replicas.count,
+            sum(ids.numel() for ids in batches) * replicas.count,
             time.perf_counter() - start,
         )
 
@@ -178,7 +182,7 @@ class ForecastTrainer:
         losses: dict[int, Tensor],
         recalls: dict[int, Tensor] | None,
     ) -> None:
-        """Add one batch's losses and gradients."""
+        """Add one batch's losses and gradients; set those recalls that are asked for."""
         check_batch(ids, self.config, self._vocab_size)
         self.longest = max(self.longest, ids.shape[1])
 
@@ -195,7 +199,7 @@ class ForecastTrainer:
                 teacher=self._teacher,
             )
             losses[site.layer] = losses[site.layer] + loss * share
-            if recalls is not None:
+            if recalls is not None and site.layer in recalls:
                 recalls[site.layer] = block_recall(
                     forecast.detach(),
                     query,

@@ -82,7 +82,7 @@ def test_a_process_that_ends_does_not_let_the_other_hang(tmp_path):
     cases.sibling("rank_models").make_models(tmp_path)
     ranks = cases.start(tmp_path, "dying", 2)
     try:
-        output, _ = ranks.communicate(timeout=90)
+        output, _ = ranks.communicate(timeout=180)
     finally:
         ranks.kill()
     assert "RankLostError: a replayed step did not end within 15 s" in output, output[-3000:]

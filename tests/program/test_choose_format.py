@@ -83,6 +83,99 @@ def test_what_is_named_is_not_chosen_anew():
     assert not layout.format_reason
 
 
+GIB = 1 << 30
+
+
+class TestPages:
+    """`page_format="auto"`: those of the model's dtype, but for speed and memory."""
+
+    @pytest.mark.parametrize(
+        ("settings", "pages"),
+        [
+            ({}, "model"),
+            ({"expected_overlap": 0.5}, "model"),  # where the link decides both are as fast
+            ({"page_ratio": 8.0, "device_bytes": 30 * GIB}, "model"),
+            ({"page_ratio": 8.0, "device_bytes": 20 * GIB}, "stored"),
+            ({"page_ratio": 8.0, "device_bytes": 2 * GIB}, "model"),  # neither fits
+            ({"offload": "never"}, "model"),
+            ({"offload": "never", "device_bytes": 60 * GIB}, "stored"),
+            ({"offload": "auto", "device_bytes": 60 * GIB}, "stored"),
+            ({"offload": "auto", "device_bytes": 100 * GIB}, "model"),
+            ({"kv_format": "model"}, "model"),
+            ({"kv_format": "values8", "selector": "lowbit4"}, "model"),
+            ({"kv_format": {0: "int8", 1: "values8"}, "selector": "lowbit4"}, "model"),
+            ({"kv_format": {0: "int8"}, "page_ratio": 8.0, "device_bytes": 28 * GIB}, "model"),
+        ],
+    )
+    def test_they_are_those_of_the_model_unless_only_others_fit(self, settings, pages):
+        layout = chosen(16, **({"kv_format": "int8", "page_format": "auto"} | settings))
+        assert layout.config.page_format == pages
+        assert layout.page_reason
+        assert not layout.format_reason
+
+    def test_they_are_stored_where_that_is_faster(self, monkeypatch):
+        fast = dataclasses.replace(MACHINES["h200"], unpack_gnps=1e5)
+        monkeypatch.setitem(MACHINES, "h200", fast)
+        settings = {"expected_overlap": 1.0, "page_format": "auto"}
+        layout = chosen(16, kv_format="int8", **settings)
+        assert layout.config.page_format == "stored"
+        model, stored = layout.page_reason.rpartition(": ")[2].split(", ")
+        assert float(model.removeprefix("model ")) > float(stored.removeprefix("stored "))
+        assert chosen(16, kv_format="values8", selector="lowbit4", **settings).page_reason == (
+            "such formats have no others"
+        )
+
+    def test_why_says_what_both_would_take(self):
+        settings = {"kv_format": "int8", "offload": "auto", "device_bytes": 60 * GIB}
+        layout = chosen(16, page_format="auto", **settings)
+        assert not layout.offload
+        plain = dataclasses.replace(layout, config=layout.config.replace(page_format="model"))
+        assert layout.page_reason == (
+            f"they take {layout.num_bytes(on_host=False):,} bytes of device_bytes={60 * GIB:,}, "
+            f"and pages of the model's dtype would take {plain.resident_bytes:,}"
+        )
+
+
+class TestOnTheDevice:
+    """`kv_format="auto"` rounds there, on stored pages, what would not fit otherwise."""
+
+    @pytest.mark.parametrize("pages", ["stored", "auto"])
+    @pytest.mark.parametrize(
+        ("settings", "name", "offload"),
+        [
+            ({"device_bytes": 100 * GIB}, "model", False),
+            ({"device_bytes": 60 * GIB}, "int8", False),
+            ({"device_bytes": 30 * GIB, "kv_format": "auto:10"}, "int4", False),
+            ({"device_bytes": 30 * GIB}, "int8", True),
+            ({"device_bytes": 60 * GIB, "offload": "never"}, "int8", False),
+            ({"device_bytes": 60 * GIB, "offload": "never", "kv_format": "auto:0.1"}, "model",
+             False),
+            ({"device_bytes": 60 * GIB, "mode": "dense"}, "int8", False),
+            ({"device_bytes": 60 * GIB, "mode": "speculate"}, "int8", False),
+            ({"device_bytes": 60 * GIB, "offload": "always"}, "int8", True),
+        ],
+    )  # fmt: skip
+    def test_the_most_exact_that_fits(self, pages, settings, name, offload):
+        asked = {"expected_overlap": 0.5, "offload": "auto", "page_format": pages}
+        layout = chosen(16, **(asked | settings))
+        assert (layout.config.kv_format, layout.offload) == (name, offload)
+        if not offload and name != "model":
+            assert layout.config.page_format == "stored"
+            assert layout.num_bytes(on_host=False) <= layout.config.device_bytes
+            assert f"{layout.num_bytes(on_host=False):,} of device_bytes" in layout.format_reason
+
+    def test_pages_of_the_models_dtype_that_were_asked_for_are_kept(self):
+        """In them a format is as large, so the cache moves to CPU memory."""
+        layout = chosen(16, expected_overlap=0.5, offload="auto", device_bytes=60 * GIB)
+        assert layout.offload
+        assert layout.config.page_format == "model"
+        assert "page_format='auto' would keep it on the device, in int8" in layout.format_reason
+
+    def test_a_mode_that_needs_the_device_says_what_does_not_fit(self):
+        with pytest.raises(ConfigError, match=r"device_bytes=.*mode='speculate'"):
+            chosen(16, mode="speculate", offload="auto", page_format="auto", device_bytes=GIB)
+
+
 @pytest.mark.parametrize("text", ["auto:", "auto:much", "auto:0", "auto:101", "auto:nan"])
 def test_a_percent_that_is_none_is_refused(text):
     if text == "auto:":
@@ -152,3 +245,99 @@ def test_a_cache_that_outgrows_the_device_is_rounded_then(traced_llama, slow_lin
     assert not torch.equal(runs["auto"][1], runs["model"][1])
     # From then on its blocks are those of a cache that was rounded from the beginning.
     torch.testing.assert_close(runs["auto"][1], runs["int8"][1], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("change", [{}, {"mode": "exact", "hint": "previous_step"}])
+@torch.no_grad()
+def test_what_stays_on_the_device_has_the_bits_of_the_same_format_offloaded(
+    traced_llama, slow_link, change
+):
+    ids = torch.randint(0, 256, (2, 450), generator=torch.Generator().manual_seed(2))
+    config = slow_link.replace(max_tokens=512, **change)
+    sizes = [
+        explain(
+            traced_llama,
+            config.replace(offload="never", kv_format=name, page_format=pages),
+            batch_size=2,
+        ).device_bytes
+        for name, pages in (("model", "model"), ("int8", "stored"))
+    ]
+    assert sizes[1] < sizes[0]
+    stays = {"offload": "auto", "device_bytes": sum(sizes) // 2, "page_format": "auto"}
+    runs = []
+    for settings in ({"kv_format": "auto", **stays}, {"kv_format": "int8"}):
+        module = optimize(traced_llama, config.replace(**settings))
+        first = module(ids[:, :420])
+        logits = [first.logits[:, -1]]
+        for place in range(420, 450):
+            step = module(ids[:, place : place + 1], past_key_values=first.past_key_values)
+            logits.append(step.logits[:, -1].clone())
+        runs.append(torch.stack(logits))
+        kv = first.past_key_values.kv
+        assert kv.stats().formats == {0: "int8", 1: "int8"}
+        assert kv.layout.offload == (settings["kv_format"] == "int8")
+    assert torch.equal(*runs)
+    report = str(explain(traced_llama, config.replace(kv_format="auto", **stays), batch_size=2))
+    assert "written in int8 (auto: the KV cache stays on the device, where it takes" in report
+    assert ", in pages too (auto: others are as large in every format)" in report
+
+
+@pytest.mark.parametrize("length", [400, 384])  # in a block, and at the end of one
+@torch.no_grad()
+def test_a_cache_that_grows_is_rounded_on_the_device_and_then_moves_out(
+    traced_llama, slow_link, length
+):
+    ids = torch.randint(0, 256, (1, 1500), generator=torch.Generator().manual_seed(1))
+
+    def size(tokens, **settings):
+        config = slow_link.replace(offload="never", **settings)
+        return explain(traced_llama, config, max_tokens=tokens).device_bytes
+
+    # 512 tokens fit in the model's dtype, 1024 in int8, and 2048 in no format that is allowed.
+    most = (max(size(512), size(1024, kv_format="int8", page_format="stored")) + size(1024)) // 2
+    assert size(2048, kv_format="int8", page_format="stored") > most
+    limit = {"offload": "auto", "device_bytes": most}
+    runs = {}
+    for name, settings in (
+        ("grown", {"kv_format": "auto", "page_format": "auto", **limit}),
+        ("rounded", {"kv_format": "int8", "page_format": "model"}),
+    ):
+        module = optimize(traced_llama, slow_link.replace(**settings))
+        cache, seen, logits, begin = None, [], [], 0
+        for end in (length, 900, 901, 1400, 1401):
+            out = module(ids[:, begin:end], past_key_values=cache)
+            cache, begin = out.past_key_values, end
+            layout = cache.kv.layout
+            seen.append((layout.config.kv_format, layout.config.page_format, layout.offload))
+            logits.append(out.logits[:, -1].clone())
+        runs[name] = seen, logits
+    seen, logits = runs["grown"]
+    stays = ("int8", "stored", False)
+    assert seen == [("model", "model", False), stays, stays, *[("int8", "model", True)] * 2]
+    # A call reads its own tokens as the model made them, and the first one did no more.
+    assert torch.equal(torch.stack(logits), torch.stack(runs["rounded"][1]))
+
+
+@pytest.mark.parametrize("pages", ["model", "auto"])
+@torch.no_grad()
+def test_a_cache_in_cpu_memory_that_grows_may_be_rounded_then(traced_llama, slow_link, pages):
+    ids = torch.randint(0, 256, (1, 920), generator=torch.Generator().manual_seed(4))
+    sizes = [
+        explain(traced_llama, slow_link, max_tokens=tokens).host_bytes for tokens in (512, 1024)
+    ]
+    config = slow_link.replace(expected_overlap=1.0, page_format=pages)
+    runs = {}
+    for name, settings in (
+        ("auto", {"kv_format": "auto", "host_bytes": sum(sizes) // 2}),
+        ("int8", {"kv_format": "int8"}),
+    ):
+        module = optimize(traced_llama, config.replace(**settings))
+        cache, seen, logits, begin = None, [], [], 0
+        for end in (400, 900, *range(901, 920)):
+            out = module(ids[:, begin:end], past_key_values=cache)
+            cache, begin = out.past_key_values, end
+            seen.append(cache.kv.stats().formats[0])
+            logits.append(out.logits[:, -1].clone())
+        runs[name] = torch.stack(logits)
+        assert seen == ([("model" if name == "auto" else "int8"), *["int8"] * 20])
+    assert torch.equal(runs["auto"], runs["int8"])

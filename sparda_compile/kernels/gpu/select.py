@@ -35,6 +35,7 @@ __all__ = [
     "Tables",
     "check_num_blocks",
     "find_largest",
+    "keys_of",
     "pick",
     "pick_listed",
     "plan",
@@ -118,7 +119,7 @@ def find_largest(key, low, span, found, wanted):  # noqa: ANN201 - a part of ker
 
 
 @triton.jit
-def _keys_of(score, forced, exists):
+def keys_of(score, forced, exists):  # noqa: ANN201 - a part of kernels
     """Return integers in the order of scores: forced ones first, what does not exist last."""
     score = tl.where(score == 0.0, 0.0, tl.maximum(score, _LOWEST))
     score = tl.where(forced, float("inf"), score)
@@ -129,7 +130,7 @@ def _keys_of(score, forced, exists):
 @triton.jit
 def pick_listed(score, forced, exists, SELECTED: tl.constexpr):  # noqa: ANN201
     """Mark the SELECTED best of a list that is in the order of block ids; ties go to the first."""
-    key = _keys_of(score, forced, exists)
+    key = keys_of(score, forced, exists)
     low = tl.min(tl.where(exists, key, _MOST), 0)
     # Fewer than are wanted are above the best that is not forced; or forced ones alone are wanted.
     enough = tl.sum((forced & exists).to(tl.int32), 0) >= SELECTED
@@ -151,7 +152,7 @@ def pick(  # noqa: ANN201
     block = tl.arange(0, BLOCKS)
     exists = (block <= current) & (block < num_blocks)
     forced = (block < sink) | (block >= current - local)
-    key = _keys_of(score, forced, exists)
+    key = keys_of(score, forced, exists)
     # Every run of blocks has a best one, so as many blocks as there are runs reach the lowest of
     # these: a near bound, where there are runs enough.
     RUN: tl.constexpr = BLOCKS // COLUMNS

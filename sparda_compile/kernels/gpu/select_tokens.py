@@ -33,7 +33,8 @@ def select_tokens(asked: Asked, choice: Choice, ids: Tensor) -> None:
     """
     retention = asked.tensors[0][..., -1].float().contiguous() if asked.lists else None
     scored_from = choice.num_selected * choice.block_size
-    for begin, end, scores in scored_tokens(asked, Blocks.ALL, scored_from):
+    selected = None if asked.lists else choice.num_selected
+    for begin, end, scores in scored_tokens(asked, Blocks.ALL, scored_from, selected):
         # Blocks that any of these tokens may have.
         seen = triton.cdiv(asked.num_past + end * asked.spread, choice.block_size)
         tokens = (begin, end, seen)
@@ -51,7 +52,7 @@ def select_past(asked: Asked, choice: Choice, ids: Tensor, known: Tensor) -> Non
     """
     places = (asked.positions, asked.lengths)
     scored_from = choice.num_selected * choice.block_size
-    for begin, end, scores in scored_tokens(asked, Blocks.PAST, scored_from):
+    for begin, end, scores in scored_tokens(asked, Blocks.PAST, scored_from, choice.num_selected):
         pick_past(scores, places, (ids, known), (begin, end), asked.windows, choice)
 
 

@@ -2,7 +2,7 @@
 
     sums     per token and head, over a part of the windows: peak, sum of 2^(logit - peak)   infllm2
     blocks   per token and block: the best window that begins in the block, and the best of
-             those that reach into the next one
+             those that reach into the next one; of a long sequence the same of each run of blocks
 
 No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
 many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time.
@@ -36,11 +36,12 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
@@ -48,8 +49,10 @@ from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.workspace import (
     PART_BLOCKS,
+    RUN_BLOCKS,
     SCORE_COLUMNS,
     most_vectors,
+    num_runs,
     score_columns,
     scored_at_once,
 )
@@ -57,11 +60,9 @@ from sparda_compile.kernels.workspace import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from sparda_compile.selectors import Geometry
 
-__all__ = ["Asked", "Blocks", "covers", "first_scored", "scored_tokens"]
+__all__ = ["Asked", "Blocks", "Scores", "covers", "first_scored", "scored_tokens"]
 
 _SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
 # Windows of one product: a warp group multiplies 64 rows.
@@ -174,15 +175,15 @@ def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernel
     return tl.maximum(length // SIZE - 2, 0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "begin", "end"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_runs", "begin", "end"])
 def _token_blocks(
-    query, pooled, positions, lengths, maxima, sums, scores, factor, q_row, q_head, q_token, groups,
-    num_tokens, num_windows, num_blocks, begin, end, scored_from, sum_parts,
+    query, pooled, positions, lengths, maxima, sums, scores, runs, factor, q_row, q_head, q_token,
+    groups, num_tokens, num_windows, num_blocks, num_runs, begin, end, scored_from, sum_parts,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
     POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
     WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr,
-    INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr,
+    NEW: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
@@ -206,9 +207,8 @@ def _token_blocks(
             columns = (end - begin) * ROOM
             normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
         keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
-        # [pair, token, which of the two, block]
-        at = scores + ((pair.to(tl.int64) * (end - begin) + token - begin) * (2 * num_blocks))
-        at -= origin
+        at = scores + pair.to(tl.int64) * (end - begin) * (2 * num_blocks) - origin
+        runs_at = runs + pair.to(tl.int64) * (end - begin) * (2 * num_runs)
         own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
         next_one = own
         tiles = (stop - start + BLOCKS - 1) // BLOCKS
@@ -226,15 +226,42 @@ def _token_blocks(
             exists = window[:, None] < complete[None, :]
             weight = tl.where(exists, weight, float("-inf"))
             own = tl.maximum(tl.where(place == 0, float("-inf"), own), weight)
-            if OVERHANG > 0:
+            if OVERHANG > 1:
                 reaches = place + OVERHANG >= RATIO
                 next_one = tl.where(place == 0, float("-inf"), next_one)
                 next_one = tl.maximum(next_one, tl.where(reaches, weight, float("-inf")))
             if place == RATIO - 1:
-                mask = (block < stop)[:, None] & (token < end)[None, :]
-                tl.store(at[None, :] + block[:, None], own, mask=mask)
-                if OVERHANG > 0:
-                    tl.store(at[None, :] + num_blocks + block[:, None], next_one, mask=mask)
+                # Where one window reaches over, it is the last one.
+                _store_scores(
+                    at, runs_at, own, next_one if OVERHANG > 1 else weight, block, stop,
+                    token - begin, end - begin, num_blocks, num_runs, OVERHANG, BLOCKS, TOKENS, RUN,
+                )  # fmt: skip
+
+
+@triton.jit
+def _store_scores(
+    at, runs_at, own, next_one, block, stop, token, tokens, num_blocks, num_runs,
+    OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Write scores of blocks; of each run of them, as of a block, what is in it and reaches out."""
+    mask = (block < stop)[:, None] & (token < tokens)[None, :]
+    # [token, which of the two, block] of one pair: 32 bits count its scores.
+    place = (token * (2 * num_blocks))[None, :] + block[:, None]
+    tl.store(at + place, own, mask=mask)
+    if OVERHANG > 0:
+        tl.store(at + num_blocks + place, next_one, mask=mask)
+    if RUN > 0:
+        row = (token * (2 * num_runs))[None, :]
+        best = own
+        if OVERHANG > 0:
+            is_last = block % RUN == RUN - 1
+            place = row + (block // RUN)[:, None]
+            tl.store(runs_at + num_runs + place, next_one, mask=mask & is_last[:, None])
+            best = tl.maximum(best, tl.where(is_last[:, None], float("-inf"), next_one))
+        best = tl.max(tl.reshape(best, [BLOCKS // RUN, RUN, TOKENS]), axis=1)
+        run = tl.min(block, 0) // RUN + tl.arange(0, BLOCKS // RUN)
+        mask = (run * RUN < stop)[:, None] & (token < tokens)[None, :]
+        tl.store(runs_at + row + run[:, None], best, mask=mask)
 
 
 def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
@@ -249,9 +276,9 @@ def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -
     return fits or selector == "quest"
 
 
-def _tile(query: Tensor, room: int, dims: int, *, softmax: bool) -> tuple[int, int, int]:
+def _tile(query: Tensor, room: int, dims: int) -> tuple[int, int, int]:
     """Return query vectors and keys of a product, and tiles of keys that fit beside the queries."""
-    columns = score_columns(room, dims, query.element_size(), softmax=softmax)
+    columns = score_columns(room, dims, query.element_size())
     rows = max(min(_WINDOWS, most_vectors(dims, query.element_size())), 16)
     if query.device.type != "cuda":
         return columns, rows, _MOST_STAGES
@@ -294,18 +321,31 @@ def _num_blocks(asked: Asked, blocks: Blocks) -> int:
     return min(most[blocks], asked.geometry.num_blocks)
 
 
+class Scores(NamedTuple):
+    """Scores of blocks for some tokens: what begins in a block, and what reaches into the next one.
+
+    Attributes:
+        blocks: [pairs, t, 2, n] float32, the best window of each kind.
+        runs: [pairs, t, 2, r] float32, the same of runs of `RUN_BLOCKS` blocks, as of one that is
+            as large; None where nobody picks by them.
+    """
+
+    blocks: Tensor
+    runs: Tensor | None
+
+
 def scored_tokens(
-    asked: Asked, blocks: Blocks, scored_from: int
-) -> Iterator[tuple[int, int, Tensor]]:
+    asked: Asked, blocks: Blocks, scored_from: int, selected: int | None = None
+) -> Iterator[tuple[int, int, Scores]]:
     """Score, as many tokens at a time as there is room for; the next ones take the same room.
 
-    Yields the first token, the one behind the last, and scores [pairs, t, 2, n] float32: for each
-    block the best window that begins in it, and the best of those that reach into the next one.
+    Yields the first token, the one behind the last, and what they score.
 
     Args:
         asked: Queries and summary.
         blocks: Which blocks; all of them for a softmax.
         scored_from: Tokens before this position have no more blocks than they may read.
+        selected: Blocks that a token picks, of so many that it picks by runs; None picks by none.
     """
     pooled, query, geometry = asked.tensors[0], asked.query, asked.windows
     if asked.selector == "quest":
@@ -316,17 +356,21 @@ def scored_tokens(
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
     num_blocks = _num_blocks(asked, blocks)
+    count = 0 if selected is None else num_runs(num_blocks, selected)
     room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
-    columns, rows, stages = _tile(query, room, dims, softmax=softmax)
+    columns, rows, stages = _tile(query, room, dims)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    chunk = scored_at_once(pairs * num_blocks, columns, room, num_tokens)
+    chunk = scored_at_once(pairs * (num_blocks + count), columns, room, num_tokens)
     parts = triton.cdiv(num_blocks, PART_BLOCKS)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, PART_BLOCKS))
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
-    scores = query.new_empty((pairs, chunk, 2, num_blocks), dtype=torch.float32)
+    of_blocks, of_runs = (
+        query.new_empty((pairs, chunk, 2, n), dtype=torch.float32) for n in (num_blocks, count)
+    )
+    scores = Scores(of_blocks, of_runs if count else None)
     factor = asked.scale * _LOG2_E
     for begin in range(0, num_tokens, chunk):
         end = min(begin + chunk, num_tokens)
@@ -338,9 +382,10 @@ def scored_tokens(
                 PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
-            query, pooled, asked.positions, asked.lengths, maxima, sums, scores, factor, *strides,
-            groups, num_tokens, num_windows, num_blocks, begin, end, scored_from, parts, *vectors,
-            all_parts, *pool, ratio, overhang, width, dim, dims, PART_BLOCKS, rows, softmax,
-            blocks is Blocks.PAST, blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
+            query, pooled, asked.positions, asked.lengths, maxima, sums, of_blocks, of_runs,
+            factor, *strides, groups, num_tokens, num_windows, num_blocks, count, begin, end,
+            scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
+            PART_BLOCKS, rows, RUN_BLOCKS if count else 0, softmax, blocks is Blocks.PAST,
+            blocks is Blocks.NEW, interpreting(), stages, num_warps=4 if softmax else 8,
         )  # fmt: skip
         yield begin, end, scores

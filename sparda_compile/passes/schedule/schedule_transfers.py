@@ -16,10 +16,10 @@ the select stream):
                 append_kv attention                          append_kv attention
 
 The dependences are a networkx graph: data edges, and an edge between every two ops that use the
-same state when one of them writes it. Within them the pass moves each chain up, tries each place
-and each cut (which ops of the chain go to the select stream) against the cost model, and keeps the
-fastest; waits sink to their consumer. It moves nodes, sets `stream` and `after`, and renews the
-keepalive lists; it creates and deletes nothing.
+same state when one of them writes it. Within them the pass moves each chain up: `choose_places`
+says where to, and which ops of the chain go to the select stream. Waits sink to their consumer. It
+moves nodes, sets `stream` and `after`, and renews the keepalive lists; it creates and deletes
+nothing.
 
 In a prefill the offload of a layer's keys and values is awaited one layer later. A sparse one that
 picks from the past has chains, too: forecast, ids of the past, fork, stage, record.
@@ -28,8 +28,7 @@ picks from the past has chains, too: forecast, ids of the past, fork, stage, rec
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from sparda_compile.errors import PassError
 from sparda_compile.graph.dependences import dependence_graph, mark_order
@@ -46,24 +45,18 @@ from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.schedule.cost import costs_of, longer_copies
+from sparda_compile.passes.schedule.chains import Chain, Chains, ordered, set_streams
+from sparda_compile.passes.schedule.choose_places import Decision, choose_places
+from sparda_compile.passes.schedule.cost import costs_of
+from sparda_compile.passes.schedule.simulate import Simulator
 from sparda_compile.report.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
-from sparda_compile.passes.schedule.chains import Chain, Chains, ordered, set_streams
-from sparda_compile.passes.schedule.simulate import Simulator
 
 __all__ = ["ScheduleTransfers"]
-
-# What is predicted to be faster by less than a thousandth is not.
-_CLEARLY: Final = 0.999
-# A place has to do for copies that take so much longer, too: text changes, and beside the model
-# copies of 6 MB took an H200 143 us where the rate of one large copy says 114
-# (benchmarks/results/2026-11-30-h200-profile-8b-b16-exact.json).
-_MORE_COPIES: Final = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +98,8 @@ class _Planner:
         self._graph = graph
         self._ctx = ctx
         self._dag = dependence_graph(graph)
-        costs = costs_of(graph, ctx)
-        self.simulator = Simulator(costs, ctx)
-        self._worse = Simulator(longer_copies(costs, _MORE_COPIES), ctx)
+        self.simulator = Simulator(costs_of(graph, ctx), ctx)
         self.baseline_us = self.simulator.end_us(graph.nodes, dict.fromkeys(graph.nodes, COMPUTE))
-        self._between: list[tuple[fx.Node, fx.Node]] = []
         self.num_chains = 0
         self.num_moved = 0
 
@@ -126,24 +116,7 @@ class _Planner:
         self._sink_waits()
         if not chains:
             return []
-        # Where the prediction is about the same, the compute stream does less, and copies begin
-        # earlier: more of them may come than is expected.
-        most = max(len(chain.stages) for chain in chains)
-        cuts = sorted(range(most + 1), reverse=self._ctx.machine.overlaps)
-        places = range(max(len(chain.places) for chain in chains))
-        options = [(place, cut) for cut in cuts for place in places]
-        self._between = self._edges_between(chains)
-        times = {option: self._try(chains, [option] * len(chains)) for option in options}
-        best_us = min(times.values())
-        best = next(option for option in options if times[option] * _CLEARLY <= best_us)
-        decisions, best_us = [best] * len(chains), times[best]
-        # Chains differ at the ends of the model: let the first and the last one choose again.
-        for i in {0, len(chains) - 1}:
-            for option in options:
-                changed = [*decisions[:i], option, *decisions[i + 1 :]]
-                us = self._try(chains, changed)
-                if us < best_us * _CLEARLY:
-                    best_us, decisions = us, changed
+        decisions = choose_places(self._graph, self._dag, chains, self._ctx)
         before = program_order(self._graph)
         self._apply(chains, decisions)
         after = program_order(self._graph)
@@ -194,38 +167,7 @@ class _Planner:
             if consumers and min(consumers) > order[wait] + 1:
                 nodes[min(consumers)].prepend(wait)
 
-    def _try(self, chains: Sequence[Chain], decisions: Sequence[tuple[int, int]]) -> float:
-        """Return what a set of decisions costs; infinity if it would be wrong.
-
-        That is the mean of two predicted step times: as expected, and with more to copy.
-        """
-        nodes = ordered(self._graph, chains, decisions)
-        streams = {node: stream_of(node) for node in nodes}
-        for chain, (_, cut) in zip(chains, decisions, strict=True):
-            streams |= dict.fromkeys(chain.stages, COMPUTE)
-            streams |= dict.fromkeys(chain.side(cut), SELECT)
-        if self._between:
-            order = {node: i for i, node in enumerate(nodes)}
-            for first, second in self._between:
-                # Compute waits for the select stream only where it waits for the copy behind it.
-                behind = streams[first] == SELECT and streams[second] == COMPUTE
-                if behind or order[first] > order[second]:
-                    return math.inf
-        times = (each.end_us(nodes, streams) for each in (self.simulator, self._worse))
-        return sum(times) / 2
-
-    def _edges_between(self, chains: Sequence[Chain]) -> list[tuple[fx.Node, fx.Node]]:
-        """Return what has to stay in order in two chains: a layer with two hints has two."""
-        chain_of = {node: i for i, chain in enumerate(chains) for node in chain.nodes}
-        forks = {chain.fork for chain in chains}
-        return [
-            (first, second)
-            for first, second in self._dag.edges
-            if first in chain_of and second in chain_of and second not in forks
-            if chain_of[first] != chain_of[second]
-        ]
-
-    def _apply(self, chains: Sequence[Chain], decisions: Sequence[tuple[int, int]]) -> None:
+    def _apply(self, chains: Sequence[Chain], decisions: Sequence[Decision]) -> None:
         for node in ordered(self._graph, chains, decisions):
             last = next(iter(reversed(self._graph.nodes)))
             if node.op not in ("placeholder", "output"):
@@ -240,7 +182,7 @@ class _Planner:
                     f"schedule_transfers put {second.name} before {first.name}, which it needs."
                 )
 
-    def _describe(self, chain: Chain, decision: tuple[int, int]) -> str:
+    def _describe(self, chain: Chain, decision: Decision) -> str:
         place, cut = decision
         where = chain.places[min(place, len(chain.places) - 1)][0]
         side = [n.name for n in chain.side(cut)]

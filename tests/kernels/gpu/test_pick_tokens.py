@@ -5,7 +5,9 @@ import torch
 
 from sparda_compile.kernels.gpu.pick_tokens import pick_tokens
 from sparda_compile.kernels.gpu.select import Choice
+from sparda_compile.kernels.gpu.token_scores import Scores
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.kernels.workspace import RUN_BLOCKS
 from sparda_compile.selectors import Geometry
 from sparda_compile.selectors.nosa import LISTED, _short_list
 from sparda_compile.selectors.pooled_keys import existing_windows, windows_to_blocks
@@ -60,7 +62,7 @@ class Case:
         ids = torch.full((1, GROUPS, TOKENS, choice.num_selected), -7, dtype=torch.int32)
         ids = ids.to(device)
         pick_tokens(
-            self.scores().to(device), self.retention.to(device) if lists else None,
+            Scores(self.scores().to(device), None), self.retention.to(device) if lists else None,
             self.positions.to(device), ids, (0, TOKENS, seen), GEOMETRY, choice,
         )  # fmt: skip
         return ids.cpu()
@@ -94,3 +96,52 @@ def test_a_short_list_is_not_what_scores_pick(device):
     case = Case(400)
     listed, plain = (case.picked(device, CHOICE, 40, lists=lists) for lists in (True, False))
     assert not torch.equal(listed, plain)
+
+
+def runs_of(scores):
+    """Return what the kernel before hands on of runs, with anything where no window is."""
+    own, reaching = scores.nan_to_num(float("-inf")).unbind(2)
+    inside = reaching.clone()
+    inside[..., RUN_BLOCKS - 1 :: RUN_BLOCKS] = float("-inf")
+    whole = torch.nn.functional.pad(
+        torch.maximum(own, inside), (0, -own.shape[-1] % RUN_BLOCKS), value=float("-inf")
+    )
+    best = whole.unflatten(-1, (-1, RUN_BLOCKS)).amax(-1)
+    runs = torch.stack([best, torch.full_like(best, float("-inf"))], 2)
+    last = reaching[..., RUN_BLOCKS - 1 :: RUN_BLOCKS]
+    runs[:, :, 1, : last.shape[-1]] = last
+    return runs
+
+
+@pytest.mark.parametrize("levels", [0, 2, 5])
+@pytest.mark.parametrize("first_position", [400, 620, 230, 141, 40, 3])
+@pytest.mark.parametrize(
+    "choice",
+    [Choice(4, 16, 1, 1), Choice(3, 16, 1, 2), Choice(1, 16, 0, 0), Choice(4, 16, 0, 9)],
+    ids=["three and one", "the forced ones", "one", "more forced than wanted"],
+)
+def test_by_runs_the_same_blocks_are_picked(device, first_position, choice, levels):
+    case = Case(first_position, levels)
+    scores, runs = case.scores(), runs_of(case.scores())
+    want = case.wanted(choice, lists=False)
+    positions = case.positions.to(device)
+    for seen in (GEOMETRY.num_blocks, (first_position + TOKENS) // 16 + 1):
+        ids = torch.full((1, GROUPS, TOKENS, choice.num_selected), -7, dtype=torch.int32)
+        ids = ids.to(device)
+        given = Scores(scores.to(device), runs.to(device))
+        pick_tokens(given, None, positions, ids, (0, TOKENS, seen), GEOMETRY, choice)
+        assert torch.equal(ids.cpu(), want)
+
+
+def test_runs_are_read_where_they_are_fewer(device):
+    """Scores of blocks alone would pick others: those of runs say so."""
+    case, choice = Case(620), Choice(3, 16, 1, 0)
+    runs = runs_of(case.scores())
+    # What is in the second and the third, and what reaches into them.
+    runs[:, :, 0, 1:3] = runs[:, :, 1, 0:2] = float("-inf")
+    ids = torch.empty(1, GROUPS, TOKENS, 3, dtype=torch.int32, device=device)
+    given = Scores(case.scores().to(device), runs.to(device))
+    pick_tokens(given, None, case.positions.to(device), ids, (0, TOKENS, 40), GEOMETRY, choice)
+    inner = (ids >= 8) & (ids < 24)
+    assert not inner.any()
+    assert ((case.wanted(choice, lists=False) >= 8) & (case.wanted(choice, lists=False) < 24)).any()

@@ -226,7 +226,6 @@ def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
     monkeypatch.setattr(token_scores, "PART_BLOCKS", 30)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
     monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
-    monkeypatch.setattr(workspace, "_FORECAST_COLUMNS", 16)
     monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
     prompt = Prompt([1500], [first(num_tokens, num_tokens)], (1, 4, 16), Geometry(100, 16, 8, 4))
     prompt.check(device, selector, Choice(10, 16, 1, 2))

@@ -33,7 +33,7 @@ def asked(device, lengths=(300, 37), dtype=torch.float32):
 def by_token(it, blocks, scored_from=0):
     """Return scores [B, G, T, 2, n] of all tokens."""
     parts = [
-        scores[:, : end - begin].clone()
+        scores.blocks[:, : end - begin].clone()
         for begin, end, scores in scored_tokens(it, blocks, scored_from)
     ]
     return torch.cat(parts, 1).unflatten(0, (-1, GROUPS)).cpu()
@@ -101,7 +101,7 @@ def test_parts_and_chunks_change_nothing(device, monkeypatch):
     it = asked(device)
     want = [by_token(it, blocks) for blocks in Blocks]
     monkeypatch.setattr(token_scores, "PART_BLOCKS", 3)
-    monkeypatch.setattr(workspace, "_FORECAST_COLUMNS", 16)
+    monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
     monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
     for blocks, whole in zip(Blocks, want, strict=True):
@@ -118,3 +118,37 @@ def test_parts_and_chunks_change_nothing(device, monkeypatch):
 def test_tokens_within_the_budget_are_not_scored(device):
     it = asked(device)
     assert by_token(it, Blocks.ALL, 1000).isnan().all()
+
+
+@pytest.mark.parametrize("part", [8, 256])
+@pytest.mark.parametrize("blocks", [Blocks.ALL, Blocks.PAST])
+def test_a_run_scores_what_its_blocks_do(device, monkeypatch, blocks, part):
+    monkeypatch.setattr(token_scores, "PART_BLOCKS", part)
+    monkeypatch.setattr(token_scores, "_WINDOWS", 16)
+    monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
+    monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
+    it, found = asked(device), 0
+    for begin, end, scores in scored_tokens(it, blocks, 0, 1):
+        pairs = [each[:, : end - begin].unflatten(0, (-1, GROUPS)).cpu() for each in scores]
+        for row, length in enumerate((300, 37)):
+            for token in range(end - begin):
+                seen = length if blocks is Blocks.PAST else length + begin + token
+                complete = max((seen - 8) // 4 + 1, 0)
+                count = -(-complete // RATIO)
+                (own, reaching), (best, out) = (each[row, :, token].unbind(1) for each in pairs)
+                for run in range(-(-count // 8)):
+                    inside = slice(8 * run, min(8 * run + 8, count))
+                    inner = reaching[:, 8 * run : min(8 * run + 7, count)]
+                    want = torch.cat([own[:, inside], inner], 1).amax(1)
+                    assert torch.equal(best[:, run], want)
+                    if count >= 8 * run + 8:
+                        assert torch.equal(out[:, run], reaching[:, 8 * run + 7])
+                        found += 1
+    assert found > 4
+
+
+def test_runs_are_scored_where_that_saves_something(device):
+    it = asked(device)
+    kept = [next(scored_tokens(it, Blocks.ALL, 0, selected))[2].runs for selected in (None, 1, 2)]
+    # Of 20 blocks; one lies in 8 of them, two in 16.
+    assert [None if runs is None else runs.shape[-1] for runs in kept] == [None, 3, None]

@@ -13,7 +13,6 @@ from sparda_compile.graph.nodes import call_name, find_ops, is_sparda, program_o
 from sparda_compile.isa.streams import COMPUTE, COPY, SELECT, STREAM_NAMES
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
-from sparda_compile.passes.schedule import schedule_transfers
 from sparda_compile.passes.schedule.simulate import predict
 
 CASES = {
@@ -284,13 +283,3 @@ class TestPrediction:
         assert [dataclasses.astuple(r) for r in rows] == [
             dataclasses.astuple(r) for r in schedule.rows
         ]
-
-
-@pytest.mark.parametrize(("more", "place"), [(1.0, "offload_blocks_0"), (1e5, "hidden_0")])
-def test_a_place_has_to_do_for_more_copies_than_are_expected(plan_of, monkeypatch, more, place):
-    monkeypatch.setattr(schedule_transfers, "_MORE_COPIES", more)
-    settings = {"mode": "forecast", "machine": "h200", "expected_overlap": 1.0}
-    # Plans are shared, and their settings are what they are known by.
-    plan = plan_of("llama", "decode", batch_size=3 if more > 1 else 2, **settings)
-    (choice,) = (c for c in plan.schedule.choices if c.startswith("prefetch_1"))
-    assert f"behind {place}" in choice
