@@ -1,6 +1,6 @@
 """The instruction set `sparda::*`: what passes may emit, and what kernels and runtime implement.
 
-    layer l-1   forecast_l = rope(linear(hidden, W))
+    layer l-1   forecast_l = rope(linear(hidden, W))                      or run_piece(hidden, W)
                 fork       = fork_stream(forecast_l, ...)                 select stream goes on
                 scores     = score_blocks(forecast_l, summary_l)          [B, G, N]
                 block_ids  = select_blocks(scores)                        [B, G, K]
@@ -31,6 +31,7 @@ from sparda_compile.kernels import (  # noqa: F401 - fills the table
     partials,
     predict_blocks,
     prefill_attention,
+    run_piece,
     score_blocks,
     select_blocks,
     select_tokens,

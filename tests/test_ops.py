@@ -7,9 +7,14 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparda_compile import ops
+from sparda_compile.graph.emit import propagate
+from sparda_compile.graph.pure_part import cut_out
+from sparda_compile.graph.side_piece import add_side_piece
 from sparda_compile.isa.counters import COUNTERS
 from sparda_compile.kernels.number_tokens import number_tokens
 from sparda_compile.kernels.sparse_attention import blocks_per_split
@@ -43,6 +48,17 @@ def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def piece():
+    """Return the name of a piece that computes x @ weight.T of [ROWS, GROUPS, DIM]."""
+    graph = fx.Graph()
+    x, weight = (graph.placeholder(name) for name in ("x", "weight"))
+    with FakeTensorMode():
+        x.meta["val"], weight.meta["val"] = torch.empty(ROWS, GROUPS, DIM), torch.empty(DIM, DIM)
+    product = graph.call_function(torch.nn.functional.linear, (x, weight))
+    product.meta["val"] = propagate(product)
+    return add_side_piece(cut_out([product], [product])).name
 
 
 def samples():
@@ -83,6 +99,9 @@ def samples():
     scale, softcap = 0.25, 3.0
     return {
         "score_blocks": (query, pooled, lengths, "infllm2", scale, *GEOMETRY),
+        "run_piece": (
+            [randn(ROWS, GROUPS, DIM), randn(DIM, DIM)], [], [ROWS, GROUPS, DIM], piece(),
+        ),
         "select_blocks": (randn(ROWS, GROUPS, BLOCKS), lengths, SELECTED, SIZE, 1, 0),
         "all_blocks": (tables()[0], lengths, SIZE),
         "plan_pages": (ids, lengths, *tables(), counters, SIZE, "lru", False),
@@ -217,8 +236,6 @@ def same(old, new):
 
 @pytest.mark.parametrize("name", OPS)
 def test_fake_results_have_the_real_metadata(name):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     mode = FakeTensorMode()
     fake_args = tree_map_only(torch.Tensor, mode.from_tensor, samples()[name])
     with mode:

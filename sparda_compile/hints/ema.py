@@ -71,7 +71,10 @@ class EmaHint(Hint):
         return target
 
     def emit(self, point: HintPoint) -> fx.Node | None:
-        """Add the prediction before all else, and the update behind the layer's attention."""
+        """Add the prediction before all else, and the update behind the layer's attention.
+
+        `InsertPrefetch` lets that run beside the model.
+        """
         config, layer = point.layout.config, point.target.layer
         kept = [point.state.get(name, layer) for name in ("level", "trend")]
         predicted = point.first().call(

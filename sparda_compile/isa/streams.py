@@ -3,7 +3,7 @@
     compute   the model and all that its tokens need at once
     copy      blocks between CPU and device
     select    which blocks a layer to come will read: scores, ids, pages
-    attend    attention that runs beside the model
+    attend    attention that runs beside the model, and what only later steps use
     repair    blocks that a guess has missed: few, and waited for soon, so they do not queue behind
               those that a layer to come will read
 

@@ -33,6 +33,7 @@ class Work(enum.Enum):
 
     NONE = "nothing: it only orders others"
     TOUCHED = "its latency, and what it reads and writes: of pools the selected blocks alone"
+    PIECE = "what the nodes of its piece take"
     HITS = "the same; of pools the selected blocks that have a page"
     MISSES = "the same; of pools the selected blocks that a copy has brought"
     PREDICTED = "the same; of pools the blocks that were predicted"

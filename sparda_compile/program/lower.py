@@ -1,8 +1,8 @@
 """Stage 6: the verified graph becomes a list of calls.
 
     cut      at the ops `sparda::*`; what lies between them is pure and becomes a piece
-    compile  each different piece once, by Inductor (`pieces.py`); `lowering="eager"` runs a piece's
-             own Python instead
+    compile  each different piece once, by Inductor (`pieces.py`), those too that an op runs;
+             `lowering="eager"` runs a piece's own Python instead
     run      pieces and ops one after another, in the order of the graph, on tensors held here; of
              an op, the function that its dispatcher would call; pieces of a long prompt in slices
              (`slices.py`)
@@ -24,9 +24,11 @@ from torch import Tensor, fx
 
 from sparda_compile.graph.fake_runner import leaves_of, map_leaves
 from sparda_compile.graph.nodes import call_name, changes_in_place, fake_value, is_sparda
+from sparda_compile.graph.pure_part import form_of
 from sparda_compile.isa.define import implementation
+from sparda_compile.kernels.run_piece import running
 from sparda_compile.passes.schedule.kernels_of import VIEWS
-from sparda_compile.program.pieces import Piece, form_of, make_piece
+from sparda_compile.program.pieces import Piece, make_piece, piece_of_op
 from sparda_compile.program.slices import SlicedPiece
 from sparda_compile.ranks.collectives import sum_in_place
 from sparda_compile.sizes import NUM_TOKENS
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Call", "LoweredProgram", "Register", "lower", "split_graph"]
 
 _SUM: Final = "sparda.all_reduce"
+_PIECE: Final = "sparda.run_piece"
 _PRODUCTS: Final = frozenset({"linear", "addmm", "matmul"})
 
 
@@ -56,7 +59,7 @@ class Call:
         frees: Registers that nobody takes any more.
         reuses: Results that may take the memory of a register that is freed here, each with it.
         node: Node of the op; None for a piece.
-        piece: The piece; None for an op.
+        piece: The piece, also that which an op runs; None for another op.
     """
 
     name: str
@@ -286,8 +289,13 @@ class _Lowering:
             )
         else:
             results = (self._register(node),)
-        function = implementation(node.target)
-        self._calls.append(Call(node.name, function, args, kwargs, results, is_tuple, node=node))
+        call = Call(
+            node.name, implementation(node.target), args, kwargs, results, is_tuple, node=node
+        )
+        if call_name(node) == _PIECE:
+            call.piece = piece_of_op(node)
+            call.function = running(call.piece.callable(self._lowering))
+        self._calls.append(call)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,12 +95,12 @@ class _Walk:
 
     def _call(self, call: Call) -> int:
         """Note the results of a call; returns what it takes beside them."""
-        if call.piece is not None:
+        if call.node is None:
+            assert call.piece is not None
             for register, node in zip(call.results, call.piece.outputs, strict=True):
                 self._values[register] = self._numbered(fake_value(node))
             return self._taken_by(call)
         args, kwargs = map_leaves((call.args, call.kwargs), self._value)
-        assert call.node is not None
         result = self._runner.run(call.node.target, args, kwargs)  # type: ignore[arg-type]
         results = result if call.is_tuple else (result,)
         self._values |= dict(zip(call.results, results, strict=False))

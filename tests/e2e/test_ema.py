@@ -34,6 +34,7 @@ CASES = {
     "sparse prompt": {"prefill": "sparse"},
     "short turns": {"chunk_tokens": 16},
     "forecast": {"hint": ("ema", "forecast")},
+    "forecast, repair in line": {"hint": ("ema", "forecast"), "attend_before_repair": "auto"},
     "forecast with quest": {"hint": ("ema", "forecast"), "selector": "quest"},
     "forecast on the device": {"hint": ("ema", "forecast"), "offload": "never"},
     "unscheduled": {"hint": ("ema", "next_query"), "disable_passes": ("schedule_transfers",)},
@@ -90,13 +91,29 @@ def test_exact_is_query_with_nosa(made):
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("name", ["infllm2", "quest", "forecast", "all hints", "mixture"])
+@pytest.mark.parametrize(
+    "name",
+    ["infllm2", "quest", "forecast", "forecast, repair in line", "all hints", "mixture"],
+)
 def test_late_streams_change_nothing(made, name, seed):
     engine, settings = DeferredEngine(seed), CASES[name]
     fast = made("llama", **{"mode": "exact", "hint": "ema", **settings})
     want = made.by_query("llama", STEPS, **settings)
     assert torch.equal(made.logits(fast, STEPS, engine), want)
     assert engine.num_pending == 0
+
+
+@pytest.mark.parametrize("hint", ["forecast", "next_query", ("ema", "forecast"), "mixture"])
+def test_what_a_hint_brings_does_not_depend_on_where_it_is_computed(made, hint):
+    """Which logits cannot show: on the compute stream, and on a select stream that is late."""
+    brought = {}
+    for disabled in (("schedule_transfers",), ()):
+        fast = made("llama", mode="exact", hint=hint, page_ratio=2.0, disable_passes=disabled)
+        made.logits(fast, STEPS, None if disabled else DeferredEngine(0))
+        total = fast.sparda.stats().total
+        brought[disabled] = total.hits, total.misses, total.h2d_bytes
+    assert brought[()] == brought["schedule_transfers",]
+    assert brought[()][2] > 0
 
 
 def test_a_later_hint_tops_up_what_an_earlier_one_did_not_bring(made):

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import PassError
 from sparda_compile.graph.emit import propagate
+from sparda_compile.graph.nodes import find_ops, tensor_shape
 from sparda_compile.program.compiled_piece import CompiledPiece
 from sparda_compile.program.lower import lower
-from sparda_compile.program.pieces import compiled_pieces, make_piece
-from sparda_compile.sizes import NUM_TOKENS, SAMPLES
+from sparda_compile.program.pieces import compiled_pieces, make_piece, piece_of_op
+from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, SAMPLES
 from sparda_compile.testing import tiny_llama
 
 SMALL = {"top_k": 2, "local_blocks": 1, "block_size": 16, "pool_size": 8, "pool_stride": 4}
@@ -185,6 +186,25 @@ def test_what_another_piece_has_made_it_may_not(view):
     nodes.append(written.method("add_", nodes[0] if view else x, 1))
     with pytest.raises(PassError, match="changes a tensor in place"):
         make_piece(nodes, nodes[-1:])
+
+
+@pytest.mark.parametrize("hint", ["forecast", "next_query"])
+def test_what_an_op_runs_is_a_piece_that_writes_its_result(hint):
+    fast = _fast(3, mode="exact", hint=hint, machine="h200", lowering="eager")
+    graph = fast.programs.get("decode", 1, 512, last_only=True).plan.graph_module.graph
+    pieces = [piece_of_op(node) for node in find_ops(graph, "run_piece")]
+    assert len(pieces) == (3 if hint == "forecast" else 2)
+    assert len({piece.key for piece in pieces}) == 1  # for all layers
+    (piece, *_) = pieces
+    assert (piece.sizes, piece.outputs) == ((BATCH_SIZE,), ())
+    for batch in (1, 2, 5):
+        shapes = [[batch if s == SAMPLES.batch else s for s in tensor_shape(n)]
+                  for n in piece.inputs]  # fmt: skip
+        *given, _ = (torch.randn(shape) for shape in shapes)
+        results = [torch.full(shapes[-1], float("nan")) for _ in range(2)]
+        for lowering, result in zip(("eager", "inductor"), results, strict=True):
+            assert tuple(piece.callable(lowering)(batch, *given, result)) == ()
+        torch.testing.assert_close(*results)
 
 
 _A_PROCESS = """

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 import torch
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.graph.nodes import is_sparda
 from sparda_compile.isa.engines import ImmediateEngine, use_engine
-from sparda_compile.isa.streams import COMPUTE, COPY, SELECT
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, SELECT
 from sparda_compile.program.recording import Record, record_run
+from sparda_compile.program.run_proof import check_recording
 
 SMALL = {
     "block_size": 16, "pool_size": 8, "pool_stride": 4, "top_k": 2, "local_blocks": 1,
@@ -19,7 +23,12 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def run(shared_llama):
-    fast = optimize(shared_llama, SpardaConfig(**SMALL))
+    return recorded(shared_llama)
+
+
+def recorded(model, **settings):
+    """Return a decode program, the logits of one step and its recording."""
+    fast = optimize(model, SpardaConfig(**{**SMALL, **settings}))
     cache = fast.new_cache()
     fast(torch.arange(2, 92)[None], past_key_values=cache)
     program = fast.programs.get("decode", 1, 512, last_only=True)
@@ -64,6 +73,23 @@ def test_what_is_read_written_and_let_go_of(run):
     assert not set(freed) & set(recording.state.values())
     piece = next(record for record in recording.records if record.node is None)
     assert any(piece.accesses().values())
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("before_repair", ["always", "auto"])
+def test_what_a_step_does_not_need_runs_beside_it(shared_llama, lowering, before_repair):
+    """A Forecast's projection on the select stream, the update of a prediction on attend's."""
+    settings = {"mode": "exact", "hint": ("ema", "forecast"), "lowering": lowering}
+    program, _, recording = recorded(shared_llama, attend_before_repair=before_repair, **settings)
+    assert check_recording(program.plan.graph_module.graph, recording).storages > 0
+    wanted = {"forecast_piece": [SELECT], "update_prediction": [ATTEND], "scores": [COMPUTE]}
+    for name, streams in wanted.items():
+        mine = [r for r in recording.records if re.fullmatch(rf"{name}_\d", r.name)]
+        assert [record.streams for record in mine] == [streams] * 2
+    # No piece of the compute stream has a Forecast's weights.
+    weights = {recording.state[f"sparda_forecast_{layer}"] for layer in (0, 1)}
+    takers = [r for r in recording.records if weights & {*itertools.chain(*r.takes.values())}]
+    assert {r.name for r in takers if r.stream == COMPUTE} == {"forecast_fork_0", "forecast_fork_1"}
 
 
 def test_the_stream_of_what_only_waits_is_that_of_the_wait():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from sparda_compile.forecast.projection import graph_input
 from sparda_compile.graph.effects import is_state, results_of
 from sparda_compile.graph.op_index import result_of
 from sparda_compile.graph.writer import MAY_HIDE, NUM_PAST, TOKEN_MASK
+from sparda_compile.state.layout import LENGTHS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sparda_compile.graph.op_index import Op
     from sparda_compile.passes.base import PassContext
@@ -22,6 +24,7 @@ __all__ = [
     "StateNames",
     "compare",
     "kind_of",
+    "names_of",
     "results_of_op",
     "token_mask_of",
     "wanted_words",
@@ -67,6 +70,17 @@ class StateNames(NamedTuple):
 def kind_of(shape: LayerShape, layout: CacheLayout) -> tuple[str, str]:
     """Return what layers with the same tensors have in common: their kind and format."""
     return shape.kind, layout.kv_format(shape.layer).name
+
+
+def names_of(layer: int, state: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of all inputs of ours that ops of a layer may take.
+
+    Args:
+        layer: Its number.
+        state: Names of its state, by short name.
+    """
+    weights = (graph_input(f"{layer}{part}") for part in ("", "_u", "_v"))
+    return frozenset({*state.values(), *weights, LENGTHS, TOKEN_MASK})
 
 
 def compare(op: Op, expected: Operands, mine: frozenset[str] | None = None) -> Iterator[str]:

@@ -154,6 +154,8 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
         if is_async:
             roles += ["hint plan", "hint prefetch_blocks", "hint wait_blocks"]
             copies.append("hint prefetch_blocks")
+        if is_async and any(map(_is_beside, hint.ops)):
+            roles += ["prediction record_event", "prediction wait_blocks", "fork_stream"]
     is_split = is_async and strategy.repairs and attends_before_repair(shape, ctx)
     if is_split or (is_async and strategy.overlaps and not strategy.repairs):
         roles += ["prefetch_blocks", "wait_blocks"]
@@ -169,6 +171,12 @@ def _required(layer: LayerOps, ctx: PassContext, facts: frozenset[Fact]) -> Coun
     else:
         roles.append("sparse_attention")
     return Counter([*roles, *["fork_stream"] * len(copies)])
+
+
+def _is_beside(op: str) -> bool:
+    """Whether an op of a hint runs beside the model: only later steps use what it does."""
+    it = INSTRUCTIONS[op]
+    return it.is_for_later and it.stream is None
 
 
 def wrong_counts(layers: list[LayerOps], ctx: PassContext, facts: frozenset[Fact]) -> Iterator[str]:

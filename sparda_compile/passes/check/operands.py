@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from sparda_compile.formats.base import STAYING_KEYS
 from sparda_compile.graph.effects import results_of
 from sparda_compile.graph.tags import HINT, LAYER, SITE
-from sparda_compile.graph.writer import TOKEN_MASK
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import hints_of
 from sparda_compile.passes.check.transfers import (
@@ -36,6 +35,7 @@ from sparda_compile.passes.check.compare import (
     StateNames,
     compare,
     kind_of,
+    names_of,
     results_of_op,
     token_mask_of,
     words_of,
@@ -98,7 +98,7 @@ class _Layer:
         assert ctx.layout is not None
         number, kind = layer.shape.layer, kind_of(layer.shape, ctx.layout)
         self._state = {name: state_name(name, number) for name in names.of_kind[kind]}
-        self._mine = frozenset({*self._state.values(), LENGTHS, TOKEN_MASK})
+        self._mine = names_of(number, self._state)
         of_summary = names.of_summary[kind] if layer.shape.kind != "window" else {}
         self._summaries: dict[str, list[Operand]] = {
             summary: [self._state[name] for name in tensors]
@@ -208,7 +208,7 @@ class _Layer:
             elif op.name in _WRITERS:
                 expected = {**expected, "pages": self._state.get("tail", self._state["pages"])}
             elif op.name == "record_event":
-                expected = {"inputs": marked(op, self._layer, self._state)}
+                expected = {"inputs": marked(op, self._layer)}
             elif op.name == "predict_ahead":
                 expected = {**expected, "lengths": self._own.get("totals", LENGTHS)}
             yield from wrong_numbers(op, self._ctx)
@@ -234,8 +234,8 @@ class _Layer:
 
     def _buffers(self, copy: Op) -> list[str]:
         """Return what the wait for a copy takes: what it fills, and what choosing it used."""
-        if names := marked_state(copy, self._layer):
-            return [self._state[name] for name in names]
+        if names := marked_state(copy, self._layer, self._state):
+            return names
         if copy.name == "offload_blocks":
             return [self._state[name] for name in full_state(self._ctx, copy)]
         if self._ctx.strategy.repairs and copy not in self._of_hint:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from torch import Tensor
+
 from sparda_compile.errors import GraphInvariantError
 from sparda_compile.graph.nodes import call_name, fake_value
 from sparda_compile.graph.op_index import OpIndex
+from sparda_compile.graph.pure_part import form_of
+from sparda_compile.graph.side_piece import side_piece_of
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.passes.base import Fact
 from sparda_compile.passes.check.grammar import layers_of, wrong_counts, wrong_order
@@ -49,6 +53,7 @@ def _wrong(graph: fx.Graph, facts: frozenset[Fact], ctx: PassContext) -> Iterato
         yield from _unfinished(index)
         yield from _ends(index)
         yield from _shapes(index)
+        yield from _pieces(index)
     if facts & {Fact.TRANSFERS_ASYNC, Fact.SPECULATION_INSERTED}:
         yield from _events(index)
         yield from _tickets(index)
@@ -86,6 +91,17 @@ def _shapes(index: OpIndex) -> Iterator[str]:
     for op in (op for name in _DECODED for op in index.by_name[name]):
         if fake_value(op.node).shape != fake_value(op.args["query"]).shape:
             yield f"{op.node.name} has another shape than its query"
+
+
+def _pieces(index: OpIndex) -> Iterator[str]:
+    """Yield which op is given something else than its piece was made for."""
+    for op in index.by_name["run_piece"]:
+        graph = side_piece_of(op.node).graph_module.graph
+        values = [fake_value(n) for n in graph.nodes if n.op == "placeholder"]
+        wanted = [form_of(v) for v in values if isinstance(v, Tensor)][:-1]  # its result is last
+        given = [form_of(fake_value(n)) for n in op.args["inputs"]]
+        if given != wanted:
+            yield f"{op.node.name} takes {given}, and its piece {wanted}"
 
 
 def _events(index: OpIndex) -> Iterator[str]:

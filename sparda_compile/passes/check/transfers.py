@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sparda_compile.graph.effects import is_state, results_of
+from sparda_compile.graph.effects import is_state, results_of, written
 from sparda_compile.graph.op_index import result_of
 from sparda_compile.isa.streams import ATTEND, SELECT
+from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.passes.check.compare import compare, words_of
 
 if TYPE_CHECKING:
@@ -38,17 +39,32 @@ _COPY_OF: Final = {
     "prediction wait_blocks": "prediction record_event",
 }
 
-# State that the wait behind a mark of the attend stream takes: what was read or written there.
-_MARKED_STATE: Final = {
-    "parts record_event": ("pages", "block_table", "predicted"),
-    "prediction record_event": ("level", "trend", "predicted"),
-}
+# State that attention to predicted blocks reads, and the wait behind it takes.
+_PARTS_STATE: Final = ("pages", "block_table", "predicted")
 
 
-def marked_state(mark: Op, layer: LayerOps) -> tuple[str, ...]:
-    """Return short names of the state that the wait behind a mark takes; none if it is no mark."""
-    found = (names for role, names in _MARKED_STATE.items() if mark in layer.by_role.get(role, ()))
-    return next(found, ())
+def marked_state(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[str]:
+    """Return the state that the wait behind a mark of the attend stream takes.
+
+    Args:
+        mark: The mark.
+        layer: Its layer.
+        state: Names of the layer's state, by short name.
+
+    Returns:
+        Names of what was read there, or written; none if it is no such mark.
+    """
+    if mark in layer.by_role.get("parts record_event", ()):
+        return [state[name] for name in _PARTS_STATE]
+    if mark in layer.by_role.get("prediction record_event", ()):
+        return [node.name for op in _for_later(layer) for node in written(op.node)]
+    return []
+
+
+def _for_later(layer: LayerOps) -> list[Op]:
+    """Return the ops on the attend stream that only later steps use, in order."""
+    attend = [op for op in layer.ops if op.args.get("stream") == ATTEND]
+    return [op for op in attend if INSTRUCTIONS[op.name].is_for_later]
 
 
 def full_state(ctx: PassContext, copy: Op) -> tuple[str, ...]:
@@ -67,16 +83,15 @@ def pools(ctx: PassContext, op: Op) -> tuple[str, ...]:
     return ("pages", "tail") if ctx.layout.has_stored_pages(op.layer) else ("pages",)
 
 
-def marked(mark: Op, layer: LayerOps, state: Mapping[str, str]) -> list[Operand]:
+def marked(mark: Op, layer: LayerOps) -> list[Operand]:
     """Return what the work behind which a mark stands has made.
 
     Args:
         mark: The mark.
         layer: Its layer.
-        state: Names of the layer's state, by short name.
     """
     if mark in layer.by_role.get("prediction record_event", ()):
-        return [state["predicted"]]
+        return [node.name for op in _for_later(layer)[-1:] for node in written(op.node)]
     is_attention = mark in layer.by_role.get("parts record_event", ())
     made = layer.one("attend_predicted" if is_attention else "stage_blocks")
     return [(made.node.name, i) for i in range(len(results_of(made.node)))] if made else []
@@ -123,8 +138,7 @@ def _side(copy: Op, layer: LayerOps, of_hint: Mapping[Op, str]) -> list[Op]:
     if copy in layer.by_role.get("parts record_event", ()):
         return layer.by_role["attend_predicted"]
     if copy in layer.by_role.get("prediction record_event", ()):
-        attend = [op for op in layer.ops if op.args.get("stream") == ATTEND]
-        return [op for op in attend if op.name not in ("attend_predicted", "record_event")]
+        return _for_later(layer)
     if copy.name == "record_event":
         copied = layer.one("stage_blocks")
         return [] if copied is None else _chosen(copied, layer, of_hint)

@@ -14,7 +14,8 @@ is planned for the machine that the configuration names. The joined weight is a 
 a model of 8B; `Program` makes it and keeps it in step with the model's own.
 
 In mode `exact` what a hint projects stays apart: how a multiplication is split depends on its
-width, and keys and values must be, bit for bit, those of mode `query`.
+width, and keys and values must be, bit for bit, those of mode `query`. So each may run on a side
+stream.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class FuseProjections:
         groups: dict[tuple[Any, ...], list[fx.Node]] = {}
         if ctx.is_decode and _on_gpu(gm.graph, ctx):
             for node in gm.graph.nodes:
-                if _weight_bytes(node) <= _MOST_BYTES:
-                    apart = bool(ctx.strategy.hints) and LAYER.on(node)
-                    groups.setdefault((node.args[0], _bias(node) is None, apart), []).append(node)
+                is_hint = bool(ctx.strategy.hints) and LAYER.on(node)
+                if not is_hint and _weight_bytes(node) <= _MOST_BYTES:
+                    groups.setdefault((node.args[0], _bias(node) is None), []).append(node)
         small = ctx.machine.memory_gbps * 1e3 * ctx.machine.launch_us
         found = [
             nodes

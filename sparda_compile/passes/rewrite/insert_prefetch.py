@@ -13,17 +13,21 @@ Before, and after (mode `forecast`):
                                                 advance_lengths(%lengths)
 
 Mode `exact` also fetches what each hint names, where its ids are, and hides the repair of what
-they missed behind the attention to what is there:
+they missed behind the attention to what is there. What a hint computes becomes an op, which may run
+on a side stream (`hint_pieces.py`).
 
     %hint_plan = plan_pages(%hint_block_ids, ...)   prefetch_blocks(...)      layer l-1
     wait_blocks(hint)  plan_pages(%block_ids)                                 layer l
     append_kv  fork_stream  prefetch_blocks(repair, on a stream of its own)
     %partial = attend_resident(%q, ...)
-    ...                                         what only later steps use: an update of the hint
+    fork_stream  update_prediction  record_event    (on the attend stream)
     wait_blocks(repair)
     %out = attend_missing(%q, ..., %partial)
+    ...
+    wait_blocks(update)  advance_lengths            the end
 
-Where that hides less than it adds (`layer_times.py`), fetch_blocks(repair) stays in line.
+Where that hides less than it adds (`layer_times.py`), fetch_blocks(repair) stays in line. What only
+later steps use, as the update of a prediction, nobody waits for before the step ends.
 
 A wait takes, as if it wrote them, the pages that the copy writes and the state that choosing the
 blocks has used, for that may be the select stream's work: what uses it later, such as
@@ -53,7 +57,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparda_compile.graph.effects import argument, instruction, results_of, set_argument
+from sparda_compile.graph.effects import argument, results_of, set_argument
 from sparda_compile.graph.emit import Emitter
 from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
 from sparda_compile.graph.nodes import find_ops
@@ -67,7 +71,8 @@ from sparda_compile.graph.writer import (
 )
 from sparda_compile.isa.streams import COPY, REPAIR
 from sparda_compile.passes.base import Fact, PassContext, PassResult
-from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes
+from sparda_compile.passes.rewrite.hint_pieces import put_in_piece
+from sparda_compile.passes.rewrite.transfer_nodes import TransferNodes, ops_for_later
 from sparda_compile.passes.schedule.layer_times import attends_before_repair
 
 if TYPE_CHECKING:
@@ -78,7 +83,10 @@ __all__ = ["InsertPrefetch"]
 
 @dataclasses.dataclass(frozen=True)
 class InsertPrefetch:
-    """Make copies asynchronous. Counts: prefetches, hint_prefetches, staged, offloads, waits."""
+    """Make copies asynchronous.
+
+    Counts: prefetches, hint_prefetches, staged, offloads, for_later, pieces, waits.
+    """
 
     name: ClassVar[str] = "insert_prefetch"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FORECAST_INSERTED})
@@ -96,7 +104,9 @@ class InsertPrefetch:
             "prefetches": sum(insertion.fetch(n) for n in find_ops(gm.graph, "fetch_blocks")),
             "staged": sum(insertion.stage(n) for n in find_ops(gm.graph, "stage_blocks")),
             "offloads": sum(insertion.store(n) for n in find_ops(gm.graph, "store_blocks")),
+            "for_later": insertion.put_beside(ops_for_later(gm.graph)) if ctx.is_decode else 0,
         }
+        counts["pieces"] = insertion.num_pieces
         counts["waits"] = len(find_ops(gm.graph, "wait_blocks"))
         set_keepalives(gm.graph)
         return PassResult(gm, modified=True, counts=counts)
@@ -111,6 +121,7 @@ class _Insertion(TransferNodes):
 
     def __init__(self, graph: fx.Graph, ctx: PassContext, state: StateInputs) -> None:
         super().__init__(graph, ctx, state)
+        self.num_pieces = 0
         self._first_waits: dict[int, fx.Node] = {}
 
     def hint(self, hinted: tuple[fx.Node, str, int]) -> int:
@@ -121,6 +132,7 @@ class _Insertion(TransferNodes):
         plan = _plan_of(self.graph, layer)
         emit = Emitter(self.graph, ids.next, ids, layer)
         prefix = "hint_" if len(hints) == 1 else f"{name}_"
+        self.num_pieces += put_in_piece(self.graph, name, layer, prefix)
         guess = plan_pages(emit, ids, self.state, layout, prefix, is_hint=True)
         ticket, event = self.prefetch(emit, guess, prefix)
         hint = next(hint for hint in hints if hint.name == name)
@@ -191,31 +203,26 @@ class _Insertion(TransferNodes):
         inputs = side_stream_inputs([store])
         fork = emit.call("fork_stream", inputs, event, name=f"offload_fork_{layer}")
         event = next(self.events)
-        written = store_format_of(self.ctx.layout, layer, self.state)
-        ticket = emit.call("offload_blocks", *store.args, event, fork, **written)
-        end = find_ops(self.graph, "advance_lengths")[0]
+        stored = store_format_of(self.ctx.layout, layer, self.state)
+        ticket = emit.call("offload_blocks", *store.args, event, fork, **stored)
         used = self.pools(layer) if self.ctx.layout.kv_format(layer).rounds else []
-        self.wait(end, ticket, event, [*used, self.state.get("host", layer)])
+        self.wait_at_end(ticket, event, [*used, self.state.get("host", layer)])
         self.graph.erase_node(store)
         return 1
-
-    def _for_later(self, layer: int) -> list[fx.Node]:
-        """Return the ops of a layer whose work only later steps use."""
-        ops = ((n, instruction(n)) for n in self.graph.nodes if LAYER.get(n) == layer)
-        return [n for n, it in ops if it is not None and it.is_for_later]
 
     def _split_attention(
         self, emit: Emitter, attention: fx.Node, plan: PagePlan, ticket: fx.Node, event: int
     ) -> None:
         query, pages, page_ids, block_ids, lengths, scale, softcap = attention.args
         selection = (query, pages, page_ids, block_ids, plan.is_miss, lengths)
-        written: dict[str, Any] = dict(attention.kwargs)
-        partial = emit.call("attend_resident", *selection, scale, softcap, **written)
+        pages_as: dict[str, Any] = dict(attention.kwargs)
+        partial = emit.call("attend_resident", *selection, scale, softcap, **pages_as)
         parts = [emit.item(partial, i) for i in range(len(results_of(partial)))]
-        for node in self._for_later(emit.layer):
-            attention.prepend(node)  # nobody waits for it, and it runs while the copy does
+        for node in ops_for_later(self.graph):
+            if LAYER.of(node) == emit.layer:
+                attention.prepend(node)  # nobody waits for it, and it runs while the copy does
         self.wait(attention, ticket, event, [self.state.get("pages", emit.layer)])
-        out = emit.call("attend_missing", *selection, *parts, scale, softcap, **written)
+        out = emit.call("attend_missing", *selection, *parts, scale, softcap, **pages_as)
         SITE.put(out, SITE.of(attention))
         attention.replace_all_uses_with(out)
         self.graph.erase_node(attention)

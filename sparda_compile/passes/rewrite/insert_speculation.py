@@ -38,9 +38,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
-from sparda_compile.graph.effects import argument, results_of, set_argument
+from sparda_compile.graph.effects import argument, results_of
 from sparda_compile.graph.emit import Emitter
-from sparda_compile.graph.liveness import set_keepalives, side_stream_inputs
+from sparda_compile.graph.liveness import set_keepalives
 from sparda_compile.graph.nodes import find_ops
 from sparda_compile.graph.tags import LAYER, SITE
 from sparda_compile.hints.base import hint_points
@@ -106,9 +106,8 @@ class _Insertion(TransferNodes):
         kept = predictor.state(self.ctx.layout, point.shape)
         written = [self.state.get(name, emit.layer) for name in kept if name != "budget"]
         predicted = self.state.get("predicted", emit.layer)
-        ticket, event = self._side(nodes, [predicted], "prediction", emit)
-        end = find_ops(self.graph, "advance_lengths")[0]
-        self.wait(end, ticket, event, written)
+        ticket, event = self.beside(nodes, [predicted], "prediction", emit)
+        self.wait_at_end(ticket, event, written)
 
     def _attend(self, point: HintPoint) -> fx.Node:
         """Split the attention of a layer; returns what ends it."""
@@ -128,7 +127,7 @@ class _Insertion(TransferNodes):
             **written,
         )
         parts = [emit.item(attend, i) for i in range(len(results_of(attend)))]
-        ticket, event = self._side([attend], parts, "parts", emit)
+        ticket, event = self.beside([attend], parts, "parts", emit)
         self.wait(serial, ticket, event, [self.state.get(name, layer) for name in _PARTS_STATE])
         emit = Emitter(self.graph, serial, serial, layer)
         out = emit.call(
@@ -141,22 +140,3 @@ class _Insertion(TransferNodes):
         serial.replace_all_uses_with(out)
         self.graph.erase_node(serial)
         return out
-
-    def _side(
-        self, nodes: list[fx.Node], made: list[fx.Node], name: str, emit: Emitter
-    ) -> tuple[fx.Node, int]:
-        """Put a fork before nodes of the attend stream, and a mark where `emit` adds nodes.
-
-        Returns:
-            The ticket of the mark, and its event.
-        """
-        fork = Emitter(self.graph, nodes[0], emit.like, emit.layer).call(
-            "fork_stream",
-            side_stream_inputs(nodes),
-            next(self.events),
-            name=f"{name}_fork_{emit.layer}",
-        )
-        set_argument(nodes[0], "after", fork)
-        event = next(self.events)
-        ticket = emit.call("record_event", made, event, ATTEND, name=f"{name}_{emit.layer}")
-        return ticket, event

@@ -40,8 +40,9 @@ __all__ = ["Chain", "Chains", "ordered", "set_streams"]
 class Chain:
     """The nodes that lead to one copy, in order, and where they could go.
 
-    `stages` are those that choose the blocks: scores, ids and plan, or ids of the past; a cut of n
-    puts the last n of them on the select stream, all of them if there are fewer.
+    `stages` are those that choose the blocks: scores, ids and plan, in front of them what a hint
+    computes, or ids of the past; a cut of n puts the last n of them on the select stream, all of
+    them if there are fewer.
     """
 
     nodes: list[fx.Node]

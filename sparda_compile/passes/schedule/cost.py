@@ -5,6 +5,7 @@
     us = latency of the op + max(flops / rate, bytes / ..)   an op of ours
     us = numbers / rate of unpacking, if that is more    attention to pages of stored runs
     us = the line of the selector, `Machine.score_us`        scores of a decode step
+    us = the sum of its nodes'                               a piece that an op runs
     us = launch + expected bytes / link bandwidth            a copy
     us = latency of the op + bytes sent / rate to peers      a collective
 
@@ -26,6 +27,7 @@ from torch import Tensor, fx
 
 from sparda_compile.graph.effects import argument, instruction, takes
 from sparda_compile.graph.nodes import call_name, fake_value
+from sparda_compile.graph.side_piece import side_piece_of
 from sparda_compile.graph.tags import LAYER
 from sparda_compile.isa.table import Work
 from sparda_compile.passes.schedule.expected_blocks import link_bytes, read_bytes
@@ -99,6 +101,8 @@ def node_cost(node: fx.Node, ctx: PassContext, *, begins_kernel: bool = False) -
         return Cost(machine.launch_us + link / (machine.link_gbps * 1e3), 0, link)
     if it is not None and it.is_collective:
         return _together(node, it, ctx)
+    if it is not None and it.work is Work.PIECE:
+        return _of_piece(node, ctx)
     hbm_bytes = _bytes(node, ctx) if it is None else _sparda_bytes(node, it.work, ctx)
     flops = _flops(node, ctx) if it is None else _sparda_flops(node, it.work, ctx)
     us = max(flops / (machine.tflops * 1e6), hbm_bytes / (machine.memory_gbps * 1e3))
@@ -123,6 +127,12 @@ def _together(node: fx.Node, it: Instruction, ctx: PassContext) -> Cost:
     sent = turns * (ranks - 1) / ranks * result
     us = ctx.machine.latency_of(it.name, it.latency_us) + sent / (ctx.machine.peer_gbps * 1e3)
     return Cost(us, 2 * result)
+
+
+def _of_piece(node: fx.Node, ctx: PassContext) -> Cost:
+    """Return the cost of a piece that an op runs: that of its nodes, one after another."""
+    costs = costs_of(side_piece_of(node).graph_module.graph, ctx).values()
+    return Cost(sum(cost.us for cost in costs), sum(cost.hbm_bytes for cost in costs))
 
 
 def _bytes(node: fx.Node, ctx: PassContext) -> int:

@@ -90,6 +90,14 @@ WRONG = {
         put("hint_scores_1", "query", "query_1"),
         "hint_scores_1 scores by query_1, not made for layer 1",
     ),
+    "a Forecast's weights of another layer": (
+        put_at("hint_piece_1", "inputs", 1, "sparda_forecast_0"),
+        "hint_piece_1 takes sparda_forecast_0, which is of another layer",
+    ),
+    "a Forecast of another layer": (
+        put("hint_scores_1", "query", "hint_piece_0"),
+        "hint_scores_1 scores by hint_piece_0, not made for layer 1",
+    ),
     "a summary's tensor": (
         put_at("update_summary_1", "tensors", 1, "sparda_recent_k_0"),
         "update_summary_1 takes [sparda_pooled_k_1, sparda_recent_k_0] as its tensors, not "
@@ -113,7 +121,7 @@ WRONG = {
     ),
     "a fork for two": (
         put("prefetch_0", "after", "hint_fork_0"),
-        "hint_fork_0 goes to [hint_scores_0, prefetch_0], not to prefetch_0 alone",
+        "hint_fork_0 goes to [hint_piece_0, prefetch_0], not to prefetch_0 alone",
     ),
     "the end": (
         put("advance_lengths", "lengths", "sparda_counters_0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparda_compile.errors import GraphInvariantError
-from sparda_compile.graph.effects import set_argument
+from sparda_compile.graph.effects import argument, set_argument
 from sparda_compile.graph.nodes import find_ops, snapshot
 from sparda_compile.graph.tags import LAYER
 from sparda_compile.passes.base import Fact
@@ -119,6 +119,15 @@ def test_misses_that_are_fetched_twice(graph, broken):
     with graph.inserting_before(prefetch):
         graph.node_copy(prefetch)
     broken(graph, "event 7 is recorded by prefetch_2 and prefetch_1 and awaited by wait_blocks_3")
+
+
+@pytest.mark.parametrize("change", ["in another order", "one too few"])
+def test_a_piece_that_is_given_something_else(graph, broken, change):
+    piece = named(graph, "hint_piece_1")
+    first, second, *rest = argument(piece, "inputs")
+    left = [second, first, *rest] if change == "in another order" else [first, second, *rest[1:]]
+    set_argument(piece, "inputs", left)
+    broken(graph, r"hint_piece_1 takes \[.*\], and its piece \[")
 
 
 def test_attention_of_another_shape_than_its_query(graph, broken):

@@ -86,10 +86,19 @@ def dropped(numbers, number):
     return tuple(i for i in numbers if i != number)
 
 
+def _is_needed(program, fork):
+    """Whether compute has done anything since the fork before, of the same side stream."""
+    (stream,) = {it.stream for it in program if it.forked_by == fork}
+    forks = {it.forked_by for it in program if it.stream == stream} - {None}
+    before = max((other for other in forks if other < fork), default=None)
+    between = [] if before is None else program[before + 1 : fork]
+    return before is None or any(it.stream == COMPUTE and not it.forks for it in between)
+
+
 def omissions(program):
-    """Yield every program that lacks one wait, fork, event or keepalive."""
+    """Yield every program that lacks one wait, fork, event or keepalive that it needs."""
     for i, it in enumerate(program):
-        if it.waits is not None or it.forks:
+        if it.waits is not None or (it.forks and _is_needed(program, i)):
             yield f"{it.name} removed", without(program, i)
         if it.forked_by is not None:
             yield f"{it.name} does not wait for its fork", changed(program, i, forked_by=None)

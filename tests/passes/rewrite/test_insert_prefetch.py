@@ -8,7 +8,7 @@ from sparda_compile.graph.effects import accesses, argument, is_state, stream_of
 from sparda_compile.graph.nodes import call_name, fake_value, find_ops, program_order
 from sparda_compile.graph.tags import HINT, LAYER, SITE
 from sparda_compile.graph.text import graph_text
-from sparda_compile.isa.streams import COMPUTE, COPY, REPAIR
+from sparda_compile.isa.streams import ATTEND, COMPUTE, COPY, REPAIR
 
 
 @pytest.fixture
@@ -26,18 +26,24 @@ def inserted(plan_of):
 # What choosing and fetching a layer's blocks uses.
 USED = {"block_table", "page_block", "page_stamp", "counters", "pages", "pooled_k", "recent_k"}
 COUNTS = {
-    "forecast": ({"mode": "forecast"}, (0, 2, 0, 2, 4)),
-    "query": ({"mode": "query"}, (0, 0, 0, 2, 2)),
-    "exact": ({"mode": "exact"}, (2, 2, 0, 2, 6)),
-    "exact by the layer before": ({"mode": "exact", "hint": "previous_layer"}, (1, 2, 0, 2, 5)),
-    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 0, 2, 8)),
-    "prefill": ({"phase": "prefill"}, (0, 0, 0, 2, 2)),
-    "window": ({"model": "gemma3"}, (0, 1, 0, 1, 2)),
-    "sparse prefill": ({"phase": "sparse_prefill"}, (0, 0, 2, 2, 4)),
-    "sparse prefill by query": ({"phase": "sparse_prefill", "mode": "query"}, (0, 0, 0, 2, 2)),
+    "forecast": ({"mode": "forecast"}, (0, 2, 0, 2, 0, 0, 4)),
+    "query": ({"mode": "query"}, (0, 0, 0, 2, 0, 0, 2)),
+    "exact": ({"mode": "exact"}, (2, 2, 0, 2, 0, 2, 6)),
+    "exact by the layer before": (
+        {"mode": "exact", "hint": "previous_layer"},
+        (1, 2, 0, 2, 0, 0, 5),
+    ),
+    "exact by two hints": ({"mode": "exact", "hint": ("ema", "forecast")}, (4, 2, 0, 2, 2, 2, 10)),
+    "prefill": ({"phase": "prefill"}, (0, 0, 0, 2, 0, 0, 2)),
+    "window": ({"model": "gemma3"}, (0, 1, 0, 1, 0, 0, 2)),
+    "sparse prefill": ({"phase": "sparse_prefill"}, (0, 0, 2, 2, 0, 0, 4)),
+    "sparse prefill by query": (
+        {"phase": "sparse_prefill", "mode": "query"},
+        (0, 0, 0, 2, 0, 0, 2),
+    ),
     "windows and a sparse prefill": (
         {"model": "gemma3", "phase": "sparse_prefill"},
-        (0, 0, 1, 1, 2),
+        (0, 0, 1, 1, 0, 0, 2),
     ),
 }
 
@@ -46,7 +52,7 @@ COUNTS = {
 def test_counts(inserted, case):
     settings, expected = COUNTS[case]
     _, counts = inserted(**settings)
-    names = ("hint_prefetches", "prefetches", "staged", "offloads", "waits")
+    names = ("hint_prefetches", "prefetches", "staged", "offloads", "for_later", "pieces", "waits")
     assert counts == dict(zip(names, expected, strict=True))
 
 
@@ -59,13 +65,13 @@ def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
     events = [argument(n, "event") for n in (*starts, *find_ops(graph, "fork_stream"))]
     assert len(set(events)) == len(events) == 2 * len(starts)
     for start in starts:
-        copy = start if call_name(start) != "sparda.record_event" else start.args[0][0].args[0]
+        copy = start if call_name(start) != "sparda.record_event" else marked(start)
         fork, wait = argument(copy, "after"), waits[argument(start, "event")]
         assert call_name(fork) == "sparda.fork_stream"
         assert list(fork.users) == [copy]
         assert argument(wait, "ticket") is start
         assert order[fork] < order[copy] <= order[start] < order[wait]
-        assert stream_of(copy) == stream_of(start) == (REPAIR if is_repair(copy) else COPY)
+        assert stream_of(copy) == stream_of(start) == stream_that_fits(copy)
         layers = {LAYER.of(n) for n in (fork, copy, start, wait)}
         assert len(layers) == 1
         # So the fork depends on all that the copy must follow.
@@ -73,10 +79,60 @@ def test_every_copy_has_its_fork_its_event_and_its_wait(inserted, case):
         assert taken <= set(fork.all_input_nodes)
 
 
+def marked(mark):
+    """Return the op whose end a mark is: that makes what it takes, or updates that state."""
+    made = mark.args[0][0]
+    return made.args[0] if made.args else mark.prev
+
+
+def stream_that_fits(work):
+    if call_name(work) == "sparda.update_prediction":
+        return ATTEND
+    return REPAIR if is_repair(work) else COPY
+
+
 def is_repair(copy):
     """Whether a copy brings what a guess has missed: then no other layer's blocks are before it."""
     is_exact = any(find_ops(copy.graph, "attend_missing"))
     return is_exact and call_name(copy) == "sparda.prefetch_blocks" and not HINT.on(copy)
+
+
+@pytest.mark.parametrize("before_repair", ["always", "auto"])
+@pytest.mark.parametrize("hint", ["ema", "mixture", ("ema", "previous_step")])
+def test_what_only_later_steps_use_runs_beside_the_model(inserted, hint, before_repair):
+    """Behind the layer's attention to what is there; nothing of this step waits for it."""
+    settings = {"hint": hint, "attend_before_repair": before_repair, "machine": "h200"}
+    graph, counts = inserted(mode="exact", **settings)
+    order = program_order(graph)
+    updates = find_ops(graph, "update_prediction")
+    later = [*updates, *find_ops(graph, "learn_mixture")]
+    assert counts["for_later"] == len(later) == 2  # of a mixture both are the second layer's
+    for update in updates:
+        mine = sorted((n for n in later if LAYER.of(n) == LAYER.of(update)), key=order.get)
+        fork, mark = mine[0].prev, update.next
+        (wait,) = mark.users
+        assert [argument(n, "after") for n in mine] == [fork, *[None] * (len(mine) - 1)]
+        assert list(fork.users) == [mine[0]]
+        assert {stream_of(n) for n in (*mine, mark)} == {ATTEND}
+        assert argument(update, "scores") in argument(fork, "inputs")
+        # The scores live until the wait, and the state is free behind it.
+        assert argument(update, "scores") in argument(wait, "keepalive")
+        changed = {a.state for n in mine for a in accesses(n) if a.is_write}
+        assert {a.state for a in accesses(wait)} == changed
+        behind = [call_name(n) for n in graph.nodes if order[n] > order[wait]]
+        assert set(behind) <= {"sparda.wait_blocks", "sparda.advance_lengths", "output"}
+        attend = "attend_resident" if before_repair == "always" else "sparse_attention"
+        attention = next(n for n in find_ops(graph, attend) if LAYER.of(n) == LAYER.of(update))
+        assert order[attention] < order[fork]
+    for other in find_ops(graph, "remember_ids"):
+        assert stream_of(other) == COMPUTE
+
+
+def test_an_update_stays_in_line_where_nothing_is_copied(plan_of):
+    plan = plan_of("llama", "decode", mode="exact", hint="ema", offload="never")
+    graph = plan.graph_module.graph
+    assert {stream_of(n) for n in find_ops(graph, "update_prediction")} == {COMPUTE}
+    assert not find_ops(graph, "record_event")
 
 
 def is_number(node):

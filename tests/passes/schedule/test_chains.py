@@ -42,6 +42,27 @@ def test_a_chain_leads_from_the_forecast_to_the_copy(program):
         assert chain.side(0) == []
 
 
+@pytest.mark.parametrize("hint", ["forecast", "next_query"])
+def test_what_a_hint_computes_is_the_first_stage_of_its_chain(program, hint):
+    """So it may leave the compute stream, too, behind a fork that takes what it uses."""
+    graph, chains = program(mode="exact", hint=hint)
+    moving = [chain for chain in chains if chain is not None]
+    assert len(moving) == (2 if hint == "forecast" else 1)
+    for chain in moving:
+        names = [call_name(node).removeprefix("sparda.") for node in chain.stages]
+        assert names == ["run_piece", "score_blocks", "select_blocks", "plan_pages"]
+        assert all(call_name(n).startswith(("sparda.", "getitem")) for n in chain.nodes)
+        piece = chain.stages[0]
+        for cut, first in ((4, piece), (3, chain.stages[1])):
+            set_streams(chain, chain.side(cut))
+            assert stream_of(piece) == (SELECT if cut == 4 else COMPUTE)
+            assert argument(first, "after") is chain.fork
+            assert first.prev is chain.fork
+            taken = {n for n in first.all_input_nodes if n.op != "placeholder"} - {chain.fork}
+            assert taken <= set(argument(chain.fork, "inputs"))
+    graph.lint()
+
+
 def test_a_chain_of_a_prompt_leads_from_the_forecast_to_the_mark_behind_its_copy(plan_of):
     plan = plan_of("llama", "sparse_prefill", mode="forecast", **UNSCHEDULED)
     graph = snapshot(plan.graph_module).graph

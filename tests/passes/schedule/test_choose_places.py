@@ -14,6 +14,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.graph.dependences import dependence_graph, mark_order
 from sparda_compile.graph.nodes import find_ops, program_order, snapshot
 from sparda_compile.graph.site import sites_of
+from sparda_compile.passes.rewrite import insert_prefetch
 from sparda_compile.passes.schedule import choose_places
 from sparda_compile.passes.schedule.chains import Chains
 from sparda_compile.program.captures import Captures
@@ -22,6 +23,9 @@ from sparda_compile.program.plan import make_plan
 TOKENS = 131072
 INT4 = {"mode": "forecast", "kv_format": "int4"}
 BOTH = {"mode": "exact", "hint": ("ema", "forecast"), "selector": "lowbit2"}
+# Two hints whose best places differ: one needs nothing of the step, and the other a whole layer's
+# query projection.
+APART = {"mode": "exact", "hint": ("previous_step", "next_query"), "selector": "lowbit2"}
 
 
 @functools.cache
@@ -52,24 +56,35 @@ def chosen_by(monkeypatch, batch_size=16, **settings):
 
 class TestHints:
     def test_each_takes_a_place_of_its_own(self):
-        plan = planned(**BOTH)
+        plan = planned(24, **APART)
         order = program_order(plan.graph_module.graph)
         at = {node.name: place for node, place in order.items()}
-        # EMA behind the attention two layers ahead, the Forecast where its input exists.
-        assert choice(plan, "ema_prefetch_2") == "behind offload_blocks_0"
-        assert choice(plan, "forecast_prefetch_2") == "behind hidden_1"
-        assert at["ema_prefetch_2"] < at["hidden_1"] < at["forecast_prefetch_2"]
+        # The step before two layers ahead, the query of the next layer where its input exists.
+        assert choice(plan, "previous_step_prefetch_2") == "behind hidden_0"
+        assert choice(plan, "next_query_prefetch_2") == "behind hidden_1"
+        assert at["previous_step_prefetch_2"] < at["hidden_1"] < at["next_query_prefetch_2"]
 
     def test_that_is_predicted_to_be_faster_than_one_number_for_both(self, monkeypatch):
-        both = planned(**BOTH)
+        both = planned(24, **APART)
         # All chains together, as if they were of one kind.
         with monkeypatch.context() as patch:
             patch.setattr(choose_places, "HINT", _NoHint)
-            alike = planned.__wrapped__(**BOTH)
-        assert choice(alike, "ema_prefetch_2") == choice(alike, "forecast_prefetch_2")
-        assert both.schedule.total_us < alike.schedule.total_us
-        times = [predicted_us(captures(), plan, 0.75) for plan in (both, alike)]
-        assert times[0] < 0.99 * times[1]
+            alike = planned.__wrapped__(24, **APART)
+        assert {choice(alike, f"{hint}_prefetch_2") for hint in APART["hint"]} == {
+            "behind hidden_1"
+        }
+        assert both.schedule.total_us < 0.998 * alike.schedule.total_us
+
+    def test_a_forecast_beside_the_model_makes_the_step_shorter(self, monkeypatch):
+        beside = planned(1, **BOTH)
+        for layer in range(4):
+            (words,) = (
+                c for c in beside.schedule.choices if c.startswith(f"forecast_prefetch_{layer}: ")
+            )
+            assert f"; forecast_piece_{layer}, " in words
+        monkeypatch.setattr(insert_prefetch, "put_in_piece", lambda *_: 0)
+        in_line = planned.__wrapped__(1, **BOTH)
+        assert beside.schedule.total_us < in_line.schedule.total_us - 4 * 5.0
 
     def test_chains_of_one_layer_stay_in_order(self):
         """What the Forecast fetches depends on what EMA has brought."""

@@ -10,7 +10,8 @@ import torch
 from sparda_compile.bench.shapes import ModelShape, build_model
 from sparda_compile.bench.trace import following
 from sparda_compile.config import SpardaConfig
-from sparda_compile.graph.nodes import call_name, find_ops, module_path
+from sparda_compile.graph.nodes import call_name, find_ops, is_sparda, module_path
+from sparda_compile.graph.tags import HINT, LAYER
 from sparda_compile.passes.base import PassContext
 from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.cost import Cost, costs_of, node_cost
@@ -86,6 +87,21 @@ def test_kernel_of_the_model_takes_its_time_beside_its_bytes(decode):
     for machine in (H200, slow):
         us = costs_of(decode.graph_module.graph, context(decode, machine))[node].us
         assert us == pytest.approx(machine.kernel_us + bytes_us)
+
+
+def test_a_piece_that_an_op_runs_costs_what_its_nodes_do(plan_of):
+    whole = plan_of("llama", mode="exact", hint="forecast")
+    before = whole.stage("fuse_projections").graph
+    ctx = context(whole)
+    costs = costs_of(before, ctx)
+    mine = [n for n in before.nodes if HINT.on(n) and LAYER.of(n) == 1 and not is_sparda(n)]
+    want = sum(costs[n].us for n in mine)
+    piece = cost(whole, "hint_piece_1")
+    # It writes what the last of its nodes returned once more.
+    assert want < piece.us < want + 0.01
+    assert piece.us > 2 * H200.kernel_us  # a product, and what follows it
+    assert piece.hbm_bytes > sum(costs[n].hbm_bytes for n in mine)
+    assert piece.link_bytes == 0
 
 
 def test_embedding_reads_rows_and_not_its_table(decode):
