@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparda_compile.kernels import workspace
+from sparda_compile.kernels.gpu import pick_tokens, token_scores
 from sparda_compile.kernels.gpu import select_tokens as kernels
-from sparda_compile.kernels.gpu import token_scores
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.kernels.select_tokens import select_tokens
@@ -252,6 +252,40 @@ def test_what_is_not_covered():
     assert kernels.covers("quest", query, 2, Geometry(4, 16, 24, 4))
     for name in ("nosa", "nosa_forecast"):
         assert not kernels.covers(name, query, 2, plain)
+
+
+@pytest.mark.parametrize("whole", [None, 1])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_many_blocks_are_picked_by_runs(device, selector, whole, monkeypatch):
+    """Of noise, and of equal scores; what has a short list picks of all blocks."""
+    counts = []
+
+    def counted(scores, blocks, selected):
+        found = by_runs(scores, blocks, selected)
+        counts.append(found[1])
+        return found
+
+    by_runs = pick_tokens._by_runs
+    monkeypatch.setattr(pick_tokens, "_by_runs", counted)
+    prompt = Prompt(
+        [1100, 900], [first(9, 9), first(5, 9)], (2, 4, 16), Geometry(150, 8, 4, 2), whole=whole
+    )
+    exact = selector in ("forecast", "quest") or whole is None
+    prompt.check(device, selector, Choice(4, 8, 1, 1), 1.0 if exact else 0.9)
+    lists = selector.startswith("nosa")
+    assert counts
+    assert all(count == (0 if lists else 18) for count in counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("selector", ["forecast", "infllm2", "quest"])
+def test_many_blocks_of_large_shapes(device, selector, dtype):
+    geometry = Geometry(5000, 64, 32, 16)
+    mask = [first(130, 130), [i >= 30 for i in range(130)]]
+    whole = 2 if selector == "infllm2" else 40
+    prompt = Prompt([318000, 150000], mask, (2, 8, 128), geometry, dtype=dtype, whole=whole)
+    prompt.check(device, selector, Choice(96, 64, 1, 32), 0.999 if selector == "infllm2" else 1.0)
 
 
 # Whole numbers have exact products on tensor cores, too; a softmax has none, nor a mean of seven.
