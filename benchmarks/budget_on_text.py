@@ -7,18 +7,14 @@ between the model's two best logits is noted. `make real-model` installs the mod
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from real_text import options, read, result_of
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.cli.real_model import forecast_file, load_real_model, load_real_tokenizer
-from sparda_compile.environment import describe
-from sparda_compile.forecast.weights import load_forecast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,27 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Let the model go on, and ask each mode what it would say."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("document", type=Path)
-    parser.add_argument("--tokens", type=int, default=1536)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
-    parser.add_argument("--commit")
-    given = parser.parse_args()
-    tokenizer, model = load_real_tokenizer(), load_real_model()
-    model = model.to(given.device, getattr(torch, given.dtype))
-    text = given.document.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text)["input_ids"])[None, : given.tokens].to(given.device)
+    given = options(__doc__.splitlines()[0])
+    model, ids, forecast = read(given)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=given.steps, do_sample=False,
         eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     own = torch.stack(out.logits)[:, 0].float()
-    path = forecast_file(Path("smollm2"))
-    assert path is not None
-    forecast = load_forecast(path)
     blocks = -(-(given.tokens + given.steps) // 64)
     rows = {}
     for name, case in CASES.items():
@@ -64,13 +46,7 @@ def main() -> None:
         began = time.perf_counter()
         found = said(fast, out.sequences, given.tokens)
         rows[name] = compared(own, found) | {"seconds": round(time.perf_counter() - began, 1)}
-    result = {
-        "environment": describe(given.commit),
-        "name": "budget_on_text",
-        "settings": {k: v for k, v in vars(given).items() if k not in ("document", "commit")},
-        "document": given.document.name,
-        "rows": rows,
-    }
+    result = result_of(given, "budget_on_text", rows=rows)
     print(json.dumps(result, indent=1))
 
 

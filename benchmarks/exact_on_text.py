@@ -7,18 +7,14 @@ so few that hints and selections fetch in most steps. `make real-model` installs
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from real_text import options, read, result_of
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.cli.real_model import forecast_file, load_real_model, load_real_tokenizer
-from sparda_compile.environment import describe
-from sparda_compile.forecast.weights import load_forecast
 
 CASES: dict[str, dict[str, Any]] = {
     "query": {"mode": "query"},
@@ -28,22 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run both modes and compare them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("document", type=Path)
-    parser.add_argument("--tokens", type=int, default=1536)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
-    parser.add_argument("--commit")
-    given = parser.parse_args()
-    tokenizer, model = load_real_tokenizer(), load_real_model()
-    model = model.to(given.device, getattr(torch, given.dtype))
-    text = given.document.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text)["input_ids"])[None, : given.tokens].to(given.device)
-    path = forecast_file(Path("smollm2"))
-    assert path is not None
-    forecast = load_forecast(path)
+    given = options(__doc__.splitlines()[0])
+    model, ids, forecast = read(given)
     logits, rows = {}, {}
     for name, case in CASES.items():
         config = SpardaConfig(
@@ -63,14 +45,7 @@ def main() -> None:
             "stats": str(stats).splitlines()[0],
         }
     differs = (logits["query"] != logits["exact"]).flatten(1).any(1)
-    result = {
-        "environment": describe(given.commit),
-        "name": "exact_on_text",
-        "settings": {k: v for k, v in vars(given).items() if k not in ("document", "commit")},
-        "document": given.document.name,
-        "rows": rows,
-        "steps_that_differ": int(differs.sum()),
-    }
+    result = result_of(given, "exact_on_text", rows=rows, steps_that_differ=int(differs.sum()))
     print(json.dumps(result, indent=1))
 
 

@@ -113,9 +113,18 @@ def _best_runs(
 
 
 @triton.jit
-def _pick_of_runs(block, score, low, current, sink, local, SELECTED: tl.constexpr):
-    """Mark the SELECTED best blocks of the best runs; ties go to the lower one."""
+def _pick_by_runs(
+    at, runs_at, list_at, current, complete, num_blocks, num_runs, sink, local,
+    SELECTED: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr, RUN: tl.constexpr,
+    RUNS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return blocks of the best runs, their scores, and a mark on the SELECTED best of them."""
+    block, low = _best_runs(
+        runs_at, list_at, current, complete, num_runs, sink, local, SELECTED, RATIO, OVERHANG, RUN,
+        RUNS, COLUMNS,
+    )  # fmt: skip
     exists = block >= 0
+    score = _best_of_two(at, block, exists, complete, at + num_blocks, RATIO, OVERHANG)
     forced = (block < sink) | (block >= current - local)
     key = keys_of(score, forced, exists)
     if sink + local + 1 >= SELECTED:
@@ -123,7 +132,8 @@ def _pick_of_runs(block, score, low, current, sink, local, SELECTED: tl.constexp
         low = tl.max(key, 0)
     high = tl.maximum(tl.max(tl.where(forced, _LEAST, key), 0), low)
     span = high.to(tl.int64) - low + 1
-    return find_largest(key, low, span, tl.sum(exists.to(tl.int32), 0), SELECTED)
+    found = tl.sum(exists.to(tl.int32), 0)
+    return block, score, find_largest(key, low, span, found, SELECTED)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_runs", "begin"])
@@ -150,12 +160,10 @@ def _pick_tokens(
         at = scores + own_row * (2 * num_blocks)
         current = position // SIZE
         if RUN > 0:
-            block, low = _best_runs(
-                runs + own_row * (2 * num_runs), ids_at, current, complete, num_runs, sink, local,
-                SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN, COLUMNS,
+            block, score, picked = _pick_by_runs(
+                at, runs + own_row * (2 * num_runs), ids_at, current, complete, num_blocks,
+                num_runs, sink, local, SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN, COLUMNS,
             )  # fmt: skip
-            score = _best_of_two(at, block, block >= 0, complete, at + num_blocks, RATIO, OVERHANG)
-            picked = _pick_of_runs(block, score, low, current, sink, local, SELECTED)
         else:
             block = tl.arange(0, BLOCKS)
             exists = block < num_blocks
@@ -196,12 +204,10 @@ def _pick_past(
         at = scores + own_row * (2 * num_blocks)
         complete = complete_windows(length, POOL, STRIDE)
         if RUN > 0:
-            block, low = _best_runs(
-                runs + own_row * (2 * num_runs), ids + own, first, complete, num_runs, sink, local,
-                SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN, COLUMNS,
+            block, score, picked = _pick_by_runs(
+                at, runs + own_row * (2 * num_runs), ids + own, first, complete, num_blocks,
+                num_runs, sink, local, SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN, COLUMNS,
             )  # fmt: skip
-            score = _best_of_two(at, block, block >= 0, complete, at + num_blocks, RATIO, OVERHANG)
-            picked = _pick_of_runs(block, score, low, first, sink, local, SELECTED)
         else:
             block = tl.arange(0, BLOCKS)
             exists = block < num_blocks
