@@ -354,6 +354,8 @@ class OptimizedModule(FrozenModule):
 
     def _reserve(self, cache: SpardaCache, layout: CacheLayout) -> KVCache:
         device, progress = next(self.parameters()).device, self.sparda_config.progress
+        if self._pool.lets_go_of(self.last_cache, layout):
+            self.last_cache = None  # else the memory of both would be taken at once
         kv = self._pool.take(layout, device, progress=progress)
         self._pool.lend(kv, cache)
         return kv

@@ -18,7 +18,7 @@ __all__ = ["CachePool"]
 
 
 class CachePool:
-    """Gives out KV caches, and keeps one of those that came back."""
+    """Gives out KV caches, and keeps the first one that came back."""
 
     def __init__(self) -> None:
         self._idle: list[KVCache] = []
@@ -31,14 +31,23 @@ class CachePool:
             device: Where its pages live.
             progress: Whether to show on a terminal that memory is being reserved.
         """
-        for kv in self._idle:
-            if kv.layout == layout:
-                self._idle.remove(kv)
-                kv.reset()
-                return kv
+        if any(each.layout == layout for each in self._idle):
+            kv = self._idle.pop()
+            kv.reset()
+            return kv
         self._idle.clear()
         with showing(progress), stage("allocate"):
             return KVCache(layout, device)
+
+    def lets_go_of(self, kv: KVCache | None, layout: CacheLayout) -> bool:
+        """Whether `take` would let go of a cache that came back: the next one has other sizes.
+
+        Args:
+            kv: The cache, if there is one.
+            layout: Of the next one.
+        """
+        is_idle = any(each is kv for each in self._idle)
+        return is_idle and all(each.layout != layout for each in self._idle)
 
     def lend(self, kv: KVCache, to: SpardaCache) -> None:
         """Let a cache hold memory that comes back when it is gone; that may have grown by then."""
