@@ -47,16 +47,19 @@ class SidePiece:
     @property
     def name(self) -> str:
         """What ops know it by."""
-        return f"piece_{self.key[:16]}"
+        return _name(self.key)
 
 
 def add_side_piece(part: PurePart) -> SidePiece:
     """Return the side piece of a part of one result, known from now on."""
     (output,) = part.outputs
     key = hashlib.sha256(f"{part.key}, written".encode()).hexdigest()
-    made = SidePiece(key, _written(part), part.sizes, fake_value(output).dtype)
+    name = _name(key)
     with _LOCK:
-        return _KNOWN.setdefault(made.name, made)
+        if name not in _KNOWN:
+            dtype = fake_value(output).dtype
+            _KNOWN[name] = SidePiece(key, _written(part), part.sizes, dtype)
+        return _KNOWN[name]
 
 
 def side_piece(name: str) -> SidePiece:
@@ -76,6 +79,10 @@ def side_piece(name: str) -> SidePiece:
 def side_piece_of(node: fx.Node) -> SidePiece:
     """Return the side piece that a `run_piece` runs."""
     return side_piece(argument(node, "piece"))
+
+
+def _name(key: str) -> str:
+    return f"piece_{key[:16]}"
 
 
 def _written(part: PurePart) -> fx.GraphModule:

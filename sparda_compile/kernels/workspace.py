@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 SCORE_BYTES: Final = 256 << 20
-"""Of block scores that are there at once: of a million tokens' blocks, those of 900 tokens."""
+"""Of block scores that are there at once: behind a million tokens, those of 900 with 2 KV heads."""
 UNION_BYTES: Final = 128 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64

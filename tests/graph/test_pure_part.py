@@ -4,38 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
+from hand_written import Written
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparda_compile.errors import PassError
-from sparda_compile.graph.emit import propagate
 from sparda_compile.graph.nodes import call_name
 from sparda_compile.graph.pure_part import cut_out, form_of
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, SAMPLES
-
-
-class Written:
-    """Nodes written by hand."""
-
-    def __init__(self):
-        self.graph = fx.Graph()
-        self.mode = FakeTensorMode()
-
-    def input(self, name, *shape):
-        node = self.graph.placeholder(name)
-        with self.mode:
-            node.meta["val"] = torch.empty(shape)
-        return node
-
-    def size(self, name, number):
-        node = self.graph.placeholder(name)
-        node.meta["val"] = number
-        return node
-
-    def method(self, name, *args):
-        node = self.graph.call_method(name, args)
-        node.meta["val"] = propagate(node)
-        return node
 
 
 def shifted(names=("x", "shift"), rows=3):

@@ -10,12 +10,10 @@ import warnings
 
 import pytest
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from hand_written import Written
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import PassError
-from sparda_compile.graph.emit import propagate
 from sparda_compile.graph.nodes import find_ops, tensor_shape
 from sparda_compile.program.compiled_piece import CompiledPiece
 from sparda_compile.program.lower import lower
@@ -81,35 +79,6 @@ def test_ten_lengths_and_three_batch_sizes_compile_each_piece_once():
     deep = _fast(12, mode="forecast")
     _generate(deep, 2, 40)
     assert _compiled_by(deep) == counts
-
-
-class Written:
-    """Nodes written by hand."""
-
-    def __init__(self):
-        self.graph = fx.Graph()
-        self.mode = FakeTensorMode()
-
-    def input(self, name, *shape):
-        node = self.graph.placeholder(name)
-        with self.mode:
-            node.meta["val"] = torch.empty(shape)
-        return node
-
-    def size(self):
-        node = self.graph.placeholder(NUM_TOKENS)
-        node.meta["val"] = SAMPLES.tokens
-        return node
-
-    def method(self, name, *args):
-        node = self.graph.call_method(name, args)
-        node.meta["val"] = propagate(node)
-        return node
-
-    def function(self, function, *args):
-        node = self.graph.call_function(function, args)
-        node.meta["val"] = propagate(node)
-        return node
 
 
 def _sum_piece(name, width=4):

@@ -6,57 +6,28 @@ import warnings
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from hand_written import Written
 
 from sparda_compile import SpardaConfig, optimize
-from sparda_compile.graph.emit import propagate
 from sparda_compile.program.lower import lower
 from sparda_compile.program.pieces import make_piece
 from sparda_compile.program.token_wise import token_dims
-from sparda_compile.sizes import NUM_TOKENS, SAMPLES
+from sparda_compile.sizes import SAMPLES
 from sparda_compile.testing import TINY_MODELS, build, tiny_llama
 
 B, T = SAMPLES.batch, SAMPLES.tokens
 CONFIG = SpardaConfig(mode="query", top_k=2, local_blocks=1, block_size=16, lowering="eager")
 
 
-class Written:
+class Piece(Written):
     """A piece written by hand."""
-
-    def __init__(self):
-        self.graph = torch.fx.Graph()
-        self.mode = FakeTensorMode()
-        self.nodes = []
-
-    def input(self, name, *shape, dtype=torch.float32):
-        node = self.graph.placeholder(name)
-        with self.mode:
-            node.meta["val"] = torch.empty(shape, dtype=dtype)
-        return node
-
-    def size(self):
-        node = self.graph.placeholder(NUM_TOKENS)
-        node.meta["val"] = T
-        return node
-
-    def _add(self, node):
-        with self.mode:
-            node.meta["val"] = propagate(node)
-        self.nodes.append(node)
-        return node
-
-    def method(self, name, *args, **kwargs):
-        return self._add(self.graph.call_method(name, args, kwargs))
-
-    def function(self, function, *args, **kwargs):
-        return self._add(self.graph.call_function(function, args, kwargs))
 
     def dims(self, *outputs):
         return token_dims(make_piece(self.nodes, outputs))
 
 
 def test_a_layer_treats_each_token_for_itself():
-    written = Written()
+    written = Piece()
     x, w = written.input("x", B, T, 8), written.input("w", 24, 8)
     wide = written.function(torch._C._nn.linear, x, w, None)
     normed = written.method("div", wide, written.method("mean", wide, -1, keepdim=True))
@@ -80,19 +51,19 @@ MIXING = {
 
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_tokens_is_found(name):
-    written = Written()
+    written = Piece()
     out = MIXING[name](written, written.input("x", B, T, 8))
     assert f"{out.name} of some tokens depends on others" == written.dims(out).reason
 
 
 def test_the_last_tokens_alone_may_decide():
-    written = Written()
+    written = Piece()
     out = written.function(torch.ops.aten.slice.Tensor, written.input("x", B, T, 8), 1, -1)
     assert written.dims(out).outputs == (None,)
 
 
 def test_a_count_of_the_tokens_is_found():
-    written = Written()
+    written = Piece()
     tokens, x = written.size(), written.input("x", B, T)
     out = written.method("add", x, written.function(torch.arange, tokens))
     assert "depends on others" in written.dims(out).reason
@@ -101,19 +72,19 @@ def test_a_count_of_the_tokens_is_found():
 def test_a_switch_at_a_far_position_is_found():
     """As a rotation does that has other frequencies for a long prompt."""
     for mark in (4096, 131072):
-        written = Written()
+        written = Piece()
         positions = written.input("position_ids", B, T, dtype=torch.int64)
         is_long = written.method("gt", written.method("max", positions), mark)
         out = written.method("mul", positions, is_long)
         assert "depends on others" in written.dims(out).reason
-        written = Written()
+        written = Piece()
         positions = written.input("position_ids", B, T, dtype=torch.int64)
         out = written.method("mul", positions, written.method("gt", positions, mark))
         assert written.dims(out).reason == ""
 
 
 def test_learned_positions_have_an_end():
-    written = Written()
+    written = Piece()
     positions = written.input("position_ids", B, T, dtype=torch.int64)
     out = written.function(torch.nn.functional.embedding, positions, written.input("w", 64, 8))
     assert written.dims(out).reason == ""
@@ -121,7 +92,7 @@ def test_learned_positions_have_an_end():
 
 @pytest.mark.parametrize("shape", [(B * T, 8), (B, T * 4), (B, T, T)])
 def test_tokens_that_share_a_dimension_cannot_be_taken_apart(shape):
-    written = Written()
+    written = Piece()
     out = written.method("mul", written.input("x", *shape), 2)
     assert written.dims(out).reason == "x has tokens in a dimension that they share"
 
@@ -132,7 +103,7 @@ def test_what_cannot_be_run_alone_is_not_proved():
             return x
         raise TypeError("no such kernel")
 
-    written = Written()
+    written = Piece()
     out = written.graph.call_function(unknown, (written.input("x", B, T, 8),))
     out.meta["val"] = out.args[0].meta["val"]
     written.nodes.append(out)
