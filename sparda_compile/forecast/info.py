@@ -84,7 +84,7 @@ class ForecastInfo:
             # Then every Forecast scored pooled keys.
             fields |= {"selector": "infllm2", "format_version": _ONE_HEAD}
         if isinstance(fields, dict) and fields.get("format_version") == _ONE_HEAD:
-            fields |= {"heads": 1, "format_version": FORMAT_VERSION}
+            fields = {"heads": 1, **fields, "format_version": FORMAT_VERSION}
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             found = fields.get("format_version") if isinstance(fields, dict) else None
             raise ValueError(f"format_version is {found}, this version reads {FORMAT_VERSION}")
