@@ -29,10 +29,10 @@ from sparda_compile.evaluation.guesses import GuessSums, block_mask, num_first_s
 from sparda_compile.evaluation.reading import read_ahead
 from sparda_compile.evaluation.run import budget_config
 from sparda_compile.forecast.weights import load_forecast
-from sparda_compile.training.trainer import ForecastTrainer
 from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW
 from sparda_compile.kernels.mixture import learn_reference, mix_reference
 from sparda_compile.kernels.predict_blocks import update_prediction_reference
+from sparda_compile.training.trainer import ForecastTrainer
 
 
 def parse():

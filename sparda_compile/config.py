@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.memory import MOST_TOKENS, Memory, Offload, PageFormat
-from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS, forecast_rule
+from sparda_compile.registry import HINTS, PREDICTORS, forecast_rule
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
 
 __all__ = [

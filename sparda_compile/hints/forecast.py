@@ -2,9 +2,10 @@
 
     f = rope(W h)        h feeds the query projection of the layer before, W [G*F*D, hidden]
 
-F is `SpardaConfig.forecast_heads`, 1 in SparDA. W is one matrix or the product of two (`forecast/projection.py`), which are multiplied one by one.
-The rotation is this layer's own, copied from its query's path, at the token's own position; no
-q/k norm, no bias. The first layer has no layer before: a projection of its own input stands in.
+F is `SpardaConfig.forecast_heads`, 1 in SparDA. W is one matrix or the product of two
+(`forecast/projection.py`), which are multiplied one by one. The rotation is this layer's own,
+copied from its query's path, at the token's own position; no q/k norm, no bias. The first layer has
+no layer before: a projection of its own input stands in.
 As a hint all of it becomes one op, which may run beside the model
 (`passes/rewrite/hint_pieces.py`).
 Source: SparDA (arXiv 2606.04511), Forecast projection.

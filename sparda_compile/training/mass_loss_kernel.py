@@ -158,7 +158,8 @@ def _compare_heads(
         for f in tl.static_range(F):
             of_head = _mass(
                 student + tl.cast(f, tl.int64) * num_blocks * num_queries,
-                student_lse + f * num_queries, at, offs_q, is_free, in_q, num_queries, num_blocks, 1,
+                student_lse + f * num_queries, at, offs_q, is_free, in_q, num_queries, num_blocks,
+                1,
             )  # fmt: skip
             own += tl.where(head == f, tl.sum(push * of_head, 0)[None, :], 0.0)
     tl.store(loss_ptr + row * num_queries + offs_q, tl.sum(losses, 0) * _LN_2, mask=in_q)

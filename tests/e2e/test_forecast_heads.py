@@ -96,7 +96,8 @@ def test_groups_of_one_query_head_have_one():
     with pytest.warns(UserWarning, match="not trained"):
         fast = optimize(model, config)
     assert fast.generate(prompt(), max_new_tokens=2).shape == (1, 182)
-    with pytest.raises(ConfigError, match=r"forecast_heads=2 does not divide the 1 query .* use 1\."):
+    words = r"forecast_heads=2 does not divide the 1 query heads .* use 1\."
+    with pytest.raises(ConfigError, match=words):
         explain(model, config.replace(forecast_heads=2))
 
 
@@ -172,9 +173,7 @@ def test_a_model_that_selects_by_retention_takes_several():
 def test_a_file_says_how_many_it_has(traced, tmp_path):
     path = tmp_path / "forecast.safetensors"
     config = SpardaConfig(**{**SMALL, "selector": "lowbit2", "forecast_heads": 4})
-    trained = train_forecast(
-        traced, [prompt()], config=config, steps=1, out=path, progress=False
-    )
+    trained = train_forecast(traced, [prompt()], config=config, steps=1, out=path, progress=False)
     assert (trained.info.heads, trained.info.groups) == (4, (2, 2))
     assert load_forecast(path).info.heads == 4
     followed = SpardaConfig(**{**SMALL, "selector": "lowbit2", "mode": "forecast"})

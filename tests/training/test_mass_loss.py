@@ -92,9 +92,9 @@ def slow_loss_of_heads(forecast, query, key, *, by_query):
     for g in range(groups):
         for p in range(first_supervised(CONFIG), num_tokens):
             free, full = range(1, p // 16 - 1), p // 16 * 16
-            masses = []
+            masses, seen = [], near[g][:full] if by_query else key[0, g, : p + 1]
             for heads, keys in (
-                (query[0, 2 * g : 2 * g + 2, p], near[g][:full] if by_query else key[0, g, : p + 1]),
+                (query[0, 2 * g : 2 * g + 2, p], seen),
                 (forecast[0, count * g : count * (g + 1), p], near[g][:full]),
             ):
                 weights = [softmax([float(head @ k) * SCALE for k in keys]) for head in heads]
