@@ -127,7 +127,7 @@ Rank = Annotated[
         min=1,
         max=MOST_TOKENS,
         help="Rank of a projection.",
-        show_default="at most the size of 256 full rows",
+        show_default="at most the size of 256 full rows for each of --forecast-heads",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -46,7 +47,7 @@ def prompt(length=180):
 
 def logits_of(module):
     out = module.generate(
-        prompt(), max_new_tokens=20, do_sample=False, output_logits=True,
+        prompt().to(module.device), max_new_tokens=20, do_sample=False, output_logits=True,
         return_dict_in_generate=True,
     )  # fmt: skip
     return torch.cat(out.logits)
@@ -139,6 +140,21 @@ def test_where_blocks_are_kept_changes_nothing(traced, selector, mode):
     if mode == "forecast":
         one = logits_of(made(traced, mode=mode, selector=selector, offload="never"))
         assert not torch.equal(found[0], one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["forecast", "exact"])
+@pytest.mark.parametrize("selector", ["infllm2", "lowbit2"])
+def test_on_a_gpu_neither(model, traced, selector, mode):
+    settings = {"mode": mode, "forecast_heads": 2, "selector": selector}
+    on_gpu = copy.deepcopy(model).cuda()
+    found = [
+        logits_of(made(on_gpu, lowering="inductor", offload=offload, **settings))
+        for offload in ("never", "always")
+    ]
+    assert torch.equal(*found)
+    expected = logits_of(made(traced, **settings))
+    torch.testing.assert_close(found[0].cpu(), expected, rtol=0.0, atol=1e-3)
 
 
 @pytest.mark.parametrize("selector", ["infllm2", "lowbit2"])
