@@ -4,14 +4,14 @@
     m = l / 2 + h / 2                  u = the power of two below or at h - l
     code = e4m3(256 (x - m) / u)       x' = m + code * (u / 256), from l to h
 
-and l and h themselves are the codes -256 and 256. The error of a float goes with its size, and what
-is common to the keys of a channel is most of their size; so it is not in the codes. Half a step is
+and l and h themselves are the codes -256 and 256. The error of a float goes with its size, so that
+what keys of a channel have in common would cost all of them; it is not in the codes. Half a step is
 |x - m| / 16 at most, and below u / 16384 it is u / 262144.
 
-With a power of two for u nothing is divided where codes are read, and what was read stays what it
-is when it is stored again: codes are as far apart there as numbers of the model's dtype, or a power
-of two times that, so no code is nearer to a number than the one that it was made of and yet rounds
-to another. Where h - l is beyond float32 all is NaN. Kernels: `kernels/gpu/pack_fp8.py`.
+u is a power of two, as the distances between codes, and between numbers of the model's dtype, are
+then. So what was read stays what it is when it is stored again: in units of h - l a code may round
+to a number that is nearer to another code, which rounds to another number. Where h - l is beyond
+float32 all is NaN. Kernels: `kernels/gpu/pack_fp8.py`.
 """
 
 from __future__ import annotations
