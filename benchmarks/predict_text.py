@@ -32,6 +32,7 @@ from sparda_compile.forecast.weights import load_forecast
 from sparda_compile.kernels.calibrate import CALIBRATION_WINDOW
 from sparda_compile.kernels.mixture import learn_reference, mix_reference
 from sparda_compile.kernels.predict_blocks import update_prediction_reference
+from sparda_compile.training.trainer import ForecastTrainer
 
 
 def parse():
@@ -44,6 +45,9 @@ def parse():
     parser.add_argument("--selector", action="append", help="[infllm2]")
     parser.add_argument("--local-blocks", type=int, default=2)
     parser.add_argument("--forecast", type=Path, help="weights of a Forecast that guesses, too")
+    parser.add_argument(
+        "--forecast-heads", type=int, help="an untrained one guesses, of so many for each KV head"
+    )
     parser.add_argument("--device", default="cpu", help="cpu runs in float32 [cpu]")
     parser.add_argument("--commit", help="of the code that runs [default: what git says]")
     parser.add_argument("--out", type=Path, required=True)
@@ -180,10 +184,21 @@ def shares_of(found):
     return by_name
 
 
+def forecast_of(args, model):
+    """Return the Forecast that guesses: a file's, one that nobody has trained, or None."""
+    if args.forecast:
+        return load_forecast(args.forecast)
+    if args.forecast_heads is None:
+        return None
+    # Where it starts depends on no selector; several heads are trained for few.
+    config = SpardaConfig(selector="lowbit2", forecast_heads=args.forecast_heads)
+    return ForecastTrainer(model, config, 1e-3).forecast()
+
+
 def measure(args, model, ids_1T, name, say):
     """Yield a row for each selector and share of the blocks."""
     begin = args.context - CALIBRATION_WINDOW
-    forecast = load_forecast(args.forecast) if args.forecast else None
+    forecast = forecast_of(args, model)
     reading, dense_1SV = read_ahead(model, ids_1T[:, :-1], begin)
     after_S = ids_1T[0, args.context + 1 :]
     say(f"{name}: {args.context} tokens read")
@@ -228,6 +243,8 @@ def main():
     head = {"model": Path(args.model).name, "context": args.context, "steps": args.steps}
     if args.forecast:
         head["forecast"] = args.forecast.name
+    if args.forecast_heads is not None:
+        head["forecast_heads"] = args.forecast_heads
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for text in args.text:
         name, _, path = text.partition("=")

@@ -41,6 +41,7 @@ def parse():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", choices=("attention", "query"), default="attention")
     parser.add_argument("--selector", default="infllm2", help="whose summary a Forecast scores")
+    parser.add_argument("--forecast-heads", type=int, default=1, help="for each KV head [1]")
     parser.add_argument("--recall-queries", type=int, default=64)
     parser.add_argument("--backend", choices=("auto", "plain", "triton"), default="auto")
     parser.add_argument("--device", default="cuda")
@@ -71,7 +72,9 @@ def check_gradient(args, config, device, dtype):
     """Return the difference between the two gradients, relative to their norm."""
     config = config.replace(local_blocks=1)
     query = torch.randn(1, 777, args.heads, args.head_dim, device=device).to(dtype).transpose(1, 2)
-    forecast, key = torch.randn(2, 1, args.groups, 777, args.head_dim, device=device).to(dtype)
+    shape = (1, args.groups * args.forecast_heads, 777, args.head_dim)
+    forecast = torch.randn(shape, device=device).to(dtype)
+    key = torch.randn(1, args.groups, 777, args.head_dim, device=device).to(dtype)
     found = []
     for backend in ("plain", "triton"):
         leaf = forecast.clone().requires_grad_()
@@ -129,7 +132,7 @@ def matmul_rate(device, dtype, size):
 def main():
     args = parse()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    config = SpardaConfig(selector=args.selector)
+    config = SpardaConfig(selector=args.selector, forecast_heads=args.forecast_heads)
     difference = check_fused(args, config, device, dtype)
     model = build(args, device, dtype)
     ids = torch.randint(0, args.vocabulary, (1, args.tokens), device=device)

@@ -18,7 +18,7 @@ from sparda_compile.errors import (
     UnsupportedInputError,
 )
 from sparda_compile.forecast.start import initial_forecast
-from sparda_compile.forecast.weights import fit_forecast, load_forecast, rank_of
+from sparda_compile.forecast.weights import fit_forecast, following_weights, load_forecast
 from sparda_compile.module.ambient import neutral
 from sparda_compile.module.captures_of import captures_of
 from sparda_compile.passes import OPTIONAL_PASSES, PIPELINE
@@ -65,9 +65,10 @@ def optimize(
             as it is; its weights are shared.
         config: What to build; None is `SpardaConfig()`.
         forecast: Forecast weights by target layer: what `train_forecast` returned, full
-            projections [G*D, hidden], or a file: what it wrote, or a released `.pt` checkpoint.
-            They decide the rank where `config.forecast_rank` is None. None takes those that
-            training starts from, with a warning.
+            projections [G*F*D, hidden], or a file: what it wrote, or a released `.pt` checkpoint.
+            They decide the rank where `config.forecast_rank` is None, and F, the heads for each KV
+            head, where `config.forecast_heads` is. None takes those that training starts from, with
+            a warning.
 
     Returns:
         A module with the model's `forward` and `generate`, and `.sparda`.
@@ -89,8 +90,7 @@ def optimize(
             check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
             check_dump_dir(config.dump_dir)
             given = load_forecast(forecast) if isinstance(forecast, (str, Path)) else forecast
-            if given is not None and config.forecast_rank is None:
-                config = config.replace(forecast_rank=rank_of(given))
+            config = following_weights(config, given)
             captures = captures_of(model)
             device = captures.device
             if device.type not in ("cpu", "cuda"):

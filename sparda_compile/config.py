@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 from sparda_compile.checks import names, number, one_of, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.memory import MOST_TOKENS, Memory, Offload, PageFormat
-from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
+from sparda_compile.registry import HINTS, PREDICTORS, forecast_rule
 from sparda_compile.selection import Mode, Prediction, Prefill, Selection
 
 __all__ = [
@@ -272,10 +272,14 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         return self.hint if isinstance(self.hint, str) and self.hint in PREDICTORS else "ema"
 
     @property
+    def heads_of_forecast(self) -> int:
+        """F, heads of a Forecast for each KV head; 1 where nothing says another number."""
+        return self.forecast_heads or 1
+
+    @property
     def forecast_selector(self) -> str:
         """Name of the selector that scores a Forecast."""
-        name: str = SELECTORS[self.selector].forecast_selector
-        return name
+        return forecast_rule(self.selector, self.heads_of_forecast)
 
     @classmethod
     def from_model(cls, model_config: Any, **changes: Any) -> SpardaConfig:

@@ -22,7 +22,7 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["HINTS", "KV_FORMATS", "PREDICTORS", "SELECTORS", "Registry"]
+__all__ = ["HINTS", "KV_FORMATS", "PREDICTORS", "SELECTORS", "Registry", "forecast_rule"]
 
 T = TypeVar("T")
 
@@ -137,3 +137,15 @@ KV_FORMATS: Final[Registry[Any]] = Registry(
         "values4": "sparda_compile.formats.staying:Values4Format",
     },
 )
+
+
+def forecast_rule(selector: str, heads: int) -> str:
+    """Return the name of what scores a Forecast where a selector scores a query.
+
+    Args:
+        selector: Name of the selector.
+        heads: Of the Forecast for each KV head. The scores of one need no softmax, which changes
+            no order; several are weighed against each other as query heads are.
+    """
+    rule: str = selector if heads > 1 else SELECTORS[selector].forecast_selector
+    return rule

@@ -49,7 +49,12 @@ class Selection:
         forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
             [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
             gives the full one. None leaves it to the file of weights, and without one to a rule:
-            no more numbers than 256 rows of the hidden width, SparDA's own size.
+            no more numbers than 256 rows of the hidden width for each head of a group, SparDA's own
+            size.
+        forecast_heads: F, heads of a Forecast for each KV head: it divides the query heads of one.
+            1 is SparDA's. Of more each is scored as a query head is, by `selector` itself; as many
+            as there are query heads start as the hint `next_query`. None leaves it to the file of
+            weights, and is 1 without one.
         top_k: Blocks to pick beyond the sink and local ones; None picks every block. NOSA's
             published constants are top_k=78 with local_blocks=16.
         short_list: Of the top_k blocks, those that the query or the Forecast picks; read by
@@ -74,6 +79,7 @@ class Selection:
     selector: str = "infllm2"
     hint: str | tuple[str, ...] = _DEFAULT_HINT
     forecast_rank: int | None = None
+    forecast_heads: int | None = None
     top_k: int | None = 62
     short_list: int = 23
     sink_blocks: int = 1
@@ -100,6 +106,8 @@ class Selection:
             whole("top_k", self.top_k, 0)
         if self.forecast_rank is not None:
             whole("forecast_rank", self.forecast_rank, 1)
+        if self.forecast_heads is not None:
+            whole("forecast_heads", self.forecast_heads, 1)
         if self.mode == "dense" and self.prefill == "sparse":
             wrong = "prefill='sparse' selects by the mode, and mode='dense' selects nothing"
             raise ConfigError(f"{wrong}; use prefill='auto', or mode='query' or 'forecast'.")

@@ -37,6 +37,7 @@ REFUSED = {
     "progress": ("no", ["progress='no'", "True, False"]),
     "machine": ("h300", ["machine='h300'", "cpu, h100, h200", "Did you mean 'h"]),
     "forecast_rank": (0, ["forecast_rank=0", "use 1 or more"]),
+    "forecast_heads": (0, ["forecast_heads=0", "use 1 or more"]),
     "top_k": (-1, ["top_k=-1", "use 0 or more"]),
     "short_list": (-1, ["short_list=-1", "use 0 or more"]),
     "sink_blocks": (-1, ["sink_blocks=-1", "use 0 or more"]),
@@ -213,6 +214,7 @@ def test_names_are_those_that_exist():
     scorers = {SpardaConfig(selector=name).forecast_selector for name in own}
     assert scorers == {"forecast", *(f"{name}_forecast" for name in own[2:])}
     assert {*own, *scorers} <= set(SELECTORS.names())
+    assert {SpardaConfig(selector=n, forecast_heads=2).forecast_selector for n in own} == {*own}
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128)])
@@ -321,6 +323,7 @@ class TestGroups:
         ("sink_blocks", None, "is not a whole number"),
         ("short_list", -1, "is too small"),
         ("forecast_rank", 1.0, "is not a whole number"),
+        ("forecast_heads", True, "is not a whole number"),
         ("max_tokens", 1 << 62, "is too large; use 1 to 2147483647"),
         ("max_tokens", "many", "is not a whole number"),
         ("device_bytes", 1e9, "is not a whole number"),

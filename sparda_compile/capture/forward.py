@@ -36,7 +36,7 @@ from sparda_compile.ranks.shards import local_names, meshes_in
 from sparda_compile.sizes import BATCH_SIZE, NUM_TOKENS, OTHER_SAMPLES, SAMPLES, common_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, MutableMapping
 
     from sparda_compile.capture.tracing import Call
     from sparda_compile.sizes import Samples, Size
@@ -83,7 +83,7 @@ class CapturedGraph:
     inputs: dict[str, str]
     weights: dict[str, Tensor]
     ranks: Ranks = ALONE
-    joined: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
+    joined: MutableMapping[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -251,9 +251,10 @@ def _sizes(
     ema: tuple[float, float, float] | None,
     **given: int | None,
 ) -> dict[str, Any]:
-    """Return what is given: of sizes of blocks and pooled keys, else the Forecast's."""
+    """Return what is given: of sizes of blocks and pooled keys, else the Forecast's; its heads."""
     info = weights.info if weights is not None else None
     sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
+    sizes |= {"forecast_heads": info.heads} if info is not None and info.heads > 1 else {}
     predict = dict(zip(_EMA, ema, strict=True)) if ema is not None else {}
     return sizes | predict | {field: size for field, size in given.items() if size is not None}
 
@@ -281,7 +282,7 @@ def _bases(
         more: dict[str, Any] = {"top_k": None, **_memory(mode), **fields}
         bases += [
             SpardaConfig(mode=mode, selector=rule, kv_format=name, repair=repair, **more)
-            for rule in selectors_of(mode, selectors)
+            for rule in selectors_of(mode, selectors, fields.get("forecast_heads", 1))
             for name in names
             for repair in kinds
         ]

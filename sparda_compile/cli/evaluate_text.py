@@ -263,6 +263,7 @@ def _fields(
     info = load_forecast(forecast).info if forecast is not None else None
     return {
         **(info.sizes if info is not None else {}),
+        **({"forecast_heads": info.heads} if info is not None and info.heads > 1 else {}),
         **sizes,
         "prefill_selector": prefill_selector,
         "lowering": lowering or ("eager" if device.type == "cpu" else "inductor"),
@@ -286,7 +287,7 @@ def _bases(
     return [
         SpardaConfig(mode=mode, selector=rule, hint=hint, kv_format=kv_format, top_k=None, **fields)
         for mode in modes
-        for rule in selectors_of(mode, selectors)
+        for rule in selectors_of(mode, selectors, fields.get("forecast_heads", 1))
         for hint in (hints if mode == "exact" else _HINTS)
         for kv_format in formats
     ]

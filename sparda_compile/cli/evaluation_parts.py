@@ -182,9 +182,15 @@ def prompts_of(names: Sequence[str], selector: str | None) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def selectors_of(mode: str, selectors: Sequence[str]) -> list[str]:
-    """Return the selectors that make a difference to a mode."""
-    if mode in ("query", "exact", "speculate"):
+def selectors_of(mode: str, selectors: Sequence[str], heads: int = 1) -> list[str]:
+    """Return the selectors that make a difference to a mode.
+
+    Args:
+        mode: The mode.
+        selectors: What was asked for.
+        heads: Of the Forecast for each KV head; several are scored by the selector itself.
+    """
+    if mode in ("query", "exact", "speculate") or (mode == "forecast" and heads > 1):
         return list(selectors)
     if mode == "dense":
         return [_USUAL]

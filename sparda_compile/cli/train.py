@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["train_model"]
 
 _LARGEST_RATE: Final = 1e3
+_MOST_HEADS: Final = 1 << 10
 
 Length = Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of one sequence.")]
 Batch = Annotated[int, typer.Option(min=1, max=MOST_SEQUENCES, help="Sequences of one batch.")]
@@ -126,7 +127,19 @@ Rank = Annotated[
         min=1,
         max=MOST_TOKENS,
         help="Rank of a projection.",
-        show_default="at most the size of 256 full rows",
+        show_default="at most the size of 256 full rows for each of --forecast-heads",
+    ),
+]
+
+
+Heads = Annotated[
+    int | None,
+    typer.Option(
+        "--forecast-heads",
+        min=1,
+        max=_MOST_HEADS,
+        help="Heads of a Forecast for each KV head; with lowbit2 and lowbit4.",
+        show_default="1",
     ),
 ]
 
@@ -163,6 +176,7 @@ def train_model(
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
     top_k: TopK = 62,
     rank: Rank = None,
+    forecast_heads: Heads = None,
     block_size: BlockSize = 64,
     local_blocks: LocalBlocks = 32,
     pool_size: PoolSize = 32,
@@ -174,6 +188,7 @@ def train_model(
     lines = TrainingLines(accumulate)
     sizes: dict[str, Any] = {"block_size": block_size, "local_blocks": local_blocks}
     sizes |= {"pool_size": pool_size, "pool_stride": pool_stride, "forecast_rank": rank}
+    sizes |= {"forecast_heads": forecast_heads}
     often = {"save_every": save_every, "measure_every": measure_every, "progress": not as_json}
     learned: dict[str, Any] = {"lr": lr, "accumulate": accumulate, "last_tokens": last_tokens}
     with errors_as_sentences(train_model):

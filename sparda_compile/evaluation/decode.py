@@ -26,7 +26,7 @@ from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.evaluation.early_reads import EarlyReads, reads_early
 from sparda_compile.evaluation.guesses import block_mask
 from sparda_compile.evaluation.reading import Reading, heads_of, rotate, rotated, widened
-from sparda_compile.forecast.weights import projections_of
+from sparda_compile.forecast.weights import following_weights, projections_of
 from sparda_compile.formats.base import format_of
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.base import empty_summary
@@ -107,6 +107,7 @@ def decode(
             "mode='forecast' needs Forecast weights; pass forecast, or use mode='query'."
         )
     _check_retention(model, reading, config)
+    config = following_weights(config, forecast)
     decoder = _Decoder(model, reading, ids_BS.shape[1], config, forecast or {}, guesses)
     logits, records = [], []
     for number, ids_B1 in enumerate(ids_BS.split(1, dim=1)):

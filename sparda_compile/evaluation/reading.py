@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
-from sparda_compile.forecast.weights import projections_of
+from sparda_compile.forecast.weights import following_weights, projections_of
 from sparda_compile.kernels.prefill_attention import SelectedBlocks, masked_attention
 from sparda_compile.kernels.select_tokens import select_tokens
+from sparda_compile.registry import forecast_rule
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.base import empty_summary
 
@@ -151,7 +152,7 @@ class _Reader:
     def __init__(
         self, ids_BT: Tensor, config: SpardaConfig, forecast: Mapping[int, Tensor]
     ) -> None:
-        self.config = config
+        self.config = following_weights(config, forecast)
         self.forecast = projections_of(forecast)
         blocks = round_up(ids_BT.shape[1], config.block_size) // config.block_size
         self.geometry = Geometry.of(config, blocks)
@@ -178,7 +179,7 @@ class _Reader:
             source_BTC = hidden_BTC if before_BTC is None else before_BTC
             projected = self.forecast[number].to(source_BTC)(source_BTC)
             query = widened(width, rotate(heads_of(attention, projected), rotation), 1.0)
-            selector = SELECTORS[selector].forecast_selector
+            selector = forecast_rule(selector, self.config.heads_of_forecast)
         ids_BGTK = self._select(query, k_BGTD, selector, attention.scaling)
         out_BHTD = masked_attention(
             q_BHTD,

@@ -11,7 +11,9 @@ from sparda_compile.errors import ConfigError
 
 __all__ = ["ForecastInfo"]
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
+# Of a description without `heads`, which one head per KV head does not need.
+_ONE_HEAD: Final = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class ForecastInfo:
         num_tokens: Tokens of one training sequence.
         versions: Versions of sparda_compile and torch.
         selector: The selector of `SpardaConfig` whose summary of the keys they score.
+        heads: Heads of the Forecast for each KV head.
         format_version: Of this description.
     """
 
@@ -50,6 +53,7 @@ class ForecastInfo:
     num_tokens: int
     versions: dict[str, str]
     selector: str = "infllm2"
+    heads: int = 1
     format_version: int = FORMAT_VERSION
 
     @property
@@ -58,8 +62,12 @@ class ForecastInfo:
         return {name: getattr(self, name) for name in ("block_size", "pool_size", "pool_stride")}
 
     def to_json(self) -> str:
-        """Return the fields as a JSON object."""
-        return json.dumps(dataclasses.asdict(self))
+        """Return the fields as a JSON object, in the oldest format that can say them."""
+        fields = dataclasses.asdict(self)
+        if self.heads == 1:
+            del fields["heads"]
+            fields["format_version"] = _ONE_HEAD
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> ForecastInfo:
@@ -74,7 +82,9 @@ class ForecastInfo:
             fields |= {"ranks": [None] * len(fields["layers"]), "format_version": 2}
         if isinstance(fields, dict) and fields.get("format_version") == 2:
             # Then every Forecast scored pooled keys.
-            fields |= {"selector": "infllm2", "format_version": FORMAT_VERSION}
+            fields |= {"selector": "infllm2", "format_version": _ONE_HEAD}
+        if isinstance(fields, dict) and fields.get("format_version") == _ONE_HEAD:
+            fields = {"heads": 1, **fields, "format_version": FORMAT_VERSION}
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             found = fields.get("format_version") if isinstance(fields, dict) else None
             raise ValueError(f"format_version is {found}, this version reads {FORMAT_VERSION}")
@@ -92,7 +102,7 @@ class ForecastInfo:
         Raises:
             ConfigError: If one is not what a training writes; the text names it.
         """
-        for name in ("block_size", "pool_size", "pool_stride"):
+        for name in ("block_size", "pool_size", "pool_stride", "heads"):
             whole(name, getattr(self, name), 1)
         for name in ("top_k", "steps", "num_tokens"):
             whole(name, getattr(self, name), 0)

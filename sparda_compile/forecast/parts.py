@@ -1,8 +1,8 @@
 """The part of a Forecast that one rank has: the rows of its own KV heads.
 
-A file holds the projections of all KV heads, G*D rows each. Of N ranks, rank r holds the heads from
-r*G/N on, as transformers shards keys by rows, so its part is a cut through the rows: of W, or of U
-where W = U V. V is the same on all.
+A file holds the projections of all KV heads, G*F*D rows each, those of one KV head together. Of N
+ranks, rank r holds the KV heads from r*G/N on, as transformers shards keys by rows, so its part is
+a cut through the rows: of W, or of U where W = U V. V is the same on all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """A Forecast's projection W: one matrix, or the product of two thin ones.
 
-    W = W        W [G*D, hidden]                       full
-    W = U V      U [G*D, r], V [r, hidden]             of rank r
+    W = W        W [G*F*D, hidden]                     full
+    W = U V      U [G*F*D, r], V [r, hidden]           of rank r
 
-A projection costs no more numbers than SparDA's own, 256 rows of the hidden width (2 KV heads of
-128): it is full up to G*D = 256, and beyond that has the largest rank r, a multiple of 16, with
-r * (G*D + hidden) <= 256 * hidden. `SpardaConfig.forecast_rank` sets another.
+Rows are those of the F heads of the first KV head, then those of the second; F is 1 in SparDA. For
+each of the F a projection costs no more numbers than SparDA's own, 256 rows of the hidden width (2
+KV heads of 128): it is full up to G*D = 256, and beyond that has the largest rank r, a multiple of
+16, with r * (G*F*D + hidden) <= 256 * F * hidden. `SpardaConfig.forecast_rank` sets another.
 
 The matrices go by the same names in a graph, in a file and in a training: that of the layer, with
 `_u` and `_v` behind it where there are two.
@@ -51,7 +52,7 @@ class ProjectionShape:
     """The sizes of a projection.
 
     Attributes:
-        rows: G*D, KV heads times the width of one.
+        rows: G*F*D, KV heads times the Forecast's heads of each times the width of one.
         hidden: Width of the hidden state that it reads.
         rank: r, or None for one full matrix.
     """
@@ -61,20 +62,21 @@ class ProjectionShape:
     rank: int | None = None
 
     @classmethod
-    def of(cls, rows: int, hidden: int, rank: int | None) -> ProjectionShape:
+    def of(cls, rows: int, hidden: int, rank: int | None, heads: int = 1) -> ProjectionShape:
         """Return the shape that a projection gets.
 
         Args:
-            rows: G*D.
+            rows: G*F*D.
             hidden: Width of the hidden state.
             rank: `SpardaConfig.forecast_rank`: None is the rule above; a rank whose two matrices
                 are not smaller than the full one gives the full one.
+            heads: F.
         """
         full = cls(rows, hidden)
         if rank is None:
-            if rows <= _FULL_ROWS:
+            if rows <= _FULL_ROWS * heads:
                 return full
-            rank = _FULL_ROWS * hidden // (rows + hidden)
+            rank = _FULL_ROWS * heads * hidden // (rows + hidden)
             rank = max(rank - rank % _RANK_STEP, _RANK_STEP)
         low = cls(rows, hidden, rank)
         return low if low.num_weights < full.num_weights else full
@@ -101,7 +103,7 @@ class Projection:
     """The matrices of a projection, in the order of their product.
 
     Attributes:
-        factors: W [G*D, hidden], or U [G*D, r] and V [r, hidden].
+        factors: W [G*F*D, hidden], or U [G*F*D, r] and V [r, hidden].
 
     Raises:
         ConfigError: If they are not one matrix, or two that can be multiplied.
@@ -115,12 +117,13 @@ class Projection:
         if not are_matrices or shapes[0][1] != shapes[-1][-len(shapes)]:
             raise ConfigError(
                 f"a Forecast projection has the shapes {shapes}; it must be one matrix [KV heads x "
-                "head_dim, hidden], or two: [KV heads x head_dim, rank] and [rank, hidden]."
+                "head_dim, hidden], or two: [KV heads x head_dim, rank] and [rank, hidden]; rows "
+                "are forecast_heads times as many."
             )
 
     @classmethod
     def truncated(cls, weight: Tensor, rank: int | None) -> Projection:
-        """Return the projection of a rank that is closest to W [G*D, hidden].
+        """Return the projection of a rank that is closest to W [G*F*D, hidden].
 
         It is the truncated singular value decomposition, its values divided evenly between the two
         factors: U = L sqrt(S) and V = sqrt(S) R for W = L S R. None keeps W.
@@ -143,13 +146,13 @@ class Projection:
         return ProjectionShape(first.shape[0], last.shape[1], rank)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return W h, [..., G*D] for [..., hidden], as a decode step computes it."""
+        """Return W h, [..., G*F*D] for [..., hidden], as a decode step computes it."""
         for factor in reversed(self.factors):
             hidden = F.linear(hidden, factor)
         return hidden
 
     def product(self) -> Tensor:
-        """Return W, [G*D, hidden]."""
+        """Return W, [G*F*D, hidden]."""
         if len(self.factors) == 1:
             return self.factors[0]
         return self.factors[0] @ self.factors[1]

@@ -1,23 +1,27 @@
 """Where a Forecast starts: one linear map that predicts the mean query of each group.
 
-    F(h)    a layer's queries before their rotation [H, D], as its nodes compute them from the input
-            of its query projection
-    g(h)    mean of F over the heads of each group, [G*D]
-    W       scale * sqrt(D) * mean over h of dg/dh at h,  h ~ N(0, I)          [G*D, hidden]
+Of F heads per group, each predicts the mean over as many neighbouring heads of the group, R/F.
 
-Where F is affine, as in most models, one h gives the mean of the group's rows of the query
+    Q(h)    a layer's queries before their rotation [H, D], as its nodes compute them from the input
+            of its query projection
+    g(h)    mean of Q over each run of R/F heads of a group, [G*F*D]
+    W       c * mean over h of dg/dh at h,  h ~ N(0, I)                        [G*F*D, hidden]
+    c       scale * sqrt(D) for F = 1, else 1
+
+Where Q is affine, as in most models, one h gives the mean of those heads' rows of the query
 projection, whatever nodes and fused weights it is made of: what active adapters add is in it, and
 quantised weights count as what they stand for. A bias is left out, since a Forecast has none. With
 a norm on the queries the mean over many h is the linear map of least squared error (Stein's lemma).
-The factor is 1 for the usual scale: then the softmax that a Forecast is trained through is over the
-model's own scores.
+c is 1 for the usual scale: then the softmax that a Forecast is trained through is over the model's
+own scores. Several heads are scored as query heads are, with the model's own scale.
 
 W is derived from the input of the layer itself and reads that of the layer before, which the
-residual stream changes little. Untrained it is the hint `next_query` with one head per group.
+residual stream changes little. Untrained it is the hint `next_query` with F heads per group: with F
+= R that hint itself, where Q has neither a bias nor a norm and no projection is of low rank.
 
 Source: the rehearsal of InfiniGen (arXiv 2406.19707), as in `hints/next_query.py`, on the mean
 query of a group (PRR, arXiv 2606.30389, appendix A.1). Differs from SparDA (arXiv 2606.04511),
-which starts from random weights; those are left for a layer whose F has no derivative. A projection
+which starts from random weights; those are left for a layer whose Q has no derivative. A projection
 of low rank starts from the closest one of that rank.
 """
 
@@ -145,7 +149,7 @@ def _mean_query(
                 known[hidden] = sample.expand(batch, 1, width)
                 heads: Tensor = evaluate(query, known, {}, 1, _full)[0]
                 heads = heads.float().reshape(site.num_heads, dim)
-                return heads.view(site.num_groups, -1, dim).mean(1).flatten()
+                return heads.view(shape.rows // dim, -1, dim).mean(1).flatten()
 
             ranks = captured.ranks if is_gathered else ALONE
             weight = _mean_jacobian(group_means, width, captured.device, ranks)
@@ -154,7 +158,8 @@ def _mean_query(
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
         raise _NoStartError(f"{type(error).__name__}: {line}") from error
-    weight = weight * (site.scale * math.sqrt(dim))
+    if shape.rows == site.num_groups * dim:
+        weight = weight * (site.scale * math.sqrt(dim))
     if not weight.isfinite().all():
         raise _NoStartError("their derivative is not finite")
     return weight

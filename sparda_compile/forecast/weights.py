@@ -30,7 +30,7 @@ from sparda_compile.forecast.info import ForecastInfo
 from sparda_compile.forecast.parts import parts_of
 from sparda_compile.forecast.projection import Projection, ProjectionShape, from_tensors, to_tensors
 from sparda_compile.ranks.agreement import ALONE
-from sparda_compile.registry import SELECTORS
+from sparda_compile.registry import SELECTORS, forecast_rule
 
 if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
@@ -40,6 +40,7 @@ __all__ = [
     "ForecastInfo",
     "ForecastWeights",
     "fit_forecast",
+    "following_weights",
     "load_forecast",
     "projections_of",
     "rank_of",
@@ -56,7 +57,7 @@ _TRAIN_AGAIN: Final = "Pass the weights that were trained for this model."
 
 @dataclasses.dataclass(frozen=True)
 class ForecastWeights(Mapping[int, Tensor]):
-    """Forecast projections by target layer; a mapping to their products, [G * D, hidden] each.
+    """Forecast projections by target layer; a mapping to their products, [G*F*D, hidden] each.
 
     Attributes:
         projections: The projections.
@@ -216,12 +217,27 @@ def _checked(layer: int, tensor: Tensor) -> Tensor:
 
 def rank_of(given: Mapping[int, Tensor]) -> int | None:
     """Return the `SpardaConfig.forecast_rank` that makes a program for Forecast weights."""
-    shapes = [projection.shape for projection in projections_of(given).values()]
-    if all(shape == ProjectionShape.of(shape.rows, shape.hidden, None) for shape in shapes):
+    shapes, heads = [each.shape for each in projections_of(given).values()], heads_of(given)
+    if all(each == ProjectionShape.of(each.rows, each.hidden, None, heads) for each in shapes):
         return None
     ranks = [shape.rank for shape in shapes if shape.rank is not None]
     # That of all rows is never less than full.
     return min(ranks) if ranks else max(shape.rows for shape in shapes)
+
+
+def heads_of(given: Mapping[int, Tensor]) -> int:
+    """Return the heads for each KV head that Forecast weights say they have; 1 if they do not."""
+    info = given.info if isinstance(given, ForecastWeights) else None
+    return 1 if info is None else info.heads
+
+
+def following_weights(config: SpardaConfig, given: Mapping[int, Tensor] | None) -> SpardaConfig:
+    """Return a configuration with the rank and the heads of Forecast weights where it has None."""
+    if given is not None and config.forecast_rank is None:
+        config = config.replace(forecast_rank=rank_of(given))
+    if given is not None and config.forecast_heads is None and heads_of(given) > 1:
+        config = config.replace(forecast_heads=heads_of(given))
+    return config
 
 
 def fit_forecast(
@@ -244,13 +260,16 @@ def fit_forecast(
 
     Raises:
         ConfigError: If they are another model's: a layer is missing or not in it, a shape differs,
-            or the file names another model; or if their rank is not `config.forecast_rank`.
+            or the file names another model; or if their rank or their heads are not those of
+            `config`.
     """
     info = given.info if isinstance(given, ForecastWeights) else None
     projections = parts_of(projections_of(given), shapes, ranks)
     if isinstance(given, ForecastWeights) and given.is_release:
         projections.pop(max(shapes, default=0) + 1, None)
     _check_layers(projections, shapes, model_name)
+    if info is not None:
+        _check_heads(info, config)
     for layer, shape in shapes.items():
         _check_shape(layer, projections[layer].shape, shape, model_name)
     if info is not None and info.model != model_name:
@@ -263,12 +282,21 @@ def fit_forecast(
     return {layer: projections[layer] for layer in shapes}
 
 
+def _check_heads(info: ForecastInfo, config: SpardaConfig) -> None:
+    if info.heads != config.heads_of_forecast:
+        raise ConfigError(
+            f"forecast weights have {info.heads} heads for each KV head, but this configuration "
+            f"has forecast_heads={config.heads_of_forecast}. Leave forecast_heads at None, so that "
+            "the weights decide, or train them again with this configuration."
+        )
+
+
 def _check_shape(layer: int, found: ProjectionShape, needed: ProjectionShape, model: str) -> None:
     if (found.rows, found.hidden) != (needed.rows, needed.hidden):
         raise ConfigError(
             f"forecast weights of layer {layer} have shape {(found.rows, found.hidden)}, but "
-            f"{model} needs {(needed.rows, needed.hidden)} (KV heads x head_dim, hidden). "
-            f"{_TRAIN_AGAIN}"
+            f"{model} needs {(needed.rows, needed.hidden)} (KV heads x forecast_heads x head_dim, "
+            f"hidden). {_TRAIN_AGAIN}"
         )
     if found.rank != needed.rank:
         ranks = ["are full" if s.rank is None else f"have rank {s.rank}" for s in (found, needed)]
@@ -297,7 +325,7 @@ def _warn_of_sizes(info: ForecastInfo, config: SpardaConfig) -> None:
         for name, size in info.sizes.items()
         if getattr(config, name) != size
     ]
-    if _forecast_rule(info.selector) != config.forecast_selector:
+    if _forecast_rule(info) != config.forecast_selector:
         differing.append(f"selector={config.selector} (trained with {info.selector})")
     if differing:
         warnings.warn(
@@ -307,6 +335,7 @@ def _warn_of_sizes(info: ForecastInfo, config: SpardaConfig) -> None:
         )
 
 
-def _forecast_rule(selector: str) -> str:
-    """Return the selector that scores a Forecast where this one scores a query."""
-    return SELECTORS[selector].forecast_selector if selector in SELECTORS else selector
+def _forecast_rule(info: ForecastInfo) -> str:
+    """Return the selector that Forecast weights were trained for."""
+    known = info.selector in SELECTORS
+    return forecast_rule(info.selector, info.heads) if known else info.selector

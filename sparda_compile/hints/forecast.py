@@ -1,10 +1,11 @@
-"""The Forecast: the layer before predicts this layer's query, one head per group.
+"""The Forecast: the layer before predicts this layer's query, by F heads per group.
 
-    f = rope(W h)        h feeds the query projection of the layer before, W [G*D, hidden]
+    f = rope(W h)        h feeds the query projection of the layer before, W [G*F*D, hidden]
 
-W is one matrix or the product of two (`forecast/projection.py`), which are multiplied one by one.
-The rotation is this layer's own, copied from its query's path, at the token's own position; no
-q/k norm, no bias. The first layer has no layer before: a projection of its own input stands in.
+F is `SpardaConfig.forecast_heads`, 1 in SparDA. W is one matrix or the product of two
+(`forecast/projection.py`), which are multiplied one by one. The rotation is this layer's own,
+copied from its query's path, at the token's own position; no q/k norm, no bias. The first layer has
+no layer before: a projection of its own input stands in.
 As a hint all of it becomes one op, which may run beside the model
 (`passes/rewrite/hint_pieces.py`).
 Source: SparDA (arXiv 2606.04511), Forecast projection.
@@ -16,41 +17,47 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sparda_compile.errors import PassError
+from sparda_compile.errors import ConfigError, PassError
 from sparda_compile.forecast.projection import ProjectionShape, graph_input
 from sparda_compile.graph.emit import clone_region
 from sparda_compile.graph.nodes import fake_value, program_order, tensor_shape
+from sparda_compile.graph.site import forecast_dim
 from sparda_compile.graph.writer import select_by_score
 from sparda_compile.hints.base import Hint, late_inputs
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from sparda_compile.config import SpardaConfig
+    from sparda_compile.graph.site import AttentionSite
     from sparda_compile.hints.base import HintPoint
-from sparda_compile.graph.site import forecast_dim
 
 __all__ = ["ForecastHint", "emit_forecast"]
 
 
 def emit_forecast(point: HintPoint) -> fx.Node:
-    """Add the prediction of the target's query; returns [B, G, 1, D].
+    """Add the prediction of the target's query; returns [B, G*F, 1, D].
 
     Raises:
-        PassError: If the rotation of the target's query cannot be applied to G heads.
+        ConfigError: If F does not divide the query heads of a group.
+        PassError: If the rotation of the target's query cannot be applied to G*F heads.
     """
     source, target = point.source, point.target
     emit = point.after(source.hidden)
     batch, num_tokens, width = tensor_shape(source.hidden)
-    groups, dim = target.num_groups, forecast_dim(target)
+    config, dim = point.layout.config, forecast_dim(target)
+    num_heads = target.num_groups * _heads_per_group(target, config)
     dtype = fake_value(source.hidden).dtype
-    shape = ProjectionShape.of(groups * dim, int(width), point.layout.config.forecast_rank)
+    shape = ProjectionShape.of(
+        num_heads * dim, int(width), config.forecast_rank, config.heads_of_forecast
+    )
     projected = source.hidden
     for name, factor in reversed([*zip(shape.names(target.layer), shape.factors, strict=True)]):
         weight = point.state.add(graph_input(name), factor, dtype)
         projected = emit.function(
             torch.nn.functional.linear, (projected, weight), {}, f"forecast_{name}"
         )
-    heads = emit.method("unflatten", projected, -1, (groups, dim))
+    heads = emit.method("unflatten", projected, -1, (num_heads, dim))
     heads_first = tensor_shape(target.rotation_input)[1] == target.num_heads
     begin = emit.method("transpose", heads, 1, 2) if heads_first else heads
     if not target.rotation:
@@ -62,15 +69,31 @@ def emit_forecast(point: HintPoint) -> fx.Node:
     except Exception as error:
         raise PassError(_no_rotation(target.layer, str(error))) from error
     rotated = copies[target.query]
-    if tensor_shape(rotated) != (batch, groups, num_tokens, target.head_dim):
+    if tensor_shape(rotated) != (batch, num_heads, num_tokens, target.head_dim):
         raise PassError(_no_rotation(target.layer, f"it gives {tensor_shape(rotated)}"))
     return rotated
 
 
+def _heads_per_group(target: AttentionSite, config: SpardaConfig) -> int:
+    """Return F.
+
+    Raises:
+        ConfigError: If it does not divide the query heads of a group.
+    """
+    heads, of_group = config.heads_of_forecast, target.num_heads // target.num_groups
+    if of_group % heads:
+        allowed = [str(n) for n in range(1, of_group + 1) if of_group % n == 0]
+        raise ConfigError(
+            f"forecast_heads={heads} does not divide the {of_group} query heads that share each KV "
+            f"head of layer {target.layer}; use {' or '.join(allowed)}."
+        )
+    return heads
+
+
 def _no_rotation(layer: int, reason: str) -> str:
     return (
-        f"the rotation of layer {layer}'s query cannot be applied to a Forecast with one head per "
-        f"group: {reason}. Use mode='query', or mode='exact' with hint='previous_step'."
+        f"the rotation of layer {layer}'s query cannot be applied to the heads of a "
+        f"Forecast: {reason}. Use mode='query', or mode='exact' with hint='previous_step'."
     )
 
 

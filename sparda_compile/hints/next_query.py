@@ -5,7 +5,7 @@
 The residual stream changes little from layer to layer, so q' is close to the layer's own query; the
 layer's own selector scores it. Everything between the layer's input and its query is copied:
 projection, biases, norms, rotation at the token's own position. No training; one query projection
-per layer more than the Forecast's one head per group. The first layer has no layer before.
+per layer more than the Forecast's few heads per group. The first layer has no layer before.
 
 Source: InfiniGen (arXiv 2406.19707), attention rehearsal, as SparDA (arXiv 2606.04511) compares
 with it. Differs from the paper: all channels are scored, over the selector's summary; there a

@@ -20,7 +20,7 @@ class Asked:
     """What is asked for scores.
 
     Attributes:
-        query: [B, H, T, D] queries, or Forecasts with as many heads as groups.
+        query: [B, H, T, D] queries, or Forecasts, as `selector` takes them.
         tensors: Of the summary; the first are pooled keys or bounds.
         positions: [B, T] int32, -1 where no token is.
         lengths: [B] int32, tokens before this call.

@@ -58,7 +58,7 @@ def score_blocks(
     """Score the blocks of one layer.
 
     Args:
-        query: [B, H, 1, D] queries, or [B, G, 1, D] forecasts.
+        query: [B, H, 1, D] queries, or [B, G*F, 1, D] forecasts.
         summary: The tensors of the selector's summary.
         lengths: [B] int32, tokens whose keys the summary holds.
         selector: Name of the selector.

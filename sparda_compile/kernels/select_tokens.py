@@ -81,7 +81,7 @@ def select_tokens(
     """Score and pick the blocks of each new token.
 
     Args:
-        query: [B, H, T, D] queries, or [B, G, T, D] forecasts.
+        query: [B, H, T, D] queries, or [B, G*F, T, D] forecasts.
         summary: The tensors of the selector's summary, with the new keys in them.
         positions: [B, T] int32 position of each token, -1 for padding.
         lengths: [B] int32, tokens before this call.
@@ -182,7 +182,7 @@ def select_past(
     """Pick for each new token the blocks that it would read at the first new position.
 
     Args:
-        query: [B, H, T, D] queries, or [B, G, T, D] forecasts.
+        query: [B, H, T, D] queries, or [B, G*F, T, D] forecasts.
         summary: The tensors of the selector's summary; those of the new keys may be missing.
         positions: [B, T] int32 position of each token, -1 for padding.
         lengths: [B] int32, tokens before this call.

@@ -18,6 +18,7 @@ __all__ = [
     "PART_BLOCKS",
     "QUERY_BYTES",
     "RUN_BLOCKS",
+    "SCORED_TOGETHER",
     "SCORE_BYTES",
     "SCORE_COLUMNS",
     "TILE_ROWS",
@@ -25,6 +26,7 @@ __all__ = [
     "WINDOW_TOKENS",
     "all_blocks_bytes",
     "attend_tokens_bytes",
+    "mark_words",
     "most_vectors",
     "num_runs",
     "prefill_attention_bytes",
@@ -61,6 +63,8 @@ PART_BLOCKS: Final = 256
 """Blocks of a program that scores: a token of a long sequence has several programs."""
 RUN_BLOCKS: Final = 8
 """Neighbouring blocks whose best score is kept, to pick by; programs that score have whole runs."""
+SCORED_TOGETHER: Final = 8
+"""Blocks, and runs, that a row of scores has whole."""
 # Queries that see their keys at once where a mask says which.
 _MASKED_QUERIES: Final = 256
 
@@ -170,9 +174,10 @@ def _scores(a: Any, tokens: int, num_blocks: int, *, is_new: bool = False) -> in
     room = _power_of_two(vectors)
     columns = score_columns(room, _power_of_two(dim, 16), itemsize)
     runs = 0 if retention or is_new else num_runs(num_blocks, a.num_selected)
-    chunk = scored_at_once(pairs * (num_blocks + runs), columns, room, tokens)
+    row = sum(-(-number // SCORED_TOGETHER) * SCORED_TOGETHER for number in (num_blocks, runs))
+    chunk = scored_at_once(pairs * row, columns, room, tokens)
     sums = pairs * -(-num_blocks // PART_BLOCKS) * chunk * room if softmax else 1
-    scores = pairs * chunk * (num_blocks + runs) * 8
+    scores = pairs * chunk * row * 8
     return int(max(while_made, parts + retention + scores + 8 * sums))
 
 
@@ -200,10 +205,20 @@ def union_words(tokens: int) -> int:
     return 1 << (-(-tokens // 32) - 1).bit_length()
 
 
+def mark_words(num_blocks: int, tokens: int) -> int:
+    """Return the words of 32 bits that hold a bit for each block and token of a tile.
+
+    Args:
+        num_blocks: N.
+        tokens: Of the tile, a power of two.
+    """
+    return -(-num_blocks * min(tokens, 32) // 32) * union_words(tokens)
+
+
 def unions_bytes(num_blocks: int, tokens: int, selected: int) -> int:
-    """Return the bytes that `gpu.token_blocks.Unions` takes for one tile and pair."""
+    """Return the bytes that one tile and pair take: of `gpu.token_blocks.Unions`, and its marks."""
     entries = union_entries(num_blocks, tokens, selected)
-    return 8 * entries + 4 * union_words(tokens) * num_blocks + 4
+    return entries * (8 + 4 * union_words(tokens)) + 4 * mark_words(num_blocks, tokens) + 4
 
 
 def unions_at_once(pairs: int, num_blocks: int, tokens: int, selected: int, tiles: int) -> int:

@@ -8,6 +8,7 @@ Optimizing, training and benchmarks all begin here.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,10 @@ class Captures:
         self._found: dict[tuple[str, bool, SpardaConfig], FoundSites] = {}
         # By what finding reads of a configuration.
         self._tagged: dict[Any, tuple[fx.GraphModule, tuple[StageRecord, ...]]] = {}
-        self._joined: dict[tuple[int, ...], JoinedWeight] = {}
+        # By their sources; each is there for as long as a program has it.
+        self._joined: weakref.WeakValueDictionary[tuple[int, ...], JoinedWeight] = (
+            weakref.WeakValueDictionary()
+        )
         self._machines: dict[str | None, Machine] = {}
 
     @property

@@ -24,12 +24,15 @@ class JoinedWeight:
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         self._sources = tuple(sources)
-        self._versions = self._now()
+        self._versions: list[int] = []
 
     @cached_property
     def tensor(self) -> Tensor:
         """The copy; made when first asked for, its address never changes."""
-        return torch.cat([source.detach() for source in self._sources])
+        self._versions = self._now()
+        # Nothing may write to a tensor of inference mode outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.cat([source.detach() for source in self._sources])
 
     def _now(self) -> list[int]:
         # A tensor made in inference mode counts no versions, and cannot be changed outside of it.
@@ -45,15 +48,22 @@ class JoinedWeight:
         if self._now() != self._versions:
             self.copy_all([self])
 
+    @property
+    def _is_made(self) -> bool:
+        return "tensor" in self.__dict__
+
     @staticmethod
     def copy_all(weights: Sequence[JoinedWeight]) -> None:
         """Copy the sources of weights again; torch counts no change that is made through `.data`.
 
         Args:
-            weights: Those whose sources may have changed; few launches for all of them.
+            weights: Those whose sources may have changed; few launches for all of them. One that
+                nobody has asked for yet has no copy.
         """
         copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for weight in weights:
+            if not weight._is_made:
+                continue
             weight._versions = weight._now()
             targets, sources = copies.setdefault(weight.tensor.dtype, ([], []))
             targets += weight._parts

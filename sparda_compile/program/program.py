@@ -198,8 +198,11 @@ class Program:
             self.proof = check_recording(self.plan.graph_module.graph, recording)
         return logits
 
-    def _argument(self, node: fx.Node) -> Tensor | str:
-        """Return a weight, or the name of what a call passes in."""
+    def _argument(self, node: fx.Node) -> Tensor | JoinedWeight | str:
+        """Return a weight, or the name of what a call passes in.
+
+        A program that never runs has no copy of weights that are joined.
+        """
         captured = self.plan.captured
         joined = JOINED.get(self.plan.graph_module, {})
         if node.name in joined:
@@ -208,7 +211,7 @@ class Program:
             # Programs of other sizes join the same weights: one copy serves them all.
             weight: JoinedWeight = captured.joined.setdefault(key, JoinedWeight(sources))
             self._joined.append(weight)
-            return weight.tensor
+            return weight
         if is_input(node.name) or node.name in self._weights:
             return self._weights[node.name]
         return captured.inputs.get(node.name, node.name)
@@ -298,10 +301,14 @@ class Program:
         return f" of the {self.plan.phase}{place_of(failed)}"
 
     def _bound(self, call: Mapping[str, Any], kv: KVCache) -> list[Any]:
-        return [
-            a if isinstance(a, Tensor) else call[a] if a in call else kv.state[a]
-            for a in self._arguments
-        ]
+        def value(argument: Tensor | JoinedWeight | str) -> Any:
+            if isinstance(argument, JoinedWeight):
+                return argument.tensor
+            if isinstance(argument, Tensor):
+                return argument
+            return call[argument] if argument in call else kv.state[argument]
+
+        return [value(argument) for argument in self._arguments]
 
     def _step_graph(self, kv: KVCache, *inputs: Tensor) -> StepGraph:
         if kv not in self._graphs:

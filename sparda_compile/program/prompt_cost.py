@@ -135,9 +135,13 @@ def _site_cost(
     attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _KERNEL_SHARE
     windows = seen / config.pool_stride
     if config.needs_forecast and config.mode == "forecast":
-        score = 2.0 * site.num_groups * width * windows * num_tokens / _FORECAST_SCORES_SHARE
+        heads = site.num_groups * config.heads_of_forecast
     else:
-        score = 4.0 * site.num_heads * width * windows * num_tokens / _QUERY_SCORES_SHARE
+        heads = site.num_heads
+    if config.mode == "forecast" and config.heads_of_forecast == 1:
+        score = 2.0 * heads * width * windows * num_tokens / _FORECAST_SCORES_SHARE
+    else:
+        score = 4.0 * heads * width * windows * num_tokens / _QUERY_SCORES_SHARE
     pick = _PICK_FLOP * site.num_groups * num_tokens * seen / config.block_size
     select = (score + pick) / config.shared_tokens
     return PromptCost(dense_us, (attend + select) / flop_us)

@@ -151,7 +151,8 @@ class Selector(Protocol):
         name: Its name.
         kernels: Triton kernels that score in a decode step; empty where `score` itself runs.
         summary: What it scores with.
-        forecast_selector: The selector that scores a Forecast where this one scores a query.
+        forecast_selector: The selector that scores a Forecast of one head per group where this one
+            scores a query; of more heads it is this one.
         has_short_list: Whether the query picks `SpardaConfig.short_list` blocks and something else
             ranks the rest.
         settles: Whether a block's score is made of its own windows alone, so that later keys leave

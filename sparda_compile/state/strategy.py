@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
+from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS, forecast_rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +87,7 @@ class Strategy:
         predictor: Predicts the blocks of the next step, for attention to begin with; None where
             attention begins when the selection has ended.
         prompt_selector: Scores for the tokens of a prompt, where that is not `selector`.
+        forecast_heads: Heads of a Forecast for each KV head.
     """
 
     selector: Selector | None
@@ -97,6 +98,7 @@ class Strategy:
     repairs: bool
     predictor: HintMethod | None = None
     prompt_selector: Selector | None = None
+    forecast_heads: int = 1
 
     @property
     def keepers(self) -> tuple[HintMethod, ...]:
@@ -118,7 +120,8 @@ class Strategy:
         """What scores for the tokens of a prompt, in the place of what does for a step."""
         if self.prompt_selector is None:
             return self
-        own = self.prompt_selector.forecast_selector if self.needs_forecast else None
+        name = self.prompt_selector.name
+        own = forecast_rule(name, self.forecast_heads) if self.needs_forecast else None
         return dataclasses.replace(
             self,
             selector=self.prompt_selector,
@@ -172,13 +175,14 @@ def strategy_of(config: SpardaConfig) -> Strategy:
     has_forecast = by_forecast or any(hint.needs_forecast for hint in hints)
     return Strategy(
         selector=selector,
-        forecast_selector=SELECTORS[selector.forecast_selector] if has_forecast else None,
+        forecast_selector=SELECTORS[config.forecast_selector] if has_forecast else None,
         selects_by_forecast=by_forecast,
         hints=hints,
         overlaps=config.mode in ("forecast", "exact"),
         repairs=config.mode == "exact",
         predictor=None if config.predictor is None else PREDICTORS[config.predictor],
         prompt_selector=_prompt_selector(config),
+        forecast_heads=config.heads_of_forecast,
     )
 
 

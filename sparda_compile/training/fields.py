@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["check_fields", "check_fits"]
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-_SAME_MODEL: Final = ("model", "layers", "groups", "head_dim", "hidden", "ranks")
+_SAME_MODEL: Final = ("model", "layers", "groups", "head_dim", "hidden", "ranks", "heads")
 _SAME_SIZES: Final = ("block_size", "pool_size", "pool_stride", "top_k", "selector")
 _SETTINGS: Final = ("betas", "eps", "weight_decay")
 _CUDA_RNG_BYTES: Final = 16

@@ -12,10 +12,21 @@ chooses by. The gradient reaches the Forecast alone:
 
     d loss / d f_g[p] = scale * sum_t S_t (1 - T[n] / S[n]) k'[t],       S_t the token's own share
 
+Of F heads for each KV head, F > 1, the selector itself scores each as a query head, over the blocks
+that are full before p. So their student is, with S over its sum on free blocks in the loss,
+
+    s[f, p, n] = sum_{t in n} softmax_t(f_f[p] . k'[t] * scale)                  t in full blocks
+    S[g, p, n] = sum_{f in g} s[f, p, n]
+    a[n]       = 1 / sum_free(S) - T[n] / S[n]                                   0 if not free
+
+    d loss / d f_f[p] = scale * sum_t softmax_t (a[n] - sum_m a[m] s[f, m]) k'[t]
+
+With F = 1 both are the same: the normaliser of one head is no part of S over its sum.
+
 Ours: SparDA (arXiv 2606.04511) teaches the spread over pooled keys, see `loss.py`.
 
-Dimensions: B batch, H heads, G groups, R = H / G, T tokens, Q queries of a tile, N full blocks,
-P tokens of a block, S = N * P, D head dim.
+Dimensions: B batch, H heads, G groups, R = H / G, F heads of a Forecast in a group, E = G * F,
+T tokens, Q queries of a tile, N full blocks, P tokens of a block, S = N * P, D head dim.
 """
 
 from __future__ import annotations
@@ -39,6 +50,8 @@ __all__ = ["backward_mass_loss", "block_mass", "near_keys", "scores_low_bit_keys
 # Scores that are held at once, over all heads: 64 Mi of them are 256 MiB of float32, twice.
 _TILE_SCORES: Final = 1 << 26
 _SMALLEST: Final = 1e-20
+# Of several heads, whose shares are divided by each other: the square of its inverse is finite.
+_SMALLEST_OF_HEADS: Final = 1e-15
 
 
 def scores_low_bit_keys(config: SpardaConfig) -> bool:
@@ -140,7 +153,7 @@ def token_shares(
 
 
 def backward_mass_loss(
-    forecast_BGTD: Tensor,
+    forecast_BETD: Tensor,
     query_BHTD: Tensor,
     k_BGTD: Tensor,
     config: SpardaConfig,
@@ -157,8 +170,8 @@ def backward_mass_loss(
     Works in ranges of queries, so that memory is linear in T.
 
     Args:
-        forecast_BGTD: Predicted queries, after rotation; if they need no gradient, only the loss
-            is computed.
+        forecast_BETD: Predicted queries, after rotation, E = G or several for each KV head; if they
+            need no gradient, only the loss is computed.
         query_BHTD: The layer's true queries, after rotation.
         k_BGTD: Its keys, after rotation.
         config: Of a selector on low-bit keys.
@@ -176,13 +189,13 @@ def backward_mass_loss(
     Raises:
         ConfigError: If the backend is not known, or the fused loss does not take the head dim.
     """
-    forecast, query_BHTD, k_BGTD = forecast_BGTD.detach(), query_BHTD.detach(), k_BGTD.detach()
-    batch, groups, num_tokens, _ = forecast.shape
+    forecast, query_BHTD, k_BGTD = forecast_BETD.detach(), query_BHTD.detach(), k_BGTD.detach()
+    batch, groups, num_tokens, _ = k_BGTD.shape
     counted = min(last_tokens or num_tokens, num_tokens)
     near_BGSD = near_keys(k_BGTD, config, backend)
     is_query = teacher == "query"
     keys = (near_BGSD if is_query else k_BGTD, near_BGSD)
-    gradient = forecast.new_zeros(forecast.shape) if forecast_BGTD.requires_grad else None
+    gradient = forecast.new_zeros(forecast.shape) if forecast_BETD.requires_grad else None
     mean = 1.0 / (counted * batch * groups)
     push = None if gradient is None else (gradient, mean * weight)
     queries = range(max(first_supervised(config), num_tokens - counted), num_tokens)
@@ -196,12 +209,12 @@ def backward_mass_loss(
         forecast, query_BHTD, keys, queries, config, scale, softcap, full_only=is_query, push=push
     )
     if gradient is not None:
-        forecast_BGTD.backward(gradient)
+        forecast_BETD.backward(gradient)
     return total * mean
 
 
 def _plain_loss(
-    forecast_BGTD: Tensor,
+    forecast_BETD: Tensor,
     query_BHTD: Tensor,
     keys: tuple[Tensor, Tensor],
     queries: range,
@@ -232,8 +245,8 @@ def _plain_loss(
             full_only=full_only,
             seen=start // config.block_size,
         )
-        forecast_BGQD = forecast_BGTD[:, :, start:stop]
-        loss, part = _tile(forecast_BGQD, near_BGSD, target_BGQN, range(start, stop), config, scale)
+        forecast_BEQD = forecast_BETD[:, :, start:stop]
+        loss, part = _tile(forecast_BEQD, near_BGSD, target_BGQN, range(start, stop), config, scale)
         total += loss
         if push is not None:
             gradient, factor = push
@@ -242,25 +255,60 @@ def _plain_loss(
 
 
 def _tile(
-    forecast_BGQD: Tensor,
+    forecast_BEQD: Tensor,
     near_BGSD: Tensor,
     mass_BGQN: Tensor,
     queries: range,
     config: SpardaConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergence of some queries, summed, and its gradient, [B, G, Q, D] float32."""
+    """Return the divergence of some queries, summed, and its gradient, [B, E, Q, D] float32."""
     num_blocks = mass_BGQN.shape[-1]
     position_Q = torch.arange(queries.start, queries.stop, device=near_BGSD.device)
     free_QN = free_blocks(position_Q, config, num_blocks)
     near = near_BGSD[:, :, : num_blocks * config.block_size]
     target = mass_BGQN.masked_fill(~free_QN, 0.0)
     target /= target.sum(-1, keepdim=True).clamp(min=_SMALLEST)
-    current = queries.start // config.block_size
-    free = range(config.sink_blocks, current - config.local_blocks)
-    shares = token_shares(forecast_BGQD, near, free_QN, scale, free)
-    student = shares.sum(-1).clamp(min=_SMALLEST)
+    if forecast_BEQD.shape[1] > near.shape[1]:
+        student, pushed = _several_heads(forecast_BEQD, near, target, free_QN, queries, scale)
+    else:
+        current = queries.start // config.block_size
+        free = range(config.sink_blocks, current - config.local_blocks)
+        shares = token_shares(forecast_BEQD, near, free_QN, scale, free)
+        student = shares.sum(-1).clamp(min=_SMALLEST)
+        pushed = shares.mul_((1.0 - target / student)[..., None]).flatten(-2)
     surprise = target.clamp(min=_SMALLEST).log() - student.log()
     loss = (target * surprise).sum()
-    pushed = shares.mul_((1.0 - target / student)[..., None]).flatten(-2)
-    return loss, scores(pushed.to(near.dtype), near.transpose(-1, -2)) * scale
+    gradient = scores(pushed.to(near.dtype), near.transpose(-1, -2)) * scale
+    return loss, gradient.view(forecast_BEQD.shape)
+
+
+def _several_heads(
+    forecast_BEQD: Tensor,
+    near_BGSD: Tensor,
+    target_BGQN: Tensor,
+    free_QN: Tensor,
+    queries: range,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return S over its sum on free blocks, [B, G, Q, N], and the gradient of the logits.
+
+    That is [B, G, F * Q, S]. A query without a full block has NaN.
+    """
+    groups, num_blocks = near_BGSD.shape[1], free_QN.shape[1]
+    size = near_BGSD.shape[2] // num_blocks
+    forecast_BGMD = forecast_BEQD.unflatten(1, (groups, -1)).flatten(2, 3)
+    logits_BGMS = scores(forecast_BGMD, near_BGSD).mul_(scale)
+    logits = logits_BGMS.unflatten(2, (-1, len(queries)))
+    full_Q1 = torch.arange(queries.start, queries.stop, device=logits.device)[:, None] // size
+    block_S = torch.arange(num_blocks * size, device=logits.device) // size
+    weights_BGFQS = logits.masked_fill_(block_S >= full_Q1, float("-inf")).softmax(-1)
+    weights = weights_BGFQS.unflatten(-1, (num_blocks, size))
+    shares_BGFQN = weights.sum(-1)
+    free_BGQN = shares_BGFQN.sum(2).masked_fill(~free_QN, 0.0)
+    total = free_BGQN.sum(-1, keepdim=True).clamp(min=_SMALLEST_OF_HEADS)
+    student = (free_BGQN / total).clamp(min=_SMALLEST_OF_HEADS)
+    push = ((1.0 - target_BGQN / student) / total).masked_fill(~free_QN, 0.0)[:, :, None]
+    own = (push * shares_BGFQN).sum(-1, keepdim=True)
+    pushed = weights.mul_((push - own)[..., None])
+    return student, pushed.flatten(-2).flatten(2, 3)

@@ -1,7 +1,7 @@
 """Where the Forecasts of a sharded model start: at those of all its KV heads.
 
-    W_r  = start of the heads of rank r, by its own queries        [G/N * D, hidden]
-    W    = W_0, ..., W_n-1 under each other                        [G * D, hidden]
+    W_r  = start of the heads of rank r, by its own queries        [G/N * F*D, hidden]
+    W    = W_0, ..., W_n-1 under each other                        [G * F*D, hidden]
 
 Each rank then keeps W, or the closest product of the rank that W gets, as one process would; its
 program takes the rows of its own heads (`forecast/parts.py`).
@@ -87,4 +87,5 @@ def whole_start(
 def _whole(part: ProjectionShape, captures: Captures, config: SpardaConfig) -> ProjectionShape:
     """Return the sizes of the projection of all heads, by those of one rank's."""
     copies = captures.ranks.size if splits_heads(captures.original) else 1
-    return ProjectionShape.of(part.rows * copies, part.hidden, config.forecast_rank)
+    rows, heads = part.rows * copies, config.heads_of_forecast
+    return ProjectionShape.of(rows, part.hidden, config.forecast_rank, heads)

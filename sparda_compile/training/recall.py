@@ -11,6 +11,8 @@ over the windows that are complete before the token. With a selector on low-bit 
     truth     = top_k free blocks by sum_{h in g} sum_{t in n} softmax_t(q_h . k'[t] * scale)
     guess     = top_k free blocks by sum_{t in n} exp(f_g . k'[t] * scale)
 
+and a Forecast of several heads for each KV head by the formula of the truth.
+
 Free blocks are those that are not read anyway; sink, local and current blocks would be hits without
 any forecast. Only queries with more than `top_k` free blocks are counted: with fewer, every choice
 is right.
@@ -54,7 +56,7 @@ def first_choice(config: SpardaConfig) -> int:
 
 @torch.no_grad()
 def block_recall(
-    forecast_BGTD: Tensor,
+    forecast_BETD: Tensor,
     query_BHTD: Tensor,
     k_BGTD: Tensor,
     config: SpardaConfig,
@@ -66,7 +68,8 @@ def block_recall(
     """Return the mean recall over some queries, a float32 scalar from 0 to 1.
 
     Args:
-        forecast_BGTD: Predicted queries, after rotation.
+        forecast_BETD: Predicted queries, after rotation, one or several (E = G * F) for each KV
+            head.
         query_BHTD: The layer's true queries, after rotation.
         k_BGTD: Its keys, after rotation.
         config: Sizes of blocks and windows; `top_k` is a number.
@@ -85,8 +88,8 @@ def block_recall(
     steps = torch.arange(count, device=k_BGTD.device)
     position_Q = first + steps * (num_tokens - first) // count
     score = _by_low_bit_keys if scores_low_bit_keys(config) else _by_pooled_keys
-    query_BHQD, forecast_BGQD = query_BHTD[:, :, position_Q], forecast_BGTD[:, :, position_Q]
-    blocks = score(query_BHQD, forecast_BGQD.to(k_BGTD.dtype), k_BGTD, position_Q, config, scale)
+    query_BHQD, forecast_BEQD = query_BHTD[:, :, position_Q], forecast_BETD[:, :, position_Q]
+    blocks = score(query_BHQD, forecast_BEQD.to(k_BGTD.dtype), k_BGTD, position_Q, config, scale)
     truth, guess = (_picked(scored, position_Q, config) for scored in blocks)
     return (truth & guess).sum() / truth.sum()
 
@@ -116,7 +119,7 @@ def _by_pooled_keys(
 
 def _by_low_bit_keys(
     query_BHQD: Tensor,
-    forecast_BGQD: Tensor,
+    forecast_BEQD: Tensor,
     k_BGTD: Tensor,
     position_Q: Tensor,
     config: SpardaConfig,
@@ -126,7 +129,10 @@ def _by_low_bit_keys(
     near_BGSD = near_keys(k_BGTD, config)
     free_QN = free_blocks(position_Q, config, near_BGSD.shape[2] // config.block_size)
     truth = block_mass(query_BHQD, near_BGSD, position_Q, config, scale, full_only=True)
-    guess = token_shares(forecast_BGQD, near_BGSD, free_QN, scale).sum(-1)
+    if forecast_BEQD.shape[1] > near_BGSD.shape[1]:
+        guess = block_mass(forecast_BEQD, near_BGSD, position_Q, config, scale, full_only=True)
+    else:
+        guess = token_shares(forecast_BEQD, near_BGSD, free_QN, scale).sum(-1)
     return truth, guess
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Listener", "TappedForward", "tap_forward"]
 
 Listener = Callable[[AttentionSite, Tensor, Tensor, Tensor], None]
-"""Takes a site, its Forecast [B, G, T, D], its query [B, H, T, D] and its keys [B, G, T, D]."""
+"""Takes a site, its Forecast [B, G*F, T, D], its query [B, H, T, D] and its keys [B, G, T, D]."""
 
 _PLANNED_TOKENS: Final = 4096
 

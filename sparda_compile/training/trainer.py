@@ -72,7 +72,8 @@ class ForecastTrainer:
         backend: What computes the loss: `plain` PyTorch or `triton`; see `teacher.is_fused`.
 
     Raises:
-        ConfigError: If `top_k` is not a number of at least one, or the teacher not known.
+        ConfigError: If `top_k` is not a number of at least one, the teacher not known, or several
+            heads of a Forecast are to be trained for a selector on pooled keys.
         UnsupportedInputError: If the model is in training mode, or not one that `optimize` takes.
     """
 
@@ -95,6 +96,12 @@ class ForecastTrainer:
             raise ConfigError(
                 f"top_k={config.top_k} leaves a Forecast nothing to choose; train with the number "
                 "of blocks that it is to pick, such as 62, the paper's."
+            )
+        if config.heads_of_forecast > 1 and not scores_low_bit_keys(config):
+            raise ConfigError(
+                f"forecast_heads={config.forecast_heads} cannot be trained for selector="
+                f"{config.selector!r}, whose loss is that of one head per KV head; use "
+                "selector='lowbit2' or 'lowbit4', or forecast_heads=1."
             )
         if not lr > 0.0:
             raise ConfigError(f"lr={lr} is not allowed; use more than 0, such as 5e-4.")
@@ -265,12 +272,12 @@ class ForecastTrainer:
         """Return what the projections are for."""
         sites, config = self._forward(1).sites, self.config
         shapes = [self.weights[site.layer].shape for site in sites]
-        dims = tuple(map(forecast_dim, sites))
+        dims, heads = tuple(map(forecast_dim, sites)), config.heads_of_forecast
         assert config.top_k is not None
         return ForecastInfo(
             model=self.captures.model_name,
             layers=tuple(site.layer for site in sites),
-            groups=tuple(each.rows // dim for each, dim in zip(shapes, dims, strict=True)),
+            groups=tuple(each.rows // dim // heads for each, dim in zip(shapes, dims, strict=True)),
             head_dim=dims,
             hidden=tuple(shape.hidden for shape in shapes),
             ranks=tuple(shape.rank for shape in shapes),
@@ -279,6 +286,7 @@ class ForecastTrainer:
             pool_stride=config.pool_stride,
             top_k=config.top_k,
             selector=config.selector,
+            heads=heads,
             steps=self.steps_done,
             num_tokens=self.longest,
             versions={"sparda-compile": __version__, "torch": str(torch.__version__)},

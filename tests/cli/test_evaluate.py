@@ -112,7 +112,8 @@ def trained(path, **sizes):
         model="LlamaForCausalLM", layers=(0, 1), groups=(2, 2), head_dim=(8, 8), hidden=(32, 32),
         ranks=(None, None), block_size=64, top_k=1, steps=1, num_tokens=640, versions={}, **sizes,
     )  # fmt: skip
-    projections = projections_of({layer: torch.randn(16, 32) for layer in info.layers})
+    rows = 16 * info.heads
+    projections = projections_of({layer: torch.randn(rows, 32) for layer in info.layers})
     return ForecastWeights(projections, info).save(path)
 
 
@@ -128,6 +129,16 @@ def test_pooled_keys_are_as_said_else_as_the_forecast_had_them(folder, tmp_path)
     forecast = trained(tmp_path / "forecast.safetensors", pool_size=16, pool_stride=8)
     assert mass("--forecast", forecast) == mass(*finer)
     assert mass("--forecast", forecast, "--pool-size", 32, "--pool-stride", 16) == mass()
+
+
+def test_several_heads_of_a_forecast_are_scored_by_each_selector(folder, tmp_path):
+    sizes = {"pool_size": 32, "pool_stride": 16, "heads": 2}
+    forecast = trained(tmp_path / "forecast.safetensors", **sizes)
+    given = ("--mode", "forecast", "--selector", "infllm2", "--selector", "quest")
+    result = run(folder, *SMALL, "--task", "key_value", *given, "--forecast", forecast, "--json")
+    assert result.exit_code == 0, result.output
+    names = [row["name"] for row in json.loads(result.stdout)["rows"]]
+    assert names == ["forecast 40%", "forecast quest 40%"]
 
 
 @pytest.mark.parametrize(

@@ -65,4 +65,5 @@ def test_modes_take_the_selectors_that_they_read():
     assert selectors_of("exact", selectors) == selectors
     assert selectors_of("forecast", selectors) == ["infllm2", "nosa", "lowbit2"]
     assert selectors_of("forecast", ["lowbit4", "quest"]) == ["lowbit4", "infllm2"]
+    assert selectors_of("forecast", selectors, heads=3) == selectors
     assert selectors_of("dense", selectors) == ["infllm2"]

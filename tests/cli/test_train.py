@@ -63,6 +63,17 @@ def test_it_writes_weights_and_says_what_was_reached(text, tmp_path):
     assert checkpoint_path(out).is_file()
 
 
+def test_several_heads_are_trained_on_low_bit_keys_alone(text, tmp_path):
+    out = tmp_path / "forecast.safetensors"
+    given = ("--text", text, "--out", out, "--steps", 1, "--forecast-heads", 2, *SIZES)
+    result = run(*given, "--selector", "lowbit2")
+    assert result.exit_code == 0, result.output
+    assert load_forecast(out).info.heads == 2
+    result = run(*given, "--selector", "infllm2")
+    assert result.exit_code == 2
+    assert "--forecast-heads 2 cannot be trained for --selector infllm2" in result.output
+
+
 def test_json_and_resumption(text, tmp_path):
     out = tmp_path / "forecast.safetensors"
     assert run("--text", text, "--out", out, "--steps", 1, *SIZES).exit_code == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 import sparda_compile
 from sparda_compile import SpardaConfig
@@ -14,8 +17,8 @@ from sparda_compile.testing import tiny_llama
 pytestmark = pytest.mark.gpu
 
 PROMPT_LENGTHS = (200, 121, 90, 37)
-MAX_TOKENS = 1280
-STEPS = 512
+MAX_TOKENS = 2304
+STEPS = 2048
 SMALL = {
     "block_size": 16, "top_k": 3, "local_blocks": 1, "max_tokens": MAX_TOKENS, "offload": "never",
     "speculate_where": "always", "lowering": "eager",
@@ -32,11 +35,22 @@ CHANGES = {
 TOLERANCE = 2e-5
 
 
+class Forced(LogitsProcessor):
+    """Lets each step choose the token that is given."""
+
+    def __init__(self, tokens, num_before):
+        self.tokens, self.num_before = tokens, num_before
+
+    def __call__(self, input_ids, scores):
+        chosen = self.tokens[:, input_ids.shape[1] - self.num_before, None]
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
 class Lab:
     """One model, traced once; modules of it and what they generate."""
 
-    def __init__(self, device="cuda"):
-        self.traced = tiny_llama().to(device)
+    def __init__(self, device="cuda", layers=2):
+        self.traced = tiny_llama(num_hidden_layers=layers).to(device)
         self.known = {}
         generator = torch.Generator().manual_seed(3)
         longest = max(PROMPT_LENGTHS)
@@ -50,12 +64,12 @@ class Lab:
         self.traced = module
         return module
 
-    def run(self, module, steps=STEPS, cache=None):
-        """Return tokens and logits of a greedy generation."""
+    def run(self, module, steps=STEPS, forced=None):
+        """Return tokens and logits of a greedy generation, or of one of which tokens are given."""
         out = module.generate(
             input_ids=self.ids, attention_mask=self.mask, max_new_tokens=steps, do_sample=False,
             pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True,
-            past_key_values=cache,
+            logits_processor=None if forced is None else [Forced(forced, self.ids.shape[1])],
         )  # fmt: skip
         return out.sequences[:, self.ids.shape[1] :], torch.stack(out.logits)
 
@@ -68,8 +82,13 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return Lab()
+def labs():
+    return functools.cache(lambda layers: Lab(layers=layers))
+
+
+@pytest.fixture
+def lab(labs):
+    return labs(2)
 
 
 def decode_of(module):
@@ -78,12 +97,24 @@ def decode_of(module):
 
 @pytest.mark.parametrize("selector", ["infllm2", "quest"])
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-def test_speculation_is_query_but_for_rounding(lab, selector, lowering):
-    tokens, logits = lab.truth(selector=selector, lowering=lowering)
-    wanted_tokens, wanted = lab.truth(mode="query", selector=selector, lowering=lowering)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_speculation_is_query_but_for_rounding(labs, selector, lowering, layers):
+    """Over 2,048 steps of the same tokens.
+
+    The first layer's queries are the same bits, so all that differs is how sums round. A second
+    layer's differ by that: where the best block that is not selected is as good as the last one
+    that is, it may select the other.
+    """
+    lab, settings = labs(layers), {"selector": selector, "lowering": lowering}
+    wanted_tokens, wanted = lab.truth(mode="query", **settings)
+    tokens, logits = lab.run(lab.module(**settings), forced=wanted_tokens)
     assert torch.equal(tokens, wanted_tokens)
     assert torch.isfinite(logits).all()
-    assert (logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    error = (logits - wanted).abs().amax(-1) / wanted.abs().max()
+    others = error > TOLERANCE
+    assert others.sum() <= (STEPS * len(PROMPT_LENGTHS) // 1000 if layers > 1 else 0)
+    lost = wanted.amax(-1) - wanted.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+    assert lost[~others].max() <= 2 * TOLERANCE * wanted.abs().max()
 
 
 @pytest.mark.parametrize("change", CHANGES)

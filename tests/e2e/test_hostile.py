@@ -88,6 +88,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prefill_selector": st.sampled_from((None, "infllm2", "quest", "lowbit2")),
     "hint": st.sampled_from((*HINTS.names(), ("ema", "forecast"), ("previous_step", "next_query"))),
     "forecast_rank": st.sampled_from((1, 4, 1000)),
+    "forecast_heads": st.sampled_from((1, 2, 3)),
     "top_k": st.sampled_from((0, 1, 8, 62)),
     "short_list": st.sampled_from((0, 2, 23)),
     "sink_blocks": st.sampled_from((0, 1, 3, 100)),

@@ -28,6 +28,22 @@ def test_a_description_from_before_low_bit_keys_scores_pooled_keys():
     )
 
 
+def test_only_several_heads_need_a_later_format():
+    several = dataclasses.replace(INFO, heads=3)
+    assert ForecastInfo.from_json(several.to_json()) == several
+    assert json.loads(several.to_json())["format_version"] == 4
+    fields = json.loads(INFO.to_json())
+    assert fields["format_version"] == 3
+    assert "heads" not in fields
+
+
+@pytest.mark.parametrize("heads", [0, 1.0, None])
+def test_heads_are_counted(heads):
+    fields = dataclasses.asdict(INFO) | {"heads": heads}
+    with pytest.raises(ConfigError, match=f"heads={heads}"):
+        ForecastInfo.from_json(json.dumps(fields))
+
+
 def test_a_selector_is_a_name():
     fields = dataclasses.asdict(INFO) | {"selector": 3}
     with pytest.raises(ConfigError, match="selector=3"):

@@ -119,11 +119,11 @@ def test_file_of_bare_tensors_says_nothing(tmp_path):
 
 def test_description_that_is_no_description(tmp_path):
     path = tmp_path / "later.safetensors"
-    later = dataclasses.asdict(INFO) | {"format_version": 4}
+    later = dataclasses.asdict(INFO) | {"format_version": 5}
     fewer = dataclasses.asdict(INFO)
     del fewer["steps"]
     for text, words in (
-        (json.dumps(later), "format_version is 4, this version reads 3"),
+        (json.dumps(later), "format_version is 5, this version reads 4"),
         (json.dumps(fewer), "its fields are"),
         ("[]", "format_version is None"),
         ("{", "cannot be read as Forecast weights"),

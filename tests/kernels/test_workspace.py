@@ -98,17 +98,17 @@ def test_quest_splits_the_mean_query():
 
 @pytest.mark.parametrize(("past", "runs"), [(1600, 0), (3000, 376)])
 def test_what_is_picked_at_two_times_takes_what_each_scores(past, runs):
-    """Of many blocks every eight are a run, which is scored as well."""
+    """Of many blocks every eight are a run, which is scored as well. Rows have whole eights."""
     prompt = selected(256, blocks=4096)
     prompt.selector = "forecast"
     assert select_past_bytes(prompt) == 0
     prompt.num_past = past * 64 + 7
     vectors = 2 * 256
-    assert select_past_bytes(prompt) == vectors * (past + 1 + runs) * 8 + 8  # no sums
+    assert select_past_bytes(prompt) == vectors * (past + 8 + runs) * 8 + 8  # no sums
     whole = select_tokens_bytes(prompt)
     prompt.near_ids = prompt.block_ids
     # Of 256 tokens five blocks may be new, behind two others.
-    assert whole - select_tokens_bytes(prompt) == vectors * (past + 5 + runs - 7) * 8
+    assert whole - select_tokens_bytes(prompt) == vectors * (past + 8 + runs - 8) * 8
 
 
 class TestKernels:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -143,15 +145,32 @@ def test_programs_of_one_model_share_their_joined_weights(
     monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph, ctx: True)
     plans = [plan_of(captures, batch_size=size, machine="h200") for size in (1, 2)]
     forecast, other = (forecast_of(plans[0]) for _ in range(2))
-    joined = [
-        [weight.tensor.data_ptr() for weight in program._joined]
-        for program in (Program(plans[0], forecast), Program(plans[1], forecast))
-    ]
+    programs = [Program(plan, forecast) for plan in plans]
+    joined = [[weight.tensor.data_ptr() for weight in each._joined] for each in programs]
     assert joined[0] == joined[1]
     assert len(set(joined[0])) == len(joined[0]) == 4
     # Both layers' forecasts are made from the first one's input: only that copy is another.
     another = [weight.tensor.data_ptr() for weight in Program(plans[1], other)._joined]
     assert [one == two for one, two in zip(joined[0], another, strict=True)].count(False) == 1
+
+
+def test_weights_are_joined_when_a_program_runs_and_go_with_it(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse_projections, "_on_gpu", lambda graph, ctx: True)
+    plan = plan_of(captures, mode="query", machine="h200")
+    program = Program(plan, {})
+    captures.refresh_joined()
+    assert not any(weight._is_made for weight in program._joined)
+    one = torch.ones(1, 1, dtype=torch.long)
+    with torch.inference_mode():
+        program(one, one * 0, None, KVCache(plan.layout, torch.device("cpu")))
+    assert [weight._is_made for weight in program._joined] == [True] * 4
+    captures.refresh_joined()  # outside of inference mode
+    copies = [weakref.ref(weight) for weight in program._joined]
+    del program
+    gc.collect()
+    assert not any(copy() for copy in copies)
 
 
 SIZES = [(16, 0), (16, 0), (10, 0), (31, 0), (16, 1), (1, 20), (2, 40), (2, 40), (33, 0)]

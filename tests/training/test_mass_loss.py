@@ -26,13 +26,13 @@ CONFIG = SpardaConfig(
 SCALE = 0.3
 
 
-def draw(batch=1, heads=4, groups=2, tokens=120, dim=8, seed=0):
+def draw(batch=1, heads=4, groups=2, tokens=120, dim=8, seed=0, predicted=1):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    forecast = normal(batch, groups, tokens, dim)
+    forecast = normal(batch, groups * predicted, tokens, dim)
     return forecast, normal(batch, heads, tokens, dim), normal(batch, groups, tokens, dim)
 
 
@@ -85,6 +85,35 @@ def test_it_is_the_formula(options, slow):
     assert math.isclose(float(loss), slow_loss(forecast, query, key, **slow), rel_tol=1e-4)
 
 
+def slow_loss_of_heads(forecast, query, key, *, by_query):
+    """The same of several heads a group, each with a softmax over all full blocks."""
+    near, (groups, num_tokens), total = near_keys(key, CONFIG)[0], key.shape[1:3], 0.0
+    count = forecast.shape[1] // groups
+    for g in range(groups):
+        for p in range(first_supervised(CONFIG), num_tokens):
+            free, full = range(1, p // 16 - 1), p // 16 * 16
+            masses, seen = [], near[g][:full] if by_query else key[0, g, : p + 1]
+            for heads, keys in (
+                (query[0, 2 * g : 2 * g + 2, p], seen),
+                (forecast[0, count * g : count * (g + 1), p], near[g][:full]),
+            ):
+                weights = [softmax([float(head @ k) * SCALE for k in keys]) for head in heads]
+                mass = [sum(sum(w[16 * n : 16 * n + 16]) for w in weights) for n in free]
+                masses.append([m / sum(mass) for m in mass])
+            total += sum(t * math.log(t / s) for t, s in zip(*masses, strict=True))
+    return total / (groups * num_tokens)
+
+
+@pytest.mark.parametrize("teacher", ["attention", "query"])
+@pytest.mark.parametrize("predicted", [2, 3])
+def test_several_heads_are_the_formula(predicted, teacher):
+    drawn = draw(predicted=predicted, tokens=80)
+    loss = backward_mass_loss(*drawn, CONFIG, SCALE, teacher=teacher)
+    want = slow_loss_of_heads(*drawn, by_query=teacher == "query")
+    assert want > 0.0
+    assert math.isclose(float(loss), want, rel_tol=1e-4)
+
+
 def plain_loss(forecast, query, key):
     """The same with autograd, all queries at once."""
     position = torch.arange(first_supervised(CONFIG), key.shape[2])
@@ -92,13 +121,19 @@ def plain_loss(forecast, query, key):
     free = (torch.arange(blocks) >= 1) & (torch.arange(blocks) < position[:, None] // 16 - 1)
     mass = block_mass(query[:, :, position], key, position, CONFIG, SCALE).masked_fill(~free, 0.0)
     target = mass / mass.sum(-1, keepdim=True)
-    shares = token_shares(forecast[:, :, position], near, free, SCALE).sum(-1)
+    if forecast.shape[1] == key.shape[1]:
+        shares = token_shares(forecast[:, :, position], near, free, SCALE).sum(-1)
+    else:
+        shares = block_mass(forecast[:, :, position], near, position, CONFIG, SCALE, full_only=True)
+        shares = shares.masked_fill(~free, 0.0)
+        shares = shares / shares.sum(-1, keepdim=True)
     terms = target * (target / shares.where(free, 1.0)).where(free, 1.0).log()
     return terms.sum() / (key.shape[0] * key.shape[1] * key.shape[2])
 
 
-def test_its_gradient_is_that_of_autograd_and_weight_scales_it(monkeypatch):
-    forecast, query, key = draw(batch=2)
+@pytest.mark.parametrize("predicted", [1, 2, 3])
+def test_its_gradient_is_that_of_autograd_and_weight_scales_it(monkeypatch, predicted):
+    forecast, query, key = draw(batch=2, predicted=predicted)
     forecast.requires_grad_()
     want = plain_loss(forecast, query, key)
     want.backward()
@@ -111,16 +146,56 @@ def test_its_gradient_is_that_of_autograd_and_weight_scales_it(monkeypatch):
     assert not forecast.grad[:, :, : first_supervised(CONFIG)].any()
 
 
-def test_a_forecast_that_is_the_query_of_one_head_learns_nothing_from_it():
-    _, query, key = draw(heads=2)
-    loss = backward_mass_loss(query, query, key, CONFIG, SCALE, teacher="query")
+def test_its_gradient_is_that_of_finite_differences():
+    forecast, query, key = draw(predicted=2, tokens=90)
+    forecast.requires_grad_()
+    backward_mass_loss(forecast, query, key, CONFIG, SCALE)
+    direction = torch.randn(forecast.shape, generator=torch.Generator().manual_seed(1))
+    step = 1e-2 * direction
+    up, down = (
+        backward_mass_loss(forecast.detach() + each, query, key, CONFIG, SCALE)
+        for each in (step, -step)
+    )
+    slope = float((forecast.grad * direction).sum())
+    assert abs(slope) > 1e-3
+    assert math.isclose(float(up - down) / 2e-2, slope, rel_tol=2e-3)
+
+
+def test_two_heads_that_are_one_are_that_one():
+    forecast, query, key = draw()
+    found = []
+    for heads in (1, 2):
+        leaf = forecast.clone().requires_grad_()
+        given = leaf.repeat_interleave(heads, dim=1)
+        found += [(backward_mass_loss(given, query, key, CONFIG, SCALE), leaf.grad)]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_forecast_that_is_the_query_learns_nothing_from_it(heads):
+    _, query, key = draw(heads=heads)
+    leaf = query.clone().requires_grad_()
+    loss = backward_mass_loss(leaf, query, key, CONFIG, SCALE, teacher="query")
     assert abs(float(loss)) < 1e-6
+    assert leaf.grad.abs().max() < 1e-8
 
 
+def test_blocks_that_heads_all_but_leave_out_have_finite_gradients():
+    forecast, query, key = draw(predicted=2)
+    # The sink takes all of the softmax.
+    key[:, :, :16] = forecast[:, :2].mean(2, keepdim=True) * 400
+    leaf = forecast.clone().requires_grad_()
+    loss = backward_mass_loss(leaf, query, key, CONFIG, 30.0)
+    assert loss.isfinite()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("predicted", [1, 2])
 @pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
-def test_recall_is_what_the_deployed_selectors_share(selector):
-    config = CONFIG.replace(selector=selector)
-    forecast, query, key = draw(tokens=160)
+def test_recall_is_what_the_deployed_selectors_share(selector, predicted):
+    config = CONFIG.replace(selector=selector, forecast_heads=predicted)
+    forecast, query, key = draw(tokens=160, predicted=predicted)
     hits = total = 0
     rule = SELECTORS[selector]
     geometry = Geometry(10, 16, 8, 4)
@@ -130,7 +205,7 @@ def test_recall_is_what_the_deployed_selectors_share(selector):
         every = torch.ones(1, p, dtype=torch.bool)
         rule.summary.extend(tensors, key[:, :, :p], torch.zeros(1).int(), every, geometry)
         picked = []
-        for each, heads in ((rule, query), (SELECTORS[rule.forecast_selector], forecast)):
+        for each, heads in ((rule, query), (SELECTORS[config.forecast_selector], forecast)):
             scored = each.score(heads[:, :, p : p + 1], tensors, lengths, SCALE, geometry)
             picked.append(scored[0, :, 1 : p // 16 - 1].topk(2).indices)
         for true, guess in zip(*picked, strict=True):

@@ -20,7 +20,7 @@ CONFIG = SpardaConfig(
 )
 
 
-def draw(batch, heads, groups, tokens, dim, dtype=torch.float32, device="cpu"):
+def draw(batch, heads, groups, tokens, dim, dtype=torch.float32, device="cpu", predicted=1):
     """As a model makes them: heads are a transposed view."""
     generator = torch.Generator().manual_seed(3)
 
@@ -28,7 +28,7 @@ def draw(batch, heads, groups, tokens, dim, dtype=torch.float32, device="cpu"):
         drawn = torch.randn(batch, tokens, heads, dim, generator=generator).to(dtype)
         return drawn.to(device).transpose(1, 2)
 
-    return normal(groups), normal(heads), normal(groups)
+    return normal(groups * predicted), normal(heads), normal(groups)
 
 
 def both(drawn, config, scale, **options):
@@ -68,6 +68,42 @@ def test_the_fused_loss_is_the_plain_one(shape, sizes, options):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("shape", "predicted", "sizes", "options"),
+    [
+        ((2, 4, 1, 150, 64), 2, (16, 1, 1), {}),
+        ((1, 3, 1, 203, 96), 3, (32, 1, 2), {"teacher": "query"}),
+        ((1, 4, 2, 300, 16), 2, (64, 1, 1), {"softcap": 0.5}),
+        ((1, 12, 2, 131, 20), 6, (16, 2, 3), {"teacher": "query", "weight": 0.25}),
+        ((1, 3, 1, 170, 80), 3, (48, 1, 0), {}),
+        ((1, 2, 1, 150, 128), 2, (32, 0, 1), {"last_tokens": 33}),
+        ((1, 2, 1, 530, 16), 2, (128, 1, 1), {"last_tokens": 70}),
+        ((1, 6, 3, 149, 8), 2, (16, 0, 0), {"last_tokens": 1}),
+    ],
+)  # fmt: skip
+def test_the_fused_loss_of_several_heads_is_the_plain_one(shape, predicted, sizes, options):
+    size, sink, local = sizes
+    config = CONFIG.replace(block_size=size, sink_blocks=sink, local_blocks=local)
+    drawn = draw(*shape, predicted=predicted)
+    (loss, gradient), (want, expected) = both(drawn, config, 0.3, **options)
+    torch.testing.assert_close(loss, want, rtol=5e-5, atol=1e-9)
+    assert want > 0.0
+    assert expected.any()
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=4e-6 * expected.abs().max())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_blocks_that_heads_all_but_leave_out_have_finite_gradients():
+    forecast, query, key = draw(1, 2, 1, 120, 8, predicted=2)
+    # The sink takes all of the softmax.
+    key[:, :, :16] = forecast[:, :1].mean(2, keepdim=True) * 400
+    (loss, gradient), (want, expected) = both((forecast, query, key), CONFIG, 30.0)
+    torch.testing.assert_close(loss, want, rtol=1e-3, atol=0.0)
+    assert gradient.isfinite().all()
+    assert expected.isfinite().all()
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 0.02)])
 def test_half_precision(dtype, tolerance):
     # The interpreter multiplies float32, so shares are not rounded before they meet the keys.
@@ -79,8 +115,9 @@ def test_half_precision(dtype, tolerance):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_ranges_of_queries_change_nothing(monkeypatch):
-    drawn = draw(1, 2, 1, 400, 8)
+@pytest.mark.parametrize("predicted", [1, 2])
+def test_ranges_of_queries_change_nothing(monkeypatch, predicted):
+    drawn = draw(1, 2, 1, 400, 8, predicted=predicted)
     (loss, gradient), _ = both(drawn, CONFIG, 0.3)
     monkeypatch.setattr(mass_loss_kernel, "_HELD", 1)
     launches = []
@@ -95,8 +132,9 @@ def test_ranges_of_queries_change_nothing(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_queries_without_a_free_block_add_nothing():
-    forecast, query, k = draw(1, 2, 1, 100, 8)
+@pytest.mark.parametrize("predicted", [1, 2])
+def test_queries_without_a_free_block_add_nothing(predicted):
+    forecast, query, k = draw(1, 2, 1, 100, 8, predicted=predicted)
     near, first = near_keys(k, CONFIG), first_supervised(CONFIG)
     found = []
     for queries in (range(100), range(first, 100)):
@@ -129,18 +167,22 @@ def test_unknown_backends_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("teacher", ["attention", "query"])
 @pytest.mark.parametrize(
-    ("shape", "size", "options"),
+    ("shape", "predicted", "size", "options"),
     [
-        ((2, 9, 3, 8192, 64), 64, {}),
-        ((1, 8, 2, 8191, 128), 32, {"softcap": 30.0}),
-        ((1, 4, 1, 8000, 96), 16, {"last_tokens": 1000}),
-        ((1, 3, 3, 4100, 80), 48, {}),
-        ((1, 2, 1, 2100, 256), 128, {}),
+        ((2, 9, 3, 8192, 64), 1, 64, {}),
+        ((2, 9, 3, 8192, 64), 3, 64, {}),
+        ((1, 8, 2, 8191, 128), 1, 32, {"softcap": 30.0}),
+        ((1, 8, 2, 8191, 128), 4, 32, {"softcap": 30.0}),
+        ((1, 4, 1, 8000, 96), 1, 16, {"last_tokens": 1000}),
+        ((1, 4, 1, 8000, 96), 2, 16, {"last_tokens": 1000}),
+        ((1, 3, 3, 4100, 80), 1, 48, {}),
+        ((1, 2, 1, 2100, 256), 1, 128, {}),
+        ((1, 2, 1, 2100, 256), 2, 128, {}),
     ],
 )  # fmt: skip
-def test_real_shapes_on_a_gpu_without_a_wait_for_it(shape, size, options, teacher):
+def test_real_shapes_on_a_gpu_without_a_wait_for_it(shape, predicted, size, options, teacher):
     config = CONFIG.replace(block_size=size, local_blocks=2)
-    drawn = draw(*shape, torch.bfloat16, "cuda")
+    drawn = draw(*shape, torch.bfloat16, "cuda", predicted)
     scale, options = shape[-1] ** -0.5, options | {"teacher": teacher}
     (loss, gradient), (want, expected) = both(drawn, config, scale, **options)
     torch.testing.assert_close(loss, want, rtol=5e-4, atol=1e-6)

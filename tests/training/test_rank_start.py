@@ -36,17 +36,18 @@ def test_one_process_starts_as_ever(gym):
         assert torch.equal(start[layer].product(), weight.product())
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_all_heads_are_gathered_and_cut_to_the_rank_of_all(pair, rank):
-    config = pair.config.replace(forecast_rank=rank)
+@pytest.mark.parametrize(("rank", "heads"), [(None, 1), (4, 1), (4, 2)])
+def test_all_heads_are_gathered_and_cut_to_the_rank_of_all(pair, rank, heads):
+    whole = pair.config.replace(forecast_heads=heads)
+    config = whole.replace(forecast_rank=rank)
     traced = traced_config(pair.captures, config)
     assert traced.forecast_rank == rank
     start = whole_start(pair.captures, tap_forward(pair.captures, traced, 1), config)
-    full = whole_start(pair.captures, tap_forward(pair.captures, pair.config, 1), pair.config)
+    full = whole_start(pair.captures, tap_forward(pair.captures, whole, 1), whole)
     for layer, weight in full.items():
         upper, lower = weight.product().chunk(2)
         assert torch.equal(lower, 2 * upper)
-        assert start[layer].shape == ProjectionShape(64, 64, rank)
+        assert start[layer].shape == ProjectionShape(64 * heads, 64, rank)
         if rank is None:
             assert torch.equal(start[layer].product(), weight.product())
 

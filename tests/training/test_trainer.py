@@ -75,11 +75,47 @@ def test_from_random_weights_loss_falls_and_recall_rises_and_a_decode_takes_the_
     assert fast.generate(held_out[0], max_new_tokens=2).shape == (1, 322)
 
 
+def test_several_heads_learn_from_where_they_start_and_know_more_than_one(gym):
+    held_out, found = gym.batches(2, length=200, seed=9), {}
+    for heads in (1, 2):
+        config = gym.config.replace(selector="lowbit2", forecast_heads=heads)
+        trainer = ForecastTrainer(gym.model, config, 3e-3)
+        start = trainer.measure(held_out)
+        for batch in gym.batches(24, length=200):
+            trainer.step([batch])
+        found[heads] = start, trainer.measure(held_out)
+        info = trainer.info()
+        assert (info.heads, info.groups, info.head_dim) == (heads, (2, 2), (16, 16))
+        assert trainer.weights[0].shape.rows == heads * 32
+    start, end = found[2]
+    assert end.losses[1] < 0.9 * start.losses[1]
+    # Layer 0 starts as its own query: nothing that one head learns comes near to it.
+    assert start.recalls[0] == 1.0
+    assert end.losses[0] < 0.5 * found[1][1].losses[0]
+
+
+@pytest.mark.parametrize("selector", ["infllm2", "quest"])
+def test_several_heads_are_not_trained_for_pooled_keys(gym, selector):
+    config = gym.config.replace(selector=selector, forecast_heads=2)
+    words = f"forecast_heads=2 cannot be trained for selector='{selector}'.*use selector='lowbit2'"
+    with pytest.raises(ConfigError, match=words):
+        ForecastTrainer(gym.model, config, 1e-3)
+
+
+def test_a_checkpoint_of_other_heads_is_refused(gym):
+    two = gym.config.replace(selector="lowbit2", forecast_heads=2)
+    made = ForecastTrainer(gym.model, two, 1e-3).checkpoint(0)
+    one = ForecastTrainer(gym.model, two.replace(forecast_heads=1), 1e-3)
+    with pytest.raises(ConfigError, match="trained with heads=2, this run has heads=1"):
+        one.restore(made)
+
+
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("teacher", ["attention", "query"])
-def test_the_fused_loss_on_low_bit_keys_takes_the_same_step(gym, teacher):
+@pytest.mark.parametrize(("teacher", "heads"), [("attention", 1), ("query", 1), ("attention", 2)])
+def test_the_fused_loss_on_low_bit_keys_takes_the_same_step(gym, teacher, heads):
     pytest.importorskip("triton")
-    config, (batch,) = gym.config.replace(selector="lowbit2"), gym.batches(1, length=150)
+    config = gym.config.replace(selector="lowbit2", forecast_heads=heads)
+    (batch,) = gym.batches(1, length=150)
     reports, weights = [], []
     for backend in ("plain", "triton"):
         trainer = ForecastTrainer(gym.model, config, 1e-3, teacher=teacher, backend=backend)

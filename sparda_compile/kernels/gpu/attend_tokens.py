@@ -135,8 +135,7 @@ def _add(acc, weights, peak, scores, values):
 @triton.jit(do_not_specialize=["num_tokens", "num_slots", "first_tile"])
 def _attend_tokens(
     query, out, columns, totals, lengths, union_counts, union_ids, readers, union_slots, staging,
-    factor, cap, q_row, q_head, q_token, groups, num_tokens, num_blocks, num_entries, num_slots,
-    first_tile,
+    factor, cap, q_row, q_head, q_token, groups, num_tokens, num_entries, num_slots, first_tile,
     HEADS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
     DIMS: tl.constexpr, SOFTCAP: tl.constexpr, ALL: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -165,7 +164,7 @@ def _attend_tokens(
         count = tl.load(union_counts + own)
     ids_at, slots_at = union_ids + own * num_entries, union_slots + own * num_entries
     staging_at = staging + pair.to(tl.int64) * num_slots * (2 * SIZE * DIM)
-    readers_at = readers + own * num_blocks * WORDS
+    readers_at = readers + own * num_entries * WORDS
     word, shift = reader // 32, reader % 32
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     weights = tl.zeros([ROWS], dtype=tl.float32)
@@ -237,7 +236,7 @@ def attend_unions(
         rows: Of a tile, see `tile_rows`.
     """
     batch, heads, num_tokens, dim = query_BHTD.shape
-    groups, num_blocks = prompt.slots.shape[1:]
+    groups = prompt.slots.shape[1]
     size, (scale, softcap) = prompt.staging.shape[4], factors
     room, dims = power_of_two(heads // groups), power_of_two(dim, 16)
     tokens = min(_TILE, _TILE_BYTES // (dims * prompt.staging.element_size()))
@@ -249,7 +248,7 @@ def attend_unions(
         query_BHTD, out, prompt.columns, prompt.totals, prompt.lengths,
         prompt.totals if counts is None else counts, union.block_ids, union.readers, union.slots,
         prompt.staging, factor, softcap * _LOG2_E, *query_BHTD.stride()[:3], groups, num_tokens,
-        num_blocks, union.block_ids.shape[2], prompt.staging.shape[2], first_tile,
+        union.block_ids.shape[2], prompt.staging.shape[2], first_tile,
         heads // groups, room, rows, union.readers.shape[3], size, tokens,
         triton.cdiv(size, tokens), dim, dims, softcap != 0.0, counts is None, interpreting(),
         _stages(prompt.staging, rows, tokens, dims), num_warps=4 if rows <= 64 else 8,

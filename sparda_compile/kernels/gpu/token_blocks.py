@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
-from sparda_compile.kernels.workspace import union_entries, union_words
+from sparda_compile.kernels.workspace import mark_words, union_entries, union_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,8 +62,8 @@ class Unions:
         counts: [pairs, tiles] int32, blocks; None where each token reads all up to its own. Then
             one tile stands for all of them.
         block_ids: [pairs, tiles, U] int32, ascending.
-        readers: [pairs, tiles, N, w] int32, for the same entries: bit t % 32 of word t // 32 is
-            set where token t of the tile reads the block.
+        readers: [pairs, tiles, U, w] int32: bit t % 32 of word t // 32 is set where token t of
+            the tile reads the block.
         slots: [pairs, tiles, U] int32, where each lies among the slots of its pair.
     """
 
@@ -152,23 +152,26 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["num_tokens", "first_tile"])
 def _tile_unions(
-    block_ids, columns, totals, lengths, slots, union_counts, union_ids, readers,
-    union_slots, groups, num_tokens, num_blocks, num_entries, first_tile,
+    block_ids, columns, totals, lengths, slots, marks, union_counts, union_ids, readers,
+    union_slots, groups, num_tokens, num_blocks, num_marks, num_entries, first_tile,
     SELECTED: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     WORDS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    # Bits of a block, of which a word has as many as it holds.
+    BITS: tl.constexpr = 32 if TOKENS > 32 else TOKENS
+    BLOCKS: tl.constexpr = 32 // BITS
     local_tile, pair = tl.program_id(0), tl.program_id(1)
-    row, wide = pair // groups, pair.to(tl.int64)
-    first = (first_tile + local_tile) * TOKENS
+    row, wide, first = pair // groups, pair.to(tl.int64), (first_tile + local_tile) * TOKENS
     length = tl.load(lengths + row)
     end = tl.minimum(tl.load(totals + row) - length, first + TOKENS)
     own = wide * tl.num_programs(0) + local_tile
-    readers_at = readers + own * num_blocks * WORDS
+    marks_at, readers_at = marks + own * num_marks, readers + own * num_entries * WORDS
     # Blocks up to the last token's own.
     stop = tl.where(first < end, (length + end - 1) // SIZE + 1, 0)
-    for start in tl.range(0, stop * WORDS, TILE):
+    num_words = (stop + BLOCKS - 1) // BLOCKS * WORDS
+    for start in tl.range(0, num_words, TILE):
         word = start + tl.arange(0, TILE)
-        tl.store(readers_at + word, word * 0, mask=word < stop * WORDS)
+        tl.store(marks_at + word, word * 0, mask=word < num_words)
     tl.debug_barrier()
     entry = tl.arange(0, LISTED)
     for start in tl.range(first, end, ROWS):
@@ -179,9 +182,10 @@ def _tile_unions(
         ids_at = block_ids + (wide * num_tokens + column[:, None]) * SELECTED
         mask = real[:, None] & (entry < SELECTED)[None, :]
         block = tl.load(ids_at + entry[None, :], mask=mask, other=-1)
-        bit = (tl.full([ROWS], 1, dtype=tl.int32) << (token % 32))[:, None] + block * 0
-        word = block * WORDS + (token // 32)[:, None]
-        tl.atomic_or(readers_at + word, bit, mask=block >= 0, sem="relaxed")
+        shift = (token % 32)[:, None] + block % BLOCKS * BITS
+        bit = tl.full([ROWS, LISTED], 1, dtype=tl.int32) << shift
+        word = block // BLOCKS * WORDS + (token // 32)[:, None]
+        tl.atomic_or(marks_at + word, bit, mask=block >= 0, sem="relaxed")
     tl.debug_barrier()
     count = tl.zeros([], dtype=tl.int32)
     every = tl.arange(0, WORDS)
@@ -189,16 +193,16 @@ def _tile_unions(
         block = start + tl.arange(0, TILE)
         there = block < stop
         bits = tl.load(
-            readers_at + block[:, None] * WORDS + every[None, :],
+            marks_at + (block // BLOCKS * WORDS)[:, None] + every[None, :],
             mask=there[:, None], other=0, cache_modifier=".cg",
         )  # fmt: skip
+        if BLOCKS > 1:
+            bits = (bits >> (block % BLOCKS * BITS)[:, None]) & ((1 << BITS) - 1)
         read = tl.max((bits != 0).to(tl.int32), axis=1) > 0
         rank = count + tl.cumsum(read.to(tl.int32), 0) - 1
         new = block - length // SIZE
         staged = tl.load(slots + wide * num_blocks + block, mask=read & (new < 0), other=0)
         slot = tl.where(new < 0, staged, new)
-        # Entries move down in place, to where every thread has read.
-        tl.debug_barrier()
         tl.store(
             readers_at + rank[:, None] * WORDS + every[None, :], bits,
             mask=read[:, None] & (every < WORDS)[None, :],
@@ -227,11 +231,14 @@ def unions(
     pairs = batch * groups
     shape, new = (pairs, num_tiles), prompt.columns.new_empty
     counts, ids, slots = new(shape), new((*shape, num_entries)), new((*shape, num_entries))
-    readers = new((*shape, num_blocks, words))
+    readers = new((*shape, num_entries, words))
+    num_marks = mark_words(num_blocks, tokens)
+    marks = new((*shape, num_marks))
     listed = power_of_two(selected)
     launch(_tile_unions, (num_tiles, pairs))(
-        block_ids_BGTK, prompt.columns, prompt.totals, prompt.lengths, prompt.slots, counts,
-        ids, readers, slots, groups, num_tokens, num_blocks, num_entries, first_tile,
+        block_ids_BGTK, prompt.columns, prompt.totals, prompt.lengths, prompt.slots, marks,
+        counts, ids, readers, slots, groups, num_tokens, num_blocks, num_marks, num_entries,
+        first_tile,
         selected, listed, min(max(_IDS // listed, 1), tokens), tokens, words, size, _TILE,
         num_warps=4,
     )  # fmt: skip

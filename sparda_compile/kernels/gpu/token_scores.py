@@ -46,11 +46,13 @@ from torch import Tensor
 from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
+from sparda_compile.kernels.gpu.score_tiles import query_vectors, store_scores, window_keys
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.workspace import (
     PART_BLOCKS,
     RUN_BLOCKS,
     SCORE_COLUMNS,
+    SCORED_TOGETHER,
     most_vectors,
     num_runs,
     score_columns,
@@ -71,44 +73,6 @@ _MOST_STAGES: Final = 3
 _LOG2_E: Final = math.log2(math.e)
 
 
-@triton.jit
-def _vectors(
-    query, positions, row, group, first, last, q_row, q_head, q_token, num_tokens,
-    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr,
-    DIM: tl.constexpr, DIMS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Return query vectors of the tokens from `first` to `last`, and the position of each."""
-    column = tl.arange(0, COLUMNS)
-    token, head = first + column // ROOM, column % ROOM
-    there = (token < last) & (head < HEADS)
-    position = tl.load(positions + row * num_tokens + token, mask=token < last, other=-1)
-    dims = tl.arange(0, DIMS)
-    place = row.to(tl.int64) * q_row + token.to(tl.int64) * q_token
-    place += (group * HEADS + head).to(tl.int64) * q_head
-    vectors = tl.load(
-        query + place[:, None] + dims[None, :],
-        mask=there[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    )
-    if INTERPRETED:
-        vectors = vectors.to(tl.float32)
-    return vectors, position, there
-
-
-@triton.jit
-def _keys(
-    keys, window, end, WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Return the first numbers of the pooled keys of some windows."""
-    dims = tl.arange(0, DIMS)
-    mask = (window < end)[:, None] & (dims < DIM)[None, :]
-    tile = tl.load(keys + window[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
-    if INTERPRETED:
-        tile = tile.to(tl.float32)
-    return tile
-
-
 @triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
 def _token_sums(
     query, pooled, positions, maxima, sums, factor, q_row, q_head, q_token, groups, num_tokens,
@@ -120,7 +84,7 @@ def _token_sums(
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
     first = begin + tile * (COLUMNS // ROOM)
-    vectors, position, _ = _vectors(
+    vectors, position, _ = query_vectors(
         query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
         HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
     )  # fmt: skip
@@ -133,7 +97,7 @@ def _token_sums(
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     for start in tl.range(part * PART, stop, WINDOWS, num_stages=STAGES):
         window = start + tl.arange(0, WINDOWS)
-        keys = _keys(keys_at, window, stop, WIDTH, DIM, DIMS, INTERPRETED)
+        keys = window_keys(keys_at, window, stop, WIDTH, DIM, DIMS, INTERPRETED)
         logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
         logits = tl.where(window[None, :] < own_stop[:, None], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -175,10 +139,62 @@ def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernel
     return tl.maximum(length // SIZE - 2, 0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_runs", "begin", "end"])
+@triton.jit
+def _score_part(
+    vectors, normal, keys_at, at, runs_at, token, complete, there, factor, origin, part, stop,
+    begin, end, num_eights, eight_runs,
+    ROOM: tl.constexpr, TOKENS: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
+    BLOCKS: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Score the blocks of a part for a tile of tokens, window by window of many blocks."""
+    # The dimension of blocks: of one vector a token, tokens are the rows of the product.
+    AXIS: tl.constexpr = 1 if ROOM == 1 else 0
+    most = tl.max(complete, 0)
+    if AXIS == 1:
+        none = tl.full([TOKENS, BLOCKS], float("-inf"), dtype=tl.float32)
+    else:
+        none = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
+    own, next_one = none, none
+    # Before this window nothing is masked: each token that is there sees all.
+    seen = tl.min(tl.where(token < end, complete, most), 0)
+    tiles = (stop - part * PART + BLOCKS - 1) // BLOCKS
+    for step in tl.range(tiles * RATIO, num_stages=STAGES):
+        first_block, place = part * PART + step // RATIO * BLOCKS, step % RATIO
+        block = first_block + tl.arange(0, BLOCKS)
+        window = (origin + block) * RATIO + place
+        keys = window_keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
+        if AXIS == 1:
+            weight = tl.dot(vectors, tl.trans(keys), input_precision="ieee")
+        else:
+            weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
+        if SOFTMAX:
+            weight = tl.exp2(weight * factor - tl.expand_dims(normal, AXIS))
+            weight = tl.where(tl.expand_dims(there, AXIS), weight, 0.0)
+        if ROOM > 1:
+            weight = tl.sum(tl.reshape(weight, [BLOCKS, TOKENS, ROOM]), axis=2)
+        if (origin + first_block + BLOCKS - 1) * RATIO + place >= seen:
+            exists = tl.expand_dims(window, 1 - AXIS) < tl.expand_dims(complete, AXIS)
+            weight = tl.where(exists, weight, float("-inf"))
+        own = tl.maximum(own, weight)
+        if OVERHANG > 1:  # noqa: SIM102 - known when it is compiled
+            if place + OVERHANG >= RATIO:
+                next_one = tl.maximum(next_one, weight)
+        if place == RATIO - 1:
+            # Where one window reaches over, it is the last one.
+            store_scores(
+                at, runs_at, own, next_one if OVERHANG > 1 else weight, first_block, stop,
+                token - begin, end - begin, num_eights, eight_runs, OVERHANG, BLOCKS, TOKENS,
+                RUN, AXIS,
+            )  # fmt: skip
+            own, next_one = none, none
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_eights", "eight_runs", "begin", "end"])
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, runs, factor, q_row, q_head, q_token,
-    groups, num_tokens, num_windows, num_blocks, num_runs, begin, end, scored_from, sum_parts,
+    groups, num_tokens, num_windows, num_eights, eight_runs, begin, end, scored_from, sum_parts,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
     POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
     WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
@@ -196,72 +212,26 @@ def _token_blocks(
     most = tl.max(complete, 0)
     is_scored = tl.max(position, 0) >= scored_from
     origin = first_scored(length, RATIO * STRIDE) if NEW else length * 0
-    start = origin + part * PART
-    stop = tl.where(is_scored, tl.minimum((most + RATIO - 1) // RATIO, start + PART), 0)
-    if start < stop:
-        vectors, _, there = _vectors(
+    # Blocks are counted from the first that is scored, so that reads and writes are wide.
+    last = (most + RATIO - 1) // RATIO - origin
+    stop = tl.where(is_scored, tl.minimum(last, (part + 1) * PART), 0)
+    if part * PART < stop:
+        vectors, _, there = query_vectors(
             query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
             HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
         )  # fmt: skip
+        normal = factor
         if SOFTMAX:
             columns = (end - begin) * ROOM
             normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
         keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
-        at = scores + pair.to(tl.int64) * (end - begin) * (2 * num_blocks) - origin
-        runs_at = runs + pair.to(tl.int64) * (end - begin) * (2 * num_runs)
-        own = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
-        next_one = own
-        tiles = (stop - start + BLOCKS - 1) // BLOCKS
-        for step in tl.range(tiles * RATIO, num_stages=STAGES):
-            block = start + step // RATIO * BLOCKS + tl.arange(0, BLOCKS)
-            place = step % RATIO
-            window = block * RATIO + place
-            keys = _keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
-            weight = tl.dot(keys, tl.trans(vectors), input_precision="ieee")
-            if SOFTMAX:
-                weight = tl.exp2(weight * factor - normal[None, :])
-                weight = tl.where(there[None, :], weight, 0.0)
-            if ROOM > 1:
-                weight = tl.sum(tl.reshape(weight, [BLOCKS, TOKENS, ROOM]), axis=2)
-            exists = window[:, None] < complete[None, :]
-            weight = tl.where(exists, weight, float("-inf"))
-            own = tl.maximum(tl.where(place == 0, float("-inf"), own), weight)
-            if OVERHANG > 1:
-                reaches = place + OVERHANG >= RATIO
-                next_one = tl.where(place == 0, float("-inf"), next_one)
-                next_one = tl.maximum(next_one, tl.where(reaches, weight, float("-inf")))
-            if place == RATIO - 1:
-                # Where one window reaches over, it is the last one.
-                _store_scores(
-                    at, runs_at, own, next_one if OVERHANG > 1 else weight, block, stop,
-                    token - begin, end - begin, num_blocks, num_runs, OVERHANG, BLOCKS, TOKENS, RUN,
-                )  # fmt: skip
-
-
-@triton.jit
-def _store_scores(
-    at, runs_at, own, next_one, block, stop, token, tokens, num_blocks, num_runs,
-    OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """Write scores of blocks; of each run of them, as of a block, what is in it and reaches out."""
-    mask = (block < stop)[:, None] & (token < tokens)[None, :]
-    # [token, which of the two, block] of one pair: 32 bits count its scores.
-    place = (token * (2 * num_blocks))[None, :] + block[:, None]
-    tl.store(at + place, own, mask=mask)
-    if OVERHANG > 0:
-        tl.store(at + num_blocks + place, next_one, mask=mask)
-    if RUN > 0:
-        row = (token * (2 * num_runs))[None, :]
-        best = own
-        if OVERHANG > 0:
-            is_last = block % RUN == RUN - 1
-            place = row + (block // RUN)[:, None]
-            tl.store(runs_at + num_runs + place, next_one, mask=mask & is_last[:, None])
-            best = tl.maximum(best, tl.where(is_last[:, None], float("-inf"), next_one))
-        best = tl.max(tl.reshape(best, [BLOCKS // RUN, RUN, TOKENS]), axis=1)
-        run = tl.min(block, 0) // RUN + tl.arange(0, BLOCKS // RUN)
-        mask = (run * RUN < stop)[:, None] & (token < tokens)[None, :]
-        tl.store(runs_at + row + run[:, None], best, mask=mask)
+        at = scores + pair.to(tl.int64) * (end - begin) * (16 * num_eights)
+        runs_at = runs + pair.to(tl.int64) * (end - begin) * (16 * eight_runs)
+        _score_part(
+            vectors, normal, keys_at, at, runs_at, token, complete, there, factor, origin, part,
+            stop, begin, end, num_eights, eight_runs, ROOM, TOKENS, RATIO, OVERHANG, WIDTH, DIM,
+            DIMS, PART, BLOCKS, RUN, SOFTMAX, INTERPRETED, STAGES,
+        )  # fmt: skip
 
 
 def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
@@ -325,7 +295,8 @@ class Scores(NamedTuple):
     """Scores of blocks for some tokens: what begins in a block, and what reaches into the next one.
 
     Attributes:
-        blocks: [pairs, t, 2, n] float32, the best window of each kind.
+        blocks: [pairs, t, 2, n] float32, the best window of each kind; n is divisible by 8, and
+            what is behind the last block is any number.
         runs: [pairs, t, 2, r] float32, the same of runs of `RUN_BLOCKS` blocks, as of one that is
             as large; None where nobody picks by them.
     """
@@ -357,18 +328,23 @@ def scored_tokens(
     num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
     num_blocks = _num_blocks(asked, blocks)
     count = 0 if selected is None else num_runs(num_blocks, selected)
+    num_eights, eight_runs = (
+        triton.cdiv(number, SCORED_TOGETHER) for number in (num_blocks, count)
+    )
     room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
     columns, rows, stages = _tile(query, room, dims)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    chunk = scored_at_once(pairs * (num_blocks + count), columns, room, num_tokens)
+    width_of_scores = SCORED_TOGETHER * (num_eights + eight_runs)
+    chunk = scored_at_once(pairs * width_of_scores, columns, room, num_tokens)
     parts = triton.cdiv(num_blocks, PART_BLOCKS)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, PART_BLOCKS))
     sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
     maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
     of_blocks, of_runs = (
-        query.new_empty((pairs, chunk, 2, n), dtype=torch.float32) for n in (num_blocks, count)
+        query.new_empty((pairs, chunk, 2, SCORED_TOGETHER * n), dtype=torch.float32)
+        for n in (num_eights, eight_runs)
     )
     scores = Scores(of_blocks, of_runs if count else None)
     factor = asked.scale * _LOG2_E
@@ -383,8 +359,8 @@ def scored_tokens(
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
             query, pooled, asked.positions, asked.lengths, maxima, sums, of_blocks, of_runs,
-            factor, *strides, groups, num_tokens, num_windows, num_blocks, count, begin, end,
-            scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
+            factor, *strides, groups, num_tokens, num_windows, num_eights, eight_runs, begin,
+            end, scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
             PART_BLOCKS, rows, RUN_BLOCKS if count else 0, softmax, blocks is Blocks.PAST,
             blocks is Blocks.NEW, interpreting(), stages, num_warps=4 if softmax else 8,
         )  # fmt: skip

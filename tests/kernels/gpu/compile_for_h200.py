@@ -238,12 +238,12 @@ def run_prompt(dtype, dim, size, formats):
         kernel(k, numbered, lengths, empty_summary(summary_named(name), k, geometry), geometry)
 
 
-def run_mass_loss(dtype, dim, size, softcap):
+def run_mass_loss(dtype, dim, size, softcap, heads=1):
     """Launch the loss on low-bit keys and its gradient."""
     config = SpardaConfig(selector="lowbit2", block_size=size, local_blocks=1)
-    forecast = torch.zeros(1, GROUPS, 10 * size, dim, dtype=dtype, requires_grad=True)
+    forecast = torch.zeros(1, GROUPS * heads, 10 * size, dim, dtype=dtype, requires_grad=True)
     query = torch.zeros(1, HEADS, 10 * size, dim, dtype=dtype)
-    k = forecast.detach()
+    k = torch.zeros(1, GROUPS, 10 * size, dim, dtype=dtype)
     backward_mass_loss(forecast, query, k, config, 1.0, softcap=softcap, backend="triton")
 
 
@@ -279,5 +279,6 @@ run_prompt(torch.float32, 256, 128, LARGEST)
 run_mass_loss(torch.bfloat16, 64, 64, 0.0)
 run_mass_loss(torch.bfloat16, 256, 128, 30.0)
 run_mass_loss(torch.float16, 80, 16, 0.0)
+run_mass_loss(torch.bfloat16, 128, 64, 0.0, HEADS // GROUPS)
 most = {name: [max(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 json.dump(most, sys.stdout)

@@ -6,7 +6,7 @@ import torch
 from sparda_compile.kernels.gpu import token_blocks
 
 
-@pytest.mark.parametrize("tokens", [8, 64])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 32, 64])
 def test_unions_are_what_tiles_of_neighbours_read(device, prompt_case, tokens):
     mask = [[i % 3 > 0 for i in range(36)], [True] * 36]
     case = prompt_case([50, 3], mask, (2, 1, 4, 8), selected=3)

@@ -93,8 +93,9 @@ def test_the_past_is_scored_by_its_own_windows(device):
 def test_room_follows_from_what_the_cache_holds(device):
     it = asked(device)
     widths = [by_token(it, blocks).shape[-1] for blocks in Blocks]
-    # 309 tokens lie in 20 blocks; 300 in 19; 9 new ones in 2 at most, behind two others.
-    assert widths == [20, 19, 4]
+    # 309 tokens lie in 20 blocks; 300 in 19; 9 new ones in 2 at most, behind two others. Rows have
+    # room for whole eights.
+    assert widths == [24, 24, 8]
 
 
 def test_parts_and_chunks_change_nothing(device, monkeypatch):
@@ -150,5 +151,5 @@ def test_a_run_scores_what_its_blocks_do(device, monkeypatch, blocks, part):
 def test_runs_are_scored_where_that_saves_something(device):
     it = asked(device)
     kept = [next(scored_tokens(it, Blocks.ALL, 0, selected))[2].runs for selected in (None, 1, 2)]
-    # Of 20 blocks; one lies in 8 of them, two in 16.
-    assert [None if runs is None else runs.shape[-1] for runs in kept] == [None, 3, None]
+    # Of 20 blocks; one lies in 8 of them, two in 16. Three runs, in a row with room for eight.
+    assert [None if runs is None else runs.shape[-1] for runs in kept] == [None, 8, None]
