@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 SCORE_BYTES: Final = 512 << 20
-"""Of block scores that are there at once: behind a million tokens, those of 1,800 with 2 KV heads."""
+"""Of block scores at once: behind a million tokens, those of 1,800 tokens with 2 KV heads."""
 UNION_BYTES: Final = 256 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64

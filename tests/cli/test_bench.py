@@ -270,3 +270,18 @@ def test_lab_is_told_how_much_cpu_memory_it_may_take():
     lab = bench.make_lab("tiny", lambda text: None, 1.5)
     assert lab.max_host_bytes == 1.5 * GIB
     assert bench.make_lab("tiny", lambda text: None, None).max_host_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--kv-format", "int8", "--kv-format", "int8"), "names one twice"),
+        (("--kv-format", "int8", "--kv-format", "fp8", "--tp", 2), "--tp takes one --kv-format"),
+        (("--kv-format", "int8", "--kv-format", "fp8", "--plot", "a.png"), "--plot takes one"),
+        (("--selector", "lowbit4", "--tp", 2), "--selector goes with neither --trace nor --tp"),
+    ],
+)
+def test_options_of_decode_that_do_not_go_together_are_refused(options, said):
+    result = run("decode", *map(str, options))
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
