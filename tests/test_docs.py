@@ -172,7 +172,7 @@ def state_table():
     for changes in (
         {"mode": "forecast"},
         {"mode": "query", "selector": "quest"},
-        {"mode": "query", "selector": "lowbit2"},
+        {"mode": "query", "selector": "lowbit4"},
         {"mode": "exact", "hint": ("previous_step", "ema")},
         {"mode": "speculate", "offload": "never"},
     ):

@@ -20,7 +20,7 @@ from sparda_compile.cli.console import (
     print_paths,
     progress,
 )
-from sparda_compile.cli.decode import bench_decode
+from sparda_compile.cli.decode import bench_decode, decode_setting
 from sparda_compile.cli.options import (
     MOST_GIB,
     MOST_MINUTES,
@@ -32,7 +32,6 @@ from sparda_compile.cli.options import (
     ShapeOption,
     Steps,
     Tokens,
-    Variant,
 )
 from sparda_compile.cli.outputs import check_folder
 from sparda_compile.cli.predict import bench_predict
@@ -44,18 +43,15 @@ from sparda_compile.cli.tradeoff import bench_tradeoff
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from sparda_compile.bench.lab import Lab, ResultFile
     from sparda_compile.bench.suite import Part
 
-__all__ = ["bench_app", "decode_setting", "make_lab", "require_gpu"]
+__all__ = ["bench_app", "make_lab", "require_gpu"]
 
-_OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
-# Room for sink, local and twice the scored blocks, so that a step can leave those of another out.
-_LEAST_TOKENS: Final = 10176
 _KERNEL_MINUTES: Final = 4.0
 _BUDGET_MINUTES: Final = 5.0
 
@@ -246,33 +242,6 @@ def _measure_kernels(path: Path, commit: str | None, say: Callable[[str], None])
     result = measure(say)
     kernels_file(path, commit).save({"part": "kernels", **result})
     return result
-
-
-def decode_setting(
-    batch: int,
-    tokens: int,
-    overlap: list[float] | None,
-    variant: list[Variant] | None,
-    rounds: int,
-    steps: int,
-    fields: Mapping[str, Any] | None = None,
-) -> Any:
-    """Return a checked setting of decode; `fields` are those of SpardaConfig."""
-    from sparda_compile.bench.decode import VARIANTS, DecodeSetting
-
-    if tokens % 64 or tokens < _LEAST_TOKENS:
-        raise ConfigError(
-            f"--tokens {tokens} is no whole number of blocks, or too few to choose from; use a "
-            f"multiple of 64 from {_LEAST_TOKENS} on."
-        )
-    variants = tuple(variant or VARIANTS)
-    if "scheduled" not in variants:
-        raise ConfigError(
-            f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
-            "add --variant scheduled."
-        )
-    overlaps = tuple(overlap or _OVERLAPS)
-    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, dict(fields or {}))
 
 
 def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:

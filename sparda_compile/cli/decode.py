@@ -37,14 +37,17 @@ from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, re
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sparda_compile.bench.decode import DecodeSetting
     from sparda_compile.bench.lab import Lab, ResultFile
 
-__all__ = ["bench_decode"]
+__all__ = ["bench_decode", "decode_setting"]
 
+_OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _TOKENS: Final = 131072
+# Room for sink, local and twice the scored blocks, so that a step can leave those of another out.
+_LEAST_TOKENS: Final = 10176
 # Tokens, overlaps, variants, rounds and steps.
 _Asked: TypeAlias = tuple[int, list[float] | None, list[Variant] | None, int, int]
 
@@ -61,7 +64,7 @@ Overlaps = Annotated[
         max=1.0,
         help="Share of scored blocks that a step has in common with the one before, may be given "
         "again.",
-        show_default="0.5, 0.7, 0.9, 0.97",
+        show_default=", ".join(map(str, _OVERLAPS)),
     ),
 ]
 TopK = Annotated[
@@ -171,12 +174,37 @@ def _check(
             raise ConfigError(f"{name} takes one --kv-format, not {len(formats)}; name one.")
 
 
+def decode_setting(
+    batch: int,
+    tokens: int,
+    overlap: list[float] | None,
+    variant: list[Variant] | None,
+    rounds: int,
+    steps: int,
+    fields: Mapping[str, Any] | None = None,
+) -> DecodeSetting:
+    """Return a checked setting of decode; `fields` are those of SpardaConfig."""
+    from sparda_compile.bench.decode import VARIANTS, DecodeSetting
+
+    if tokens % 64 or tokens < _LEAST_TOKENS:
+        raise ConfigError(
+            f"--tokens {tokens} is no whole number of blocks, or too few to choose from; use a "
+            f"multiple of 64 from {_LEAST_TOKENS} on."
+        )
+    variants = tuple(variant or VARIANTS)
+    if "scheduled" not in variants:
+        raise ConfigError(
+            f"--variant {', '.join(variants)} lacks scheduled, which all others are compared with; "
+            "add --variant scheduled."
+        )
+    overlaps = tuple(overlap or _OVERLAPS)
+    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, dict(fields or {}))
+
+
 def _settings(
     formats: Sequence[str], chosen: dict[str, Any], batches: Sequence[int], asked: _Asked
 ) -> list[list[DecodeSetting]]:
     """Return checked settings, a list for each format with one for each number of sequences."""
-    from sparda_compile.cli.bench import decode_setting
-
     fields = {name: value for name, value in chosen.items() if value is not None}
     return [
         [decode_setting(batch, *asked, fields={"kv_format": name, **fields}) for batch in batches]

@@ -253,8 +253,7 @@ def _sizes(
 ) -> dict[str, Any]:
     """Return what is given: of sizes of blocks and pooled keys, else the Forecast's; its heads."""
     info = weights.info if weights is not None else None
-    sizes: dict[str, Any] = dict(info.sizes) if info is not None else {}
-    sizes |= {"forecast_heads": info.heads} if info is not None and info.heads > 1 else {}
+    sizes: dict[str, Any] = info.settings if info is not None else {}
     predict = dict(zip(_EMA, ema, strict=True)) if ema is not None else {}
     return sizes | predict | {field: size for field, size in given.items() if size is not None}
 

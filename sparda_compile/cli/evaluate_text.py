@@ -262,8 +262,7 @@ def _fields(
 
     info = load_forecast(forecast).info if forecast is not None else None
     return {
-        **(info.sizes if info is not None else {}),
-        **({"forecast_heads": info.heads} if info is not None and info.heads > 1 else {}),
+        **(info.settings if info is not None else {}),
         **sizes,
         "prefill_selector": prefill_selector,
         "lowering": lowering or ("eager" if device.type == "cpu" else "inductor"),

@@ -61,6 +61,11 @@ class ForecastInfo:
         """Fields of SpardaConfig that the blocks it picks depend on, as they were in training."""
         return {name: getattr(self, name) for name in ("block_size", "pool_size", "pool_stride")}
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """Fields of SpardaConfig that it is used with: `sizes`, and its heads if it has several."""
+        return self.sizes | ({"forecast_heads": self.heads} if self.heads > 1 else {})
+
     def to_json(self) -> str:
         """Return the fields as a JSON object, in the oldest format that can say them."""
         fields = dataclasses.asdict(self)

@@ -215,9 +215,14 @@ def _checked(layer: int, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def rank_of(given: Mapping[int, Tensor]) -> int | None:
-    """Return the `SpardaConfig.forecast_rank` that makes a program for Forecast weights."""
-    shapes, heads = [each.shape for each in projections_of(given).values()], heads_of(given)
+def rank_of(given: Mapping[int, Tensor], heads: int) -> int | None:
+    """Return the `SpardaConfig.forecast_rank` that makes a program for Forecast weights.
+
+    Args:
+        given: Forecast weights by target layer.
+        heads: Their heads for each KV head.
+    """
+    shapes = [each.shape for each in projections_of(given).values()]
     if all(each == ProjectionShape.of(each.rows, each.hidden, None, heads) for each in shapes):
         return None
     ranks = [shape.rank for shape in shapes if shape.rank is not None]
@@ -233,10 +238,12 @@ def heads_of(given: Mapping[int, Tensor]) -> int:
 
 def following_weights(config: SpardaConfig, given: Mapping[int, Tensor] | None) -> SpardaConfig:
     """Return a configuration with the rank and the heads of Forecast weights where it has None."""
-    if given is not None and config.forecast_rank is None:
-        config = config.replace(forecast_rank=rank_of(given))
-    if given is not None and config.forecast_heads is None and heads_of(given) > 1:
+    if given is None:
+        return config
+    if config.forecast_heads is None and heads_of(given) > 1:
         config = config.replace(forecast_heads=heads_of(given))
+    if config.forecast_rank is None:
+        config = config.replace(forecast_rank=rank_of(given, config.heads_of_forecast))
     return config
 
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheFile", "SavedCache", "write_cache"]
 
-FORMAT_VERSION: Final = 1
+# One of format 1 may have `fp8` with keys about 0, and keys in 2 bits by the names of 4.
+FORMAT_VERSION: Final = 2
 _METADATA_KEY: Final = "sparda_cache"
 _NUM_SAMPLES: Final = 64
 # Settings that decide what the state holds and means. The others say how a program is made, and how

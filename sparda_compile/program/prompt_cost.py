@@ -134,11 +134,9 @@ def _site_cost(
     union = selected + scored * (readers - 1) * _NEW_SHARE
     attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _KERNEL_SHARE
     windows = seen / config.pool_stride
-    if config.needs_forecast and config.mode == "forecast":
-        heads = site.num_groups * config.heads_of_forecast
-    else:
-        heads = site.num_heads
-    if config.mode == "forecast" and config.heads_of_forecast == 1:
+    by_forecast, of_group = config.mode == "forecast", config.heads_of_forecast
+    heads = site.num_groups * of_group if by_forecast else site.num_heads
+    if by_forecast and of_group == 1:
         score = 2.0 * heads * width * windows * num_tokens / _FORECAST_SCORES_SHARE
     else:
         score = 4.0 * heads * width * windows * num_tokens / _QUERY_SCORES_SHARE

@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 _WORD_BITS: Final = 16
+# Of the keys that formats of values alone read back.
+_STAYING_BITS: Final = 4
 
 
 def quantize(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,24 +91,30 @@ class LowBitKeys(RowSummary):
 
     key_codes [B, G, N, C, D] int16       key_span, key_base [B, G, N, D]
     open_k    [B, G, P, D]                the token at position p in slot p % P
+
+    Those names are of 4 bits. Of 2 bits they end in `_2bit`: a cache may have both, as keys that
+    stay are read back from 4 bits, whatever the selector.
     """
 
     kernels: ClassVar[tuple[str, ...]] = ("_append_low_bit_keys",)
-    dtypes: ClassVar[dict[str, torch.dtype]] = {"key_codes": torch.int16}
-    uncounted: ClassVar[frozenset[str]] = frozenset({"open_k"})
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.name = f"lowbit{bits}_keys"
+        self.dtypes = {self._named("key_codes"): torch.int16}  # type: ignore[misc]
+        self.uncounted = frozenset({self._named("open_k")})  # type: ignore[misc]
+
+    def _named(self, tensor: str) -> str:
+        return tensor if self.bits == _STAYING_BITS else f"{tensor}_{self.bits}bit"
 
     def shapes(self, geometry: Geometry, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes behind [B, G]."""
         blocks, size = geometry.num_blocks, geometry.block_size
         return {
-            "key_codes": (blocks, size * self.bits // _WORD_BITS, head_dim),
-            "key_span": (blocks, head_dim),
-            "key_base": (blocks, head_dim),
-            "open_k": (size, head_dim),
+            self._named("key_codes"): (blocks, size * self.bits // _WORD_BITS, head_dim),
+            self._named("key_span"): (blocks, head_dim),
+            self._named("key_base"): (blocks, head_dim),
+            self._named("open_k"): (size, head_dim),
         }
 
     def _append(

@@ -253,8 +253,7 @@ class CacheLayout:
             overlap: Share of the scored blocks that the step before chose, too.
         """
         others = max(self.num_blocks - self.num_selected, 1)
-        kept = max(self.num_pages - self.num_selected, 0) / others
-        return (1.0 - overlap) * max(1.0 - kept, 0.0)
+        return (1.0 - overlap) * (self.num_blocks - self.num_pages) / others
 
     def summaries(self, layer: int) -> tuple[str, ...]:
         """Names of a layer's summaries: what scores, and what its format reads keys from."""
@@ -267,7 +266,8 @@ class CacheLayout:
 
     def staying_keys(self, layer: int) -> tuple[str, ...]:
         """Names of the tensors that a layer's keys are read back from; none if they are stored."""
-        return () if self.kv_format(layer).summary is None else STAYING_KEYS
+        has_blocks = any(s.layer == layer and s.kind == "sparse" for s in self.layers)
+        return STAYING_KEYS if has_blocks and self.kv_format(layer).summary is not None else ()
 
     def summary_tensors(self, summary: str, layer: LayerShape) -> tuple[str, ...]:
         """Names of the tensors of one summary, in order."""
@@ -298,10 +298,12 @@ class CacheLayout:
         }
         for summary in self.summaries(layer.layer):
             found = summary_named(summary)
-            specs |= {
+            own = {
                 name: TensorSpec((*batch, *size), found.dtypes.get(name, layer.dtype))
                 for name, size in found.shapes(self.geometry, layer.head_dim).items()
             }
+            assert not own.keys() & specs.keys(), f"{summary} has tensors of another one"
+            specs |= own
         for keeper in self.strategy.keepers:
             specs |= keeper.state(self, layer)
         return specs

@@ -238,9 +238,10 @@ def test_least_tokens_have_a_trace():
     from sparda_compile.bench.memory import layout_of
     from sparda_compile.bench.shapes import SHAPES
     from sparda_compile.bench.synthetic import follow
+    from sparda_compile.cli.decode import _LEAST_TOKENS
     from sparda_compile.runtime.kv_cache import KVCache
 
-    setting = DecodeSetting(1, bench._LEAST_TOKENS)
+    setting = DecodeSetting(1, _LEAST_TOKENS)
     layout = layout_of(SHAPES["tiny"], "scheduled", 1, setting.max_tokens, 2)
     kv = KVCache(layout, torch.device("cpu"))
     follow(kv, setting.num_tokens, 0.5)

@@ -10,7 +10,7 @@ from sparda_compile import SpardaConfig, explain, optimize
 from sparda_compile.errors import ConfigError, UnsupportedInputError
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.state.layout import state_name
-from sparda_compile.testing import tiny_llama
+from sparda_compile.testing import build, tiny_llama
 
 FORMATS = ("int8", "fp8", "int4", "values8", "values4")
 SIZE, TOKENS = 16, 90
@@ -195,7 +195,7 @@ def test_layers_may_have_formats_of_their_own(model, fast, ids, turns):
     assert report.kv_format == "model in layer 0; int4 in layer 1"
 
 
-@pytest.mark.parametrize("selector", ["infllm2", "lowbit4"])
+@pytest.mark.parametrize("selector", ["infllm2", "lowbit2", "lowbit4"])
 def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector, turns):
     """Each layer has the summaries that it scores with, and those it reads keys from."""
     sizes = (TOKENS, *[1] * 20)
@@ -220,6 +220,17 @@ def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector, turns):
     ]
     assert more[0] == 0
     assert more[1] == 0 if selector == "lowbit4" else more[1] > codes
+
+
+@pytest.mark.parametrize("kv_format", ["values8", "values4"])
+def test_keys_stay_beside_layers_that_have_a_window(ids, kv_format, turns):
+    traced = optimize(build("gemma3"), SpardaConfig(**SMALL))
+    sizes = (TOKENS, *[1] * 20)
+    want, cache = turns(built(traced, kv_format=kv_format, offload="never"), ids, *sizes)
+    assert [state_name("ring_k", layer) in cache.kv.state for layer in (0, 1)] == [True, False]
+    module = built(traced, kv_format=kv_format, offload="always")
+    assert torch.equal(turns(module, ids, *sizes)[0], want)
+    assert module.sparda.stats().layers[1].h2d_bytes > 0
 
 
 def test_a_format_of_a_layer_without_blocks_is_refused(fast):

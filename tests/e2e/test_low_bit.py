@@ -56,7 +56,9 @@ def run(fast, cache, ids, mask, ends):
 
 def kept(cache, layer, count):
     """Return codes, spans and bases of the first blocks, and the keys of the open ones."""
-    names = ("key_codes", "key_span", "key_base", "open_k")
+    layout = cache.kv.layout
+    (summary,) = layout.summaries(layer)
+    names = layout.summary_tensors(summary, layout.layers[layer])
     tensors = [cache.kv.state[state_name(name, layer)] for name in names]
     return [tensor[:, :, :count] for tensor in tensors[:3]] + tensors[3:]
 

@@ -106,7 +106,8 @@ def test_a_second_turn_selects_among_what_steps_have_written(make, mode, offload
     found = [fast(ids[:, 115:], past_key_values=each).logits for each in (cache, taken)]
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
     for layer in range(2):
-        for name, size in (("pooled_k", 36), ("key_codes", 9)):  # of 150 tokens
+        codes = {"query": "key_codes_2bit", "forecast": "key_codes"}[mode]
+        for name, size in (("pooled_k", 36), (codes, 9)):  # of 150 tokens
             mine, theirs = (c.kv.state[state_name(name, layer)] for c in (cache, taken))
             assert mine[:, :, :size].any(-1).all()
             torch.testing.assert_close(mine[:, :, :size], theirs[:, :, :size])

@@ -32,6 +32,8 @@ def test_only_several_heads_need_a_later_format():
     several = dataclasses.replace(INFO, heads=3)
     assert ForecastInfo.from_json(several.to_json()) == several
     assert json.loads(several.to_json())["format_version"] == 4
+    assert several.settings == INFO.sizes | {"forecast_heads": 3}
+    assert INFO.settings == INFO.sizes
     fields = json.loads(INFO.to_json())
     assert fields["format_version"] == 3
     assert "heads" not in fields

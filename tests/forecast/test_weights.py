@@ -16,6 +16,7 @@ from sparda_compile.forecast.weights import (
     ForecastInfo,
     ForecastWeights,
     fit_forecast,
+    following_weights,
     load_forecast,
     projections_of,
     rank_of,
@@ -90,26 +91,32 @@ def test_a_file_from_before_there_were_ranks_is_full(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "rank"),
+    ("shapes", "heads", "rank"),
     [
-        ([], None),
-        ([(256, 4096, None)], None),
-        ([(1024, 4096, 192)] * 2, None),
-        ([(1024, 4096, None)], 1024),
-        ([(1024, 4096, 64), (1024, 4096, 64)], 64),
+        ([], 1, None),
+        ([(256, 4096, None)], 1, None),
+        ([(1024, 4096, 192)] * 2, 1, None),
+        ([(1024, 4096, None)], 1, 1024),
+        ([(1024, 4096, 64), (1024, 4096, 64)], 1, 64),
         # As a rule that leaves small layers full makes them, and as forecast_rank=16 does.
-        ([(256, 4096, None), (1024, 4096, 192)], None),
-        ([(16, 16, None), (1024, 4096, 16)], 16),
+        ([(256, 4096, None), (1024, 4096, 192)], 1, None),
+        ([(16, 16, None), (1024, 4096, 16)], 1, 16),
+        # The rule for one head is no rule for two, whose limits are twice as large.
+        ([(1024, 4096, 192)], 2, 192),
+        ([(1024, 4096, 400)], 2, None),
     ],
 )
-def test_weights_say_which_rank_their_program_has(shapes, rank):
+def test_weights_say_which_rank_their_program_has(shapes, heads, rank):
     shapes = [ProjectionShape(*shape) for shape in shapes]
     projections = {
         n: Projection(tuple(torch.empty(factor, device="meta") for factor in shape.factors))
         for n, shape in enumerate(shapes)
     }
-    assert rank_of(ForecastWeights(projections)) == rank
-    assert [ProjectionShape.of(s.rows, s.hidden, rank) for s in shapes] == shapes
+    weights = ForecastWeights(projections)
+    assert rank_of(weights, heads) == rank
+    assert [ProjectionShape.of(s.rows, s.hidden, rank, heads) for s in shapes] == shapes
+    config = following_weights(SpardaConfig(forecast_heads=heads), weights)
+    assert (config.forecast_rank, config.forecast_heads) == (rank, heads)
 
 
 def test_file_of_bare_tensors_says_nothing(tmp_path):

@@ -260,7 +260,8 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
-            ({"format_version": FORMAT_VERSION + 1}, "format_version is 2, this version reads 1"),
+            ({"format_version": FORMAT_VERSION + 1}, "format_version is 3, this version reads 2"),
+            ({"format_version": 1}, "format_version is 1, this version reads 2"),
             ({"longest": ...}, "its fields are"),
             ({"num_columns": "many"}, "num_columns='many' is not a whole number"),
             ({"weights": []}, "weights is a list"),

@@ -118,6 +118,10 @@ def test_auto_offloads_what_does_not_fit():
         ({"mode": "exact", "selector": "lowbit2"}, ("lowbit2_keys",)),
         ({"mode": "query", "kv_format": "values8"}, ("lowbit4_keys", "pooled_keys")),
         ({"mode": "query", "selector": "lowbit4", "kv_format": "values4"}, ("lowbit4_keys",)),
+        (
+            {"mode": "query", "selector": "lowbit2", "kv_format": "values4"},
+            ("lowbit2_keys", "lowbit4_keys"),
+        ),
     ],
 )
 def test_summaries_are_those_that_are_scored(config, summaries):
@@ -126,6 +130,29 @@ def test_summaries_are_those_that_are_scored(config, summaries):
     for summary in ("key_bounds", "pooled_keys", *summaries):
         for name in sizes.summary_tensors(summary, SPARSE):
             assert (name in sizes.tensors(SPARSE)) == (summary in summaries)
+
+
+def test_each_summary_has_tensors_of_its_own():
+    sizes = layout(mode="query", selector="lowbit2", kv_format="values8")
+    tensors = sizes.tensors(SPARSE)
+    for bits, words in ((2, 8), (4, 16)):
+        codes, *_ = sizes.summary_tensors(f"lowbit{bits}_keys", SPARSE)
+        assert tensors[codes] == TensorSpec((3, 2, 200, words, 64), torch.int16)
+    assert sizes.staying_keys(SPARSE.layer) == sizes.summary_tensors("lowbit4_keys", SPARSE)[:3]
+
+
+def test_keys_of_a_window_do_not_stay():
+    sizes = layout(layers=(SPARSE, WINDOW), kv_format="values8")
+    assert [len(sizes.staying_keys(shape.layer)) for shape in sizes.layers] == [3, 0]
+    assert set(sizes.tensors(WINDOW)) == {"ring_k", "ring_v"}
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "share"), [(200, 0.3 * 56 / 104), (144, 0.0), (97, 0.0), (96, 0.0), (4, 0.0)]
+)
+def test_blocks_that_all_have_a_page_are_not_fetched(num_blocks, share):
+    """Of 200 blocks 96 are selected, and 144 have a page."""
+    assert layout(64 * num_blocks).fresh_share(0.7) == pytest.approx(share)
 
 
 def test_previous_step_remembers_its_ids():

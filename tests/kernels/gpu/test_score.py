@@ -17,7 +17,7 @@ def filled_summary(name, lengths, groups, geometry, dim, dtype):
     """Return a selector's summary; what no token has completed is NaN, or empty bounds."""
     summary = SELECTORS[name].summary
     shapes = summary.shapes(geometry, dim)
-    if "key_codes" in shapes:
+    if summary.name.startswith("lowbit"):
         return filled_codes(shapes, lengths, groups, geometry, dtype)
     tensors = [torch.randn(len(lengths), groups, *shape).to(dtype) for shape in shapes.values()]
     for row, length in enumerate(lengths):
@@ -36,13 +36,14 @@ def filled_summary(name, lengths, groups, geometry, dim, dtype):
 def filled_codes(shapes, lengths, groups, geometry, dtype):
     """Return random codes; spans and bases of blocks that are not full are NaN."""
     size = (len(lengths), groups)
-    codes = torch.randint(-(1 << 15), 1 << 15, (*size, *shapes["key_codes"])).to(torch.int16)
-    span = torch.rand(*size, *shapes["key_span"]).to(dtype)
-    base = torch.randn(*size, *shapes["key_base"]).to(dtype)
+    of_codes, of_spans, of_bases, of_open = shapes.values()
+    codes = torch.randint(-(1 << 15), 1 << 15, (*size, *of_codes)).to(torch.int16)
+    span = torch.rand(*size, *of_spans).to(dtype)
+    base = torch.randn(*size, *of_bases).to(dtype)
     for row, length in enumerate(lengths):
         span[row, :, length // geometry.block_size :] = float("nan")
         base[row, :, length // geometry.block_size :] = float("nan")
-    opened = torch.full((*size, *shapes["open_k"]), float("nan"), dtype=dtype)
+    opened = torch.full((*size, *of_open), float("nan"), dtype=dtype)
     return [codes, span, base, opened]
 
 
