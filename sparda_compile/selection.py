@@ -47,10 +47,10 @@ class Selection:
             prefetches at its own time, the later ones what the earlier have not brought. Mode
             `speculate` predicts by `ema`, whatever the default says.
         forecast_rank: Rank r of a Forecast's projection, which is then the product of two matrices
-            [G*D, r] and [r, hidden]; one whose matrices are not smaller than the full [G*D, hidden]
-            gives the full one. None leaves it to the file of weights, and without one to a rule:
-            no more numbers than 256 rows of the hidden width for each head of a group, SparDA's own
-            size.
+            [G*F*D, r] and [r, hidden]; one whose matrices are not smaller than the full
+            [G*F*D, hidden] gives the full one. None leaves it to the file of weights, and without
+            one to a rule: no more numbers than 256 rows of the hidden width for each head of a
+            group, SparDA's own size.
         forecast_heads: F, heads of a Forecast for each KV head: it divides the query heads of one.
             1 is SparDA's. Of more each is scored as a query head is, by `selector` itself; as many
             as there are query heads start as the hint `next_query`. None leaves it to the file of

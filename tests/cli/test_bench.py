@@ -119,22 +119,6 @@ def test_wrong_usage(asked, arguments, expected):
     assert asked == []
 
 
-def test_least_tokens_have_a_trace():
-    from sparda_compile.bench.decode import DecodeSetting
-    from sparda_compile.bench.memory import layout_of
-    from sparda_compile.bench.shapes import SHAPES
-    from sparda_compile.bench.synthetic import follow
-    from sparda_compile.cli.decode import _LEAST_TOKENS
-    from sparda_compile.runtime.kv_cache import KVCache
-
-    setting = DecodeSetting(1, _LEAST_TOKENS)
-    layout = layout_of(SHAPES["tiny"], "scheduled", 1, setting.max_tokens, 2)
-    kv = KVCache(layout, torch.device("cpu"))
-    follow(kv, setting.num_tokens, 0.5)
-    with pytest.raises(ValueError, match="cannot be"):
-        follow(kv, setting.num_tokens - 64, 0.5)
-
-
 def test_plot_without_matplotlib_is_refused_before_anything_runs(asked, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

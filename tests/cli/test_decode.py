@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sparda_compile.cli import main as cli
+from sparda_compile.cli.decode import _LEAST_TOKENS
 
 
 def run(*arguments):
@@ -103,3 +105,18 @@ def test_options_that_do_not_go_together_are_refused(options, said):
     result = run(*options)
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
+
+
+def test_least_tokens_have_a_trace():
+    from sparda_compile.bench.decode import DecodeSetting
+    from sparda_compile.bench.memory import layout_of
+    from sparda_compile.bench.shapes import SHAPES
+    from sparda_compile.bench.synthetic import follow
+    from sparda_compile.runtime.kv_cache import KVCache
+
+    setting = DecodeSetting(1, _LEAST_TOKENS)
+    layout = layout_of(SHAPES["tiny"], "scheduled", 1, setting.max_tokens, 2)
+    kv = KVCache(layout, torch.device("cpu"))
+    follow(kv, setting.num_tokens, 0.5)
+    with pytest.raises(ValueError, match="cannot be"):
+        follow(kv, setting.num_tokens - 64, 0.5)
