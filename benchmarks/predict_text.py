@@ -186,6 +186,8 @@ def shares_of(found):
 
 def forecast_of(args, model):
     """Return the Forecast that guesses: a file's, one that nobody has trained, or None."""
+    if args.forecast and args.forecast_heads is not None:
+        raise SystemExit("--forecast knows its heads; leave --forecast-heads out.")
     if args.forecast:
         return load_forecast(args.forecast)
     if args.forecast_heads is None:

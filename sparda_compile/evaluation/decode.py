@@ -10,7 +10,8 @@ For models built like Llama, on any device; their keys may carry a retention sco
 `nosa` needs: then they are wider than a head, and `self_attn.retention(values)` gives the score.
 Nothing is captured or compiled: this says what is computed, not how fast.
 
-Legend: B sequences, S steps, H query heads, G groups, D head dim, N blocks, T tokens.
+Legend: B sequences, S steps, H query heads, G groups, E heads of a Forecast, D head dim, N blocks,
+T tokens.
 """
 
 from __future__ import annotations
@@ -225,9 +226,9 @@ class _Decoder:
         source_B1C = hidden_B1C if before is None else before[0]
         if number in self.forecast:
             projection = self.forecast[number].to(source_B1C)
-            f_BG1D = rotate(heads_of(attention, projection(source_B1C)), rotation)
+            f_BE1D = rotate(heads_of(attention, projection(source_B1C)), rotation)
             rule = self.config.forecast_selector
-            scores["forecast"] = self._score(number, rule, widened(self.width, f_BG1D, 1.0), scale)
+            scores["forecast"] = self._score(number, rule, widened(self.width, f_BE1D, 1.0), scale)
         if before is not None:
             next_BH1D = widened(self.width, rotated(attention, "q", source_B1C, rotation), 1.0)
             scores["next_query"] = self._score(number, self.config.selector, next_BH1D, scale)

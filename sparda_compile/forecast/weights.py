@@ -237,11 +237,17 @@ def heads_of(given: Mapping[int, Tensor]) -> int:
 
 
 def following_weights(config: SpardaConfig, given: Mapping[int, Tensor] | None) -> SpardaConfig:
-    """Return a configuration with the rank and the heads of Forecast weights where it has None."""
+    """Return a configuration with the rank and the heads of Forecast weights where it has None.
+
+    Raises:
+        ConfigError: If the weights say that they have other heads than the configuration.
+    """
     if given is None:
         return config
     if config.forecast_heads is None and heads_of(given) > 1:
         config = config.replace(forecast_heads=heads_of(given))
+    if isinstance(given, ForecastWeights) and given.info is not None:
+        _check_heads(given.info, config)
     if config.forecast_rank is None:
         config = config.replace(forecast_rank=rank_of(given, config.heads_of_forecast))
     return config
@@ -267,16 +273,13 @@ def fit_forecast(
 
     Raises:
         ConfigError: If they are another model's: a layer is missing or not in it, a shape differs,
-            or the file names another model; or if their rank or their heads are not those of
-            `config`.
+            or the file names another model; or if their rank is not `config.forecast_rank`.
     """
     info = given.info if isinstance(given, ForecastWeights) else None
     projections = parts_of(projections_of(given), shapes, ranks)
     if isinstance(given, ForecastWeights) and given.is_release:
         projections.pop(max(shapes, default=0) + 1, None)
     _check_layers(projections, shapes, model_name)
-    if info is not None:
-        _check_heads(info, config)
     for layer, shape in shapes.items():
         _check_shape(layer, projections[layer].shape, shape, model_name)
     if info is not None and info.model != model_name:

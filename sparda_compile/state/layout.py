@@ -257,8 +257,11 @@ class CacheLayout:
 
     def summaries(self, layer: int) -> tuple[str, ...]:
         """Names of a layer's summaries: what scores, and what its format reads keys from."""
-        kept = self.kv_format(layer).summary
-        return tuple(sorted({*self.scored_summaries(), *([] if kept is None else [kept])}))
+        scored, kept = self.scored_summaries(), self.kv_format(layer).summary
+        tensors = {name for each in scored for name in summary_named(each).shapes(self.geometry, 1)}
+        if kept is None or tensors.issuperset(STAYING_KEYS):
+            return scored
+        return tuple(sorted((*scored, kept)))
 
     def scored_summaries(self) -> tuple[str, ...]:
         """Names of the summaries that this configuration scores with."""
@@ -302,7 +305,7 @@ class CacheLayout:
                 name: TensorSpec((*batch, *size), found.dtypes.get(name, layer.dtype))
                 for name, size in found.shapes(self.geometry, layer.head_dim).items()
             }
-            assert not own.keys() & specs.keys(), f"{summary} has tensors of another one"
+            assert all(specs.get(name, spec) == spec for name, spec in own.items()), summary
             specs |= own
         for keeper in self.strategy.keepers:
             specs |= keeper.state(self, layer)

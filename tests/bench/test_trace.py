@@ -105,7 +105,17 @@ def test_a_configuration_follows_once_for_each_number_of_steps():
     assert following(dense, 7) is dense
 
 
-@pytest.mark.parametrize("settings", [{"mode": "forecast"}, {"mode": "exact"}, {"mode": "query"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "forecast"},
+        {"mode": "exact"},
+        {"mode": "exact", "selector": "quest"},
+        {"mode": "query"},
+        {"mode": "query", "selector": "lowbit2", "kv_format": "values8"},
+        {"mode": "query", "selector": "lowbit4", "kv_format": "values8"},
+    ],
+)
 def test_a_plan_is_that_of_a_program_without_a_trace(captures, settings):
     plain, followed = (plan_of(captures, steps, **settings) for steps in (0, 500))
     names = [[node.name for node in plan.graph_module.graph.nodes if node.op != "placeholder"]

@@ -119,6 +119,15 @@ def test_weights_say_which_rank_their_program_has(shapes, heads, rank):
     assert (config.forecast_rank, config.forecast_heads) == (rank, heads)
 
 
+@pytest.mark.parametrize(("own", "heads"), [(1, 2), (2, 1), (2, 4)])
+def test_other_heads_than_those_of_the_weights_are_refused(own, heads):
+    weights = ForecastWeights(make().projections, dataclasses.replace(INFO, heads=own))
+    assert following_weights(SpardaConfig(), weights).heads_of_forecast == own
+    words = f"have {own} heads for each KV head, but this configuration has forecast_heads={heads}"
+    with pytest.raises(ConfigError, match=words):
+        following_weights(SpardaConfig(forecast_heads=heads), weights)
+
+
 def test_file_of_bare_tensors_says_nothing(tmp_path):
     ForecastWeights(make().projections).save(tmp_path / "bare.safetensors")
     assert load_forecast(tmp_path / "bare.safetensors").info is None
