@@ -56,6 +56,7 @@ class Lab:
         self.state = {name: tensor.clone() for name, tensor in cache.kv.state.items()}
         self.program = fast.programs.get(phase, batch_size, 512, last_only=True)
         self.graph = self.program.plan.graph_module.graph
+        self.lowered = lower(self.program.plan.graph_module, "eager")
         # Of each value its shape and dtype; nothing of one without memory, such as an op's token.
         self.forms = {
             node.name: (tuple(val.shape), val.dtype)
@@ -76,7 +77,9 @@ class Lab:
 
     def calls(self) -> LoweredProgram:
         """Return the program as it should be, to be changed."""
-        return lower(self.program.plan.graph_module, "eager")
+        program = copy.copy(self.lowered)
+        program.calls = [copy.copy(call) for call in program.calls]
+        return program
 
     def check(self, program, engine=None):
         """Run a program and check the run."""
