@@ -38,6 +38,7 @@ SINCE: Final = "2026-11-26"
 # The first on which repairs of mode `exact` had a stream of their own.
 EXACT_SINCE: Final = "2026-11-30"
 _BUDGET_SIDES: Final = ("resident", "scheduled")
+_FIELDS: Final = ("kv_format", "page_format", "selector", "top_k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Point:
         mode: Of the variant `scheduled`; `forecast` but for a profile.
         overlap: Share of scored blocks that a step has in common with the one before.
         measured_us: Median of its steps, microseconds.
+        fields: Of SpardaConfig, with their values: those that the file names.
     """
 
     file: str
@@ -67,6 +69,7 @@ class Point:
     mode: str
     overlap: float
     measured_us: float
+    fields: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_judged(self) -> bool:
@@ -105,6 +108,7 @@ def points_in(content: Mapping[str, Any], file: str) -> Iterator[Point]:
         "shape": content["shape"],
         "max_tokens": content["max_tokens"],
         "mode": content.get("mode", "forecast"),
+        "fields": tuple((name, content[name]) for name in _FIELDS if name in content),
     }
     if content["name"] == "profile":
         what = {"batch_size": content["batch_size"], "overlap": content["overlap"]}
@@ -161,7 +165,7 @@ def _plan(captures: Captures, point: Point) -> Plan:
     if point.variant == "body":
         config = SpardaConfig(mode="dense", offload="never", machine=point.machine)
         return plan_body(captures, point.batch_size, config)
-    settings: dict[str, Any] = {"machine": point.machine}
+    settings: dict[str, Any] = {"machine": point.machine, **dict(point.fields)}
     if point.variant == "scheduled":
         settings["mode"] = point.mode
     config = variant_config(point.variant, point.max_tokens, 0, **settings)

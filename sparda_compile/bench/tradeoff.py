@@ -1,10 +1,11 @@
 """Speed against quality of formats: results of decode joined with perplexities on text.
 
-    a decode file    one format and one number of blocks: tokens per second by batch and overlap
-    a text file      perplexity by format and share of the blocks that a step reads
+    a decode file    one format, selector and number of blocks: tokens per second by batch, overlap
+    a text file      perplexity by format, selector and share of the blocks that a step reads
 
-A point is a format and a share that both have. Shares are of different lengths, a benchmark's and a
-text's, so two are the same if they are no further apart than a fiftieth of the blocks.
+A point is a format, a selector and a share that both have. Shares are of different lengths, a
+benchmark's and a text's, so two are the same if they are no further apart than a fiftieth of the
+blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class TradeoffPoint:
 
     Attributes:
         kv_format: How full blocks are written.
-        selector: Of the perplexity; speeds follow a trace, which no selector changes.
+        selector: Of both. Which blocks steps read is that of the benchmark; what scoring takes is
+            in the speed.
         read: Share of the blocks that a step reads, on the text.
         tokens_per_s: Of all sequences together.
         perplexity: Of the text.
@@ -84,7 +86,7 @@ def join(
         ConfigError: If there is no point; the text says what there is.
     """
     speeds = [
-        (content.get("kv_format", "model"), _share(content), rate)
+        (content.get("kv_format", "model"), _selector(content), _share(content), rate)
         for content in decoded
         for rate in _rates(content, batch_size, overlap)
     ]
@@ -100,17 +102,18 @@ def join(
             kl=row["kl"]["value"],
         )
         for row in rows
-        for name, share, rate in speeds
-        if name == row["kv_format"] and abs(share - row["budget"]) <= _NEAR
+        for name, selector, share, rate in speeds
+        if (name, selector) == (row["kv_format"], row["selector"])
+        and abs(share - row["budget"]) <= _NEAR
     ]
     if not found:
-        measured = _words((name, share) for name, share, _ in speeds)
-        wanted = _words((row["kv_format"], row["budget"]) for row in rows)
+        measured = _words(speed[:3] for speed in speeds)
+        wanted = _words((row["kv_format"], row["selector"], row["budget"]) for row in rows)
         raise ConfigError(
-            f"no format has both a speed and a perplexity with the same share of the blocks. With "
+            f"no format has both a speed and a perplexity by one selector and of one share. With "
             f"{batch_size} sequences at an overlap of {overlap:g} speeds are there of {measured}; "
-            f"perplexities of {wanted}. Measure `sparda bench decode --top-k` with these shares, "
-            "or name another --batch or --overlap."
+            f"perplexities of {wanted}. Measure `sparda bench decode --selector --top-k` with "
+            "these, or name another --batch or --overlap."
         )
     return sorted(found, key=lambda point: (point.selector, point.read, point.kv_format))
 
@@ -133,8 +136,13 @@ def _share(content: Mapping[str, Any]) -> float:
     return config.num_selected(num_blocks) / num_blocks
 
 
-def _words(pairs: Iterable[tuple[str, float]]) -> str:
-    return ", ".join(sorted({f"{name} {100 * share:.0f}%" for name, share in pairs})) or "nothing"
+def _selector(content: Mapping[str, Any]) -> str:
+    return str(content.get("selector", SpardaConfig.selector))
+
+
+def _words(found: Iterable[tuple[str, str, float]]) -> str:
+    words = {f"{name} by {selector}, {100 * share:.0f}%" for name, selector, share in found}
+    return "; ".join(sorted(words)) or "nothing"
 
 
 def draw_tradeoff(points: Sequence[TradeoffPoint], path: Path, title: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from sparda_compile.cli.bench_files import budget_file, decode_file, kernels_file, trace_file
+from sparda_compile.cli.bench_files import budget_file, decode_file, kernels_file
 from sparda_compile.cli.compile_ahead import bench_compile
 from sparda_compile.cli.console import (
     CANNOT,
@@ -20,40 +20,37 @@ from sparda_compile.cli.console import (
     print_paths,
     progress,
 )
+from sparda_compile.cli.decode import bench_decode
 from sparda_compile.cli.options import (
-    MOST_BLOCKS,
     MOST_GIB,
     MOST_MINUTES,
-    MOST_SEQUENCES,
-    MOST_TOKENS,
     Commit,
     HostGib,
     KvFormat,
     OutFolder,
-    PageFormat,
+    Rounds,
     ShapeOption,
+    Steps,
+    Tokens,
     Variant,
 )
-from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+from sparda_compile.cli.outputs import check_folder
 from sparda_compile.cli.predict import bench_predict
 from sparda_compile.cli.profile import bench_profile
 from sparda_compile.cli.prompts import bench_prefill, bench_turns, prompt_part
 from sparda_compile.cli.prr import bench_prr, prr_part
-from sparda_compile.cli.ranks import NumRanks, decode_on_ranks
 from sparda_compile.cli.start import bench_start
-from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, read_traces
 from sparda_compile.cli.tradeoff import bench_tradeoff
 from sparda_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from sparda_compile.bench.lab import Lab, ResultFile
     from sparda_compile.bench.suite import Part
 
-__all__ = ["bench_app", "make_lab", "require_gpu"]
+__all__ = ["bench_app", "decode_setting", "make_lab", "require_gpu"]
 
-_MOST_TURNS: Final = 1_000_000
 _OVERLAPS: Final = (0.5, 0.7, 0.9, 0.97)
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
@@ -71,36 +68,9 @@ bench_app.command("turns")(bench_turns)
 bench_app.command("prr")(bench_prr)
 bench_app.command("tradeoff")(bench_tradeoff)
 bench_app.command("compile")(bench_compile)
+bench_app.command("decode")(bench_decode)
 
-Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
-Rounds = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Turns of each program.")]
-Steps = Annotated[int, typer.Option(min=1, max=_MOST_TURNS, help="Steps of one turn.")]
-Batches = Annotated[
-    list[int] | None,
-    typer.Option(
-        min=1, max=MOST_SEQUENCES, help="Sequences, may be given again.", show_default="1"
-    ),
-]
-Overlaps = Annotated[
-    list[float] | None,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Share of scored blocks that a step has in common with the one before, may be given "
-        "again.",
-        show_default=", ".join(map(str, _OVERLAPS)),
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
-]
-Pages = Annotated[PageFormat, typer.Option(help="What pages hold of full blocks.")]
 Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
-Variants = Annotated[
-    list[Variant] | None,
-    typer.Option(help="Program, may be given again.", show_default="all of them"),
-]
 
 
 def require_gpu(command: str) -> None:
@@ -112,70 +82,6 @@ def require_gpu(command: str) -> None:
             f"`{command}` measures a CUDA GPU, and torch {torch.__version__} sees none; run it on "
             "a machine with one, with a CUDA build of torch and the extra `gpu`."
         )
-
-
-@bench_app.command("decode")
-def bench_decode(
-    context: typer.Context,
-    shape: ShapeOption = "8b",
-    batch: Batches = None,
-    tokens: Tokens = _TOKENS,
-    overlap: Overlaps = None,
-    variant: Variants = None,
-    kv_format: Format = "model",
-    page_format: Pages = "model",
-    top_k: TopK = None,
-    rounds: Rounds = 3,
-    steps: Steps = 20,
-    trace: TraceOption = None,
-    trace_case: TraceCases = None,
-    copies: Copies = None,
-    baseline: Annotated[
-        bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' caches too.")
-    ] = True,
-    out: OutFolder = Path("bench-results"),
-    plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
-    max_host_gib: HostGib = None,
-    tp: NumRanks = 1,
-    commit: Commit = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure decode of one token: programs interleaved, outputs compared first."""
-    with errors_as_sentences(bench_decode):
-        with progress() as say:
-            say("importing torch and transformers")
-            _check_top_k(top_k, alone=not trace and tp == 1)
-            formats = {"kv_format": str(kv_format), "page_format": str(page_format)}
-            chosen = (tokens, overlap, variant, rounds, steps, formats, top_k)
-            settings = [_setting(b, *chosen) for b in batch or (1,)]
-            followed = read_traces(trace, trace_case or (), copies, tp)
-            if followed is not None:
-                settings = [followed.setting(setting, overlap or ()) for setting in settings]
-            check_plot(plot)
-            check_folder(out)
-            if tp == 1:
-                require_gpu("sparda bench decode")
-                lab = make_lab(shape, say, max_host_gib)
-                plain = followed.plain() if followed else None
-                own: dict[str, Any] = {"trace": plain} if plain else {"top_k": top_k}
-                kind: Callable[..., ResultFile] = trace_file if plain else decode_file
-                file = kind(out, shape, tokens, commit, **formats, **own)
-                for setting in settings:
-                    lab.decode(setting, file.save, with_baselines=baseline)
-        if tp > 1:
-            found = decode_on_ranks(context, shape, settings, (out, commit), tp)
-            if found is None:  # one of the ranks: it has written what it found
-                return
-            file = found
-        from sparda_compile.bench.plots import write_plot
-        from sparda_compile.bench.show import print_decode
-
-        written = write_file(lambda path: write_plot(file.content(), path), plot)
-    if as_json:
-        print_json(file.content())
-        return
-    print_decode(file.results, make_console())
-    print_paths([file.path, written])
 
 
 @bench_app.command("budget")
@@ -211,11 +117,11 @@ def bench_budget(
         with progress() as say:
             say("importing torch and transformers")
             formats = {"kv_format": str(kv_format)}
-            setting = _setting(1, tokens, overlap or [0.9], None, rounds, steps, formats)
+            setting = decode_setting(1, tokens, overlap or [0.9], None, rounds, steps, formats)
             check_folder(out)
             require_gpu("sparda bench budget")
             lab = make_lab(shape, say, max_host_gib)
-            file = budget_file(out, shape, tokens, commit, str(kv_format))
+            file = budget_file(out, shape, tokens, commit, formats)
             for size in budgets:
                 lab.budget(size, setting, file.save)
         from sparda_compile.bench.show import print_budget
@@ -297,12 +203,12 @@ def _parts(
         return labs[shape]
 
     def decode(shape: str, batch: int) -> None:
-        setting = _setting(batch, _TOKENS, None, None, 3, 20)
+        setting = decode_setting(batch, _TOKENS, None, None, 3, 20)
         save = decode_file(out, shape, _TOKENS, commit).save
         lab(shape).decode(setting, save, with_baselines=(shape, batch) == WITH_BASELINES)
 
     def budget(gib: float) -> None:
-        setting = _setting(1, _TOKENS, [0.9], None, 3, 20)
+        setting = decode_setting(1, _TOKENS, [0.9], None, 3, 20)
         lab("8b").budget(gib, setting, budget_file(out, "8b", _TOKENS, commit).save)
 
     kernels = out / "kernels.json"
@@ -342,22 +248,16 @@ def _measure_kernels(path: Path, commit: str | None, say: Callable[[str], None])
     return result
 
 
-def _check_top_k(top_k: int | None, *, alone: bool) -> None:
-    if top_k is not None and not alone:
-        raise ConfigError("--top-k goes with neither --trace nor --tp; leave it out.")
-
-
-def _setting(
+def decode_setting(
     batch: int,
     tokens: int,
     overlap: list[float] | None,
     variant: list[Variant] | None,
     rounds: int,
     steps: int,
-    formats: dict[str, str] | None = None,
-    top_k: int | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return a checked setting of decode."""
+    """Return a checked setting of decode; `fields` are those of SpardaConfig."""
     from sparda_compile.bench.decode import VARIANTS, DecodeSetting
 
     if tokens % 64 or tokens < _LEAST_TOKENS:
@@ -372,8 +272,7 @@ def _setting(
             "add --variant scheduled."
         )
     overlaps = tuple(overlap or _OVERLAPS)
-    fields = {**(formats or {}), **({} if top_k is None else {"top_k": top_k})}
-    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, fields)
+    return DecodeSetting(batch, tokens, overlaps, variants, rounds, steps, dict(fields or {}))
 
 
 def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sparda_compile.cli.outputs import result_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from sparda_compile.bench.lab import ResultFile
@@ -19,20 +20,22 @@ def decode_file(
     shape: str,
     tokens: int,
     commit: str | None,
-    kv_format: str = "model",
+    fields: Mapping[str, Any] | None = None,
     tp: int = 1,
-    *,
-    top_k: int | None = None,
-    page_format: str = "model",
 ) -> ResultFile:
-    """Return the file of a shape's decode steps, with a format of blocks, on a number of ranks.
+    """Return the file of a shape's decode steps.
 
-    `top_k` is that of the configuration where it is not the usual one.
+    Args:
+        out: Folder.
+        shape: A key of `SHAPES`.
+        tokens: Of a sequence.
+        commit: Of this package, where it is not a git checkout.
+        fields: Of SpardaConfig; what is as usual is not noted.
+        tp: Ranks.
     """
-    own = _formats(kv_format, page_format)
-    budget = {} if top_k is None else {"top_k": top_k}
-    head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own, **budget}
-    parts = ["decode", shape, *own.values(), *(f"top{k}" for k in budget.values())]
+    own = _own(fields)
+    head = {"name": "decode", "shape": shape, "max_tokens": tokens, **own}
+    parts = ["decode", shape, *_words(own)]
     if tp > 1:
         head |= {"name": "decode-tp", "tp": tp}
         parts.append(f"tp{tp}")
@@ -44,24 +47,23 @@ def trace_file(
     shape: str,
     tokens: int,
     commit: str | None,
-    kv_format: str,
+    fields: Mapping[str, Any] | None,
     trace: dict[str, Any],
-    page_format: str = "model",
 ) -> ResultFile:
     """Return the file of a shape's decode steps that follow what a real model selected."""
-    own = _formats(kv_format, page_format)
+    own = _own(fields)
     head = {"name": "decode-trace", "shape": shape, "max_tokens": tokens, **own, "trace": trace}
-    name = "-".join(["decode", shape, *own.values(), "trace"])
+    name = "-".join(["decode", shape, *_words(own), "trace"])
     return result_file(out / f"{name}.json", head, "batch_size", commit)
 
 
 def budget_file(
-    out: Path, shape: str, tokens: int, commit: str | None, kv_format: str = "model"
+    out: Path, shape: str, tokens: int, commit: str | None, fields: Mapping[str, Any] | None = None
 ) -> ResultFile:
-    """Return the file of a shape's budgets of memory, with a format of blocks."""
-    own = _formats(kv_format)
+    """Return the file of a shape's budgets of memory."""
+    own = _own(fields)
     head = {"name": "budget", "shape": shape, "max_tokens": tokens, **own}
-    name = "-".join(["budget", shape, *own.values()])
+    name = "-".join(["budget", shape, *_words(own)])
     return result_file(out / f"{name}.json", head, "budget_gib", commit)
 
 
@@ -70,7 +72,13 @@ def kernels_file(path: Path, commit: str | None) -> ResultFile:
     return result_file(path, {"name": "kernels"}, "part", commit)
 
 
-def _formats(kv_format: str, page_format: str = "model") -> dict[str, str]:
-    """Return the formats that are not those of the model; the name of a file has them, too."""
-    given = {"kv_format": kv_format, "page_format": page_format}
-    return {name: value for name, value in given.items() if value != "model"}
+def _own(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the fields that are not as usual, in an order of their own."""
+    usual = {"kv_format": "model", "page_format": "model", "selector": None, "top_k": None}
+    given = {name: (fields or {}).get(name, value) for name, value in usual.items()}
+    return {n: v if n == "top_k" else str(v) for n, v in given.items() if v != usual[n]}
+
+
+def _words(own: Mapping[str, Any]) -> list[str]:
+    """Return how the name of a file says them."""
+    return [f"top{value}" if name == "top_k" else str(value) for name, value in own.items()]

@@ -30,6 +30,7 @@ __all__ = [
     "MOST_SEQUENCES",
     "MOST_STEPS",
     "MOST_TOKENS",
+    "MOST_TURNS",
     "Choice",
     "Commit",
     "Device",
@@ -48,15 +49,18 @@ __all__ = [
     "Prompt",
     "PromptProgram",
     "Repair",
+    "Rounds",
     "SelectingMode",
     "Selector",
     "Shape",
     "ShapeOption",
     "ShortList",
+    "Steps",
     "Task",
     "Teacher",
     "TextPrompt",
     "TextTask",
+    "Tokens",
     "Variant",
     "Where",
     "choices",
@@ -66,6 +70,7 @@ __all__ = [
 MOST_TOKENS: Final = config.MOST_TOKENS // 128 * 128
 MOST_BLOCKS: Final = MOST_TOKENS // 16
 MOST_SEQUENCES: Final = 1 << 16
+MOST_TURNS: Final = 1_000_000
 MOST_STEPS: Final = 1 << 31
 MOST_MINUTES: Final = 1e6
 MOST_GIB: Final = 1e6
@@ -166,3 +171,6 @@ ForecastFile = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option(help="Folder for the JSON files.")]
 ShapeOption = Annotated[Shape, typer.Option(help="Model to make.")]
+Tokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens per sequence.")]
+Rounds = Annotated[int, typer.Option(min=1, max=MOST_TURNS, help="Turns of each program.")]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_TURNS, help="Steps of one turn.")]

@@ -70,12 +70,10 @@ def decode_on_ranks(
     from sparda_compile.bench.rank_decode import measure_on_ranks
 
     out, commit = place
-    given = settings[0].settings
-    formats = [str(given.get(name, "model")) for name in ("kv_format", "page_format")]
 
     def file() -> ResultFile:
         tokens = settings[0].max_tokens
-        return decode_file(out, shape, tokens, commit, formats[0], tp, page_format=formats[1])
+        return decode_file(out, shape, tokens, commit, settings[0].settings, tp)
 
     def measure(say: Callable[[str], None], into: ResultFile) -> None:
         measure_on_ranks(shape, settings, tp, say, into.save)

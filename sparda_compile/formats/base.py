@@ -166,11 +166,14 @@ class ScaledFormat(BlockFormat):
     """
 
     code_bits: ClassVar[int]
-    num_scales: ClassVar[int]
+    num_scales: ClassVar[tuple[int, int]]
 
     @abstractmethod
     def scales(self, x: Tensor, axis: int) -> list[Tensor]:
-        """Return elements of finite `x` by which it is coded, reduced over an axis that stays."""
+        """Return elements of finite `x` by which it is coded, reduced over an axis that stays.
+
+        The axis is -2 for keys and -1 for values.
+        """
 
     @abstractmethod
     def encode(self, x: Tensor, scales: list[Tensor]) -> Tensor:
@@ -194,7 +197,8 @@ class ScaledFormat(BlockFormat):
         """
         check_dtype(self.name, dtype)
         codes = 2 * size * dim * self.code_bits // 8
-        total = codes + self.num_scales * (size + dim) * dtype.itemsize
+        of_keys, of_values = self.num_scales
+        total = codes + (of_keys * dim + of_values * size) * dtype.itemsize
         return (aligned(total),), torch.uint8
 
     def pack(self, blocks: Tensor) -> Tensor:
@@ -221,7 +225,8 @@ class ScaledFormat(BlockFormat):
     def unpack(self, stored: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
         """Return the blocks of runs [..., bytes] uint8, [..., 2, P, D] of the model's dtype."""
         codes = size * dim * self.code_bits // 8
-        widths = [self.num_scales * n * dtype.itemsize for n in (dim, size)]
+        lines = zip(self.num_scales, (dim, size), strict=True)
+        widths = [each * n * dtype.itemsize for each, n in lines]
         parts = stored[..., : 2 * codes + sum(widths)].split([codes, codes, *widths], -1)
         halves = [
             self.unpack_half(parts[half], parts[2 + half], axis, dim, dtype)
@@ -241,7 +246,8 @@ class ScaledFormat(BlockFormat):
             dim: D.
             dtype: Of the model.
         """
-        kept = scales.contiguous().view(dtype).unflatten(-1, (self.num_scales, -1))
+        num_scales = self.num_scales[0 if axis == -2 else 1]
+        kept = scales.contiguous().view(dtype).unflatten(-1, (num_scales, -1))
         lines = [s.unsqueeze(axis).float() for s in kept.unbind(-2)]
         return self.decode(self._split(codes.unflatten(-1, (-1, dim))), lines).to(dtype)
 

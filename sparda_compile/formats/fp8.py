@@ -1,14 +1,21 @@
-"""8-bit floats e4m3, scaled to their range: for each channel of keys and each token of values.
+"""8-bit floats e4m3: of each channel of keys about its middle, of each token of values about 0.
 
-    a = max |x|        code = e4m3(448 x / a)        x' = code * (a / 448),  a itself at +-448
+    l, h = min x, max x of keys        -a, a = -max |x|, max |x| of values
+    m = l / 2 + h / 2                  u = the power of two below or at h - l
+    code = e4m3(256 (x - m) / u)       x' = m + code * (u / 256), from l to h
 
-Half a step is |x| / 16 at most, and below a / 28672 it is a / 458752: small elements beside large
-ones keep their precision, which integers do not give them. Kernels: `kernels/gpu/pack_fp8.py`.
+and l and h themselves are the codes -256 and 256. The error of a float goes with its size, so that
+what keys of a channel have in common would cost all of them; it is not in the codes. Half a step is
+|x - m| / 16 at most, and below u / 16384 it is u / 262144.
+
+u is a power of two, as the distances between codes, and between numbers of the model's dtype, are
+then. So what was read stays what it is when it is stored again: in units of h - l a code may round
+to a number that is nearer to another code, which rounds to another number. Where h - l is beyond
+float32 all is NaN. Kernels: `kernels/gpu/pack_fp8.py`.
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -20,9 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Fp8Format"]
 
-_LARGEST: Final = 448.0
-# Of float32: whoever unpacks multiplies, and does not divide.
-_STEP: Final = ctypes.c_float(1.0 / _LARGEST).value
+_KEYS_AXIS: Final = -2
+_LARGEST: Final = 256.0
+# The codes of the ends, 256 and -256.
+_HIGHEST: Final = 0x78
+_LOWEST: Final = 0xF8
+_EXPONENT: Final = 0x7F800000
 _PRECISION: Final = 2.0**-4
 _SMALLEST: Final = 2.0**-10
 
@@ -32,28 +42,55 @@ class Fp8Format(ScaledFormat):
 
     name: ClassVar[str] = "fp8"
     kernels: ClassVar[str | None] = "sparda_compile.kernels.gpu.pack_fp8"
-    error: ClassVar[float] = 0.027
+    error: ClassVar[float] = 0.025
     code_bits: ClassVar[int] = 8
-    num_scales: ClassVar[int] = 1
+    num_scales: ClassVar[tuple[int, int]] = (2, 1)
 
     def scales(self, x: Tensor, axis: int) -> list[Tensor]:
-        """Return the largest absolute value."""
-        return [x.abs().amax(axis, keepdim=True)]
+        """Return the least and the largest value of keys, the largest absolute value of values."""
+        if axis == _KEYS_AXIS:
+            low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+            ends = [low + 0.0, high + 0.0]  # of two zeros neither is the least: both are 0
+        else:
+            ends = [x.abs().amax(axis, keepdim=True)]
+        wide = (ends[-1] - _low(ends)).isinf()
+        return [end.masked_fill(wide, float("nan")) for end in ends]
 
     def encode(self, x: Tensor, scales: list[Tensor]) -> Tensor:
-        """Return the nearest codes; 0 where all is 0, or something is not finite."""
-        (a,) = scales
-        scaled = x / a.where(a > 0, 1.0) * _LARGEST
-        return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        """Return the nearest codes; 0 where something is not finite."""
+        low, high = _low(scales), scales[-1]
+        unit = _unit(low, high)
+        scaled = (x - _middle(low, high)) / unit * _LARGEST
+        codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = codes.masked_fill(x == low, _LOWEST).masked_fill(x == high, _HIGHEST)
+        return codes.masked_fill(unit.isinf(), 0)
 
     def decode(self, codes: Tensor, scales: list[Tensor]) -> Tensor:
         """Return the values of codes."""
-        (a,) = scales
-        floats = codes.view(torch.float8_e4m3fn).float()
-        is_largest = floats.abs() == _LARGEST
-        return torch.where(is_largest, a.copysign(floats), floats * (a * _STEP))
+        low, high = _low(scales), scales[-1]
+        values = codes.view(torch.float8_e4m3fn).float() / _LARGEST * _unit(low, high)
+        if len(scales) > 1:
+            values = _middle(low, high) + values
+        return torch.minimum(torch.maximum(values, low), high)
 
     def half_step(self, x: Tensor, scales: list[Tensor]) -> Tensor:
-        """Return half a step, relative to each element."""
-        (a,) = scales
-        return torch.maximum(x.abs() * _PRECISION, a / _LARGEST * _SMALLEST)
+        """Return half a step, relative to how far each element is from the middle."""
+        low, high = _low(scales), scales[-1]
+        distance = (x - _middle(low, high)).abs()
+        return torch.maximum(distance * _PRECISION, _unit(low, high) / _LARGEST * _SMALLEST)
+
+
+def _low(scales: list[Tensor]) -> Tensor:
+    """Return the lower end of a line: that of values is as far from 0 as the other."""
+    return scales[0] if len(scales) > 1 else -scales[0]
+
+
+def _middle(low: Tensor, high: Tensor) -> Tensor:
+    """Return the middle of lines, which their sum would be too large for."""
+    return low * 0.5 + high * 0.5
+
+
+def _unit(low: Tensor, high: Tensor) -> Tensor:
+    """Return the power of two below or at `high - low`, a normal number; infinity for NaN."""
+    bits = (high - low).view(torch.int32) & _EXPONENT
+    return bits.view(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)

@@ -33,7 +33,7 @@ class Int4Format(ScaledFormat):
     kernels: ClassVar[str | None] = "sparda_compile.kernels.gpu.pack_int4"
     error: ClassVar[float] = 0.1
     code_bits: ClassVar[int] = 4
-    num_scales: ClassVar[int] = 2
+    num_scales: ClassVar[tuple[int, int]] = (2, 2)
 
     def scales(self, x: Tensor, axis: int) -> list[Tensor]:
         """Return the least and the largest value."""

@@ -31,7 +31,7 @@ class Int8Format(ScaledFormat):
     kernels: ClassVar[str | None] = "sparda_compile.kernels.gpu.pack_int8"
     error: ClassVar[float] = 0.006
     code_bits: ClassVar[int] = 8
-    num_scales: ClassVar[int] = 1
+    num_scales: ClassVar[tuple[int, int]] = (1, 1)
 
     def scales(self, x: Tensor, axis: int) -> list[Tensor]:
         """Return the largest absolute value."""

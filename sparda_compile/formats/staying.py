@@ -47,13 +47,13 @@ class ValuesFormat(BlockFormat):
     Attributes:
         values: Their format.
         code_bits: Its, for kernels, like the next one.
-        num_scales: Of each token.
+        num_scales: Of each channel of keys, which is none, and of each token.
     """
 
     summary: ClassVar[str | None] = "lowbit4_keys"
     values: ClassVar[ScaledFormat]
     code_bits: ClassVar[int]
-    num_scales: ClassVar[int]
+    num_scales: ClassVar[tuple[int, int]]
 
     def stored(
         self, size: int, dim: int, dtype: torch.dtype
@@ -65,7 +65,7 @@ class ValuesFormat(BlockFormat):
         """
         check_dtype(self.name, dtype)
         codes = size * dim * self.code_bits // 8
-        return (aligned(codes + self.num_scales * size * dtype.itemsize),), torch.uint8
+        return (aligned(codes + self.num_scales[1] * size * dtype.itemsize),), torch.uint8
 
     def pack(self, blocks: Tensor) -> Tensor:
         """Return the runs of the values of blocks [..., 2, P, D], [..., bytes] uint8."""
@@ -105,7 +105,7 @@ class ValuesFormat(BlockFormat):
 
     def _values(self, stored: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
         codes = size * dim * self.code_bits // 8
-        scales = self.num_scales * size * dtype.itemsize
+        scales = self.num_scales[1] * size * dtype.itemsize
         coded, scaled = stored[..., : codes + scales].split([codes, scales], -1)
         return self.values.unpack_half(coded, scaled, -1, dim, dtype)
 
@@ -118,7 +118,7 @@ class Values8Format(ValuesFormat):
     error: ClassVar[float] = 0.07
     values: ClassVar[ScaledFormat] = Int8Format()
     code_bits: ClassVar[int] = Int8Format.code_bits
-    num_scales: ClassVar[int] = Int8Format.num_scales
+    num_scales: ClassVar[tuple[int, int]] = (0, Int8Format.num_scales[1])
 
 
 class Values4Format(ValuesFormat):
@@ -129,4 +129,4 @@ class Values4Format(ValuesFormat):
     error: ClassVar[float] = 0.1
     values: ClassVar[ScaledFormat] = Int4Format()
     code_bits: ClassVar[int] = Int4Format.code_bits
-    num_scales: ClassVar[int] = Int4Format.num_scales
+    num_scales: ClassVar[tuple[int, int]] = (0, Int4Format.num_scales[1])

@@ -42,9 +42,9 @@ __all__ = [
     "window_attention_bytes",
 ]
 
-SCORE_BYTES: Final = 256 << 20
-"""Of block scores that are there at once: behind a million tokens, those of 900 with 2 KV heads."""
-UNION_BYTES: Final = 128 << 20
+SCORE_BYTES: Final = 512 << 20
+"""Of block scores at once: behind a million tokens, those of 1,800 tokens with 2 KV heads."""
+UNION_BYTES: Final = 256 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64
 """Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""

@@ -204,7 +204,8 @@ def _step_us(layout: CacheLayout, machine: Machine, weight_bytes: int) -> float:
         pairs = layout.batch_size * shape.num_groups
         stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
         if not layout.stays_on_device:
-            fetched += pairs * layout.num_scored * (1.0 - config.expected_overlap) * stored
+            fresh = layout.fresh_share(config.expected_overlap)
+            fetched += pairs * layout.num_scored * fresh * stored
         pages = pairs * layout.num_selected
         pages_us += machine.pages_us(
             pages * layout.page_bytes(shape), pages * layout.unpacked(shape)

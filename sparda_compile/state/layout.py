@@ -243,6 +243,19 @@ class CacheLayout:
         wanted = math.ceil(self.num_selected * self.config.page_ratio)
         return min(self.num_blocks, max(wanted, self.num_selected + 1))
 
+    def fresh_share(self, overlap: float) -> float:
+        """Return the share of the scored blocks that a step is expected to find without a page.
+
+        Those that the step before did not choose; of these as many have a page as of all blocks
+        that it did not read, which is least where steps choose at random.
+
+        Args:
+            overlap: Share of the scored blocks that the step before chose, too.
+        """
+        others = max(self.num_blocks - self.num_selected, 1)
+        kept = max(self.num_pages - self.num_selected, 0) / others
+        return (1.0 - overlap) * max(1.0 - kept, 0.0)
+
     def summaries(self, layer: int) -> tuple[str, ...]:
         """Names of a layer's summaries: what scores, and what its format reads keys from."""
         kept = self.kv_format(layer).summary

@@ -9,6 +9,10 @@ import typer.testing
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from sparda_compile import environment
+from sparda_compile.bench import memory, suite
+from sparda_compile.bench.suite import Part
+from sparda_compile.cli import bench
 from sparda_compile.cli import main as cli
 
 
@@ -49,3 +53,61 @@ def folder(tmp_path_factory, byte_tokenizer):
     LlamaForCausalLM(config).save_pretrained(path)
     byte_tokenizer.save_pretrained(path)
     return path
+
+
+def spread(us):
+    return {"median": us, "low": us, "high": us, "runs": 3, "h2d_bytes": 1000}
+
+
+class FakeLab:
+    """Measures nothing; remembers what it was asked for."""
+
+    def __init__(self, name, asked):
+        self.name = name
+        self.asked = asked
+
+    def decode(self, setting, save, *, with_baselines):
+        self.asked.append((self.name, setting, with_baselines))
+        if setting.batch_size == 8:
+            raise RuntimeError("CUDA error")
+        row = {"scheduled": spread(4000.0), "tokens_per_s": 250.0 * setting.batch_size}
+        result = {
+            "batch_size": setting.batch_size,
+            "max_tokens": setting.max_tokens,
+            "by_overlap": {str(overlap): row for overlap in setting.overlaps},
+            "skipped": {"dense": "its KV cache is too big"},
+        }
+        save(result)
+        return result
+
+    def budget(self, gib, setting, save):
+        self.asked.append((self.name, setting, gib))
+        side = {"batch_size": 2, "limited_by": "budget", "device_gib": 1.0, "host_gib": 0.0}
+        save({"budget_gib": gib, "resident": side, "scheduled": side, "by_overlap": {}})
+
+    def prefill(self, setting, file):
+        self.asked.append((self.name, setting, "prefill"))
+        skipped = dict.fromkeys(setting.programs, "no time")
+        file.save({"tokens": setting.tokens[0], "programs": {}, "skipped": skipped})
+
+    def turns(self, setting, file):
+        self.asked.append((self.name, setting, "turns"))
+        skipped = dict.fromkeys(setting.programs, "no time")
+        file.save({"past": setting.past[0], "programs": {}, "skipped": skipped})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    asked = []
+
+    def lab(shape, say, max_host_gib):
+        asked.append((shape, max_host_gib))
+        return FakeLab(shape, asked)
+
+    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
+    monkeypatch.setattr(bench, "make_lab", lab)
+    monkeypatch.setattr(environment, "_commit", lambda: "abc123")
+    monkeypatch.setattr(memory, "free_everything", lambda: None)
+    monkeypatch.setattr(suite, "free_everything", lambda: None)
+    monkeypatch.setattr(bench, "prr_part", lambda *args: Part("prr", 1.0, lambda: True, list))
+    return asked

@@ -7,18 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparda_compile import environment
-from sparda_compile.bench import memory, suite
 from sparda_compile.bench.memory import GIB
-from sparda_compile.bench.suite import PARTS, WITH_BASELINES, Part
+from sparda_compile.bench.suite import PARTS, WITH_BASELINES
 from sparda_compile.cli import bench
 from sparda_compile.cli import main as cli
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-
-
-def spread(us):
-    return {"median": us, "low": us, "high": us, "runs": 3, "h2d_bytes": 1000}
 
 
 def run(*arguments):
@@ -27,117 +21,6 @@ def run(*arguments):
 
 def words(text):
     return " ".join(text.replace("\u2502", " ").split())
-
-
-class FakeLab:
-    """Measures nothing; remembers what it was asked for."""
-
-    def __init__(self, name, asked):
-        self.name = name
-        self.asked = asked
-
-    def decode(self, setting, save, *, with_baselines):
-        self.asked.append((self.name, setting, with_baselines))
-        if setting.batch_size == 8:
-            raise RuntimeError("CUDA error")
-        row = {"scheduled": spread(4000.0), "tokens_per_s": 250.0 * setting.batch_size}
-        result = {
-            "batch_size": setting.batch_size,
-            "max_tokens": setting.max_tokens,
-            "by_overlap": {str(overlap): row for overlap in setting.overlaps},
-            "skipped": {"dense": "its KV cache is too big"},
-        }
-        save(result)
-        return result
-
-    def budget(self, gib, setting, save):
-        self.asked.append((self.name, setting, gib))
-        side = {"batch_size": 2, "limited_by": "budget", "device_gib": 1.0, "host_gib": 0.0}
-        save({"budget_gib": gib, "resident": side, "scheduled": side, "by_overlap": {}})
-
-    def prefill(self, setting, file):
-        self.asked.append((self.name, setting, "prefill"))
-        skipped = dict.fromkeys(setting.programs, "no time")
-        file.save({"tokens": setting.tokens[0], "programs": {}, "skipped": skipped})
-
-    def turns(self, setting, file):
-        self.asked.append((self.name, setting, "turns"))
-        skipped = dict.fromkeys(setting.programs, "no time")
-        file.save({"past": setting.past[0], "programs": {}, "skipped": skipped})
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    asked = []
-
-    def lab(shape, say, max_host_gib):
-        asked.append((shape, max_host_gib))
-        return FakeLab(shape, asked)
-
-    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
-    monkeypatch.setattr(bench, "make_lab", lab)
-    monkeypatch.setattr(environment, "_commit", lambda: "abc123")
-    monkeypatch.setattr(memory, "free_everything", lambda: None)
-    monkeypatch.setattr(suite, "free_everything", lambda: None)
-    monkeypatch.setattr(bench, "prr_part", lambda *args: Part("prr", 1.0, lambda: True, list))
-    return asked
-
-
-def test_decode_writes_and_shows_each_batch(asked, tmp_path):
-    result = run(
-        "decode", "--batch", 1, "--batch", 4, "--overlap", 0.9, "--variant", "scheduled",
-        "--variant", "dense", "--no-baseline", "--rounds", 2, "--steps", 5, "--out", tmp_path,
-        "--tokens", 65536, "--max-host-gib", 3,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "decode-8b.json").read_text())
-    assert [r["batch_size"] for r in found["results"]] == [1, 4]
-    assert (found["name"], found["shape"], found["max_tokens"]) == ("decode", "8b", 65536)
-    assert asked[0] == ("8b", 3)
-    _, setting, with_baselines = asked[1]
-    assert not with_baselines
-    assert (setting.batch_size, setting.max_tokens, setting.rounds, setting.steps) == (
-        1, 65536, 2, 5,
-    )  # fmt: skip
-    assert (setting.overlaps, setting.variants) == ((0.9,), ("scheduled", "dense"))
-    assert "4 0.9 4.000" in words(result.stdout)
-    assert "batch 1: dense is left out: its KV cache is too big." in words(result.stdout)
-    assert "decode-8b.json" in result.stdout
-
-
-def test_decode_as_json(asked, tmp_path):
-    result = run("decode", "--shape", "tiny", "--out", tmp_path, "--json", "--commit", "1a2b")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["results"][0]["batch_size"] == 1
-    assert asked[1][2] is True
-    assert asked[1][1].overlaps == (0.5, 0.7, 0.9, 0.97)
-    found = json.loads((tmp_path / "decode-tiny.json").read_text())
-    assert found["environment"]["commit"] == "1a2b"
-
-
-def test_decode_of_a_format_of_blocks_has_its_own_file(asked, tmp_path):
-    result = run("decode", "--shape", "tiny", "--out", tmp_path, "--kv-format", "int4")
-    assert result.exit_code == 0, result.output
-    assert asked[1][1].settings == {"kv_format": "int4", "page_format": "model"}
-    found = json.loads((tmp_path / "decode-tiny-int4.json").read_text())
-    assert found["kv_format"] == "int4"
-    assert "page_format" not in found
-
-
-def test_decode_of_small_pages_has_its_own_file(asked, tmp_path):
-    formats = ("--kv-format", "fp8", "--page-format", "stored")
-    result = run("decode", "--shape", "tiny", "--out", tmp_path, *formats)
-    assert result.exit_code == 0, result.output
-    assert asked[1][1].settings == {"kv_format": "fp8", "page_format": "stored"}
-    found = json.loads((tmp_path / "decode-tiny-fp8-stored.json").read_text())
-    assert (found["kv_format"], found["page_format"]) == ("fp8", "stored")
-
-
-def test_decode_plots(asked, tmp_path):
-    pytest.importorskip("matplotlib")
-    result = run("decode", "--out", tmp_path, "--plot", tmp_path / "decode.png")
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "decode.png").stat().st_size > 1000
 
 
 def test_budget(asked, tmp_path):
@@ -154,7 +37,10 @@ def test_budget(asked, tmp_path):
 def kernels(monkeypatch):
     found = {
         "copy": {"gbps": 4000.0},
-        "gather": {"memcpy": {**spread(1.0), "gbps": 50.0}, "by_programs": {}},
+        "gather": {
+            "memcpy": {"median": 1.0, "low": 1.0, "high": 1.0, "runs": 3, "gbps": 50.0},
+            "by_programs": {},
+        },
         "prompt": {"tokens": 64, "past": 512, "kernels": {}, "others": {}},
         "beside": {},
     }

@@ -26,22 +26,29 @@ def test_file_of_kernels(tmp_path):
 
 
 def test_file_of_steps_that_follow_a_trace(tmp_path):
-    file = trace_file(tmp_path, "8b", 4096, "abc", "model", {"sha256": "1"})
+    file = trace_file(tmp_path, "8b", 4096, "abc", None, {"sha256": "1"})
     assert (file.path.name, file.head["trace"]) == ("decode-8b-trace.json", {"sha256": "1"})
     file.save({"batch_size": 1})
-    assert not trace_file(tmp_path, "8b", 4096, "abc", "model", {"sha256": "2"}).has(1)
-    assert trace_file(tmp_path, "8b", 4096, None, "fp8", {}).path.name == "decode-8b-fp8-trace.json"
+    assert not trace_file(tmp_path, "8b", 4096, "abc", None, {"sha256": "2"}).has(1)
+    file = trace_file(tmp_path, "8b", 4096, None, {"kv_format": "fp8"}, {})
+    assert file.path.name == "decode-8b-fp8-trace.json"
 
 
-def test_files_of_formats_and_numbers_of_blocks(tmp_path):
-    file = decode_file(tmp_path, "8b", 4096, "abc", "int8", top_k=171)
-    assert file.path.name == "decode-8b-int8-top171.json"
-    assert (file.head["kv_format"], file.head["top_k"]) == ("int8", 171)
-    assert "top_k" not in decode_file(tmp_path, "8b", 4096, "abc", "int8").head
-    file = decode_file(tmp_path, "8b", 4096, "abc", "int8", 2, page_format="stored")
+def test_files_say_what_is_not_as_usual(tmp_path):
+    fields = {"kv_format": "int8", "top_k": 171, "selector": "lowbit4", "page_format": "model"}
+    file = decode_file(tmp_path, "8b", 4096, "abc", fields)
+    assert file.path.name == "decode-8b-int8-lowbit4-top171.json"
+    wanted = {"name": "decode", "shape": "8b", "max_tokens": 4096}
+    del fields["page_format"]
+    assert file.head == {**wanted, **fields}
+    assert decode_file(tmp_path, "8b", 4096, "abc", {"kv_format": "model"}).head == wanted
+    fields = {"kv_format": "int8", "page_format": "stored"}
+    file = decode_file(tmp_path, "8b", 4096, "abc", fields, 2)
     assert file.path.name == "decode-8b-int8-stored-tp2.json"
     assert file.head["page_format"] == "stored"
-    file = trace_file(tmp_path, "8b", 4096, None, "int4", {}, "stored")
+    file = trace_file(
+        tmp_path, "8b", 4096, None, {"kv_format": "int4", "page_format": "stored"}, {}
+    )
     assert file.path.name == "decode-8b-int4-stored-trace.json"
-    file = budget_file(tmp_path, "8b", 4096, "abc", "fp8")
+    file = budget_file(tmp_path, "8b", 4096, "abc", {"kv_format": "fp8"})
     assert (file.path.name, file.head["kv_format"]) == ("budget-8b-fp8.json", "fp8")

@@ -126,6 +126,6 @@ def test_one_of_the_ranks_measures_and_does_not_start_others(tmp_path, monkeypat
 
 @pytest.mark.parametrize(("kv_format", "name"), [("model", "8b-tp8"), ("int8", "8b-int8-tp8")])
 def test_file_of_a_number_of_ranks(tmp_path, kv_format, name):
-    file = decode_file(tmp_path, "8b", 4096, None, kv_format, 8)
+    file = decode_file(tmp_path, "8b", 4096, None, {"kv_format": kv_format}, 8)
     assert file.path.name == f"decode-{name}.json"
     assert (file.head["name"], file.head["tp"]) == ("decode-tp", 8)

@@ -91,9 +91,9 @@ def test_a_scratch_is_bounded_however_long_a_prompt_is(work, most):
 
 
 def test_quest_splits_the_mean_query():
-    prompt = selected(1 << 16)
+    prompt = selected(1 << 17)
     prompt.selector = "quest"
-    assert select_tokens_bytes(prompt) > 0.97 * SCORE_BYTES + 2 * (1 << 16) * 128 * 12
+    assert select_tokens_bytes(prompt) > 0.97 * SCORE_BYTES + 2 * (1 << 17) * 128 * 12
 
 
 @pytest.mark.parametrize(("past", "runs"), [(1600, 0), (3000, 376)])

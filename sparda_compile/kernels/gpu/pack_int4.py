@@ -32,7 +32,7 @@ def encode(x, inside, AXIS: tl.constexpr):  # noqa: ANN201 - a part of kernels
 
 
 @triton.jit
-def decode(codes, first, last):  # noqa: ANN201 - a part of kernels
+def decode(codes, first, last, AXIS: tl.constexpr):  # noqa: ANN201 - a part of kernels
     """Return the values of codes, 0 to 15, between two that spread over the tile."""
     step = (last - first) * _STEP
     return tl.where(codes == 15, last, first + codes.to(tl.float32) * step)

@@ -29,7 +29,7 @@ def encode(x, inside, AXIS: tl.constexpr):  # noqa: ANN201 - a part of kernels
 
 
 @triton.jit
-def decode(codes, first, last):  # noqa: ANN201 - a part of kernels
+def decode(codes, first, last, AXIS: tl.constexpr):  # noqa: ANN201 - a part of kernels
     """Return the values of codes, 0 to 255, by scales that spread over the tile."""
     number = ((codes ^ 128) | _WHOLE_BITS).to(tl.float32, bitcast=True) - (_WHOLE + 128.0)
     values = number * (first * _STEP)

@@ -64,6 +64,7 @@ def _read(
     """Return four bytes of codes each, and scales, of TOKENS keys or values from `begin` on."""
     PER: tl.constexpr = 8 // BITS
     LINES: tl.constexpr = DIM if KEYS else SIZE
+    NUMBERS: tl.constexpr = SCALES[0] if KEYS else SCALES[1]
     dims, byte = tl.arange(0, DIMS // 4), begin // PER + tl.arange(0, TOKENS // PER)
     at_codes = codes_at(run, KEYS, SIZE, DIM, BITS, KEPT).to(tl.pointer_type(tl.int32))
     at_codes += byte[:, None] * (DIM // 4) + dims[None, :]
@@ -73,7 +74,7 @@ def _read(
     is_line = line < tl.where(is_item, LINES, 0)
     at_scales = scales_at(run, pages, KEYS, SIZE, DIM, BITS, SCALES, KEPT) + line
     first = tl.load(at_scales, mask=is_line, other=0.0)
-    last = tl.load(at_scales + (SCALES - 1) * LINES, mask=is_line, other=0.0)
+    last = tl.load(at_scales + (NUMBERS - 1) * LINES, mask=is_line, other=0.0)
     return joined, first, last
 
 
@@ -91,7 +92,7 @@ def _write(
     codes = (joined[:, None, :, None] >> shift[None, :, None, :]) & ((1 << BITS) - 1)
     codes = tl.reshape(codes, [TOKENS, DIMS])
     low, high = first.to(tl.float32), last.to(tl.float32)
-    values = DECODE(codes, tl.expand_dims(low, AXIS), tl.expand_dims(high, AXIS))
+    values = DECODE(codes, tl.expand_dims(low, AXIS), tl.expand_dims(high, AXIS), AXIS)
     inside = (token < SIZE)[:, None] & (dims < DIM)[None, :]
     at = target + token[:, None] * DIM + dims[None, :]
     tl.store(at, rounded(values, target, CUTS), mask=inside)

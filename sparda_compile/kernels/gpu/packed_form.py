@@ -2,9 +2,11 @@
 
 `packed.py` gathers and unpacks, `packed_store.py` packs and stores. A format gives two functions:
 
-    encode(x, inside, AXIS)       codes of a tile [P, D], int32, and two numbers for each line along
-                                  AXIS; x is 0 where it is not finite, or not inside
-    decode(codes, first, last)    values, given those numbers along the same axis
+    encode(x, inside, AXIS)             codes of a tile [P, D], int32, and two numbers for each line
+                                        along AXIS; x is 0 where it is not finite, or not inside
+    decode(codes, first, last, AXIS)    values, given those numbers along the same axis
+
+AXIS is 0 for keys and 1 for values. Of a line that has one number, `first` and `last` are the same.
 
 Each product and sum rounds by itself, so that what is written to a page when a block fills is what
 the gather makes of the stored block.
@@ -41,8 +43,9 @@ _MOST_WARPS: Final = 16
 class Form(NamedTuple):
     """What kernels are compiled for: sizes of a block and of its run, and the codes.
 
-    `cuts` says that a cast to bfloat16 does not round, as that of the interpreter. `kept` is the
-    bits in which keys stay on the device, 0 where they are stored.
+    `scales` are the numbers of a channel of keys and of a token of values. `cuts` says that a cast
+    to bfloat16 does not round, as that of the interpreter. `kept` is the bits in which keys stay on
+    the device, 0 where they are stored.
     """
 
     size: int
@@ -51,7 +54,7 @@ class Form(NamedTuple):
     dims: int
     run: int
     bits: int
-    scales: int
+    scales: tuple[int, int]
     cuts: bool
     kept: int
 
@@ -119,8 +122,8 @@ def scales_at(  # noqa: ANN201 - a part of kernels
     WIDTH: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8
     HALVES: tl.constexpr = 1 if KEPT else 2
     CODES: tl.constexpr = HALVES * SIZE * DIM * BITS // 8
-    IS_FIRST: tl.constexpr = KEYS | (KEPT > 0)
-    return _at(run, CODES + (0 if IS_FIRST else SCALES * DIM * WIDTH), pages.dtype.element_ty)
+    BEFORE: tl.constexpr = 0 if KEYS else SCALES[0] * DIM * WIDTH
+    return _at(run, CODES + BEFORE, pages.dtype.element_ty)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def _round_half(
                 codes, first, last, target, pool, page >= 0, KEYS, SIZE, SLOTS, DIM, DIMS, BITS,
                 SCALES, KEPT,
             )  # fmt: skip
-        values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS))
+        values = DECODE(codes, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS), AXIS)
     if RUNS == 0:
         token, dims = tl.arange(0, SLOTS), tl.arange(0, DIMS)
         at = target + token[:, None] * DIM + dims[None, :]
@@ -99,6 +99,7 @@ def _write_run(
     """Write codes and scales of keys or values to a stored run, if there is one."""
     PER: tl.constexpr = 8 // BITS
     LINES: tl.constexpr = DIM if KEYS else SIZE
+    NUMBERS: tl.constexpr = SCALES[0] if KEYS else SCALES[1]
     token, dims, byte = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
     joined = codes
     if PER > 1:
@@ -112,7 +113,7 @@ def _write_run(
     is_line = line < tl.where(is_there, LINES, 0)
     at_scales = scales_at(run, pool, KEYS, SIZE, DIM, BITS, SCALES, KEPT) + line
     tl.store(at_scales, first.to(pool.dtype.element_ty), mask=is_line)
-    if SCALES > 1:
+    if NUMBERS > 1:
         tl.store(at_scales + LINES, last.to(pool.dtype.element_ty), mask=is_line)
 
 

@@ -185,7 +185,7 @@ class Tiles(NamedTuple):
     interpreted: bool
     run: int
     bits: int
-    scales: int
+    scales: tuple[int, int]
     cuts: bool
     decode: Any
 

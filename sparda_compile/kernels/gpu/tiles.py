@@ -38,7 +38,7 @@ class PageForm(NamedTuple):
 
     run: int
     bits: int
-    scales: int
+    scales: tuple[int, int]
     cuts: bool
     decode: Any
 
@@ -46,7 +46,7 @@ class PageForm(NamedTuple):
     def of(cls, stored: Stored | None) -> PageForm:
         """Return that of pages, given what goes with them."""
         if stored is None:
-            return cls(0, 0, 0, False, None)
+            return cls(0, 0, (0, 0), False, None)
         form = Form.of(stored.tail, stored.kv_format)
         decode = functions_of(stored.kv_format).decode
         return cls(form.run, form.bits, form.scales, form.cuts, decode)
@@ -62,7 +62,7 @@ class PageForm(NamedTuple):
         """
         if not self.run:
             return elements * width, 0
-        ahead = width + self.scales * width // 2 if many else 0
+        ahead = width + self.scales[0] * width // 2 if many else 0
         return elements * (1 + ahead), elements * width
 
 
@@ -114,6 +114,7 @@ def _read_run(
     """
     PER: tl.constexpr = 8 // BITS
     LINES: tl.constexpr = DIM if KEYS else SIZE
+    NUMBERS: tl.constexpr = SCALES[0] if KEYS else SCALES[1]
     codes = codes_at(run, KEYS, SIZE, DIM, BITS, 0)
     scales = scales_at(run, tail, KEYS, SIZE, DIM, BITS, SCALES, 0)
     mask = (token < full)[:, None] & (dims < DIM)[None, :]
@@ -130,17 +131,18 @@ def _read_run(
         if MANY:
             at = scales[:, None] + dims[None, :]
             first = tl.load(at, mask=mask, other=0.0)
-            last = tl.load(at + (SCALES - 1) * LINES, mask=mask, other=0.0)
+            last = tl.load(at + (NUMBERS - 1) * LINES, mask=mask, other=0.0)
         else:
             at = scales + dims
             is_line = dims < tl.where(full > 0, DIM, 0)
             first = tl.load(at, mask=is_line, other=0.0)[None, :]
-            last = tl.load(at + (SCALES - 1) * LINES, mask=is_line, other=0.0)[None, :]
+            last = tl.load(at + (NUMBERS - 1) * LINES, mask=is_line, other=0.0)[None, :]
     else:
         at = scales + token
         first = tl.load(at, mask=token < full, other=0.0)[:, None]
-        last = tl.load(at + (SCALES - 1) * LINES, mask=token < full, other=0.0)[:, None]
-    values = DECODE(code, first.to(tl.float32), last.to(tl.float32))
+        last = tl.load(at + (NUMBERS - 1) * LINES, mask=token < full, other=0.0)[:, None]
+    AXIS: tl.constexpr = 0 if KEYS else 1
+    values = DECODE(code, first.to(tl.float32), last.to(tl.float32), AXIS)
     return tl.where(mask, rounded(values, tail, CUTS), 0.0)
 
 

@@ -362,6 +362,6 @@ def scored_tokens(
             factor, *strides, groups, num_tokens, num_windows, num_eights, eight_runs, begin,
             end, scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
             PART_BLOCKS, rows, RUN_BLOCKS if count else 0, softmax, blocks is Blocks.PAST,
-            blocks is Blocks.NEW, interpreting(), stages, num_warps=4 if softmax else 8,
+            blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
         )  # fmt: skip
         yield begin, end, scores

@@ -1,7 +1,9 @@
 """Expected bytes of blocks: what copies bring, and what attention reads.
 
-Of the blocks that a layer chooses by score, the share n = 1 - overlap is new in each step; the
-others have a page. With hints 1, 2, .., which name the share r_i of the new blocks:
+Of the blocks that a layer chooses by score, the share 1 - overlap is new in each step. Of K blocks
+that a step reads, C pages and N blocks, (C - K) / (N - K) of the new ones have a page, if they are
+any of those that it did not read; so a step brings n = (1 - overlap) (N - C) / (N - K). With hints
+1, 2, .., which name the share r_i of the new blocks:
 
     copy of hint i     n (f_i - r_i (1 - (1 - r_1) .. (1 - r_i-1)))      what an earlier one brought
                                                                          is not fetched again
@@ -140,7 +142,8 @@ def _shape(copy: fx.Node, ctx: PassContext) -> LayerShape:
 
 def _fetched_share(copy: fx.Node, ctx: PassContext) -> float:
     """Return the share of the scored blocks that a copy of a step brings."""
-    fresh = 1.0 - ctx.config.expected_overlap
+    assert ctx.layout is not None
+    fresh = ctx.layout.fresh_share(ctx.config.expected_overlap)
     hints = _hints_of(argument(copy, "pages"), ctx)
     if not HINT.on(copy):
         return fresh * missed_share(hints, ctx)
@@ -183,7 +186,8 @@ def _late_share(node: fx.Node, ctx: PassContext) -> float:
     """
     assert ctx.layout is not None
     pages = argument(node, "pages")
-    fresh = (1.0 - ctx.config.expected_overlap) * missed_share(_hints_of(pages, ctx), ctx)
+    fresh = ctx.layout.fresh_share(ctx.config.expected_overlap)
+    fresh *= missed_share(_hints_of(pages, ctx), ctx)
     selected = ctx.layout.num_selected
     missing = fresh * ctx.layout.num_scored / max(selected, 1)
     if takes(node, "partial_lse"):

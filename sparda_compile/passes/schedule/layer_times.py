@@ -147,7 +147,8 @@ def attends_before_repair(shape: LayerShape, ctx: PassContext) -> bool:
     if ctx.config.attend_before_repair == "always" or not machine.overlaps:
         return True
     hints = [h for h in ctx.strategy.hints if h.source(shape, layout.layers) is not None]
-    late = layout.num_scored * (1.0 - ctx.config.expected_overlap) * missed_share(hints, ctx)
+    fresh = layout.fresh_share(ctx.config.expected_overlap)
+    late = layout.num_scored * fresh * missed_share(hints, ctx)
     pairs = ctx.batch_size * shape.num_groups
     stored = layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
     repair_us = machine.launch_us + pairs * late * stored / (machine.link_gbps * 1e3)

@@ -202,8 +202,8 @@ class PackedCase:
         found = KV_FORMATS[name]
         halves = 2 if found.summary is None else 1  # keys that stay are not in a run
         codes = halves * size * dim * found.code_bits // 8
-        lines = size + dim if halves == 2 else size
-        end = codes + found.num_scales * lines * dtype.itemsize
+        of_keys, of_values = found.num_scales
+        end = codes + (of_keys * dim + of_values * size) * dtype.itemsize
         scales = [run[..., codes:end].contiguous().view(dtype) for run in (got, want)]
         return cls.same(got[..., :codes], want[..., :codes]) and cls.same(*scales)
 
@@ -227,38 +227,54 @@ def case():
 
 
 @triton.jit
-def _codes_of(x, codes, values, LAST: tl.constexpr, ENCODE: tl.constexpr, DECODE: tl.constexpr):
-    """Encode 8 lines of 256 numbers, and decode what that gives."""
-    at = tl.arange(0, 8)[:, None] * 256 + tl.arange(0, 256)[None, :]
+def _codes_of(
+    x, codes, values, LAST: tl.constexpr, AXIS: tl.constexpr, ENCODE: tl.constexpr,
+    DECODE: tl.constexpr,
+):  # fmt: skip
+    """Encode 8 lines of 256 numbers, along AXIS of a tile, and decode what that gives."""
+    if AXIS == 0:
+        at = tl.arange(0, 256)[:, None] + tl.arange(0, 8)[None, :] * 256
+    else:
+        at = tl.arange(0, 8)[:, None] * 256 + tl.arange(0, 256)[None, :]
     numbers = tl.load(x + at)
-    made, first, last = ENCODE(numbers, numbers == numbers, 1)
+    made, first, last = ENCODE(numbers, numbers == numbers, AXIS)
     made = made & LAST
     tl.store(codes + at, made)
-    tl.store(values + at, DECODE(made, tl.expand_dims(first, 1), tl.expand_dims(last, 1)))
+    read = DECODE(made, tl.expand_dims(first, AXIS), tl.expand_dims(last, AXIS), AXIS)
+    tl.store(values + at, read)
 
 
 @pytest.fixture
 def check_codes(device):
-    def check(name, functions):
-        """Lines of 256 numbers: every code of the format, numbers between them, and ties."""
+    def check(name, functions, axis):
+        """Lines of 256 numbers: every code of the format, numbers between them, and ties.
+
+        They are channels of keys with axis 0, and tokens of values with axis 1.
+        """
         found = KV_FORMATS[name]
         every = torch.arange(256, dtype=torch.int32)
         bits = 2**found.code_bits
-        scales = [torch.tensor([[s]]) for s in ((448.0,) if bits == 256 else (-3.0, 12.0))]
+        ends = (448.0,) if found.num_scales[axis] == 1 else (-3.0, 12.0)
+        scales = [torch.tensor([[end]]) for end in ends]
         lines = found.decode((every % bits).to(torch.uint8)[None], scales).nan_to_num(0.0)
         between = (lines + lines.sort().values.roll(1)) / 2
         noise = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
         x = torch.cat([lines, between, noise, noise[:1] * 1e-3, torch.zeros(1, 256)])[:8]
+        x[3] += 100.0
         x[5, 0] = 1000.0
-        own = found.scales(x, -1)
+        x[6] *= 1e-39
         codes, values = torch.empty(8, 256, dtype=torch.int32), torch.empty(8, 256)
         codes, values, there = codes.to(device), values.to(device), x.to(device)
-        launch(_codes_of, (1,))(
-            there, codes, values, bits - 1, functions.encode, functions.decode, **as_written()
-        )
-        want = found.encode(x, own)
+        functions = (functions.encode, functions.decode)
+        launch(_codes_of, (1,))(there, codes, values, bits - 1, axis, *functions, **as_written())
+        tile = x.T if axis == 0 else x
+        own = found.scales(tile, axis - 2)
+        want = found.encode(tile, own)
+        read = found.decode(want, own)
+        if axis == 0:
+            want, read = want.T, read.T
         assert torch.equal(codes.cpu().to(torch.uint8), want)
-        assert torch.equal(values.cpu(), found.decode(want, own))
+        assert torch.equal(values.cpu(), read)
         assert len(want.unique()) > 0.9 * min(bits, 254)
 
     return check

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sparda_compile.kernels.gpu import pack_fp8
 
 
-def test_every_code_and_every_rounding_is_that_of_the_format(check_codes):
-    check_codes("fp8", pack_fp8)
+@pytest.mark.parametrize("axis", [0, 1], ids=["keys", "values"])
+def test_every_code_and_every_rounding_is_that_of_the_format(check_codes, axis):
+    check_codes("fp8", pack_fp8, axis)

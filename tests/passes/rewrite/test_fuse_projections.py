@@ -229,7 +229,7 @@ def test_joined_weight_has_the_rows_of_its_parts_in_order(planned):
     arguments = dict(zip(placeholders, program._arguments, strict=True))
     known = to_inputs(forecast) | plan.captured.weights
     for name, sources in JOINED.of(plan.graph_module).items():
-        assert torch.equal(arguments[name], torch.cat([known[source] for source in sources]))
+        assert torch.equal(arguments[name].tensor, torch.cat([known[source] for source in sources]))
 
 
 def _forecast(plan):

@@ -16,11 +16,13 @@ from sparda_compile.passes.schedule.expected_blocks import expected_misses
 from sparda_compile.registry import HINTS
 
 H200 = MACHINES["h200"]
-SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75}
+SETTINGS = {"mode": "forecast", "machine": "h200", "expected_overlap": 0.75, "max_tokens": 131072}
 BLOCK_BYTES = 2 * 64 * 16 * 4  # K and V, tokens, head dim, fp32
 HEADS = 3 * 2  # batch, KV heads
 SELECTED = 96
 SCORED = SELECTED - 1 - 32 - 1  # without sinks, local blocks and the one being written
+# Of 2,048 blocks 144 have a page: as many of those that are not read as of any.
+ABSENT = (2048 - 144) / (2048 - SELECTED)
 
 
 @pytest.fixture
@@ -41,14 +43,22 @@ def cost(plan, name, **changes):
 
 
 def test_prefetch_moves_the_blocks_that_are_new(decode):
-    expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25)
+    expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25 * ABSENT)
     assert cost(decode, "prefetch_1") == Cost(2.0 + expected / 50.1e3, 0, expected)
+
+
+def test_nothing_is_new_where_all_blocks_have_a_page(plan_of):
+    """144 pages hold 9,216 tokens."""
+    for tokens, fresh in ((9216, 0.0), (18432, (288 - 144) / (288 - SELECTED))):
+        plan = plan_of("llama", batch_size=3, **SETTINGS | {"max_tokens": tokens})
+        expected = int(HEADS * SCORED * BLOCK_BYTES * 0.25 * fresh)
+        assert cost(plan, "prefetch_1").link_bytes == expected
 
 
 def test_prefetch_of_nothing_is_a_launch(decode):
     assert cost(decode, "prefetch_1", expected_overlap=1.0) == Cost(2.0, 0, 0)
     everything = cost(decode, "prefetch_1", expected_overlap=0.0)
-    assert everything.link_bytes == HEADS * SCORED * BLOCK_BYTES
+    assert everything.link_bytes == int(HEADS * SCORED * BLOCK_BYTES * ABSENT)
     assert cost(decode, "prefetch_1", top_k=0, expected_overlap=0.0) == Cost(2.0, 0, 0)
 
 
@@ -61,7 +71,7 @@ def test_copies_move_the_bytes_of_the_format(plan_of, decode):
     prefill = plan_of("llama", "prefill", batch_size=3, **SETTINGS)
     for name, block in (("int8", 2048 + 80 * 4), ("int4", 1024 + 80 * 8)):
         new = cost(decode, "prefetch_1", kv_format=name).link_bytes
-        assert new == int(HEADS * SCORED * block * 0.25)
+        assert new == int(HEADS * SCORED * block * 0.25 * ABSENT)
         assert cost(decode, "offload_blocks_0", kv_format=name).link_bytes == HEADS * block // 64
         stored = cost(prefill, "offload_blocks_0", kv_format=name).link_bytes
         assert stored == HEADS * (1024 // 64) * block
@@ -95,7 +105,7 @@ def test_offload_of_a_prefill_moves_all_new_keys_and_values(plan_of):
 
 @pytest.fixture
 def sparse_prefill(plan_of):
-    return plan_of("llama", "sparse_prefill", batch_size=3, **SETTINGS)
+    return plan_of("llama", "sparse_prefill", batch_size=3, **SETTINGS | {"max_tokens": 8192})
 
 
 def test_what_a_prompt_reads_of_the_past_crosses_the_link_once(sparse_prefill):
@@ -188,7 +198,7 @@ def test_attention_in_parts_reads_each_block_once(plan_of):
         return [found - other for found, other in zip(both, others, strict=True)]
 
     assert pools(expected_recall=1.0) == [pool, 0]
-    late = 1 - (1 - 0.25 * 0.25 * SCORED / SELECTED) ** (SELECTED / splits)
+    late = 1 - (1 - 0.25 * 0.25 * ABSENT * SCORED / SELECTED) ** (SELECTED / splits)
     assert 0 < late < 1
     assert pools() == pytest.approx([pool * (1 - late), pool * late], abs=1)
     assert sum(pools(expected_recall=0.0)) == pytest.approx(pool, abs=1)

@@ -16,7 +16,7 @@ from sparda_compile.passes.machine import MACHINES
 from sparda_compile.passes.schedule.simulate import predict
 
 CASES = {
-    "forecast-h200": {"mode": "forecast", "machine": "h200"},
+    "forecast-h200": {"mode": "forecast", "machine": "h200", "max_tokens": 131072},
     "forecast-cpu": {"mode": "forecast", "machine": "cpu"},
     "forecast-h200-large": {"mode": "forecast", "machine": "h200", "batch_size": 64},
     "exact-h200": {"mode": "exact", "machine": "h200"},

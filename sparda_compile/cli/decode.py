@@ -1,0 +1,199 @@
+"""`sparda bench decode`: what a step costs, of several batches, overlaps and formats of blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+
+import typer
+
+from sparda_compile.cli.bench_files import decode_file, trace_file
+from sparda_compile.cli.console import (
+    AsJson,
+    errors_as_sentences,
+    make_console,
+    print_json,
+    print_paths,
+    progress,
+)
+from sparda_compile.cli.options import (
+    MOST_BLOCKS,
+    MOST_SEQUENCES,
+    Commit,
+    HostGib,
+    KvFormat,
+    OutFolder,
+    PageFormat,
+    Rounds,
+    Selector,
+    ShapeOption,
+    Steps,
+    Tokens,
+    Variant,
+)
+from sparda_compile.cli.outputs import check_folder, check_plot, write_file
+from sparda_compile.cli.ranks import NumRanks, decode_on_ranks
+from sparda_compile.cli.trace_options import Copies, TraceCases, TraceOption, read_traces
+from sparda_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparda_compile.bench.decode import DecodeSetting
+    from sparda_compile.bench.lab import Lab, ResultFile
+
+__all__ = ["bench_decode"]
+
+_TOKENS: Final = 131072
+# Tokens, overlaps, variants, rounds and steps.
+_Asked: TypeAlias = tuple[int, list[float] | None, list[Variant] | None, int, int]
+
+Batches = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1, max=MOST_SEQUENCES, help="Sequences, may be given again.", show_default="1"
+    ),
+]
+Overlaps = Annotated[
+    list[float] | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Share of scored blocks that a step has in common with the one before, may be given "
+        "again.",
+        show_default="0.5, 0.7, 0.9, 0.97",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
+]
+Pages = Annotated[PageFormat, typer.Option(help="What pages hold of full blocks.")]
+Formats = Annotated[
+    list[KvFormat] | None,
+    typer.Option(
+        help="How full blocks are written, may be given again: one after another, a file each.",
+        show_default="model",
+    ),
+]
+OneSelector = Annotated[
+    Selector | None,
+    typer.Option(help="Who scores, and what steps keep of keys.", show_default="as usual"),
+]
+Variants = Annotated[
+    list[Variant] | None,
+    typer.Option(help="Program, may be given again.", show_default="all of them"),
+]
+
+
+def bench_decode(
+    context: typer.Context,
+    shape: ShapeOption = "8b",
+    batch: Batches = None,
+    tokens: Tokens = _TOKENS,
+    overlap: Overlaps = None,
+    variant: Variants = None,
+    kv_format: Formats = None,
+    page_format: Pages = "model",
+    selector: OneSelector = None,
+    top_k: TopK = None,
+    rounds: Rounds = 3,
+    steps: Steps = 20,
+    trace: TraceOption = None,
+    trace_case: TraceCases = None,
+    copies: Copies = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' caches too.")
+    ] = True,
+    out: OutFolder = Path("bench-results"),
+    plot: Annotated[Path | None, typer.Option(help="Plot to write, such as decode.png.")] = None,
+    max_host_gib: HostGib = None,
+    tp: NumRanks = 1,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure decode of one token: programs interleaved, outputs compared first."""
+    with errors_as_sentences(bench_decode):
+        from sparda_compile.cli.bench import make_lab, require_gpu
+
+        with progress() as say:
+            say("importing torch and transformers")
+            formats = [str(name) for name in kv_format or ("model",)]
+            chosen = {"page_format": str(page_format), "top_k": top_k, "selector": selector}
+            _check(formats, chosen, trace is not None, tp, plot)
+            asked = (tokens, overlap, variant, rounds, steps)
+            groups = _settings(formats, chosen, batch or (1,), asked)
+            followed = read_traces(trace, trace_case or (), copies, tp)
+            if followed is not None:
+                groups = [[followed.setting(s, overlap or ()) for s in group] for group in groups]
+            check_plot(plot)
+            check_folder(out)
+            if tp == 1:
+                require_gpu("sparda bench decode")
+                lab = make_lab(shape, say, max_host_gib)
+                plain = followed.plain() if followed else None
+                place = (out, shape, tokens, commit)
+                files = [_measure(lab, group, place, plain, baseline) for group in groups]
+        if tp > 1:
+            found = decode_on_ranks(context, shape, groups[0], (out, commit), tp)
+            if found is None:  # one of the ranks: it has written what it found
+                return
+            files = [found]
+        from sparda_compile.bench.plots import write_plot
+
+        written = write_file(lambda path: write_plot(files[0].content(), path), plot)
+    _show(files, written, as_json=as_json)
+
+
+def _show(files: Sequence[ResultFile], plot: Path | None, *, as_json: bool) -> None:
+    from sparda_compile.bench.show import print_decode
+
+    if as_json:
+        contents = [file.content() for file in files]
+        print_json(contents[0] if len(files) == 1 else {"name": "decode", "formats": contents})
+        return
+    for file in files:
+        print_decode(file.results, make_console())
+    print_paths([*(file.path for file in files), plot])
+
+
+def _check(
+    formats: Sequence[str], chosen: dict[str, Any], has_trace: bool, tp: int, plot: Path | None
+) -> None:
+    """Raise ConfigError for options that do not go together."""
+    if len(set(formats)) < len(formats):
+        raise ConfigError(f"--kv-format {', '.join(formats)} names one twice; name each once.")
+    for name, value in (("--top-k", chosen["top_k"]), ("--selector", chosen["selector"])):
+        if value is not None and (has_trace or tp > 1):
+            raise ConfigError(f"{name} goes with neither --trace nor --tp; leave it out.")
+    for name, is_given in (("--tp", tp > 1), ("--plot", plot is not None)):
+        if len(formats) > 1 and is_given:
+            raise ConfigError(f"{name} takes one --kv-format, not {len(formats)}; name one.")
+
+
+def _settings(
+    formats: Sequence[str], chosen: dict[str, Any], batches: Sequence[int], asked: _Asked
+) -> list[list[DecodeSetting]]:
+    """Return checked settings, a list for each format with one for each number of sequences."""
+    from sparda_compile.cli.bench import decode_setting
+
+    fields = {name: value for name, value in chosen.items() if value is not None}
+    return [
+        [decode_setting(batch, *asked, fields={"kv_format": name, **fields}) for batch in batches]
+        for name in formats
+    ]
+
+
+def _measure(
+    lab: Lab,
+    settings: Sequence[DecodeSetting],
+    place: tuple[Path, str, int, str | None],
+    trace: dict[str, Any] | None,
+    with_baselines: bool,
+) -> ResultFile:
+    """Measure settings of one format; returns the file, which is written after each."""
+    fields = settings[0].settings
+    file = trace_file(*place, fields, trace) if trace else decode_file(*place, fields)
+    for setting in settings:
+        lab.decode(setting, file.save, with_baselines=with_baselines)
+    return file
