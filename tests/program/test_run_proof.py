@@ -25,8 +25,7 @@ from sparda_compile.program.run_proof import check_recording
 SMALL = {
     "top_k": 2, "sink_blocks": 1, "local_blocks": 1, "block_size": 16, "pool_size": 8,
     "pool_stride": 4, "offload": "always", "max_tokens": 512, "machine": "h200",
-    "attend_before_repair": "always",
-    "lowering": "eager",
+    "attend_before_repair": "always", "lowering": "eager",
 }  # fmt: skip
 CASES = {
     "forecast": {"mode": "forecast"},
@@ -284,8 +283,7 @@ def test_every_wrong_event_is_found(lab):
 
 def test_every_wrong_stream_is_found(lab):
     for i in ops(lab.calls()):
-        program = lab.calls()
-        node = program.calls[i].node
+        node = lab.lowered.calls[i].node
         for stream in STREAMS - {stream_of(node)}:
             if takes(node, "stream"):
                 program = lab.calls()
