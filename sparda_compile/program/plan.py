@@ -23,7 +23,7 @@ from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.schedule.layer_times import layer_times
 from sparda_compile.program.lower import split_graph
-from sparda_compile.progress import showing
+from sparda_compile.progress import showing, stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -125,7 +125,8 @@ def make_plan(
         UnsupportedInputError: If the model's forward does not use position_ids.
         PassError: If a pass fails.
     """
-    with showing(config.progress):
+    # One stage around those of the passes: what shows them begins once.
+    with showing(config.progress), stage("passes"):
         return _plan(captures, phase, config, batch_size, max_tokens, last_logits_only)
 
 
