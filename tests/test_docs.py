@@ -71,7 +71,7 @@ def excerpt(gm):
         elif any(n.name.startswith("sparda_") for n in node.all_input_nodes):
             shown.add(node.name)
     lines = []
-    for line in graph_text(gm).splitlines():
+    for line in graph_text(gm.graph).splitlines():
         if re.match(r"%?(\w+)", line)[1] in shown:
             lines.append(line)
         elif line.startswith("return") or " = input" in line:

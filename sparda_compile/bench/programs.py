@@ -133,4 +133,13 @@ def plan_body(captures: Captures, batch_size: int, config: SpardaConfig) -> Plan
     layout = CacheLayout(config, (), batch_size, config.block_size)
     stages += run_passes(gm, [FuseProjections()], found.context(layout))
     machine = captures.machine(config)
-    return Plan(found.captured, "decode", layout, sites, tuple(stages), gm, machine)
+    return Plan(
+        captured=found.captured,
+        phase="decode",
+        layout=layout,
+        sites=sites,
+        stages=tuple(stages),
+        graph_module=gm,
+        machine=machine,
+        graphs=lambda: (stage.graph for stage in stages),
+    )

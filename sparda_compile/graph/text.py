@@ -9,10 +9,10 @@ from sparda_compile.sizes import size_text
 __all__ = ["graph_text"]
 
 
-def graph_text(gm: fx.GraphModule) -> str:
+def graph_text(graph: fx.Graph) -> str:
     """Return a graph as text: one line per node, placeholders of weights left out."""
     lines = []
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder" and not node.users:
             continue
         lines.append(_line(node))

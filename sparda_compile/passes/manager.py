@@ -186,4 +186,4 @@ def check_disabled(
 
 def _dump(gm: fx.GraphModule, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.txt").write_text(graph_text(gm) + "\n")
+    (folder / f"{name}.txt").write_text(graph_text(gm.graph) + "\n")

@@ -230,22 +230,22 @@ def _layer(layout: CacheLayout, shape: LayerShape) -> LayerPlan:
 
 
 def _passes(plan: Plan) -> list[PassSummary]:
-    summaries = []
-    before = plan.stages[0]
-    before_text = graph_text(before.graph_module)
-    for stage in plan.stages[1:]:
-        text = graph_text(stage.graph_module)
-        summaries.append(
-            PassSummary(
-                phase=plan.phase,
-                name=stage.name,
-                counts=stage.counts,
-                ms=stage.ms,
-                nodes_before=len(before.graph_module.graph.nodes),
-                nodes_after=len(stage.graph_module.graph.nodes),
-                before=before_text,
-                after=text,
+    summaries: list[PassSummary] = []
+    before, nodes_before = "", 0
+    for stage, graph in zip(plan.stages, plan.graphs(), strict=True):
+        text, nodes = graph_text(graph), len(graph.nodes)
+        if stage is not plan.stages[0]:
+            summaries.append(
+                PassSummary(
+                    phase=plan.phase,
+                    name=stage.name,
+                    counts=stage.counts,
+                    ms=stage.ms,
+                    nodes_before=nodes_before,
+                    nodes_after=nodes,
+                    before=before,
+                    after=text,
+                )
             )
-        )
-        before, before_text = stage, text
+        before, nodes_before = text, nodes
     return summaries

@@ -23,10 +23,10 @@ from sparda_compile.passes import PIPELINE
 from sparda_compile.passes.manager import StageRecord, run_passes
 from sparda_compile.passes.schedule.layer_times import layer_times
 from sparda_compile.program.lower import split_graph
-from sparda_compile.progress import showing
+from sparda_compile.progress import showing, stage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sparda_compile.capture.forward import CapturedGraph
     from sparda_compile.config import SpardaConfig
@@ -60,6 +60,8 @@ class Plan:
         graph_module: The last graph.
         machine: Constants that it was planned with.
         speculated: What the parts of each layer take that begins its attention early, by layer.
+        graphs: Yields the graph after each stage, in the order of `stages`; it changes when the
+            next one is asked for. To make them all takes one run of the passes.
     """
 
     captured: CapturedGraph
@@ -69,6 +71,7 @@ class Plan:
     stages: tuple[StageRecord, ...]
     graph_module: fx.GraphModule
     machine: Machine
+    graphs: Callable[[], Iterable[fx.Graph]]
     speculated: Mapping[int, LayerTimes] = dataclasses.field(default_factory=dict)
 
     @property
@@ -122,7 +125,8 @@ def make_plan(
         UnsupportedInputError: If the model's forward does not use position_ids.
         PassError: If a pass fails.
     """
-    with showing(config.progress):
+    # One stage around those of the passes: what shows them begins once.
+    with showing(config.progress), stage("passes"):
         return _plan(captures, phase, config, batch_size, max_tokens, last_logits_only)
 
 
@@ -146,10 +150,17 @@ def _plan(
         run_passes(again, PIPELINE[1 : _place(last) + 1], ctx, graph_after)
         return again.graph
 
+    def graphs() -> Iterator[fx.Graph]:
+        yield from (record.graph for record in found.records())
+        again = found.copy()
+        for graph_pass in PIPELINE[1:]:
+            for _ in run_passes(again, [graph_pass], ctx, graph_after):
+                yield again.graph
+
     stages = run_passes(gm, PIPELINE[1:], ctx, graph_after)
     records = (*found.records(), *stages)
     early = _speculated(gm, sites, ctx)
-    return Plan(found.captured, phase, layout, sites, records, gm, ctx.machine, early)
+    return Plan(found.captured, phase, layout, sites, records, gm, ctx.machine, graphs, early)
 
 
 def _speculated(

@@ -51,10 +51,19 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def made(two_turns):
-    """Return a function that optimizes a model, traced once, and remembers what `query` gives."""
-    traced, known = {}, {}
+    """Return a function that optimizes a model, traced once, and remembers what `query` gives.
+
+    Equal settings have one module, whose runs have a cache of their own each.
+    """
+    traced, modules, known = {}, {}, {}
 
     def make(family, **settings):
+        key = (family, *sorted(settings.items()))
+        if key not in modules:
+            modules[key] = optimized(family, settings)
+        return modules[key]
+
+    def optimized(family, settings):
         if family not in traced:
             model = tiny_nosa() if family == "nosa" else tiny_llama(num_hidden_layers=3)
             traced[family] = optimize(model, SpardaConfig(mode="dense", lowering="eager"))

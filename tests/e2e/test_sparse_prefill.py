@@ -216,16 +216,19 @@ def test_what_moves_bytes_changes_nothing(module_of, mode, chunk):
     """Bit-equal with the cache on the device, with few pages, and with copies done late."""
     ids, mask = ragged(150, 37, 93)
 
-    def run(**settings):
-        fast = module_of(mode=mode, chunk_tokens=chunk, machine="h200", **settings)
+    def made(**settings):
+        return module_of(mode=mode, chunk_tokens=chunk, machine="h200", **settings)
+
+    def run(fast):
         return generated(fast, ids, mask, 17)[1]
 
-    want = run()
+    want = run(made())
     for settings in ({"offload": "never"}, {"page_ratio": 1.0}, {"eviction": "fifo"}):
-        assert torch.equal(run(**settings), want), settings
+        assert torch.equal(run(made(**settings)), want), settings
+    late = made(page_ratio=1.0)
     for seed in range(3):
         with use_engine(DeferredEngine(seed)):
-            assert torch.equal(run(page_ratio=1.0), want), seed
+            assert torch.equal(run(late), want), seed
 
 
 class TestStagedAhead:

@@ -10,7 +10,9 @@ from sparda_compile import SpardaConfig
 from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
 from sparda_compile.errors import ConfigError
 from sparda_compile.forecast.projection import ProjectionShape
+from sparda_compile.graph.text import graph_text
 from sparda_compile.passes import PIPELINE
+from sparda_compile.program import plan as plan_module
 from sparda_compile.program.captures import Captures
 from sparda_compile.program.plan import Plan, forecast_shapes, make_plan
 from sparda_compile.testing import tiny_llama
@@ -94,3 +96,22 @@ def test_only_the_stage_that_is_asked_for_is_made(captures: Captures) -> None:
     plan.stage("insert_prefetch")
     made = [stage.name for stage in plan.stages if "graph" in stage.__dict__]
     assert made == ["insert_prefetch"]
+
+
+@pytest.mark.parametrize("phase", ["decode", "sparse_prefill"])
+def test_graphs_are_those_of_the_stages_made_in_one_run(
+    captures: Captures, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(captures, phase=phase)
+    ran = []
+    run_passes = plan_module.run_passes
+
+    def counted(gm: Any, passes: Any, *context: Any) -> Any:
+        ran.extend(graph_pass.name for graph_pass in passes)
+        return run_passes(gm, passes, *context)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "run_passes", counted)
+        texts = [graph_text(graph) for graph in plan.graphs()]
+    assert len(ran) == len(set(ran))
+    assert texts == [graph_text(stage.graph) for stage in plan.stages]

@@ -25,8 +25,7 @@ from sparda_compile.program.run_proof import check_recording
 SMALL = {
     "top_k": 2, "sink_blocks": 1, "local_blocks": 1, "block_size": 16, "pool_size": 8,
     "pool_stride": 4, "offload": "always", "max_tokens": 512, "machine": "h200",
-    "attend_before_repair": "always",
-    "lowering": "eager",
+    "attend_before_repair": "always", "lowering": "eager",
 }  # fmt: skip
 CASES = {
     "forecast": {"mode": "forecast"},
@@ -56,6 +55,7 @@ class Lab:
         self.state = {name: tensor.clone() for name, tensor in cache.kv.state.items()}
         self.program = fast.programs.get(phase, batch_size, 512, last_only=True)
         self.graph = self.program.plan.graph_module.graph
+        self.lowered = lower(self.program.plan.graph_module, "eager")
         # Of each value its shape and dtype; nothing of one without memory, such as an op's token.
         self.forms = {
             node.name: (tuple(val.shape), val.dtype)
@@ -76,7 +76,9 @@ class Lab:
 
     def calls(self) -> LoweredProgram:
         """Return the program as it should be, to be changed."""
-        return lower(self.program.plan.graph_module, "eager")
+        program = copy.copy(self.lowered)
+        program.calls = [copy.copy(call) for call in program.calls]
+        return program
 
     def check(self, program, engine=None):
         """Run a program and check the run."""
@@ -281,8 +283,7 @@ def test_every_wrong_event_is_found(lab):
 
 def test_every_wrong_stream_is_found(lab):
     for i in ops(lab.calls()):
-        program = lab.calls()
-        node = program.calls[i].node
+        node = lab.lowered.calls[i].node
         for stream in STREAMS - {stream_of(node)}:
             if takes(node, "stream"):
                 program = lab.calls()

@@ -180,19 +180,18 @@ def run_stored(query, k, ids, lengths, size):
 
 
 def run_speculation(query, pages, table, ids, lengths, stored=None):
-    """Attend to predicted blocks, and repair, in both forms."""
+    """Attend to predicted blocks or to blocks alone, and repair, in both forms."""
     shape = (*ids.shape, HEADS // GROUPS)
     partial = torch.zeros(*shape, query.shape[-1]), torch.zeros(shape)
     counters = torch.zeros(6, dtype=torch.int64)
     for softcap, union in ((0.0, False), (30.0, True)):
+        # Predicted or not, a block is scored by the same lines: each with one form.
         scored = (query, pages, table, ids, lengths, 1.0, softcap, partial, stored)
-        speculation.attend_predicted(*scored)
+        partials.attend_blocks(*scored, early=not union)
         chosen, scaling = (ids, ids, ids), (1.0, softcap)
         speculation.repair_predicted(
             query, pages, chosen, lengths, partial, counters, scaling, stored, union=union
         )
-        alone = (query, pages, ids, ids, lengths, 1.0, softcap, partial, stored)
-        partials.attend_blocks(*alone, early=False)
     merged = partial[0][:, :, 0], partial[1][:, :, 0]
     is_usable = torch.zeros(merged[1].shape, dtype=torch.bool)
     for keep in (None, ids != 0):

@@ -12,10 +12,10 @@ import re
 import sys
 
 import torch
-from on_paper import compile_only
+from on_paper import lay_out_only
 
-built_by_name = {}
-compile_only(built_by_name.__setitem__)
+text_by_name = {}
+lay_out_only(text_by_name.__setitem__)
 
 from sparda_compile.kernels.gpu import attention, speculation  # noqa: E402
 from sparda_compile.kernels.paged import Stored  # noqa: E402
@@ -76,13 +76,13 @@ def main():
     for size, per_split, dtype in ((16, 65, torch.bfloat16), (64, 8, torch.float16)):
         query = torch.zeros(BATCH, HEADS, 1, DIM, dtype=dtype)
         for held in PAGES:
-            built_by_name.clear()
+            text_by_name.clear()
             pages, stored = pool(held, size, dtype)
             attend(query, pages, ids, lengths, per_split, stored)
             if size == 64:
                 speculate(query, pages, ids, lengths, stored)
-            for name, built in built_by_name.items():
-                found[f"{name} {size}"][held] = sums_of(built.asm["ttgir"])
+            for name, text in text_by_name.items():
+                found[f"{name} {size}"][held] = sums_of(text)
     json.dump(found, sys.stdout)
 
 

@@ -15,6 +15,7 @@ from sparda_compile.config import SpardaConfig
 from sparda_compile.graph.nodes import call_name
 from sparda_compile.graph.site import AttentionSite, sites_of
 from sparda_compile.passes.base import PassContext
+from sparda_compile.passes.find import attention_proof
 from sparda_compile.passes.find.attention_proof import (
     ends_in_one,
     find_difference,
@@ -180,3 +181,31 @@ def test_constant_behind_a_query_is_seen(value: float, is_meta: bool, expected: 
     finally:
         for node in (joined, padded, buffer):
             graph.erase_node(node)
+
+
+def test_layers_of_one_shape_are_compared_with_one_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And each of them is run: nodes that write to their inputs change nobody else's."""
+    site, weights = first_site()
+    attention_proof._case.cache_clear()
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return reference_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention_proof, "reference_attention", counted)
+
+    def spoils(*args: Any) -> Tensor:
+        result = evaluate(*args)
+        for value in args[1].values():
+            value.zero_()
+        return result
+
+    evaluate = attention_proof.evaluate
+    monkeypatch.setattr(attention_proof, "evaluate", spoils)
+    assert [difference(site, weights) for _ in range(3)] == ["", "", ""]
+    assert len(calls) == 1
+    assert difference(site, weights, window=8) != ""
+    assert len(calls) == 2

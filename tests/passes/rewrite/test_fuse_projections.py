@@ -88,7 +88,7 @@ def test_nothing_to_do_on_the_cpu(planned, phase):
     assert record_of(plan).counts == {"joined": 0, "into": 0}
     assert JOINED.of(plan.graph_module) == {}
     before = plan.stage("insert_forecast")
-    assert graph_text(before) == graph_text(record_of(plan).graph_module)
+    assert graph_text(before.graph) == graph_text(record_of(plan).graph)
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -61,7 +61,7 @@ def test_counts(stages, case):
     gone = len(find_ops(before.graph, "select_blocks")) - num_fused
     assert len(find_ops(after.graph, "select_blocks")) == gone
     if not num_fused:
-        assert graph_text(before) == graph_text(after)
+        assert graph_text(before.graph) == graph_text(after.graph)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -150,7 +150,7 @@ def test_previous_layer_has_no_hint_for_the_first(inserted):
 def test_nothing_to_do(plan_of, settings):
     plan = plan_of("llama", **settings)
     before, after = (plan.stage(name) for name in ("replace_attention", "insert_forecast"))
-    assert graph_text(before) == graph_text(after)
+    assert graph_text(before.graph) == graph_text(after.graph)
     record = next(s for s in plan.stages if s.name == "insert_forecast")
     assert set(record.counts.values()) == {0}
 

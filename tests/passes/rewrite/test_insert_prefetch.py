@@ -287,7 +287,7 @@ def test_hint_is_fetched_before_the_layers_own_plan(inserted):
 def test_nothing_to_do_without_offload(plan_of):
     plan = plan_of("llama", mode="query", offload="never")
     before, after = (plan.stage(name) for name in ("insert_forecast", "insert_prefetch"))
-    assert graph_text(before) == graph_text(after)
+    assert graph_text(before.graph) == graph_text(after.graph)
     record = next(s for s in plan.stages if s.name == "insert_prefetch")
     assert set(record.counts.values()) == {0}
 
