@@ -1,8 +1,10 @@
 """What `auto` stands for in `kv_format` and `page_format`, by the size of a cache.
 
-    link = B * sum over layers of G * scored * (1 - overlap) * bytes of a block / link rate
+    link = B * sum over layers of G * scored * fresh * bytes of a block / link rate
     rest = (weights + summaries) / memory rate + blocks read, unpacked or not + latencies
     step = max(link, rest) in modes that copy beside compute, else link + rest
+
+`fresh` is `CacheLayout.fresh_share` at `expected_overlap`, blocks that a step finds without a page.
 
 Choices are the formats, each with the kinds of pages that are allowed. Of `kv_format="auto"` they
 are the package's formats whose error is allowed: 3% of RMS, or what `auto:PERCENT` says. With
