@@ -181,11 +181,15 @@ def test_turns_read_the_same_from_pages_of_runs(lab, kv_format, prefill, offload
     assert torch.equal(lab.turns(other, *sizes), lab.turns(one, *sizes))
 
 
-@pytest.mark.parametrize("mode", ["dense", "query"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "dense"}, {"mode": "query"}, {"mode": "query", "selector": "lowbit2"}],
+    ids=str,
+)
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_turns_are_near_those_of_a_cpu(kv_format, mode):
+def test_turns_are_near_those_of_a_cpu(kv_format, settings):
     """In float32, with all blocks read: a code may be the next one where a key is between two."""
-    settings = {"mode": mode, "kv_format": kv_format, "top_k": None, "prefill": "dense"}
+    settings = {**settings, "kv_format": kv_format, "top_k": None, "prefill": "dense"}
     got, want, exact = (
         each.turns(each.module(**(settings | changes)), 90, 40, 1, 1).cpu()
         for each, changes in (
