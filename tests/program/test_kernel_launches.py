@@ -11,6 +11,7 @@ import sparda_compile
 from sparda_compile import SpardaConfig
 from sparda_compile.graph.fake_runner import FakeRunner
 from sparda_compile.graph.nodes import fake_value
+from sparda_compile.kernels import workspace
 from sparda_compile.kernels.gpu.launch import Launch
 from sparda_compile.program.kernel_launches import launches_of
 from sparda_compile.registry import HINTS
@@ -291,8 +292,12 @@ def test_a_prompt_of_nosa(monkeypatch):
 
 
 @pytest.mark.parametrize("num_tokens", [32768, 32767])
-def test_a_long_prompt_picks_in_tiles_of_each_width_and_else_has_one_form(found, num_tokens):
+def test_a_long_prompt_picks_in_tiles_of_each_width_and_else_has_one_form(
+    found, num_tokens, monkeypatch
+):
     """Scores of so many tokens are made in chunks, and their unions: no chunk compiles anew."""
+    for name in ("SCORE_BYTES", "UNION_BYTES"):
+        monkeypatch.setattr(workspace, name, 128 << 20)
     launches = found(
         max_tokens=32768, phase="sparse_prefill", sizes=(num_tokens,), offload="never",
         mode="forecast",
