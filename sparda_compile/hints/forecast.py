@@ -83,9 +83,10 @@ def _heads_per_group(target: AttentionSite, config: SpardaConfig) -> int:
     heads, of_group = config.heads_of_forecast, target.num_heads // target.num_groups
     if of_group % heads:
         allowed = [str(n) for n in range(1, of_group + 1) if of_group % n == 0]
+        shared = f"{of_group} query heads share" if of_group > 1 else "one query head has"
         raise ConfigError(
-            f"forecast_heads={heads} does not divide the {of_group} query heads that share each KV "
-            f"head of layer {target.layer}; use {' or '.join(allowed)}."
+            f"forecast_heads={heads} does not fit layer {target.layer}, where {shared} each KV "
+            f"head: it has to divide them; use {' or '.join(allowed)}."
         )
     return heads
 

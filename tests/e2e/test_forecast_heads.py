@@ -97,7 +97,9 @@ def test_groups_of_one_query_head_have_one():
     with pytest.warns(UserWarning, match="not trained"):
         fast = optimize(model, config)
     assert fast.generate(prompt(), max_new_tokens=2).shape == (1, 182)
-    words = r"forecast_heads=2 does not divide the 1 query heads .* use 1\."
+    words = (
+        r"forecast_heads=2 does not fit layer 0, where one query head has each KV head: .* use 1\."
+    )
     with pytest.raises(ConfigError, match=words):
         explain(model, config.replace(forecast_heads=2))
 
@@ -113,7 +115,7 @@ def test_one_head_is_what_none_is(traced):
 
 def test_a_number_that_does_not_divide_is_refused_by_name(model):
     config = SpardaConfig(**{**SMALL, "mode": "forecast", "forecast_heads": 3})
-    words = r"forecast_heads=3 does not divide the 4 query heads .* layer 0; use 1 or 2 or 4\."
+    words = r"forecast_heads=3 does not fit layer 0, where 4 query heads share each .* use 1 or 2 or 4\."
     with pytest.raises(ConfigError, match=words):
         explain(model, config)
 
