@@ -115,7 +115,7 @@ def test_one_head_is_what_none_is(traced):
 
 def test_a_number_that_does_not_divide_is_refused_by_name(model):
     config = SpardaConfig(**{**SMALL, "mode": "forecast", "forecast_heads": 3})
-    words = r"forecast_heads=3 does not fit layer 0, where 4 query heads share each .* use 1 or 2 or 4\."
+    words = r"forecast_heads=3 does not fit layer 0, where 4 query .* use 1 or 2 or 4\."
     with pytest.raises(ConfigError, match=words):
         explain(model, config)
 
