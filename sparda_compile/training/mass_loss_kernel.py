@@ -78,6 +78,26 @@ def _mass(
     return mass
 
 
+@triton.jit
+def _tile_of(
+    tile, start, num_queries, behind, SIZE: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """Return a tile's queries, which are there, the last free block of each, and where all end."""
+    offs_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    in_q = offs_q < num_queries
+    last = tl.where(in_q, (start + offs_q) // SIZE - behind, -1)
+    end = (start + tl.minimum((tile + 1) * BLOCK_Q, num_queries) - 1) // SIZE - behind + 1
+    return offs_q, in_q, last, end
+
+
+@triton.jit
+def _blocks_of(block, offs_q, last, num_queries, BLOCK_N: tl.constexpr):
+    """Return where numbers of some blocks and a tile's queries are, and which blocks are free."""
+    number = block + tl.arange(0, BLOCK_N)[:, None]
+    at = number.to(tl.int64) * num_queries + offs_q[None, :]
+    return at, number <= last[None, :]
+
+
 @triton.jit(do_not_specialize=["start", "num_blocks", "first", "behind"])
 def _compare_masses(
     taught_ptr, taught_lse_ptr, student_ptr, student_lse_ptr, loss_ptr,
@@ -85,26 +105,19 @@ def _compare_masses(
     R: tl.constexpr, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    in_q = offs_q < num_queries
-    last = tl.where(in_q, (start + offs_q) // SIZE - behind, -1)
-    end = (start + tl.minimum((tile + 1) * BLOCK_Q, num_queries) - 1) // SIZE - behind + 1
+    offs_q, in_q, last, end = _tile_of(tile, start, num_queries, behind, SIZE, BLOCK_Q)
     taught = taught_ptr + row * R * num_blocks * num_queries
     taught_lse = taught_lse_ptr + row * R * num_queries
     student = student_ptr + row * num_blocks * num_queries
     lse = tl.load(student_lse_ptr + row * num_queries + offs_q, mask=in_q, other=0.0)
     masses = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     for block in range(first, end, BLOCK_N):
-        number = block + tl.arange(0, BLOCK_N)[:, None]
-        at = number.to(tl.int64) * num_queries + offs_q[None, :]
-        is_free = number <= last[None, :]
+        at, is_free = _blocks_of(block, offs_q, last, num_queries, BLOCK_N)
         masses += _mass(taught, taught_lse, at, offs_q, is_free, in_q, num_queries, num_blocks, R)
     total = tl.maximum(tl.sum(masses, 0), _SMALLEST)[None, :]
     losses = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     for block in range(first, end, BLOCK_N):
-        number = block + tl.arange(0, BLOCK_N)[:, None]
-        at = number.to(tl.int64) * num_queries + offs_q[None, :]
-        is_free = number <= last[None, :]
+        at, is_free = _blocks_of(block, offs_q, last, num_queries, BLOCK_N)
         mass = _mass(taught, taught_lse, at, offs_q, is_free, in_q, num_queries, num_blocks, R)
         target = mass / total
         log = tl.load(student + at, mask=is_free, other=0.0)
@@ -123,10 +136,7 @@ def _compare_heads(
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    in_q = offs_q < num_queries
-    last = tl.where(in_q, (start + offs_q) // SIZE - behind, -1)
-    end = (start + tl.minimum((tile + 1) * BLOCK_Q, num_queries) - 1) // SIZE - behind + 1
+    offs_q, in_q, last, end = _tile_of(tile, start, num_queries, behind, SIZE, BLOCK_Q)
     taught = taught_ptr + row * R * num_blocks * num_queries
     taught_lse = taught_lse_ptr + row * R * num_queries
     student = student_ptr + row * F * num_blocks * num_queries
@@ -134,9 +144,7 @@ def _compare_heads(
     masses = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     shares = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     for block in range(first, end, BLOCK_N):
-        number = block + tl.arange(0, BLOCK_N)[:, None]
-        at = number.to(tl.int64) * num_queries + offs_q[None, :]
-        is_free = number <= last[None, :]
+        at, is_free = _blocks_of(block, offs_q, last, num_queries, BLOCK_N)
         masses += _mass(taught, taught_lse, at, offs_q, is_free, in_q, num_queries, num_blocks, R)
         shares += _mass(student, student_lse, at, offs_q, is_free, in_q, num_queries, num_blocks, F)
     total = tl.maximum(tl.sum(masses, 0), _SMALLEST)[None, :]
@@ -145,9 +153,7 @@ def _compare_heads(
     head = tl.arange(0, ROWS)[:, None]
     own = tl.zeros([ROWS, BLOCK_Q], tl.float32)
     for block in range(first, end, BLOCK_N):
-        number = block + tl.arange(0, BLOCK_N)[:, None]
-        at = number.to(tl.int64) * num_queries + offs_q[None, :]
-        is_free = number <= last[None, :]
+        at, is_free = _blocks_of(block, offs_q, last, num_queries, BLOCK_N)
         mass = _mass(taught, taught_lse, at, offs_q, is_free, in_q, num_queries, num_blocks, R)
         share = _mass(student, student_lse, at, offs_q, is_free, in_q, num_queries, num_blocks, F)
         target, share = mass / total, tl.maximum(share / free, _SMALLEST_OF_HEADS)

@@ -51,6 +51,21 @@ class Blocks:
         assert float((error / bound).max()) > 0.8
         assert torch.equal(self.read(found, y), y)
 
+    def check_around_one(self, found, dtype, bits, count):
+        """Lines of keys from below 1 to above it are rounded, and stored again as they are.
+
+        `bits` are those of the dtype's fraction below 1; ends are so many numbers from 1.
+        """
+        low = 1 - torch.arange(count) * 2.0**-bits
+        high = 1 + torch.arange(count) * 2.0 ** (1 - bits)
+        share = torch.linspace(0, 1, 256)[:, None]
+        lines = torch.cartesian_prod(low, high)
+        keys = (lines[:, 0] * (1 - share) + lines[:, 1] * share).to(dtype)
+        x = torch.stack([keys, torch.zeros_like(keys)])
+        y = self.read(found, x)
+        assert not torch.equal(y, x)
+        assert torch.equal(self.read(found, y), y)
+
     def check_not_finite(self, found):
         """A channel of keys and a token of values that are not finite are NaN, no others."""
         for value in (float("nan"), float("inf"), float("-inf")):

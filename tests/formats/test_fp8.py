@@ -83,15 +83,7 @@ def test_numbers_further_apart_than_float32_goes_are_nan(blocks):
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
 def test_storing_again_around_a_power_of_two(blocks, dtype, bits):
     """Where codes lie as near to each other as numbers: with units of (h - l) some would move."""
-    low = 1 - torch.arange(90) * 2.0**-bits
-    high = 1 + torch.arange(90) * 2.0 ** (1 - bits)
-    share = torch.linspace(0, 1, 256)[:, None]
-    lines = torch.cartesian_prod(low, high)
-    keys = (lines[:, 0] * (1 - share) + lines[:, 1] * share).to(dtype)
-    x = torch.stack([keys, torch.zeros_like(keys)])
-    y = blocks.read(FOUND, x)
-    assert not torch.equal(y, x)
-    assert torch.equal(blocks.read(FOUND, y), y)
+    blocks.check_around_one(FOUND, dtype, bits, 90)
 
 
 def test_error_is_what_is_published(blocks):

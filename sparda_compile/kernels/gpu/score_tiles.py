@@ -1,8 +1,8 @@
 """What programs that score a prompt's tokens read and write: vectors, windows, and scores.
 
 A row of scores has whole eights of blocks, and of runs of blocks, so that a thread writes as many
-side by side as one instruction takes: what it takes to say where each one goes was half of the
-kernel before.
+side by side as one instruction takes. To say where each one goes took two fifths of the
+instructions of a Forecast's kernel before.
 """
 
 from __future__ import annotations
