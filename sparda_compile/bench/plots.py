@@ -37,6 +37,7 @@ _LINES: Final = {
 _PROMPT_LINES: Final = {
     "sparse_forecast": ("#0072b2", "o", "sparse prefill by the Forecast, KV cache in CPU memory"),
     "sparse_query": ("#009e73", "^", "sparse prefill by the query, KV cache in CPU memory"),
+    "sparse_resident": ("#56b4e9", "v", "sparse prefill by the Forecast, KV cache on the GPU"),
     "dense": ("#cc79a7", "D", "dense prefill, KV cache in CPU memory"),
     "transformers": ("#d55e00", "s", "transformers' dynamic cache on the GPU, its faster SDPA"),
 }

@@ -27,6 +27,7 @@ from sparda_compile.bench.prompt_programs import (
     BACKENDS,
     NO_MEMORY,
     OURS,
+    OURS_OFFLOADED,
     PREFILL_BACKENDS,
     REPEAT,
     out_of_memory,
@@ -93,7 +94,7 @@ class PrefillSetting:
     """
 
     tokens: tuple[int, ...] = DEFAULT_TOKENS
-    programs: tuple[str, ...] = (*OURS, *PREFILL_BACKENDS)
+    programs: tuple[str, ...] = (*OURS_OFFLOADED, *PREFILL_BACKENDS)
     rounds: int = 5
     limit_s: float = 130.0
     minutes: float = 60.0

@@ -80,7 +80,8 @@ def prompt_floor(
         flop["select"] = 2.0 * scored * shape.num_layers * num_tokens * windows
     seconds = {part: value / rates.tflops / 1e12 for part, value in flop.items()}
     compute = sum(seconds.values())
-    num_bytes = 0 if name in BACKENDS else dense_kv_bytes(shape, 1, num_tokens)
+    stays = name in BACKENDS or config.offload == "never"
+    num_bytes = 0 if stays else dense_kv_bytes(shape, 1, num_tokens)
     seconds["d2h"] = num_bytes / rates.d2h_gbps / 1e9
     return {**seconds, "total": max(compute, seconds["d2h"])}
 

@@ -2,6 +2,7 @@
 
     sparse_forecast        mode forecast, prefill="sparse", KV cache in CPU memory
     sparse_query           mode query, prefill="sparse", KV cache in CPU memory
+    sparse_resident        mode forecast, prefill="sparse", KV cache on the GPU
     dense                  mode forecast, prefill="dense", KV cache in CPU memory
     transformers_cudnn     transformers' dynamic cache on the GPU, SDPA by cuDNN
     transformers_flash     the same, SDPA by FlashAttention
@@ -44,6 +45,7 @@ __all__ = [
     "BACKENDS",
     "NO_MEMORY",
     "OURS",
+    "OURS_OFFLOADED",
     "PREFILL_BACKENDS",
     "REPEAT",
     "PromptPrograms",
@@ -58,7 +60,10 @@ OURS: Final[dict[str, dict[str, str]]] = {
     "sparse_forecast": {"mode": "forecast", "prefill": "sparse"},
     "sparse_query": {"mode": "query", "prefill": "sparse"},
     "dense": {"mode": "forecast", "prefill": "dense"},
+    "sparse_resident": {"mode": "forecast", "prefill": "sparse", "offload": "never"},
 }
+# What is measured where nothing is named: the other one says what offload costs.
+OURS_OFFLOADED: Final = tuple(name for name, fields in OURS.items() if "offload" not in fields)
 BACKENDS: Final = {
     "transformers_cudnn": SDPBackend.CUDNN_ATTENTION,
     "transformers_flash": SDPBackend.FLASH_ATTENTION,

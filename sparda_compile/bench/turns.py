@@ -20,6 +20,7 @@ from sparda_compile.bench.prompt_programs import (
     BACKENDS,
     NO_MEMORY,
     OURS,
+    OURS_OFFLOADED,
     REPEAT,
     fill_dynamic,
     out_of_memory,
@@ -66,7 +67,7 @@ class TurnSetting:
 
     past: tuple[int, ...] = (131072,)
     turns: tuple[int, ...] = DEFAULT_TURNS
-    programs: tuple[str, ...] = (*OURS, *BACKENDS)
+    programs: tuple[str, ...] = (*OURS_OFFLOADED, *BACKENDS)
     rounds: int = 5
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     repeat: int = REPEAT

@@ -71,7 +71,7 @@ TurnTokens = Annotated[
 ]
 Programs = Annotated[
     list[PromptProgram] | None,
-    typer.Option(help="One of ours, may be given again.", show_default="all of them"),
+    typer.Option(help="One of ours, may be given again.", show_default="all that offload"),
 ]
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' cache too.")
@@ -133,12 +133,12 @@ def bench_prefill(
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.bench.prefill import DEFAULT_TOKENS, PrefillSetting
-            from sparda_compile.bench.prompt_programs import OURS, PREFILL_BACKENDS
+            from sparda_compile.bench.prompt_programs import OURS_OFFLOADED, PREFILL_BACKENDS
             from sparda_compile.cli.bench import make_lab, require_gpu
 
             setting = PrefillSetting(
                 tuple(dict.fromkeys(tokens or DEFAULT_TOKENS)),
-                (*(program or OURS), *(PREFILL_BACKENDS if baseline else ())),
+                (*(program or OURS_OFFLOADED), *(PREFILL_BACKENDS if baseline else ())),
                 rounds,
                 limit,
                 minutes,
@@ -190,14 +190,14 @@ def bench_turns(
     with errors_as_sentences(bench_turns):
         with progress() as say:
             say("importing torch and transformers")
-            from sparda_compile.bench.prompt_programs import BACKENDS, OURS
+            from sparda_compile.bench.prompt_programs import BACKENDS, OURS_OFFLOADED
             from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
             from sparda_compile.cli.bench import make_lab, require_gpu
 
             setting = TurnSetting(
                 tuple(dict.fromkeys(past or TurnSetting.past)),
                 tuple(dict.fromkeys(tokens or DEFAULT_TURNS)),
-                (*(program or OURS), *(BACKENDS if baseline else ())),
+                (*(program or OURS_OFFLOADED), *(BACKENDS if baseline else ())),
                 rounds,
                 _settings(chunk_tokens),
                 repeat,

@@ -4,7 +4,7 @@ from typing import get_args
 
 from sparda_compile.bench.decode import VARIANTS
 from sparda_compile.bench.names import DeviceName, PromptProgramName, ShapeName, VariantName
-from sparda_compile.bench.prompt_programs import OURS
+from sparda_compile.bench.prompt_programs import OURS, OURS_OFFLOADED
 from sparda_compile.bench.shapes import SHAPES
 from sparda_compile.bench.start import DEFAULT_SCENARIOS
 
@@ -14,3 +14,4 @@ def test_they_are_what_there_is_to_measure():
     assert get_args(VariantName) == VARIANTS
     assert set(get_args(DeviceName)) == set(DEFAULT_SCENARIOS)
     assert get_args(PromptProgramName) == tuple(OURS)
+    assert set(OURS) - set(OURS_OFFLOADED) == {"sparse_resident"}

@@ -65,6 +65,8 @@ def test_a_copy_runs_beside_the_products():
     config = SpardaConfig(**SETTINGS)
     assert prompt_floor(SHAPE, "dense", config, 40, slow)["total"] == keys_and_values
     assert prompt_floor(SHAPE, "transformers_cudnn", config, 40, slow)["d2h"] == 0
+    stays = SpardaConfig(offload="never", **SETTINGS)
+    assert prompt_floor(SHAPE, "sparse_resident", stays, 40, slow)["d2h"] == 0
 
 
 def test_law_is_found_again():
