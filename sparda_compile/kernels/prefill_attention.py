@@ -5,7 +5,8 @@
 
 Dense attention takes past keys from the host pool where a block is full, else from its device page.
 What tokens have selected lies in the buffer of `runtime/staging.py`. On CUDA:
-`gpu/attend_tokens.py`, for groups whose query vectors fit its tile.
+`gpu/attend_tokens.py`, for groups whose query vectors fit its tile, and on Hopper GPUs
+`gpu/attend_hopper.py` for what tokens have selected.
 """
 
 from __future__ import annotations

@@ -5,16 +5,19 @@ Each follows what the launcher, or torch's attention, allocates; see `isa.table.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from sparda_compile.kernels.paged import block_pool
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = [
+    "HALVES_ROWS",
     "PART_BLOCKS",
     "QUERY_BYTES",
     "RUN_BLOCKS",
@@ -26,6 +29,7 @@ __all__ = [
     "WINDOW_TOKENS",
     "all_blocks_bytes",
     "attend_tokens_bytes",
+    "in_halves",
     "mark_words",
     "most_vectors",
     "num_runs",
@@ -48,6 +52,8 @@ UNION_BYTES: Final = 256 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64
 """Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""
+HALVES_ROWS: Final = 128
+"""Query vectors of a tile of `gpu/attend_hopper.py`, half of them for either group of warps."""
 # Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
 _ROWS_OF_32_BITS: Final = 32
 QUERY_BYTES: Final = 64 * 1024
@@ -234,13 +240,42 @@ def unions_at_once(pairs: int, num_blocks: int, tokens: int, selected: int, tile
     return max(min(UNION_BYTES // (pairs * unions_bytes(num_blocks, tokens, selected)), tiles), 1)
 
 
+def in_halves(query_BHTD: Tensor, staging: Tensor) -> bool:
+    """Whether `gpu/attend_hopper.py` attends for such queries and blocks, on such a GPU.
+
+    Args:
+        query_BHTD: Queries.
+        staging: [B, G, S, 2, P, D].
+    """
+    size, dim = staging.shape[4:]
+    room = _power_of_two(query_BHTD.shape[1] // staging.shape[1])
+    # A word of a half has 16 bits for readers.
+    fits = size == 64 and dim in (64, 128) and HALVES_ROWS // 32 <= room <= HALVES_ROWS
+    fits = fits and query_BHTD.dtype in (torch.float16, torch.bfloat16)
+    return fits and _is_hopper(query_BHTD.device)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def attend_tokens_bytes(a: Any) -> int:
-    """Return what `attend_tokens` takes: unions of some tiles."""
+    """Return what `attend_tokens` takes: unions of some tiles, and lists of their halves."""
     batch, groups, num_tokens, selected = a.block_ids.shape
     heads, num_blocks, pairs = a.query.shape[1] // groups, a.slots.shape[2], batch * groups
-    tokens = tile_rows(heads, a.query.shape[3], a.query.dtype) // _power_of_two(heads)
+    halves = in_halves(a.query, a.staging)
+    rows = HALVES_ROWS if halves else tile_rows(heads, a.query.shape[3], a.query.dtype)
+    tokens = rows // _power_of_two(heads)
     at_once = unions_at_once(pairs, num_blocks, tokens, selected, -(-num_tokens // tokens))
-    return int(pairs * at_once * unions_bytes(num_blocks, tokens, selected))
+    each = unions_bytes(num_blocks, tokens, selected)
+    if halves:
+        # Lists are made when marks are gone: two words for each entry, and two more; and a third.
+        lists = 4 * (3 * union_entries(num_blocks, tokens, selected) + 4)
+        each += max(lists - 4 * mark_words(num_blocks, tokens), 0)
+    return int(pairs * at_once * each)
 
 
 def prefill_attention_bytes(a: Any) -> int:

@@ -70,6 +70,7 @@ def selected(tokens, blocks=16384):
             query=torch.empty(1, 32, tokens, 128, dtype=torch.bfloat16),
             block_ids=torch.empty(1, 2, tokens, 96, dtype=torch.int32),
             slots=torch.empty(1, 2, blocks, dtype=torch.int32),
+            staging=torch.empty(1, 2, 1, 2, 64, 128, dtype=torch.bfloat16),
             summary=[torch.empty(1, 2, 4 * blocks, 128)],
             num_blocks=blocks,
             block_size=64,
@@ -111,14 +112,32 @@ def test_what_is_picked_at_two_times_takes_what_each_scores(past, runs):
     assert whole - select_tokens_bytes(prompt) == vectors * (past + 8 + runs - 8) * 8
 
 
+def test_what_halves_attend_for(monkeypatch):
+    monkeypatch.setattr(workspace, "_is_hopper", lambda device: device.type == "meta")
+
+    def covers(heads, groups, size, dim, dtype=torch.bfloat16, device="meta"):
+        query = torch.empty(1, heads, 1, dim, dtype=dtype, device=device)
+        return workspace.in_halves(query, torch.empty(1, groups, 1, 2, size, dim, device="meta"))
+
+    assert covers(32, 2, 64, 128)
+    assert covers(9, 3, 64, 64, torch.float16)  # a group of 3 takes the room of 4
+    assert covers(128, 1, 64, 128)
+    assert not covers(129, 1, 64, 128)
+    assert not covers(4, 2, 64, 128)  # 32 tokens of a half are more than a word has bits
+    assert not covers(32, 2, 32, 128)
+    assert not covers(32, 2, 64, 96)
+    assert not covers(32, 2, 64, 128, torch.float32)
+    assert not covers(32, 2, 64, 128, device="cpu")
+
+
 class TestKernels:
     """What launchers allocate is what is worked out, to the byte; nothing is launched here."""
 
     @pytest.fixture(autouse=True)
     def _without_launches(self, monkeypatch):
         pytest.importorskip("triton")
-        names = "attend_tokens", "extend", "pick_tokens", "stage", "token_blocks", "token_scores"
-        for name in names:
+        names = "extend", "pick_tokens", "stage", "token_blocks", "token_scores"
+        for name in ("attend_tokens", "attend_hopper", "hopper_blocks", *names):
             module = importlib.import_module(f"sparda_compile.kernels.gpu.{name}")
             monkeypatch.setattr(module, "launch", lambda kernel, grid: lambda *_, **__: None)
 
@@ -135,6 +154,25 @@ class TestKernels:
             out = attend_tokens.attend_tokens(
                 given.query, (given.k, given.v), given.block_ids, numbered, given.lengths,
                 (given.staging, given.slots), (given.pages, given.block_table), (0.2, 0.0),
+            )  # fmt: skip
+        assert counted.peak - out.untyped_storage().nbytes() == attend_tokens_bytes(given)
+
+    @pytest.mark.parametrize(("blocks", "limit"), [(64, UNION_BYTES), (64, 1), (6000, UNION_BYTES)])
+    def test_attention_in_halves(self, counted_bytes, monkeypatch, blocks, limit):
+        """Their lists are larger than the marks of a union of few blocks."""
+        from sparda_compile.kernels.gpu import attend_tokens
+
+        monkeypatch.setattr(workspace, "UNION_BYTES", limit)
+        monkeypatch.setattr(workspace, "_is_hopper", lambda device: True)
+        given = prompt_of(32, 333, torch.bfloat16, blocks=blocks)
+        given.staging = torch.zeros(BATCH, GROUPS, 9, 2, 64, 64, dtype=torch.bfloat16)
+        given.pages, given.query = given.staging, torch.zeros(BATCH, 32, 333, 64).bfloat16()
+        numbered = [torch.zeros(BATCH, 333, dtype=torch.int32)] * 2 + [given.lengths]
+        with counted_bytes(all_tensors(given, numbered)) as counted:
+            out = attend_tokens.attend_tokens(
+                given.query, (given.query[:, :GROUPS],) * 2, given.block_ids, numbered,
+                given.lengths, (given.staging, given.slots), (given.pages, given.block_table),
+                (0.2, 0.0),
             )  # fmt: skip
         assert counted.peak - out.untyped_storage().nbytes() == attend_tokens_bytes(given)
 

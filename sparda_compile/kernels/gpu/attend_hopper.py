@@ -26,26 +26,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
 
 from sparda_compile.kernels.gpu.hopper_blocks import (
     LAST,
     PLACE,
     PLACES,
-    ROWS,
     await_block,
     bring,
     free_pair,
     hold,
     list_entries,
 )
-from sparda_compile.kernels.gpu.launch import launch, power_of_two
+from sparda_compile.kernels.gpu.launch import address_of, launch, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
 
-__all__ = ["ROWS", "attend_unions", "covers"]
+__all__ = ["attend_unions"]
 
 _LOG2_E: Final = math.log2(math.e)
 _HALF = gl.constexpr(64)
@@ -303,18 +303,14 @@ def _attend_tile(
     )  # fmt: skip
 
 
-def covers(query_BHTD: Tensor, staging: Tensor) -> bool:
-    """Whether the kernel attends for such queries and blocks.
-
-    Args:
-        query_BHTD: Queries.
-        staging: [B, G, S, 2, P, D].
-    """
+def _descriptor(staging: Tensor) -> TensorDescriptor:
+    """Return what brings a block; it has no address where launches are collected."""
     size, dim = staging.shape[4:]
-    room = power_of_two(query_BHTD.shape[1] // staging.shape[1])
-    # A word of a half has 16 bits for readers.
-    fits = size == 64 and dim in (64, 128) and ROWS // 32 <= room <= ROWS
-    return fits and query_BHTD.dtype in (torch.float16, torch.bfloat16)
+    dtype = gl.bfloat16 if staging.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([size, dim], dtype)
+    lines = staging.view(-1, dim)
+    base = lines if address_of(lines) else MockTensor(lines.dtype, lines.shape)
+    return TensorDescriptor(base, list(lines.shape), list(lines.stride()), [size, dim], layout)
 
 
 def attend_unions(
@@ -325,20 +321,18 @@ def attend_unions(
     first_tile: int,
     factors: tuple[float, float],
 ) -> None:
-    """Attend for some tiles of `ROWS` rows; see `attend_tokens.attend_unions`."""
+    """Attend for some tiles of `HALVES_ROWS` rows; see `attend_tokens.attend_unions`."""
     _, heads, num_tokens, dim = query_BHTD.shape
     groups = prompt.slots.shape[1]
     staging, (scale, softcap) = prompt.staging, factors
     room, size = power_of_two(heads // groups), staging.shape[4]
     words, own_counts, brought = list_entries(union, prompt, first_tile, room)
     pairs, tiles, num_entries = brought.shape
-    dtype = gl.bfloat16 if query_BHTD.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([size, dim], dtype)
-    blocks = TensorDescriptor.from_tensor(staging.view(-1, dim), [size, dim], layout)
     factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     launch(_attend_tile, (tiles, pairs))(
-        blocks, query_BHTD, out, prompt.columns, prompt.totals, prompt.lengths, union.counts, words,
-        own_counts, brought, factor, softcap * _LOG2_E, *query_BHTD.stride()[:3], groups,
-        num_tokens, num_entries, num_entries + 1, staging.shape[2], first_tile, heads // groups,
-        room, size, dim, softcap != 0.0, PLACES, num_warps=4,
+        _descriptor(staging), query_BHTD, out, prompt.columns, prompt.totals, prompt.lengths,
+        union.counts, words, own_counts, brought, factor, softcap * _LOG2_E,
+        *query_BHTD.stride()[:3], groups, num_tokens, num_entries, num_entries + 1,
+        staging.shape[2], first_tile, heads // groups, room, size, dim, softcap != 0.0, PLACES,
+        num_warps=4,
     )  # fmt: skip

@@ -18,15 +18,14 @@ which each token replaces a tenth, on one H200 (matrix products: 791 TFLOP/s):
         4       32    128   276            35%              137           394
 
 All rows multiply at one rate, so fewer rows, which multiply less for others, win: 64, the least
-that the matrix unit takes. Where neighbours share less, they win by more. Kernels that say what
-each warp does, with copies by TMA and products beside the softmax, multiply up to 494 TFLOP/s for
-128 rows; one in which either half of them passes by what only the other one reads took 1.03 to 1.06
-times as long as this one (`benchmarks/results/2026-11-29-h200-prompt-attention-variants.json`).
+that the matrix unit takes. Where neighbours share less, they win by more. For Hopper GPUs there is
+`attend_hopper.py`, which has 128 rows but multiplies for 64 of them what these read.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -43,10 +42,16 @@ from sparda_compile.kernels.gpu.token_blocks import (
 )
 from sparda_compile.kernels.paged import block_pool, tail_pages
 from sparda_compile.kernels.prefill_attention import num_new_slots
-from sparda_compile.kernels.workspace import QUERY_BYTES, tile_rows, unions_at_once
+from sparda_compile.kernels.workspace import (
+    HALVES_ROWS,
+    QUERY_BYTES,
+    in_halves,
+    tile_rows,
+    unions_at_once,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -255,6 +260,16 @@ def attend_unions(
     )  # fmt: skip
 
 
+def _fastest(query: Tensor, staging: Tensor, rows: int) -> tuple[Callable[..., None], int]:
+    """Return the kernel that attends for unions, and the rows of its tiles; `rows` if not 0."""
+    if not rows and in_halves(query, staging):
+        from sparda_compile.kernels.gpu import attend_hopper
+
+        return attend_hopper.attend_unions, HALVES_ROWS
+    rows = rows or tile_rows(query.shape[1] // staging.shape[1], query.shape[3], query.dtype)
+    return partial(attend_unions, rows=rows), rows
+
+
 def attend_tokens(
     query_BHTD: Tensor,
     kv: tuple[Tensor, Tensor],
@@ -287,7 +302,7 @@ def attend_tokens(
     ids = block_ids_BGTK.contiguous()
     batch, groups, num_tokens, selected = ids.shape
     prompt = pack_prompt(kv, numbered, lengths_B, staged, paged)
-    rows = rows or tile_rows(query.shape[1] // groups, query.shape[3], query.dtype)
+    attend, rows = _fastest(query, prompt.staging, rows)
     tokens = rows // power_of_two(query.shape[1] // groups)
     tiles = triton.cdiv(num_tokens, tokens)
     at_once = unions_at_once(batch * groups, prompt.slots.shape[2], tokens, selected, tiles)
@@ -295,7 +310,7 @@ def attend_tokens(
     out = query.new_empty((batch, num_tokens, heads, dim)).transpose(1, 2)
     for first in range(0, tiles, at_once):
         union = unions(prompt, ids, tokens, first, min(at_once, tiles - first))
-        attend_unions(query, prompt, union, out, first, factors, rows)
+        attend(query, prompt, union, out, first, factors)
         del union  # before the next one is made
     return out
 

@@ -39,7 +39,6 @@ __all__ = [
     "LAST",
     "PLACE",
     "PLACES",
-    "ROWS",
     "STEP",
     "await_block",
     "bring",
@@ -48,8 +47,6 @@ __all__ = [
     "list_entries",
 ]
 
-ROWS: Final = 128
-"""Of a tile, for two halves."""
 STEP: Final = 4
 """The most that neighbouring blocks of a half are apart."""
 PLACES: Final = 6
@@ -206,7 +203,7 @@ def list_entries(
     """List the entries of unions that either half multiplies.
 
     Args:
-        union: What tiles of `ROWS` rows read.
+        union: What tiles of `workspace.HALVES_ROWS` rows read.
         prompt: The tokens, with the staging buffer.
         first_tile: Of the union.
         room: Rows of a token, a power of two.

@@ -36,6 +36,7 @@ compile_only(note)
 
 from sparda_compile.bench.trace_kernel import raise_scores  # noqa: E402
 from sparda_compile.config import SpardaConfig  # noqa: E402
+from sparda_compile.kernels import workspace  # noqa: E402
 from sparda_compile.kernels.gpu import (  # noqa: E402
     append,
     attend_tokens,
@@ -271,6 +272,17 @@ def run_largest(dtype, dim, size):
     )
 
 
+def run_halves(dim, softcap):
+    """Attend as a Hopper GPU does for many heads of a group."""
+    query, k = torch.zeros(1, 32, 16, dim).half(), torch.zeros(1, 2, 16, dim).half()
+    pages, table = torch.zeros(1, 2, 4, 2, 64, dim).half(), ints(1, 2, 4)
+    workspace._is_hopper = lambda device: True
+    attend_tokens.attend_tokens(
+        query, (k, k), ints(1, 2, 16, 8), (ints(1, 16), ints(1, 16), ints(1)), ints(1),
+        (pages, table), (pages, table), (1.0, softcap),
+    )  # fmt: skip
+
+
 run_all(torch.bfloat16, 128, 64)
 run_largest(torch.float32, 256, 128)
 run_prompt(torch.bfloat16, 128, 64, (*PACKED, *STAYING))
@@ -279,5 +291,7 @@ run_mass_loss(torch.bfloat16, 64, 64, 0.0)
 run_mass_loss(torch.bfloat16, 256, 128, 30.0)
 run_mass_loss(torch.float16, 80, 16, 0.0)
 run_mass_loss(torch.bfloat16, 128, 64, 0.0, HEADS // GROUPS)
+run_halves(128, 0.0)
+run_halves(64, 30.0)
 most = {name: [max(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
 json.dump(most, sys.stdout)

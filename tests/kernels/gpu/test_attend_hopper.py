@@ -6,26 +6,12 @@ import torch
 from sparda_compile.kernels.gpu import attend_hopper, token_blocks
 from sparda_compile.kernels.gpu import attend_tokens as kernels
 from sparda_compile.kernels.gpu.launch import power_of_two
+from sparda_compile.kernels.workspace import HALVES_ROWS, in_halves
 
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
     reason="needs a Hopper GPU",
 )
-
-
-def test_what_is_covered():
-    def covers(heads, groups, size, dim, dtype=torch.bfloat16):
-        query = torch.empty(1, heads, 1, dim, dtype=dtype)
-        return attend_hopper.covers(query, torch.empty(1, groups, 1, 2, size, dim, dtype=dtype))
-
-    assert covers(32, 2, 64, 128)
-    assert covers(9, 3, 64, 64, torch.float16)  # a group of 3 takes the room of 4
-    assert covers(128, 1, 64, 128)
-    assert not covers(129, 1, 64, 128)
-    assert not covers(4, 2, 64, 128)  # 32 tokens of a half are more than a word has bits
-    assert not covers(32, 2, 32, 128)
-    assert not covers(32, 2, 64, 96)
-    assert not covers(32, 2, 64, 128, torch.float32)
 
 
 @needs_hopper
@@ -49,7 +35,7 @@ def test_equals_the_other_kernel(prompt_case, repeat, dim, softcap, selected, dt
     prompt = token_blocks.pack_prompt((k, v), case.numbered("cuda"), lengths, staged, paged)
 
     def attended(rows):
-        tokens = (rows or attend_hopper.ROWS) // power_of_two(repeat)
+        tokens = (rows or HALVES_ROWS) // power_of_two(repeat)
         tiles = -(-300 // tokens)
         out = torch.full((3, 300, query.shape[1], dim), float("nan"), dtype=dtype, device="cuda")
         out = out.transpose(1, 2)
@@ -58,7 +44,7 @@ def test_equals_the_other_kernel(prompt_case, repeat, dim, softcap, selected, dt
             if rows:
                 kernels.attend_unions(query, prompt, union, out, first, (0.3, softcap), rows)
             else:
-                assert attend_hopper.covers(query, prompt.staging)
+                assert in_halves(query, prompt.staging)
                 attend_hopper.attend_unions(query, prompt, union, out, first, (0.3, softcap))
         return out.float()
 

@@ -55,7 +55,7 @@ def test_kernels_compile_and_fit_and_read_16_bytes_at_once(kept_folder):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 57
+    assert len(found) == 59
     assert {name: shared for name, (shared, *_) in found.items() if shared > MOST_SHARED} == {}
     assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
     assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sparda_compile.kernels.gpu import hopper_blocks
-from sparda_compile.kernels.gpu.hopper_blocks import PLACES, ROWS, STEP
+from sparda_compile.kernels.gpu.hopper_blocks import PLACES, STEP
 from sparda_compile.kernels.gpu.token_blocks import Prompt, Unions
+from sparda_compile.kernels.workspace import HALVES_ROWS
 
 FIRST_TILE, LENGTHS = 3, (1000, 64)
 
@@ -35,7 +36,7 @@ def random_bits(share, shape, generator):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("room", [4, 16, 128])
 def test_each_half_lists_what_it_reads_and_leaves_out_no_long_run(device, room, share):
-    tokens, most = ROWS // room, 300
+    tokens, most = HALVES_ROWS // room, 300
     generator = torch.Generator().manual_seed(1)
     counts = torch.tensor([[0, 1, 2], [7, 171, most]], dtype=torch.int32)
     bits = random_bits(share, (2, 3, most, tokens), generator)
