@@ -11,9 +11,9 @@ turn. While it makes weights of a pair's scores, the matrix unit sums up the val
 before. A half knows of each of its blocks, from one word that it loads a turn ahead, where it lies,
 who reads it, and whether a token sees only some of it.
 
-On one H200 it takes 0.86 of the time of the kernel in Triton for a layer's 1M tokens with drawn sets
-(`benchmarks/results/2026-11-30-h200-prompt-hopper.json`, which has other forms too), and multiplies
-at 510 TFLOP/s. Queries in registers cost ptxas some of those that sums need: 3% slower.
+On one H200 it takes 0.86 of the time of the kernel in Triton for a layer's 1M tokens with drawn
+sets (`benchmarks/results/2026-11-30-h200-prompt-hopper.json`, which has other forms too), and
+multiplies at 510 TFLOP/s. Queries in registers cost ptxas some of those that sums need: 3% slower.
 """
 
 from __future__ import annotations
