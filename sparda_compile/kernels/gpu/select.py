@@ -175,7 +175,7 @@ def _assign(
     page_stamp, page_ids, miss_blocks, miss_pages, tail_page, num_blocks, num_pages,
     SELECTED: tl.constexpr, PAGES: tl.constexpr, TOUCH: tl.constexpr,
 ):  # fmt: skip
-    """Give the absent blocks the pages that leave; the i-th absent takes the i-th victim."""
+    """Give the absent blocks, one or more, the pages that leave: the i-th takes the i-th victim."""
     number = tl.arange(0, PAGES)
     is_page = number < num_pages
     owned = pair * num_pages + number
@@ -197,9 +197,7 @@ def _assign(
     age = tl.where(stamp < 0, 255, tl.minimum(tl.maximum(length - stamp, 0), 254))
     num_candidates = tl.sum(candidate.to(tl.int32), 0)
     key = tl.where(candidate, age, -1)
-    # With none absent, no key is as large as the threshold.
-    low = tl.where(num_absent > 0, 0, 256)
-    victim = find_largest(key, low, 256, tl.where(num_absent > 0, num_candidates, 0), num_absent)
+    victim = find_largest(key, num_absent * 0, 256, num_candidates, num_absent)
     turn = pair * SELECTED + tl.cumsum(victim.to(tl.int32), 0) - 1
     new = tl.load(miss_blocks + turn, mask=victim, other=-1)
     listed = tl.load(miss_pages + turn, mask=victim, other=0)
@@ -267,12 +265,15 @@ def _select_pages(
             rank = pair * SELECTED + tl.cumsum(fetch.to(tl.int32), 0) - 1
             tl.store(miss_blocks + rank, block_id, mask=fetch)
             tl.store(miss_pages + rank, page, mask=fetch)
-        else:
+        elif num_absent > 0:
             _assign(
                 block_id, page, wanted, column, num_absent, length, current, pair, block_table,
                 page_block, page_stamp, page_ids, miss_blocks, miss_pages, tail_page, num_blocks,
                 num_pages, SELECTED, PAGES, TOUCH,
             )  # fmt: skip
+        elif TOUCH:
+            # Often so where hints have fetched before: no page leaves.
+            tl.store(page_stamp + pair * num_pages + page, length, mask=wanted)
         is_tail = wanted & (block_id == current) & (page >= 0)
         tl.store(tail_page + pair + column * 0, page, mask=is_tail)
         unused = inside & (column >= num_fetched)
