@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # In tests/plugins.
-pytest_plugins = ("quick_interpreter",)
+pytest_plugins = ("quick_interpreter", "quick_session")
 
 PACKAGE_DIR = str(Path(__file__).resolve().parents[1] / "sparda_compile") + os.sep
 HAS_CUDA = torch.cuda.is_available()
