@@ -143,11 +143,11 @@ def test_bytes_are_those_of_the_format(fast, ids, kv_format, turns):
     assert resident.sparda.stats().total.d2h_bytes == 0
 
 
-def test_a_plan_moves_fewer_bytes(model):
+def test_a_plan_moves_fewer_bytes(fast):
     """In the schedule, and in what `explain` says that the cache takes."""
     settings = {**SMALL, "machine": "h200", "max_tokens": 4096, "top_k": 8, "mode": "forecast"}
     reports = {
-        name: explain(model, SpardaConfig(kv_format=name, **settings))
+        name: explain(fast, SpardaConfig(kv_format=name, **settings))
         for name in ("model", *FORMATS)
     }
     full = 2 * SIZE * 16 * 4
@@ -172,7 +172,7 @@ def test_models_of_other_dtypes_are_refused():
         optimize(tiny_llama().double(), SpardaConfig(**SMALL, kv_format="int8"))
 
 
-def test_layers_may_have_formats_of_their_own(model, fast, ids, turns):
+def test_layers_may_have_formats_of_their_own(fast, ids, turns):
     """One int4, the other as the model's: as far from all of the model's as from all int4."""
     sizes, settings = (TOKENS, *[1] * 20), {"mode": "exact", "hint": "previous_step"}
     runs = {}
@@ -191,12 +191,12 @@ def test_layers_may_have_formats_of_their_own(model, fast, ids, turns):
     assert torch.equal(runs["mixed"][:, :TOKENS], runs["model"][:, :TOKENS])
     assert not torch.equal(runs["mixed"], runs["model"])
     assert not torch.equal(runs["mixed"], runs["int4"])
-    report = explain(model, SpardaConfig(**{**SMALL, "kv_format": {1: "int4"}}))
+    report = explain(fast, SpardaConfig(**{**SMALL, "kv_format": {1: "int4"}}))
     assert report.kv_format == "model in layer 0; int4 in layer 1"
 
 
 @pytest.mark.parametrize("selector", ["infllm2", "lowbit2", "lowbit4"])
-def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector, turns):
+def test_keys_stay_in_the_layers_that_say_so(fast, ids, selector, turns):
     """Each layer has the summaries that it scores with, and those it reads keys from."""
     sizes = (TOKENS, *[1] * 20)
     settings = {"kv_format": {1: "values8"}, "selector": selector, "page_ratio": 1.0}
@@ -211,7 +211,7 @@ def test_keys_stay_in_the_layers_that_say_so(model, fast, ids, selector, turns):
         assert first.d2h_bytes * num_bytes[1] == second.d2h_bytes * num_bytes[0] > 0
         assert module.sparda.stats().formats == {0: "model", 1: "values8"}
     one, other = (
-        explain(model, SpardaConfig(**{**SMALL, **settings, "kv_format": name, "max_tokens": 512}))
+        explain(fast, SpardaConfig(**{**SMALL, **settings, "kv_format": name, "max_tokens": 512}))
         for name in ("model", {1: "values8"})
     )
     codes = one.layers[0].host_bytes // (2 * 8)  # 4 bits for each of half of the 32-bit elements

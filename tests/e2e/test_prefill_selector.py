@@ -6,6 +6,8 @@ pooled keys. What a step reads is the low-bit selector's choice all the same.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -33,6 +35,7 @@ def forecast(shared_llama):
 
 @pytest.fixture(scope="module")
 def make(traced_llama, forecast):
+    @functools.cache
     def made(name, **settings):
         config = SpardaConfig(**{**SMALL, **MODES[name], **settings})
         given = {0 if name == "bootstrap" else name + 1: w for name, w in forecast.items()}

@@ -70,8 +70,9 @@ def forecast(llama):
 
 @pytest.fixture(scope="module")
 def module_of(traced_llama, forecast):
-    """Return what makes the module of a configuration; the model is traced once."""
+    """Return what gives a module of settings; `__wrapped__` makes one that a test may change."""
 
+    @functools.cache
     def make(**settings):
         config = SpardaConfig(**{**SMALL, **settings})
         given = by_target(forecast) if config.needs_forecast else None
@@ -246,7 +247,7 @@ class TestStagedAhead:
 
         def make():
             settings = {"page_ratio": 1.0, "max_tokens": 256, "machine": "h200"}
-            return module_of(mode="forecast", **settings), logits_of
+            return module_of.__wrapped__(mode="forecast", **settings), logits_of
 
         return make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -56,6 +57,12 @@ def fast_of(model, **settings):
         return optimize(model, SpardaConfig(**{**SMALL, **settings}))
 
 
+@pytest.fixture(scope="module")
+def traced():
+    """Return what gives the module of a model, each traced once."""
+    return functools.cache(lambda name: fast_of(build(name)))
+
+
 def held_by(fast, program, batch, tokens):
     call = {
         "input_ids": torch.full((batch, tokens), 7),
@@ -75,12 +82,12 @@ def held_by(fast, program, batch, tokens):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_registers_hold_what_was_worked_out(name, prefill, batch, rows, monkeypatch):
+def test_registers_hold_what_was_worked_out(name, prefill, batch, rows, traced, monkeypatch):
     """Of what a call takes on its way a run on a CPU says nothing; so that is left out."""
     monkeypatch.setattr(slices, "SLICE_ROWS", rows)
     monkeypatch.setattr(SlicedPiece, "copied_bytes", lambda *_: 0)
     monkeypatch.setattr(memory._Walk, "_taken_by", lambda *_: 0)
-    fast = fast_of(build(name), mode="query", prefill=prefill, offload="always")
+    fast = fast_of(traced(name), mode="query", prefill=prefill, offload="always")
     phase = "sparse_prefill" if prefill == "sparse" else "prefill"
     program = fast.programs.get(phase, batch, 512, last_only=True)
     for instruction in INSTRUCTIONS.values():
@@ -123,13 +130,13 @@ def test_slices_bound_what_a_long_prompt_takes():
     assert few > 8192 * 2 * 4096 * 4
 
 
-def test_a_long_past_is_part_of_it():
-    plan = fast_of(tiny_llama(), mode="query").programs.latest_plan("prefill")
+def test_a_long_past_is_part_of_it(traced_llama):
+    plan = fast_of(traced_llama, mode="query").programs.latest_plan("prefill")
     assert prompt_memory(plan, 64, 4096).peak_bytes > prompt_memory(plan, 64).peak_bytes
 
 
-def test_explain_says_what_all_of_it_takes():
-    report = explain(tiny_llama(), SpardaConfig(**{**SMALL, "max_tokens": 65536}))
+def test_explain_says_what_all_of_it_takes(traced_llama):
+    report = explain(traced_llama, SpardaConfig(**{**SMALL, "max_tokens": 65536}))
     prompt = report.prompt
     assert prompt.num_tokens == 65536
     assert prompt.whole == ()
@@ -137,15 +144,15 @@ def test_explain_says_what_all_of_it_takes():
     assert report.peak_device_bytes == report.to_dict()["peak_device_bytes"] == parts
     assert "GPU memory while 1 x 65536 tokens are read: " in str(report)
     assert prompt.peak_call in repr(report)
-    chunked = explain(tiny_llama(), SpardaConfig(**{**SMALL, "chunk_tokens": 100}))
+    chunked = explain(traced_llama, SpardaConfig(**{**SMALL, "chunk_tokens": 100}))
     assert chunked.prompt.num_tokens == 100
     assert "GPU memory while 1 x 512 tokens are read, 100 at once: " in str(chunked)
 
 
-def test_explain_says_what_graphs_of_short_prompts_keep(monkeypatch):
+def test_explain_says_what_graphs_of_short_prompts_keep(traced_llama, monkeypatch):
     def kept(**settings):
         given = {**SMALL, "max_tokens": 65536, "machine": "h200", **settings}
-        return explain(tiny_llama(), SpardaConfig(**given))
+        return explain(traced_llama, SpardaConfig(**given))
 
     report = kept()
     assert 0 < report.prompt.kept_bytes <= 1 << 28
@@ -158,8 +165,8 @@ def test_explain_says_what_graphs_of_short_prompts_keep(monkeypatch):
     assert kept().prompt.kept_bytes == 1000
 
 
-def test_explain_chooses_the_chunk_that_a_gpu_has_room_for():
-    model, config = tiny_llama(), SpardaConfig(**{**SMALL, "max_tokens": 65536})
+def test_explain_chooses_the_chunk_that_a_gpu_has_room_for(traced_llama):
+    model, config = traced_llama, SpardaConfig(**{**SMALL, "max_tokens": 65536})
     whole = explain(model, config)
     beside = whole.weight_bytes + whole.device_bytes
     assert whole.prompt.fits

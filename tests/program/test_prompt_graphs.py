@@ -13,7 +13,7 @@ from sparda_compile import SpardaConfig, optimize
 from sparda_compile.errors import CudaGraphError
 from sparda_compile.program import graph_capture, program, prompt_graphs
 from sparda_compile.program.prompt_graphs import PromptGraphs, is_short, num_read, rounded_past
-from sparda_compile.testing import build, random_forecast, tiny_llama
+from sparda_compile.testing import build, random_forecast
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -178,8 +178,10 @@ def check_rounded(monkeypatch, model, config, forecast=None):
     """Read as on a GPU, but for graphs: lengths around 64, padding within a batch, turns."""
     ids = torch.randint(2, 250, (2, 300), generator=torch.Generator().manual_seed(5))
 
+    traced = optimize(model, config, forecast=forecast)
+
     def logits():
-        fast = optimize(model, config, forecast=forecast)
+        fast = optimize(traced, config, forecast=forecast)
         cache, found, begin = fast.new_cache(), [], 0
         for columns in (130, 63, 1, 2, 65):
             mask = torch.ones(2, begin + columns)
@@ -208,14 +210,15 @@ def check_rounded(monkeypatch, model, config, forecast=None):
 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
 @pytest.mark.parametrize("mode", ["query", "forecast", "exact"])
-def test_rounded_prompts_and_turns_give_the_same_logits(monkeypatch, mode, prefill):
-    model = tiny_llama()
-    weights = random_forecast(model, seed=1)
+def test_rounded_prompts_and_turns_give_the_same_logits(
+    monkeypatch, shared_llama, traced_llama, mode, prefill
+):
+    weights = random_forecast(shared_llama, seed=1)
     forecast = {0 if key == "bootstrap" else key + 1: w for key, w in weights.items()}
     config = SpardaConfig(
         mode=mode, hint="previous_step", lowering="eager", prefill=prefill, **RULES, max_tokens=512
     )
-    check_rounded(monkeypatch, model, config, forecast if config.needs_forecast else None)
+    check_rounded(monkeypatch, traced_llama, config, forecast if config.needs_forecast else None)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("llama", "dense"), ("gemma3", "query")])

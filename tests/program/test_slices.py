@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 
@@ -78,15 +79,11 @@ MODELS = ("llama", "mixtral", "gemma3", "gpt2", "phi3")
 
 @pytest.fixture(scope="module")
 def fast_by_name():
-    """Return what makes the module of a model; each is traced once."""
-    made = {}
-
-    def fast(name, prefill):
-        if name not in made:
-            made[name] = fast_of(build(name))
-        return fast_of(made[name], mode="query", prefill=prefill)
-
-    return fast
+    """Return what gives the module of a model; each is traced once."""
+    traced = functools.cache(lambda name: fast_of(build(name)))
+    return functools.cache(
+        lambda name, prefill: fast_of(traced(name), mode="query", prefill=prefill)
+    )
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
@@ -102,15 +99,15 @@ def test_results_are_those_of_one_piece(name, prefill, batch, all_of_them, fast_
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_prompt_of_one_slice_is_given_as_it_is(few_rows):
-    fast = fast_of(tiny_llama(), mode="query")
+def test_a_prompt_of_one_slice_is_given_as_it_is(traced_llama, few_rows):
+    fast = fast_of(traced_llama, mode="query")
     logits_of(fast, 1, ROWS)
     logits_of(fast, 2, ROWS // 2)
     assert few_rows == []
 
 
-def test_the_logits_of_the_last_token_need_the_last_slice_alone(few_rows):
-    plan = fast_of(tiny_llama()).programs.latest_plan("prefill")
+def test_the_logits_of_the_last_token_need_the_last_slice_alone(traced_llama, few_rows):
+    plan = fast_of(traced_llama).programs.latest_plan("prefill")
     piece = lower(plan.graph_module, "eager").pieces()[-1]
     sizes = []
 
@@ -128,8 +125,8 @@ def test_the_logits_of_the_last_token_need_the_last_slice_alone(few_rows):
     torch.testing.assert_close(got, want)
 
 
-def test_a_turn_is_sliced_too(few_rows):
-    fast = fast_of(tiny_llama(), mode="query", chunk_tokens=70)
+def test_a_turn_is_sliced_too(traced_llama, few_rows):
+    fast = fast_of(traced_llama, mode="query", chunk_tokens=70)
     logits_of(fast, 1, 131)
     assert {size for size, _ in few_rows} == {70, 61}
 
