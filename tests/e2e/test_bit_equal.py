@@ -17,7 +17,8 @@ from sparda_compile.program.program import Program
 from sparda_compile.testing import random_forecast
 
 PROMPT_LENGTHS = (150, 37, 93)
-NEW_TOKENS = 17
+# A block of each sequence fills in the first turn.
+NEW_TOKENS = 12
 SECOND_PROMPT = 40
 MAX_TOKENS = 240
 BUSY = {"page_ratio": 1.0, "machine": "h200"}

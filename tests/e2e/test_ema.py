@@ -19,7 +19,7 @@ SMALL = {
 }  # fmt: skip
 # Of each of two turns. Blocks fill in each, and pages are taken from others; of the plainest case
 # and the fullest the steps are many.
-STEPS, MANY_STEPS = 24, 104
+STEPS, MANY_STEPS = 16, 72
 EVERY = tuple(name for name in HINTS.names() if name != "mixture")  # it has two of them in it
 CASES = {
     "infllm2": {},
@@ -139,7 +139,7 @@ def test_one_mixture_brings_less_than_two_hints_one_after_the_other(made):
     found = {}
     for hint in ("previous_step", ("ema", "next_query"), "mixture"):
         fast = made("llama", mode="exact", hint=hint, page_ratio=2.0)
-        made.logits(fast, STEPS)
+        made.logits(fast, 24)
         total = fast.sparda.stats().total
         found[hint] = total.misses, total.h2d_bytes
     assert found["mixture"][0] < 0.95 * found["previous_step"][0]

@@ -56,8 +56,17 @@ def built(fast, **changes):
     return optimize(fast, SpardaConfig(**(SMALL | changes)))
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kv_format", FORMATS)
+# What reads pages by an op of its own reads each format; of the rest each change meets one, since a
+# format only says how a block is packed.
+READERS = ("query", "sparse prompts", "speculate")
+PAIRS = [
+    (kv_format, change)
+    for i, change in enumerate(CHANGES)
+    for kv_format in (FORMATS if change in READERS else (FORMATS[i % len(FORMATS)],))
+]
+
+
+@pytest.mark.parametrize(("kv_format", "change"), PAIRS)
 def test_both_kinds_of_pages_give_the_same_bits(fast, ids, kv_format, change, turns):
     settings = {"kv_format": kv_format, **CHANGES[change]}
     one, other = (built(fast, page_format=name, **settings) for name in ("model", "stored"))
@@ -73,7 +82,7 @@ def test_both_kinds_of_pages_give_the_same_bits(fast, ids, kv_format, change, tu
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_a_long_decode_with_few_pages(fast, ids, kv_format, turns):
     """Blocks leave and come back, and fill, many times over."""
-    steps = [1] * 200
+    steps = [1] * 120
     tokens = torch.cat([ids, ids], 1)
     settings = {"kv_format": kv_format, "mode": "forecast"}
     want, _ = turns(built(fast, **settings, offload="never"), tokens, TOKENS, *steps)
@@ -139,14 +148,14 @@ def test_keys_that_stay_have_no_such_pages(kv_format):
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_a_page_takes_the_bytes_of_the_format(model, kv_format):
+def test_a_page_takes_the_bytes_of_the_format(fast, kv_format):
     """In what `explain` says of the cache, and in what attention is expected to read."""
     settings = {
         **SMALL, "machine": "h200", "max_tokens": 4096, "top_k": 8, "kv_format": kv_format,
         "mode": "forecast",
     }  # fmt: skip
     one, other = (
-        explain(model, SpardaConfig(page_format=name, **settings)) for name in ("model", "stored")
+        explain(fast, SpardaConfig(page_format=name, **settings)) for name in ("model", "stored")
     )
     block = 2 * SIZE * 16 * 4
     run = KV_FORMATS[kv_format].num_bytes(SIZE, 16, torch.float32)

@@ -20,7 +20,7 @@ SMALL = {
 }  # fmt: skip
 # Of each of two turns; a block fills in the fewer, too. The plainest case goes on for long, and the
 # one whose levels move most.
-STEPS, FEW = 104, 24
+STEPS, FEW = 72, 16
 LONG = ("infllm2", "trend")
 # Largest difference of a logit to mode `query`, in units of the largest logit: blocks are merged in
 # another order.
