@@ -36,8 +36,8 @@ def dependence_graph(graph: fx.Graph) -> nx.DiGraph:
     """
     dag = nx.DiGraph()
     by_state: dict[str, list[fx.Node]] = {}
+    dag.add_edges_from((source, n) for n in graph.nodes for source in n.all_input_nodes)
     for node in graph.nodes:
-        dag.add_edges_from((source, node) for source in node.all_input_nodes)
         for access in accesses(node):
             by_state.setdefault(access.state, []).append(node)
     for state, users in by_state.items():

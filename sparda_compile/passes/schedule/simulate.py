@@ -79,7 +79,7 @@ class Simulator:
     def __init__(self, costs: Mapping[fx.Node, Cost], ctx: PassContext) -> None:
         self._costs = costs
         self._machine = ctx.machine
-        found = {n: _item(n, cost, ctx) for n, cost in costs.items()}
+        found = {n: _item(n, cost, ctx) for n, cost in costs.items() if cost.us or is_sparda(n)}
         # Most nodes are views and inputs, which take no time and hold nobody back.
         self._items = {n: item for n, item in found.items() if item.us or item[5:] != (None, None)}
 
