@@ -19,7 +19,9 @@ which each token replaces a tenth, on one H200 (matrix products: 791 TFLOP/s):
 
 All rows multiply at one rate, so fewer rows, which multiply less for others, win: 64, the least
 that the matrix unit takes. Where neighbours share less, they win by more. For Hopper GPUs there is
-`attend_hopper.py`, which has 128 rows but multiplies for 64 of them what these read.
+`attend_hopper.py`, which has 128 rows but multiplies for 64 of them what these read. It takes two
+blocks at a time, so there a weight is rounded by a peak that depends on which block is beside its
+own: what a token gets depends on its neighbours' blocks, but only by how weights are rounded.
 """
 
 from __future__ import annotations
