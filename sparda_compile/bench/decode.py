@@ -8,6 +8,7 @@ steps are timed one by one. The floor is max(step with every page resident, byte
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -298,4 +299,7 @@ class DecodeBench:
             floor = max(us["resident"], link_us)
             row["floor_us"] = round(floor, 1)
             row["scheduled_over_floor"] = round(us["scheduled"] / floor, 3)
+        if us.get("inline", 0.0) > us.get("resident", math.inf):
+            exposed, synchronous = (us[name] - us["resident"] for name in ("scheduled", "inline"))
+            row["exposed_over_inline"] = round(exposed / synchronous, 3)
         return row

@@ -38,7 +38,7 @@ SINCE: Final = "2026-11-26"
 # The first on which repairs of mode `exact` had a stream of their own.
 EXACT_SINCE: Final = "2026-11-30"
 _BUDGET_SIDES: Final = ("resident", "scheduled")
-_FIELDS: Final = ("kv_format", "page_format", "selector", "top_k")
+_FIELDS: Final = ("hint", "kv_format", "page_format", "selector", "top_k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Point:
         batch_size: Sequences.
         max_tokens: Tokens per sequence that the KV cache holds.
         variant: One of `decode.VARIANTS`.
-        mode: Of the variant `scheduled`; `forecast` but for a profile.
+        mode: Of all variants but `dense` and `body`.
         overlap: Share of scored blocks that a step has in common with the one before.
         measured_us: Median of its steps, microseconds.
         fields: Of SpardaConfig, with their values: those that the file names.
@@ -108,7 +108,7 @@ def points_in(content: Mapping[str, Any], file: str) -> Iterator[Point]:
         "shape": content["shape"],
         "max_tokens": content["max_tokens"],
         "mode": content.get("mode", "forecast"),
-        "fields": tuple((name, content[name]) for name in _FIELDS if name in content),
+        "fields": tuple((name, _hashable(content[name])) for name in _FIELDS if name in content),
     }
     if content["name"] == "profile":
         what = {"batch_size": content["batch_size"], "overlap": content["overlap"]}
@@ -127,6 +127,10 @@ def points_in(content: Mapping[str, Any], file: str) -> Iterator[Point]:
                         overlap=float(overlap),
                         measured_us=row[variant]["median"],
                     )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _machine_of(gpu: str, file: str) -> str:
@@ -165,9 +169,7 @@ def _plan(captures: Captures, point: Point) -> Plan:
     if point.variant == "body":
         config = SpardaConfig(mode="dense", offload="never", machine=point.machine)
         return plan_body(captures, point.batch_size, config)
-    settings: dict[str, Any] = {"machine": point.machine, **dict(point.fields)}
-    if point.variant == "scheduled":
-        settings["mode"] = point.mode
+    settings = {"machine": point.machine, "mode": point.mode, **dict(point.fields)}
     config = variant_config(point.variant, point.max_tokens, 0, **settings)
     batch_size, max_tokens = point.batch_size, point.max_tokens
     return make_plan(captures, "decode", config, batch_size=batch_size, max_tokens=max_tokens)

@@ -53,8 +53,10 @@ def variant_config(
         variant: A key of `KNOBS`.
         max_tokens: Tokens per sequence that the KV cache holds.
         trace_steps: Steps of the trace, 0 for none.
-        **settings: Further fields of SpardaConfig.
+        **settings: Further fields of SpardaConfig; `dense` has no other mode.
     """
+    if variant == "dense":
+        settings = {n: value for n, value in settings.items() if n not in ("mode", "hint")}
     fields: dict[str, Any] = {**KNOBS[variant], "max_tokens": max_tokens, **settings}
     return following(SpardaConfig(**fields), trace_steps)
 

@@ -74,11 +74,16 @@ def kernels_file(path: Path, commit: str | None) -> ResultFile:
 
 def _own(fields: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the fields that are not as usual, in an order of their own."""
-    usual = {"kv_format": "model", "page_format": "model", "selector": None, "top_k": None}
+    usual = {"mode": "forecast", "hint": None, "kv_format": "model", "page_format": "model"}
+    usual |= {"selector": None, "top_k": None}
     given = {name: (fields or {}).get(name, value) for name, value in usual.items()}
-    return {n: v if n == "top_k" else str(v) for n, v in given.items() if v != usual[n]}
+    plain = {name: value for name, value in given.items() if value != usual[name]}
+    if "hint" in plain:
+        plain["hint"] = [*plain["hint"]]
+    return {n: v if n in ("top_k", "hint") else str(v) for n, v in plain.items()}
 
 
 def _words(own: Mapping[str, Any]) -> list[str]:
     """Return how the name of a file says them."""
-    return [f"top{value}" if name == "top_k" else str(value) for name, value in own.items()]
+    said = {"top_k": lambda count: f"top{count}", "hint": "+".join}
+    return [said.get(name, str)(value) for name, value in own.items()]

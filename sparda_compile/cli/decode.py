@@ -20,8 +20,10 @@ from sparda_compile.cli.options import (
     MOST_BLOCKS,
     MOST_SEQUENCES,
     Commit,
+    Hint,
     HostGib,
     KvFormat,
+    OffloadingMode,
     OutFolder,
     PageFormat,
     Rounds,
@@ -83,6 +85,19 @@ OneSelector = Annotated[
     Selector | None,
     typer.Option(help="Who scores, and what steps keep of keys.", show_default="as usual"),
 ]
+Modes = Annotated[
+    list[OffloadingMode] | None,
+    typer.Option(
+        help="Who selects the blocks, may be given again: one after another, a file each.",
+        show_default="forecast",
+    ),
+]
+Hints = Annotated[
+    list[Hint] | None,
+    typer.Option(
+        help="Hint of mode exact, may be given again: they add up.", show_default="as usual"
+    ),
+]
 Variants = Annotated[
     list[Variant] | None,
     typer.Option(help="Program, may be given again.", show_default="all of them"),
@@ -96,6 +111,8 @@ def bench_decode(
     tokens: Tokens = _TOKENS,
     overlap: Overlaps = None,
     variant: Variants = None,
+    mode: Modes = None,
+    hint: Hints = None,
     kv_format: Formats = None,
     page_format: Pages = "model",
     selector: OneSelector = None,
@@ -122,10 +139,14 @@ def bench_decode(
         with progress() as say:
             say("importing torch and transformers")
             formats = [str(name) for name in kv_format or ("model",)]
+            modes = [str(name) for name in mode or ("forecast",)]
+            hints = tuple(map(str, hint or ())) or None
             chosen = {"page_format": str(page_format), "top_k": top_k, "selector": selector}
             _check(formats, chosen, trace is not None, tp, plot)
+            _check_modes(modes, hints, tp, plot)
             asked = (tokens, overlap, variant, rounds, steps)
-            groups = _settings(formats, chosen, batch or (1,), asked)
+            each = [_of_mode(name, hints) | {"kv_format": f} for name in modes for f in formats]
+            groups = _settings(each, chosen, batch or (1,), asked)
             followed = read_traces(trace, trace_case or (), copies, tp)
             if followed is not None:
                 groups = [[followed.setting(s, overlap or ()) for s in group] for group in groups]
@@ -174,6 +195,27 @@ def _check(
             raise ConfigError(f"{name} takes one --kv-format, not {len(formats)}; name one.")
 
 
+def _check_modes(
+    modes: Sequence[str], hints: Sequence[str] | None, tp: int, plot: Path | None
+) -> None:
+    """Raise ConfigError for modes and hints that do not go together, or with something else."""
+    for option, names in (("--mode", modes), ("--hint", hints or ())):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{option} {', '.join(names)} names one twice; name each once.")
+    if hints and "exact" not in modes:
+        raise ConfigError("--hint goes with --mode exact alone; add that, or leave it out.")
+    if tp > 1 and modes != ["forecast"]:
+        raise ConfigError("--tp measures mode forecast alone; leave --mode out.")
+    if plot is not None and len(modes) > 1:
+        raise ConfigError(f"--plot takes one --mode, not {len(modes)}; name one.")
+
+
+def _of_mode(mode: str, hints: tuple[str, ...] | None) -> dict[str, Any]:
+    """Return the fields of SpardaConfig that a mode differs in from the usual one."""
+    fields: dict[str, Any] = {} if mode == "forecast" else {"mode": mode}
+    return fields | ({"hint": hints} if mode == "exact" and hints else {})
+
+
 def decode_setting(
     batch: int,
     tokens: int,
@@ -202,13 +244,16 @@ def decode_setting(
 
 
 def _settings(
-    formats: Sequence[str], chosen: dict[str, Any], batches: Sequence[int], asked: _Asked
+    each: Sequence[dict[str, Any]],
+    chosen: dict[str, Any],
+    batches: Sequence[int],
+    asked: _Asked,
 ) -> list[list[DecodeSetting]]:
-    """Return checked settings, a list for each format with one for each number of sequences."""
+    """Return checked settings, a list for each file with one for each number of sequences."""
     fields = {name: value for name, value in chosen.items() if value is not None}
     return [
-        [decode_setting(batch, *asked, fields={"kv_format": name, **fields}) for batch in batches]
-        for name in formats
+        [decode_setting(batch, *asked, fields={**own, **fields}) for batch in batches]
+        for own in each
     ]
 
 
@@ -219,7 +264,7 @@ def _measure(
     trace: dict[str, Any] | None,
     with_baselines: bool,
 ) -> ResultFile:
-    """Measure settings of one format; returns the file, which is written after each."""
+    """Measure settings of one mode and format; returns the file, which is written after each."""
     fields = settings[0].settings
     file = trace_file(*place, fields, trace) if trace else decode_file(*place, fields)
     for setting in settings:

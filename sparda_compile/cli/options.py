@@ -43,6 +43,7 @@ __all__ = [
     "Machine",
     "Mode",
     "Offload",
+    "OffloadingMode",
     "OutFolder",
     "PageFormat",
     "PrefillSelector",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     Machine = str
     Selector = str
     Mode = config.Mode
+    OffloadingMode = config.Mode
     PageFormat = config.PageFormat
     SelectingMode = config.Mode
     Lowering = config.Lowering
@@ -122,6 +124,7 @@ else:
     Mode = choices("Mode", get_args(config.Mode))
     PageFormat = choices("PageFormat", get_args(config.PageFormat))
     SelectingMode = choices("SelectingMode", (m for m in get_args(config.Mode) if m != "dense"))
+    OffloadingMode = choices("OffloadingMode", ("query", "forecast", "exact"))
     Lowering = choices("Lowering", get_args(config.Lowering))
     Offload = choices("Offload", get_args(config.Offload))
     Repair = choices("Repair", get_args(selection.Repair))

@@ -41,6 +41,26 @@ def test_result_has_each_variant_at_each_overlap(lab, setting, roomy):
     assert set(result["build_s"]) == set(VARIANTS)
 
 
+def test_exact_moves_what_forecast_moves_and_dense_is_none_of_it(lab, setting, roomy):
+    """With a trace a Forecast names all that its layer selects, so nothing is left for later."""
+    mode = {"mode": "exact", "hint": ("ema", "forecast")}
+    variants = ("scheduled", "inline", "resident", "dense")
+    setting = dataclasses.replace(setting, variants=variants, settings={**setting.settings, **mode})
+    bench = DecodeBench(lab.captures, setting, lambda text: None)
+    modes = {name: p.plan.layout.config.mode for name, p in bench.programs.items()}
+    assert modes == {"scheduled": "exact", "inline": "exact", "resident": "exact", "dense": "dense"}
+    bench.check()
+    *_, result = bench.measure()
+    row = result["by_overlap"]["0.0"]
+    assert row["scheduled"]["h2d_bytes"] > 0 == row["resident"]["h2d_bytes"]
+    us = {name: row[name]["median"] for name in variants}
+    if us["inline"] > us["resident"]:
+        exposed = (us["scheduled"] - us["resident"]) / (us["inline"] - us["resident"])
+        assert row["exposed_over_inline"] == round(exposed, 3)
+    else:
+        assert "exposed_over_inline" not in row
+
+
 def test_programs_that_disagree_are_not_timed(lab, setting, roomy):
     setting = dataclasses.replace(setting, variants=("scheduled", "resident"))
     bench = DecodeBench(lab.captures, setting, lambda text: None)

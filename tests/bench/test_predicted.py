@@ -100,6 +100,25 @@ def test_a_profile_is_one_point_of_its_mode():
     assert list(found) == [dataclasses.replace(POINT, mode="exact")]
 
 
+def test_a_decode_of_mode_exact_is_predicted_with_its_hints(predictor):
+    result = {"batch_size": 4, "by_overlap": {"0.9": row(scheduled=6.0, resident=5.0, dense=9.0)}}
+    one = {**HEAD, "name": "decode", "results": [result]}
+    two = {**one, "mode": "exact", "hint": ["ema", "forecast"]}
+    for content, mode, fields in (
+        (one, "forecast", ()),
+        (two, "exact", (("hint", ("ema", "forecast")),)),
+    ):
+        points = list(points_in(content, "a.json"))
+        assert {point.mode for point in points} == {mode}
+        assert {point.fields for point in points} == {fields}
+    (forecast, _, dense), (exact, _, again) = (
+        [predictor.step_us(point) for point in points_in(content, "a.json")]
+        for content in (one, two)
+    )
+    assert exact > forecast  # its query selects, too
+    assert dense == again
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -92,9 +92,29 @@ def test_formats_are_measured_one_after_another(asked, tmp_path):
     assert {content["selector"] for content in written} == {"lowbit4"}
 
 
+def test_modes_are_measured_one_after_another(asked, tmp_path):
+    modes = ("--mode", "forecast", "--mode", "exact", "--hint", "ema", "--hint", "forecast")
+    result = run("--shape", "tiny", "--out", tmp_path, *modes)
+    assert result.exit_code == 0, result.output
+    (_, first, _), (_, second, _) = asked[1:]
+    usual = {"kv_format": "model", "page_format": "model"}
+    assert first.settings == usual
+    assert second.settings == {"mode": "exact", "hint": ("ema", "forecast"), **usual}
+    forecast = json.loads((tmp_path / "decode-tiny.json").read_text())
+    exact = json.loads((tmp_path / "decode-tiny-exact-ema+forecast.json").read_text())
+    assert "mode" not in forecast
+    assert (exact["mode"], exact["hint"]) == ("exact", ["ema", "forecast"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (("--mode", "exact", "--mode", "exact"), "--mode exact, exact names one twice"),
+        (("--mode", "exact", "--hint", "ema", "--hint", "ema"), "--hint ema, ema names one twice"),
+        (("--hint", "ema"), "--hint goes with --mode exact alone"),
+        (("--mode", "exact", "--tp", 2), "--tp measures mode forecast alone"),
+        (("--mode", "query", "--mode", "exact", "--plot", "a.png"), "--plot takes one --mode"),
+        (("--mode", "speculate"), "'speculate' is not one of"),
         (("--kv-format", "int8", "--kv-format", "int8"), "names one twice"),
         (("--kv-format", "int8", "--kv-format", "fp8", "--tp", 2), "--tp takes one --kv-format"),
         (("--kv-format", "int8", "--kv-format", "fp8", "--plot", "a.png"), "--plot takes one"),
