@@ -139,13 +139,11 @@ def bench_decode(
         with progress() as say:
             say("importing torch and transformers")
             formats = [str(name) for name in kv_format or ("model",)]
-            modes = [str(name) for name in mode or ("forecast",)]
-            hints = tuple(map(str, hint or ())) or None
             chosen = {"page_format": str(page_format), "top_k": top_k, "selector": selector}
             _check(formats, chosen, trace is not None, tp, plot)
-            _check_modes(modes, hints, tp, plot)
+            modes = _modes(mode, hint, tp, plot)
             asked = (tokens, overlap, variant, rounds, steps)
-            each = [_of_mode(name, hints) | {"kv_format": f} for name in modes for f in formats]
+            each = [own | {"kv_format": name} for own in modes for name in formats]
             groups = _settings(each, chosen, batch or (1,), asked)
             followed = read_traces(trace, trace_case or (), copies, tp)
             if followed is not None:
@@ -195,11 +193,17 @@ def _check(
             raise ConfigError(f"{name} takes one --kv-format, not {len(formats)}; name one.")
 
 
-def _check_modes(
-    modes: Sequence[str], hints: Sequence[str] | None, tp: int, plot: Path | None
-) -> None:
-    """Raise ConfigError for modes and hints that do not go together, or with something else."""
-    for option, names in (("--mode", modes), ("--hint", hints or ())):
+def _modes(
+    mode: Sequence[OffloadingMode] | None, hint: Sequence[Hint] | None, tp: int, plot: Path | None
+) -> list[dict[str, Any]]:
+    """Return the fields of SpardaConfig in which each mode differs from the usual one.
+
+    Raises:
+        ConfigError: If modes and hints do not go together, or with something else.
+    """
+    modes = [str(name) for name in mode or ("forecast",)]
+    hints = tuple(map(str, hint or ()))
+    for option, names in (("--mode", modes), ("--hint", hints)):
         if len(set(names)) < len(names):
             raise ConfigError(f"{option} {', '.join(names)} names one twice; name each once.")
     if hints and "exact" not in modes:
@@ -208,12 +212,10 @@ def _check_modes(
         raise ConfigError("--tp measures mode forecast alone; leave --mode out.")
     if plot is not None and len(modes) > 1:
         raise ConfigError(f"--plot takes one --mode, not {len(modes)}; name one.")
-
-
-def _of_mode(mode: str, hints: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the fields of SpardaConfig that a mode differs in from the usual one."""
-    fields: dict[str, Any] = {} if mode == "forecast" else {"mode": mode}
-    return fields | ({"hint": hints} if mode == "exact" and hints else {})
+    named = {"hint": hints} if hints else {}
+    exact = {"mode": "exact", **named}
+    own: dict[str, dict[str, Any]] = {"forecast": {}, "query": {"mode": "query"}, "exact": exact}
+    return [own[name] for name in modes]
 
 
 def decode_setting(
