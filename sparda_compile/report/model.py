@@ -6,6 +6,7 @@ import dataclasses
 import html
 from typing import TYPE_CHECKING, Any, Final
 
+from sparda_compile.config import MACHINE_NAMES
 from sparda_compile.report.text import format_bytes, html_table
 
 if TYPE_CHECKING:
@@ -308,8 +309,14 @@ class Report:
         if self.prompt.kept_bytes:
             kept = format_bytes(self.prompt.kept_bytes)
             whole += f"; up to {kept} stay in CUDA graphs of short prompts"
+        where = "GPU memory"
+        if any(schedule.machine == "cpu" for schedule in self.schedules):
+            # What is joined, replayed and copied beside compute on a GPU is none of this plan.
+            others = " or ".join(name for name in MACHINE_NAMES if name != "cpu")
+            where = "Memory"
+            whole += f"; planned for a CPU: SpardaConfig.machine plans for {others}"
         return {
-            f"GPU memory while {self.batch_size} x {self.max_tokens} tokens are read{at_once}": (
+            f"{where} while {self.batch_size} x {self.max_tokens} tokens are read{at_once}": (
                 f"{format_bytes(self.peak_device_bytes)}: {format_bytes(self.weight_bytes)} of "
                 f"weights, {format_bytes(self.device_bytes)} of KV cache, "
                 f"{format_bytes(self.prompt.peak_bytes)} in {self.prompt.peak_call}{whole}"

@@ -142,11 +142,15 @@ def test_explain_says_what_all_of_it_takes(traced_llama):
     assert prompt.whole == ()
     parts = report.weight_bytes + report.device_bytes + prompt.peak_bytes
     assert report.peak_device_bytes == report.to_dict()["peak_device_bytes"] == parts
-    assert "GPU memory while 1 x 65536 tokens are read: " in str(report)
+    assert "\nMemory while 1 x 65536 tokens are read: " in str(report)
+    assert "planned for a CPU: SpardaConfig.machine plans for h100 or h200" in str(report)
     assert prompt.peak_call in repr(report)
     chunked = explain(traced_llama, SpardaConfig(**{**SMALL, "chunk_tokens": 100}))
     assert chunked.prompt.num_tokens == 100
-    assert "GPU memory while 1 x 512 tokens are read, 100 at once: " in str(chunked)
+    assert "\nMemory while 1 x 512 tokens are read, 100 at once: " in str(chunked)
+    on_gpu = explain(traced_llama, SpardaConfig(**{**SMALL, "machine": "h200"}))
+    assert "GPU memory while 1 x 512 tokens are read: " in str(on_gpu)
+    assert "planned for a CPU" not in str(on_gpu)
 
 
 def test_explain_says_what_graphs_of_short_prompts_keep(traced_llama, monkeypatch):
