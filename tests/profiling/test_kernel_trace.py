@@ -37,7 +37,8 @@ OTHER_KERNELS = {
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_gather_listed_packed",
     "_pack_blocks", "_tile_unions",
-    "_attend_tokens", "_rate_candidates", "_judge_rows", "_extend_low_bit_keys",
+    "_attend_tokens", "_list_entries", "_attend_tile", "_rate_candidates", "_judge_rows",
+    "_extend_low_bit_keys",
 }  # fmt: skip
 # Two layers of mode exact: name, stream, kernels. Two streams select.
 EXACT = """
