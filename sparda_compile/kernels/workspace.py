@@ -5,19 +5,23 @@ Each follows what the launcher, or torch's attention, allocates; see `isa.table.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from sparda_compile.kernels.paged import block_pool
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 __all__ = [
     "HALVES_ROWS",
+    "LEAST_BLOCKS",
     "PART_BLOCKS",
     "QUERY_BYTES",
     "RUN_BLOCKS",
@@ -29,13 +33,14 @@ __all__ = [
     "WINDOW_TOKENS",
     "all_blocks_bytes",
     "attend_tokens_bytes",
+    "eights",
     "in_halves",
     "mark_words",
     "most_vectors",
     "num_runs",
     "prefill_attention_bytes",
     "score_columns",
-    "scored_at_once",
+    "score_room",
     "select_past_bytes",
     "select_tokens_bytes",
     "tile_rows",
@@ -54,6 +59,8 @@ TILE_ROWS: Final = 64
 """Query vectors of a tile of a prompt's tokens; those of 32 bits, and very long ones, are fewer."""
 HALVES_ROWS: Final = 128
 """Query vectors of a tile of `gpu/attend_hopper.py`, half of them for either group of warps."""
+LEAST_BLOCKS: Final = 512
+"""That a token picks of: for fewer it were one more kernel to compile, and hardly faster."""
 # Numbers of 32 bits are multiplied by threads, not by tensor cores: those hold less.
 _ROWS_OF_32_BITS: Final = 32
 QUERY_BYTES: Final = 64 * 1024
@@ -123,17 +130,58 @@ def num_runs(num_blocks: int, selected: int) -> int:
     return -(-num_blocks // RUN_BLOCKS) if 4 * listed <= _power_of_two(num_blocks) else 0
 
 
-def scored_at_once(scores: int, columns: int, room: int, num_tokens: int) -> int:
-    """Return the tokens whose scores are there at once.
+class ScoreRoom(NamedTuple):
+    """How the tokens of a prompt take turns in the room for scores.
+
+    Attributes:
+        chunks: Tokens whose scores are there at once: the first one, and the one behind the last.
+        scores: Numbers that the most of them take, of all pairs.
+        sums: The same of maxima, and as many of sums, before a softmax.
+    """
+
+    chunks: list[tuple[int, int]]
+    scores: int
+    sums: int
+
+
+def score_room(
+    blocks: Callable[[int], int], sizes: tuple[int, int, int], tokens: int, *, in_runs: bool
+) -> ScoreRoom:
+    """Return how tokens take turns: many with few blocks before them, of one power of two at once.
 
     Args:
-        scores: Of one token: blocks and runs of all sequences and KV heads.
-        columns: See `score_columns`.
-        room: Vectors of one token.
-        num_tokens: All of them.
+        blocks: Blocks that may be scored for the tokens up to one: not fewer for more.
+        sizes: Sequences times KV heads; vectors of a program, see `score_columns`, and of a token.
+        tokens: All of them.
+        in_runs: Whether runs of blocks are scored, too.
     """
-    chunk = SCORE_BYTES // (scores * 8) // columns * columns
-    return min(max(chunk, columns // room), num_tokens)
+    pairs, columns, room = sizes
+
+    def row(end: int) -> int:
+        return 2 * pairs * SCORED_TOGETHER * sum(eights(blocks(end), in_runs=in_runs))
+
+    chunks, begin = [], 0
+    while begin < tokens:
+        ends = range(begin + columns, tokens + columns, columns)
+        width = _power_of_two(blocks(begin + columns), LEAST_BLOCKS)
+
+        def is_too_much(end: int, begin: int = begin, width: int = width) -> bool:
+            last = min(end, tokens)
+            return blocks(last) > width or (end - begin) * row(last) * 4 > SCORE_BYTES
+
+        tiles = bisect.bisect_left(ends, x=True, key=is_too_much)
+        end = min(begin + max(tiles * columns, columns // room), tokens)
+        chunks.append((begin, end))
+        begin = end
+    sums = max(-(-blocks(end) // PART_BLOCKS) * (end - begin) for begin, end in chunks)
+    scores = max((end - begin) * row(end) for begin, end in chunks)
+    return ScoreRoom(chunks, scores, pairs * sums * room)
+
+
+def eights(num_blocks: int, *, in_runs: bool) -> tuple[int, int]:
+    """Return the eights of numbers that a token's scores take: of blocks, and of runs of them."""
+    runs = -(-num_blocks // RUN_BLOCKS) if in_runs else 0
+    return -(-num_blocks // SCORED_TOGETHER), -(-runs // SCORED_TOGETHER)
 
 
 def select_past_bytes(a: Any) -> int:
@@ -141,16 +189,15 @@ def select_past_bytes(a: Any) -> int:
     if not a.num_past:
         return 0
     leads, tokens = _leads(a)
-    return leads + _scores(a, tokens, a.num_past // a.block_size + 1)
+    return leads + _scores(a, tokens, a.num_past, 1, is_past=True)
 
 
 def select_tokens_bytes(a: Any) -> int:
     """Return what `select_tokens` takes: scores, and what leads of runs take."""
     leads, tokens = _leads(a)
-    new = tokens * a.shared
     if a.near_ids is not None and a.num_past:
-        return leads + _scores(a, tokens, -(-new // a.block_size) + 3, is_new=True)
-    return leads + _scores(a, tokens, -(-(a.num_past + new) // a.block_size))
+        return leads + _scores(a, tokens, 0, 3, is_new=True)
+    return leads + _scores(a, tokens, a.num_past)
 
 
 def _leads(a: Any) -> tuple[int, int]:
@@ -165,10 +212,21 @@ def _leads(a: Any) -> tuple[int, int]:
     return int(queries + picked + 8 * batch * num_tokens + 12 * batch * tokens), tokens
 
 
-def _scores(a: Any, tokens: int, num_blocks: int, *, is_new: bool = False) -> int:
-    """Return what it takes to score blocks for so many tokens; those that are new in no runs."""
+def _scores(
+    a: Any, tokens: int, past: int, more: int = 0, *, is_new: bool = False, is_past: bool = False
+) -> int:
+    """Return what it takes to score blocks for so many tokens.
+
+    Args:
+        a: What the op is given.
+        tokens: That are scored.
+        past: Tokens before the first one, whose blocks are scored.
+        more: Blocks beside those that tokens fill.
+        is_new: Whether only blocks are scored that are new, which are in no runs.
+        is_past: Whether only blocks of the past are.
+    """
     batch, groups = a.summary[0].shape[:2]
-    pairs, num_blocks = batch * groups, min(a.num_blocks, num_blocks)
+    pairs = batch * groups
     vectors, dim = a.query.shape[1] // groups, a.query.shape[3]
     itemsize = a.query.dtype.itemsize
     parts = while_made = 0
@@ -179,12 +237,16 @@ def _scores(a: Any, tokens: int, num_blocks: int, *, is_new: bool = False) -> in
     softmax = a.selector in ("infllm2", "nosa")
     room = _power_of_two(vectors)
     columns = score_columns(room, _power_of_two(dim, 16), itemsize)
-    runs = 0 if retention or is_new else num_runs(num_blocks, a.num_selected)
-    row = sum(-(-number // SCORED_TOGETHER) * SCORED_TOGETHER for number in (num_blocks, runs))
-    chunk = scored_at_once(pairs * row, columns, room, tokens)
-    sums = pairs * -(-num_blocks // PART_BLOCKS) * chunk * room if softmax else 1
-    scores = pairs * chunk * row * 8
-    return int(max(while_made, parts + retention + scores + 8 * sums))
+
+    def blocks(end: int) -> int:
+        filled = past if is_past else past + end * a.shared + a.block_size - 1
+        return min(int(a.num_blocks), int(filled // a.block_size) + more)
+
+    in_runs = not retention and not is_new and num_runs(blocks(tokens), a.num_selected) > 0
+
+    taken = score_room(blocks, (pairs, columns, room), tokens, in_runs=in_runs)
+    sums = taken.sums if softmax else 1
+    return int(max(while_made, parts + retention + 4 * taken.scores + 8 * sums))
 
 
 def _mean_parts(a: Any, numbers: int) -> tuple[int, int, int]:

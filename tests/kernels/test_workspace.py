@@ -17,6 +17,8 @@ from sparda_compile.kernels.workspace import (
     UNION_BYTES,
     all_blocks_bytes,
     attend_tokens_bytes,
+    eights,
+    score_room,
     select_past_bytes,
     select_tokens_bytes,
 )
@@ -88,7 +90,42 @@ def selected(tokens, blocks=16384):
 def test_a_scratch_is_bounded_however_long_a_prompt_is(work, most):
     short, long, longer = (work(selected(tokens)) for tokens in (16, 1 << 19, 1 << 20))
     assert short < most // 4
-    assert 0.97 * most < long == longer < 1.05 * most
+    assert 0.97 * most < long < 1.1 * most
+    assert longer == pytest.approx(long, rel=0.001)
+
+
+def test_tokens_with_few_blocks_before_them_are_scored_many_at_once():
+    tokens = 1 << 20
+
+    def blocks(end):
+        return -(-end // 64)
+
+    taken = score_room(blocks, (2, 128, 1), tokens, in_runs=True)
+    begins, ends = zip(*taken.chunks, strict=True)
+    assert begins == (0, *ends[:-1])
+    assert ends[-1] == tokens
+
+    def numbers(begin, end):
+        # Of two kinds for two KV heads.
+        count = blocks(end)
+        return (end - begin) * 4 * 8 * sum(eights(count, in_runs=True))
+
+    assert taken.scores == max(numbers(*chunk) for chunk in taken.chunks) <= SCORE_BYTES // 4
+    borders = [1 << exponent for exponent in range(15, 20)]  # of 512, 1024, ... blocks
+    for begin, end in taken.chunks[:-1]:
+        # Another tile would not fit, or its tokens would pick of twice as many blocks.
+        assert numbers(begin, end + 128) > SCORE_BYTES // 4 or end in borders
+        assert not any(begin < border < end for border in borders)
+    fewest = SCORE_BYTES // 4 // numbers(tokens - 1, tokens) // 128 * 128
+    assert ends[0] == borders[0]
+    # Were there as few at once for all of them, there were twice as many turns.
+    assert len(taken.chunks) < 0.53 * tokens / fewest
+
+
+def test_a_border_between_two_tiles_makes_no_turn_of_its_own():
+    taken = score_room(lambda end: -(-(1000 + end) // 64), (2, 128, 16), 1 << 17, in_runs=True)
+    assert all((end - begin) % 128 == 0 for begin, end in taken.chunks)
+    assert len(taken.chunks) <= 9
 
 
 def test_quest_splits_the_mean_query():

@@ -297,7 +297,7 @@ def test_a_long_prompt_picks_in_tiles_of_each_width_and_else_has_one_form(
 ):
     """Scores of so many tokens are made in chunks, and their unions: no chunk compiles anew."""
     for name in ("SCORE_BYTES", "UNION_BYTES"):
-        monkeypatch.setattr(workspace, name, 128 << 20)
+        monkeypatch.setattr(workspace, name, 64 << 20)
     launches = found(
         max_tokens=32768, phase="sparse_prefill", sizes=(num_tokens,), offload="never",
         mode="forecast",

@@ -24,7 +24,7 @@ from sparda_compile.kernels.gpu.launch import launch, power_of_two
 from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.select import find_largest, keys_of, pick, pick_listed
 from sparda_compile.kernels.gpu.token_scores import first_scored
-from sparda_compile.kernels.workspace import RUN_BLOCKS, num_runs
+from sparda_compile.kernels.workspace import LEAST_BLOCKS, RUN_BLOCKS, num_runs
 from sparda_compile.selectors.nosa import LISTED
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ __all__ = ["pick_near", "pick_past", "pick_tokens"]
 _LISTED = tl.constexpr(LISTED)
 _MOST = tl.constexpr(0x7FFFFFFF)
 _LEAST = tl.constexpr(-(1 << 31))
-# A pick for fewer blocks would be one more kernel to compile, and hardly faster.
-_LEAST_BLOCKS: Final = 512
 # Of a program that picks by runs: of 8192 blocks for 4096 tokens it took 166 us, with one 240, and
 # of 16384 243, with two 277, on an H200; of all blocks, without runs, 687 and 1461.
 _RUN_WARPS: Final = 4
@@ -291,7 +289,7 @@ def pick_tokens(
     """
     (begin, end, seen), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
     (pairs, _, _, num_blocks), unused = scores.blocks.shape, scores.blocks
-    blocks = power_of_two(max(min(num_blocks, seen), selected), _LEAST_BLOCKS)
+    blocks = power_of_two(max(min(num_blocks, seen), selected), LEAST_BLOCKS)
     run, count, warps = _by_runs(scores, blocks, selected)
     launch(_pick_tokens, (end - begin, pairs))(
         scores.blocks, scores.runs if run else unused, unused if retention is None else retention,
@@ -341,7 +339,7 @@ def pick_past(
     """
     (begin, end), (_, groups, num_tokens, selected) = tokens, picked[0].shape
     pairs, _, _, num_blocks = scores.blocks.shape
-    blocks = power_of_two(max(num_blocks, selected), _LEAST_BLOCKS)
+    blocks = power_of_two(max(num_blocks, selected), LEAST_BLOCKS)
     run, count, warps = _by_runs(scores, blocks, selected)
     launch(_pick_past, (end - begin, pairs))(
         scores.blocks, scores.runs if run else scores.blocks, *places, *picked, groups, num_tokens,
@@ -373,7 +371,7 @@ def pick_near(
     """
     (begin, end, seen), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
     pairs, _, _, num_blocks = scores.blocks.shape
-    listed = power_of_two(selected + min(num_blocks, seen), _LEAST_BLOCKS)
+    listed = power_of_two(selected + min(num_blocks, seen), LEAST_BLOCKS)
     launch(_pick_near, (end - begin, pairs))(
         scores.blocks, *places, *near, ids_BGTK, groups, num_tokens, num_blocks, begin,
         choice.sink_blocks, choice.local_blocks, *_sizes(geometry, choice), listed,

@@ -5,7 +5,8 @@
              those that reach into the next one; of a long sequence the same of each run of blocks
 
 No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
-many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time.
+many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time, the
+first ones, with few blocks before them, many (`workspace.score_room`).
 
 A program takes `SCORE_COLUMNS` query vectors (tokens of one KV head times the heads of its group)
 and a part of the windows, so that a long prompt and one of few tokens both fill the device. The
@@ -35,7 +36,9 @@ Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a bloc
 from __future__ import annotations
 
 import enum
+import itertools
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -53,10 +56,11 @@ from sparda_compile.kernels.workspace import (
     RUN_BLOCKS,
     SCORE_COLUMNS,
     SCORED_TOGETHER,
+    eights,
     most_vectors,
     num_runs,
     score_columns,
-    scored_at_once,
+    score_room,
 )
 
 if TYPE_CHECKING:
@@ -191,7 +195,9 @@ def _score_part(
             own, next_one = none, none
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_eights", "eight_runs", "begin", "end"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_eights", "eight_runs", "begin", "end", "sum_parts"]
+)
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, runs, factor, q_row, q_head, q_token,
     groups, num_tokens, num_windows, num_eights, eight_runs, begin, end, scored_from, sum_parts,
@@ -279,9 +285,9 @@ class Blocks(enum.Enum):
     NEW = "those that new tokens change, by the windows before a token"
 
 
-def _num_blocks(asked: Asked, blocks: Blocks) -> int:
-    """Return how many blocks may be scored, from the first that is."""
-    size, num_tokens = asked.geometry.block_size, asked.query.shape[2] * asked.spread
+def _num_blocks(asked: Asked, blocks: Blocks, end: int) -> int:
+    """Return how many blocks may be scored for the tokens up to one, from the first that is."""
+    size, num_tokens = asked.geometry.block_size, end * asked.spread
     most: dict[Blocks, int] = {
         Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
         Blocks.PAST: asked.num_past // size + 1,
@@ -303,6 +309,16 @@ class Scores(NamedTuple):
 
     blocks: Tensor
     runs: Tensor | None
+
+    @classmethod
+    def of(cls, scratch: Tensor, rows: tuple[int, int], num_eights: int, eight_runs: int) -> Scores:
+        """Return those that lie in some memory, of pairs and tokens."""
+        shapes = [(*rows, 2, SCORED_TOGETHER * n) for n in (num_eights, eight_runs)]
+        ends = [*itertools.accumulate(map(math.prod, shapes), initial=0)]
+        found = [
+            scratch[i:j].view(s) for (i, j), s in zip(itertools.pairwise(ends), shapes, strict=True)
+        ]
+        return cls(found[0], found[1] if eight_runs else None)
 
 
 def scored_tokens(
@@ -326,31 +342,28 @@ def scored_tokens(
     dim = width - 1 if asked.lists else width
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
-    num_blocks = _num_blocks(asked, blocks)
-    count = 0 if selected is None else num_runs(num_blocks, selected)
-    num_eights, eight_runs = (
-        triton.cdiv(number, SCORED_TOGETHER) for number in (num_blocks, count)
-    )
+    most = _num_blocks(asked, blocks, num_tokens)
+    in_runs = selected is not None and num_runs(most, selected) > 0
     room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
     columns, rows, stages = _tile(query, room, dims)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    width_of_scores = SCORED_TOGETHER * (num_eights + eight_runs)
-    chunk = scored_at_once(pairs * width_of_scores, columns, room, num_tokens)
-    parts = triton.cdiv(num_blocks, PART_BLOCKS)
+    sizes = partial(_num_blocks, asked, blocks)
+
+    taken = score_room(sizes, (pairs, columns, room), num_tokens, in_runs=in_runs)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, PART_BLOCKS))
-    sums_shape = (pairs, parts, chunk * room) if softmax else (1,)
-    maxima, sums = (query.new_empty(sums_shape, dtype=torch.float32) for _ in range(2))
-    of_blocks, of_runs = (
-        query.new_empty((pairs, chunk, 2, SCORED_TOGETHER * n), dtype=torch.float32)
-        for n in (num_eights, eight_runs)
+    maxima, sums = (
+        query.new_empty(taken.sums if softmax else 1, dtype=torch.float32) for _ in range(2)
     )
-    scores = Scores(of_blocks, of_runs if count else None)
+    scratch = query.new_empty(taken.scores, dtype=torch.float32)
     factor = asked.scale * _LOG2_E
-    for begin in range(0, num_tokens, chunk):
-        end = min(begin + chunk, num_tokens)
+    for begin, end in taken.chunks:
         tiles = triton.cdiv((end - begin) * room, columns)
+        parts = triton.cdiv(sizes(end), PART_BLOCKS)
+        num_eights, eight_runs = eights(sizes(end), in_runs=in_runs)
+        scores = Scores.of(scratch, (pairs, end - begin), num_eights, eight_runs)
+        of_blocks, of_runs = scores.blocks, scratch if scores.runs is None else scores.runs
         if softmax:
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, asked.positions, maxima, sums, factor, *strides, groups, num_tokens,
@@ -361,7 +374,7 @@ def scored_tokens(
             query, pooled, asked.positions, asked.lengths, maxima, sums, of_blocks, of_runs,
             factor, *strides, groups, num_tokens, num_windows, num_eights, eight_runs, begin,
             end, scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
-            PART_BLOCKS, rows, RUN_BLOCKS if count else 0, softmax, blocks is Blocks.PAST,
+            PART_BLOCKS, rows, RUN_BLOCKS if in_runs else 0, softmax, blocks is Blocks.PAST,
             blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
         )  # fmt: skip
         yield begin, end, scores

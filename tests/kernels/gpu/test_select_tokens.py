@@ -220,13 +220,15 @@ def test_a_prompt_from_its_first_token(device, selector):
     assert (ids[0, 0] >= 0).sum(-1).tolist() == [0] * 2 + [1] * 4 + [2] * 4 + [3] * 8
 
 
+@pytest.mark.parametrize("score_bytes", [1, 40_000])
 @pytest.mark.parametrize(("selector", "num_tokens"), [("forecast", 17), ("infllm2", 9)])
-def test_parts_tiles_and_chunks(device, selector, num_tokens, monkeypatch):
+def test_parts_tiles_and_chunks(device, selector, num_tokens, score_bytes, monkeypatch):
     """Several programs share the windows, not in whole tiles; few tokens are taken at a time."""
-    monkeypatch.setattr(token_scores, "PART_BLOCKS", 30)
+    for module in (token_scores, workspace):
+        monkeypatch.setattr(module, "PART_BLOCKS", 30)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
     monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
-    monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
+    monkeypatch.setattr(workspace, "SCORE_BYTES", score_bytes)
     prompt = Prompt([1500], [first(num_tokens, num_tokens)], (1, 4, 16), Geometry(100, 16, 8, 4))
     prompt.check(device, selector, Choice(10, 16, 1, 2))
 

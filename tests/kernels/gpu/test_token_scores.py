@@ -101,7 +101,8 @@ def test_room_follows_from_what_the_cache_holds(device):
 def test_parts_and_chunks_change_nothing(device, monkeypatch):
     it = asked(device)
     want = [by_token(it, blocks) for blocks in Blocks]
-    monkeypatch.setattr(token_scores, "PART_BLOCKS", 3)
+    for module in (token_scores, workspace):
+        monkeypatch.setattr(module, "PART_BLOCKS", 3)
     monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
     monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
@@ -124,7 +125,8 @@ def test_tokens_within_the_budget_are_not_scored(device):
 @pytest.mark.parametrize("part", [8, 256])
 @pytest.mark.parametrize("blocks", [Blocks.ALL, Blocks.PAST])
 def test_a_run_scores_what_its_blocks_do(device, monkeypatch, blocks, part):
-    monkeypatch.setattr(token_scores, "PART_BLOCKS", part)
+    for module in (token_scores, workspace):
+        monkeypatch.setattr(module, "PART_BLOCKS", part)
     monkeypatch.setattr(token_scores, "_WINDOWS", 16)
     monkeypatch.setattr(workspace, "SCORE_BYTES", 1)
     monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
