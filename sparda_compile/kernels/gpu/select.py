@@ -245,13 +245,15 @@ def _select_pages(
         page = tl.load(table + block_id, mask=wanted, other=-1)
         absent = wanted & (page < 0)
         fetch = absent & (block_id < current)
-        # Three counts in one sum: every sum is a round of messages between warps.
+        # Four counts in one sum: every sum is a round of messages between warps.
+        is_current = wanted & (block_id == current)
         both = absent.to(tl.int64) + (fetch.to(tl.int64) << 16) + (wanted.to(tl.int64) << 32)
-        counts = tl.sum(both, 0)
+        counts = tl.sum(both + (is_current.to(tl.int64) << 48), 0)
         num_absent = (counts & 0xFFFF).to(tl.int32)
         num_fetched = ((counts >> 16) & 0xFFFF).to(tl.int32)
-        num_wanted = (counts >> 32).to(tl.int32)
-        tl.store(tail_page + pair, -1)
+        num_wanted = ((counts >> 32) & 0xFFFF).to(tl.int32)
+        # Stored once: no barrier is between this and what stores the tail's page.
+        tl.store(tail_page + pair, -1, mask=counts >> 48 == 0)
         tl.store(is_miss + listed, fetch.to(tl.int8), mask=inside)
         if RESIDENT:
             # Nothing ever leaves, so blocks and pages are handed out in step: they are the same.
@@ -274,8 +276,7 @@ def _select_pages(
         elif TOUCH:
             # Often so where hints have fetched before: no page leaves.
             tl.store(page_stamp + pair * num_pages + page, length, mask=wanted)
-        is_tail = wanted & (block_id == current) & (page >= 0)
-        tl.store(tail_page + pair + column * 0, page, mask=is_tail)
+        tl.store(tail_page + pair + column * 0, page, mask=is_current & (page >= 0))
         unused = inside & (column >= num_fetched)
         tl.store(miss_blocks + listed, -1, mask=unused)
         tl.store(miss_pages + listed, -1, mask=unused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -243,6 +244,52 @@ def test_hint_does_not_push_out_the_block_being_written(device, eviction):
     twins.check(hint, step, SIZE, eviction, is_hint=True)
     assert twins.want.page_block.tolist() == [[[4, 0, 1, 3]]]
     assert twins.want.counters.tolist() == [1, 3, 1, 3, 0]
+
+
+@pytest.fixture
+def late_stores(monkeypatch):
+    """Let what is stored between two barriers come in the other order: the first store stays.
+
+    Warps of a GPU wait for each other at barriers alone.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    store, written = InterpreterBuilder.create_masked_store, numpy.empty(0, numpy.uint64)
+
+    def first_store(builder, pointers, value, mask, *rest):
+        nonlocal written
+        own = mask.data & ~numpy.isin(pointers.data, written)
+        written = numpy.union1d(written, pointers.data[own])
+        return store(builder, pointers, value, TensorHandle(own, mask.dtype), *rest)
+
+    def begin_anew(builder, *_):
+        nonlocal written
+        written = written[:0]
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", first_store)
+    monkeypatch.setattr(InterpreterBuilder, "create_barrier", begin_anew)
+    place = InterpreterBuilder.set_grid_idx
+    monkeypatch.setattr(
+        InterpreterBuilder, "set_grid_idx", lambda b, *at: (begin_anew(b), place(b, *at))
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+@pytest.mark.parametrize("eviction", ["lru", "fifo"])
+def test_stores_between_barriers_may_come_in_any_order(device, late_stores, eviction):
+    """With some blocks absent, all of them and none, and with a page for every block."""
+    twins = Twins(device, 1, 2, 20, 9)
+    choice = Choice(7, SIZE, 1, 2)
+    scores = torch.randn(1, 2, 20)
+    for length in range(12 * SIZE, 12 * SIZE + 3):
+        lengths = torch.tensor([length], dtype=torch.int32)
+        ids = select_blocks_reference(scores, lengths, *choice)
+        twins.check(ids, lengths, SIZE, eviction, is_hint=True)
+        planned = twins.check(ids, lengths, SIZE, eviction, scores=scores, choice=choice)
+        assert not planned.is_miss.any()
+        assert planned.tail_page.ge(0).all()
+        scores = drift(scores)
+    run_steps(device, [0], 1, (11, 11), Choice(5, 1, 1, 1), eviction, 11)
 
 
 @pytest.mark.gpu
