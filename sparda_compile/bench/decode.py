@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from sparda_compile.bench.memory import HOMES
-from sparda_compile.bench.programs import KNOBS, build_body, build_program, predicted_us
+from sparda_compile.bench.programs import (
+    KNOBS,
+    build_body,
+    build_program,
+    predicted_us,
+    variant_config,
+)
 from sparda_compile.bench.recorded import RecordedSteps, follow_recorded
 from sparda_compile.bench.synthetic import fill, follow, rewind, trace_steps_of
 from sparda_compile.bench.timing import Spread, time_calls, wait_for
@@ -80,7 +86,8 @@ class DecodeSetting:
         for name in ("batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; use 1 or more.")
-
+        for variant in KNOBS.keys() & set(self.variants):
+            variant_config(variant, self.max_tokens, 0, **self.settings)
         for recorded in self.recorded:
             config = SpardaConfig(**self.settings)
             recorded.check(config, self.num_tokens, _WARM + self.steps)
