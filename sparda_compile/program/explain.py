@@ -77,6 +77,7 @@ def build_report(
         kv_format=_formats(layout),
         has_stored_pages=any(layout.has_stored_pages(shape.layer) for shape in layout.layers),
         page_reason=layout.page_reason,
+        machine=decode.machine.name,
     )
 
 

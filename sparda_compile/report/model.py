@@ -148,6 +148,7 @@ class Report:
         kv_format: How full blocks are written.
         has_stored_pages: Whether pages of some layers hold full blocks as CPU memory does.
         page_reason: Why, where `page_format="auto"` was given.
+        machine: What was planned for; empty where nothing was.
     """
 
     model: str
@@ -172,6 +173,7 @@ class Report:
     kv_format: str = "model"
     has_stored_pages: bool = False
     page_reason: str = ""
+    machine: str = ""
 
     @property
     def host_bytes(self) -> int:
@@ -310,7 +312,7 @@ class Report:
             kept = format_bytes(self.prompt.kept_bytes)
             whole += f"; up to {kept} stay in CUDA graphs of short prompts"
         where = "GPU memory"
-        if any(schedule.machine == "cpu" for schedule in self.schedules):
+        if self.machine == "cpu":
             # What is joined, replayed and copied beside compute on a GPU is none of this plan.
             others = " or ".join(name for name in MACHINE_NAMES if name != "cpu")
             where = "Memory"

@@ -145,6 +145,8 @@ def test_explain_says_what_all_of_it_takes(traced_llama):
     assert "\nMemory while 1 x 65536 tokens are read: " in str(report)
     assert "planned for a CPU: SpardaConfig.machine plans for h100 or h200" in str(report)
     assert prompt.peak_call in repr(report)
+    without_schedule = {**SMALL, "disable_passes": ("schedule_transfers",)}
+    assert "planned for a CPU" in str(explain(traced_llama, SpardaConfig(**without_schedule)))
     chunked = explain(traced_llama, SpardaConfig(**{**SMALL, "chunk_tokens": 100}))
     assert chunked.prompt.num_tokens == 100
     assert "\nMemory while 1 x 512 tokens are read, 100 at once: " in str(chunked)
