@@ -221,8 +221,8 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
         if self.top_k is not None and self.top_k > num_blocks:
             raise ConfigError(
                 f"top_k={self.top_k} is more than the {num_blocks} blocks of a cache of "
-                f"max_tokens={self.max_tokens}; lower top_k to at most {num_blocks}, raise "
-                "max_tokens, or use top_k=None for every block."
+                f"max_tokens={self.max_tokens}; lower top_k to at most {num_blocks}, "
+                "which are all of them, or raise max_tokens."
             )
 
     @property

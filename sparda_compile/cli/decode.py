@@ -206,6 +206,11 @@ def _modes(
     for option, names in (("--mode", modes), ("--hint", hints)):
         if len(set(names)) < len(names):
             raise ConfigError(f"{option} {', '.join(names)} names one twice; name each once.")
+    if "mixture" in hints:
+        raise ConfigError(
+            "--hint mixture learns from scores, and those of a trace are made up; measure "
+            "--hint ema --hint next_query, of which it is made."
+        )
     if hints and "exact" not in modes:
         raise ConfigError("--hint goes with --mode exact alone; add that, or leave it out.")
     if tp > 1 and modes != ["forecast"]:

@@ -51,7 +51,7 @@ def in_options(message: str, parameters: Collection[str]) -> str:
 
     def with_value(match: re.Match[str]) -> str:
         option = option_of(match[1], parameters)
-        value = "all" if (match[1], match[2]) == ("top_k", "None") else match[2].strip("'")
+        value = match[2].strip("'")
         return f"{option} {value or chr(39) * 2}" if option else match[0]
 
     def alone(match: re.Match[str]) -> str:

@@ -115,7 +115,7 @@ def test_modes_are_measured_one_after_another(asked, tmp_path):
         (("--mode", "exact", "--tp", 2), "--tp measures mode forecast alone"),
         (("--mode", "query", "--mode", "exact", "--plot", "a.png"), "--plot takes one --mode"),
         (("--mode", "speculate"), "'speculate' is not one of"),
-        (("--mode", "query", "--mode", "exact", "--hint", "ema", "--hint", "mixture"), "has in it"),
+        (("--mode", "exact", "--hint", "mixture"), "--hint mixture learns from scores, and those"),
         (("--tokens", 12800, "--top-k", 201), "--top-k 201 is more than the 200 blocks"),
         (("--kv-format", "int8", "--kv-format", "int8"), "names one twice"),
         (("--kv-format", "int8", "--kv-format", "values8", "--page-format", "stored"), "alone:"),

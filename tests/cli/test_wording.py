@@ -12,7 +12,7 @@ OPTIONS = {"tokens", "local_blocks", "top_k", "batch", "budget", "short_list", "
     [
         ("short_list=23 for selector='nosa'", "--short-list 23 for --selector nosa"),
         ("lower local_blocks, or use 0.53.", "lower --local-blocks, or use 0.53."),
-        ("raise max_tokens, or use top_k=None", "raise --tokens, or use --top-k all"),
+        ("raise max_tokens, or use top_k=62", "raise --tokens, or use --top-k 62"),
         ("lower length or batch.", "lower --tokens or --batch."),
         ("forecast_rank=0 is too small", "--rank 0 is too small"),
         ("selector='' is not known", "--selector '' is not known"),
