@@ -133,11 +133,11 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _machine_of(gpu: str, file: str) -> str:
-    known = [name for name in MACHINES if name in gpu.lower()]
+def _machine_of(gpu: str | None, file: str) -> str:
+    known = [name for name in MACHINES if name in (gpu or "").lower()]
     if not known:
         raise ConfigError(
-            f"{file} was measured on {gpu}, whose constants are not known; known are "
+            f"{file} was measured on {gpu or 'no GPU'}, whose constants are not known; known are "
             f"{', '.join(MACHINES)}."
         )
     return known[0]

@@ -124,6 +124,7 @@ def test_a_decode_of_mode_exact_is_predicted_with_its_hints(predictor):
     [
         ({"name": "kernels"}, "no result of `sparda bench` decode, budget or profile"),
         ({"environment": {**ENVIRONMENT, "gpu": "NVIDIA A100"}}, "NVIDIA A100.*known are cpu"),
+        ({"environment": {**ENVIRONMENT, "gpu": None}}, "measured on no GPU, whose constants"),
         ({"results": [{}]}, "KeyError"),
     ],
 )
