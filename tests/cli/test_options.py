@@ -94,6 +94,8 @@ def test_names_are_choices(path, name):
     offered = NAMES[name]
     if (path, name) == (("bench", "profile"), "mode"):
         offered = [mode for mode in offered if mode != "dense"]
+    if (path, name) == (("bench", "decode"), "mode"):
+        offered = ["query", "forecast", "exact"]  # those that offload
     if (path, name) == (("eval", "text"), "task"):
         offered = get_args(TextTaskName)
     wrong = f"--{name}=nothing"
