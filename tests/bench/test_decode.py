@@ -41,8 +41,7 @@ def test_result_has_each_variant_at_each_overlap(lab, setting, roomy):
     assert set(result["build_s"]) == set(VARIANTS)
 
 
-def test_exact_moves_what_forecast_moves_and_dense_is_none_of_it(lab, setting, roomy):
-    """With a trace a Forecast names all that its layer selects, so nothing is left for later."""
+def test_a_mode_is_that_of_every_variant_but_dense(lab, setting, roomy):
     mode = {"mode": "exact", "hint": ("ema", "forecast")}
     variants = ("scheduled", "inline", "resident", "dense")
     setting = dataclasses.replace(setting, variants=variants, settings={**setting.settings, **mode})

@@ -18,8 +18,7 @@ multiplies at 510 TFLOP/s. Queries in registers cost ptxas some of those that su
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from triton.experimental import gluon
@@ -33,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
+from sparda_compile.kernels.gpu.attention import score_factors
 from sparda_compile.kernels.gpu.hopper_blocks import (
     LAST,
     PLACE,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = ["attend_unions"]
 
-_LOG2_E: Final = math.log2(math.e)
 _HALF = gl.constexpr(64)
 
 
@@ -333,15 +332,14 @@ def attend_unions(
     """Attend for some tiles of `HALVES_ROWS` rows; see `attend_tokens.attend_unions`."""
     _, heads, num_tokens, dim = query_BHTD.shape
     groups = prompt.slots.shape[1]
-    staging, (scale, softcap) = prompt.staging, factors
+    staging = prompt.staging
     room, size = power_of_two(heads // groups), staging.shape[4]
     words, own_counts, brought = list_entries(union, prompt, first_tile, room)
     pairs, tiles, num_entries = brought.shape
-    factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     launch(_attend_tile, (tiles, pairs))(
         _descriptor(staging), query_BHTD, out, prompt.columns, prompt.totals, prompt.lengths,
-        union.counts, words, own_counts, brought, factor, softcap * _LOG2_E,
+        union.counts, words, own_counts, brought, *score_factors(*factors),
         *query_BHTD.stride()[:3], groups, num_tokens, num_entries, num_entries + 1,
-        staging.shape[2], first_tile, heads // groups, room, size, dim, softcap != 0.0, PLACES,
+        staging.shape[2], first_tile, heads // groups, room, size, dim, factors[1] != 0.0, PLACES,
         num_warps=4,
     )  # fmt: skip

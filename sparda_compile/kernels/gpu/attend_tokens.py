@@ -26,7 +26,6 @@ own: what a token gets depends on its neighbours' blocks, but only by how weight
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparda_compile.kernels.gpu.attention import score_factors
 from sparda_compile.kernels.gpu.extend import number_tokens
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.stage import stage
@@ -66,7 +66,6 @@ _TILE: Final = 64
 # Of keys, and as many of values.
 _TILE_BYTES: Final = 32 * 1024
 _MOST_STAGES: Final = 3
-_LOG2_E: Final = math.log2(math.e)
 
 
 @triton.jit
@@ -244,20 +243,19 @@ def attend_unions(
     """
     batch, heads, num_tokens, dim = query_BHTD.shape
     groups = prompt.slots.shape[1]
-    size, (scale, softcap) = prompt.staging.shape[4], factors
+    size = prompt.staging.shape[4]
     room, dims = power_of_two(heads // groups), power_of_two(dim, 16)
     tokens = min(_TILE, _TILE_BYTES // (dims * prompt.staging.element_size()))
     tokens = min(tokens, power_of_two(size, 16))
-    factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     counts = union.counts
     tiles = triton.cdiv(num_tokens, rows // room) if counts is None else counts.shape[1]
     launch(_attend_tokens, (tiles, batch * groups))(
         query_BHTD, out, prompt.columns, prompt.totals, prompt.lengths,
         prompt.totals if counts is None else counts, union.block_ids, union.readers, union.slots,
-        prompt.staging, factor, softcap * _LOG2_E, *query_BHTD.stride()[:3], groups, num_tokens,
+        prompt.staging, *score_factors(*factors), *query_BHTD.stride()[:3], groups, num_tokens,
         union.block_ids.shape[2], prompt.staging.shape[2], first_tile,
         heads // groups, room, rows, union.readers.shape[3], size, tokens,
-        triton.cdiv(size, tokens), dim, dims, softcap != 0.0, counts is None, interpreting(),
+        triton.cdiv(size, tokens), dim, dims, factors[1] != 0.0, counts is None, interpreting(),
         _stages(prompt.staging, rows, tokens, dims), num_warps=4 if rows <= 64 else 8,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sparda_compile.kernels.paged import Stored
 
 
-__all__ = ["attend", "merge", "partials", "scaled_scores"]
+__all__ = ["attend", "merge", "partials", "scaled_scores", "score_factors"]
 
 # Measured on H200s (head_dim 128, blocks of 64, bf16) with 2 to 256 pairs of sequence and KV head.
 # A program takes two tiles a turn, with one softmax, and has two turns in flight: it has a
@@ -82,6 +82,11 @@ def scaled_scores(q, keys, seen, factor, cap, SOFTCAP: tl.constexpr):  # noqa: A
         # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends
         scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
     return tl.where(seen[None, :], scores, float("-inf"))
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """Return the factor on q . k, and the cap, with which scores come out times log2(e)."""
+    return _LOG2_E * (2.0 * scale / softcap if softcap else scale), softcap * _LOG2_E
 
 
 @triton.jit
@@ -228,11 +233,10 @@ def partials(
     tokens = min(_TILE, _TILE_BYTES // (dims * pool.element_size()))
     tokens = min(tokens, max(power_of_two(room * num_blocks) // 2, 16))
     turns = triton.cdiv(room * num_blocks, 2 * tokens)
-    factor = _LOG2_E * (2.0 * scale / softcap if softcap else scale)
     launch(_partials, (batch * groups, splits))(
         query, pages, pool, page_ids_BGK, block_ids_BGK, flags, lengths_B, out, lse,
-        factor, softcap * _LOG2_E, q_row, q_head, groups, num_pages, splits, selected, heads, rows,
-        size, room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick,
+        *score_factors(scale, softcap), q_row, q_head, groups, num_pages, splits, selected, heads,
+        rows, size, room, tokens, turns, dim, dims, num_blocks, power_of_two(num_blocks), pick,
         softcap != 0.0, interpreting(), _stages(pool, form, rows, tokens, dims, room), *form,
         num_warps=_WARPS, **as_written(),
     )  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.attention import scaled_scores
+from sparda_compile.kernels.gpu.attention import scaled_scores, score_factors
 from sparda_compile.kernels.gpu.launch import (
     as_written,
     interpreting,
@@ -50,7 +50,6 @@ __all__ = [
     "Tiles",
     "attend_blocks",
     "attend_each",
-    "factors",
     "merge",
     "merge_tiles",
     "remove",
@@ -69,7 +68,6 @@ _LONGEST_RUN: Final = 64
 # Of a merge: columns of a program, and elements of a tile of partials.
 _COLUMNS: Final = 32
 _MERGE_TILE: Final = 4096
-_LOG2_E: Final = math.log2(math.e)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _LN_2 = tl.constexpr(math.log(2.0))
 
@@ -208,11 +206,6 @@ def tiles_of(pages: Tensor, num_heads: int, softcap: float, stored: Stored | Non
     )  # fmt: skip
 
 
-def factors(scale: float, softcap: float) -> tuple[float, float]:
-    """Return the factor on q . k and the cap that `scaled_scores` takes."""
-    return _LOG2_E * (2.0 * scale / softcap if softcap else scale), softcap * _LOG2_E
-
-
 def run_length(num_pairs: int, num_entries: int) -> int:
     """Return how many blocks a program takes: no more programs than run at once, if that is enough.
 
@@ -261,8 +254,8 @@ def attend_blocks(
     splits = triton.cdiv(entries, run)
     launch(_attend_blocks, (pairs, splits))(
         query, *pages_of(pages, stored), page_ids, block_ids_BGK, lengths_B, *results,
-        *factors(scale, softcap), q_row, q_head, groups, num_pages, page_ids.shape[-1], entries,
-        splits, power_of_two(run), early,
+        *score_factors(scale, softcap), q_row, q_head, groups, num_pages, page_ids.shape[-1],
+        entries, splits, power_of_two(run), early,
         *tiles_of(pages, query.shape[1] // groups, softcap, stored),
         num_warps=WARPS, **as_written(),
     )  # fmt: skip

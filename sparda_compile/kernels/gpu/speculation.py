@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from sparda_compile.isa.counters import REPAIRED, WASTED
+from sparda_compile.kernels.gpu.attention import score_factors
 from sparda_compile.kernels.gpu.launch import (
     as_written,
     interpreting,
@@ -34,7 +35,6 @@ from sparda_compile.kernels.gpu.partials import (
     WARPS,
     attend_blocks,
     attend_each,
-    factors,
     merge_tiles,
     run_length,
     tiles_of,
@@ -238,7 +238,7 @@ def repair_predicted(
     most = min(power_of_two(max(width, selected if union else 0)), _COMPARED)
     launch(_repair_predicted, (pairs, splits))(
         rows, *pages_of(pages, stored), page_ids, block_ids, predicted, lengths, late_out, late_lse,
-        source, *factors(*scaling), q_row, q_head, groups, num_pages, selected, width, splits,
+        source, *score_factors(*scaling), q_row, q_head, groups, num_pages, selected, width, splits,
         power_of_two(run), power_of_two(triton.cdiv(width, splits)), most, union,
         *tiles_of(pages, heads, scaling[1], stored), num_warps=WARPS, **as_written(),
     )  # fmt: skip

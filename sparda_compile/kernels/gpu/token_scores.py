@@ -349,7 +349,6 @@ def scored_tokens(
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
     sizes = partial(_num_blocks, asked, blocks)
-
     taken = score_room(sizes, (pairs, columns, room), num_tokens, in_runs=in_runs)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, PART_BLOCKS))
