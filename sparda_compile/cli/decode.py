@@ -186,8 +186,13 @@ def _check(
     if len(set(formats)) < len(formats):
         raise ConfigError(f"--kv-format {', '.join(formats)} names one twice; name each once.")
     for name, value in (("--top-k", chosen["top_k"]), ("--selector", chosen["selector"])):
-        if value is not None and (has_trace or tp > 1):
-            raise ConfigError(f"{name} goes with neither --trace nor --tp; leave it out.")
+        if value is not None and tp > 1:
+            raise ConfigError(f"{name} does not go with --tp; leave it out.")
+    if has_trace and chosen["top_k"] is not None:
+        raise ConfigError(
+            "--top-k does not go with --trace, whose steps choose what was recorded, --copies "
+            "times; pass --copies, or leave --top-k out."
+        )
     for name, is_given in (("--tp", tp > 1), ("--plot", plot is not None)):
         if len(formats) > 1 and is_given:
             raise ConfigError(f"{name} takes one --kv-format, not {len(formats)}; name one.")

@@ -121,7 +121,8 @@ def test_modes_are_measured_one_after_another(asked, tmp_path):
         (("--kv-format", "int8", "--kv-format", "values8", "--page-format", "stored"), "alone:"),
         (("--kv-format", "int8", "--kv-format", "fp8", "--tp", 2), "--tp takes one --kv-format"),
         (("--kv-format", "int8", "--kv-format", "fp8", "--plot", "a.png"), "--plot takes one"),
-        (("--selector", "lowbit4", "--tp", 2), "--selector goes with neither --trace nor --tp"),
+        (("--selector", "lowbit4", "--tp", 2), "--selector does not go with --tp"),
+        (("--top-k", 9, "--tp", 2), "--top-k does not go with --tp"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, said):

@@ -25,6 +25,8 @@ def test_a_setting_follows_the_trace_with_a_whole_number_of_copies(path):
     assert followed.plain()["cases"] == ["infllm2 10%"]
     setting = read_traces(path, ["infllm2 10%"], 3).setting(DecodeSetting(1), [0.9])
     assert (setting.overlaps, setting.settings) == ((0.9,), {"top_k": 18})
+    chosen = followed.setting(DecodeSetting(1, settings={"selector": "lowbit2"}), [])
+    assert chosen.settings == {"selector": "lowbit2", "top_k": 60}
 
 
 def test_what_does_not_fit_the_benchmark_is_found_at_once(path):
@@ -59,6 +61,7 @@ def test_blocks_of_another_size(path):
     [
         (("--trace", "no.safetensors"), "--trace no.safetensors is no file"),
         (("--copies", 3), "are of a trace; pass trace, or leave them out"),
+        (("--trace", "no.safetensors", "--top-k", 9), "--top-k does not go with --trace"),
     ],
 )
 def test_it_is_refused_before_a_gpu_is_asked_for(sparda, options, words):
