@@ -243,9 +243,12 @@ class DecodeBench:
             self.say(f"batch {self.setting.batch_size}: {recorded.case}, as recorded")
             layers = self.prepare(recorded)
             overlap = round(sum(layers) / len(layers), 4)
-            row = self._row(self._times(), rate, overlap)
+            times = self._times()
+            by_bytes = self._overlap_by_bytes(times["scheduled"][1])
+            row = self._row(times, rate, by_bytes)
             by_layer = [round(layer, 3) for layer in layers]
             row["recorded"] = {**recorded.plain(), "overlap_by_layer": by_layer}
+            row["recorded"]["overlap_by_bytes"] = round(by_bytes, 4)
             by_overlap[str(overlap)] = row
             yield {**found, "by_overlap": dict(by_overlap)}
 
@@ -282,6 +285,20 @@ class DecodeBench:
                 if round_ == self.setting.rounds - 1:
                     moved[variant] = self.moved_bytes(variant)
         return {variant: (times[variant], moved[variant]) for variant in self.programs}
+
+    def _overlap_by_bytes(self, num_bytes: float) -> float:
+        """Return the overlap of steps at random for which a step would copy so many bytes.
+
+        Real steps come back to blocks of earlier ones, which may still have a page.
+        """
+        layout = self.caches["scheduled"].layout
+        scored = layout.num_selected - layout.config.num_forced
+        each = sum(
+            shape.num_groups * layout.stored_bytes(shape.layer, shape.head_dim, shape.dtype)
+            for shape in layout.layers
+        )
+        every = self.setting.batch_size * scored * each
+        return layout.overlap_at(num_bytes / every if every else 0.0)
 
     def _row(
         self, times: dict[str, tuple[list[float], float]], rate: float, overlap: float

@@ -38,7 +38,7 @@ SINCE: Final = "2026-11-26"
 # The first on which repairs of mode `exact` had a stream of their own.
 EXACT_SINCE: Final = "2026-11-30"
 _BUDGET_SIDES: Final = ("resident", "scheduled")
-_FIELDS: Final = ("hint", "kv_format", "page_format", "selector", "top_k")
+_FIELDS: Final = ("hint", "kv_format", "page_format", "selector", "top_k", "page_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def points_in(content: Mapping[str, Any], file: str) -> Iterator[Point]:
         measured_us = content["measured"]["step_us"]
         yield Point(**head, **what, variant="scheduled", measured_us=measured_us)
         return
-    is_budget = {"decode": False, "budget": True}[content["name"]]
+    is_budget = {"decode": False, "decode-trace": False, "budget": True}[content["name"]]
     for result in content["results"]:
         for overlap, row in result["by_overlap"].items():
             for variant in _BUDGET_SIDES if is_budget else VARIANTS:
@@ -124,7 +124,7 @@ def points_in(content: Mapping[str, Any], file: str) -> Iterator[Point]:
                         **head,
                         batch_size=(result[variant] if is_budget else result)["batch_size"],
                         variant=variant,
-                        overlap=float(overlap),
+                        overlap=row.get("recorded", {}).get("overlap_by_bytes", float(overlap)),
                         measured_us=row[variant]["median"],
                     )
 

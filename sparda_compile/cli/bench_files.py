@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["budget_file", "decode_file", "kernels_file", "trace_file"]
 
+_AS_THEY_ARE = ("top_k", "page_ratio", "hint")
+
 
 def decode_file(
     out: Path,
@@ -75,15 +77,15 @@ def kernels_file(path: Path, commit: str | None) -> ResultFile:
 def _own(fields: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the fields that are not as usual, in an order of their own."""
     usual = {"mode": "forecast", "hint": None, "kv_format": "model", "page_format": "model"}
-    usual |= {"selector": None, "top_k": None}
+    usual |= {"selector": None, "top_k": None, "page_ratio": None}
     given = {name: (fields or {}).get(name, value) for name, value in usual.items()}
     plain = {name: value for name, value in given.items() if value != usual[name]}
     if "hint" in plain:
         plain["hint"] = [*plain["hint"]]
-    return {n: v if n in ("top_k", "hint") else str(v) for n, v in plain.items()}
+    return {n: v if n in _AS_THEY_ARE else str(v) for n, v in plain.items()}
 
 
 def _words(own: Mapping[str, Any]) -> list[str]:
     """Return how the name of a file says them."""
-    said = {"top_k": lambda count: f"top{count}", "hint": "+".join}
+    said = {"top_k": "top{}".format, "page_ratio": "pages{}".format, "hint": "+".join}
     return [said.get(name, str)(value) for name, value in own.items()]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.bench.decode import DecodeSetting
     from sparda_compile.bench.lab import Lab, ResultFile
+    from sparda_compile.cli.trace_options import FollowedTraces
 
 __all__ = ["bench_decode", "decode_setting"]
 
@@ -72,6 +73,15 @@ Overlaps = Annotated[
 TopK = Annotated[
     int | None,
     typer.Option(min=0, max=MOST_BLOCKS, help="Blocks to pick by score.", show_default="as usual"),
+]
+PageRatio = Annotated[
+    float | None,
+    typer.Option(
+        min=1.0,
+        max=MOST_BLOCKS,
+        help="Pages over selected blocks: more pages keep blocks for longer.",
+        show_default="as usual",
+    ),
 ]
 Pages = Annotated[PageFormat, typer.Option(help="What pages hold of full blocks.")]
 Formats = Annotated[
@@ -117,6 +127,7 @@ def bench_decode(
     page_format: Pages = "model",
     selector: OneSelector = None,
     top_k: TopK = None,
+    page_ratio: PageRatio = None,
     rounds: Rounds = 3,
     steps: Steps = 20,
     trace: TraceOption = None,
@@ -139,44 +150,44 @@ def bench_decode(
         with progress() as say:
             say("importing torch and transformers")
             formats = [str(name) for name in kv_format or ("model",)]
-            chosen = {"page_format": str(page_format), "top_k": top_k, "selector": selector}
+            pages = {"page_format": str(page_format), "page_ratio": page_ratio}
+            chosen: dict[str, Any] = {**pages, "top_k": top_k, "selector": selector}
             _check(formats, chosen, trace is not None, tp, plot)
             modes = _modes(mode, hint, tp, plot)
-            asked = (tokens, overlap, variant, rounds, steps)
             each = [own | {"kv_format": name} for own in modes for name in formats]
+            asked = (tokens, overlap, variant, rounds, steps)
             groups = _settings(each, chosen, batch or (1,), asked)
             followed = read_traces(trace, trace_case or (), copies, tp)
-            if followed is not None:
+            if followed:
                 groups = [[followed.setting(s, overlap or ()) for s in group] for group in groups]
             check_plot(plot)
             check_folder(out)
             if tp == 1:
                 require_gpu("sparda bench decode")
                 lab = make_lab(shape, say, max_host_gib)
-                plain = followed.plain() if followed else None
                 place = (out, shape, tokens, commit)
-                files = [_measure(lab, group, place, plain, baseline) for group in groups]
+                files = [_measure(lab, group, place, followed, baseline) for group in groups]
         if tp > 1:
             found = decode_on_ranks(context, shape, groups[0], (out, commit), tp)
             if found is None:  # one of the ranks: it has written what it found
                 return
             files = [found]
-        from sparda_compile.bench.plots import write_plot
-
-        written = write_file(lambda path: write_plot(files[0].content(), path), plot)
-    _show(files, written, as_json=as_json)
+    _show(files, plot, as_json=as_json)
 
 
 def _show(files: Sequence[ResultFile], plot: Path | None, *, as_json: bool) -> None:
+    """Write the plot, if one is asked for, and print what was measured."""
+    from sparda_compile.bench.plots import write_plot
     from sparda_compile.bench.show import print_decode
 
+    written = write_file(lambda path: write_plot(files[0].content(), path), plot)
     if as_json:
         contents = [file.content() for file in files]
         print_json(contents[0] if len(files) == 1 else {"name": "decode", "formats": contents})
         return
     for file in files:
         print_decode(file.results, make_console())
-    print_paths([*(file.path for file in files), plot])
+    print_paths([*(file.path for file in files), written])
 
 
 def _check(
@@ -185,9 +196,9 @@ def _check(
     """Raise ConfigError for options that do not go together."""
     if len(set(formats)) < len(formats):
         raise ConfigError(f"--kv-format {', '.join(formats)} names one twice; name each once.")
-    for name, value in (("--top-k", chosen["top_k"]), ("--selector", chosen["selector"])):
-        if value is not None and tp > 1:
-            raise ConfigError(f"{name} does not go with --tp; leave it out.")
+    for name in ("top_k", "selector", "page_ratio"):
+        if chosen[name] is not None and tp > 1:
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --tp; leave it out.")
     if has_trace and chosen["top_k"] is not None:
         raise ConfigError(
             "--top-k does not go with --trace, whose steps choose what was recorded, --copies "
@@ -273,12 +284,12 @@ def _measure(
     lab: Lab,
     settings: Sequence[DecodeSetting],
     place: tuple[Path, str, int, str | None],
-    trace: dict[str, Any] | None,
+    followed: FollowedTraces | None,
     with_baselines: bool,
 ) -> ResultFile:
     """Measure settings of one mode and format; returns the file, which is written after each."""
     fields = settings[0].settings
-    file = trace_file(*place, fields, trace) if trace else decode_file(*place, fields)
+    file = trace_file(*place, fields, followed.plain()) if followed else decode_file(*place, fields)
     for setting in settings:
         lab.decode(setting, file.save, with_baselines=with_baselines)
     return file

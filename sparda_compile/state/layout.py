@@ -255,6 +255,11 @@ class CacheLayout:
         others = max(self.num_blocks - self.num_selected, 1)
         return (1.0 - overlap) * (self.num_blocks - self.num_pages) / others
 
+    def overlap_at(self, fresh: float) -> float:
+        """Return the overlap whose `fresh_share` is nearest to a share of the scored blocks."""
+        largest = self.fresh_share(0.0)
+        return min(max(1.0 - fresh / largest, 0.0), 1.0) if largest else 1.0
+
     def summaries(self, layer: int) -> tuple[str, ...]:
         """Names of a layer's summaries: what scores, and what its format reads keys from."""
         scored, kept = self.scored_summaries(), self.kv_format(layer).summary

@@ -130,3 +130,9 @@ def test_a_benchmark_follows_it_beside_overlaps(lab, setting, roomy):
     assert float(last[0]) == pytest.approx(sum(layers) / 2, abs=1e-3)
     assert last[1]["scheduled"]["h2d_bytes"] > first[1]["scheduled"]["h2d_bytes"]
     assert "batch 2: infllm2 10%, as recorded" in told
+    # Of what the recorded steps copy, the overlap of random steps that would copy as much.
+    layout = bench.caches["scheduled"].layout
+    scored, block_bytes = 4, 2 * 64 * 16 * 2
+    every = len(layout.layers) * 2 * 2 * scored * block_bytes
+    moved = last[1]["scheduled"]["h2d_bytes"] / every
+    assert layout.fresh_share(about["overlap_by_bytes"]) == pytest.approx(moved, abs=1e-3)

@@ -50,5 +50,8 @@ def test_files_say_what_is_not_as_usual(tmp_path):
         tmp_path, "8b", 4096, None, {"kv_format": "int4", "page_format": "stored"}, {}
     )
     assert file.path.name == "decode-8b-int4-stored-trace.json"
+    file = trace_file(tmp_path, "8b", 4096, None, {"top_k": 126, "page_ratio": 2.5}, {})
+    assert file.path.name == "decode-8b-top126-pages2.5-trace.json"
+    assert file.head["page_ratio"] == 2.5
     file = budget_file(tmp_path, "8b", 4096, "abc", {"kv_format": "fp8"})
     assert (file.path.name, file.head["kv_format"]) == ("budget-8b-fp8.json", "fp8")

@@ -123,6 +123,9 @@ def test_modes_are_measured_one_after_another(asked, tmp_path):
         (("--kv-format", "int8", "--kv-format", "fp8", "--plot", "a.png"), "--plot takes one"),
         (("--selector", "lowbit4", "--tp", 2), "--selector does not go with --tp"),
         (("--top-k", 9, "--tp", 2), "--top-k does not go with --tp"),
+        (("--page-ratio", 2, "--tp", 2), "--page-ratio does not go with --tp"),
+        (("--page-ratio", 0.5), "'--page-ratio': Input should be greater than or equal to 1"),
+        (("--page-ratio", "nan"), "'--page-ratio': Input should be less than or equal to"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, said):

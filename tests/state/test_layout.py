@@ -152,7 +152,10 @@ def test_keys_of_a_window_do_not_stay():
 )
 def test_blocks_that_all_have_a_page_are_not_fetched(num_blocks, share):
     """Of 200 blocks 96 are selected, and 144 have a page."""
-    assert layout(64 * num_blocks).fresh_share(0.7) == pytest.approx(share)
+    sizes = layout(64 * num_blocks)
+    assert sizes.fresh_share(0.7) == pytest.approx(share)
+    assert sizes.overlap_at(share) == pytest.approx(0.7 if share else 1.0)
+    assert (sizes.overlap_at(0.0), sizes.overlap_at(1.5)) == (1.0, 0.0 if share else 1.0)
 
 
 def test_previous_step_remembers_its_ids():
