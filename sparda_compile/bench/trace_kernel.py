@@ -23,13 +23,14 @@ def _raise_scores(
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
-    if not INTERPRETED:
-        cuda.gdc_wait()
     step = tl.load(lengths + pair // groups) % num_steps
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     place = (pair.to(tl.int64) * num_steps + step) * num_blocks + block
     named = tl.load(trace + place, mask=block < num_blocks, other=0) != 0
     rows = tl.zeros([BLOCKS], dtype=tl.float32) + best
+    if not INTERPRETED:
+        # What is read above was there before the scores were begun.
+        cuda.gdc_wait()
     tl.store(scores + pair * num_blocks + block, rows, mask=named)
 
 
