@@ -87,5 +87,5 @@ def _own(fields: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _words(own: Mapping[str, Any]) -> list[str]:
     """Return how the name of a file says them."""
-    said = {"top_k": "top{}".format, "page_ratio": "pages{}".format, "hint": "+".join}
+    said = {"top_k": "top{}".format, "page_ratio": "pages{}".format, "hint": "-".join}
     return [said.get(name, str)(value) for name, value in own.items()]

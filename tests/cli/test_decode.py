@@ -101,7 +101,7 @@ def test_modes_are_measured_one_after_another(asked, tmp_path):
     assert first.settings == usual
     assert second.settings == {"mode": "exact", "hint": ("ema", "forecast"), **usual}
     forecast = json.loads((tmp_path / "decode-tiny.json").read_text())
-    exact = json.loads((tmp_path / "decode-tiny-exact-ema+forecast.json").read_text())
+    exact = json.loads((tmp_path / "decode-tiny-exact-ema-forecast.json").read_text())
     assert "mode" not in forecast
     assert (exact["mode"], exact["hint"]) == ("exact", ["ema", "forecast"])
 
