@@ -26,6 +26,7 @@ from sparda_compile.bench.memory import FreeMemory, free_everything, too_big
 from sparda_compile.bench.prompt_others import compiled_flex
 from sparda_compile.bench.prr_case import MOST_ERROR, PrrCase, attend_exactly, error_of, listed
 from sparda_compile.bench.prr_others import (
+    BACKENDS,
     BlockSparse,
     best_sdpa,
     gather,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerSetting", "measure_layer"]
 
-_FLASHINFER: Final = ("auto", "fa2")
 _STATED_COVERAGE: Final = 0.98
 _STATED_BUDGET: Final = 1.5
 _PROBED: Final = 4
@@ -158,7 +158,7 @@ class _LayerBench:
         self._offer("torch_flex", lambda: self._selected(_flex(self.case.scale)))
         if self.setting.compiles:
             self._compiled()
-        for backend in _FLASHINFER:
+        for backend in BACKENDS:
             self._flashinfer(backend)
         self._ours("query", query_step(self.case))
         for budget in self.setting.budgets:

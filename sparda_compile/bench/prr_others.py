@@ -37,12 +37,16 @@ if TYPE_CHECKING:
     Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 __all__ = [
+    "BACKENDS",
     "BlockSparse",
     "best_sdpa",
     "gather",
     "in_row",
     "torch_selection",
 ]
+
+# Of FlashInfer: what it chooses by itself, and the one for GPUs of all kinds.
+BACKENDS: Final = ("auto", "fa2")
 
 _BACKENDS: Final = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -182,7 +186,7 @@ class BlockSparse:
     lie a block behind their keys, so the same indices find both.
 
     Args:
-        backend: `auto`, `fa2` or `fa3`.
+        backend: One of `BACKENDS`.
         device: Where it runs.
 
     Attributes:

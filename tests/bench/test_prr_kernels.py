@@ -29,8 +29,9 @@ def test_attention_alone(graph_clock, flashinfer, monkeypatch):
     for cell in cells:
         assert cell["error"] < prr_kernels.MOST_ERROR
         assert cell["sdpa_form"] == "flash_folded"
-        assert cell["skipped"] == {}
-        assert cell["flashinfer_plan_us"] > 0
+        assert cell["skipped"] == {"flashinfer_fa2": "RuntimeError: no such backend"}
+        assert cell["flashinfer_auto_plan_us"] > 0
+        assert cell["flashinfer"] == cell["flashinfer_auto"]
         # 2 KV heads of 16 channels, keys and values of 2 bytes.
         num_bytes = 2 * 16 * 2 * 2 * cell["budget"]
         assert cell["floor_us"] == pytest.approx(num_bytes / 1e3)
@@ -64,7 +65,8 @@ def test_attention_alone_says_what_is_not_there(graph_clock, no_flashinfer, monk
     result = prr_kernels.bench_attention(CPU, 1.0, quiet, shape)
     (cell,) = result["cells"]
     assert cell["skipped"]["sdpa"] == "{'flash': 'no'}"
-    assert "flashinfer" in cell["skipped"]["flashinfer"]
+    assert "flashinfer" in cell["skipped"]["flashinfer_auto"]
+    assert "flashinfer" not in cell
     assert "ours" in cell
     assert result["ratios"] == {}
 
@@ -84,8 +86,21 @@ def test_flashinfer_that_is_wrong_is_left_out(graph_clock, flashinfer, monkeypat
     )
     shape = prr_kernels.AttentionShape(512, 4, 2, 16, (64,), (16,))
     (cell,) = prr_kernels.bench_attention(CPU, 1.0, quiet, shape)["cells"]
-    assert cell["skipped"]["flashinfer"].startswith("its output is off by")
+    assert cell["skipped"]["flashinfer_auto"].startswith("its output is off by")
     assert "over_flashinfer" not in cell
+
+
+def test_the_faster_backend_of_flashinfer_counts(graph_clock, flashinfer, monkeypatch):
+    class Both(flashinfer.BlockSparseAttentionWrapper):
+        def __init__(self, workspace, backend):
+            super().__init__(workspace, backend="auto")
+
+    monkeypatch.setattr(flashinfer, "BlockSparseAttentionWrapper", Both)
+    shape = prr_kernels.AttentionShape(512, 4, 2, 16, (64,), (16,))
+    (cell,) = prr_kernels.bench_attention(CPU, 1.0, quiet, shape)["cells"]
+    # By the clock, whatever comes later takes longer.
+    assert cell["flashinfer"] == cell["flashinfer_auto"] != cell["flashinfer_fa2"]
+    assert cell["over_flashinfer"] == cell["over_flashinfer_auto"] < cell["over_flashinfer_fa2"]
 
 
 def test_selection_alone(small_layer, graph_clock, monkeypatch):
