@@ -28,12 +28,12 @@ __all__ = [
     "SCORED_TOGETHER",
     "SCORE_BYTES",
     "SCORE_COLUMNS",
+    "STRIP_BLOCKS",
     "TILE_ROWS",
     "UNION_BYTES",
     "WINDOW_TOKENS",
     "all_blocks_bytes",
     "attend_tokens_bytes",
-    "eights",
     "in_halves",
     "mark_words",
     "most_vectors",
@@ -41,6 +41,7 @@ __all__ = [
     "prefill_attention_bytes",
     "score_columns",
     "score_room",
+    "score_widths",
     "select_past_bytes",
     "select_tokens_bytes",
     "tile_rows",
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 SCORE_BYTES: Final = 512 << 20
-"""Of block scores at once: behind a million tokens, those of 1,800 tokens with 2 KV heads."""
+"""Of block scores at once: behind a million tokens, those of 3,600 tokens with 2 KV heads."""
 UNION_BYTES: Final = 256 << 20
 """Of the unions of tiles that are there at once."""
 TILE_ROWS: Final = 64
@@ -69,15 +70,16 @@ WINDOW_TOKENS: Final = 512
 """Tokens of a prompt that are read at once by attention over a sliding window."""
 SCORE_COLUMNS: Final = 128
 """Query vectors of a program that scores; more of them read fewer keys."""
-# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for numbers
-# of 32 bits, which threads multiply, not tensor cores: those hold less.
+# Of queries and of a tile of keys; where vectors are long, fewer of them. Half of it for 32 bits.
 _SCORE_TILE_BYTES: Final = 32 * 1024
 PART_BLOCKS: Final = 256
 """Blocks of a program that scores: a token of a long sequence has several programs."""
 RUN_BLOCKS: Final = 8
 """Neighbouring blocks whose best score is kept, to pick by; programs that score have whole runs."""
 SCORED_TOGETHER: Final = 8
-"""Blocks, and runs, that a row of scores has whole."""
+"""Runs that a row of their scores has whole."""
+STRIP_BLOCKS: Final = 256
+"""Blocks that a row of scores has whole; see `gpu/score_tiles.py`."""
 # Queries that see their keys at once where a mask says which.
 _MASKED_QUERIES: Final = 256
 
@@ -158,7 +160,7 @@ def score_room(
     pairs, columns, room = sizes
 
     def row(end: int) -> int:
-        return 2 * pairs * SCORED_TOGETHER * sum(eights(blocks(end), in_runs=in_runs))
+        return pairs * sum(score_widths(blocks(end), in_runs=in_runs))
 
     chunks, begin = [], 0
     while begin < tokens:
@@ -178,10 +180,10 @@ def score_room(
     return ScoreRoom(chunks, scores, pairs * sums * room)
 
 
-def eights(num_blocks: int, *, in_runs: bool) -> tuple[int, int]:
-    """Return the eights of numbers that a token's scores take: of blocks, and of runs of them."""
+def score_widths(num_blocks: int, *, in_runs: bool) -> tuple[int, int]:
+    """Return the numbers that a token's scores take: those of blocks, and of runs of them."""
     runs = -(-num_blocks // RUN_BLOCKS) if in_runs else 0
-    return -(-num_blocks // SCORED_TOGETHER), -(-runs // SCORED_TOGETHER)
+    return num_blocks + -num_blocks % STRIP_BLOCKS, runs + -runs % SCORED_TOGETHER
 
 
 def select_past_bytes(a: Any) -> int:
@@ -196,7 +198,7 @@ def select_tokens_bytes(a: Any) -> int:
     """Return what `select_tokens` takes: scores, and what leads of runs take."""
     leads, tokens = _leads(a)
     if a.near_ids is not None and a.num_past:
-        return leads + _scores(a, tokens, 0, 3, is_new=True)
+        return leads + _scores(a, tokens, 0, 2, is_new=True)
     return leads + _scores(a, tokens, a.num_past)
 
 
@@ -227,8 +229,7 @@ def _scores(
     """
     batch, groups = a.summary[0].shape[:2]
     pairs = batch * groups
-    vectors, dim = a.query.shape[1] // groups, a.query.shape[3]
-    itemsize = a.query.dtype.itemsize
+    vectors, dim, itemsize = a.query.shape[1] // groups, a.query.shape[3], a.query.dtype.itemsize
     parts = while_made = 0
     if a.selector == "quest":
         while_made, parts, vectors = _mean_parts(a, pairs * tokens * dim)
@@ -243,7 +244,6 @@ def _scores(
         return min(int(a.num_blocks), int(filled // a.block_size) + more)
 
     in_runs = not retention and not is_new and num_runs(blocks(tokens), a.num_selected) > 0
-
     taken = score_room(blocks, (pairs, columns, room), tokens, in_runs=in_runs)
     sums = taken.sums if softmax else 1
     return int(max(while_made, parts + retention + 4 * taken.scores + 8 * sums))

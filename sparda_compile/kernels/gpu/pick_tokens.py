@@ -22,9 +22,15 @@ import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
 from sparda_compile.kernels.gpu.score import complete_windows
+from sparda_compile.kernels.gpu.score_tiles import IN_TURN, first_scored, place_of
 from sparda_compile.kernels.gpu.select import find_largest, keys_of, pick, pick_listed
-from sparda_compile.kernels.gpu.token_scores import first_scored
-from sparda_compile.kernels.workspace import LEAST_BLOCKS, RUN_BLOCKS, num_runs
+from sparda_compile.kernels.workspace import (
+    LEAST_BLOCKS,
+    RUN_BLOCKS,
+    SCORED_TOGETHER,
+    STRIP_BLOCKS,
+    num_runs,
+)
 from sparda_compile.selectors.nosa import LISTED
 
 if TYPE_CHECKING:
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["pick_near", "pick_past", "pick_tokens"]
 
 _LISTED = tl.constexpr(LISTED)
+_STRIP = tl.constexpr(STRIP_BLOCKS)
+_EIGHT = tl.constexpr(SCORED_TOGETHER)
 _MOST = tl.constexpr(0x7FFFFFFF)
 _LEAST = tl.constexpr(-(1 << 31))
 # Of a program that picks by runs: of 8192 blocks for 4096 tokens it took 166 us, with one 240, and
@@ -45,15 +53,24 @@ _RUN_WARPS: Final = 4
 
 
 @triton.jit
-def _best_of_two(
-    at, block, exists, complete, next_one, RATIO: tl.constexpr, OVERHANG: tl.constexpr
+def _scores_of(
+    at, block, origin, exists, complete, RATIO: tl.constexpr, OVERHANG: tl.constexpr
 ):  # fmt: skip
-    """Return the larger of what begins in a block and what reaches into it from the one before."""
-    best = tl.load(at + block, mask=exists & (block * RATIO < complete), other=float("-inf"))
-    if OVERHANG > 0:
-        mask = exists & (block > 0) & (block * RATIO - OVERHANG < complete)
-        best = tl.maximum(best, tl.load(next_one + block - 1, mask=mask, other=float("-inf")))
-    return best
+    """Return the scores of blocks, `origin` being the first of the row; -inf where no window is."""
+    mask = exists & (block * RATIO - OVERHANG < complete)
+    return tl.load(at + place_of(block - origin), mask=mask, other=float("-inf"))
+
+
+@triton.jit
+def _all_scores(
+    at, num_blocks, complete, RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr,
+    TURNS: tl.constexpr,
+):  # fmt: skip
+    """Return those of the first blocks; a thread has neighbours, and reads beside other threads."""
+    column, turn = tl.arange(0, BLOCKS // TURNS)[:, None], tl.arange(0, TURNS)[None, :]
+    block = column * TURNS + turn
+    score = _scores_of(at, block, 0, block < num_blocks, complete, RATIO, OVERHANG)
+    return tl.reshape(score, [BLOCKS])
 
 
 @triton.jit
@@ -94,7 +111,8 @@ def _best_runs(
     """
     run = tl.arange(0, RUNS)
     exists = (run * RUN <= current) & (run < num_runs)
-    best = _best_of_two(at, run, exists, complete, at + num_runs, RATIO * RUN, OVERHANG)
+    touched = exists & (run * (RUN * RATIO) - OVERHANG < complete)
+    best = tl.load(at + run, mask=touched, other=float("-inf"))
     forced = (run * RUN < sink) | (run * RUN + RUN - 1 >= current - local)
     chosen = pick_listed(best, forced, exists, SELECTED)
     count = tl.sum(chosen.to(tl.int32), 0)
@@ -112,7 +130,7 @@ def _best_runs(
 
 @triton.jit
 def _pick_by_runs(
-    at, runs_at, list_at, current, complete, num_blocks, num_runs, sink, local,
+    at, runs_at, list_at, current, complete, num_runs, sink, local,
     SELECTED: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr, RUN: tl.constexpr,
     RUNS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +140,7 @@ def _pick_by_runs(
         RUNS, COLUMNS,
     )  # fmt: skip
     exists = block >= 0
-    score = _best_of_two(at, block, exists, complete, at + num_blocks, RATIO, OVERHANG)
+    score = _scores_of(at, block, 0, exists, complete, RATIO, OVERHANG)
     forced = (block < sink) | (block >= current - local)
     key = keys_of(score, forced, exists)
     if sink + local + 1 >= SELECTED:
@@ -134,13 +152,13 @@ def _pick_by_runs(
     return block, score, find_largest(key, low, span, found, SELECTED)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_runs", "begin"])
+@triton.jit(do_not_specialize=["num_tokens", "num_strips", "num_eights", "begin"])
 def _pick_tokens(
-    scores, runs, retention, positions, ids, groups, num_tokens, num_blocks, num_runs, num_windows,
-    begin, sink, local, listed,
+    scores, runs, retention, positions, ids, groups, num_tokens, num_strips, num_eights,
+    num_windows, begin, sink, local, listed,
     SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    RUN: tl.constexpr, LISTS: tl.constexpr,
+    TURNS: tl.constexpr, RUN: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     local_token, pair = tl.program_id(0), tl.program_id(1)
     token = begin + local_token
@@ -155,17 +173,19 @@ def _pick_tokens(
     else:
         complete = complete_windows(position, POOL, STRIDE)
         own_row = pair.to(tl.int64) * tl.num_programs(0) + local_token
-        at = scores + own_row * (2 * num_blocks)
+        num_blocks = num_strips * _STRIP
+        at = scores + own_row * num_blocks
         current = position // SIZE
         if RUN > 0:
             block, score, picked = _pick_by_runs(
-                at, runs + own_row * (2 * num_runs), ids_at, current, complete, num_blocks,
-                num_runs, sink, local, SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN, COLUMNS,
+                at, runs + own_row * (num_eights * _EIGHT), ids_at, current, complete,
+                num_eights * _EIGHT, sink, local, SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN,
+                COLUMNS,
             )  # fmt: skip
         else:
             block = tl.arange(0, BLOCKS)
             exists = block < num_blocks
-            score = _best_of_two(at, block, exists, complete, at + num_blocks, RATIO, OVERHANG)
+            score = _all_scores(at, num_blocks, complete, RATIO, OVERHANG, BLOCKS, TURNS)
             if LISTS:
                 is_listed = _short_list(score, block, exists, current, sink, local, listed)
                 kept_at = retention + pair.to(tl.int64) * num_windows
@@ -178,13 +198,13 @@ def _pick_tokens(
         tl.store(ids_at + rank, block, mask=picked)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_runs", "begin"])
+@triton.jit(do_not_specialize=["num_tokens", "num_strips", "num_eights", "begin"])
 def _pick_past(
-    scores, runs, positions, lengths, ids, known, groups, num_tokens, num_blocks, num_runs, begin,
-    sink, local,
+    scores, runs, positions, lengths, ids, known, groups, num_tokens, num_strips, num_eights,
+    begin, sink, local,
     SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, OVERHANG: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    RUN: tl.constexpr,
+    TURNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     local_token, pair = tl.program_id(0), tl.program_id(1)
     token, row = begin + local_token, pair // groups
@@ -199,17 +219,18 @@ def _pick_past(
         tl.store(ids + own + column, tl.where(column <= last, column, -1), mask=inside)
     else:
         own_row = pair.to(tl.int64) * tl.num_programs(0) + local_token
-        at = scores + own_row * (2 * num_blocks)
+        num_blocks = num_strips * _STRIP
+        at = scores + own_row * num_blocks
         complete = complete_windows(length, POOL, STRIDE)
         if RUN > 0:
             block, score, picked = _pick_by_runs(
-                at, runs + own_row * (2 * num_runs), ids + own, first, complete, num_blocks,
-                num_runs, sink, local, SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN, COLUMNS,
+                at, runs + own_row * (num_eights * _EIGHT), ids + own, first, complete,
+                num_eights * _EIGHT, sink, local, SELECTED, RATIO, OVERHANG, RUN, BLOCKS // RUN,
+                COLUMNS,
             )  # fmt: skip
         else:
             block = tl.arange(0, BLOCKS)
-            exists = block < num_blocks
-            score = _best_of_two(at, block, exists, complete, at + num_blocks, RATIO, OVERHANG)
+            score = _all_scores(at, num_blocks, complete, RATIO, OVERHANG, BLOCKS, TURNS)
             picked = pick(
                 score, first, num_blocks, sink, local, SELECTED, SELECTED, BLOCKS, COLUMNS
             )
@@ -220,9 +241,9 @@ def _pick_past(
         tl.store(ids + own + column, tl.full([COLUMNS], -1, tl.int32), mask=is_left)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "begin"])
+@triton.jit(do_not_specialize=["num_tokens", "num_strips", "begin"])
 def _pick_near(
-    scores, positions, lengths, near_ids, near_scores, ids, groups, num_tokens, num_blocks, begin,
+    scores, positions, lengths, near_ids, near_scores, ids, groups, num_tokens, num_strips, begin,
     sink, local,
     SELECTED: tl.constexpr, SIZE: tl.constexpr, POOL: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, OVERHANG: tl.constexpr, LISTED: tl.constexpr,
@@ -238,15 +259,14 @@ def _pick_near(
         tl.store(ids + own + entry, tl.where(entry <= current, entry, -1), mask=inside)
     else:
         # Near blocks that no new token changes, then all others.
-        bound = tl.maximum(length // SIZE - 1, 0)
+        bound = first_scored(length, SIZE)
         near = tl.load(near_ids + own + entry, mask=inside, other=-1)
         is_near = inside & (near >= 0) & (near < bound)
         block = tl.where(inside, near, bound + entry - SELECTED)
         is_new = (entry >= SELECTED) & (block <= current)
-        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (2 * num_blocks)
-        at -= first_scored(length, SIZE)
+        at = scores + (pair.to(tl.int64) * tl.num_programs(0) + local_token) * (num_strips * _STRIP)
         complete = complete_windows(position, POOL, STRIDE)
-        score = _best_of_two(at, block, is_new, complete, at + num_blocks, RATIO, OVERHANG)
+        score = _scores_of(at, block, bound, is_new, complete, RATIO, OVERHANG)
         known = tl.load(near_scores + own + entry, mask=is_near, other=float("-inf"))
         forced = (block < sink) | (block >= current - local)
         score = tl.where(is_near, known, score)
@@ -288,15 +308,15 @@ def pick_tokens(
         choice: What to pick.
     """
     (begin, end, seen), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
-    (pairs, _, _, num_blocks), unused = scores.blocks.shape, scores.blocks
+    (pairs, _, num_blocks), unused = scores.blocks.shape, scores.blocks
     blocks = power_of_two(max(min(num_blocks, seen), selected), LEAST_BLOCKS)
     run, count, warps = _by_runs(scores, blocks, selected)
     launch(_pick_tokens, (end - begin, pairs))(
         scores.blocks, scores.runs if run else unused, unused if retention is None else retention,
-        positions_BT, ids_BGTK, groups, num_tokens, num_blocks, count,
-        0 if retention is None else retention.shape[2], begin, choice.sink_blocks,
-        choice.local_blocks, geometry.short_list, *_sizes(geometry, choice), blocks,
-        power_of_two(selected), run, retention is not None, num_warps=warps,
+        positions_BT, ids_BGTK, groups, num_tokens, num_blocks // STRIP_BLOCKS,
+        count // SCORED_TOGETHER, 0 if retention is None else retention.shape[2], begin,
+        choice.sink_blocks, choice.local_blocks, geometry.short_list, *_sizes(geometry, choice),
+        blocks, power_of_two(selected), IN_TURN, run, retention is not None, num_warps=warps,
     )  # fmt: skip
 
 
@@ -338,13 +358,14 @@ def pick_past(
         choice: What to pick.
     """
     (begin, end), (_, groups, num_tokens, selected) = tokens, picked[0].shape
-    pairs, _, _, num_blocks = scores.blocks.shape
+    pairs, _, num_blocks = scores.blocks.shape
     blocks = power_of_two(max(num_blocks, selected), LEAST_BLOCKS)
     run, count, warps = _by_runs(scores, blocks, selected)
     launch(_pick_past, (end - begin, pairs))(
         scores.blocks, scores.runs if run else scores.blocks, *places, *picked, groups, num_tokens,
-        num_blocks, count, begin, choice.sink_blocks, choice.local_blocks,
-        *_sizes(geometry, choice), blocks, power_of_two(selected), run, num_warps=warps,
+        num_blocks // STRIP_BLOCKS, count // SCORED_TOGETHER, begin, choice.sink_blocks,
+        choice.local_blocks, *_sizes(geometry, choice), blocks, power_of_two(selected), IN_TURN,
+        run, num_warps=warps,
     )  # fmt: skip
 
 
@@ -370,10 +391,10 @@ def pick_near(
         choice: What to pick.
     """
     (begin, end, seen), (_, groups, num_tokens, selected) = tokens, ids_BGTK.shape
-    pairs, _, _, num_blocks = scores.blocks.shape
+    pairs, _, num_blocks = scores.blocks.shape
     listed = power_of_two(selected + min(num_blocks, seen), LEAST_BLOCKS)
     launch(_pick_near, (end - begin, pairs))(
-        scores.blocks, *places, *near, ids_BGTK, groups, num_tokens, num_blocks, begin,
-        choice.sink_blocks, choice.local_blocks, *_sizes(geometry, choice), listed,
+        scores.blocks, *places, *near, ids_BGTK, groups, num_tokens, num_blocks // STRIP_BLOCKS,
+        begin, choice.sink_blocks, choice.local_blocks, *_sizes(geometry, choice), listed,
         num_warps=_pick_warps(listed),
     )  # fmt: skip

@@ -69,5 +69,5 @@ def select_near(asked: Asked, choice: Choice, near: tuple[Tensor, Tensor], ids: 
     scored_from = choice.num_selected * choice.block_size
     for begin, end, scores in scored_tokens(asked, Blocks.NEW, scored_from):
         # Blocks that any of these tokens may have, behind those that no new token changes.
-        seen = triton.cdiv(end * asked.spread, choice.block_size) + 2
+        seen = triton.cdiv(end * asked.spread, choice.block_size) + 1
         pick_near(scores, places, near, ids, (begin, end, seen), asked.windows, choice)

@@ -1,8 +1,8 @@
 """Scores of blocks for each new token of a prompt, tile by tile.
 
     sums     per token and head, over a part of the windows: peak, sum of 2^(logit - peak)   infllm2
-    blocks   per token and block: the best window that begins in the block, and the best of
-             those that reach into the next one; of a long sequence the same of each run of blocks
+    blocks   per token and block: the best window that touches it; of a long sequence the same of
+             each run of blocks
 
 No [heads, tokens, windows] exists: what two kernels hand on is a block's score, in a scratch for as
 many tokens as `SCORE_BYTES` has room for. The tokens of a prompt are taken that many at a time, the
@@ -12,8 +12,10 @@ A program takes `SCORE_COLUMNS` query vectors (tokens of one KV head times the h
 and a part of the windows, so that a long prompt and one of few tokens both fill the device. The
 vectors are the columns of a product, its rows the windows that lie at one place of 64 blocks: the
 heads of a token are then summed mostly inside a thread, and the best window of a block is an
-elementwise maximum over as many products as a block has windows. Each pooled key is read, and
-multiplied, once per pass.
+elementwise maximum over as many products as a block has windows. What reaches over into the next
+block is handed on in the same way: the rows of a tile are each fourth block (`score_tiles.py`), and
+those of the next tile are their neighbours. Each pooled key is read, and multiplied, once per pass,
+but for those that reach into the first of four tiles, which are twice.
 
 Quest's bound is a product, too: sum_d max(q_d * min_d, q_d * max_d) is that of a block's bounds,
 as one vector, with the negative and the positive part of q. A mean of heads has more bits than a
@@ -30,7 +32,7 @@ same in both, bit for bit.
 Floor, of T tokens over W windows, half of them before the mean token of a prompt from nothing:
 2 * T * W * D FLOP for each head and pass, one pass for a Forecast, two for InfLLM-V2, which at a
 group of 16 and D = 128 takes as many exponentials as a multiprocessor does beside the products.
-Scores of blocks are written and read once, T * W * 4 bytes for 4 windows a block.
+Scores of blocks are written and read once, T * W bytes for 4 windows a block.
 """
 
 from __future__ import annotations
@@ -49,18 +51,28 @@ from torch import Tensor
 from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
-from sparda_compile.kernels.gpu.score_tiles import query_vectors, store_scores, window_keys
+from sparda_compile.kernels.gpu.score_tiles import (
+    IN_TURN,
+    best_of_runs,
+    first_scored,
+    is_between,
+    query_vectors,
+    store_runs,
+    store_scores,
+    window_keys,
+)
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.workspace import (
     PART_BLOCKS,
     RUN_BLOCKS,
     SCORE_COLUMNS,
     SCORED_TOGETHER,
-    eights,
+    STRIP_BLOCKS,
     most_vectors,
     num_runs,
     score_columns,
     score_room,
+    score_widths,
 )
 
 if TYPE_CHECKING:
@@ -68,13 +80,15 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["Asked", "Blocks", "Scores", "covers", "first_scored", "scored_tokens"]
+__all__ = ["Asked", "Blocks", "Scores", "covers", "scored_tokens"]
 
 _SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
 # Windows of one product: a warp group multiplies 64 rows.
 _WINDOWS: Final = 64
 _MOST_STAGES: Final = 3
 _LOG2_E: Final = math.log2(math.e)
+_STRIP = tl.constexpr(STRIP_BLOCKS)
+_EIGHT = tl.constexpr(SCORED_TOGETHER)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "begin", "end"])
@@ -134,40 +148,33 @@ def _normals(
 
 
 @triton.jit
-def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernels
-    """Return the first block that is scored where new tokens alone are.
-
-    The last block before that of the first new token may have windows that reach into it; and one
-    block more has those that reach into that.
-    """
-    return tl.maximum(length // SIZE - 2, 0)
-
-
-@triton.jit
 def _score_part(
     vectors, normal, keys_at, at, runs_at, token, complete, there, factor, origin, part, stop,
-    begin, end, num_eights, eight_runs,
+    begin, end, num_strips, num_eights,
     ROOM: tl.constexpr, TOKENS: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
     WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    BLOCKS: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, TURNS: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr,
+    INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Score the blocks of a part for a tile of tokens, window by window of many blocks."""
+    """Score the blocks of a part for a tile of tokens, window by window of every fourth block."""
     # The dimension of blocks: of one vector a token, tokens are the rows of the product.
     AXIS: tl.constexpr = 1 if ROOM == 1 else 0
+    # Of so many blocks all windows, behind those that reach into each fourth of them.
+    TOGETHER: tl.constexpr = TURNS * BLOCKS
+    STEPS: tl.constexpr = OVERHANG + TURNS * RATIO
     most = tl.max(complete, 0)
-    if AXIS == 1:
-        none = tl.full([TOKENS, BLOCKS], float("-inf"), dtype=tl.float32)
-    else:
-        none = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
-    own, next_one = none, none
+    none = tl.full([TOKENS, BLOCKS], float("-inf"), dtype=tl.float32)
+    none = none if AXIS == 1 else tl.trans(none)
+    best, next_one, best_run = none, none, best_of_runs(none, RUN, AXIS) if RUN > 0 else none
     # Before this window nothing is masked: each token that is there sees all.
     seen = tl.min(tl.where(token < end, complete, most), 0)
-    tiles = (stop - part * PART + BLOCKS - 1) // BLOCKS
-    for step in tl.range(tiles * RATIO, num_stages=STAGES):
-        first_block, place = part * PART + step // RATIO * BLOCKS, step % RATIO
-        block = first_block + tl.arange(0, BLOCKS)
-        window = (origin + block) * RATIO + place
+    tiles = (stop - part * PART + TOGETHER - 1) // TOGETHER
+    for step in tl.range(tiles * STEPS, num_stages=STAGES):
+        first_block = part * PART + step // STEPS * TOGETHER
+        ahead = step % STEPS - OVERHANG
+        turn, place = (ahead + RATIO) // RATIO - 1, (ahead + RATIO) % RATIO
+        first_window = (origin + first_block) * RATIO + ahead
+        window = first_window + tl.arange(0, BLOCKS) * (TURNS * RATIO)
         keys = window_keys(keys_at, window, most, WIDTH, DIM, DIMS, INTERPRETED)
         if AXIS == 1:
             weight = tl.dot(vectors, tl.trans(keys), input_precision="ieee")
@@ -178,34 +185,43 @@ def _score_part(
             weight = tl.where(tl.expand_dims(there, AXIS), weight, 0.0)
         if ROOM > 1:
             weight = tl.sum(tl.reshape(weight, [BLOCKS, TOKENS, ROOM]), axis=2)
-        if (origin + first_block + BLOCKS - 1) * RATIO + place >= seen:
-            exists = tl.expand_dims(window, 1 - AXIS) < tl.expand_dims(complete, AXIS)
+        if (first_window < 0) | (first_window + (BLOCKS - 1) * (TURNS * RATIO) >= seen):
+            exists = is_between(tl.expand_dims(window, 1 - AXIS), tl.expand_dims(complete, AXIS))
             weight = tl.where(exists, weight, float("-inf"))
-        own = tl.maximum(own, weight)
         if OVERHANG > 1:  # noqa: SIM102 - known when it is compiled
             if place + OVERHANG >= RATIO:
                 next_one = tl.maximum(next_one, weight)
+        best = tl.maximum(best, weight)
         if place == RATIO - 1:
-            # Where one window reaches over, it is the last one.
-            store_scores(
-                at, runs_at, own, next_one if OVERHANG > 1 else weight, first_block, stop,
-                token - begin, end - begin, num_eights, eight_runs, OVERHANG, BLOCKS, TOKENS,
-                RUN, AXIS,
-            )  # fmt: skip
-            own, next_one = none, none
+            if turn >= 0:
+                store_scores(
+                    at, best, first_block, turn, stop, token - begin, end - begin, num_strips,
+                    BLOCKS, AXIS,
+                )  # fmt: skip
+                if RUN > 0:
+                    best_run = tl.maximum(best_run, best_of_runs(best, RUN, AXIS))
+                    if turn == TURNS - 1:
+                        store_runs(
+                            runs_at, best_run, first_block, stop, token - begin, end - begin,
+                            num_eights, RUN, AXIS,
+                        )  # fmt: skip
+                        best_run = best_of_runs(none, RUN, AXIS)
+            # Where one window reaches over, it is the last: a minimum, as a copy costs each step.
+            last = tl.minimum(best, weight) if OVERHANG == 1 else next_one
+            best, next_one = last if OVERHANG > 0 else none, none
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_eights", "eight_runs", "begin", "end", "sum_parts"]
+    do_not_specialize=["num_tokens", "num_strips", "num_eights", "begin", "end", "sum_parts"]
 )
 def _token_blocks(
     query, pooled, positions, lengths, maxima, sums, scores, runs, factor, q_row, q_head, q_token,
-    groups, num_tokens, num_windows, num_eights, eight_runs, begin, end, scored_from, sum_parts,
+    groups, num_tokens, num_windows, num_strips, num_eights, begin, end, scored_from, sum_parts,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
     POOL: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OVERHANG: tl.constexpr,
     WIDTH: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr,
-    BLOCKS: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr,
-    NEW: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, TURNS: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr,
+    PAST: tl.constexpr, NEW: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, group = pair // groups, pair % groups
@@ -219,7 +235,7 @@ def _token_blocks(
     is_scored = tl.max(position, 0) >= scored_from
     origin = first_scored(length, RATIO * STRIDE) if NEW else length * 0
     # Blocks are counted from the first that is scored, so that reads and writes are wide.
-    last = (most + RATIO - 1) // RATIO - origin
+    last = (most + OVERHANG + RATIO - 1) // RATIO - origin
     stop = tl.where(is_scored, tl.minimum(last, (part + 1) * PART), 0)
     if part * PART < stop:
         vectors, _, there = query_vectors(
@@ -231,12 +247,12 @@ def _token_blocks(
             columns = (end - begin) * ROOM
             normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
         keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
-        at = scores + pair.to(tl.int64) * (end - begin) * (16 * num_eights)
-        runs_at = runs + pair.to(tl.int64) * (end - begin) * (16 * eight_runs)
+        at = scores + pair.to(tl.int64) * (end - begin) * (_STRIP * num_strips)
+        runs_at = runs + pair.to(tl.int64) * (end - begin) * (_EIGHT * num_eights)
         _score_part(
             vectors, normal, keys_at, at, runs_at, token, complete, there, factor, origin, part,
-            stop, begin, end, num_eights, eight_runs, ROOM, TOKENS, RATIO, OVERHANG, WIDTH, DIM,
-            DIMS, PART, BLOCKS, RUN, SOFTMAX, INTERPRETED, STAGES,
+            stop, begin, end, num_strips, num_eights, ROOM, TOKENS, RATIO, OVERHANG, WIDTH, DIM,
+            DIMS, PART, BLOCKS, TURNS, RUN, SOFTMAX, INTERPRETED, STAGES,
         )  # fmt: skip
 
 
@@ -291,34 +307,34 @@ def _num_blocks(asked: Asked, blocks: Blocks, end: int) -> int:
     most: dict[Blocks, int] = {
         Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
         Blocks.PAST: asked.num_past // size + 1,
-        # New tokens lie in one block more than they fill, behind two others.
-        Blocks.NEW: triton.cdiv(num_tokens, size) + 3,
+        # New tokens lie in one block more than they fill, behind another one.
+        Blocks.NEW: triton.cdiv(num_tokens, size) + 2,
     }
     return min(most[blocks], asked.geometry.num_blocks)
 
 
 class Scores(NamedTuple):
-    """Scores of blocks for some tokens: what begins in a block, and what reaches into the next one.
+    """Scores of blocks for some tokens.
 
     Attributes:
-        blocks: [pairs, t, 2, n] float32, the best window of each kind; n is divisible by 8, and
-            what is behind the last block is any number.
-        runs: [pairs, t, 2, r] float32, the same of runs of `RUN_BLOCKS` blocks, as of one that is
-            as large; None where nobody picks by them.
+        blocks: [pairs, t, n] float32, the best window that touches each block, in whole strips,
+            where `score_tiles.place_of` says; what is behind the last block is any number.
+        runs: [pairs, t, r] float32, the best of each run of `RUN_BLOCKS` blocks, in their order, in
+            whole eights; None where nobody picks by them.
     """
 
     blocks: Tensor
     runs: Tensor | None
 
     @classmethod
-    def of(cls, scratch: Tensor, rows: tuple[int, int], num_eights: int, eight_runs: int) -> Scores:
-        """Return those that lie in some memory, of pairs and tokens."""
-        shapes = [(*rows, 2, SCORED_TOGETHER * n) for n in (num_eights, eight_runs)]
-        ends = [*itertools.accumulate(map(math.prod, shapes), initial=0)]
+    def of(cls, scratch: Tensor, rows: tuple[int, int], widths: tuple[int, int]) -> Scores:
+        """Return those that lie in some memory, of pairs and tokens; see `score_widths`."""
+        ends = [*itertools.accumulate((math.prod(rows) * width for width in widths), initial=0)]
         found = [
-            scratch[i:j].view(s) for (i, j), s in zip(itertools.pairwise(ends), shapes, strict=True)
+            scratch[i:j].view(*rows, width)
+            for (i, j), width in zip(itertools.pairwise(ends), widths, strict=True)
         ]
-        return cls(found[0], found[1] if eight_runs else None)
+        return cls(found[0], found[1] if widths[1] else None)
 
 
 def scored_tokens(
@@ -351,7 +367,8 @@ def scored_tokens(
     sizes = partial(_num_blocks, asked, blocks)
     taken = score_room(sizes, (pairs, columns, room), num_tokens, in_runs=in_runs)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
-    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, PART_BLOCKS))
+    part = triton.cdiv(PART_BLOCKS, IN_TURN * rows) * IN_TURN * rows
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, part))
     maxima, sums = (
         query.new_empty(taken.sums if softmax else 1, dtype=torch.float32) for _ in range(2)
     )
@@ -359,21 +376,22 @@ def scored_tokens(
     factor = asked.scale * _LOG2_E
     for begin, end in taken.chunks:
         tiles = triton.cdiv((end - begin) * room, columns)
-        parts = triton.cdiv(sizes(end), PART_BLOCKS)
-        num_eights, eight_runs = eights(sizes(end), in_runs=in_runs)
-        scores = Scores.of(scratch, (pairs, end - begin), num_eights, eight_runs)
+        parts = triton.cdiv(sizes(end), part)
+        widths = score_widths(sizes(end), in_runs=in_runs)
+        num_strips, num_eights = widths[0] // STRIP_BLOCKS, widths[1] // SCORED_TOGETHER
+        scores = Scores.of(scratch, (pairs, end - begin), widths)
         of_blocks, of_runs = scores.blocks, scratch if scores.runs is None else scores.runs
         if softmax:
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, asked.positions, maxima, sums, factor, *strides, groups, num_tokens,
                 num_windows, begin, end, scored_from, *vectors, *pool, width, dim, dims,
-                PART_BLOCKS * ratio, rows, interpreting(), stages, num_warps=4,
+                part * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
             query, pooled, asked.positions, asked.lengths, maxima, sums, of_blocks, of_runs,
-            factor, *strides, groups, num_tokens, num_windows, num_eights, eight_runs, begin,
+            factor, *strides, groups, num_tokens, num_windows, num_strips, num_eights, begin,
             end, scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
-            PART_BLOCKS, rows, RUN_BLOCKS if in_runs else 0, softmax, blocks is Blocks.PAST,
+            part, rows, IN_TURN, RUN_BLOCKS if in_runs else 0, softmax, blocks is Blocks.PAST,
             blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
         )  # fmt: skip
         yield begin, end, scores

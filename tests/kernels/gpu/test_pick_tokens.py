@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from sparda_compile.kernels.gpu.pick_tokens import pick_tokens
+from sparda_compile.kernels.gpu.score_tiles import IN_TURN
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.gpu.token_scores import Scores
 from sparda_compile.kernels.select_blocks import select_blocks_reference
-from sparda_compile.kernels.workspace import RUN_BLOCKS
+from sparda_compile.kernels.workspace import RUN_BLOCKS, STRIP_BLOCKS
 from sparda_compile.selectors import Geometry
 from sparda_compile.selectors.nosa import LISTED, _short_list
 from sparda_compile.selectors.pooled_keys import existing_windows, windows_to_blocks
@@ -16,6 +17,18 @@ GEOMETRY = Geometry(40, 16, 8, 4, short_list=4, sink_blocks=1, local_blocks=2)
 CHOICE = Choice(9, 16, 1, 2)
 TOKENS = 5
 GROUPS = 2
+
+
+def laid_out(scores):
+    """Return scores of blocks as they lie in memory: every fourth one, then their neighbours."""
+    room = torch.full((*scores.shape[:-1], STRIP_BLOCKS), float("nan"))
+    room[..., : scores.shape[-1]] = scores
+    return room.unflatten(-1, (-1, IN_TURN)).transpose(-1, -2).flatten(-2)
+
+
+def in_order(scores):
+    """Return what `laid_out` was given, and NaN behind it."""
+    return scores.unflatten(-1, (IN_TURN, -1)).transpose(-1, -2).flatten(-2)
 
 
 class Case:
@@ -38,12 +51,8 @@ class Case:
 
     def scores(self):
         """Return what the kernel before hands on, with anything where it writes nothing."""
-        ratio = GEOMETRY.block_size // GEOMETRY.pool_stride
-        whole = torch.nn.functional.pad(self.by_window, (0, -GEOMETRY.num_windows % ratio))
-        places = whole.unflatten(-1, (-1, ratio))
-        own = torch.full((GROUPS, TOKENS, 2, GEOMETRY.num_blocks), float("nan"))
-        own[:, :, 0], own[:, :, 1] = places.amax(-1), places[..., -1]
-        return own
+        best = windows_to_blocks(self.by_window, GEOMETRY)
+        return laid_out(best.masked_fill(best == float("-inf"), float("nan")))
 
     def wanted(self, choice, *, lists):
         ids = []
@@ -99,17 +108,11 @@ def test_a_short_list_is_not_what_scores_pick(device):
 
 
 def runs_of(scores):
-    """Return what the kernel before hands on of runs, with anything where no window is."""
-    own, reaching = scores.nan_to_num(float("-inf")).unbind(2)
-    inside = reaching.clone()
-    inside[..., RUN_BLOCKS - 1 :: RUN_BLOCKS] = float("-inf")
-    whole = torch.nn.functional.pad(
-        torch.maximum(own, inside), (0, -own.shape[-1] % RUN_BLOCKS), value=float("-inf")
-    )
+    """Return what the kernel before hands on of runs: of those that no window touches anything."""
+    whole = in_order(scores)[..., : GEOMETRY.num_blocks].nan_to_num(float("-inf"))
     best = whole.unflatten(-1, (-1, RUN_BLOCKS)).amax(-1)
-    runs = torch.stack([best, torch.full_like(best, float("-inf"))], 2)
-    last = reaching[..., RUN_BLOCKS - 1 :: RUN_BLOCKS]
-    runs[:, :, 1, : last.shape[-1]] = last
+    runs = torch.full((*best.shape[:-1], 8), float("nan"))
+    runs[..., : best.shape[-1]] = best.masked_fill(best == float("-inf"), float("nan"))
     return runs
 
 
@@ -137,8 +140,7 @@ def test_runs_are_read_where_they_are_fewer(device):
     """Scores of blocks alone would pick others: those of runs say so."""
     case, choice = Case(620), Choice(3, 16, 1, 0)
     runs = runs_of(case.scores())
-    # What is in the second and the third, and what reaches into them.
-    runs[:, :, 0, 1:3] = runs[:, :, 1, 0:2] = float("-inf")
+    runs[..., 1:3] = float("-inf")
     ids = torch.empty(1, GROUPS, TOKENS, 3, dtype=torch.int32, device=device)
     given = Scores(case.scores().to(device), runs.to(device))
     pick_tokens(given, None, case.positions.to(device), ids, (0, TOKENS, 40), GEOMETRY, choice)

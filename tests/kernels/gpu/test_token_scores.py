@@ -30,24 +30,35 @@ def asked(device, lengths=(300, 37), dtype=torch.float32):
     return Asked(query.to(device, dtype), tensors, *places, "forecast", 1.0, GEOMETRY)
 
 
+def in_order(scores):
+    """Return scores as blocks follow one another; in memory each fourth one does."""
+    return scores.unflatten(-1, (-1, 4, 64)).transpose(-1, -2).flatten(-3)
+
+
 def by_token(it, blocks, scored_from=0):
-    """Return scores [B, G, T, 2, n] of all tokens."""
+    """Return scores [B, G, T, n] of all tokens."""
     parts = [
-        scores.blocks[:, : end - begin].clone()
+        in_order(scores.blocks[:, : end - begin])
         for begin, end, scores in scored_tokens(it, blocks, scored_from)
     ]
     return torch.cat(parts, 1).unflatten(0, (-1, GROUPS)).cpu()
 
 
 def truth(it, row, token):
-    """Return the best window that begins in each block, and the best that reaches into the next."""
+    """Return the best window that touches each block, and how many blocks one does."""
     complete = max((int(it.positions[row, token]) - 8) // 4 + 1, 0)
     dots = it.tensors[0][row].cpu().double() @ it.query[row, :, token].cpu().double()[..., None]
     dots = dots[..., 0]
     dots[:, complete:] = float("-inf")
     padded = torch.nn.functional.pad(dots, (0, -dots.shape[1] % RATIO), value=float("-inf"))
     places = padded.unflatten(1, (-1, RATIO))
-    return torch.stack([places.amax(-1), places[..., -1]], 1), -(-complete // RATIO)
+    reaching = torch.nn.functional.pad(places[:, :-1, -1], (1, 0), value=float("-inf"))
+    return torch.maximum(places.amax(-1), reaching), touched(complete)
+
+
+def touched(complete):
+    """Return how many blocks some windows touch: the last one may reach into another."""
+    return -(-(complete + 1) // RATIO)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +68,7 @@ def test_scores_are_maxima_of_products(device, dtype):
     for row in range(2):
         for token in range(TOKENS):
             want, count = truth(it, row, token)
-            found = got[row, :, token, :, :count].double()
+            found = got[row, :, token, :count].double()
             torch.testing.assert_close(found, want[..., :count], rtol=1e-4, atol=1e-4)
 
 
@@ -70,12 +81,12 @@ def test_two_parts_are_the_whole_bit_for_bit(device, lengths, dtype):
         first = length // 16
         settled = max(first - 1, 0)
         assert torch.equal(past[row][..., :settled], whole[row][..., :settled])
-        origin = max(first - 2, 0)
+        origin = max(first - 1, 0)
         for token in range(TOKENS):
-            count = -(-max((length + token - 8) // 4 + 1, 0) // RATIO)
+            count = touched(max((length + token - 8) // 4 + 1, 0))
             if count > origin:
-                want = whole[row, :, token, :, origin:count]
-                assert torch.equal(new[row, :, token, :, : count - origin], want)
+                want = whole[row, :, token, origin:count]
+                assert torch.equal(new[row, :, token, : count - origin], want)
 
 
 def test_the_past_is_scored_by_its_own_windows(device):
@@ -87,15 +98,15 @@ def test_the_past_is_scored_by_its_own_windows(device):
     past = by_token(dataclasses.replace(it, tensors=[before]), Blocks.PAST)
     for row, length in enumerate((300, 37)):
         complete = (length - 8) // 4 + 1
-        assert past[row][..., 0, : -(-complete // RATIO)].isfinite().all()
+        assert past[row][..., : touched(complete)].isfinite().all()
 
 
 def test_room_follows_from_what_the_cache_holds(device):
     it = asked(device)
     widths = [by_token(it, blocks).shape[-1] for blocks in Blocks]
-    # 309 tokens lie in 20 blocks; 300 in 19; 9 new ones in 2 at most, behind two others. Rows have
-    # room for whole eights.
-    assert widths == [24, 24, 8]
+    # 309 tokens lie in 20 blocks; 300 in 19; 9 new ones in 2 at most, behind another one. Rows have
+    # room for whole strips.
+    assert widths == [256] * 3
 
 
 def test_parts_and_chunks_change_nothing(device, monkeypatch):
@@ -110,10 +121,10 @@ def test_parts_and_chunks_change_nothing(device, monkeypatch):
         got = by_token(it, blocks)
         for row, length in enumerate((300, 37)):
             seen = length if blocks is Blocks.PAST else length + TOKENS - 1
-            origin = max(length // 16 - 2, 0) if blocks is Blocks.NEW else 0
-            count = -(-((seen - 8) // 4 + 1) // RATIO) - origin
+            origin = max(length // 16 - 1, 0) if blocks is Blocks.NEW else 0
+            count = touched((seen - 8) // 4 + 1) - origin
             torch.testing.assert_close(
-                got[row, :, -1, 0, :count], whole[row, :, -1, 0, :count], rtol=1e-5, atol=1e-5
+                got[row, :, -1, :count], whole[row, :, -1, :count], rtol=1e-5, atol=1e-5
             )
 
 
@@ -132,21 +143,17 @@ def test_a_run_scores_what_its_blocks_do(device, monkeypatch, blocks, part):
     monkeypatch.setattr(workspace, "SCORE_COLUMNS", 16)
     it, found = asked(device), 0
     for begin, end, scores in scored_tokens(it, blocks, 0, 1):
-        pairs = [each[:, : end - begin].unflatten(0, (-1, GROUPS)).cpu() for each in scores]
+        of_blocks, of_runs = in_order(scores.blocks), scores.runs
+        pairs = [each.unflatten(0, (-1, GROUPS)).cpu() for each in (of_blocks, of_runs)]
         for row, length in enumerate((300, 37)):
             for token in range(end - begin):
                 seen = length if blocks is Blocks.PAST else length + begin + token
-                complete = max((seen - 8) // 4 + 1, 0)
-                count = -(-complete // RATIO)
-                (own, reaching), (best, out) = (each[row, :, token].unbind(1) for each in pairs)
+                count = touched(max((seen - 8) // 4 + 1, 0))
+                own, best = (each[row, :, token] for each in pairs)
                 for run in range(-(-count // 8)):
-                    inside = slice(8 * run, min(8 * run + 8, count))
-                    inner = reaching[:, 8 * run : min(8 * run + 7, count)]
-                    want = torch.cat([own[:, inside], inner], 1).amax(1)
-                    assert torch.equal(best[:, run], want)
-                    if count >= 8 * run + 8:
-                        assert torch.equal(out[:, run], reaching[:, 8 * run + 7])
-                        found += 1
+                    inside = own[:, 8 * run : min(8 * run + 8, count)]
+                    assert torch.equal(best[:, run], inside.amax(1))
+                    found += 1
     assert found > 4
 
 
