@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy
 import pytest
 import torch
 import triton
@@ -278,3 +279,36 @@ def check_codes(device):
         assert len(want.unique()) > 0.9 * min(bits, 254)
 
     return check
+
+
+@pytest.fixture
+def late_stores(monkeypatch):
+    """Let what is stored between two barriers come in the other order: the first store stays.
+
+    Warps of a GPU wait for each other at barriers alone.
+    """
+    if torch.cuda.is_available():
+        pytest.skip(
+            "brings the stores of Triton's interpreter in another order, and it is on only where "
+            "there is no GPU. A GPU orders its own: there `pytest -m gpu` shows what comes of it."
+        )
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    store, written = InterpreterBuilder.create_masked_store, numpy.empty(0, numpy.uint64)
+
+    def first_store(builder, pointers, value, mask, *rest):
+        nonlocal written
+        own = mask.data & ~numpy.isin(pointers.data, written)
+        written = numpy.union1d(written, pointers.data[own])
+        return store(builder, pointers, value, TensorHandle(own, mask.dtype), *rest)
+
+    def begin_anew(builder, *_):
+        nonlocal written
+        written = written[:0]
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", first_store)
+    monkeypatch.setattr(InterpreterBuilder, "create_barrier", begin_anew)
+    place = InterpreterBuilder.set_grid_idx
+    monkeypatch.setattr(
+        InterpreterBuilder, "set_grid_idx", lambda b, *at: (begin_anew(b), place(b, *at))
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -246,40 +245,6 @@ def test_hint_does_not_push_out_the_block_being_written(device, eviction):
     assert twins.want.counters.tolist() == [1, 3, 1, 3, 0]
 
 
-@pytest.fixture
-def late_stores(monkeypatch):
-    """Let what is stored between two barriers come in the other order: the first store stays.
-
-    Warps of a GPU wait for each other at barriers alone.
-    """
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    store, written = InterpreterBuilder.create_masked_store, numpy.empty(0, numpy.uint64)
-
-    def first_store(builder, pointers, value, mask, *rest):
-        nonlocal written
-        own = mask.data & ~numpy.isin(pointers.data, written)
-        written = numpy.union1d(written, pointers.data[own])
-        return store(builder, pointers, value, TensorHandle(own, mask.dtype), *rest)
-
-    def begin_anew(builder, *_):
-        nonlocal written
-        written = written[:0]
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", first_store)
-    monkeypatch.setattr(InterpreterBuilder, "create_barrier", begin_anew)
-    place = InterpreterBuilder.set_grid_idx
-    monkeypatch.setattr(
-        InterpreterBuilder, "set_grid_idx", lambda b, *at: (begin_anew(b), place(b, *at))
-    )
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="brings the stores of Triton's interpreter in another order, and it is on only where "
-    "there is no GPU. A GPU orders its own: there `pytest -m gpu tests/e2e/test_cuda.py` shows "
-    "what a step makes of these plans",
-)
 @pytest.mark.parametrize("eviction", ["lru", "fifo"])
 def test_stores_between_barriers_may_come_in_any_order(device, late_stores, eviction):
     """With some blocks absent, all of them and none, and with a page for every block."""

@@ -7,7 +7,23 @@ from sparda_compile.kernels.gpu import token_blocks
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8, 32, 64])
-def test_unions_are_what_tiles_of_neighbours_read(device, prompt_case, tokens):
+@pytest.mark.parametrize("groups", [1024, 4, 1])
+def test_unions_are_what_tiles_of_neighbours_read(device, prompt_case, monkeypatch, tokens, groups):
+    """Whether all groups of blocks are looked at together, or a few or one in a turn."""
+    monkeypatch.setattr(token_blocks, "_TILE", groups * 32 // min(tokens, 32))
+    check_unions(device, prompt_case, tokens)
+
+
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_stores_between_barriers_may_come_in_any_order(
+    device, prompt_case, late_stores, monkeypatch, tokens
+):
+    """Ids are written where the groups were listed that they are read from."""
+    monkeypatch.setattr(token_blocks, "_TILE", 4)
+    check_unions(device, prompt_case, tokens)
+
+
+def check_unions(device, prompt_case, tokens):
     mask = [[i % 3 > 0 for i in range(36)], [True] * 36]
     case = prompt_case([50, 3], mask, (2, 1, 4, 8), selected=3)
     staged, paged = case.staged(device)
