@@ -121,6 +121,8 @@ class TestHonoured:
         got = fast.generate(ids, **ask)
         assert torch.equal(got.sequences, want.sequences)
         assert getattr(got, CACHE_NAME) is None
+        assert list(got.keys()) == list(model.generate(ids, **ask).keys())
+        assert len(got.to_tuple()) == 1
         assert fast.last_cache.lengths() == [37] * batch_size
         assert getattr(fast(ids, use_cache=False), CACHE_NAME) is None
 
