@@ -19,6 +19,7 @@ __all__ = [
     "check_ids",
     "check_kept",
     "check_padding",
+    "check_reach",
     "given_positions",
     "is_last",
     "kept_logits",
@@ -108,6 +109,24 @@ def check_holes(attention_mask: Tensor | None, windows: Iterable[int]) -> None:
             f"sliding window of {narrowest} tokens, which would count them. Leave those tokens "
             "out, and pad on the left. If you gave no attention_mask, generate has made one from "
             "pad_token_id: pass one."
+        )
+
+
+def check_reach(num_tokens: int, reach: int) -> None:
+    """Refuse a text that is longer than a window which was left out because it holds all positions.
+
+    Args:
+        num_tokens: Of the longest sequence, columns of padding included.
+        reach: `Captures.reach`; 0 for any number.
+
+    Raises:
+        UnsupportedInputError: If it is.
+    """
+    if reach and num_tokens > reach:
+        raise UnsupportedInputError(
+            f"a text of {num_tokens} tokens is longer than this model's sliding window of {reach}, "
+            "which holds all its positions (max_position_embeddings), so its attention was "
+            "rewritten without a window. Pass a shorter text, or ask for fewer new tokens."
         )
 
 
