@@ -18,6 +18,7 @@ __all__ = [
     "check_holes",
     "check_ids",
     "check_kept",
+    "check_kept_tokens",
     "check_padding",
     "check_reach",
     "given_positions",
@@ -180,6 +181,23 @@ def check_kept(logits_to_keep: int | Tensor) -> None:
         raise UnsupportedInputError(
             f"logits_to_keep has shape {tuple(logits_to_keep.shape)} and dtype "
             f"{logits_to_keep.dtype}; pass a number, or indices of tokens [n] int64."
+        )
+
+
+def check_kept_tokens(logits_to_keep: int | Tensor, num_tokens: int) -> None:
+    """Refuse indices of tokens that a call does not pass in; asks the device for those of a tensor.
+
+    Raises:
+        UnsupportedInputError: If there is one.
+    """
+    if not isinstance(logits_to_keep, Tensor) or not logits_to_keep.numel():
+        return
+    low, high = torch.stack(torch.aminmax(logits_to_keep)).tolist()
+    if low < -num_tokens or high >= num_tokens:
+        raise UnsupportedInputError(
+            f"logits_to_keep holds {low if low < -num_tokens else high}, and this call passes "
+            f"{num_tokens} tokens; use indices of -{num_tokens} to {num_tokens - 1}, which count "
+            "the new tokens alone."
         )
 
 
