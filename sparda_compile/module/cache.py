@@ -11,7 +11,7 @@ import torch
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.agreed import check_whole
 from sparda_compile.module.budgets import Budgets
-from sparda_compile.module.fixed_cache import FixedCache
+from sparda_compile.module.fixed_cache import FixedCache, check_rows
 from sparda_compile.module.saved_cache import SavedCache, write_cache
 from sparda_compile.runtime.kv_cache import check_budgets
 from sparda_compile.state.layout import LENGTHS
@@ -311,9 +311,13 @@ class SpardaCache(FixedCache):
 
         Args:
             beam_idx: [B] int64, the sequence whose tokens each one takes over.
+
+        Raises:
+            KVCacheError: If it does not name one sequence for each.
         """
         if self.kv is None:
             return
+        check_rows(beam_idx, self.batch_size)
         self.kv.is_broken = True  # until every row is where it belongs
         self.kv.reorder(beam_idx)
         self._join_parts()

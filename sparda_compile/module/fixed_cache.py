@@ -6,17 +6,16 @@ not overridden would do nothing in silence.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.arguments import CONFIG
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["FixedCache"]
+__all__ = ["FixedCache", "check_rows"]
 
 _FIXED_BATCH: Final = (
     "the batch size of a cache is fixed; pass the prompt once for each sequence, and let "
@@ -25,6 +24,24 @@ _FIXED_BATCH: Final = (
 _OWN_COPIES: Final = (
     "what is copied when is part of the module's programs; see SpardaConfig.offload"
 )
+
+
+def check_rows(rows: Any, batch_size: int) -> None:
+    """Refuse what does not name, for each sequence of a cache, one that it goes on from.
+
+    Raises:
+        KVCacheError: If it is no [batch_size] whole numbers of 0 to batch_size - 1.
+    """
+    is_whole = isinstance(rows, Tensor) and rows.dtype in (torch.int64, torch.int32)
+    if is_whole and rows.shape == (batch_size,):
+        low, high = torch.stack(torch.aminmax(rows)).tolist()
+        if 0 <= low <= high < batch_size:
+            return
+    shown = f"{rows.dtype} {rows.tolist()}" if isinstance(rows, Tensor) else repr(rows)
+    raise KVCacheError(
+        f"beam_idx is {shown}, and the cache holds {batch_size} sequences; pass a tensor "
+        f"[{batch_size}] int64 of the sequence that each goes on from, 0 to {batch_size - 1}."
+    )
 
 
 class FixedCache(Cache):

@@ -60,3 +60,30 @@ def test_what_would_change_or_share_its_memory_is_refused(fast, call, words):
 def test_a_model_that_is_not_optimized_cannot_write_to_it(fast):
     with pytest.raises(KVCacheError, match="to a model that is not optimized"):
         fast.new_cache(64).update(None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([0]),
+        torch.tensor([0, 1, 0]),
+        torch.tensor([2, 0]),
+        torch.tensor([-1, 0]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([True, False]),
+        torch.tensor([[0, 1]]),
+        [1, 0],
+    ],
+)
+def test_sequences_that_are_not_there_are_no_reason_to_break_a_cache(fast, rows):
+    cache = fast.new_cache(64)
+    ids = torch.arange(18).view(2, 9)
+    fast(ids, past_key_values=cache)
+    with pytest.raises(KVCacheError, match="and the cache holds 2 sequences; pass a tensor"):
+        cache.reorder_cache(rows)
+    assert cache.passed_mask.shape == (2, 9)
+    again = fast.new_cache(64)
+    fast(ids, past_key_values=again)
+    step = torch.tensor([[3], [4]])
+    found, want = (fast(step, past_key_values=each).logits for each in (cache, again))
+    assert torch.equal(found, want)
