@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparda_compile.config import SpardaConfig
+from sparda_compile.checks import whole
+from sparda_compile.config import MOST_TOKENS, SpardaConfig
 from sparda_compile.errors import (
     AttentionNotFoundError,
     CaptureError,
@@ -83,7 +84,7 @@ def optimize(
     from sparda_compile.module.optimized import OptimizedModule
 
     with neutral():
-        config = config or SpardaConfig()
+        config = _config_of(config)
         ranks = ranks_of(model)
         with ranks.together("optimize") as facts:
             facts["config"] = config.replace(dump_dir=None)
@@ -157,19 +158,39 @@ def explain(
         that cannot be rewritten gives a report with `error`.
 
     Raises:
-        ConfigError: If the configuration does not fit the model.
+        ConfigError: If the configuration does not fit the model, or a size is not allowed.
         UnsupportedInputError: If the model cannot be planned for `tp` ranks here.
     """
     from sparda_compile.module.planned_ranks import as_first_rank
 
     with neutral():
-        config = config or SpardaConfig()
+        config = _config_of(config)
+        _check_sizes(batch_size, max_tokens, memory_bytes)
         check_disabled(config.disable_passes, PIPELINE, OPTIONAL_PASSES)
         check_dump_dir(config.dump_dir)
         max_tokens = max_tokens or planned_capacity(config)
         with as_first_rank(model, tp) as planned:
             device = None if planned is model else local_of(next(model.parameters())).device
             return _explained(planned, config, (batch_size, max_tokens), memory_bytes, device)
+
+
+def _config_of(config: SpardaConfig | None) -> SpardaConfig:
+    if config is None:
+        return SpardaConfig()
+    if not isinstance(config, SpardaConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; pass a SpardaConfig, for example "
+            "SpardaConfig(mode='query')."
+        )
+    return config
+
+
+def _check_sizes(batch_size: int, max_tokens: int | None, memory_bytes: int | None) -> None:
+    whole("batch_size", batch_size, 1, MOST_TOKENS)
+    if max_tokens is not None:
+        whole("max_tokens", max_tokens, 1, MOST_TOKENS)
+    if memory_bytes is not None:
+        whole("memory_bytes", memory_bytes, 1)
 
 
 def _explained(

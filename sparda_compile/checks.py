@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import math
 import numbers
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sparda_compile.errors import ConfigError
 
@@ -15,7 +17,20 @@ if TYPE_CHECKING:
 AUTO: Final = "auto"
 """Stands for the format that is chosen where a cache is planned; `auto:PERCENT` says its error."""
 
-__all__ = ["AUTO", "by_layer", "format_choice", "names", "number", "one_of", "whole"]
+__all__ = [
+    "AUTO",
+    "by_layer",
+    "flag",
+    "format_choice",
+    "names",
+    "number",
+    "one_of",
+    "plain_numbers",
+    "whole",
+]
+
+# No setting counts further, and 64 bits hold it.
+_MOST: Final = (1 << 63) - 1
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -25,12 +40,37 @@ def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
         ConfigError: If it is not; the text names the field and what is allowed.
     """
     allowed = tuple(allowed)
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:  # an array would compare element by element
         return
     names = [str(name) for name in allowed]
     close = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(names)}.{hint}")
+
+
+def flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is no switch; use one of True, False.")
+
+
+def plain_numbers(settings: Any) -> None:
+    """Make numbers of numpy, and of other packages, Python's own: a file can hold those.
+
+    Args:
+        settings: A frozen dataclass that is being made; its fields are changed in place.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            continue
+        with contextlib.suppress(OverflowError):  # beyond all floats; `number` refuses it
+            own = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(settings, field.name, own)
 
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -44,8 +84,9 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> None:
         raise ConfigError(f"{name}={value!r} is not a whole number; use {limits}.")
     if int(value) < low:
         raise ConfigError(f"{name}={value} is too small; use {limits}.")
-    if high is not None and int(value) > high:
-        raise ConfigError(f"{name}={value} is too large; use {limits}.")
+    most = _MOST if high is None else high
+    if int(value) > most:
+        raise ConfigError(f"{name}={value} is too large; use {low} to {most}.")
 
 
 def number(name: str, value: object) -> None:
@@ -54,8 +95,12 @@ def number(name: str, value: object) -> None:
     Raises:
         ConfigError: If it is not; the text names the field and what is allowed.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+    try:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        is_finite = is_number and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond all floats
+        is_finite = False
+    if not is_finite:
         raise ConfigError(f"{name}={value!r} is not a finite number.")
 
 
@@ -90,7 +135,7 @@ def by_layer(
     for layer, chosen in given.items():
         whole(f"a layer of {name}", layer, 0)
         one_of(f"{name}[{layer}]", chosen, allowed)
-    return tuple(sorted(given.items()))
+    return tuple(sorted((int(layer), chosen) for layer, chosen in given.items()))
 
 
 def format_choice(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, Final, Literal, TypeVar, get_args
 
-from sparda_compile.checks import names, number, one_of, whole
+from sparda_compile.checks import flag, names, number, one_of, plain_numbers, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.memory import MOST_TOKENS, Memory, Offload, PageFormat
 from sparda_compile.registry import HINTS, PREDICTORS, forecast_rule
@@ -52,6 +52,7 @@ class Blocks:
     pool_stride: int = 16
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("block_size", "pool_size", "pool_stride"):
             whole(name, getattr(self, name), 1)
         if self.block_size % 16 or not 16 <= self.block_size <= 128:
@@ -96,9 +97,10 @@ class Execution:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         one_of("lowering", self.lowering, get_args(Lowering))
-        one_of("cuda_graph", self.cuda_graph, (True, False))
-        one_of("progress", self.progress, (True, False))
+        flag("cuda_graph", self.cuda_graph)
+        flag("progress", self.progress)
         names("disable_passes", self.disable_passes)
         if self.dump_dir is not None and (not isinstance(self.dump_dir, str) or not self.dump_dir):
             raise ConfigError(f"dump_dir={self.dump_dir!r} is no folder's path; use one, or None.")
@@ -151,10 +153,15 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
             **changes: Single fields; they win.
 
         Raises:
-            ConfigError: If two groups are of one kind, or a value is not allowed.
+            ConfigError: If two groups are of one kind, or one is none, or a value is not allowed.
         """
         given: dict[str, Any] = {}
         for group in groups:
+            if not isinstance(group, (Selection, Prediction, Blocks, Memory, Execution)):
+                raise ConfigError(
+                    f"{group!r} is no group of settings; give Selection, Prediction, Blocks, "
+                    "Memory or Execution, and single fields by name."
+                )
             mine = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
             if mine.keys() & given.keys():
                 raise ConfigError(

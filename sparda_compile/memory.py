@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from sparda_compile.checks import format_choice, number, one_of, whole
+from sparda_compile.checks import format_choice, number, one_of, plain_numbers, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import KV_FORMATS
 
@@ -64,6 +64,7 @@ class Memory:
     page_format: PageFormat = "model"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         formats = format_choice("kv_format", self.kv_format, KV_FORMATS.choices())
         object.__setattr__(self, "kv_format", formats)
         one_of("page_format", self.page_format, get_args(PageFormat))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Final, Literal, get_args
 
-from sparda_compile.checks import number, one_of, whole
+from sparda_compile.checks import flag, number, one_of, plain_numbers, whole
 from sparda_compile.errors import ConfigError
 from sparda_compile.registry import HINTS, PREDICTORS, SELECTORS
 
@@ -89,6 +89,7 @@ class Selection:
     shared_tokens: int = 1
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         one_of("mode", self.mode, _MODES)
         one_of("selector", self.selector, SELECTORS.choices())
         object.__setattr__(self, "hint", _hint_of(self.hint))
@@ -195,6 +196,7 @@ class Prediction:
     attend_before_repair: Where = "auto"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("ema_level", "ema_trend"):
             number(name, getattr(self, name))
             if not 0.0 < getattr(self, name) <= 1.0:
@@ -202,7 +204,7 @@ class Prediction:
                     f"{name}={getattr(self, name)} is no weight of the newest score; use a number "
                     "above 0.0 and at most 1.0."
                 )
-        one_of("ema_calibrate", self.ema_calibrate, (True, False))
+        flag("ema_calibrate", self.ema_calibrate)
         number("ema_damping", self.ema_damping)
         if not 0.0 <= self.ema_damping <= 1.0:
             raise ConfigError(

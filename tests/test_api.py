@@ -358,3 +358,24 @@ def test_the_compiler_starts_before_the_model_is_traced(fast, monkeypatch):
     assert not started
     optimize(fast, CONFIG.replace(lowering="inductor"))
     assert started == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"batch_size": 0}, "batch_size=0 is too small; use 1 to"),
+        ({"batch_size": "x"}, "batch_size='x' is not a whole number"),
+        ({"max_tokens": -1}, "max_tokens=-1 is too small"),
+        ({"max_tokens": 10**14}, "max_tokens=100000000000000 is too large"),
+        ({"memory_bytes": -1}, "memory_bytes=-1 is too small; use 1 or more"),
+        ({"config": {"mode": "query"}}, "config is a dict; pass a SpardaConfig"),
+    ],
+)
+def test_sizes_to_plan_for_are_checked(shared_llama, sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        explain(shared_llama, **sizes)
+
+
+def test_what_is_no_configuration_is_refused(shared_llama):
+    with pytest.raises(ConfigError, match="config is a str; pass a SpardaConfig"):
+        optimize(shared_llama, "query")

@@ -6,7 +6,9 @@ import dataclasses
 import pickle
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from sparda_compile import SpardaConfig
 from sparda_compile.config import (
@@ -292,6 +294,10 @@ class TestGroups:
         assert config.prediction == Prediction()
         assert config.execution == Execution()
 
+    def test_what_is_no_group_is_refused(self):
+        with pytest.raises(ConfigError, match="3 is no group of settings; give Selection"):
+            SpardaConfig.of(3)
+
     def test_two_of_a_kind_are_refused(self):
         with pytest.raises(ConfigError, match="two groups of the kind Memory"):
             SpardaConfig.of(Memory(), Memory())
@@ -339,11 +345,22 @@ class TestGroups:
         ("disable_passes", (1,), "is not a tuple of names"),
         ("dump_dir", "", "is no folder's path"),
         ("dump_dir", 3, "is no folder's path"),
+        ("page_ratio", 10**400, "is not a finite number"),
+        ("top_k", 10**400, "is too large; use 0 to 9223372036854775807"),
+        ("mode", np.array(["query", "dense"]), "is not known"),
+        ("cuda_graph", torch.tensor([1, 0]), "is no switch"),
         ("mode", None, "is not known"),
         ("selector", ["quest"], "is not known"),
         ("machine", 7, "is not known"),
     ],
 )
 def test_every_field_is_checked_for_type_and_range(field, value, words):
-    with pytest.raises(ConfigError, match=rf"^{field}=.*{re.escape(words)}"):
+    with pytest.raises(ConfigError, match=rf"(?s)^{field}=.*{re.escape(words)}"):
         SpardaConfig(**{field: value})
+
+
+@pytest.mark.parametrize("kind", [SpardaConfig, Memory])
+def test_numbers_of_numpy_are_kept_as_plain_ones(kind):
+    config = kind(chunk_tokens=np.int64(16), page_ratio=np.float32(2.0))
+    assert config == kind(chunk_tokens=16, page_ratio=2.0)
+    assert (type(config.chunk_tokens), type(config.page_ratio)) == (int, float)

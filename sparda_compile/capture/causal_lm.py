@@ -15,7 +15,7 @@ from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["WrappedCausalLM", "as_causal_lm", "register_causal_lm", "sliding_windows"]
+__all__ = ["WrappedCausalLM", "as_causal_lm", "reach_of", "register_causal_lm", "sliding_windows"]
 
 _TRACEABLE = ("sdpa", "eager")
 
@@ -110,13 +110,29 @@ def as_causal_lm(model: nn.Module) -> PreTrainedModel:
 def sliding_windows(model: PreTrainedModel) -> dict[int, int]:
     """Return the sliding window of each layer in tokens, 0 for none.
 
-    A window that holds all the positions that a model has is none.
+    A window that holds all the positions that a model has is none; see `reach_of`.
     """
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    if window >= (getattr(config, "max_position_embeddings", None) or window + 1):
-        window = 0
+    window = 0 if _holds_all(config) else getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return {i: window if kind == "sliding_attention" else 0 for i, kind in enumerate(kinds)}
     return dict.fromkeys(range(getattr(config, "num_hidden_layers", 0) or 0), window)
+
+
+def reach_of(model: PreTrainedModel) -> int:
+    """Return how many tokens a text may have, where a window holds all positions; 0 for any number.
+
+    As long as a text is within such a window, as of Phi-3 with 128K positions, it changes nothing.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if not _holds_all(config) or (kinds and "sliding_attention" not in kinds):
+        return 0
+    return int(config.sliding_window)
+
+
+def _holds_all(config: Any) -> bool:
+    window = getattr(config, "sliding_window", None) or 0
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    return 0 < positions <= window

@@ -192,10 +192,15 @@ def projections_of(given: Mapping[int, Tensor]) -> dict[int, Projection]:
     """Return the projections of Forecast weights; bare tensors are full ones.
 
     Raises:
-        ConfigError: If a tensor is no matrix of finite real numbers.
+        ConfigError: If they are no mapping, or a tensor is no matrix of finite real numbers.
     """
     if isinstance(given, ForecastWeights):
         return given.projections
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"forecast is a {type(given).__name__}; pass a dict of a matrix for each layer, what "
+            "train_forecast returned, or a file's path."
+        )
     return {layer: Projection((_checked(layer, tensor),)) for layer, tensor in given.items()}
 
 

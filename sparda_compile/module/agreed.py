@@ -136,8 +136,11 @@ def facts_of_generation(
 def check_same_text(ranks: Ranks, output: Any) -> None:
     """Refuse texts that are not the same on all ranks, as after a criterion of one rank alone.
 
+    A function as `custom_generate` may return something else, which is not compared.
+
     Raises:
         RanksDisagreeError: If they are not.
     """
     with ranks.together("the end of generate") as facts:
-        facts["tokens"] = output if isinstance(output, Tensor) else output.sequences
+        text = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+        facts["tokens"] = text

@@ -93,8 +93,8 @@ FORWARD: Final[dict[str, Argument]] = {
     **_used("input_ids", what="the new tokens, [batch, tokens] of whole numbers in the vocabulary"),
     **_used(
         "attention_mask",
-        what="0 hides a token; one entry for each new token, or for those of the cache too, which "
-        "then have to be as they were",
+        what="0 hides a token, whose own logits then mean nothing; one entry for each token of the "
+        "cache, as it was, and for each new one",
     ),
     **_used("position_ids", what="positions of the new tokens; None counts columns"),
     **_marked(

@@ -10,7 +10,13 @@ from sparda_compile.module.agreed import facts_of_generation
 from sparda_compile.module.cache import SpardaCache
 from sparda_compile.module.calls import check_generation, check_prompt, length_of
 from sparda_compile.module.given_cache import check_owner, check_reserved, check_turn
-from sparda_compile.module.inputs import check_holes, is_last, token_mask
+from sparda_compile.module.inputs import (
+    check_holes,
+    check_kept_tokens,
+    check_reach,
+    is_last,
+    token_mask,
+)
 from sparda_compile.module.prompt import Reading
 
 if TYPE_CHECKING:
@@ -45,10 +51,13 @@ def begin_call(
         are.
 
     Raises:
-        UnsupportedInputError: If a mask is not supported.
+        UnsupportedInputError: If a mask is not supported, the text is too long for the model, or
+            logits of tokens are asked for that are not passed in.
         KVCacheError: If there is no room for the tokens.
     """
     batch_size, num_tokens = ids.shape
+    check_reach(kv.num_columns + num_tokens, module.captures.reach)
+    check_kept_tokens(logits_to_keep, num_tokens)
     mask = token_mask(attention_mask, cache, ids)
     check_holes(attention_mask, module.captures.windows.values())
     hides = attention_mask is not None and not bool(mask.all())  # asks the device, once
@@ -89,6 +98,7 @@ def begin_generation(
     ids = check_prompt(inputs, kwargs, settings)
     facts |= facts_of_generation(module.ranks, ids, kwargs, settings)
     total = length_of(1 if ids is None else ids.shape[1], settings, module.config)
+    check_reach(total, module.captures.reach)
     cache = take_cache(kwargs)
     is_given = cache is not None
     if not is_given:

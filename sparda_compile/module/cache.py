@@ -7,12 +7,11 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from transformers.cache_utils import Cache
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.agreed import check_whole
-from sparda_compile.module.arguments import CONFIG
 from sparda_compile.module.budgets import Budgets
+from sparda_compile.module.fixed_cache import FixedCache, check_rows
 from sparda_compile.module.saved_cache import SavedCache, write_cache
 from sparda_compile.runtime.kv_cache import check_budgets
 from sparda_compile.state.layout import LENGTHS
@@ -33,7 +32,7 @@ __all__ = ["SpardaCache"]
 _MOST_PARTS: Final = 256
 
 
-class SpardaCache(Cache):
+class SpardaCache(FixedCache):
     """A conversation's KV cache, as transformers passes it around.
 
     Args:
@@ -45,9 +44,6 @@ class SpardaCache(Cache):
         is_generating: Whether `generate` runs on it, which looks at masks once for all its steps.
         is_checked: Whether `generate` has just looked at the model, for the step that comes now.
     """
-
-    is_compileable = False
-    is_croppable = False
 
     def __init__(self, owner: nn.Module, max_tokens: int) -> None:
         super().__init__(layers=[])
@@ -260,6 +256,34 @@ class SpardaCache(Cache):
             self._adaptation = None
             self.hold(self.kv)  # with its budgets
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpardaCache:
+        """Return a cache of the same tokens and memory of its own, as for a prefix that is shared.
+
+        Raises:
+            KVCacheError: If a step began and did not end, or the module is gone.
+        """
+        owner: Any = self.owner()
+        if owner is None:
+            raise KVCacheError("the module of the cache is gone, so nothing could go on from it.")
+        other = SpardaCache(owner, self.max_tokens)
+        other._budgets, other._passed = {**self._budgets}, [*self._passed]
+        other.has_padding = self.has_padding
+        if self.kv is not None:
+            self.kv.check_ended()
+            owner.lend_copy(self.kv, other)
+        memo[id(self)] = other
+        return other
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether memory was made; the first call does it."""
+        return self.kv is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first call."""
+        return self.kv.layout.batch_size if self.kv else -1
+
     @property
     def is_linear(self) -> list[bool]:
         """No layer is recurrent: `generate` passes on only the tokens that are not in the cache."""
@@ -277,14 +301,23 @@ class SpardaCache(Cache):
 
     get_max_length = get_max_cache_shape
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return how many keys there are behind `query_length` new tokens, and the first one."""
+        del layer_idx
+        return self.get_seq_length() + query_length, 0
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let each sequence go on from another one's tokens; beam search calls it in each step.
 
         Args:
             beam_idx: [B] int64, the sequence whose tokens each one takes over.
+
+        Raises:
+            KVCacheError: If it does not name one sequence for each.
         """
         if self.kv is None:
             return
+        check_rows(beam_idx, self.batch_size)
         self.kv.is_broken = True  # until every row is where it belongs
         self.kv.reorder(beam_idx)
         self._join_parts()
@@ -293,27 +326,6 @@ class SpardaCache(Cache):
             for ids, mask in self._passed
         ]
         self.kv.is_broken = False
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: blocks that were offloaded are not taken back.
-
-        Raises:
-            UnsupportedInputError: Always.
-        """
-        raise UnsupportedInputError(
-            f"crop is not supported: {CONFIG['prompt_lookup_num_tokens'].what}."
-        )
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse: only an optimized module writes to this cache.
-
-        Raises:
-            KVCacheError: Always.
-        """
-        raise KVCacheError(
-            "a SpardaCache was passed to a model that is not optimized; pass it to the module "
-            "that made it."
-        )
 
     def __len__(self) -> int:
         """Return the number of layers."""

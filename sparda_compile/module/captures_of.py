@@ -23,7 +23,7 @@ def captures_of(model: nn.Module) -> Captures:
         UnsupportedInputError: If it is no module, in training mode, or no causal LM.
         AttentionNotFoundError: If it has layers that are not implemented.
     """
-    from sparda_compile.capture.causal_lm import as_causal_lm, sliding_windows
+    from sparda_compile.capture.causal_lm import as_causal_lm, reach_of, sliding_windows
     from sparda_compile.module.optimized import OptimizedModule
     from sparda_compile.program.captures import Captures
 
@@ -42,7 +42,7 @@ def captures_of(model: nn.Module) -> Captures:
         )
     _check_dropout(model)
     causal_lm = as_causal_lm(model)
-    return Captures(causal_lm, sliding_windows(causal_lm))
+    return Captures(causal_lm, sliding_windows(causal_lm), reach_of(causal_lm))
 
 
 def _check_dropout(model: nn.Module) -> None:

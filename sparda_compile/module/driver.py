@@ -8,6 +8,8 @@ import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils.generic import ModelOutput
+
 from sparda_compile.capture.cache_name import CACHE_NAME, OLD_CACHE_NAME
 
 if TYPE_CHECKING:
@@ -64,9 +66,10 @@ def drive(driver: Any, cache: SpardaCache, wants_cache: bool, kwargs: dict[str, 
         output = driver.generate(**kwargs)
     finally:
         cache.is_generating = cache.is_checked = False
-    if not wants_cache and isinstance(output, dict):
-        output[CACHE_NAME if CACHE_NAME in output else OLD_CACHE_NAME] = None
-    return output
+    if wants_cache or not isinstance(output, ModelOutput):
+        return output
+    caches = (CACHE_NAME, OLD_CACHE_NAME)  # a key whose value is None would count in a tuple
+    return type(output)(**{name: part for name, part in output.items() if name not in caches})
 
 
 def _step(module: OptimizedModule, input_ids: Any, **kwargs: Any) -> Any:

@@ -38,12 +38,15 @@ class FrozenModule(nn.Module):
         """Return self when device and dtype are as they are; refuse any other."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         weight = next(self.parameters())
-        same_device = device is None or torch.device(device).type == weight.device.type
+        here = weight.device
+        same_device = device is None or (
+            device.type == here.type and device.index in (None, here.index or 0)
+        )
         if same_device and dtype in (None, weight.dtype):
             return self
         raise UnsupportedInputError(
             "an optimized module cannot be moved or cast: its graphs and its KV cache are made "
-            f"for {weight.device} and {weight.dtype}. Move the model and optimize it again."
+            f"for {here} and {weight.dtype}. Move the model and optimize it again."
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparda_compile.capture.cache_name import CACHE_NAME
+from sparda_compile.checks import whole
 from sparda_compile.errors import KVCacheError
+from sparda_compile.memory import MOST_TOKENS
 from sparda_compile.module.cache import SpardaCache
 from sparda_compile.runtime.held import HeldKeysValues
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from sparda_compile.config import SpardaConfig
     from sparda_compile.program.captures import Captures
 
-__all__ = ["check_owner", "check_reserved", "check_turn", "keys_and_values"]
+__all__ = ["check_owner", "check_request", "check_reserved", "check_turn", "keys_and_values"]
 
 
 def check_owner(cache: Any, module: nn.Module) -> None:
@@ -46,6 +49,36 @@ def check_owner(cache: Any, module: nn.Module) -> None:
             "the cache given is that of another model; a cache holds the keys of the "
             "module that made it. Pass None to start a new one."
         )
+
+
+def check_request(max_tokens: Any, past: Any = None, attention_mask: Any = None) -> None:
+    """Refuse what a new cache cannot be made of.
+
+    Args:
+        max_tokens: Tokens per sequence to reserve, or None.
+        past: A cache to take over, or None.
+        attention_mask: Of its tokens, or None.
+
+    Raises:
+        ConfigError: If `max_tokens` is no number of tokens.
+        KVCacheError: If `past` is no cache, or there is a mask and it is no tensor or of no cache.
+    """
+    if max_tokens is not None:
+        whole("max_tokens", max_tokens, 1, MOST_TOKENS)
+    if past is not None and not isinstance(past, Cache):
+        raise KVCacheError(
+            f"past is a {type(past).__name__}; pass the DynamicCache that model(input_ids, "
+            "use_cache=True) returns, or a cache of a module that was optimized from the same."
+        )
+    if attention_mask is None:
+        return
+    if past is None:
+        raise KVCacheError(
+            "attention_mask is for the tokens of past, and past is not given; an empty cache has "
+            "none. Pass it to forward or generate."
+        )
+    if not isinstance(attention_mask, Tensor):
+        raise KVCacheError(f"attention_mask is a {type(attention_mask).__name__}; pass a tensor.")
 
 
 def check_reserved(config: SpardaConfig, total: int) -> None:

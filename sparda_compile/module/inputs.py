@@ -18,7 +18,9 @@ __all__ = [
     "check_holes",
     "check_ids",
     "check_kept",
+    "check_kept_tokens",
     "check_padding",
+    "check_reach",
     "given_positions",
     "is_last",
     "kept_logits",
@@ -111,6 +113,24 @@ def check_holes(attention_mask: Tensor | None, windows: Iterable[int]) -> None:
         )
 
 
+def check_reach(num_tokens: int, reach: int) -> None:
+    """Refuse a text that is longer than a window which was left out because it holds all positions.
+
+    Args:
+        num_tokens: Of the longest sequence, columns of padding included.
+        reach: `Captures.reach`; 0 for any number.
+
+    Raises:
+        UnsupportedInputError: If it is.
+    """
+    if reach and num_tokens > reach:
+        raise UnsupportedInputError(
+            f"a text of {num_tokens} tokens is longer than this model's sliding window of {reach}, "
+            "which holds all its positions (max_position_embeddings), so its attention was "
+            "rewritten without a window. Pass a shorter text, or ask for fewer new tokens."
+        )
+
+
 def check_padding(attention_mask: Tensor) -> None:
     """Refuse a prompt that ends in padding: the next token would be that of the padding.
 
@@ -161,6 +181,23 @@ def check_kept(logits_to_keep: int | Tensor) -> None:
         raise UnsupportedInputError(
             f"logits_to_keep has shape {tuple(logits_to_keep.shape)} and dtype "
             f"{logits_to_keep.dtype}; pass a number, or indices of tokens [n] int64."
+        )
+
+
+def check_kept_tokens(logits_to_keep: int | Tensor, num_tokens: int) -> None:
+    """Refuse indices of tokens that a call does not pass in; asks the device for those of a tensor.
+
+    Raises:
+        UnsupportedInputError: If there is one.
+    """
+    if not isinstance(logits_to_keep, Tensor) or not logits_to_keep.numel():
+        return
+    low, high = torch.stack(torch.aminmax(logits_to_keep)).tolist()
+    if low < -num_tokens or high >= num_tokens:
+        raise UnsupportedInputError(
+            f"logits_to_keep holds {low if low < -num_tokens else high}, and this call passes "
+            f"{num_tokens} tokens; use indices of -{num_tokens} to {num_tokens - 1}, which count "
+            "the new tokens alone."
         )
 
 

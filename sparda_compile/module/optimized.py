@@ -34,6 +34,7 @@ from sparda_compile.module.driver import drive, follow, make_driver
 from sparda_compile.module.frozen import FrozenModule
 from sparda_compile.module.given_cache import (
     check_owner,
+    check_request,
     check_reserved,
     keys_and_values,
 )
@@ -292,8 +293,10 @@ class OptimizedModule(FrozenModule):
             attention_mask: [B, T] for the T tokens of `past`, 0 for padding; None means none.
 
         Raises:
+            ConfigError: If `max_tokens` is no number of tokens.
             KVCacheError: If `past` is of another model, another kind or empty, or does not fit.
         """
+        check_request(max_tokens, past, attention_mask)
         tokens = past.get_seq_length() + 1 if past is not None else 1
         reserve = max_tokens or max(planned_capacity(self.sparda_config), tokens)
         check_reserved(self.sparda_config, max(reserve, tokens))
@@ -315,10 +318,12 @@ class OptimizedModule(FrozenModule):
 
         Raises:
             UnsupportedInputError: If several ranks share the model.
+            ConfigError: If `max_tokens` is no number of tokens.
             KVCacheError: If there is no such file, it is of another model, other weights or other
                 settings, or has room for more tokens than `SpardaConfig.max_tokens`.
         """
         agreed.check_whole(self.ranks, "load_cache")
+        check_request(max_tokens)
         file = CacheFile.open(path)
         reserve = max(file.info.max_tokens, max_tokens or 1)
         check_reserved(self.sparda_config, reserve)
@@ -331,6 +336,11 @@ class OptimizedModule(FrozenModule):
             if cache.kv is not None and saved != decode.plan.layout:
                 cache.hold(cache.kv.grow(decode.plan.layout))
         return cache
+
+    def lend_copy(self, kv: KVCache, to: SpardaCache) -> None:
+        """Let a cache hold a copy of another one's memory."""
+        with self._lock, neutral():
+            self._pool.lend(kv.grow(kv.layout), to)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the model itself has: config, generation_config, device, ..."""

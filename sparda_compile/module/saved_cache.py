@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -189,9 +190,9 @@ class CacheFile:
         """
         from safetensors import safe_open
 
-        path = Path(path)
-        if not path.is_file():
+        if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
             raise KVCacheError(f"{str(path)!r} is no file; pass one that SpardaCache.save wrote.")
+        path = Path(path)
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_METADATA_KEY)

@@ -52,6 +52,7 @@ class PassContext:
         machine: Constants that the scheduler plans with.
         batch_size: Sequences that the schedule is made for.
         weights: Values of the graph's placeholders, by name, for the proof of each attention.
+        reach: Tokens that a text may have, beyond which no mask is proved; 0 for any number.
     """
 
     config: SpardaConfig
@@ -62,6 +63,7 @@ class PassContext:
     machine: Machine
     batch_size: int = 1
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    reach: int = 0
 
     @property
     def strategy(self) -> Strategy:

@@ -44,6 +44,8 @@ class Captures:
     Args:
         model: A causal LM of transformers.
         windows: Sliding window of each layer, 0 for none.
+        reach: Tokens that a text may have, where a window is left out because it holds all
+            positions; 0 for any number.
 
     Attributes:
         original: The model as it was given, which its owner may change.
@@ -51,13 +53,14 @@ class Captures:
         ranks: The processes that it is sharded over.
     """
 
-    def __init__(self, model: nn.Module, windows: Mapping[int, int]) -> None:
+    def __init__(self, model: nn.Module, windows: Mapping[int, int], reach: int = 0) -> None:
         self.original = model
         self.model = share_weights(model)
         self.model_name = type(model).__name__
         self.ranks = ranks_of(model)
         check_heads(model, self.ranks.size)
         self.windows = dict(windows)
+        self.reach = reach
         self._graphs: dict[tuple[str, bool], CapturedGraph] = {}
         self._found: dict[tuple[str, bool, SpardaConfig], FoundSites] = {}
         # By what finding reads of a configuration.
@@ -115,7 +118,7 @@ class Captures:
                     self.model,
                     phase,
                     last_logits_only=last_logits_only,
-                    limits=set(self.windows.values()),
+                    limits={*self.windows.values(), self.reach},
                 )
             self._graphs[key] = dataclasses.replace(captured, joined=self._joined, ranks=self.ranks)
         return self._graphs[key]
@@ -145,6 +148,7 @@ class Captures:
                 config=config,
                 phase=phase,
                 windows=self.windows,
+                reach=self.reach,
                 model=self.model_name,
                 layout=None,
                 machine=self.machine(config),

@@ -144,13 +144,13 @@ class KVCache:
         )
 
     def grow(self, layout: CacheLayout) -> KVCache:
-        """Return a larger cache with the same content.
+        """Return another cache with the same content.
 
         Full blocks are rounded where the larger one has another format.
 
         Args:
-            layout: As this one's, with more `max_tokens`, and maybe another place or format of
-                blocks, as `auto` chooses by size.
+            layout: As this one's, or with more `max_tokens`, and then maybe another place or format
+                of blocks, as `auto` chooses by size.
         """
         device = self.state[LENGTHS].device
         larger = KVCache(layout, device)

@@ -64,7 +64,7 @@ def quantize(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         has span 0 and codes 0.
     """
     low, high = k.float().amin(-2), k.float().amax(-2)
-    levels, largest = 2**bits, torch.finfo(k.dtype).max
+    levels, largest = 2**bits, min(torch.finfo(dtype).max for dtype in (k.dtype, low.dtype))
     span = ((high - low) * (levels / (levels - 1))).clamp(max=largest).to(k.dtype)
     base = (low - span.float()).clamp(min=-largest).to(k.dtype)
     step = span.float()[..., None, :] / levels

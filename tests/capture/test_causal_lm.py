@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from sparda_compile.capture.cache_name import CACHE_NAME, cache_of
-from sparda_compile.capture.causal_lm import WrappedCausalLM, as_causal_lm, sliding_windows
+from sparda_compile.capture.causal_lm import (
+    WrappedCausalLM,
+    as_causal_lm,
+    reach_of,
+    sliding_windows,
+)
 from sparda_compile.capture.forward import share_weights
 from sparda_compile.errors import AttentionNotFoundError, UnsupportedInputError
 from sparda_compile.testing import UNSUPPORTED_MODELS, PlainCausalLM, build, tiny_llama
@@ -124,5 +129,27 @@ def test_windows_that_are_not_in_use_do_not_count() -> None:
     assert sliding_windows(model) == {0: 0, 1: 0}
 
 
+@pytest.mark.parametrize(
+    ("name", "window", "windows", "reach"),
+    [
+        ("mistral", 4095, {0: 4095, 1: 4095}, 0),
+        ("mistral", 4096, {0: 0, 1: 0}, 4096),
+        ("mistral", 9000, {0: 0, 1: 0}, 9000),
+        ("mistral", None, {0: 0, 1: 0}, 0),
+        ("qwen2", 9000, {0: 0, 1: 0}, 0),
+        ("gemma3", 9000, {0: 0, 1: 0}, 9000),
+    ],
+)
+def test_a_window_that_holds_all_positions_is_how_far_a_text_reaches(
+    name: str, window: int | None, windows: dict[int, int], reach: int
+) -> None:
+    model: Any = build(name)
+    assert model.config.max_position_embeddings == 4096
+    model.config.sliding_window = window
+    assert sliding_windows(model) == windows
+    assert reach_of(model) == reach
+
+
 def test_plain_modules_have_no_windows() -> None:
     assert sliding_windows(as_causal_lm(PlainCausalLM())) == {}
+    assert reach_of(as_causal_lm(PlainCausalLM())) == 0

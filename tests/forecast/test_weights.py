@@ -259,6 +259,12 @@ def test_numbers_that_no_projection_has_are_refused(tmp_path, change, words, suf
         load_forecast(path)
 
 
+@pytest.mark.parametrize("given", [[torch.zeros(4, 4)], 3, torch.zeros(4, 4)])
+def test_what_names_no_layers_is_refused(given):
+    with pytest.raises(ConfigError, match=f"forecast is a {type(given).__name__}; pass a dict"):
+        projections_of(given)
+
+
 def test_a_wrapper_that_holds_itself_is_refused(tmp_path):
     wrapper = {}
     wrapper["state_dict"] = wrapper

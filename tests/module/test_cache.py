@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from sparda_compile import SpardaConfig, optimize
 from sparda_compile.capture.cache_name import CACHE_NAME
@@ -48,6 +51,104 @@ def test_it_counts_what_was_passed_in(fast):
     assert cache.get_seq_length() == 14
     assert cache.kv.lengths() == [11, 14]
     assert cache.kv.longest == 14
+
+
+def test_what_transformers_asks_of_its_form(fast):
+    cache = fast.new_cache(100)
+    assert (cache.is_initialized, cache.batch_size, cache.get_mask_sizes(3, 0)) == (
+        False,
+        -1,
+        (3, 0),
+    )
+    fast(tokens(9, 2), past_key_values=cache)
+    assert (cache.is_initialized, cache.batch_size, cache.get_mask_sizes(3, 0)) == (
+        True,
+        2,
+        (12, 0),
+    )
+
+
+class TestDeepCopies:
+    @pytest.mark.parametrize("offload", ["always", "never"])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"mode": "query"},
+            {"mode": "exact", "hint": "ema"},
+            {"mode": "exact", "hint": "previous_step", "selector": "lowbit2"},
+        ],
+    )
+    def test_each_goes_on_by_itself(self, traced_llama, settings, offload):
+        config = SpardaConfig(
+            **settings, top_k=1, local_blocks=1, block_size=16, lowering="eager", offload=offload
+        )
+        fast = optimize(traced_llama, config)
+        drawn = torch.Generator().manual_seed(3)
+        prompt, one, other = (torch.randint(0, 256, (2, n), generator=drawn) for n in (90, 7, 22))
+        steps = torch.randint(0, 256, (9, 2, 1), generator=drawn)
+        mask = torch.ones(2, 90, dtype=torch.long)
+        mask[0, :20] = 0
+
+        def ask(cache, turn):
+            masks = torch.cat([mask, torch.ones_like(turn)], dim=1)
+            found = [fast(turn, masks, past_key_values=cache).logits]
+            for step in steps:
+                masks = torch.cat([masks, torch.ones_like(step)], dim=1)
+                found.append(fast(step, masks, past_key_values=cache).logits)
+            return torch.cat(found, dim=1)
+
+        def read():
+            cache = fast.new_cache(200)
+            fast(prompt, mask, past_key_values=cache)
+            return cache
+
+        first = read()
+        second = copy.deepcopy(first)
+        assert (second.kv is first.kv, second.get_seq_length()) == (False, 90)
+        found = ask(second, other), ask(first, one)
+        assert torch.equal(found[0], ask(read(), other))
+        assert torch.equal(found[1], ask(read(), one))
+
+    def test_an_empty_one(self, fast):
+        cache = copy.deepcopy(fast.new_cache(100))
+        assert (cache.kv, cache.max_tokens, cache.owner()) == (None, 512, fast)
+
+    def test_the_memory_of_one_does_not_go_back_with_the_other(self, traced_llama):
+        fast = optimize(traced_llama, CONFIG)
+        first = fast.new_cache(100)
+        fast(tokens(9), past_key_values=first)
+        second = copy.deepcopy(first)
+        del first
+        gc.collect()
+        third = fast.new_cache(100)
+        fast(tokens(3), past_key_values=third)
+        assert third.kv is not second.kv
+        assert second.get_seq_length() == 9
+
+    def test_one_whose_step_did_not_end_is_refused(self, fast):
+        cache = fast.new_cache(100)
+        fast(tokens(9), past_key_values=cache)
+        cache.kv.is_broken = True
+        with pytest.raises(KVCacheError, match="began and did not end"):
+            copy.deepcopy(cache)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"max_tokens": 0}, ConfigError, "max_tokens=0 is too small; use 1 to 2147483647"),
+        ({"max_tokens": -1}, ConfigError, "max_tokens=-1 is too small"),
+        ({"max_tokens": float("nan")}, ConfigError, "max_tokens=nan is not a whole number"),
+        ({"max_tokens": "many"}, ConfigError, "max_tokens='many' is not a whole number"),
+        ({"max_tokens": 10**12}, ConfigError, "max_tokens=1000000000000 is too large"),
+        ({"past": "text"}, KVCacheError, "past is a str; pass the DynamicCache"),
+        ({"attention_mask": torch.ones(1, 3)}, KVCacheError, "past is not given"),
+        ({"past": DynamicCache(), "attention_mask": [1]}, KVCacheError, "attention_mask is a list"),
+    ],
+)
+def test_new_caches_that_cannot_be_made(fast, arguments, error, words):
+    with pytest.raises(error, match=words):
+        fast.new_cache(**arguments)
 
 
 def test_it_grows(fast):

@@ -98,6 +98,10 @@ class TestHonoured:
             assert logits.shape[:2] == (1, 1)
         with pytest.raises(UnsupportedInputError, match="logits_to_keep has shape"):
             fast(self.ids(), logits_to_keep=torch.ones(2, 2))
+        length = cache.get_seq_length()
+        with pytest.raises(UnsupportedInputError, match=r"holds 1, and this call passes 1 token"):
+            fast(self.ids(1, 1), past_key_values=cache, logits_to_keep=torch.tensor([1]))
+        assert cache.get_seq_length() == length
 
     def test_a_tuple_where_one_is_asked_for(self, pair):
         _, fast = pair
@@ -121,6 +125,8 @@ class TestHonoured:
         got = fast.generate(ids, **ask)
         assert torch.equal(got.sequences, want.sequences)
         assert getattr(got, CACHE_NAME) is None
+        assert list(got.keys()) == list(model.generate(ids, **ask).keys())
+        assert len(got.to_tuple()) == 1
         assert fast.last_cache.lengths() == [37] * batch_size
         assert getattr(fast(ids, use_cache=False), CACHE_NAME) is None
 

@@ -77,3 +77,12 @@ def test_the_output_has_a_cache_if_it_is_wanted(fast, wants_cache):
     output = drive(fast._driver, cache, wants_cache, asked)
     kept = output.get("cache", output.get("past_key_values"))
     assert kept is (cache if wants_cache else None)
+
+
+@pytest.mark.parametrize("returned", [{"text": 1}, (1, 2), "text", None])
+def test_what_a_function_of_the_user_returns_is_handed_on(fast, returned):
+    def loop(model, input_ids, **kwargs):
+        return returned
+
+    for use_cache in (True, False):
+        assert fast.generate(prompt(9), custom_generate=loop, use_cache=use_cache) is returned

@@ -26,6 +26,7 @@ class Small(FrozenModule):
         (lambda m: m.half(), "cannot be moved or cast"),
         (lambda m: m.to(torch.float64), "cannot be moved or cast"),
         (lambda m: m.to("meta"), "cannot be moved or cast"),
+        (lambda m: m.to("cpu:1"), "cannot be moved or cast.* made for cpu"),
         (copy.deepcopy, "cannot be pickled or deep-copied"),
         (pickle.dumps, "cannot be pickled or deep-copied"),
     ],
@@ -40,6 +41,7 @@ def test_what_changes_nothing_is_not():
     assert module.eval() is module
     assert module.train(False) is module
     assert module.to("cpu") is module
+    assert module.to("cpu:0") is module
     assert module.to(torch.float32) is module
     with pytest.raises(BypassError, match="has no compile"):
         module.compile()

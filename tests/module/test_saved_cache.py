@@ -251,6 +251,11 @@ class TestFiles:
     def test_no_file(self, query, tmp_path):
         with pytest.raises(KVCacheError, match="is no file; pass one that SpardaCache"):
             query.load_cache(tmp_path / "none")
+        for path in (None, 3):
+            with pytest.raises(KVCacheError, match=f"'{path}' is no file"):
+                query.load_cache(path)
+        with pytest.raises(ConfigError, match="max_tokens='big' is not a whole number"):
+            query.load_cache(tmp_path / "none", "big")
         (tmp_path / "text").write_text("no tensors")
         save_file({"a": torch.zeros(1)}, tmp_path / "other")
         for name, words in (("text", "header"), ("other", "its metadata has no sparda_cache")):

@@ -81,6 +81,17 @@ def test_error_is_at_most_half_a_step_of_the_channel(bits, dtype, spread, shift,
     assert (error <= wide / 2 + rounding).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_keys_of_64_bits_have_the_codes_of_32(bits):
+    keys = torch.randn(3, SIZE, 5, generator=torch.Generator().manual_seed(bits))
+    codes, *others = quantize(keys, bits)
+    wide_codes, *wide_others = quantize(keys.double(), bits)
+    assert torch.equal(wide_codes, codes)
+    for wide, other in zip(wide_others, others, strict=True):
+        assert wide.dtype == torch.float64
+        assert torch.equal(wide, other.double())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_constant_channel_is_exact_and_an_outlier_spoils_its_own_channel_alone(bits, dtype):

@@ -68,7 +68,7 @@ class FindAttention:
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Tag sites; raise AttentionNotFoundError, or UnsupportedInputError for the selector."""
         flow = Dataflow(gm.graph)
-        masks = None if ctx.is_decode else MaskProof(flow, ctx.weights)
+        masks = None if ctx.is_decode else MaskProof(flow, ctx.weights, ctx.reach)
         markers = find_ops(gm.graph, "kv_update")
         anchors = [a for a in (match_anchor(n, flow) for n in gm.graph.nodes) if a]
         sites: list[AttentionSite] = []

@@ -42,10 +42,13 @@ class MaskProof:
     Args:
         flow: What flows where in the graph.
         weights: Values of placeholders.
+        reach: Tokens that a text may have; nothing is proved of pairs that are further apart. 0 is
+            any number.
     """
 
-    def __init__(self, flow: Dataflow, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, flow: Dataflow, weights: Mapping[str, Tensor], reach: int = 0) -> None:
         self._flow = flow
+        self._reach = reach
         self._weights = weights
         self._found: dict[Hashable, str] = {}
 
@@ -72,7 +75,7 @@ class MaskProof:
         needed: set[fx.Node] = set()
         if isinstance(target, fx.Node):
             needed = ancestors(target, {scores} if scores is not None else ())
-        positions = _positions({*constants_of(needed, self._weights), window})
+        positions = _positions({*constants_of(needed, self._weights), window, self._reach})
         if scores is not None:
             fake = fake_value(scores)
             shape = concrete(fake.shape, PROOF_BATCH, len(positions))
@@ -81,11 +84,13 @@ class MaskProof:
             is_causal = bool(_given(anchor.node, 5, "is_causal"))
             index = positions.values
             seen = index[:, None] >= index if is_causal else torch.ones(1, 1, dtype=torch.bool)
-            return _compare(seen, positions, window)
+            return _compare(seen, positions, window, self._reach)
         if is_sdpa and target in self._flow.active:
             raise NotProvableError("its mask depends on the tokens")
         value = evaluate_at(target, positions, known, self._weights)
-        return _compare(_seen(value) if is_sdpa else _counted(value), positions, window)
+        return _compare(
+            _seen(value) if is_sdpa else _counted(value), positions, window, self._reach
+        )
 
     def _key(self, anchor: Anchor) -> Hashable:
         """Return what an attention's mask is made of: the same for layers that share it."""
@@ -182,7 +187,7 @@ def _counted(weights: Tensor) -> Tensor:
     return seen
 
 
-def _compare(seen: Tensor, positions: Positions, window: int) -> str:
+def _compare(seen: Tensor, positions: Positions, window: int, reach: int) -> str:
     index = positions.values
     want = index[:, None] >= index
     if window:
@@ -190,6 +195,8 @@ def _compare(seen: Tensor, positions: Positions, window: int) -> str:
     if tuple(seen.shape[-2:]) not in ((1, 1), tuple(want.shape)):
         raise NotProvableError(f"its mask has shape {tuple(seen.shape)}")
     wrong = seen != want
+    if reach:
+        wrong = wrong & (index[:, None] - index < reach)
     wrong = wrong.flatten(0, -3).any(0) if wrong.dim() > 2 else wrong
     if not bool(wrong.any()):
         return ""

@@ -225,6 +225,22 @@ def test_windows_of_transformers_are_proved(attn_implementation: str) -> None:
         captures.sites("prefill", CONFIG)
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [4096, 5000])
+def test_a_window_that_holds_all_positions_is_none_within_its_reach(
+    window: int, attn_implementation: str
+) -> None:
+    captures = captures_of(mistral(window, attn_implementation))
+    found = sites_of(captures.sites("prefill", CONFIG).graph_module.graph)
+    assert {site.window for site in found} == {0}
+    captures.reach += 1
+    captures._found.clear()
+    captures._tagged.clear()
+    if attn_implementation == "eager":
+        with pytest.raises(AttentionNotFoundError, match=f"position {window} does not see the one"):
+            captures.sites("prefill", CONFIG)
+
+
 def test_a_window_that_holds_all_positions_is_none() -> None:
     assert set(captures_of(mistral(4096)).windows.values()) == {0}
     assert set(captures_of(mistral(4095)).windows.values()) == {4095}
