@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 
 from sparda_compile.errors import KVCacheError, UnsupportedInputError
 from sparda_compile.module.agreed import check_whole
-from sparda_compile.module.arguments import CONFIG
 from sparda_compile.module.budgets import Budgets
 from sparda_compile.module.saved_cache import SavedCache, write_cache
 from sparda_compile.runtime.kv_cache import check_budgets
@@ -301,7 +300,8 @@ class SpardaCache(Cache):
             UnsupportedInputError: Always.
         """
         raise UnsupportedInputError(
-            f"crop is not supported: {CONFIG['prompt_lookup_num_tokens'].what}."
+            "crop is not supported: what was written to blocks is not taken back. Call reset, or "
+            "begin with a new cache."
         )
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
