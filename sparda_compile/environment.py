@@ -9,13 +9,17 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparda_compile.errors import ConfigError
 from sparda_compile.files import replacing
 
-__all__ = ["describe", "kept_result", "version_of", "write_result"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["describe", "kept_result", "result_to_go_on", "version_of", "write_result"]
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
@@ -90,3 +94,48 @@ def kept_result(
     same = isinstance(then, dict) and all(then.get(n) == now[n] for n in now if n != "date")
     same &= all(found.get(name) == value for name, value in head.items())
     return found if same else None
+
+
+def result_to_go_on(
+    path: Path, head: dict[str, Any], fields: Iterable[str], commit: str | None = None
+) -> dict[str, Any]:
+    """Return a result that was written in this environment, the date aside, to add to it.
+
+    Args:
+        path: Its file, which is there.
+        head: Fields that it must have as they are here; `name`, if there is one, is the command's.
+        fields: Others that a file of the command has.
+        commit: Of this package, where it is not a git checkout.
+
+    Raises:
+        ConfigError: If it is a file of something else, or of another environment or head. It stays
+            as it is.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    named = {"environment", *fields}
+    if not isinstance(found, dict) or found.get("name") != head.get("name") or named - found.keys():
+        raise ConfigError(f"{path} is no file of this command; give another one.")
+    other = [*_differences(describe(commit), found["environment"], head, found)]
+    if other:
+        raise ConfigError(
+            f"{path} was made with other settings, so what it has cannot be added to; give another "
+            f"file, or delete it. What is not as it is now: {', '.join(other)}."
+        )
+    return found
+
+
+def _differences(
+    now: dict[str, Any], then: dict[str, Any], head: dict[str, Any], found: dict[str, Any]
+) -> Iterator[str]:
+    """Yield what of an environment, and of a head, is another: names, with the old value of one."""
+    yield from (f"{n} {then.get(n)}" for n in now if n != "date" and then.get(n) != now[n])
+    for name, value in head.items():
+        old = found.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            keys = [key for key in (value | old) if value.get(key) != old.get(key)]
+            yield from (f"{key} {old.get(key)}" for key in keys)
+        elif value != old:
+            yield name

@@ -56,7 +56,8 @@ def attend_blocks(
         there is no block.
 
     Raises:
-        UnsupportedInputError: If shapes or dtypes do not fit, or `pages` is not contiguous.
+        UnsupportedInputError: If shapes, dtypes or devices do not fit, or `pages` is not
+            contiguous.
     """
     parts: tuple[Tensor, Tensor] = _ops.attend_blocks(
         query, pages, page_ids, block_ids, lengths, scale, softcap
@@ -82,7 +83,7 @@ def merge_partials(
         [..., R, D] float32 and [..., R] float32; (0, -inf) where nothing counts, or S is 0.
 
     Raises:
-        UnsupportedInputError: If shapes or dtypes do not fit.
+        UnsupportedInputError: If shapes, dtypes or devices do not fit.
     """
     merged: tuple[Tensor, Tensor] = _ops.merge_partials(partial_out, partial_lse, keep)
     return merged
@@ -108,7 +109,7 @@ def remove_partial(
         be used. Where it may not, what is there is (0, -inf).
 
     Raises:
-        UnsupportedInputError: If shapes or dtypes do not fit, or the limit is none.
+        UnsupportedInputError: If shapes, dtypes or devices do not fit, or the limit is none.
     """
     left: tuple[Tensor, Tensor, Tensor] = _ops.remove_partial(out, lse, part_out, part_lse, limit)
     return left

@@ -7,6 +7,7 @@ said and the conversation goes on; in a pipe it ends it, so that a script sees i
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ _STOPPING: Final = b"\n(stops behind the next token; Ctrl-C again stops at once)
 
 def lines_of_a_pipe() -> Iterator[str]:
     """Yield the lines of standard input; each is a turn."""
+    _let_all_bytes_in()
     yield from sys.stdin
 
 
@@ -40,8 +42,24 @@ def lines_of_a_terminal() -> Iterator[str]:
     """Yield what is typed, until Ctrl-D; Ctrl-C clears the line."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history
+    _let_all_bytes_in()
     while (line := _typed()) is not None:
         yield line
+
+
+def _let_all_bytes_in() -> None:
+    """Let standard input hold bytes that are not UTF-8: the line that has them is refused."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def _check_text(line: str) -> None:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the line is no text: its character {error.start + 1} is not UTF-8; give it in UTF-8."
+        ) from error
 
 
 def _typed() -> str | None:
@@ -112,6 +130,7 @@ class ChatLoop:
 
     def _take(self, words: str) -> bool:
         """Take a turn; returns whether there may be another."""
+        _check_text(words)
         if words.startswith("/"):
             with contextlib.ExitStack() as waiting:
                 if self._is_terminal:

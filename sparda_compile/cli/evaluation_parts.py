@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationParts", "prompts_of", "selectors_of"]
 
 _USUAL: Final = "infllm2"
+# Bytes that tokens are spelled in are less than this.
+_ASCII: Final = 128
 # What selects -> how a configuration's name ends.
 _ENDINGS: Final = {"dense": "", "sparse": ", and its prompt", "alone": ", its prompt alone"}
 
@@ -100,16 +102,28 @@ class EvaluationParts:
 
         Raises:
             ConfigError: If a length is too small for a task or a budget, or too large for the
-                device's memory.
+                device's memory, or the model does not have the tokens of the tasks.
         """
         from sparda_compile.evaluation.tasks import make_batch
 
+        self._check_vocabulary(model_config)
         size = min(self.batch_size, self.num_samples)
         for length in self.lengths:
             check_memory(model_config, size, length, device)
             for task in self.tasks:
                 make_batch(task, batch_size=1, length=length, as_bytes=self.as_bytes)
             self.configs(length)
+
+    def _check_vocabulary(self, model_config: Any) -> None:
+        from sparda_compile.evaluation.vocabulary import NUM_TOKENS
+
+        needed = _ASCII if self.as_bytes else NUM_TOKENS
+        has = model_config.get_text_config().vocab_size
+        if has < needed:
+            raise ConfigError(
+                f"the tasks are written in {needed} tokens, and the model has {has}; add --bytes "
+                "if its tokens are bytes, or measure it on texts with `sparda eval text`."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers of a part, beside its configurations, as plain data."""

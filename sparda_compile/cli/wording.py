@@ -23,7 +23,7 @@ _OTHER_NAMES: Final = {
     "num_samples": ("samples",),
     "forecast_rank": ("rank",),
 }
-_VALUE: Final = re.compile(r"(?<![\w.-])([a-z]\w*)=('[^']*'|[^\s;,]*[^\s;,.)])")
+_VALUE: Final = re.compile(r"(?<![\w.-])([a-z]\w*)=(\([^)]*\)|'[^']*'|[^\s;,]*[^\s;,.)])")
 _FIELD: Final = re.compile(r"(?<![\w.'/-])([a-z]+(?:_[a-z]+)+)(?![\w.'=/-])")
 _REMEDY: Final = re.compile(r"(?<!a )\b(lower|raise) ([a-z]+)(?: or ([a-z]+))?\b(?![=_])")
 
@@ -51,8 +51,12 @@ def in_options(message: str, parameters: Collection[str]) -> str:
 
     def with_value(match: re.Match[str]) -> str:
         option = option_of(match[1], parameters)
-        value = match[2].strip("'")
-        return f"{option} {value or chr(39) * 2}" if option else match[0]
+        if option is None:
+            return match[0]
+        # A tuple is an option that was given again.
+        parts = match[2].strip("()").split(",") if match[2].startswith("(") else [match[2]]
+        values = [part.strip().strip("'") for part in parts if part.strip()]
+        return " ".join(f"{option} {value or chr(39) * 2}" for value in values)
 
     def alone(match: re.Match[str]) -> str:
         return option_of(match[1], parameters) or match[0]

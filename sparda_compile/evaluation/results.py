@@ -1,8 +1,9 @@
 """A JSON file of an evaluation, written part by part, from which it goes on.
 
-A part is one task at one length. What a file holds is kept if it was measured in this environment
-and with these settings, the date aside; so an evaluation that was stopped loses the part that it
-was in.
+A part is one task at one length; an evaluation that was stopped loses the part that it was in. What
+a file holds was measured in this environment and with these settings, the date aside, and stays in
+it: more tasks, lengths and configurations are added. A file of something else is refused, and left
+as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from sparda_compile.environment import kept_result, write_result
+from sparda_compile.environment import result_to_go_on, write_result
+from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.guesses import Guess
 from sparda_compile.evaluation.run import Evaluation, EvaluationRow, Recall
 
@@ -30,6 +32,9 @@ class EvaluationFile:
         model: Class of the model.
         seed: Seed of the sequences.
         settings: What else decides the numbers of a row, as plain data.
+
+    Raises:
+        ConfigError: If there is a file that was made with something else.
     """
 
     def __init__(self, path: Path | None, model: str, seed: int, settings: dict[str, Any]) -> None:
@@ -38,25 +43,33 @@ class EvaluationFile:
         self.seed = seed
         self.settings = settings
         self.rows: list[EvaluationRow] = []
-        head = {"model": model, "seed": seed, "settings": settings}
-        found = kept_result(path, head) if path is not None else None
-        rows = found.get("rows") if found else None
-        self._kept = [_row(plain) for plain in rows] if isinstance(rows, list) else []
+        self._kept: dict[tuple[str, int, str], EvaluationRow] = {}
+        if path is not None and path.exists():
+            self._kept = {_key(row): row for row in self._found(path)}
 
     def keep(self, task: str, length: int, names: Iterable[str]) -> bool:
-        """Take over a part that the file has: a row for each configuration, and no other."""
-        rows = [row for row in self._kept if (row.task, row.length) == (task, length)]
-        if [row.name for row in rows] != list(names):
+        """Take over a part if the file has a row for each configuration."""
+        keys = [(task, length, name) for name in names]
+        if not all(key in self._kept for key in keys):
             return False
-        self.rows += rows
+        self.rows += [self._kept[key] for key in keys]
         return True
 
     def save(self, rows: Sequence[EvaluationRow]) -> None:
         """Add a part and write the file."""
         self.rows += rows
         if self.path is not None:
-            found = {**self.evaluation().to_dict(), "settings": self.settings}
-            write_result(self.path, found)
+            self._kept |= {_key(row): row for row in rows}
+            everything = Evaluation(self.model, self.seed, tuple(self._kept.values()))
+            write_result(self.path, {**everything.to_dict(), "settings": self.settings})
+
+    def _found(self, path: Path) -> list[EvaluationRow]:
+        head = {"model": self.model, "seed": self.seed, "settings": self.settings}
+        found = result_to_go_on(path, head, ["rows"])
+        try:
+            return [_row(plain) for plain in found["rows"]]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no file of this command; give another one.") from error
 
     def evaluation(self) -> Evaluation:
         """Return what there is so far."""
@@ -72,6 +85,10 @@ def fingerprint(*paths: Path) -> str:
             status = file.stat()
             found.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return found.hexdigest()[:16]
+
+
+def _key(row: EvaluationRow) -> tuple[str, int, str]:
+    return row.task, row.length, row.name
 
 
 def _row(plain: dict[str, Any]) -> EvaluationRow:

@@ -149,7 +149,8 @@ def remove(
         more than the limit went, what is there is (0, -inf).
     """
     share = torch.exp(part_lse_R - lse_R.clamp(min=_LOWEST))
-    fine = share <= limit
+    # A limit next to 1 is 1 in fp32, and of all of it nothing is left.
+    fine = (share <= limit) & (share < 1.0)
     left = torch.where(fine, 1.0 - share, 1.0)
     # A partial of nothing may hold anything.
     part_out_RD = part_out_RD.masked_fill((share == 0.0)[..., None], 0.0)
@@ -172,6 +173,18 @@ def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: str
         )
 
 
+def _check_devices(arguments: Any) -> None:
+    """Refuse tensors of several devices."""
+    (first, wanted), *others = (
+        (name, value.device) for name, value in vars(arguments).items() if isinstance(value, Tensor)
+    )
+    for name, device in others:
+        if device != wanted:
+            raise UnsupportedInputError(
+                f"{name} is on {device}, and {first} on {wanted}; move all of them to one device."
+            )
+
+
 def _check_partial(names: tuple[str, str], out: Tensor, lse: Tensor, least: int) -> None:
     """Refuse what is not [..., R, D] and [..., R] in fp32, of `least` dimensions or more."""
     if lse.dim() < least:
@@ -186,6 +199,7 @@ def _check_partial(names: tuple[str, str], out: Tensor, lse: Tensor, least: int)
 
 def _check_blocks(a: Any) -> tuple[int, ...]:
     """Refuse arguments of `attend_blocks` that do not fit; return [B, G, K, R, D]."""
+    _check_devices(a)
     _check("pages", a.pages, (None, None, None, 2, None, None), "float32 float16 bfloat16")
     batch, groups, _, _, _, dim = a.pages.shape
     _check("query", a.query, (batch, None, 1, dim), str(a.pages.dtype).removeprefix("torch."))
@@ -243,6 +257,7 @@ def attend_blocks(
 
 
 def _fake_merge(a: Any) -> tuple[Tensor, Tensor]:
+    _check_devices(a)
     _check_partial(("partial_out", "partial_lse"), a.partial_out, a.partial_lse, 2)
     if a.keep is not None:
         _check("keep", a.keep, tuple(a.partial_lse.shape[:-1]), "bool")
@@ -267,6 +282,7 @@ def merge_partials(
 
 
 def _fake_removal(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(a)
     _check_partial(("out", "lse"), a.out, a.lse, 1)
     _check("part_lse", a.part_lse, tuple(a.lse.shape), "float32")
     _check("part_out", a.part_out, tuple(a.out.shape), "float32")

@@ -26,16 +26,21 @@ def select_blocks_reference(
     sink_blocks: int,
     local_blocks: int,
 ) -> Tensor:
-    """Pick blocks; ties go to the lower id. Returns [B, G, K] int32, ascending, then -1."""
+    """Pick blocks; ties go to the lower id. Returns [B, G, K] int32, ascending, then -1.
+
+    A score that is NaN, as all of a group are where one of its keys is, counts as none: forced
+    blocks are picked all the same.
+    """
     num_blocks = scores_BGN.shape[-1]
     block_N = torch.arange(num_blocks, device=scores_BGN.device)
     current_B1 = (lengths_B.long() // block_size)[:, None]
     exists_BN = block_N <= current_B1
     forced_BN = exists_BN & ((block_N < sink_blocks) | (block_N >= current_B1 - local_blocks))
-    ranked = scores_BGN.masked_fill(forced_BN[:, None], float("inf"))
     # An existing block without a summary comes after all scored ones, before those that do not
-    # exist; NaN cannot occur.
+    # exist.
     lowest = torch.finfo(torch.float32).min
+    ranked = scores_BGN.masked_fill(scores_BGN.isnan(), lowest)
+    ranked = ranked.masked_fill(forced_BN[:, None], float("inf"))
     ranked = ranked.clamp(min=lowest).masked_fill(~exists_BN[:, None], float("-inf"))
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
     picked = exists_BN[:, None].expand_as(ranked).gather(-1, best)

@@ -21,6 +21,9 @@ _FIXED_BATCH: Final = (
     "the batch size of a cache is fixed; pass the prompt once for each sequence, and let "
     "reorder_cache exchange sequences"
 )
+_NOT_TAKEN_BACK: Final = (
+    "what was written to blocks is not taken back; call reset, or begin with a new cache"
+)
 _OWN_COPIES: Final = (
     "what is copied when is part of the module's programs; see SpardaConfig.offload"
 )
@@ -56,7 +59,7 @@ class FixedCache(Cache):
         Raises:
             UnsupportedInputError: Always.
         """
-        self._refuse("crop", CONFIG["prompt_lookup_num_tokens"].what)
+        self._refuse("crop", _NOT_TAKEN_BACK)
 
     def activate_past_recording(self) -> None:
         """Refuse: it is for tokens that `crop` takes back.

@@ -148,3 +148,19 @@ def test_lines_of_a_terminal(monkeypatch, capfd):
 def test_lines_of_a_pipe(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert [line.strip() for line in chat_loop.lines_of_a_pipe()] == ["one", "two"]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf8_is_refused_by_itself(talk, monkeypatch, capfd, errors):
+    """In a locale of UTF-8 standard input is strict, and in that of C it is not."""
+    given = io.BytesIO(b"one\nt\xff\xfeo\nthree\n")
+    stdin = io.TextIOWrapper(given, encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    lines = list(chat_loop.lines_of_a_pipe())
+    _, err, asked = talk(*lines, is_terminal=True)
+    assert asked == ["one", "three"]
+    assert "Error: the line is no text: its character 2 is not UTF-8" in err
+    with pytest.raises(typer.Exit) as caught:
+        talk(*lines)
+    assert caught.value.exit_code == 2
+    assert capfd.readouterr().out == "I heard one.\n"

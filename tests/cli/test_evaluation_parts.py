@@ -47,6 +47,14 @@ def test_names_say_who_selects_for_a_prompt_where_one_selects():
     assert list(some.configs(640)) == names
 
 
+@pytest.mark.parametrize(("as_bytes", "needed"), [(False, 1600), (True, 128)])
+def test_a_model_that_lacks_tokens_of_the_tasks_is_refused(as_bytes, needed):
+    some = parts(as_bytes=as_bytes, lengths=(3200 if as_bytes else 640,))
+    some.check(LlamaConfig(num_hidden_layers=2, vocab_size=needed), CPU)
+    with pytest.raises(ConfigError, match=rf"in {needed} tokens, and the model has {needed - 1};"):
+        some.check(LlamaConfig(num_hidden_layers=2, vocab_size=needed - 1), CPU)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

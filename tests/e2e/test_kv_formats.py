@@ -167,6 +167,30 @@ def test_a_plan_moves_fewer_bytes(fast):
             assert moved
 
 
+@pytest.mark.parametrize("kv_format", ["model", *FORMATS])
+@torch.no_grad()
+def test_nan_reaches_what_follows_wherever_blocks_are(ids, kv_format, turns):
+    """Scores are NaN then, and the block of the new token is read all the same."""
+    model = tiny_llama()
+    model.model.embed_tokens.weight[128] = float("nan")
+    ids = ids.where(ids != 128, 0)
+    ids[1, TOKENS + 2] = 128
+    fast, sizes = optimize(model, SpardaConfig(**SMALL)), (TOKENS, *[1] * 20)
+    want = None
+    for changes in (
+        {},
+        {"offload": "never"},
+        {"page_ratio": 1.0},
+        {"mode": "exact", "hint": "ema"},
+    ):
+        got, _ = turns(built(fast, kv_format=kv_format, **changes), ids, *sizes)
+        assert got[0].isfinite().all()
+        # As long as the token is in a block that is always read.
+        assert got[1, TOKENS + 2 : TOKENS + SIZE].isnan().all()
+        want = got if want is None else want
+        assert torch.equal(got.nan_to_num(1e9), want.nan_to_num(1e9))
+
+
 def test_models_of_other_dtypes_are_refused():
     with pytest.raises(UnsupportedInputError, match=r"kv_format='int8'.*float64"):
         optimize(tiny_llama().double(), SpardaConfig(**SMALL, kv_format="int8"))

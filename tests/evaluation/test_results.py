@@ -5,6 +5,9 @@ import json
 import math
 import os
 
+import pytest
+
+from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.guesses import Guess
 from sparda_compile.evaluation.results import EvaluationFile, fingerprint
 from sparda_compile.evaluation.run import EvaluationRow, Recall
@@ -44,16 +47,45 @@ def test_parts_are_kept_and_taken_over(tmp_path):
     assert plain["environment"]["torch"]
 
 
-def test_what_was_measured_otherwise_is_not_kept(tmp_path):
+def test_a_part_needs_a_row_for_each_configuration(tmp_path):
     path = tmp_path / "found.json"
     make(path).save([DENSE, ROW])
     assert not make(path).keep("multi_key", 8192, ["dense", "query 10%"])
-    assert not make(path).keep("multi_key", 4096, ["dense"])
+    assert not make(path).keep("key_value", 4096, ["dense", "query 10%"])
     assert not make(path).keep("multi_key", 4096, ["dense", "query 20%"])
-    assert not make(path, batch_size=2).keep("multi_key", 4096, ["dense", "query 10%"])
-    for text in ("", "{}", "[]", '{"rows": 3}'):
+    file = make(path)
+    assert file.keep("multi_key", 4096, ["query 10%"])
+    assert str(file.evaluation().rows) == str((ROW,))
+
+
+def test_what_is_not_asked_for_again_stays_in_the_file(tmp_path):
+    path = tmp_path / "found.json"
+    make(path).save([DENSE, ROW])
+    file = make(path)
+    file.save([dataclasses.replace(ROW, name="query 20%"), dataclasses.replace(DENSE, kl=0.5)])
+    assert [row.name for row in file.evaluation().rows] == ["query 20%", "dense"]
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["name"], row["kl"]) for row in rows] == [
+        ("dense", 0.5), ("query 10%", 0.125), ("query 20%", 0.125),
+    ]  # fmt: skip
+    assert make(path).keep("multi_key", 4096, ["dense", "query 10%", "query 20%"])
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "found.json"
+    make(path).save([DENSE, ROW])
+    before = path.read_text()
+    with pytest.raises(ConfigError, match=r"other settings.*as it is now: batch_size 4\."):
+        make(path, batch_size=2)
+    with pytest.raises(ConfigError, match=r"as it is now: model\."):
+        EvaluationFile(path, "Other", 0, {"batch_size": 4})
+    assert path.read_text() == before
+    damaged = {**json.loads(before), "rows": [{"name": "dense"}]}
+    for text in ("", "{}", "[]", '{"rows": 3}', json.dumps(damaged), "# Notes\n"):
         path.write_text(text)
-        assert not make(path).keep("multi_key", 4096, ["dense", "query 10%"])
+        with pytest.raises(ConfigError, match="no file of this command"):
+            make(path)
+        assert path.read_text() == text
 
 
 def test_no_path_keeps_nothing():

@@ -219,6 +219,10 @@ def test_all_of_it_and_nothing_of_it_removed():
     assert rest_lse.eq(-INF).all()
     _, _, usable = remove(*empty, out, lse)  # more than there is
     assert not usable.any()
+    rest, rest_lse, usable = remove_partial(out, lse, out, lse, limit=1.0 - 1e-9)  # 1 in fp32
+    assert not usable.any()
+    assert rest.eq(0).all()
+    assert rest_lse.eq(-INF).all()
 
 
 def block_arguments(**changes):
@@ -271,6 +275,25 @@ def test_partials_that_do_not_fit_are_refused():
     ):
         with pytest.raises(UnsupportedInputError, match=message):
             remove_partial(*args)
+
+
+def test_operands_of_several_devices_are_refused():
+    """On the meta device, too, what comes back would be memory that nobody wrote."""
+    out, lse = partials(4)
+    whole, part = merge(out, lse), merge(out[:, :2], lse[:, :2])
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    calls = [
+        (attend_blocks, tuple(block_arguments().values())),
+        (merge_partials, (out, lse, keep)),
+        (remove_partial, (*whole, *part)),
+    ]
+    for op, args in calls:
+        for at, arg in enumerate(args):
+            if not isinstance(arg, torch.Tensor):
+                continue
+            mixed = [*args[:at], arg.to("meta"), *args[at + 1 :]]
+            with pytest.raises(UnsupportedInputError, match=r"on meta|on cpu, and .* on meta"):
+                op(*mixed)
 
 
 def test_strides_do_not_matter():

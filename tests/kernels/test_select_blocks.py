@@ -45,7 +45,7 @@ def test_selection_follows_the_definition(num_blocks, sink, local, top_k, seed):
             assert ids[row, group].tolist() == want
 
 
-@pytest.mark.parametrize("value", [0.0, -math.inf, 3e38, -3e38])
+@pytest.mark.parametrize("value", [0.0, -math.inf, 3e38, -3e38, math.nan])
 def test_ties_go_to_the_lower_id(value):
     scores = torch.full((1, 1, 37), value)
     ids = select_blocks(scores, torch.tensor([36 * 16]), 6, 16, 1, 1)
@@ -60,6 +60,14 @@ def test_forced_blocks_beat_infinite_scores_and_scored_ones_beat_unscored():
     scores[0, 0, 4] = -1e30
     ids = select_blocks(scores, torch.tensor([9 * 16 + 5]), 5, 16, 1, 1)
     assert ids.tolist() == [[[0, 4, 6, 8, 9]]]
+
+
+def test_a_score_that_is_nan_is_that_of_no_summary():
+    """A key that is NaN makes all scores of its group NaN: forced blocks are read all the same."""
+    scores = torch.tensor([[[math.nan, 1.0, math.nan, -3e38, -math.inf, math.nan]]])
+    for count, want in ((2, [0, 5]), (3, [0, 1, 5]), (4, [0, 1, 3, 5]), (5, [0, 1, 2, 3, 5])):
+        ids = select_blocks(scores, torch.tensor([5 * 16], dtype=torch.int32), count, 16, 1, 0)
+        assert ids.tolist() == [[want]]
 
 
 def test_published_counts():

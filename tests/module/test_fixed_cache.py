@@ -38,7 +38,10 @@ def test_nothing_of_transformers_acts_on_layers_that_are_not_there():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda c: c.crop(3), "crop is not supported: assisted and prompt-lookup"),
+        (
+            lambda c: c.crop(3),
+            "crop is not supported: what was written to blocks is not taken back; call reset",
+        ),
         (lambda c: c.activate_past_recording(), "activate_past_recording is not supported"),
         (lambda c: c.batch_repeat_interleave(2), "batch size of a cache is fixed"),
         (lambda c: c.batch_select_indices(torch.tensor([1, 0])), "batch size of a cache is fixed"),

@@ -152,6 +152,8 @@ def _read(path: Path, name: str, tokenizer: Any, least: int) -> Document:
     if "\0" in text:
         raise ConfigError(f"{name} is no text: it holds null bytes; name a file in UTF-8.")
     ids = token_ids(tokenizer, text)
+    if not ids:
+        raise ConfigError(f"{name} is empty; name a file with text in it.")
     if len(ids) < least:
         raise ConfigError(
             f"{name} has {len(ids)} tokens, fewer than the {least} that are read of each text; "

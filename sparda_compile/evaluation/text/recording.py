@@ -85,9 +85,10 @@ def record_document(
     for config in (each for same in configs.values() for each in same):
         free = num_tokens // config.block_size - config.local_blocks - config.sink_blocks
         if not config.top_k or config.top_k > free:
+            chosen = "all" if config.top_k is None else config.top_k
             raise ConfigError(
                 f"of the {free} blocks that may be chosen in {num_tokens} tokens, this budget "
-                f"chooses {config.top_k}; a trace needs 1 to {free}. Change the budget or tokens."
+                f"chooses {chosen}; a trace needs 1 to {free}. Change the budget or tokens."
             )
     device = next(model.parameters()).device
     ids = [*begin, *document.ids_T[: num_tokens + num_steps - len(begin)].tolist()]

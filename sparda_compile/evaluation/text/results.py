@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from sparda_compile.environment import describe, write_result
+from sparda_compile.environment import result_to_go_on, write_result
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.text.cases import DENSE
 from sparda_compile.evaluation.text.intervals import Estimate, ratio_estimate, share_estimate
@@ -157,8 +156,8 @@ def _row(records: list[Record], dense: list[Record]) -> TextRow:
         budget=first.num_read / first.num_blocks,
         num_samples=len(samples),
         tokens=int(sum(tokens)),
-        perplexity=ratio_estimate(sums(r.nll for r in records), tokens).map(math.exp),
-        ratio=ratio_estimate(sums(r.nll - d.nll for r, d in pairs), tokens).map(math.exp),
+        perplexity=ratio_estimate(sums(r.nll for r in records), tokens).map(_exp),
+        ratio=ratio_estimate(sums(r.nll - d.nll for r, d in pairs), tokens).map(_exp),
         kl=ratio_estimate(sums(r.kl for r in records), tokens, (0.0, math.inf)),
         top1=ratio_estimate(sums(r.same for r in records), tokens, (0.0, 1.0)),
         right=share_estimate(sums(float(r.is_right) for r in records), answers)
@@ -172,6 +171,14 @@ def _row(records: list[Record], dense: list[Record]) -> TextRow:
         kv_format=first.kv_format,
         prefill_selector=first.prefill_selector,
     )
+
+
+def _exp(nats: float) -> float:
+    """Return e to the power of nats: infinity where that is more than a float has."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -208,7 +215,7 @@ class TextFile:
         self._head = {"name": _NAME, **head}
         self.records: list[Record] = []
         if path is not None and path.exists():
-            self.records = [Record(**plain) for plain in self._found(path)]
+            self.records = self._found(path)
         self._known = {self._key(record) for record in self.records}
 
     def has(self, task: str, length: int, case: str, samples: Iterable[tuple[str, str]]) -> bool:
@@ -224,38 +231,29 @@ class TextFile:
             write_result(self.path, self.to_dict(), self._commit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return settings, rows and records as plain data; NaN becomes None."""
+        """Return settings, rows and records as plain data; what is not finite becomes None."""
         rows = [_plain(dataclasses.asdict(row)) for row in rows_of(self.records)]
-        return {**self._head, "rows": rows, "records": [vars(each) for each in self.records]}
+        records = [_plain(vars(record)) for record in self.records]
+        return {**self._head, "rows": rows, "records": records}
 
-    def _found(self, path: Path) -> list[dict[str, Any]]:
+    def _found(self, path: Path) -> list[Record]:
+        content = result_to_go_on(path, self._head, ["records"], self._commit)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict) or content.get("name") != _NAME:
-            raise ConfigError(f"{path} is no file of this command; give another one.")
-        then, now = content["environment"], describe(self._commit)
-        other = [f"{name} {then.get(name)}" for name in now if _differs(name, then, now)]
-        other += [name for name in self._head if content.get(name) != self._head[name]]
-        if other:
-            raise ConfigError(
-                f"{path} was made with other settings, so what it has cannot be added to; give "
-                f"another file, or delete it. What is not as it is now: {', '.join(other)}."
-            )
-        records: list[dict[str, Any]] = content["records"]
-        return records
+            return [Record(**_with_nan(plain)) for plain in content["records"]]
+        except (AttributeError, TypeError) as error:
+            raise ConfigError(f"{path} is no file of this command; give another one.") from error
 
     @staticmethod
     def _key(record: Record) -> tuple[Any, ...]:
         return record.task, record.length, record.case, record.sample, record.digest
 
 
-def _differs(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
-    return name != "date" and then.get(name) != now[name]
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record, with NaN where a number was not finite."""
+    return {name: math.nan if value is None else value for name, value in plain.items()}

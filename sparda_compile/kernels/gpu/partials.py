@@ -345,7 +345,8 @@ def _remove_partial(
     of_all = tl.load(lse + row, mask=inside, other=float("-inf"))
     of_part = tl.load(part_lse + row, mask=inside, other=float("-inf"))
     share = tl.exp(of_part - tl.maximum(of_all, _LOWEST))
-    fine = share <= limit
+    # A limit next to 1 is 1 in fp32, and of all of it nothing is left.
+    fine = (share <= limit) & (share < 1.0)
     left = tl.where(fine, 1.0 - share, 1.0)
     dims = tl.arange(0, DIMS)
     place = row[:, None] * DIM + dims[None, :]

@@ -40,6 +40,7 @@ def test_of_a_folder_what_cannot_be_read_is_left_out_and_listed(tmp_path, byte_t
     [
         (b"\x89PNG\xff", "it.txt is no text: its byte 0 is not UTF-8"),
         (b"null \x00 byte", "it.txt is no text: it holds null bytes"),
+        (b"", "it.txt is empty; name a file with text in it"),
         (b"short", "it.txt has 5 tokens, fewer than the 20 that are read of each text"),
     ],
 )

@@ -47,10 +47,10 @@ def test_it_is_what_the_steps_read_beside_what_they_always_read(model, documents
     assert not torch.equal(found[0].ids_LSGK, found[1].ids_LSGK)
 
 
-@pytest.mark.parametrize("top_k", [None, 0, 9])
-def test_a_budget_that_leaves_no_choice(model, documents, top_k):
+@pytest.mark.parametrize(("top_k", "chosen"), [(None, "all"), (0, "0"), (9, "9")])
+def test_a_budget_that_leaves_no_choice(model, documents, top_k, chosen):
     configs = {0.3: [SpardaConfig(top_k=top_k, **SIZES)]}
-    with pytest.raises(ConfigError, match="a trace needs 1 to 8"):
+    with pytest.raises(ConfigError, match=f"chooses {chosen}; a trace needs 1 to 8"):
         next(record_document(model, documents.each[0], [], configs, 170, 20, print))
 
 

@@ -81,14 +81,35 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     path = tmp_path / "found.json"
     TextFile(path, HEAD).add([dense()])
     before = path.read_text()
-    with pytest.raises(ConfigError, match=r"other settings.*now: settings\."):
+    with pytest.raises(ConfigError, match=r"other settings.*now: scored \d+\."):
         TextFile(path, {**HEAD, "settings": {"scored": 5}})
     with pytest.raises(ConfigError, match=r"is not as it is now: commit "):
         TextFile(path, HEAD, commit="another")
     assert path.read_text() == before
-    path.write_text('{"name": "another command"}')
-    with pytest.raises(ConfigError, match="no file of this command"):
-        TextFile(path, HEAD)
+    damaged = {**json.loads(before), "records": [{"task": "perplexity"}]}
+    for text in ('{"name": "another command"}', "[]", "", json.dumps(damaged)):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="no file of this command"):
+            TextFile(path, HEAD)
+        assert path.read_text() == text
+
+
+def test_numbers_that_are_not_finite_are_kept_as_json_has_them(tmp_path):
+    """A model may answer with NaN, or be so wrong that perplexity is more than a float has."""
+    path = tmp_path / "found.json"
+    file = TextFile(path, HEAD)
+    file.add([dense(nll=math.nan), record("loud", nll=1e6), record("sure", nll=math.inf)])
+    assert math.isnan(rows_of(file.records)[0].perplexity.value)
+    assert rows_of(file.records)[1].perplexity.value == math.inf
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads(path.read_text(), parse_constant=refuse)
+    assert [row["perplexity"]["value"] for row in content["rows"]] == [None, None, None]
+    nats = [record.nll for record in TextFile(path, HEAD).records]
+    assert [math.isnan(each) for each in nats] == [True, False, True]
+    assert nats[1] == 1e6
 
 
 def test_without_a_path_nothing_is_written():

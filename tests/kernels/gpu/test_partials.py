@@ -124,7 +124,8 @@ def test_removals_equal_the_reference(device, monkeypatch, dim):
     part = (out[:, 0], lse[:, 0])
     part[1][:, :2], part[0][:, 0], part[1][0, 3] = -INF, NAN, 50.0
     whole[1][1, 6] = -INF
-    for limit in (0.5, 0.01, 0.0):
+    part[0][0, 4], part[1][0, 4] = whole[0][0, 4], whole[1][0, 4]
+    for limit in (1.0 - 1e-9, 0.5, 0.01, 0.0):
         want = remove(*whole, *part, limit)
         shape = want[0].shape
         got = [torch.full(shape, NAN, device=device), torch.full(shape[:-1], NAN, device=device)]

@@ -14,7 +14,7 @@ from sparda_compile.runtime.block_table import plan_pages
 
 SIZE = 16
 UNWRITTEN = -77
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def check_select(device, scores, lengths, choice):
@@ -29,9 +29,10 @@ def check_select(device, scores, lengths, choice):
 
 @st.composite
 def selections(draw):
-    """Few values, so there are many ties; both zeros, infinities and the ends of fp32."""
+    """Few values, so there are many ties; both zeros, infinities, NaN and the ends of fp32."""
     num_blocks = draw(st.sampled_from([1, 2, 3, 8, 21, 32]))
     values = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, INF, -INF, 3.4028234663852886e38, -1e30, 1e30]
+    values += [NAN, -NAN]
     few = draw(st.lists(st.sampled_from(values), min_size=1, max_size=4))
     seed = draw(st.integers(0, 1 << 16))
     # Each number is a kernel of its own on a GPU.
@@ -50,12 +51,12 @@ def test_select_equals_the_reference(device, selection):
     check_select(device, torch.tensor(few)[pick], lengths, choice)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, -INF, INF, -3e38, 1e-45])
+@pytest.mark.parametrize("value", [0.0, -0.0, -INF, INF, -3e38, 1e-45, NAN])
 @pytest.mark.parametrize("num_selected", [1, 6, 37])
 def test_ties_go_to_the_lower_id(device, value, num_selected):
     scores = torch.full((1, 1, 37), value)
     ids = check_select(device, scores, [36 * SIZE], Choice(num_selected, SIZE, 1, 1))
-    if num_selected == 6 and value < INF:
+    if num_selected == 6 and value != INF:
         assert ids.tolist() == [[[0, 1, 2, 3, 35, 36]]]
 
 
