@@ -100,7 +100,11 @@ class ValuesFormat(BlockFormat):
         # Span, base and the result are each rounded to the dtype.
         rounding = info.eps * (1.6 * (high - low) + torch.maximum(low.abs(), high.abs()))
         smallest = max(16 * info.smallest_normal * info.eps, 2.0**-136)
-        keys = ((high - low) / 30 + rounding + smallest).expand_as(k)
+        # Span and base are numbers of the dtype: of a channel as wide as it, they leave out an end.
+        span = ((high - low) * (16 / 15)).clamp(max=min(info.max, torch.finfo(low.dtype).max))
+        base = (low - span).clamp(min=-info.max)
+        left_out = torch.maximum(high - (base + span * (31 / 16)), base + span - low).clamp(min=0.0)
+        keys = ((high - low) / 30 + rounding + left_out + smallest).expand_as(k)
         return torch.stack([keys, self.values.bound_half(v, -1)], -3)
 
     def _values(self, stored: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ Ownership:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -33,8 +34,6 @@ from sparda_compile.selectors import summary_named
 from sparda_compile.state.layout import LENGTHS, CacheLayout, LayerShape, state_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 __all__ = ["KVCache", "check_budgets"]
@@ -263,6 +262,11 @@ def check_budgets(layout: CacheLayout, budgets: Mapping[int, int]) -> None:
             f"mode={layout.config.mode!r}, which predicts none; leave them out."
         )
     layers = [shape.layer for shape in layout.layers if shape.kind == "sparse"]
+    if not isinstance(budgets, Mapping):
+        raise ConfigError(
+            f"budgets are a {type(budgets).__name__}; give them by layer, such as {{{layers[0]}: "
+            f"{layout.num_predicted}}}."
+        )
     for layer, blocks in budgets.items():
         if layer not in layers:
             raise ConfigError(

@@ -79,6 +79,17 @@ def test_zeros_and_denormals(blocks, pair):
     assert ((found.rounded(x).float() - x.float()).abs() <= found.bound(x)).all()
 
 
+@pytest.mark.parametrize("ends", [(-0.6, 0.6), (-0.97, 0.99), (0.0, 0.98), (-0.98, 0.01)])
+def test_a_channel_nearly_as_wide_as_its_dtype_loses_an_end_at_most(blocks, pair, ends):
+    found, _ = pair
+    x = blocks.plain(32, 64, torch.float16)
+    x[:, 0] = torch.empty_like(x[:, 0]).uniform_(*ends) * torch.finfo(x.dtype).max
+    y = found.rounded(x)
+    error = (y.double() - x.double()).abs()
+    assert (error <= found.bound(x)).all()
+    assert y.isfinite().all()
+
+
 def test_error_of_keys_is_that_of_int4(blocks, pair):
     found, of_values = pair
     x = blocks.plain(64, 128, torch.bfloat16)

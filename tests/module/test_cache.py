@@ -309,6 +309,8 @@ class TestBudgets:
             ({0: 10}, "the budget of layer 0=10 is too large; use 0 to 9"),
             ({0: -1}, "is too small"),
             ({0: 1.5}, "is not a whole number"),
+            (None, "budgets are a NoneType; give them by layer, such as {0: 9}"),
+            ([9, 9], "budgets are a list; give them by layer"),
         ],
     )
     def test_refused(self, speculating, has_memory, budgets, words):
