@@ -45,12 +45,17 @@ class Asked:
     @property
     def softmax(self) -> bool:
         """Whether a head's scores are weights."""
-        return self.selector in ("infllm2", "nosa")
+        return self.selector in ("infllm2", "nosa", "lowbit2", "lowbit4")
 
     @property
     def lists(self) -> bool:
         """Whether the last number of a key is its retention score, which no query multiplies."""
         return self.selector.startswith("nosa")
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether scores are made of each token's key, in few bits."""
+        return self.selector.startswith("lowbit")
 
     @property
     def num_groups(self) -> int:
@@ -59,8 +64,10 @@ class Asked:
 
     @property
     def windows(self) -> Geometry:
-        """Sizes of the windows that are scored: a bound is that of a whole block."""
-        if self.selector != "quest":
-            return self.geometry
+        """Sizes of the windows that are scored: a bound is of a block, low-bit keys a full one."""
         size = self.geometry.block_size
-        return dataclasses.replace(self.geometry, pool_size=1, pool_stride=size)
+        if self.selector == "quest":
+            return dataclasses.replace(self.geometry, pool_size=1, pool_stride=size)
+        if self.is_low_bit:
+            return dataclasses.replace(self.geometry, pool_size=size, pool_stride=size)
+        return self.geometry

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from sparda_compile.kernels.paged import block_pool
+from sparda_compile.kernels.union_sizes import mark_words, union_entries, union_words, unions_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HALVES_ROWS",
     "LEAST_BLOCKS",
+    "MASS_PART_BLOCKS",
     "PART_BLOCKS",
     "QUERY_BYTES",
     "RUN_BLOCKS",
@@ -35,7 +37,6 @@ __all__ = [
     "all_blocks_bytes",
     "attend_tokens_bytes",
     "in_halves",
-    "mark_words",
     "most_vectors",
     "num_runs",
     "prefill_attention_bytes",
@@ -45,10 +46,7 @@ __all__ = [
     "select_past_bytes",
     "select_tokens_bytes",
     "tile_rows",
-    "union_entries",
-    "union_words",
     "unions_at_once",
-    "unions_bytes",
     "window_attention_bytes",
 ]
 
@@ -74,6 +72,8 @@ SCORE_COLUMNS: Final = 128
 _SCORE_TILE_BYTES: Final = 32 * 1024
 PART_BLOCKS: Final = 256
 """Blocks of a program that scores: a token of a long sequence has several programs."""
+MASS_PART_BLOCKS: Final = 128
+"""The same of a program that scores the keys of all their tokens."""
 RUN_BLOCKS: Final = 8
 """Neighbouring blocks whose best score is kept, to pick by; programs that score have whole runs."""
 SCORED_TOGETHER: Final = 8
@@ -139,15 +139,22 @@ class ScoreRoom(NamedTuple):
         chunks: Tokens whose scores are there at once: the first one, and the one behind the last.
         scores: Numbers that the most of them take, of all pairs.
         sums: The same of maxima, and as many of sums, before a softmax.
+        masses: The same of what each head and block has, where that is kept.
     """
 
     chunks: list[tuple[int, int]]
     scores: int
     sums: int
+    masses: int
 
 
 def score_room(
-    blocks: Callable[[int], int], sizes: tuple[int, int, int], tokens: int, *, in_runs: bool
+    blocks: Callable[[int], int],
+    sizes: tuple[int, int, int],
+    tokens: int,
+    *,
+    in_runs: bool,
+    masses: int = 0,
 ) -> ScoreRoom:
     """Return how tokens take turns: many with few blocks before them, of one power of two at once.
 
@@ -156,11 +163,14 @@ def score_room(
         sizes: Sequences times KV heads; vectors of a program, see `score_columns`, and of a token.
         tokens: All of them.
         in_runs: Whether runs of blocks are scored, too.
+        masses: Numbers of each token and block that are kept beside its score.
     """
     pairs, columns, room = sizes
+    part = MASS_PART_BLOCKS if masses else PART_BLOCKS
 
     def row(end: int) -> int:
-        return pairs * sum(score_widths(blocks(end), in_runs=in_runs))
+        scores = sum(score_widths(blocks(end), in_runs=in_runs))
+        return pairs * (scores + masses * blocks(end))
 
     chunks, begin = [], 0
     while begin < tokens:
@@ -175,9 +185,11 @@ def score_room(
         end = min(begin + max(tiles * columns, columns // room), tokens)
         chunks.append((begin, end))
         begin = end
-    sums = max(-(-blocks(end) // PART_BLOCKS) * (end - begin) for begin, end in chunks)
-    scores = max((end - begin) * row(end) for begin, end in chunks)
-    return ScoreRoom(chunks, scores, pairs * sums * room)
+    sums = max(-(-blocks(end) // part) * (end - begin) for begin, end in chunks)
+    kept = [pairs * (end - begin) * masses * blocks(end) for begin, end in chunks]
+    rows = ((end - begin) * row(end) for begin, end in chunks)
+    scores = max(all_of_it - mass for all_of_it, mass in zip(rows, kept, strict=True))
+    return ScoreRoom(chunks, scores, pairs * sums * room, max(kept))
 
 
 def score_widths(num_blocks: int, *, in_runs: bool) -> tuple[int, int]:
@@ -235,8 +247,9 @@ def _scores(
         while_made, parts, vectors = _mean_parts(a, pairs * tokens * dim)
         dim, itemsize = 2 * dim, a.summary[0].dtype.itemsize
     retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
-    softmax = a.selector in ("infllm2", "nosa")
+    softmax = a.selector in ("infllm2", "nosa", "lowbit2", "lowbit4")
     room = _power_of_two(vectors)
+    is_low_bit = a.selector.startswith("lowbit")
     columns = score_columns(room, _power_of_two(dim, 16), itemsize)
 
     def blocks(end: int) -> int:
@@ -244,9 +257,14 @@ def _scores(
         return min(int(a.num_blocks), int(filled // a.block_size) + more)
 
     in_runs = not retention and not is_new and num_runs(blocks(tokens), a.num_selected) > 0
-    taken = score_room(blocks, (pairs, columns, room), tokens, in_runs=in_runs)
+    masses = room if is_low_bit else 0
+    taken = score_room(blocks, (pairs, columns, room), tokens, in_runs=in_runs, masses=masses)
+    if is_low_bit:
+        # All keys that are scored, unpacked.
+        parts = pairs * blocks(tokens) * a.block_size * dim * a.summary[1].dtype.itemsize
     sums = taken.sums if softmax else 1
-    return int(max(while_made, parts + retention + 4 * taken.scores + 8 * sums))
+    kept = 4 * (taken.scores + taken.masses) + 8 * sums
+    return int(max(while_made, parts + retention + kept))
 
 
 def _mean_parts(a: Any, numbers: int) -> tuple[int, int, int]:
@@ -261,32 +279,6 @@ def _mean_parts(a: Any, numbers: int) -> tuple[int, int, int]:
         return 28 * numbers, 8 * numbers, 1
     # All queries in 32 bits and their mean; or that, what is left of it twice, and the parts.
     return max(4 * heads + 4, 40) * numbers, 12 * numbers, 3
-
-
-def union_entries(num_blocks: int, tokens: int, selected: int) -> int:
-    """Return the most blocks that a tile of tokens reads, of K each."""
-    return min(num_blocks, tokens * selected)
-
-
-def union_words(tokens: int) -> int:
-    """Return the words of 32 bits that hold a bit for each token of a tile, a power of two."""
-    return 1 << (-(-tokens // 32) - 1).bit_length()
-
-
-def mark_words(num_blocks: int, tokens: int) -> int:
-    """Return the words of 32 bits that hold a bit for each block and token of a tile.
-
-    Args:
-        num_blocks: N.
-        tokens: Of the tile, a power of two.
-    """
-    return -(-num_blocks * min(tokens, 32) // 32) * union_words(tokens)
-
-
-def unions_bytes(num_blocks: int, tokens: int, selected: int) -> int:
-    """Return the bytes that one tile and pair take: of `gpu.token_blocks.Unions`, and its marks."""
-    entries = union_entries(num_blocks, tokens, selected)
-    return entries * (8 + 4 * union_words(tokens)) + 4 * mark_words(num_blocks, tokens) + 4
 
 
 def unions_at_once(pairs: int, num_blocks: int, tokens: int, selected: int, tiles: int) -> int:

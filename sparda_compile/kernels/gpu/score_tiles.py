@@ -24,6 +24,7 @@ __all__ = [
     "best_of_runs",
     "first_scored",
     "is_between",
+    "normals",
     "place_of",
     "query_vectors",
     "store_runs",
@@ -75,6 +76,24 @@ def first_scored(length, SIZE: tl.constexpr):  # noqa: ANN201 - a part of kernel
 def is_between(window, end):  # noqa: ANN201 - a part of kernels
     """Whether a window is before `end`, and not before the first one, in one comparison."""
     return window.to(tl.uint32) < end.to(tl.uint32)
+
+
+@triton.jit
+def normals(  # noqa: ANN201 - a part of kernels
+    maxima, sums, pair, tile, columns, parts,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return the binary logarithm of the sum of each column's weights."""
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    each = tl.arange(0, PARTS)
+    place = (pair.to(tl.int64) * parts + each[:, None]) * columns + column[None, :]
+    mask = (each < parts)[:, None] & (column < columns)[None, :]
+    peaks = tl.load(maxima + place, mask=mask, other=float("-inf"))
+    totals = tl.load(sums + place, mask=mask, other=0.0)
+    peak = tl.max(peaks, axis=0)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(totals * tl.exp2(peaks - safe[None, :]), axis=0)
+    return safe + tl.log2(tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit

@@ -1,4 +1,6 @@
-"""The blocks that each new token of a prompt reads: scores (`token_scores.py`), then the K best.
+"""The blocks that each new token of a prompt reads: scores, then the K best.
+
+Scores are those of `token_scores.py`, and of low-bit keys those of `token_masses.py`.
 
     select_tokens    of all blocks, at once
     select_past      of those before the new tokens, with the scores of those picked
@@ -15,12 +17,33 @@ import triton
 
 from sparda_compile.kernels.gpu.pick_tokens import pick_near, pick_past, pick_tokens
 from sparda_compile.kernels.gpu.select import Choice
-from sparda_compile.kernels.gpu.token_scores import Asked, Blocks, covers, scored_tokens
+from sparda_compile.kernels.gpu.token_masses import LOW_BIT, covers_low_bit, massed_tokens
+from sparda_compile.kernels.gpu.token_scores import Asked, Blocks, covers_windows, scored_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
+    from sparda_compile.kernels.gpu.token_scores import Scores
+    from sparda_compile.selectors import Geometry
+
 __all__ = ["Asked", "Choice", "covers", "select_near", "select_past", "select_tokens"]
+
+
+def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
+    """Whether these kernels select for a selector, for such queries and windows."""
+    if selector in LOW_BIT:
+        return covers_low_bit(query_BHTD, groups, geometry)
+    return covers_windows(selector, query_BHTD, groups, geometry)
+
+
+def _scored(
+    asked: Asked, blocks: Blocks, choice: Choice, selected: int | None
+) -> Iterator[tuple[int, int, Scores]]:
+    """Score tokens that have more blocks than they may read."""
+    score = massed_tokens if asked.is_low_bit else scored_tokens
+    return score(asked, blocks, choice.num_selected * choice.block_size, selected)
 
 
 def select_tokens(asked: Asked, choice: Choice, ids: Tensor) -> None:
@@ -32,9 +55,8 @@ def select_tokens(asked: Asked, choice: Choice, ids: Tensor) -> None:
         ids: [B, G, T, K] int32, written.
     """
     retention = asked.tensors[0][..., -1].float().contiguous() if asked.lists else None
-    scored_from = choice.num_selected * choice.block_size
     selected = None if asked.lists else choice.num_selected
-    for begin, end, scores in scored_tokens(asked, Blocks.ALL, scored_from, selected):
+    for begin, end, scores in _scored(asked, Blocks.ALL, choice, selected):
         # Blocks that any of these tokens may have.
         seen = triton.cdiv(asked.num_past + end * asked.spread, choice.block_size)
         tokens = (begin, end, seen)
@@ -51,8 +73,7 @@ def select_past(asked: Asked, choice: Choice, ids: Tensor, known: Tensor) -> Non
         known: [B, G, T, K] float32 scores, written where they are needed.
     """
     places = (asked.positions, asked.lengths)
-    scored_from = choice.num_selected * choice.block_size
-    for begin, end, scores in scored_tokens(asked, Blocks.PAST, scored_from, choice.num_selected):
+    for begin, end, scores in _scored(asked, Blocks.PAST, choice, choice.num_selected):
         pick_past(scores, places, (ids, known), (begin, end), asked.windows, choice)
 
 
@@ -66,8 +87,7 @@ def select_near(asked: Asked, choice: Choice, near: tuple[Tensor, Tensor], ids: 
         ids: [B, G, T, K] int32, written.
     """
     places = (asked.positions, asked.lengths)
-    scored_from = choice.num_selected * choice.block_size
-    for begin, end, scores in scored_tokens(asked, Blocks.NEW, scored_from):
+    for begin, end, scores in _scored(asked, Blocks.NEW, choice, None):
         # Blocks that any of these tokens may have, behind those that no new token changes.
         seen = triton.cdiv(end * asked.spread, choice.block_size) + 1
         pick_near(scores, places, near, ids, (begin, end, seen), asked.windows, choice)

@@ -15,7 +15,7 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.copy import find_listed
 from sparda_compile.kernels.gpu.packed_form import rounded
 
-__all__ = ["keys_of", "write_keys"]
+__all__ = ["keys_of", "write_block", "write_keys"]
 
 _WORD_BITS: Final = tl.constexpr(16)
 
@@ -28,7 +28,7 @@ def keys_of(code, span, base, BITS: tl.constexpr):  # noqa: ANN201 - a part of k
 
 
 @triton.jit
-def _write_block(
+def write_block(  # noqa: ANN201 - a part of kernels
     place, codes, spans, bases, pages, target, SIZE: tl.constexpr, SLOTS: tl.constexpr,
     DIM: tl.constexpr, DIMS: tl.constexpr, KEPT: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
@@ -64,5 +64,5 @@ def write_keys(  # noqa: ANN201 - a part of kernels
         block, slot = tl.load(blocks + place).to(tl.int64), tl.load(slots + place).to(tl.int64)
         to = target + (row.to(tl.int64) * num_slots + slot) * (2 * SIZE * DIM)
         number = row.to(tl.int64) * num_blocks + block
-        _write_block(number, codes, spans, bases, target, to, SIZE, SLOTS, DIM, DIMS, KEPT, CUTS)
+        write_block(number, codes, spans, bases, target, to, SIZE, SLOTS, DIM, DIMS, KEPT, CUTS)
         item += tl.num_programs(0)

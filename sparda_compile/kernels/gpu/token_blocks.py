@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sparda_compile.kernels.gpu.launch import launch, power_of_two
-from sparda_compile.kernels.workspace import mark_words, union_entries, union_words
+from sparda_compile.kernels.union_sizes import mark_words, union_entries, union_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

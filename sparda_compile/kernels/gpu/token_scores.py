@@ -56,6 +56,7 @@ from sparda_compile.kernels.gpu.score_tiles import (
     best_of_runs,
     first_scored,
     is_between,
+    normals,
     query_vectors,
     store_runs,
     store_scores,
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["Asked", "Blocks", "Scores", "covers", "scored_tokens"]
+__all__ = ["Asked", "Blocks", "Scores", "blocks_scored", "covers_windows", "scored_tokens"]
 
 _SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
 # Windows of one product: a warp group multiplies 64 rows.
@@ -127,24 +128,6 @@ def _token_sums(
     place = (pair.to(tl.int64) * tl.num_programs(1) + part) * columns + column
     tl.store(maxima + place, peak, mask=column < columns)
     tl.store(sums + place, total, mask=column < columns)
-
-
-@triton.jit
-def _normals(
-    maxima, sums, pair, tile, columns, parts,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Return the binary logarithm of the sum of each column's weights."""
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    each = tl.arange(0, PARTS)
-    place = (pair.to(tl.int64) * parts + each[:, None]) * columns + column[None, :]
-    mask = (each < parts)[:, None] & (column < columns)[None, :]
-    peaks = tl.load(maxima + place, mask=mask, other=float("-inf"))
-    totals = tl.load(sums + place, mask=mask, other=0.0)
-    peak = tl.max(peaks, axis=0)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(totals * tl.exp2(peaks - safe[None, :]), axis=0)
-    return safe + tl.log2(tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit
@@ -245,7 +228,7 @@ def _token_blocks(
         normal = factor
         if SOFTMAX:
             columns = (end - begin) * ROOM
-            normal = _normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
+            normal = normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
         keys_at = pooled + pair.to(tl.int64) * num_windows * WIDTH
         at = scores + pair.to(tl.int64) * (end - begin) * (_STRIP * num_strips)
         runs_at = runs + pair.to(tl.int64) * (end - begin) * (_EIGHT * num_eights)
@@ -256,7 +239,7 @@ def _token_blocks(
         )  # fmt: skip
 
 
-def covers(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
+def covers_windows(selector: str, query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
     """Whether these kernels select for a selector, for such queries and windows.
 
     Not for a group of more than 128 heads, nor where a window reaches over more than two blocks.
@@ -301,7 +284,7 @@ class Blocks(enum.Enum):
     NEW = "those that new tokens change, by the windows before a token"
 
 
-def _num_blocks(asked: Asked, blocks: Blocks, end: int) -> int:
+def blocks_scored(asked: Asked, blocks: Blocks, end: int) -> int:
     """Return how many blocks may be scored for the tokens up to one, from the first that is."""
     size, num_tokens = asked.geometry.block_size, end * asked.spread
     most: dict[Blocks, int] = {
@@ -358,13 +341,13 @@ def scored_tokens(
     dim = width - 1 if asked.lists else width
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
-    most = _num_blocks(asked, blocks, num_tokens)
+    most = blocks_scored(asked, blocks, num_tokens)
     in_runs = selected is not None and num_runs(most, selected) > 0
     room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
     columns, rows, stages = _tile(query, room, dims)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    sizes = partial(_num_blocks, asked, blocks)
+    sizes = partial(blocks_scored, asked, blocks)
     taken = score_room(sizes, (pairs, columns, room), num_tokens, in_runs=in_runs)
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
     part = triton.cdiv(PART_BLOCKS, IN_TURN * rows) * IN_TURN * rows

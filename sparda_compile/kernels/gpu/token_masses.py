@@ -1,0 +1,353 @@
+"""Scores of blocks for each new token of a prompt by keys in few bits, in one pass over products.
+
+    keys      k' of all full blocks, in the dtype of queries: unpacked once for all tokens
+    masses    per token, head and full block log2 sum_t 2^(q . k'[t] * factor); per part of the
+              blocks and head the largest, and the sum of 2^(mass - largest)
+    scores    per token and block sum_h 2^(mass - log2 of all); a Forecast's are its masses
+
+A token scores the blocks that are full before its own position, as a decode step would there
+(`selectors/lowbit.py`); those that new tokens have filled are among them. Its own has no score.
+
+As in `token_scores.py` a program takes `SCORE_COLUMNS` query vectors and a part of the blocks, and
+scores are laid out for the same pick. Its products are other ones: vectors are the rows, and the
+tokens of whole blocks the columns, so that a block's sum is mostly made inside a thread. A mass has
+4 bytes for as many products as a block has tokens: to keep them is cheaper than to multiply twice.
+
+Keys of a block have the same bits, and the same tiles, whether the past is scored by itself or with
+new tokens, and so have a Forecast's scores.
+
+Floor, of T tokens over S keys, half of them before the mean token of a prompt from nothing: 2 * T *
+S * D FLOP for each head and as many exponentials as products have results, T * S; a Forecast has
+one head for each KV head. Dense attention has twice those FLOP. Masses are written and read once,
+8 * T * S / P bytes for each head; k' once, D numbers for each key and KV head.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sparda_compile.kernels.gpu.launch import (
+    as_written,
+    interpreting,
+    launch,
+    power_of_two,
+    shared_bytes,
+)
+from sparda_compile.kernels.gpu.score_tiles import (
+    IN_TURN,
+    best_of_runs,
+    first_scored,
+    normals,
+    query_vectors,
+    store_runs,
+    store_scores,
+)
+from sparda_compile.kernels.gpu.select import MOST_BLOCKS
+from sparda_compile.kernels.gpu.staying import write_block
+from sparda_compile.kernels.gpu.token_scores import Blocks, Scores, blocks_scored
+from sparda_compile.kernels.workspace import (
+    MASS_PART_BLOCKS,
+    RUN_BLOCKS,
+    SCORE_COLUMNS,
+    SCORED_TOGETHER,
+    STRIP_BLOCKS,
+    num_runs,
+    score_columns,
+    score_room,
+    score_widths,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from sparda_compile.kernels.asked import Asked
+    from sparda_compile.selectors import Geometry
+
+__all__ = ["LOW_BIT", "covers_low_bit", "massed_tokens"]
+
+LOW_BIT: Final = frozenset({"lowbit2", "lowbit4", "lowbit2_forecast", "lowbit4_forecast"})
+"""Selectors that these kernels select for."""
+# Keys of a product, of as many whole blocks as they hold; of a longer block more.
+_KEYS: Final = 64
+_MOST_STAGES: Final = 3
+# Results of a product that four warps hold; more take eight.
+_RESULTS: Final = 64 * 128
+# Query vectors of a program that adds up heads.
+_ADDED_COLUMNS: Final = 32
+_NUMBERS_OF_A_WARP: Final = 1024
+# What a program of an H200 may have: where nobody can be asked.
+_SHARED: Final = 227 << 10
+# That sums between threads take of it.
+_SUMS: Final = 8 << 10
+_LOG2_E: Final = math.log2(math.e)
+_LN_2: Final = tl.constexpr(math.log(2))
+_STRIP = tl.constexpr(STRIP_BLOCKS)
+_EIGHT = tl.constexpr(SCORED_TOGETHER)
+_TURNS = tl.constexpr(IN_TURN)
+
+
+@triton.jit(do_not_specialize=["num_keyed"])
+def _unpack_keys(
+    codes, spans, bases, lengths, keys, groups, num_blocks, num_keyed,
+    SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    BITS: tl.constexpr, NEW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    each, pair = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lengths + pair // groups)
+    block = (first_scored(length, SIZE) if NEW else length * 0) + each
+    if block < num_blocks:
+        place = pair.to(tl.int64) * num_blocks + block
+        target = keys + (pair.to(tl.int64) * num_keyed + each) * (SIZE * DIM)
+        write_block(
+            place, codes, spans, bases, keys, target, SIZE, SLOTS, DIM, DIMS, BITS, INTERPRETED
+        )
+
+
+@triton.jit
+def _block_masses(
+    vectors, keys, slot, factor, SIZE: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Return log2 sum_t 2^(q . k' * factor) of each vector and block of a tile."""
+    logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
+    if SLOTS > SIZE:
+        logits = tl.where((slot < SIZE)[None, :], logits, float("-inf"))
+    logits = tl.reshape(logits, [vectors.shape[0], BLOCKS, SLOTS])
+    most = tl.max(logits, axis=2)
+    return most + tl.log2(tl.sum(tl.exp2(logits - most[:, :, None]), axis=2))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_keyed", "num_rows", "begin", "end"])
+def _token_masses(
+    query, keys, positions, lengths, masses, maxima, sums, factor, q_row, q_head, q_token, groups,
+    num_tokens, num_keyed, num_rows, begin, end, scored_from,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    PART: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr,
+    INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, group = pair // groups, pair % groups
+    first = begin + tile * (COLUMNS // ROOM)
+    vectors, position, _ = query_vectors(
+        query, positions, row, group, first, end, q_row, q_head, q_token, num_tokens,
+        HEADS, ROOM, COLUMNS, DIM, DIMS, INTERPRETED,
+    )  # fmt: skip
+    length = tl.load(lengths + row)
+    origin = first_scored(length, SIZE) if NEW else length * 0
+    full = (tl.minimum(position, length) if PAST else position) // SIZE - origin
+    is_scored = tl.max(position, 0) >= scored_from
+    stop = tl.where(is_scored, tl.minimum(tl.max(full, 0), (part + 1) * PART), 0)
+    dims, place = tl.arange(0, DIMS), tl.arange(0, BLOCKS * SLOTS)
+    slot, keys_at = place % SLOTS, keys + pair.to(tl.int64) * num_keyed * (SIZE * DIM)
+    column, columns = tile * COLUMNS + tl.arange(0, COLUMNS), (end - begin) * ROOM
+    peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for start in tl.range(part * PART, stop, BLOCKS, num_stages=STAGES):
+        block = start + place // SLOTS
+        mask = ((block < stop) & (slot < SIZE))[:, None] & (dims < DIM)[None, :]
+        at = keys_at + (block * SIZE + slot).to(tl.int64)[:, None] * DIM + dims[None, :]
+        tokens = tl.load(at, mask=mask, other=0.0)
+        if INTERPRETED:
+            tokens = tokens.to(tl.float32)
+        mass = _block_masses(vectors, tokens, slot, factor, SIZE, SLOTS, BLOCKS)
+        each = start + tl.arange(0, BLOCKS)
+        mass = tl.where(each[None, :] < full[:, None], mass, float("-inf"))
+        kept = (pair.to(tl.int64) * num_rows + each)[None, :] * columns + column[:, None]
+        tl.store(masses + kept, mass, mask=(each < stop)[None, :] & (column < columns)[:, None])
+        if SOFTMAX:
+            new_peak = tl.maximum(peak, tl.max(mass, axis=1))
+            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(mass - safe[:, None]), axis=1)
+            peak = new_peak
+    if SOFTMAX:
+        own = (pair.to(tl.int64) * tl.num_programs(1) + part) * columns + column
+        tl.store(maxima + own, peak, mask=column < columns)
+        tl.store(sums + own, total, mask=column < columns)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_rows", "num_strips", "num_eights", "begin", "end",
+                       "sum_parts"]
+)  # fmt: skip
+def _mass_scores(
+    masses, maxima, sums, positions, lengths, scores, runs, groups, num_tokens, num_rows,
+    num_strips, num_eights, begin, end, scored_from, sum_parts,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SUM_PARTS: tl.constexpr,
+    SIZE: tl.constexpr, RUN: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr,
+    NEW: tl.constexpr,
+):  # fmt: skip
+    tile, strip, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, wide = pair // groups, pair.to(tl.int64)
+    TOKENS: tl.constexpr = COLUMNS // ROOM
+    BLOCKS: tl.constexpr = _STRIP // _TURNS
+    local = tile * TOKENS + tl.arange(0, TOKENS)
+    token = begin + local
+    position = tl.load(positions + row * num_tokens + token, mask=token < end, other=-1)
+    length = tl.load(lengths + row)
+    origin = first_scored(length, SIZE) if NEW else length * 0
+    full = (tl.minimum(position, length) if PAST else position) // SIZE - origin
+    stop = tl.where(tl.max(position, 0) >= scored_from, tl.max(full, 0), 0)
+    first = strip * _STRIP
+    if first < stop:
+        column, columns = tile * COLUMNS + tl.arange(0, COLUMNS), (end - begin) * ROOM
+        is_head = (column < columns) & (column % ROOM < HEADS)
+        normal = length * 0.0
+        if SOFTMAX:
+            normal = normals(maxima, sums, pair, tile, columns, sum_parts, COLUMNS, SUM_PARTS)
+        at = scores + wide * (end - begin) * (_STRIP * num_strips)
+        runs_at = runs + wide * (end - begin) * (_EIGHT * num_eights)
+        none = tl.full([BLOCKS, TOKENS], float("-inf"), dtype=tl.float32)
+        best_run = best_of_runs(none, RUN, 0) if RUN > 0 else none
+        for turn in tl.static_range(_TURNS):
+            block = first + turn + tl.arange(0, BLOCKS) * _TURNS
+            kept = (wide * num_rows + block)[:, None] * columns + column[None, :]
+            mask = (block < stop)[:, None] & is_head[None, :]
+            mass = tl.load(masses + kept, mask=mask, other=float("-inf"))
+            if SOFTMAX:
+                share = tl.exp2(mass - normal[None, :])
+                score = tl.sum(tl.reshape(share, [BLOCKS, TOKENS, ROOM]), axis=2)
+            else:
+                score = mass * _LN_2
+            score = tl.where(block[:, None] < full[None, :], score, float("-inf"))
+            store_scores(at, score, first, turn, stop, local, end - begin, num_strips, BLOCKS, 0)
+            if RUN > 0:
+                best_run = tl.maximum(best_run, best_of_runs(score, RUN, 0))
+        if RUN > 0:
+            store_runs(runs_at, best_run, first, stop, local, end - begin, num_eights, RUN, 0)
+
+
+def covers_low_bit(query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
+    """Whether these kernels select for such queries and blocks.
+
+    Not for a group of more than 128 heads, nor where a tile's queries and keys are more than a
+    program can hold: in 32 bits, of 256 channels, with more than 64 heads and tokens of a block.
+    """
+    form = _Form.of(query_BHTD, groups, geometry.block_size)
+    fits = query_BHTD.shape[1] <= SCORE_COLUMNS * groups and geometry.num_blocks <= MOST_BLOCKS
+    return fits and form.queries + form.keys <= _shared(query_BHTD)
+
+
+class _Form(NamedTuple):
+    """What products are made of; by shapes alone.
+
+    Attributes:
+        room: Vectors of one token, a power of two.
+        columns: Vectors of a program.
+        dims: Numbers of a vector, a power of two.
+        slots: Tokens of a block, a power of two.
+        blocks: Of a tile of keys.
+        itemsize: Bytes of a number.
+    """
+
+    room: int
+    columns: int
+    dims: int
+    slots: int
+    blocks: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, query: Tensor, groups: int, size: int) -> _Form:
+        room, dims = power_of_two(query.shape[1] // groups), power_of_two(query.shape[3], 16)
+        itemsize, slots = query.element_size(), power_of_two(size)
+        columns = score_columns(room, dims, itemsize)
+        return cls(room, columns, dims, slots, max(_KEYS // slots, 1), itemsize)
+
+    @property
+    def queries(self) -> int:
+        """Bytes of a program's vectors."""
+        return self.columns * self.dims * self.itemsize
+
+    @property
+    def keys(self) -> int:
+        """Bytes of a tile of keys."""
+        return self.blocks * self.slots * self.dims * self.itemsize
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return 4 if self.columns * self.blocks * self.slots <= _RESULTS else 8
+
+    def stages(self, query: Tensor) -> int:
+        """Return how many tiles of keys fit beside the queries."""
+        return max(min(_MOST_STAGES, (_shared(query) - self.queries) // self.keys), 1)
+
+
+def _shared(tensor: Tensor) -> int:
+    """Return the shared memory of a program, less what sums between threads take of it."""
+    all_of_it = shared_bytes(tensor.device) if tensor.device.type == "cuda" else _SHARED
+    return all_of_it - _SUMS
+
+
+def massed_tokens(
+    asked: Asked, blocks: Blocks, scored_from: int, selected: int | None = None
+) -> Iterator[tuple[int, int, Scores]]:
+    """Score by low-bit keys; arguments, and what it yields, as for `token_scores.scored_tokens`.
+
+    Which blocks: a Forecast's may be scored in two parts.
+    """
+    query, geometry = asked.query, asked.geometry
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    groups, num_tokens = asked.num_groups, query.shape[2]
+    pairs, heads, softmax = query.shape[0] * groups, query.shape[1] // groups, asked.softmax
+    form, sizes = (
+        _Form.of(query, groups, geometry.block_size),
+        partial(blocks_scored, asked, blocks),
+    )
+    in_runs = selected is not None and num_runs(sizes(num_tokens), selected) > 0
+    taken = score_room(
+        sizes, (pairs, form.columns, form.room), num_tokens, in_runs=in_runs, masses=form.room
+    )
+    keys = _unpacked(asked, sizes(num_tokens), is_new=blocks is Blocks.NEW)
+    new = partial(query.new_empty, dtype=torch.float32)
+    maxima, sums = (new(taken.sums if softmax else 1) for _ in range(2))
+    scratch, masses = new(taken.scores), new(taken.masses)
+    when = (softmax, blocks is Blocks.PAST, blocks is Blocks.NEW)
+    part = triton.cdiv(MASS_PART_BLOCKS, form.blocks) * form.blocks
+    all_parts = power_of_two(triton.cdiv(geometry.num_blocks, part))
+    added = max(min(_ADDED_COLUMNS, form.columns), form.room)
+    shape = (geometry.block_size, form.slots, form.blocks, query.shape[3], form.dims)
+    for begin, end in taken.chunks:
+        columns, rows = (end - begin) * form.room, sizes(end)
+        parts, widths = triton.cdiv(rows, part), score_widths(rows, in_runs=in_runs)
+        scores = Scores.of(scratch, (pairs, end - begin), widths)
+        num_strips, num_eights = widths[0] // STRIP_BLOCKS, widths[1] // SCORED_TOGETHER
+        launch(_token_masses, (triton.cdiv(columns, form.columns), parts, pairs))(
+            query, keys, asked.positions, asked.lengths, masses, maxima, sums,
+            asked.scale * _LOG2_E, *query.stride()[:3], groups, num_tokens, keys.shape[1], rows,
+            begin, end, scored_from, heads, form.room, form.columns, *shape, part, *when,
+            interpreting(), form.stages(query), num_warps=form.num_warps,
+        )  # fmt: skip
+        launch(_mass_scores, (triton.cdiv(columns, added), num_strips, pairs))(
+            masses, maxima, sums, asked.positions, asked.lengths, scores.blocks,
+            scratch if scores.runs is None else scores.runs, groups, num_tokens, rows, num_strips,
+            num_eights, begin, end, scored_from, parts, heads, form.room, added, all_parts,
+            geometry.block_size, RUN_BLOCKS if in_runs else 0, *when, num_warps=4,
+        )  # fmt: skip
+        yield begin, end, scores
+
+
+def _unpacked(asked: Asked, num_blocks: int, *, is_new: bool) -> Tensor:
+    """Return k' [pairs, n, P, D] of the first n blocks that are scored, in the dtype of spans.
+
+    What is in a block that is not full is any number.
+    """
+    codes, span, base = asked.tensors[:3]
+    batch, groups, all_blocks, words, dim = codes.shape
+    size = asked.geometry.block_size
+    slots, dims = power_of_two(size), power_of_two(dim)
+    keys = span.new_empty(batch * groups, num_blocks, size, dim)
+    launch(_unpack_keys, (num_blocks, batch * groups))(
+        codes, span, base, asked.lengths, keys, groups, all_blocks, num_blocks, size, slots, dim,
+        dims, 16 * words // size, is_new, interpreting(),
+        num_warps=min(max(slots * dims // _NUMBERS_OF_A_WARP, 1), 16), **as_written(),
+    )  # fmt: skip
+    return keys
