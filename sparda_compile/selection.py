@@ -65,10 +65,11 @@ class Selection:
             its own blocks, those that a decode step would select there. `auto`: planned for a GPU,
             of the two what is expected to be faster for a prompt of that length; for a CPU `dense`.
         prefill_selector: How a sparse prompt's tokens score blocks, where that is not `selector`:
-            `infllm2` for one by `lowbit2` or `lowbit4`, which have no kernel that selects for the
-            tokens of a prompt. In mode `forecast` their Forecasts score what it keeps. The cache
-            then keeps both summaries, in decode too, since a later turn's tokens select among all
-            blocks. None is `selector` itself; not read where no prompt can be sparse.
+            `infllm2` in the place of `lowbit2` or `lowbit4`, which multiply each token of a prompt
+            with all low-bit keys before it. In mode `forecast` their Forecasts score what it
+            keeps. The cache then keeps both summaries, in decode too, since a later turn's tokens
+            select among all blocks. None is `selector` itself; not read where no prompt can be
+            sparse.
         shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
             the first of them; it divides `block_size`. 1, the default, gives each token its own, as
             a decode step would. Of more, one scores blocks for all, and what is selected depends on

@@ -160,8 +160,8 @@ ShortList = Annotated[
 PrefillSelector = Annotated[
     Selector | None,
     typer.Option(
-        help="How tokens of a sparse prompt score blocks: infllm2 for lowbit2 and lowbit4, which "
-        "select for prompts on a CPU alone.",
+        help="How tokens of a sparse prompt score blocks: infllm2 takes less time than lowbit2 and "
+        "lowbit4, which multiply with the key of every token.",
         show_default="the selector",
     ),
 ]

@@ -3,7 +3,8 @@
     dense     T * (past + T / 2) * H * 4 * D FLOP, by the fastest attention, and the past over the
               link where it is in CPU memory
     sparse    T * H * K * P * 4 * D FLOP, and the products of what neighbours read and a token does
-              not; scores of all windows; a pick among all blocks
+              not; scores of all windows, or of all tokens by low-bit keys: half the FLOP of dense;
+              a pick among all blocks
 
 All layers of a model are alike here, or near enough: the sums are over the layers that select.
 Rates are shares of the machine's rate of matrix products, as measured on one H200 in November 2026.
@@ -33,7 +34,8 @@ __all__ = ["PromptCost", "prompt_cost", "prompt_phase"]
 _DENSE_SHARE: Final = 0.69
 # The kernel of sparse prompts, which reads all blocks of a dense one behind a past.
 _KERNEL_SHARE: Final = 0.55
-# A softmax over windows is beside its products, a Forecast has none, and few of them.
+# A softmax over windows is beside its products, a Forecast has none, and few of them. Low-bit keys
+# have as many exponentials beside a product as a softmax over windows: its share, not their own.
 _QUERY_SCORES_SHARE: Final = 0.29
 _FORECAST_SCORES_SHARE: Final = 0.11
 # FLOP that matrix units would do while one block is looked at by a pick, 6.9 ps on an H200.
@@ -133,13 +135,20 @@ def _site_cost(
     readers = max(TILE_ROWS * site.num_groups // (site.num_heads * config.shared_tokens), 1)
     union = selected + scored * (readers - 1) * _NEW_SHARE
     attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _KERNEL_SHARE
-    windows = seen / config.pool_stride
-    by_forecast, of_group = config.mode == "forecast", config.heads_of_forecast
-    heads = site.num_groups * of_group if by_forecast else site.num_heads
-    if by_forecast and of_group == 1:
-        score = 2.0 * heads * width * windows * num_tokens / _FORECAST_SCORES_SHARE
-    else:
-        score = 4.0 * heads * width * windows * num_tokens / _QUERY_SCORES_SHARE
+    score = _score_flop(site, config, seen) * num_tokens
     pick = _PICK_FLOP * site.num_groups * num_tokens * seen / config.block_size
     select = (score + pick) / config.shared_tokens
     return PromptCost(dense_us, (attend + select) / flop_us)
+
+
+def _score_flop(site: AttentionSite, config: SpardaConfig, seen: float) -> float:
+    """Return the FLOP that matrix units would do while one token scores what it has seen."""
+    rule = strategy_of(config).in_prompts.chooser
+    by_forecast, of_group = config.mode == "forecast", config.heads_of_forecast
+    heads = site.num_groups * of_group if by_forecast else site.num_heads
+    if rule is not None and rule.scores_tokens:
+        return 2.0 * heads * site.head_dim * seen / _QUERY_SCORES_SHARE
+    windows = seen / config.pool_stride
+    if by_forecast and of_group == 1:
+        return 2.0 * heads * site.head_dim * windows / _FORECAST_SCORES_SHARE
+    return 4.0 * heads * site.head_dim * windows / _QUERY_SCORES_SHARE

@@ -161,6 +161,7 @@ class Selector(Protocol):
             models for NOSA carry it.
         selects_prompts: Whether it selects for the tokens of a prompt on a GPU. Where it does not,
             `prefill="auto"` is dense there, and `prefill="sparse"` is refused.
+        scores_tokens: Whether it multiplies a query with a key of each token, and not of windows.
         is_comparable: Whether the scores of one step can be compared with those of another, and
             averaged; a prediction from past scores standardises others.
     """
@@ -173,6 +174,7 @@ class Selector(Protocol):
     settles: ClassVar[bool] = False
     reads_retention: ClassVar[bool] = False
     selects_prompts: ClassVar[bool] = True
+    scores_tokens: ClassVar[bool] = False
     is_comparable: ClassVar[bool] = False
 
     @property

@@ -151,7 +151,7 @@ class _LowBit(Selector):
 
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses", "_low_bit_scores")
     is_comparable: ClassVar[bool] = True  # shares of one attention
-    selects_prompts: ClassVar[bool] = False  # no kernel: each token would score all tokens
+    scores_tokens: ClassVar[bool] = True
     bits: ClassVar[int]
 
     def score(
@@ -178,7 +178,7 @@ class _LowBitForecast(Selector):
 
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses",)
     settles: ClassVar[bool] = True
-    selects_prompts: ClassVar[bool] = False
+    scores_tokens: ClassVar[bool] = True
     bits: ClassVar[int]
 
     def score(

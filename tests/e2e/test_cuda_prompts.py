@@ -94,6 +94,20 @@ def test_low_bit_steps_behind_prompts_by_pooled_keys(lab, on_cpu, mode, selector
         assert (other - got).abs().max() < TOLERANCE * want.abs().max()
 
 
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_by_low_bit_keys(lab, on_cpu, mode, selector):
+    settings = {"selector": selector, "prefill": "sparse"}
+    want = on_cpu.run(on_cpu.module(mode, **settings))
+    module = lab.module(mode, **settings)
+    got = lab.run(module).cpu()
+    assert module.sparda.num_compilations["sparse_prefill"]
+    assert (got - want).abs().max() < TOLERANCE * want.abs().max()
+    for changes in ({"chunk_tokens": 7}, {"chunk_tokens": 64}, {"offload": "never"}):
+        other = lab.run(lab.module(mode, **settings, **changes)).cpu()
+        assert (other - got).abs().max() < TOLERANCE * want.abs().max()
+
+
 @pytest.mark.parametrize("prefill", ["sparse", "dense"])
 @pytest.mark.parametrize("chunk", [7, 64, 300])
 def test_chunks(lab, prefill, chunk):
@@ -234,13 +248,13 @@ def test_kernels_of_prompts_are_compiled_before_they_are_launched(lab):
         triton.knobs.compilation.listener = listen
         for prefill in ("dense", "sparse"):
             for mode in ("query", "forecast"):
-                for chunk in (None, 300):
+                for selector, chunk in (("infllm2", None), ("infllm2", 300), ("lowbit2", None)):
                     settings = {"prefill": prefill, "chunk_tokens": chunk, "block_size": 32}
-                    lab.run(lab.module(mode, lowering="inductor", **settings))
+                    lab.run(lab.module(mode, lowering="inductor", selector=selector, **settings))
     assert not {name for ahead, name in compiled if not ahead and name.startswith("_")}
     assert {name for ahead, name in compiled if ahead} >= {
         "_number_tokens", "_extend_kv", "_token_blocks", "_pick_tokens", "_attend_tokens",
-        "_copy_pages",
+        "_copy_pages", "_unpack_keys", "_token_masses", "_mass_scores",
     }  # fmt: skip
 
 

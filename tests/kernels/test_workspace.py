@@ -171,7 +171,7 @@ class TestKernels:
     @pytest.fixture(autouse=True)
     def _without_launches(self, monkeypatch):
         pytest.importorskip("triton")
-        names = "extend", "pick_tokens", "stage", "token_blocks", "token_scores"
+        names = "extend", "pick_tokens", "stage", "token_blocks", "token_masses", "token_scores"
         for name in ("attend_tokens", "attend_hopper", "hopper_blocks", *names):
             module = importlib.import_module(f"sparda_compile.kernels.gpu.{name}")
             monkeypatch.setattr(module, "launch", lambda kernel, grid: lambda *_, **__: None)
@@ -226,7 +226,9 @@ class TestKernels:
         assert counted.peak - out.untyped_storage().nbytes() == all_blocks_bytes(given)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("selector", ["forecast", "infllm2", "quest", "nosa"])
+    @pytest.mark.parametrize(
+        "selector", ["forecast", "infllm2", "quest", "nosa", "lowbit2", "lowbit4_forecast"]
+    )
     @pytest.mark.parametrize(
         ("heads", "tokens", "past"), [(2, 16, 0), (6, 700, 100), (32, 41, 640)]
     )
@@ -237,13 +239,16 @@ class TestKernels:
         from sparda_compile.kernels.gpu import select_tokens
 
         monkeypatch.setattr(workspace, "SCORE_BYTES", limit)
-        given = prompt_of(GROUPS if selector == "forecast" else heads, tokens, dtype, num_past=past)
+        by_forecast = selector.endswith("forecast")
+        given = prompt_of(GROUPS if by_forecast else heads, tokens, dtype, num_past=past)
         given.selector, given.summary = (
             selector,
             [given.bounds if selector == "quest" else given.pooled],
         )
         if selector == "nosa":
             given.summary = [torch.cat([given.pooled, given.pooled[..., :1]], -1)]
+        if selector.startswith("lowbit"):
+            given.summary = low_bit_keys(given, int(selector[6]))
         geometry = Geometry(given.num_blocks, SIZE, 8, 4, int(selector == "nosa"), 1, 1)
         positions = torch.zeros(BATCH, tokens, dtype=torch.int32)
         ids = torch.zeros(BATCH, GROUPS, tokens, 4, dtype=torch.int32)
@@ -253,13 +258,14 @@ class TestKernels:
         with counted_bytes(all_tensors(given, [positions, ids, *given.summary])) as counted:
             select_tokens.select_tokens(asked, select_tokens.Choice(4, SIZE, 1, 1), ids)
         assert counted.peak == select_tokens_bytes(given)
-        if past and selector in ("forecast", "quest"):
+        if past and (by_forecast or selector == "quest"):
             choice, known = select_tokens.Choice(4, SIZE, 1, 1), ids.float()
-            with counted_bytes(all_tensors(given, [positions, ids, known])) as counted:
+            held = all_tensors(given, [positions, ids, known, *given.summary])
+            with counted_bytes(held) as counted:
                 select_tokens.select_past(asked, choice, ids, known)
             assert counted.peak == select_past_bytes(given)
             given.near_ids = ids
-            with counted_bytes(all_tensors(given, [positions, ids, known])) as counted:
+            with counted_bytes(held) as counted:
                 select_tokens.select_near(asked, choice, (ids, known), ids)
             assert counted.peak == select_tokens_bytes(given)
 
@@ -280,6 +286,13 @@ def prompt_of(heads, tokens, dtype, num_past=0, blocks=64):
         bounds=torch.zeros(BATCH, GROUPS, blocks, 2, DIM, dtype=dtype), near_ids=None, shared=1,
         num_selected=4, tail=None,
     )  # fmt: skip
+
+
+def low_bit_keys(given, bits):
+    """Return the tensors of a summary of low-bit keys."""
+    scales = given.bounds[:, :, :, 0].contiguous(), given.bounds[:, :, :, 1].contiguous()
+    codes = torch.zeros(BATCH, GROUPS, given.num_blocks, bits * SIZE // 16, DIM).short()
+    return [codes, *scales, given.k.new_zeros(BATCH, GROUPS, SIZE, DIM)]
 
 
 def all_tensors(given, others):

@@ -169,6 +169,10 @@ POOLED = {"_extend_pooled_keys"}
 STAGED = {"_mark_blocks", "_place_blocks", "_gather_listed", "_copy_pages"}
 TURN = {*STAGED, *PACKED} - {"_mark_blocks", "_tile_unions"}
 SPARSE = {*STORED, *PACKED, *SELECTED, *POOLED}
+LOW_BIT_SPARSE = {
+    *STORED, *PACKED, "_extend_low_bit_keys", "_unpack_keys", "_token_masses", "_mass_scores",
+    "_pick_tokens",
+}  # fmt: skip
 # What a hint keeps of a prompt's last token.
 PREDICTED = dict.fromkeys(("ema", "mixture"), INFLLM2 | {"_update_prediction"})
 PROMPTS = {
@@ -185,6 +189,17 @@ PROMPTS = {
     "quest": (
         "sparse_prefill", {"selector": "quest"},
         {*SPARSE, "_extend_key_bounds"} - POOLED, {*SPARSE, "_extend_key_bounds", *STAGED} - POOLED,
+    ),
+    "lowbit2": (
+        "sparse_prefill", {"selector": "lowbit2"}, LOW_BIT_SPARSE, {*LOW_BIT_SPARSE, *STAGED},
+    ),
+    "lowbit4 behind lowbit2": (
+        "sparse_prefill", {"selector": "lowbit2", "prefill_selector": "lowbit4"}, LOW_BIT_SPARSE,
+        {*LOW_BIT_SPARSE, *STAGED},
+    ),
+    "lowbit2 by forecast": (
+        "sparse_prefill", {"mode": "forecast", "selector": "lowbit2"}, LOW_BIT_SPARSE,
+        {*LOW_BIT_SPARSE, *STAGED, "_pick_past", "_pick_near"} - {"_pick_tokens"},
     ),
     "forecast": (
         "sparse_prefill", {"mode": "forecast"},

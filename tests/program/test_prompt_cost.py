@@ -10,8 +10,10 @@ import torch
 from sparda_compile import SpardaConfig, explain
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.program.prompt_cost import prompt_cost, prompt_phase
+from sparda_compile.selectors import SELECTORS
 
 MODES = ("query", "forecast", "exact")
+LOW_BIT = ("lowbit2", "lowbit4", "lowbit2_forecast", "lowbit4_forecast")
 
 
 @pytest.fixture
@@ -84,8 +86,10 @@ def test_a_report_is_of_the_longest_prompt(traced_llama):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
 def test_a_selector_without_a_kernel_for_prompts_reads_them_densely_or_refuses(
-    captures, mode, selector
+    captures, mode, selector, monkeypatch
 ):
+    for name in LOW_BIT:
+        monkeypatch.setattr(type(SELECTORS[name]), "selects_prompts", False)
     settings = {"mode": mode, "selector": selector}
     assert phase(captures, 0, 1 << 20, **settings) == "prefill"
     assert phase(captures, 0, 1 << 20, prefill="sparse", **settings) == "sparse_prefill"
@@ -108,3 +112,40 @@ def test_prompts_that_another_selector_selects_for_are_sparse_where_that_is_fast
     for num_tokens in (1 << n for n in range(10, 21)):
         usual = phase(captures, 0, num_tokens, mode=mode)
         assert phase(captures, 0, num_tokens, **settings) == usual
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+def test_low_bit_selectors_select_for_prompts_on_a_gpu(captures, mode, selector):
+    on_gpu = types.SimpleNamespace(
+        get=lambda phase: types.SimpleNamespace(device=torch.device("cuda"))
+    )
+    for settings in ({"selector": selector}, {"prefill_selector": selector}):
+        config = SpardaConfig(mode=mode, prefill="sparse", **settings)
+        assert prompt_phase(on_gpu, config, 1, 0, 1 << 20) == "sparse_prefill"
+
+
+@pytest.mark.parametrize("named", ["selector", "prefill_selector"])
+def test_products_with_each_token_cost_half_of_dense_attention_or_a_heads_share(
+    captures, named, monkeypatch
+):
+    """So a query selects where the past has to cross the link, and a Forecast for long prompts."""
+    site = types.SimpleNamespace(head_dim=128, num_heads=32, num_groups=2, window=None)
+    monkeypatch.setattr("sparda_compile.program.prompt_cost.sites_of", lambda _: [site])
+    settings = {named: "lowbit2"}
+    sizes = [(0, 1 << n) for n in range(10, 21)]
+    assert {phase(captures, *size, **settings) for size in sizes} == {"prefill"}
+    assert phase(captures, 1 << 17, 2, offload="always", **settings) == "sparse_prefill"
+    phases = [phase(captures, *size, mode="forecast", **settings) for size in sizes]
+    assert phases == sorted(phases)
+    assert {phases[0], phases[-1]} == {"prefill", "sparse_prefill"}
+
+
+def test_several_heads_of_a_forecast_cost_as_many_products(captures):
+    def sparse_us(heads):
+        config = SpardaConfig(
+            mode="forecast", machine="h200", selector="lowbit2", forecast_heads=heads
+        )
+        return prompt_cost(captures, config, 1, 0, 1 << 20).sparse_us
+
+    assert 1.5 * sparse_us(1) < sparse_us(2) < 2 * sparse_us(1)

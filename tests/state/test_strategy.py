@@ -61,7 +61,7 @@ def test_prompts_may_be_selected_for_by_another(mode, steps, prompts):
         own = strategy(**{**settings, **unread})
         assert own.in_prompts is own
         assert [scorer.name for scorer in own.scorers] == [steps]
-        assert not own.selects_prompts
+        assert own.selects_prompts
 
 
 @pytest.mark.parametrize("hint", HINTS.names())

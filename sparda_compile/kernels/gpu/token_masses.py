@@ -14,7 +14,7 @@ tokens of whole blocks the columns, so that a block's sum is mostly made inside 
 4 bytes for as many products as a block has tokens: to keep them is cheaper than to multiply twice.
 
 Keys of a block have the same bits, and the same tiles, whether the past is scored by itself or with
-new tokens, and so have a Forecast's scores.
+new tokens, and so have a Forecast's scores. Factors are positive.
 
 Floor, of T tokens over S keys, half of them before the mean token of a prompt from nothing: 2 * T *
 S * D FLOP for each head and as many exponentials as products have results, T * S; a Forecast has
@@ -57,6 +57,7 @@ from sparda_compile.kernels.workspace import (
     SCORE_COLUMNS,
     SCORED_TOGETHER,
     STRIP_BLOCKS,
+    most_vectors,
     num_runs,
     score_columns,
     score_room,
@@ -75,11 +76,9 @@ __all__ = ["LOW_BIT", "covers_low_bit", "massed_tokens"]
 
 LOW_BIT: Final = frozenset({"lowbit2", "lowbit4", "lowbit2_forecast", "lowbit4_forecast"})
 """Selectors that these kernels select for."""
-# Keys of a product, of as many whole blocks as they hold; of a longer block more.
+# Keys of a product: of as many blocks as they hold, or of one, piece by piece.
 _KEYS: Final = 64
 _MOST_STAGES: Final = 3
-# Results of a product that four warps hold; more take eight.
-_RESULTS: Final = 64 * 128
 # Query vectors of a program that adds up heads.
 _ADDED_COLUMNS: Final = 32
 _NUMBERS_OF_A_WARP: Final = 1024
@@ -112,16 +111,22 @@ def _unpack_keys(
 
 
 @triton.jit
-def _block_masses(
-    vectors, keys, slot, factor, SIZE: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr
+def _dots(
+    vectors, keys_at, block, slot, stop,
+    SIZE: tl.constexpr, SPAN: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Return log2 sum_t 2^(q . k' * factor) of each vector and block of a tile."""
-    logits = tl.dot(vectors, tl.trans(keys), input_precision="ieee") * factor
-    if SLOTS > SIZE:
-        logits = tl.where((slot < SIZE)[None, :], logits, float("-inf"))
-    logits = tl.reshape(logits, [vectors.shape[0], BLOCKS, SLOTS])
-    most = tl.max(logits, axis=2)
-    return most + tl.log2(tl.sum(tl.exp2(logits - most[:, :, None]), axis=2))
+    """Return q . k' of some tokens of blocks; -inf where a block has no such token."""
+    dims, is_token = tl.arange(0, DIMS), slot < SIZE
+    mask = ((block < stop) & is_token)[:, None] & (dims < DIM)[None, :]
+    at = keys_at + (block * SIZE + slot).to(tl.int64)[:, None] * DIM + dims[None, :]
+    keys = tl.load(at, mask=mask, other=0.0)
+    if INTERPRETED:
+        keys = keys.to(tl.float32)
+    dots = tl.dot(vectors, tl.trans(keys), input_precision="ieee")
+    if SIZE % SPAN != 0:
+        dots = tl.where(is_token[None, :], dots, float("-inf"))
+    return dots
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keyed", "num_rows", "begin", "end"])
@@ -129,7 +134,7 @@ def _token_masses(
     query, keys, positions, lengths, masses, maxima, sums, factor, q_row, q_head, q_token, groups,
     num_tokens, num_keyed, num_rows, begin, end, scored_from,
     HEADS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    SPAN: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     PART: tl.constexpr, SOFTMAX: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr,
     INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -145,32 +150,41 @@ def _token_masses(
     full = (tl.minimum(position, length) if PAST else position) // SIZE - origin
     is_scored = tl.max(position, 0) >= scored_from
     stop = tl.where(is_scored, tl.minimum(tl.max(full, 0), (part + 1) * PART), 0)
-    dims, place = tl.arange(0, DIMS), tl.arange(0, BLOCKS * SLOTS)
-    slot, keys_at = place % SLOTS, keys + pair.to(tl.int64) * num_keyed * (SIZE * DIM)
+    keys_at = keys + pair.to(tl.int64) * num_keyed * (SIZE * DIM)
+    place = tl.arange(0, BLOCKS * SPAN)
     column, columns = tile * COLUMNS + tl.arange(0, COLUMNS), (end - begin) * ROOM
     peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
-    for start in tl.range(part * PART, stop, BLOCKS, num_stages=STAGES):
-        block = start + place // SLOTS
-        mask = ((block < stop) & (slot < SIZE))[:, None] & (dims < DIM)[None, :]
-        at = keys_at + (block * SIZE + slot).to(tl.int64)[:, None] * DIM + dims[None, :]
-        tokens = tl.load(at, mask=mask, other=0.0)
-        if INTERPRETED:
-            tokens = tokens.to(tl.float32)
-        mass = _block_masses(vectors, tokens, slot, factor, SIZE, SLOTS, BLOCKS)
-        each = start + tl.arange(0, BLOCKS)
-        mass = tl.where(each[None, :] < full[:, None], mass, float("-inf"))
-        kept = (pair.to(tl.int64) * num_rows + each)[None, :] * columns + column[:, None]
-        tl.store(masses + kept, mass, mask=(each < stop)[None, :] & (column < columns)[:, None])
-        if SOFTMAX:
-            new_peak = tl.maximum(peak, tl.max(mass, axis=1))
-            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(mass - safe[:, None]), axis=1)
-            peak = new_peak
+    none = tl.full([COLUMNS, BLOCKS], float("-inf"), dtype=tl.float32)
+    most, mass = none, tl.zeros([COLUMNS, BLOCKS], dtype=tl.float32)
+    # A block that is longer than a tile is summed piece by piece.
+    PIECES: tl.constexpr = (SIZE + SPAN - 1) // SPAN
+    steps = (tl.maximum(stop - part * PART, 0) + BLOCKS - 1) // BLOCKS * PIECES
+    for step in tl.range(steps, num_stages=STAGES):
+        start, piece = part * PART + step // PIECES * BLOCKS, step % PIECES
+        block, slot = start + place // SPAN, piece * SPAN + place % SPAN
+        dots = _dots(vectors, keys_at, block, slot, stop, SIZE, SPAN, DIM, DIMS, INTERPRETED)
+        dots = tl.reshape(dots, [COLUMNS, BLOCKS, SPAN])
+        above = tl.maximum(most, tl.max(dots, axis=2) * factor)
+        each = tl.exp2(dots * factor - above[:, :, None])
+        mass = mass * tl.exp2(most - above) + tl.sum(each, axis=2)
+        most = above
+        if piece == PIECES - 1:
+            own = start + tl.arange(0, BLOCKS)
+            mass = tl.where(own[None, :] < full[:, None], most + tl.log2(mass), float("-inf"))
+            kept = (pair.to(tl.int64) * num_rows + own)[None, :] * columns + column[:, None]
+            tl.store(masses + kept, mass, mask=(own < stop)[None, :] & (column < columns)[:, None])
+            if SOFTMAX:
+                above_all = tl.maximum(peak, tl.max(mass, axis=1))
+                safe = tl.where(above_all == float("-inf"), 0.0, above_all)
+                total *= tl.exp2(peak - safe)
+                total += tl.sum(tl.exp2(mass - safe[:, None]), axis=1)
+                peak = above_all
+            most, mass = none, tl.zeros([COLUMNS, BLOCKS], dtype=tl.float32)
     if SOFTMAX:
-        own = (pair.to(tl.int64) * tl.num_programs(1) + part) * columns + column
-        tl.store(maxima + own, peak, mask=column < columns)
-        tl.store(sums + own, total, mask=column < columns)
+        to = (pair.to(tl.int64) * tl.num_programs(1) + part) * columns + column
+        tl.store(maxima + to, peak, mask=column < columns)
+        tl.store(sums + to, total, mask=column < columns)
 
 
 @triton.jit(
@@ -216,7 +230,6 @@ def _mass_scores(
                 score = tl.sum(tl.reshape(share, [BLOCKS, TOKENS, ROOM]), axis=2)
             else:
                 score = mass * _LN_2
-            score = tl.where(block[:, None] < full[None, :], score, float("-inf"))
             store_scores(at, score, first, turn, stop, local, end - begin, num_strips, BLOCKS, 0)
             if RUN > 0:
                 best_run = tl.maximum(best_run, best_of_runs(score, RUN, 0))
@@ -227,12 +240,10 @@ def _mass_scores(
 def covers_low_bit(query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
     """Whether these kernels select for such queries and blocks.
 
-    Not for a group of more than 128 heads, nor where a tile's queries and keys are more than a
-    program can hold: in 32 bits, of 256 channels, with more than 64 heads and tokens of a block.
+    Not for a group of more than 128 heads.
     """
-    form = _Form.of(query_BHTD, groups, geometry.block_size)
-    fits = query_BHTD.shape[1] <= SCORE_COLUMNS * groups and geometry.num_blocks <= MOST_BLOCKS
-    return fits and form.queries + form.keys <= _shared(query_BHTD)
+    fits: bool = query_BHTD.shape[1] <= SCORE_COLUMNS * groups
+    return fits and geometry.num_blocks <= MOST_BLOCKS
 
 
 class _Form(NamedTuple):
@@ -242,49 +253,31 @@ class _Form(NamedTuple):
         room: Vectors of one token, a power of two.
         columns: Vectors of a program.
         dims: Numbers of a vector, a power of two.
-        slots: Tokens of a block, a power of two.
+        span: Tokens of each block of a tile of keys.
         blocks: Of a tile of keys.
-        itemsize: Bytes of a number.
+        stages: Tiles of keys that are read at once.
     """
 
     room: int
     columns: int
     dims: int
-    slots: int
+    span: int
     blocks: int
-    itemsize: int
+    stages: int
 
     @classmethod
     def of(cls, query: Tensor, groups: int, size: int) -> _Form:
         room, dims = power_of_two(query.shape[1] // groups), power_of_two(query.shape[3], 16)
-        itemsize, slots = query.element_size(), power_of_two(size)
+        itemsize = query.element_size()
         columns = score_columns(room, dims, itemsize)
-        return cls(room, columns, dims, slots, max(_KEYS // slots, 1), itemsize)
-
-    @property
-    def queries(self) -> int:
-        """Bytes of a program's vectors."""
-        return self.columns * self.dims * self.itemsize
-
-    @property
-    def keys(self) -> int:
-        """Bytes of a tile of keys."""
-        return self.blocks * self.slots * self.dims * self.itemsize
-
-    @property
-    def num_warps(self) -> int:
-        """Warps of a program."""
-        return 4 if self.columns * self.blocks * self.slots <= _RESULTS else 8
-
-    def stages(self, query: Tensor) -> int:
-        """Return how many tiles of keys fit beside the queries."""
-        return max(min(_MOST_STAGES, (_shared(query) - self.queries) // self.keys), 1)
-
-
-def _shared(tensor: Tensor) -> int:
-    """Return the shared memory of a program, less what sums between threads take of it."""
-    all_of_it = shared_bytes(tensor.device) if tensor.device.type == "cuda" else _SHARED
-    return all_of_it - _SUMS
+        # Numbers of 32 bits are multiplied by threads, which hold what they multiply.
+        keys = min(_KEYS, most_vectors(dims, itemsize)) // (2 if itemsize == 4 else 1)
+        keys = max(keys, 16)
+        span = min(power_of_two(size), keys)
+        free = _SHARED if query.device.type != "cuda" else shared_bytes(query.device)
+        free -= columns * dims * itemsize + _SUMS
+        stages = max(min(_MOST_STAGES, free // (keys * dims * itemsize)), 1)
+        return cls(room, columns, dims, span, keys // span, stages)
 
 
 def massed_tokens(
@@ -310,11 +303,13 @@ def massed_tokens(
     new = partial(query.new_empty, dtype=torch.float32)
     maxima, sums = (new(taken.sums if softmax else 1) for _ in range(2))
     scratch, masses = new(taken.scores), new(taken.masses)
+    # A Forecast's parts are compiled in two forms, whose scores are compared.
+    same_bits = {} if softmax else as_written()
     when = (softmax, blocks is Blocks.PAST, blocks is Blocks.NEW)
     part = triton.cdiv(MASS_PART_BLOCKS, form.blocks) * form.blocks
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, part))
     added = max(min(_ADDED_COLUMNS, form.columns), form.room)
-    shape = (geometry.block_size, form.slots, form.blocks, query.shape[3], form.dims)
+    shape = (geometry.block_size, form.span, form.blocks, query.shape[3], form.dims)
     for begin, end in taken.chunks:
         columns, rows = (end - begin) * form.room, sizes(end)
         parts, widths = triton.cdiv(rows, part), score_widths(rows, in_runs=in_runs)
@@ -324,7 +319,7 @@ def massed_tokens(
             query, keys, asked.positions, asked.lengths, masses, maxima, sums,
             asked.scale * _LOG2_E, *query.stride()[:3], groups, num_tokens, keys.shape[1], rows,
             begin, end, scored_from, heads, form.room, form.columns, *shape, part, *when,
-            interpreting(), form.stages(query), num_warps=form.num_warps,
+            interpreting(), form.stages, num_warps=4, **same_bits,
         )  # fmt: skip
         launch(_mass_scores, (triton.cdiv(columns, added), num_strips, pairs))(
             masses, maxima, sums, asked.positions, asked.lengths, scores.blocks,

@@ -182,7 +182,7 @@ def _uncounted(node: fx.Node) -> set[str]:
 
 
 def _sparda_flops(node: fx.Node, work: Work, ctx: PassContext) -> float:
-    """Products of a prompt's tokens: with the blocks that they read, or with pooled keys.
+    """Products of a prompt's tokens: with the blocks that they read, with pooled keys or all.
 
     Those are of half a cache, or of the new tokens alone where the past was scored before.
     """
@@ -194,7 +194,8 @@ def _sparda_flops(node: fx.Node, work: Work, ctx: PassContext) -> float:
         return 4.0 * query * ctx.layout.num_selected * ctx.layout.config.block_size
     near = takes(node, "near_ids") and argument(node, "near_ids") is not None
     tokens = EXAMPLE_TOKENS if near else ctx.layout.max_tokens / 2
-    return 2.0 * query * tokens / ctx.layout.config.pool_stride
+    each = SELECTORS[argument(node, "selector")].scores_tokens
+    return 2.0 * query * tokens / (1 if each else ctx.layout.config.pool_stride)
 
 
 def _flops(node: fx.Node, ctx: PassContext) -> float:

@@ -111,12 +111,13 @@ def run_all(dtype, dim, size):
             )  # fmt: skip
         rows = scores.repeat(64, 1, 1, 1), lengths[:, None].repeat(1, 64)
         calibrate.hit_rates(*rows, choice, torch.zeros(80, 3), are_comparable=comparable)
-    for name, asked in (("forecast", k), ("infllm2", query), ("quest", query), ("nosa", query)):
-        tensors = summaries["key_bounds" if name == "quest" else "pooled_keys"]
+    by_query = ((name, query) for name in ("infllm2", "quest", "nosa", "lowbit2"))
+    for name, asked in (*by_query, ("forecast", k), ("lowbit4_forecast", k)):
+        tensors = summaries["pooled_keys" if name == "nosa" else SELECTORS[name].summary.name]
         keys = (asked, tensors, lengths[:, None], lengths)
         prompt = select_tokens.Asked(*keys, 9 * size, name, 1.0, geometry)
         select_tokens.select_tokens(prompt, choice, ids[:, :, None])
-        if name in ("forecast", "quest"):
+        if SELECTORS[name].settles:
             near = (ids[:, :, None], scores[:, :, None, :SELECTED].contiguous())
             select_tokens.select_past(prompt, choice, *near)
             select_tokens.select_near(prompt, choice, near, ids[:, :, None])
@@ -255,10 +256,12 @@ def run_largest(dtype, dim, size):
     scores = torch.zeros(BATCH, GROUPS, BLOCKS)
     score.SCORE_KERNELS["infllm2"](query, [pooled], ints(BATCH), 1.0, geometry, scores)
     choice = select.Choice(SELECTED, 128, 1, 4)
-    asked = (query, [pooled], ints(BATCH, 1), ints(BATCH), 0, "infllm2", 1.0, geometry)
-    select_tokens.select_tokens(
-        select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
-    )
+    low_bit = empty_summary(summary_named("lowbit4_keys"), query[:, :GROUPS], geometry)
+    for name, tensors in (("infllm2", [pooled]), ("lowbit4", low_bit)):
+        asked = (query, tensors, ints(BATCH, 1), ints(BATCH), 0, name, 1.0, geometry)
+        select_tokens.select_tokens(
+            select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
+        )
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)
