@@ -1,6 +1,6 @@
 """Kernels of a prompt alone: 16K new tokens of one sequence behind 128K others.
 
-    select_forecast, select_infllm2   the blocks of each token
+    select_...                        the blocks of each token, by a Forecast or a query
     stage                             the past blocks that they read, from device pages
     attend                            attention over them: the op as it is called, and its two large
                                       kernels by rows of a tile
@@ -9,9 +9,9 @@
 
 Floors: FLOP that nobody can save, at the rate of a large matrix product, or bytes that have to be
 read or written once, at the rate of a copy, whichever takes longer. Selection counts the products
-with pooled keys, twice for a softmax; attention counts those of each token's own blocks, of which a
-block that the token is in counts as whole. `prompt_case.py` says which blocks those are. Results
-are compared before anything is timed.
+with pooled keys, twice for a softmax, or once with the key of every token; attention counts those
+of each token's own blocks, of which a block that the token is in counts as whole. `prompt_case.py`
+says which blocks those are. Results are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sparda_compile.kernels.gpu import attend_tokens, select_tokens, token_block
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.selectors import SELECTORS
+from sparda_compile.selectors.base import empty_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,8 @@ _PUBLISHED_US: Final = 158420.0
 _PUBLISHED_SCORED: Final = 30
 # KV heads: of 32 query heads, groups of 16 and of 4.
 _GROUPS: Final = (2, 8)
+# By pooled keys, and by those of every token in 2 bits.
+_SELECTORS: Final = ("forecast", "infllm2", "lowbit2_forecast", "lowbit2")
 _SAMPLE: Final = 8
 _ROUNDS: Final = 10
 
@@ -67,7 +70,7 @@ def bench_prompt(
     cases = []
     for groups in _GROUPS:
         say(f"a prompt with {groups} KV heads")
-        for selector in ("forecast", "infllm2"):
+        for selector in _SELECTORS:
             rows[f"select_{selector}_g{groups}"] = _select(device, shape, groups, selector, rates)
         cases.append(Case(device, shape, groups))
         rows.update(_attend(cases[-1], rates))
@@ -105,33 +108,49 @@ def _select(
     device: torch.device, shape: Shape, groups: int, selector: str, rates: tuple[float, float]
 ) -> dict[str, Any]:
     geometry, choice = shape.geometry, Choice(shape.selected, shape.block, shape.sink, shape.local)
-    heads = groups if selector == "forecast" else shape.heads
+    heads = groups if selector.endswith("forecast") else shape.heads
     position = torch.arange(shape.past, shape.past + shape.tokens, device=device).int()[None]
-    pooled = randn(device, 1, groups, geometry.num_windows, shape.dim)
+    summary = _summary(device, shape, groups, selector)
     scale = shape.dim**-0.5
     query = randn(device, 1, heads, shape.tokens, shape.dim)
     lengths = torch.full((1,), shape.past, dtype=torch.int32, device=device)
     asked = select_tokens.Asked(
-        query, [pooled], position, lengths, shape.past, selector, scale, geometry
+        query, summary, position, lengths, shape.past, selector, scale, geometry
     )
     ids = position.new_empty((1, groups, shape.tokens, shape.selected))
     call = partial(select_tokens.select_tokens, asked, choice, ids)
     call()
     sample = torch.linspace(0, shape.tokens - 1, _SAMPLE, device=device).long()
-    summary = [pooled.expand(_SAMPLE, -1, -1, -1)]
     scores = SELECTORS[selector].score(
-        query[0].transpose(0, 1)[sample][:, :, None], summary, position[0, sample], scale, geometry
+        query[0].transpose(0, 1)[sample][:, :, None],
+        [tensor.expand(_SAMPLE, *tensor.shape[1:]) for tensor in summary],
+        position[0, sample],
+        scale,
+        geometry,
     )
     want = select_blocks_reference(scores, position[0, sample], *choice)
     got = ids[0].transpose(0, 1)[sample]
     same = float((got[..., None] == want[:, :, None]).any(-1).float().mean())
     if not same > 0.98:  # sums of products in another order may exchange blocks that are close
         raise AssertionError(f"selection agrees in {same} of the blocks")
-    passes = 1 if selector == "forecast" else 2
-    windows = (shape.past + shape.tokens / 2) / geometry.pool_stride
-    flop = 2.0 * passes * shape.tokens * heads * windows * shape.dim
-    num_bytes = 2 * (query.numel() + pooled.numel()) + 4 * ids.numel()
+    keys = shape.past + shape.tokens / 2
+    if not SELECTORS[selector].scores_tokens:
+        keys *= (1 if selector == "forecast" else 2) / geometry.pool_stride
+    flop = 2.0 * shape.tokens * heads * keys * shape.dim
+    num_bytes = 2 * query.numel() + sum(tensor.nbytes for tensor in summary) + 4 * ids.numel()
     return {**_row([call] * 2, flop, num_bytes, rates), "same_blocks": round(same, 4)}
+
+
+def _summary(device: torch.device, shape: Shape, groups: int, selector: str) -> list[torch.Tensor]:
+    """Return random pooled keys, or those of every token in few bits."""
+    geometry, rule = shape.geometry, SELECTORS[selector]
+    if not rule.scores_tokens:
+        return [randn(device, 1, groups, geometry.num_windows, shape.dim)]
+    k = randn(device, 1, groups, shape.past + shape.tokens, shape.dim)
+    tensors = empty_summary(rule.summary, k, geometry)
+    nothing, mask = torch.zeros(1, dtype=torch.int32), torch.ones(1, k.shape[2], dtype=torch.bool)
+    rule.summary.extend(tensors, k, nothing, mask.to(device), geometry)
+    return tensors
 
 
 def _published(device: torch.device, shape: Shape, rates: tuple[float, float]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_every_kernel_is_compared_and_measured(timed, monkeypatch):
     result = prompt_kernels.bench_prompt(CPU, 4000.0, said.append, SMALL)
     assert len(said) == 3
     tiles = [f"{name}_g2_rows_{rows}" for rows in (64, 128) for name in ("attend", "unions")]
-    ops = ["select_forecast_g2", "select_infllm2_g2", "stage_g2", "attend_g2", "attend_published"]
+    ops = [f"select_{name}_g2" for name in prompt_kernels._SELECTORS]
+    ops += ["stage_g2", "attend_g2", "attend_published"]
     assert sorted(result["kernels"]) == sorted(ops + tiles)
     assert (result["tokens"], result["past"]) == (8, 256)
     assert result["kernels"]["attend_g2"]["error"] < 1e-2

@@ -19,7 +19,10 @@ def asked(selector):
 def test_what_a_selector_asks_for(selector):
     it = asked(selector)
     assert it.num_groups == 2
-    assert it.softmax == (selector in ("infllm2", "nosa"))
+    assert it.softmax == (selector in ("infllm2", "nosa", "lowbit2", "lowbit4"))
     assert it.lists == SELECTORS[selector].has_short_list
-    windows = 16 // it.windows.pool_stride
-    assert windows == (1 if selector == "quest" else 4)
+    assert it.is_low_bit == SELECTORS[selector].scores_tokens
+    of_blocks = selector == "quest" or it.is_low_bit
+    assert 16 // it.windows.pool_stride == (1 if of_blocks else 4)
+    # A bound is of any block that has a token, low-bit keys are of full ones.
+    assert it.windows.pool_size == (16 if it.is_low_bit else 1 if of_blocks else 8)
