@@ -79,10 +79,13 @@ def prompt_phase(
     begins = config.selection_starts_at
     if config.prefill == "dense" or begins is None or num_past + num_tokens < begins:
         return "prefill"  # where each token reads all blocks, both are the same
-    selects_prompts = strategy_of(config).selects_prompts
+    strategy = strategy_of(config)
+    selects_prompts, rule = strategy.selects_prompts, strategy.in_prompts.chooser
     if config.prefill == "auto":
         if not _machine(captures, config).overlaps or not selects_prompts:
             return "prefill"  # on a CPU both are references, and nothing is won
+        if rule is not None and rule.scores_tokens:
+            return "prefill"  # those kernels were not timed, and this goes by what was
         cost = prompt_cost(captures, config, batch_size, num_past, num_tokens)
         if cost.dense_us <= cost.sparse_us:
             return "prefill"
