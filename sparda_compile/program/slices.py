@@ -144,13 +144,11 @@ class SlicedPiece:
                 for value, dim, node in zip(inputs, dims.inputs, self._piece.inputs, strict=True)
             ]
             made = self._function(*here.values(), *given)
-            parts = []
             for i, dim in enumerate(dims.outputs):
                 if dim is None:
                     results[i] = made[i]
                 else:
-                    parts.append((results[i].narrow(dim, begin, end - begin), made[i]))
-            _copy_all(parts)
+                    results[i].narrow(dim, begin, end - begin).copy_(made[i])
         return results
 
     def _whole(self, place: int, sizes: Mapping[str, int], inputs: Sequence[Tensor]) -> Tensor:
@@ -159,21 +157,6 @@ class SlicedPiece:
             return inputs[self._reuses[place][0]]
         fake = fake_value(self._piece.outputs[place])
         return _empty(fake, sizes, inputs[0].device)
-
-
-def _copy_all(parts: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy tensors to others of their shapes, in one launch for each dtype where strides agree.
-
-    Of one sequence they do but for its own, which says nothing.
-    """
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in parts:
-        targets, sources = by_dtype.setdefault(target.dtype, ([], []))
-        is_one = target.shape[0] == 1
-        targets.append(target[0] if is_one else target)
-        sources.append(source[0] if is_one else source)
-    for targets, sources in by_dtype.values():
-        torch._foreach_copy_(targets, sources)
 
 
 def _empty(fake: Tensor, sizes: Mapping[str, int], device: torch.device) -> Tensor:

@@ -185,7 +185,8 @@ def _list_groups(
     """List the groups of neighbouring blocks of which any is read; return how many, and blocks.
 
     A group has the blocks that one word has bits of, or one block and several words. Most have
-    none that is read: of a million tokens' 4,096 groups some 170 have, for a tile of 8 tokens.
+    none that is read: behind a million tokens a tile of 8 reads some 170 blocks, which lie in as
+    many of 4,096 groups at most.
     """
     num_listed = tl.zeros([], dtype=tl.int32)
     count = tl.zeros([], dtype=tl.int32)

@@ -290,7 +290,8 @@ def late_stores(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip(
             "brings the stores of Triton's interpreter in another order, and it is on only where "
-            "there is no GPU. A GPU orders its own: there `pytest -m gpu` shows what comes of it."
+            "there is no GPU. A GPU orders its own: there `pytest -m gpu tests/e2e/test_cuda.py` "
+            "shows what a step makes of these kernels"
         )
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
