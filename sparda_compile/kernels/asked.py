@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["Asked"]
+__all__ = ["SOFTMAX", "Asked"]
+
+SOFTMAX: Final = frozenset({"infllm2", "nosa", "lowbit2", "lowbit4"})
+"""Selectors by which a head's scores are weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Asked:
     @property
     def softmax(self) -> bool:
         """Whether a head's scores are weights."""
-        return self.selector in ("infllm2", "nosa", "lowbit2", "lowbit4")
+        return self.selector in SOFTMAX
 
     @property
     def lists(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from sparda_compile.kernels.asked import SOFTMAX
 from sparda_compile.kernels.paged import block_pool
 from sparda_compile.kernels.union_sizes import mark_words, union_entries, union_words, unions_bytes
 
@@ -247,7 +248,6 @@ def _scores(
         while_made, parts, vectors = _mean_parts(a, pairs * tokens * dim)
         dim, itemsize = 2 * dim, a.summary[0].dtype.itemsize
     retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
-    softmax = a.selector in ("infllm2", "nosa", "lowbit2", "lowbit4")
     room = _power_of_two(vectors)
     is_low_bit = a.selector.startswith("lowbit")
     columns = score_columns(room, _power_of_two(dim, 16), itemsize)
@@ -262,7 +262,7 @@ def _scores(
     if is_low_bit:
         # All keys that are scored, unpacked.
         parts = pairs * blocks(tokens) * a.block_size * dim * a.summary[1].dtype.itemsize
-    sums = taken.sums if softmax else 1
+    sums = taken.sums if a.selector in SOFTMAX else 1
     kept = 4 * (taken.scores + taken.masses) + 8 * sums
     return int(max(while_made, parts + retention + kept))
 
