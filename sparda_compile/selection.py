@@ -63,8 +63,8 @@ class Selection:
         local_blocks: Always-kept most recent blocks, besides the one being written.
         prefill: What the tokens of a prompt read. `dense`: everything before them. `sparse`: each
             its own blocks, those that a decode step would select there. `auto`: planned for a GPU,
-            of the two what is expected to be faster for a prompt of that length; `dense` for a CPU,
-            and with `lowbit2` or `lowbit4`, whose kernels for prompts were not timed yet.
+            of the two what is expected to be faster for a prompt of that length; for a CPU
+            `dense`.
         prefill_selector: How a sparse prompt's tokens score blocks, where that is not `selector`:
             `infllm2` in the place of `lowbit2` or `lowbit4`, which multiply each token of a prompt
             with all low-bit keys before it. In mode `forecast` their Forecasts score what it

@@ -9,8 +9,9 @@
 All layers of a model are alike here, or near enough: the sums are over the layers that select.
 Rates are shares of the machine's rate of matrix products, as measured on one H200 in November 2026.
 In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts,
-`prompt-pick` the time of a pick, and `prompt-profile` dense attention and scores. How many blocks
-a token changes is assumed, as for `prompt-attention-variants`.
+`prompt-pick` the time of a pick, `prompt-profile` dense attention and scores, and `prompt-low-bit`
+scores of every token. How many blocks a token changes is assumed, as for
+`prompt-attention-variants`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ __all__ = ["PromptCost", "prompt_cost", "prompt_phase"]
 _DENSE_SHARE: Final = 0.69
 # The kernel of sparse prompts, which reads all blocks of a dense one behind a past.
 _KERNEL_SHARE: Final = 0.55
-# A softmax over windows is beside its products, a Forecast has none, and few of them. Low-bit keys
-# have as many exponentials beside a product as a softmax over windows: its share, not their own.
+# A softmax over windows is beside its products, a Forecast has none, and few of them.
 _QUERY_SCORES_SHARE: Final = 0.29
 _FORECAST_SCORES_SHARE: Final = 0.11
+# Products with every token by low-bit keys: of several heads for each KV head, and of one.
+_TOKEN_SCORES_SHARE: Final = 0.47
+_ONE_HEAD_TOKEN_SCORES_SHARE: Final = 0.34
 # FLOP that matrix units would do while one block is looked at by a pick, 6.9 ps on an H200.
 _PICK_FLOP: Final = 5.5e3
 # The share of its scored blocks that a token changes.
@@ -79,13 +82,10 @@ def prompt_phase(
     begins = config.selection_starts_at
     if config.prefill == "dense" or begins is None or num_past + num_tokens < begins:
         return "prefill"  # where each token reads all blocks, both are the same
-    strategy = strategy_of(config)
-    selects_prompts, rule = strategy.selects_prompts, strategy.in_prompts.chooser
+    selects_prompts = strategy_of(config).selects_prompts
     if config.prefill == "auto":
         if not _machine(captures, config).overlaps or not selects_prompts:
             return "prefill"  # on a CPU both are references, and nothing is won
-        if rule is not None and rule.scores_tokens:
-            return "prefill"  # those kernels were not timed, and this goes by what was
         cost = prompt_cost(captures, config, batch_size, num_past, num_tokens)
         if cost.dense_us <= cost.sparse_us:
             return "prefill"
@@ -150,7 +150,9 @@ def _score_flop(site: AttentionSite, config: SpardaConfig, seen: float) -> float
     by_forecast, of_group = config.mode == "forecast", config.heads_of_forecast
     heads = site.num_groups * of_group if by_forecast else site.num_heads
     if rule is not None and rule.scores_tokens:
-        return 2.0 * heads * site.head_dim * seen / _QUERY_SCORES_SHARE
+        one = heads == site.num_groups
+        share = _ONE_HEAD_TOKEN_SCORES_SHARE if one else _TOKEN_SCORES_SHARE
+        return 2.0 * heads * site.head_dim * seen / share
     windows = seen / config.pool_stride
     if by_forecast and of_group == 1:
         return 2.0 * heads * site.head_dim * windows / _FORECAST_SCORES_SHARE

@@ -17,7 +17,7 @@ from sparda_compile.program.lower import lower
 from sparda_compile.program.pieces import compiled_pieces
 from sparda_compile.program.recording import record_run
 from sparda_compile.program.run_proof import check_recording
-from sparda_compile.program.slices import SlicedPiece, slices_of
+from sparda_compile.program.slices import SLICE_ROWS, SlicedPiece, slices_of
 from sparda_compile.testing import build, tiny_llama
 
 SMALL = {
@@ -43,7 +43,10 @@ def few_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5000, 100000])
-@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 7, 8192, 8193, 8194, 16385, 100_001])
+@pytest.mark.parametrize(
+    "tokens",
+    [2, 3, 4, 5, 7, SLICE_ROWS, SLICE_ROWS + 1, SLICE_ROWS + 2, 2 * SLICE_ROWS + 1, 100_001],
+)
 def test_slices_follow_each_other_and_none_is_a_single_token(batch, tokens):
     parts = slices_of(batch, tokens)
     assert parts[0][0] == 0
@@ -51,7 +54,7 @@ def test_slices_follow_each_other_and_none_is_a_single_token(batch, tokens):
     assert all(one[1] == other[0] for one, other in itertools.pairwise(parts))
     sizes = [end - begin for begin, end in parts]
     assert min(sizes) >= 2
-    assert max(sizes) <= max(8192 // batch, 4)
+    assert max(sizes) <= max(SLICE_ROWS // batch, 4)
 
 
 def fast_of(model, **settings):
@@ -94,7 +97,7 @@ def test_results_are_those_of_one_piece(name, prefill, batch, all_of_them, fast_
     fast = fast_by_name(name, prefill)
     got = logits_of(fast, batch, 131, all_of_them=all_of_them)
     assert len(few_rows) == 3  # each piece of two layers
-    slices.SLICE_ROWS = 8192
+    slices.SLICE_ROWS = SLICE_ROWS
     want = logits_of(fast, batch, 131, all_of_them=all_of_them)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -182,7 +185,7 @@ def test_a_piece_that_looks_at_all_tokens_runs_whole(few_rows):
     got = logits_of(fast, 1, 131)
     assert len(few_rows) == 2  # not the first piece, which makes the rotation
     few_rows.clear()
-    slices.SLICE_ROWS = 8192
+    slices.SLICE_ROWS = SLICE_ROWS
     torch.testing.assert_close(got, logits_of(fast, 1, 131), rtol=1e-4, atol=1e-4)
 
 
@@ -195,6 +198,6 @@ def test_slices_of_any_size_compile_nothing_more(batch, few_rows):
     mine = {p.key for program in fast.programs.compiled() for p in program.lowered.pieces()}
     assert {compiled_pieces()[key].num_variants for key in mine} == {1}
     few_rows.clear()
-    slices.SLICE_ROWS = 8192
+    slices.SLICE_ROWS = SLICE_ROWS
     torch.testing.assert_close(got, logits_of(fast, batch, 131), rtol=1e-4, atol=1e-4)
     assert few_rows == []
