@@ -7,11 +7,10 @@
               a pick among all blocks
 
 All layers of a model are alike here, or near enough: the sums are over the layers that select.
-Rates are shares of the machine's rate of matrix products, as measured on one H200 in November 2026.
+Rates are shares of the machine's rate of matrix products, as measured on one H200 in autumn 2026.
 In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts,
-`prompt-pick` the time of a pick, `prompt-profile` dense attention and scores, and `prompt-low-bit`
-scores of every token. How many blocks a token changes is assumed, as for
-`prompt-attention-variants`.
+`prompt-pick` the time of a pick, `prompt-profile` scores, and `prompt-low-bit` scores of every
+token. How many blocks a token changes is assumed, as for `prompt-attention-variants`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptCost", "prompt_cost", "prompt_phase"]
 
-_DENSE_SHARE: Final = 0.69
+# Of whole prompts of 128K tokens, sparse and dense, by four selectors: `prefill-low-bit`.
+_DENSE_SHARE: Final = 0.79
 # The kernel of sparse prompts, which reads all blocks of a dense one behind a past.
 _KERNEL_SHARE: Final = 0.55
 # A softmax over windows is beside its products, a Forecast has none, and few of them.
