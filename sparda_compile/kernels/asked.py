@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["SOFTMAX", "Asked"]
+__all__ = ["LOW_BIT", "SOFTMAX", "Asked"]
+
+LOW_BIT: Final = frozenset({"lowbit2", "lowbit4", "lowbit2_forecast", "lowbit4_forecast"})
+"""Selectors by the key of each token, in few bits, that kernels select for."""
 
 SOFTMAX: Final = frozenset({"infllm2", "nosa", "lowbit2", "lowbit4"})
 """Selectors by which a head's scores are weights."""
@@ -58,7 +61,7 @@ class Asked:
     @property
     def is_low_bit(self) -> bool:
         """Whether scores are made of each token's key, in few bits."""
-        return self.selector.startswith("lowbit")
+        return self.selector in LOW_BIT
 
     @property
     def num_groups(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from sparda_compile.kernels.asked import SOFTMAX
+from sparda_compile.kernels.asked import LOW_BIT, SOFTMAX
 from sparda_compile.kernels.paged import block_pool
 from sparda_compile.kernels.union_sizes import mark_words, union_entries, union_words, unions_bytes
 
@@ -249,7 +249,7 @@ def _scores(
         dim, itemsize = 2 * dim, a.summary[0].dtype.itemsize
     retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
     room = _power_of_two(vectors)
-    is_low_bit = a.selector.startswith("lowbit")
+    is_low_bit = a.selector in LOW_BIT
     columns = score_columns(room, _power_of_two(dim, 16), itemsize)
 
     def blocks(end: int) -> int:

@@ -36,7 +36,8 @@ SLICE_ROWS: Final = 8448
 
 On an H200 the product of so many rows with a weight of 4096 x 4096 has 1056 tiles of 128 x 256
 numbers, eight full turns of its 132 multiprocessors; 8192 rows leave 3% of the last one empty. 1M
-tokens of the 8.2B shape take 38.4 s, and 38.8 with 8192 (`prefill-1m` and `prefill-1m-8192`).
+tokens of the 8.2B shape took 38.4 s, and 38.8 with 8192 (`prefill-1m` and `prefill-1m-8192`, a run
+of each on one machine).
 """
 # Pieces are compiled for two tokens or more.
 _LEAST_TOKENS: Final = 2

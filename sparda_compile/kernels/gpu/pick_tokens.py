@@ -36,8 +36,8 @@ from sparda_compile.selectors.nosa import LISTED
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparda_compile.kernels.gpu.score_turns import Scores
     from sparda_compile.kernels.gpu.select import Choice
-    from sparda_compile.kernels.gpu.token_scores import Scores
     from sparda_compile.selectors import Geometry
 
 __all__ = ["pick_near", "pick_past", "pick_tokens"]

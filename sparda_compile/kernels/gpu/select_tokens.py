@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 
 import triton
 
+from sparda_compile.kernels.asked import LOW_BIT, Asked
 from sparda_compile.kernels.gpu.pick_tokens import pick_near, pick_past, pick_tokens
+from sparda_compile.kernels.gpu.score_turns import Blocks
 from sparda_compile.kernels.gpu.select import Choice
-from sparda_compile.kernels.gpu.token_masses import LOW_BIT, covers_low_bit, massed_tokens
-from sparda_compile.kernels.gpu.token_scores import Asked, Blocks, covers_windows, scored_tokens
+from sparda_compile.kernels.gpu.token_masses import covers_low_bit, massed_tokens
+from sparda_compile.kernels.gpu.token_scores import covers_windows, scored_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from sparda_compile.kernels.gpu.token_scores import Scores
+    from sparda_compile.kernels.gpu.score_turns import Scores
     from sparda_compile.selectors import Geometry
 
 __all__ = ["Asked", "Choice", "covers", "select_near", "select_past", "select_tokens"]

@@ -25,10 +25,8 @@ one head for each KV head. Dense attention has twice those FLOP. Masses are writ
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -48,9 +46,9 @@ from sparda_compile.kernels.gpu.score_tiles import (
     store_runs,
     store_scores,
 )
+from sparda_compile.kernels.gpu.score_turns import Blocks, Turns
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.gpu.staying import write_block
-from sparda_compile.kernels.gpu.token_scores import Blocks, Scores, blocks_scored
 from sparda_compile.kernels.workspace import (
     MASS_PART_BLOCKS,
     RUN_BLOCKS,
@@ -58,10 +56,7 @@ from sparda_compile.kernels.workspace import (
     SCORED_TOGETHER,
     STRIP_BLOCKS,
     most_vectors,
-    num_runs,
     score_columns,
-    score_room,
-    score_widths,
 )
 
 if TYPE_CHECKING:
@@ -70,12 +65,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparda_compile.kernels.asked import Asked
+    from sparda_compile.kernels.gpu.score_turns import Scores
     from sparda_compile.selectors import Geometry
 
-__all__ = ["LOW_BIT", "covers_low_bit", "massed_tokens"]
+__all__ = ["covers_low_bit", "massed_tokens"]
 
-LOW_BIT: Final = frozenset({"lowbit2", "lowbit4", "lowbit2_forecast", "lowbit4_forecast"})
-"""Selectors that these kernels select for."""
 # Keys of a product: of as many blocks as they hold, or of one, piece by piece.
 _KEYS: Final = 64
 _MOST_STAGES: Final = 3
@@ -291,18 +285,10 @@ def massed_tokens(
     query = query if query.stride(-1) == 1 else query.contiguous()
     groups, num_tokens = asked.num_groups, query.shape[2]
     pairs, heads, softmax = query.shape[0] * groups, query.shape[1] // groups, asked.softmax
-    form, sizes = (
-        _Form.of(query, groups, geometry.block_size),
-        partial(blocks_scored, asked, blocks),
-    )
-    in_runs = selected is not None and num_runs(sizes(num_tokens), selected) > 0
-    taken = score_room(
-        sizes, (pairs, form.columns, form.room), num_tokens, in_runs=in_runs, masses=form.room
-    )
-    keys = _unpacked(asked, sizes(num_tokens), is_new=blocks is Blocks.NEW)
-    new = partial(query.new_empty, dtype=torch.float32)
-    maxima, sums = (new(taken.sums if softmax else 1) for _ in range(2))
-    scratch, masses = new(taken.scores), new(taken.masses)
+    form = _Form.of(query, groups, geometry.block_size)
+    turns = Turns.of(asked, blocks, selected, (form.columns, form.room), masses=form.room)
+    keys = _unpacked(asked, turns.num_blocks, is_new=blocks is Blocks.NEW)
+    masses, (maxima, sums) = turns.numbers(turns.room.masses), turns.sums()
     # A Forecast's parts are compiled in two forms, whose scores are compared.
     same_bits = {} if softmax else as_written()
     when = (softmax, blocks is Blocks.PAST, blocks is Blocks.NEW)
@@ -310,22 +296,20 @@ def massed_tokens(
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, part))
     added = max(min(_ADDED_COLUMNS, form.columns), form.room)
     shape = (geometry.block_size, form.span, form.blocks, query.shape[3], form.dims)
-    for begin, end in taken.chunks:
-        columns, rows = (end - begin) * form.room, sizes(end)
-        parts, widths = triton.cdiv(rows, part), score_widths(rows, in_runs=in_runs)
-        scores = Scores.of(scratch, (pairs, end - begin), widths)
-        num_strips, num_eights = widths[0] // STRIP_BLOCKS, widths[1] // SCORED_TOGETHER
+    for turn in turns:
+        begin, end, rows, scores = turn
+        columns, parts = (end - begin) * form.room, triton.cdiv(rows, part)
         launch(_token_masses, (triton.cdiv(columns, form.columns), parts, pairs))(
             query, keys, asked.positions, asked.lengths, masses, maxima, sums,
             asked.scale * _LOG2_E, *query.stride()[:3], groups, num_tokens, keys.shape[1], rows,
             begin, end, scored_from, heads, form.room, form.columns, *shape, part, *when,
             interpreting(), form.stages, num_warps=4, **same_bits,
         )  # fmt: skip
-        launch(_mass_scores, (triton.cdiv(columns, added), num_strips, pairs))(
-            masses, maxima, sums, asked.positions, asked.lengths, scores.blocks,
-            scratch if scores.runs is None else scores.runs, groups, num_tokens, rows, num_strips,
-            num_eights, begin, end, scored_from, parts, heads, form.room, added, all_parts,
-            geometry.block_size, RUN_BLOCKS if in_runs else 0, *when, num_warps=4,
+        launch(_mass_scores, (triton.cdiv(columns, added), turn.widths[0], pairs))(
+            masses, maxima, sums, asked.positions, asked.lengths, scores.blocks, turn.runs, groups,
+            num_tokens, rows, *turn.widths, begin, end, scored_from, parts, heads, form.room,
+            added, all_parts, geometry.block_size, RUN_BLOCKS if turns.in_runs else 0, *when,
+            num_warps=4,
         )  # fmt: skip
         yield begin, end, scores
 

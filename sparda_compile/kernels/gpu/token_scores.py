@@ -37,18 +37,14 @@ Scores of blocks are written and read once, T * W bytes for 4 windows a block.
 
 from __future__ import annotations
 
-import enum
-import itertools
 import math
-from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, shared_bytes
 from sparda_compile.kernels.gpu.score import complete_windows
 from sparda_compile.kernels.gpu.score_tiles import (
@@ -62,6 +58,7 @@ from sparda_compile.kernels.gpu.score_tiles import (
     store_scores,
     window_keys,
 )
+from sparda_compile.kernels.gpu.score_turns import Blocks, Turns
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
 from sparda_compile.kernels.workspace import (
     PART_BLOCKS,
@@ -70,18 +67,17 @@ from sparda_compile.kernels.workspace import (
     SCORED_TOGETHER,
     STRIP_BLOCKS,
     most_vectors,
-    num_runs,
     score_columns,
-    score_room,
-    score_widths,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sparda_compile.kernels.asked import Asked
+    from sparda_compile.kernels.gpu.score_turns import Scores
     from sparda_compile.selectors import Geometry
 
-__all__ = ["Asked", "Blocks", "Scores", "blocks_scored", "covers_windows", "scored_tokens"]
+__all__ = ["covers_windows", "scored_tokens"]
 
 _SELECTORS: Final = frozenset({"forecast", "infllm2", "quest", "nosa", "nosa_forecast"})
 # Windows of one product: a warp group multiplies 64 rows.
@@ -276,50 +272,6 @@ def _quest_parts(query_BHTD: Tensor, bounds_BGN2D: Tensor) -> Tensor:
     return torch.stack(parts, 2).flatten(1, 2)
 
 
-class Blocks(enum.Enum):
-    """Which blocks are scored, and by which windows."""
-
-    ALL = "all, by the windows before a token"
-    PAST = "those up to that of the first new token, by the windows before it"
-    NEW = "those that new tokens change, by the windows before a token"
-
-
-def blocks_scored(asked: Asked, blocks: Blocks, end: int) -> int:
-    """Return how many blocks may be scored for the tokens up to one, from the first that is."""
-    size, num_tokens = asked.geometry.block_size, end * asked.spread
-    most: dict[Blocks, int] = {
-        Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
-        Blocks.PAST: asked.num_past // size + 1,
-        # New tokens lie in one block more than they fill, behind another one.
-        Blocks.NEW: triton.cdiv(num_tokens, size) + 2,
-    }
-    return min(most[blocks], asked.geometry.num_blocks)
-
-
-class Scores(NamedTuple):
-    """Scores of blocks for some tokens.
-
-    Attributes:
-        blocks: [pairs, t, n] float32, the best window that touches each block, in whole strips,
-            where `score_tiles.place_of` says; what is behind the last block is any number.
-        runs: [pairs, t, r] float32, the best of each run of `RUN_BLOCKS` blocks, in their order, in
-            whole eights; None where nobody picks by them.
-    """
-
-    blocks: Tensor
-    runs: Tensor | None
-
-    @classmethod
-    def of(cls, scratch: Tensor, rows: tuple[int, int], widths: tuple[int, int]) -> Scores:
-        """Return those that lie in some memory, of pairs and tokens; see `score_widths`."""
-        ends = [*itertools.accumulate((math.prod(rows) * width for width in widths), initial=0)]
-        found = [
-            scratch[i:j].view(*rows, width)
-            for (i, j), width in zip(itertools.pairwise(ends), widths, strict=True)
-        ]
-        return cls(found[0], found[1] if widths[1] else None)
-
-
 def scored_tokens(
     asked: Asked, blocks: Blocks, scored_from: int, selected: int | None = None
 ) -> Iterator[tuple[int, int, Scores]]:
@@ -341,29 +293,20 @@ def scored_tokens(
     dim = width - 1 if asked.lists else width
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_tokens, pairs, softmax = query.shape[2], batch * groups, asked.softmax
-    most = blocks_scored(asked, blocks, num_tokens)
-    in_runs = selected is not None and num_runs(most, selected) > 0
     room, dims = power_of_two(query.shape[1] // groups), power_of_two(dim, 16)
     columns, rows, stages = _tile(query, room, dims)
     ratio, overhang = size // pool[1], max(pool[0] // pool[1] - 1, 0)
     vectors, strides = (query.shape[1] // groups, room, columns), query.stride()[:3]
-    sizes = partial(blocks_scored, asked, blocks)
-    taken = score_room(sizes, (pairs, columns, room), num_tokens, in_runs=in_runs)
+    turns = Turns.of(asked, blocks, selected, (columns, room))
     # Of what the cache can hold, not of what it holds: a kernel for each number of parts were many.
     part = triton.cdiv(PART_BLOCKS, IN_TURN * rows) * IN_TURN * rows
     all_parts = power_of_two(triton.cdiv(geometry.num_blocks, part))
-    maxima, sums = (
-        query.new_empty(taken.sums if softmax else 1, dtype=torch.float32) for _ in range(2)
-    )
-    scratch = query.new_empty(taken.scores, dtype=torch.float32)
+    maxima, sums = turns.sums()
     factor = asked.scale * _LOG2_E
-    for begin, end in taken.chunks:
+    for turn in turns:
+        begin, end = turn.begin, turn.end
         tiles = triton.cdiv((end - begin) * room, columns)
-        parts = triton.cdiv(sizes(end), part)
-        widths = score_widths(sizes(end), in_runs=in_runs)
-        num_strips, num_eights = widths[0] // STRIP_BLOCKS, widths[1] // SCORED_TOGETHER
-        scores = Scores.of(scratch, (pairs, end - begin), widths)
-        of_blocks, of_runs = scores.blocks, scratch if scores.runs is None else scores.runs
+        parts = triton.cdiv(turn.num_blocks, part)
         if softmax:
             launch(_token_sums, (tiles, parts, pairs))(
                 query, pooled, asked.positions, maxima, sums, factor, *strides, groups, num_tokens,
@@ -371,10 +314,10 @@ def scored_tokens(
                 part * ratio, rows, interpreting(), stages, num_warps=4,
             )  # fmt: skip
         launch(_token_blocks, (tiles, parts, pairs))(
-            query, pooled, asked.positions, asked.lengths, maxima, sums, of_blocks, of_runs,
-            factor, *strides, groups, num_tokens, num_windows, num_strips, num_eights, begin,
+            query, pooled, asked.positions, asked.lengths, maxima, sums, turn.scores.blocks,
+            turn.runs, factor, *strides, groups, num_tokens, num_windows, *turn.widths, begin,
             end, scored_from, parts, *vectors, all_parts, *pool, ratio, overhang, width, dim, dims,
-            part, rows, IN_TURN, RUN_BLOCKS if in_runs else 0, softmax, blocks is Blocks.PAST,
-            blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
+            part, rows, IN_TURN, RUN_BLOCKS if turns.in_runs else 0, softmax,
+            blocks is Blocks.PAST, blocks is Blocks.NEW, interpreting(), stages, num_warps=4,
         )  # fmt: skip
-        yield begin, end, scores
+        yield begin, end, turn.scores

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from picked import first
 
 from sparda_compile.kernels import workspace
 from sparda_compile.kernels.gpu import attend_tokens as kernels
@@ -41,10 +42,6 @@ def check(case, device, assert_close, softcap=0.0, rows=0):
         if mask.any():
             assert_close(got[row][None, :, mask], want[row][None, :, mask], "attention", case.dtype)
     assert got[~case.mask[:, None, :, None].expand(got.shape)].eq(0).all()
-
-
-def first(count, width):
-    return [i < count for i in range(width)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

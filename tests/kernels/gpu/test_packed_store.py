@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from picked import first
 
 from sparda_compile.kernels.gpu import packed_store
 from sparda_compile.kernels.number_tokens import number_tokens
@@ -164,10 +165,6 @@ class Prompt:
             assert written.any()
             assert (mine[~written] == 9).all()
             assert self.case.same_runs(name, mine[written], its[written], *sizes)
-
-
-def first(count, width):
-    return [i < count for i in range(width)]
 
 
 @pytest.mark.parametrize("has_host", [True, False])

@@ -5,8 +5,8 @@ import torch
 
 from sparda_compile.kernels.gpu.pick_tokens import pick_tokens
 from sparda_compile.kernels.gpu.score_tiles import IN_TURN
+from sparda_compile.kernels.gpu.score_turns import Scores
 from sparda_compile.kernels.gpu.select import Choice
-from sparda_compile.kernels.gpu.token_scores import Scores
 from sparda_compile.kernels.select_blocks import select_blocks_reference
 from sparda_compile.kernels.workspace import RUN_BLOCKS, STRIP_BLOCKS
 from sparda_compile.selectors import Geometry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from picked import first
 
 from sparda_compile.kernels.gpu.prefill import load_prefix, store_prefix
 from sparda_compile.kernels.number_tokens import number_tokens
@@ -87,10 +88,6 @@ class Store:
         assert same(cache.host, want)
         assert same(want, before) == (num_stored == 0)
         assert all(map(same, on_device, new))
-
-
-def first(count, width):
-    return [i < count for i in range(width)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sparda_compile.kernels import workspace
+from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.gpu import token_scores
-from sparda_compile.kernels.gpu.token_scores import Asked, Blocks, scored_tokens
+from sparda_compile.kernels.gpu.score_turns import Blocks
+from sparda_compile.kernels.gpu.token_scores import scored_tokens
 from sparda_compile.selectors import Geometry
 
 GEOMETRY = Geometry(30, 16, 8, 4)
