@@ -35,6 +35,7 @@ __all__ = [
     "TILE_ROWS",
     "UNION_BYTES",
     "WINDOW_TOKENS",
+    "ScoreRoom",
     "all_blocks_bytes",
     "attend_tokens_bytes",
     "in_halves",

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptCost", "prompt_cost", "prompt_phase"]
 
-# Worked out: with it, and the shares below, differences between prompts of 128K tokens that are read
-# densely and in four sparse ways (`prefill-low-bit`, four layers) come out within 12 ms a layer. In
-# 32 layers (`prefill-lengths`) the difference to a Forecast's is 210 ms, not 170: both slow down.
+# Worked out: with it, and the shares below, differences between prompts of 128K tokens that are
+# read densely and in four sparse ways (`prefill-low-bit`, four layers) come out within 12 ms a
+# layer. In 32 layers (`prefill-lengths`) a Forecast's is 210 ms, not 170: both slow down.
 _DENSE_SHARE: Final = 0.79
 # The kernel of sparse prompts, which reads all blocks of a dense one behind a past.
 _KERNEL_SHARE: Final = 0.55
