@@ -181,6 +181,29 @@ def test_turns_read_the_same_from_pages_of_runs(lab, kv_format, prefill, offload
     assert torch.equal(lab.turns(other, *sizes), lab.turns(one, *sizes))
 
 
+@pytest.mark.parametrize("mode", ["query", "forecast", "dense"])
+def test_a_cache_stays_on_the_gpu_in_small_pages_where_only_they_fit(lab, mode):
+    """With the bits of the format that was chosen, offloaded; a token fewer does not fit."""
+    settings = {"mode": mode, "prefill": "dense"} | ({"top_k": None} if mode == "dense" else {})
+    chosen = {"kv_format": "auto", "page_format": "auto", "offload": "auto"}
+    stays = lab.module(**settings, kv_format="int8", page_format="stored", offload="never")
+    want = lab.run(stays, 300)
+    with torch.no_grad():
+        layout = stays(lab.ids, attention_mask=lab.mask).past_key_values.kv.layout
+    limit = layout.num_bytes(on_host=False)
+    module = lab.module(**settings, **chosen, device_bytes=limit)
+    assert torch.equal(lab.run(module, 300), want)
+    stats = module.sparda.stats()
+    assert set(stats.formats.values()) == {"int8"}
+    assert stats.page_format == "stored"
+    assert stats.total.h2d_bytes == stats.total.d2h_bytes == 0
+    if mode != "dense":
+        chosen["kv_format"] = "int8"
+        moved = lab.module(**settings, **chosen, device_bytes=limit - 1)
+        assert torch.equal(lab.run(moved, 300), want)
+        assert moved.sparda.stats().total.d2h_bytes > 0
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"mode": "dense"}, {"mode": "query"}, {"mode": "query", "selector": "lowbit2"}],
