@@ -17,9 +17,11 @@ from sparda_compile.capture.cache_name import cache_of
 from sparda_compile.config import round_up
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.forecast.weights import following_weights, projections_of
-from sparda_compile.kernels.prefill_attention import SelectedBlocks, masked_attention
+from sparda_compile.kernels.number_tokens import number_tokens
+from sparda_compile.kernels.prefill_attention import attend_tokens
 from sparda_compile.kernels.select_tokens import select_tokens
 from sparda_compile.registry import forecast_rule
+from sparda_compile.runtime.staging import empty_staging
 from sparda_compile.selectors import SELECTORS, Geometry
 from sparda_compile.selectors.base import empty_summary
 
@@ -157,9 +159,8 @@ class _Reader:
         blocks = round_up(ids_BT.shape[1], config.block_size) // config.block_size
         self.geometry = Geometry.of(config, blocks)
         self.mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        columns = torch.arange(ids_BT.shape[1], dtype=torch.int32, device=ids_BT.device)
-        self.position_BT = columns.expand(ids_BT.shape).contiguous()
         self.none_B = torch.zeros(len(ids_BT), dtype=torch.int32, device=ids_BT.device)
+        self.tokens = number_tokens(self.mask_BT, self.none_B)
 
     def attend(
         self,
@@ -181,18 +182,33 @@ class _Reader:
             query = widened(width, rotate(heads_of(attention, projected), rotation), 1.0)
             selector = forecast_rule(selector, self.config.heads_of_forecast)
         ids_BGTK = self._select(query, k_BGTD, selector, attention.scaling)
-        out_BHTD = masked_attention(
-            q_BHTD,
+        out_BHTD = self._attend(q_BHTD, k_BGTD, v_BGTD, ids_BGTK, attention.scaling)
+        return out_BHTD[..., : attention.head_dim].transpose(1, 2).flatten(2)
+
+    def _attend(
+        self, query: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, ids_BGTK: Tensor, scale: float
+    ) -> Tensor:
+        """Attend as a prompt's program does behind an empty cache, which has no page."""
+        batch, groups, _, dim = k_BGTD.shape
+        size, blocks = self.geometry.block_size, self.geometry.num_blocks
+        pages = k_BGTD.new_zeros(batch, groups, 1, 2, size, dim)
+        table_BGN = ids_BGTK.new_full((batch, groups, blocks), -1)
+        staging, slots = empty_staging(ids_BGTK, pages, table_BGN, 0)
+        out_BHTD: Tensor = attend_tokens(
+            query,
             k_BGTD,
             v_BGTD,
-            self.position_BT,
-            self.position_BT,
-            attention.scaling,
+            ids_BGTK,
+            self.tokens,
+            self.none_B,
+            staging,
+            slots,
+            pages,
+            table_BGN,
+            scale,
             0.0,
-            0,
-            SelectedBlocks(ids_BGTK, self.geometry.num_blocks, self.config.block_size),
         )
-        return out_BHTD[..., : attention.head_dim].transpose(1, 2).flatten(2)
+        return out_BHTD
 
     def _select(self, query: Tensor, k_BGTD: Tensor, selector: str, scale: float) -> Tensor:
         geometry, config = self.geometry, self.config
@@ -202,7 +218,7 @@ class _Reader:
         ids_BGTK: Tensor = select_tokens(
             query,
             tensors,
-            self.position_BT,
+            self.tokens[0],
             self.none_B,
             0,
             selector,
