@@ -57,10 +57,19 @@ def trace_file(
     fields: Mapping[str, Any] | None,
     trace: dict[str, Any],
 ) -> ResultFile:
-    """Return the file of a shape's decode steps that follow what a real model selected."""
+    """Return the file of a shape's decode steps that follow what a real model selected.
+
+    Args:
+        out: Folder.
+        shape: A key of `SHAPES`.
+        tokens: Of a sequence.
+        commit: Of this package, where it is not a git checkout.
+        fields: Of SpardaConfig; what is as usual is not noted.
+        trace: What is followed, with its `name`.
+    """
     own = _own(fields)
     head = {"name": "decode-trace", "shape": shape, "max_tokens": tokens, **own, "trace": trace}
-    name = "-".join(["decode", shape, *_words(own), "trace"])
+    name = "-".join(["decode", shape, *_words(own), "trace", trace["name"]])
     return result_file(out / f"{name}.json", head, "batch_size", commit)
 
 

@@ -34,12 +34,13 @@ def test_file_of_kernels(tmp_path):
 
 
 def test_file_of_steps_that_follow_a_trace(tmp_path):
-    file = trace_file(tmp_path, "8b", 4096, "abc", None, {"sha256": "1"})
-    assert (file.path.name, file.head["trace"]) == ("decode-8b-trace.json", {"sha256": "1"})
+    trace = {"name": "chat", "sha256": "1"}
+    file = trace_file(tmp_path, "8b", 4096, "abc", None, trace)
+    assert (file.path.name, file.head["trace"]) == ("decode-8b-trace-chat.json", trace)
     file.save({"batch_size": 1})
-    assert not trace_file(tmp_path, "8b", 4096, "abc", None, {"sha256": "2"}).has(1)
-    file = trace_file(tmp_path, "8b", 4096, None, {"kv_format": "fp8"}, {})
-    assert file.path.name == "decode-8b-fp8-trace.json"
+    assert not trace_file(tmp_path, "8b", 4096, "abc", None, {**trace, "sha256": "2"}).has(1)
+    file = trace_file(tmp_path, "8b", 4096, None, {"kv_format": "fp8"}, trace)
+    assert file.path.name == "decode-8b-fp8-trace-chat.json"
 
 
 def test_files_say_what_is_not_as_usual(tmp_path):
@@ -55,11 +56,11 @@ def test_files_say_what_is_not_as_usual(tmp_path):
     assert file.path.name == "decode-8b-int8-stored-tp2.json"
     assert file.head["page_format"] == "stored"
     file = trace_file(
-        tmp_path, "8b", 4096, None, {"kv_format": "int4", "page_format": "stored"}, {}
+        tmp_path, "8b", 4096, None, {"kv_format": "int4", "page_format": "stored"}, {"name": "m"}
     )
-    assert file.path.name == "decode-8b-int4-stored-trace.json"
-    file = trace_file(tmp_path, "8b", 4096, None, {"top_k": 126, "page_ratio": 2.5}, {})
-    assert file.path.name == "decode-8b-top126-pages2.5-trace.json"
+    assert file.path.name == "decode-8b-int4-stored-trace-m.json"
+    file = trace_file(tmp_path, "8b", 4096, None, {"top_k": 126, "page_ratio": 2.5}, {"name": "m"})
+    assert file.path.name == "decode-8b-top126-pages2.5-trace-m.json"
     assert file.head["page_ratio"] == 2.5
     file = budget_file(tmp_path, "8b", 4096, "abc", {"kv_format": "fp8"})
     assert (file.path.name, file.head["kv_format"]) == ("budget-8b-fp8.json", "fp8")
