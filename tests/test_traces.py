@@ -101,3 +101,17 @@ def test_the_traces_that_the_project_has_can_be_read():
         assert file.stat().st_size < 1 << 20
         assert {each.share for each in found.recordings} == {0.1, 0.25}
         assert len({each.text for each in found.recordings}) == 3
+
+
+def test_committed_talks_are_about_the_committed_texts():
+    folder = Path(__file__).parents[1] / "benchmarks" / "traces"
+    texts, talks = (
+        load_traces(folder / f"{name}.safetensors") for name in ("smollm2", "smollm2-chat")
+    )
+    assert texts.model == talks.model
+    assert list(texts.cases()) == list(talks.cases())
+    for fed, written in zip(texts.recordings, talks.recordings, strict=True):
+        assert (written.sha256, written.case) == (fed.sha256, fed.case)
+        assert (written.num_tokens, fed.num_tokens) == (6144, 6144)
+        assert written.ids_LSGK.shape[-1] == fed.ids_LSGK.shape[-1]
+        assert (len(written.answers), fed.answers) == (3, ())
