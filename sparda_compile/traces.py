@@ -20,6 +20,7 @@ from sparda_compile.errors import ConfigError
 from sparda_compile.files import check_writable, replacing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -29,6 +30,8 @@ __all__ = ["Recording", "TraceFile", "load_traces"]
 _METADATA_KEY: Final = "sparda_trace"
 _FORMAT_VERSION: Final = 1
 _FIELDS: Final = ("text", "sha256", "selector", "share", "num_tokens", "sink_blocks", "num_free")
+# Of a talk alone.
+_ANSWERS: Final = "answers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +40,15 @@ class Recording:
 
     Attributes:
         text: Name of the text.
-        sha256: Of its bytes.
+        sha256: Of its bytes; of a talk, of those of the document that it is about.
         selector: By the layer's own query.
         share: Of the blocks that a step reads, those always read counted in.
         num_tokens: Tokens before the first step.
         sink_blocks: First blocks, always read; the id of the first block that can be chosen.
         num_free: Blocks behind them that could be chosen in the last step.
         ids_LSGK: Ascending ids of the chosen blocks, uint8 or int16.
+        answers: Of a talk, the steps of each answer, which stand behind each other; questions are
+            read between them, without steps. Empty where a text was fed.
     """
 
     text: str
@@ -54,6 +59,7 @@ class Recording:
     sink_blocks: int
     num_free: int
     ids_LSGK: Tensor
+    answers: tuple[int, ...] = ()
 
     @property
     def case(self) -> str:
@@ -103,7 +109,7 @@ class TraceFile:
             "format_version": _FORMAT_VERSION,
             "model": self.model,
             "block_size": self.block_size,
-            "recordings": [{n: getattr(each, n) for n in _FIELDS} for each in self.recordings],
+            "recordings": [_plain(each) for each in self.recordings],
         }
         tensors = {str(n): each.ids_LSGK.contiguous() for n, each in enumerate(self.recordings)}
         with replacing(check_writable(path)) as partial:
@@ -128,7 +134,7 @@ def load_traces(path: Path) -> TraceFile:
             if head["format_version"] != _FORMAT_VERSION:
                 raise ValueError(f"its format_version is {head['format_version']}")
             recordings = tuple(
-                _checked(Recording(ids_LSGK=file.get_tensor(str(number)), **fields))
+                _recording(file.get_tensor(str(number)), fields)
                 for number, fields in enumerate(head["recordings"])
             )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -140,9 +146,15 @@ def load_traces(path: Path) -> TraceFile:
         ) from error
 
 
-def _checked(recording: Recording) -> Recording:
+def _plain(recording: Recording) -> dict[str, Any]:
+    fields = {name: getattr(recording, name) for name in _FIELDS}
+    return {**fields, _ANSWERS: recording.answers} if recording.answers else fields
+
+
+def _recording(ids: Tensor, fields: Mapping[str, Any]) -> Recording:
     """Return a recording after a look at its ids."""
-    ids = recording.ids_LSGK
+    answers = tuple(fields.get(_ANSWERS, ()))
+    recording = Recording(ids_LSGK=ids, **{**fields, _ANSWERS: answers})
     if ids.dim() != 4 or ids.dtype not in (torch.uint8, torch.int16) or not ids.numel():
         raise ValueError(f"ids are {tuple(ids.shape)} {ids.dtype}, not [L, S, G, K] uint8 or int16")
     first = recording.sink_blocks
@@ -153,4 +165,6 @@ def _checked(recording: Recording) -> Recording:
         )
     if not bool((ids[..., 1:].int() > ids[..., :-1].int()).all()):
         raise ValueError("ids of a step are not ascending")
+    if answers and sum(answers) != ids.shape[1]:
+        raise ValueError(f"answers of {sum(answers)} steps are not the {ids.shape[1]} there are")
     return recording

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sparda_compile.errors import ConfigError
@@ -52,12 +53,22 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert list(found.cases()) == ["infllm2 25%", "infllm2 10%"]
 
 
+def test_a_talk_says_how_long_its_answers_are(tmp_path):
+    path = tmp_path / "trace.safetensors"
+    traces(answers=(2, 1)).save(path)
+    assert [each.answers for each in load_traces(path).recordings] == [(), (2, 1)]
+    with safe_open(path, framework="pt") as file:
+        head = json.loads(file.metadata()["sparda_trace"])
+    assert "answers" not in head["recordings"][0], "a text's entry is as it always was"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"ids_LSGK": IDS.int()}, "not .L, S, G, K. uint8 or int16"),
         ({"num_free": 8}, "ids are 1 to 9; 1 to 8 can be chosen"),
         ({"sink_blocks": 2}, "ids are 1 to 9; 2 to 10"),
+        ({"answers": (2, 2)}, "answers of 4 steps are not the 3 there are"),
         ({"ids_LSGK": IDS.flip(-1).to(torch.int16)}, "not ascending"),
     ],
 )
@@ -90,3 +101,17 @@ def test_the_traces_that_the_project_has_can_be_read():
         assert file.stat().st_size < 1 << 20
         assert {each.share for each in found.recordings} == {0.1, 0.25}
         assert len({each.text for each in found.recordings}) == 3
+
+
+def test_committed_talks_are_about_the_committed_texts():
+    folder = Path(__file__).parents[1] / "benchmarks" / "traces"
+    texts, talks = (
+        load_traces(folder / f"{name}.safetensors") for name in ("smollm2", "smollm2-chat")
+    )
+    assert texts.model == talks.model
+    assert list(texts.cases()) == list(talks.cases())
+    for fed, written in zip(texts.recordings, talks.recordings, strict=True):
+        assert (written.sha256, written.case) == (fed.sha256, fed.case)
+        assert (written.num_tokens, fed.num_tokens) == (6144, 6144)
+        assert written.ids_LSGK.shape[-1] == fed.ids_LSGK.shape[-1]
+        assert (len(written.answers), fed.answers) == (3, ())

@@ -2,7 +2,9 @@
 
     linear      2 FLOP for each weight of a linear layer and token, and the logits of one token
     attention   4 FLOP for each channel of a query head and key that it reads
-    select      2 FLOP for each channel of a query head and pooled key, twice for a softmax
+    select      2 FLOP for each channel of a query head and pooled key, twice for a softmax; of a
+                query head and the low-bit key of every token, once; of a group's mean query and the
+                two bounds of a block
     d2h         the bytes of keys and values, which go to CPU memory once
 
 The first three take turns on the same matrix units, so their times add up, at the rate of one large
@@ -19,6 +21,8 @@ from sparda_compile.bench.calibration import matmul_tflops
 from sparda_compile.bench.decode import memcpy_gbps
 from sparda_compile.bench.memory import dense_kv_bytes
 from sparda_compile.bench.prompt_programs import BACKENDS, OURS
+from sparda_compile.kernels.asked import SOFTMAX
+from sparda_compile.registry import SELECTORS, forecast_rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +61,7 @@ def prompt_floor(
     Args:
         shape: The model's sizes.
         name: A program of `OURS` or `BACKENDS`.
-        config: Of ours; how many blocks a token reads.
+        config: Of ours; how many blocks a token reads, and who selects them.
         num_tokens: Of the prompt.
         rates: Of the GPU.
 
@@ -74,16 +78,27 @@ def prompt_floor(
     attention = 4.0 * heads * shape.num_layers * _keys_read(num_tokens, most)
     flop = {"linear": linear, "attention": attention, "select": 0.0}
     if begins is not None and num_tokens >= begins:
-        by_query = config.mode == "query"
-        scored = 2 * heads if by_query else keys  # query heads, twice; or one Forecast a group
-        windows = num_tokens / 2 / config.pool_stride
-        flop["select"] = 2.0 * scored * shape.num_layers * num_tokens * windows
+        flop["select"] = shape.num_layers * num_tokens * _score_flop(shape, config, num_tokens / 2)
     seconds = {part: value / rates.tflops / 1e12 for part, value in flop.items()}
     compute = sum(seconds.values())
     stays = name in BACKENDS or config.offload == "never"
     num_bytes = 0 if stays else dense_kv_bytes(shape, 1, num_tokens)
     seconds["d2h"] = num_bytes / rates.d2h_gbps / 1e9
     return {**seconds, "total": max(compute, seconds["d2h"])}
+
+
+def _score_flop(shape: ModelShape, config: SpardaConfig, seen: float) -> float:
+    """Return the FLOP of one layer in which one token scores all that it has seen."""
+    name, heads = config.prefill_selector or config.selector, shape.num_heads
+    if config.mode == "forecast":
+        name = forecast_rule(name, config.heads_of_forecast)
+        heads = shape.num_groups * config.heads_of_forecast
+    per_head = 2.0 * shape.head_dim * seen
+    if SELECTORS[name].scores_tokens:
+        return heads * per_head
+    if name == "quest":
+        return 2 * shape.num_groups * per_head / config.block_size
+    return (2 if name in SOFTMAX else 1) * heads * per_head / config.pool_stride
 
 
 def _keys_read(num_tokens: int, most: int) -> float:

@@ -241,11 +241,12 @@ def print_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             console.print(f"{row['run']} failed: {row['failed']}", markup=False)
 
 
-def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print prompts: a row for each length and program, and what was left out."""
+def print_prefill(content: Mapping[str, Any], console: Console) -> None:
+    """Print a file of prompts: a row for each length and program, and what was left out."""
+    results = content["results"]
     times = ("cold", "first\ntoken", "tf/", "over\nfloor", "early", "steady\nms")
     columns = ("tokens", "program", *times, *_PROFILED, "GPU\nGiB", "CPU\nGiB")
-    table = make_table("", columns, 2)
+    table = make_table(_selection(content), columns, 2)
     for result in results:
         table.add_section()
         ratios = result.get("transformers_over", {})
@@ -271,9 +272,12 @@ def print_prefill(results: Sequence[Mapping[str, Any]], console: Console) -> Non
         _print_unprofiled(tokens, result["programs"], console)
 
 
-def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print turns: a row for each past, length and program, and what was left out."""
-    table = make_table("", ("past", "turn", "program", "first", "then", "tf/", *_PROFILED), 0)
+def print_turns(content: Mapping[str, Any], console: Console) -> None:
+    """Print a file of turns: a row for each past, length and program, and what was left out."""
+    results = content["results"]
+    table = make_table(
+        _selection(content), ("past", "turn", "program", "first", "then", "tf/", *_PROFILED), 0
+    )
     table.columns[2].justify = "left"
     skipped: dict[str, dict[str, str]] = {}
     for result in results:
@@ -298,6 +302,12 @@ def print_turns(results: Sequence[Mapping[str, Any]], console: Console) -> None:
         for turn in {turn: None for row in result["programs"].values() for turn in row["by_turn"]}:
             rows = {n: row["by_turn"].get(turn, {}) for n, row in result["programs"].items()}
             _print_unprofiled(f"behind {result['past']}, turns of {turn}", rows, console)
+
+
+def _selection(content: Mapping[str, Any]) -> str:
+    """Return who selects for ours, where a file says that it is not as usual."""
+    names = {"selector": "selector {}", "prefill_selector": "selector of prompts {}"}
+    return ", ".join(said.format(content[n]) for n, said in names.items() if n in content)
 
 
 def _start_rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

@@ -22,7 +22,7 @@ from sparda_compile.chat.streaming import AnswerStreamer, Stop
 from sparda_compile.chat.turn import Ending, Turn
 from sparda_compile.errors import ConfigError, DevicePoolFullError, HostPoolFullError
 from sparda_compile.evaluation.text.documents import begin_ids, token_ids
-from sparda_compile.evaluation.text.frame import Frame, template_frame
+from sparda_compile.evaluation.text.frame import Frame, answer_ends, template_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -302,10 +302,7 @@ class Conversation:
         )
 
     def _ends(self) -> set[int]:
-        """Return the tokens that end an answer: the model's and the tokenizer's."""
-        own = self._model.generation_config.eos_token_id
-        found = own if isinstance(own, list) else [own]
-        return {token for token in [*found, self._tokenizer.eos_token_id] if token is not None}
+        return answer_ends(self._model, self._tokenizer)
 
     def _turn(
         self, question: str, streamer: AnswerStreamer, ending: Ending, num_read: int, note: str

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparda_compile.cli.bench_files import REPEAT, prompt_file
 from sparda_compile.cli.console import (
     AsJson,
     errors_as_sentences,
@@ -22,7 +23,9 @@ from sparda_compile.cli.options import (
     Commit,
     HostGib,
     OutFolder,
+    PrefillSelector,
     PromptProgram,
+    Selector,
     ShapeOption,
 )
 from sparda_compile.cli.outputs import check_folder, check_plot, write_file
@@ -38,9 +41,6 @@ __all__ = ["bench_prefill", "bench_turns", "prompt_part"]
 
 _MOST_ROUNDS: Final = 1000
 _ROUNDS: Final = 5
-_REPEAT: Final = 14  # as `bench.prompt_programs.REPEAT`, which imports torch
-# What is measured -> the field that tells its results apart.
-_KEYS: Final = {"prefill": "tokens", "turns": "past"}
 
 PromptTokens = Annotated[
     list[int] | None,
@@ -72,6 +72,10 @@ TurnTokens = Annotated[
 Programs = Annotated[
     list[PromptProgram] | None,
     typer.Option(help="One of ours, may be given again.", show_default="all that offload"),
+]
+HowSelected = Annotated[
+    Selector | None,
+    typer.Option("--selector", help="Who scores blocks, of all of ours.", show_default="as usual"),
 ]
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help="Measure transformers' cache too.")
@@ -114,12 +118,14 @@ def bench_prefill(
     shape: ShapeOption = "8b",
     tokens: PromptTokens = None,
     program: Programs = None,
+    selector: HowSelected = None,
+    prefill_selector: PrefillSelector = None,
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
     limit: Limit = 130.0,
     minutes: Minutes = 60.0,
     chunk_tokens: ChunkTokens = None,
-    repeat: Repeat = _REPEAT,
+    repeat: Repeat = REPEAT,
     profile: Profile = True,
     out: OutFolder = Path("bench-results"),
     plot: Annotated[Path | None, typer.Option(help="Plot to write, such as prefill.png.")] = None,
@@ -136,19 +142,20 @@ def bench_prefill(
             from sparda_compile.bench.prompt_programs import OURS_OFFLOADED, PREFILL_BACKENDS
             from sparda_compile.cli.bench import make_lab, require_gpu
 
+            fields = _settings(chunk_tokens, selector, prefill_selector)
             setting = PrefillSetting(
                 tuple(dict.fromkeys(tokens or DEFAULT_TOKENS)),
                 (*(program or OURS_OFFLOADED), *(PREFILL_BACKENDS if baseline else ())),
                 rounds,
                 limit,
                 minutes,
-                _settings(chunk_tokens),
+                fields,
                 repeat,
                 profile,
             )
             check_plot(plot)
             check_folder(out)
-            named = partial(_result_file, "prefill", out, shape, commit, repeat, tp)
+            named = partial(prompt_file, "prefill", out, shape, commit, fields, repeat, tp)
             if tp == 1:
                 require_gpu("sparda bench prefill")
                 file = named()
@@ -165,7 +172,7 @@ def bench_prefill(
     if as_json:
         print_json(file.content())
         return
-    print_prefill(file.results, make_console())
+    print_prefill(file.content(), make_console())
     print_paths([file.path, written])
 
 
@@ -175,10 +182,12 @@ def bench_turns(
     past: PastTokens = None,
     tokens: TurnTokens = None,
     program: Programs = None,
+    selector: HowSelected = None,
+    prefill_selector: PrefillSelector = None,
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
     chunk_tokens: ChunkTokens = None,
-    repeat: Repeat = _REPEAT,
+    repeat: Repeat = REPEAT,
     profile: Profile = True,
     out: OutFolder = Path("bench-results"),
     max_host_gib: HostGib = None,
@@ -194,17 +203,18 @@ def bench_turns(
             from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
             from sparda_compile.cli.bench import make_lab, require_gpu
 
+            fields = _settings(chunk_tokens, selector, prefill_selector)
             setting = TurnSetting(
                 tuple(dict.fromkeys(past or TurnSetting.past)),
                 tuple(dict.fromkeys(tokens or DEFAULT_TURNS)),
                 (*(program or OURS_OFFLOADED), *(BACKENDS if baseline else ())),
                 rounds,
-                _settings(chunk_tokens),
+                fields,
                 repeat,
                 profile,
             )
             check_folder(out)
-            named = partial(_result_file, "turns", out, shape, commit, repeat, tp)
+            named = partial(prompt_file, "turns", out, shape, commit, fields, repeat, tp)
             if tp == 1:
                 require_gpu("sparda bench turns")
                 file = named()
@@ -218,7 +228,7 @@ def bench_turns(
     if as_json:
         print_json(file.content())
         return
-    print_turns(file.results, make_console())
+    print_turns(file.content(), make_console())
     print_paths([file.path])
 
 
@@ -245,7 +255,7 @@ def prompt_part(
     from sparda_compile.bench.turns import TurnSetting
 
     out, commit = place
-    file = partial(_result_file, what, out, shape, commit)
+    file = partial(prompt_file, what, out, shape, commit)
     if what == "prefill":
         prompt = PrefillSetting((size,), minutes=2 * minutes, profile=False)
         return Part(
@@ -277,19 +287,13 @@ def _is_whole(
     )
 
 
-def _settings(chunk_tokens: int | None) -> dict[str, Any]:
-    return {} if chunk_tokens is None else {"chunk_tokens": chunk_tokens}
-
-
-def _result_file(
-    name: str, out: Path, shape: str, commit: str | None, repeat: int = _REPEAT, tp: int = 1
-) -> ResultFile:
-    """Return the file of `prefill` or of `turns`; its name says what is not the default."""
-    from sparda_compile.bench.lab import ResultFile
-
-    ending = "" if repeat == _REPEAT else f"-repeat-{repeat}"
-    head = {"name": name, "shape": str(shape), "repeat": repeat}
-    if tp > 1:
-        head |= {"name": f"{name}-tp", "tp": tp}
-        ending += f"-tp{tp}"
-    return ResultFile(out / f"{name}-{shape}{ending}.json", head, _KEYS[name], commit)
+def _settings(
+    chunk_tokens: int | None, selector: str | None, prefill_selector: str | None
+) -> dict[str, Any]:
+    """Return the fields of SpardaConfig that are given, for all of ours."""
+    given = {
+        "chunk_tokens": chunk_tokens,
+        "selector": selector,
+        "prefill_selector": prefill_selector,
+    }
+    return {name: value for name, value in given.items() if value is not None}

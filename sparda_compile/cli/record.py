@@ -1,4 +1,4 @@
-"""`sparda eval trace`: record which blocks a model selects on real text, for benchmarks."""
+"""`sparda eval trace`: record which blocks a model selects on real text or in talks about it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,22 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sparda_compile.traces import TraceFile
+    from sparda_compile.traces import Recording, TraceFile
 
 __all__ = ["record_trace"]
 
 _SELECTORS: Final = ("infllm2",)
 _BUDGETS: Final = (0.1, 0.25)
+
+Questions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--question",
+        help="Ask the model about each document, and record its answers in the place of the text; "
+        "may be given again.",
+        show_default="the text is recorded",
+    ),
+]
 
 
 def record_trace(
@@ -42,7 +52,11 @@ def record_trace(
     tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens before the first step.")
     ] = 6144,
-    steps: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Decode steps.")] = 64,
+    steps: Annotated[
+        int,
+        typer.Option(min=2, max=MOST_TOKENS, help="Decode steps; of each answer, at most."),
+    ] = 64,
+    question: Questions = None,
     block_size: BlockSize = SpardaConfig.block_size,
     local_blocks: LocalBlocks = 2,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("trace.safetensors"),
@@ -62,7 +76,8 @@ def record_trace(
                 ]
                 for share in budget or _BUDGETS
             }
-            traces = _record(model, document, configs, (tokens, steps), device, say)
+            lengths = (tokens, steps)
+            traces = _record(model, document, configs, lengths, question or (), device, say)
             traces.save(out)
     found = _described(traces)
     if as_json:
@@ -70,11 +85,14 @@ def record_trace(
         return
     from sparda_compile.bench.show import make_table
 
-    table = make_table("", ("text", "selector", "blocks", "chosen", "overlap", "by layer"), 2)
+    table = make_table(
+        "", ("text", "steps", "selector", "blocks", "chosen", "overlap", "by layer"), 3
+    )
     for row in found:
         layers = row["overlap_by_layer"]
         table.add_row(
             row["text"],
+            " + ".join(map(str, row["answers"] or [row["steps"]])),
             row["selector"],
             f"{row['share']:.0%}",
             f"{row['chosen']} of {row['num_free']}",
@@ -99,31 +117,41 @@ def _record(
     target: str,
     paths: Sequence[Path],
     configs: dict[float, list[SpardaConfig]],
-    length: tuple[int, int],
+    lengths: tuple[int, int],
+    questions: Sequence[str],
     device: str,
     say: Callable[[str], None],
 ) -> TraceFile:
     from sparda_compile.cli.targets import load_target, load_tokenizer
     from sparda_compile.evaluation.text.documents import read_documents
-    from sparda_compile.evaluation.text.recording import record_document
+    from sparda_compile.evaluation.text.recording import (
+        check_choices,
+        record_document,
+        record_talk,
+    )
+    from sparda_compile.evaluation.text.talk import hold_talk
     from sparda_compile.traces import TraceFile
 
     say("reading documents")
-    documents = read_documents(paths, load_tokenizer(target), sum(length))
+    tokenizer = load_tokenizer(target)
+    documents = read_documents(paths, tokenizer, 1 if questions else sum(lengths))
+    check_choices(configs, lengths[0])
     say(f"loading {target}")
     model: Any = load_target(target)
     model = (model.float() if device == "cpu" else model).to(device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and sum(length) > positions:
+    if positions is not None and sum(lengths) > positions:
         raise ConfigError(
-            f"tokens={length[0]} and steps={length[1]} are more than the {positions} positions "
+            f"tokens={lengths[0]} and steps={lengths[1]} are more than the {positions} positions "
             "that the model was made for; use fewer."
         )
-    recordings = [
-        recording
-        for each in documents.each
-        for recording in record_document(model, each, documents.begin, configs, *length, say)
-    ]
+    recordings: list[Recording] = []
+    for each in documents.each:
+        if questions:
+            talk = hold_talk(model, tokenizer, each, documents.begin, questions, lengths, say)
+            recordings += record_talk(model, each, talk, configs, say)
+        else:
+            recordings += record_document(model, each, documents.begin, configs, *lengths, say)
     about = {**model_name_and_hash(target), "dtype": str(model.dtype).removeprefix("torch.")}
     first = next(iter(configs.values()))[0]
     return TraceFile(about, first.block_size, tuple(recordings))
@@ -142,6 +170,8 @@ def _described(traces: TraceFile) -> list[dict[str, Any]]:
                 "share": each.share,
                 "chosen": each.ids_LSGK.shape[-1],
                 "num_free": each.num_free,
+                "steps": each.ids_LSGK.shape[1],
+                "answers": [*each.answers],
                 "overlap": round(sum(layers) / len(layers), 4),
                 "overlap_by_layer": [round(layer, 3) for layer in layers],
             }

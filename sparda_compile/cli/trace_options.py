@@ -44,8 +44,9 @@ Copies = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class FollowedTraces:
-    """A file of traces, and what of it is followed."""
+    """A file of traces, its name without the ending, and what of it is followed."""
 
+    name: str
     file: TraceFile
     cases: tuple[RecordedSteps, ...]
 
@@ -63,7 +64,8 @@ class FollowedTraces:
     def plain(self) -> dict[str, Any]:
         """Return where the traces come from, for JSON."""
         names = [each.case for each in self.cases]
-        return {"sha256": self.file.sha256, "model": self.file.model, "cases": names}
+        plain = {"name": self.name, "sha256": self.file.sha256, "model": self.file.model}
+        return {**plain, "cases": names}
 
 
 def read_traces(
@@ -101,4 +103,4 @@ def read_traces(
             f"{SpardaConfig.block_size}; record it with --block-size {SpardaConfig.block_size}."
         )
     cases = choose_cases(file, names, copies, SpardaConfig.top_k)
-    return FollowedTraces(file, tuple(cases))
+    return FollowedTraces(path.stem, file, tuple(cases))

@@ -11,8 +11,8 @@ SHAPE = ModelShape(num_layers=3, hidden=8, ffn=5, num_heads=4, num_groups=2, hea
 SETTINGS = {"block_size": 16, "top_k": 1, "local_blocks": 0, "sink_blocks": 0, "prefill": "sparse"}
 
 
-def floor(name, tokens, mode="forecast"):
-    return prompt_floor(SHAPE, name, SpardaConfig(mode=mode, **SETTINGS), tokens, RATES)
+def floor(name, tokens, mode="forecast", **fields):
+    return prompt_floor(SHAPE, name, SpardaConfig(mode=mode, **SETTINGS, **fields), tokens, RATES)
 
 
 def keys_read(tokens, most):
@@ -54,6 +54,32 @@ def test_selection_scores_half_of_all_windows_on_average():
     assert floor("sparse_query", tokens, "query")["select"] == by_head
     assert floor("sparse_query", 32, "query")["select"] == 0  # all blocks are read
     assert floor("dense", tokens)["select"] == 0
+
+
+HEADS, GROUPS = SHAPE.num_heads * SHAPE.head_dim, SHAPE.num_groups * SHAPE.head_dim
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields", "per_pair"),
+    [
+        # Each token by its low-bit key, in one pass; windows of 16 in two, for a softmax.
+        ("query", {"selector": "lowbit2"}, 2 * HEADS),
+        ("query", {"selector": "lowbit4"}, 2 * HEADS),
+        ("forecast", {"selector": "lowbit2"}, 2 * GROUPS),
+        ("forecast", {"selector": "lowbit2", "forecast_heads": 2}, 2 * 2 * GROUPS),
+        ("forecast", {"forecast_heads": 2}, 2 * 2 * 2 * GROUPS / 16),
+        ("query", {"selector": "lowbit2", "prefill_selector": "infllm2"}, 2 * 2 * HEADS / 16),
+        ("query", {"prefill_selector": "lowbit4"}, 2 * HEADS),
+        # The mean query of a group, and two bounds of a block of 16 tokens.
+        ("query", {"selector": "quest"}, 2 * 2 * GROUPS / 16),
+        ("forecast", {"selector": "quest"}, 2 * GROUPS / 16),
+    ],
+)
+def test_selection_by_others(mode, fields, per_pair):
+    tokens = 64
+    found = floor(f"sparse_{mode}", tokens, mode, **fields)
+    assert found["select"] == SHAPE.num_layers * tokens * (tokens / 2) * per_pair
+    assert found["attention"] == floor(f"sparse_{mode}", tokens, mode)["attention"]
 
 
 def test_a_copy_runs_beside_the_products():

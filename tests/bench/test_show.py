@@ -226,8 +226,9 @@ def test_prefill(console):
             "transformers_over": {"sparse_forecast": 5.0},
         },
     ]
-    print_prefill(results, console)
+    print_prefill({"selector": "lowbit2", "results": results}, console)
     printed = lines(console)
+    assert printed[0] == "selector lowbit2"
     assert (
         "131072 sparse_forecast 30.50 8.000 1.500 2.100 1.250 6.10 0.970 0.990 3.0 4.0" in printed
     )
@@ -262,8 +263,10 @@ def test_turns(console):
             "transformers_over": {"1": {"program": "transformers_flash", "sparse_query": 1.4}},
         }
     ]
-    print_turns(results, console)
+    chosen = {"selector": "lowbit2", "prefill_selector": "infllm2"}
+    print_turns({**chosen, "results": results}, console)
     printed = lines(console)
+    assert "selector lowbit2, selector of prompts infllm2" in printed
     assert "131072 1 sparse_query 500.0 50.0 1.400 0.900 0.500" in printed
     assert "131072 1 transformers_flash 100.0 70.0 - - -" in printed
     assert "131072 200 sparse_query 600.0 100.0 - - -" in printed

@@ -21,7 +21,7 @@ from sparda_compile.cli import main as cli
 from sparda_compile.cli.prompts import prompt_part
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-SMALL = {"lowering": "eager", "block_size": 16, "top_k": 4, "local_blocks": 2}
+SMALL = {"lowering": "eager", "block_size": 16, "top_k": 4, "local_blocks": 2, "short_list": 2}
 
 
 def run(*arguments):
@@ -115,21 +115,60 @@ def test_prefill_as_json_goes_on_where_it_was(lab, tmp_path):
     assert "unfinished" in same
 
 
+@pytest.mark.parametrize(
+    ("chosen", "name"),
+    [
+        ({"selector": "lowbit2"}, "prefill-tiny-lowbit2.json"),
+        ({"selector": "quest"}, "prefill-tiny-quest.json"),
+        (
+            {"selector": "lowbit4", "prefill_selector": "infllm2"},
+            "prefill-tiny-lowbit4-prompts-infllm2.json",
+        ),
+    ],
+)
+def test_prefill_by_another_selector(lab, tmp_path, chosen, name):
+    options = [w for k, value in chosen.items() for w in (f"--{k.replace('_', '-')}", value)]
+    programs = ("sparse_forecast", "sparse_query", "dense", "sparse_resident")
+    named = [word for program in programs for word in ("--program", program)]
+    few = ("--tokens", 200, "--rounds", 1, "--no-baseline", "--out", tmp_path)
+    result = run("prefill", "--shape", "tiny", *few, *named, *options)
+    assert result.exit_code == 0, result.output
+    assert {lab.prompts.config(program).selector for program in programs} == {chosen["selector"]}
+    wanted = chosen.get("prefill_selector")
+    assert {lab.prompts.config(program).prefill_selector for program in programs} == {wanted}
+    found = json.loads((tmp_path / name).read_text())
+    assert {key: found[key] for key in chosen} == chosen
+    (each,) = found["results"]
+    assert set(each["programs"]) == set(programs)
+    compared = {program: row["compared"]["phase"] for program, row in each["programs"].items()}
+    assert compared == dict.fromkeys(programs, "sparse_prefill") | {"dense": "prefill"}
+    assert words(result.stdout).startswith(f"selector {chosen['selector']}")
+
+
+def test_selector_nosa_needs_another_model(lab, tmp_path):
+    few = ("--tokens", 200, "--no-baseline", "--program", "sparse_query", "--out", tmp_path)
+    result = run("prefill", "--shape", "tiny", *few, "--selector", "nosa", "--minutes", 1)
+    assert result.exit_code == 1, result.output
+    assert "reads a retention score from the last channel of each key" in words(result.stderr)
+
+
 def test_turns(lab, tmp_path):
     result = run(
         "turns", "--shape", "tiny", "--past", 300, "--tokens", 1, "--tokens", 20, "--rounds", 1,
-        "--program", "sparse_forecast", "--out", tmp_path,
+        "--program", "sparse_forecast", "--out", tmp_path, "--selector", "lowbit2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     (setting,) = lab.asked
+    assert setting.settings == {"selector": "lowbit2"}
     assert (setting.past, setting.turns, setting.rounds) == ((300,), (1, 20), 1)
-    found = json.loads((tmp_path / "turns-tiny.json").read_text())
+    found = json.loads((tmp_path / "turns-tiny-lowbit2.json").read_text())
     assert (found["name"], found["shape"]) == ("turns", "tiny")
+    assert found["selector"] == "lowbit2"
     (each,) = found["results"]
     assert list(each["programs"]["sparse_forecast"]["by_turn"]) == ["1", "20"]
     assert each["transformers_over"]["20"]["program"] == "transformers_flash"
     assert "300 20 sparse_forecast" in words(result.stdout)
-    assert "turns-tiny.json" in result.stdout
+    assert "turns-tiny-lowbit2.json" in result.stdout
 
 
 def test_turns_as_json(lab, tmp_path):
@@ -185,6 +224,7 @@ def test_every_prompt_of_all_can_be_asked_for(lab, tmp_path):
         (["prefill", "--program", "fast"], "not one of 'sparse_forecast'"),
         (["prefill", "--rounds", 0], "--rounds"),
         (["prefill", "--chunk-tokens", 0], "--chunk-tokens"),
+        (["prefill", "--selector", "forecast"], "not one of 'infllm2'"),
         (["turns", "--past", 0], "--past"),
         (["turns", "--tokens", 0], "--tokens"),
     ],

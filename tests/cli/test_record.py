@@ -42,6 +42,25 @@ def test_a_trace_is_recorded(sparda, folder, text):
     ]
 
 
+def test_answers_are_recorded(sparda, folder, text):
+    asked = ("--question", "Which line?", "--question", "And then?", "--budget", 0.5)
+    record = ("eval", "trace", folder, "--document", text, *SMALL, *asked)
+    result = sparda(*record, "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["recordings"]
+    assert row["text"] == "one.txt (talk)"
+    (found,) = load_traces(Path("trace.safetensors")).recordings
+    assert row["answers"] == [*found.answers]
+    assert (len(found.answers), found.num_tokens) == (2, 300)
+    assert max(found.answers) <= 5
+    assert found.ids_LSGK.shape[1] == sum(found.answers)
+    result = sparda(*record)
+    assert result.exit_code == 0, result.output
+    assert f"one.txt (talk) {' + '.join(map(str, found.answers))}" in " ".join(
+        result.stdout.split()
+    )
+
+
 def test_more_tokens_than_positions(sparda, folder, text):
     long = ("--tokens", 520, "--steps", 10, "--block-size", 16, "--local-blocks", 1)
     result = sparda("eval", "trace", folder, "--document", text, *long, "--budget", 0.5)

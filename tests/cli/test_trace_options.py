@@ -22,7 +22,8 @@ def test_a_setting_follows_the_trace_with_a_whole_number_of_copies(path):
     setting = followed.setting(DecodeSetting(1), [])
     assert (setting.overlaps, setting.settings) == ((), {"top_k": 60})
     assert setting.recorded[0].copies == 10
-    assert followed.plain()["cases"] == ["infllm2 10%"]
+    plain = followed.plain()
+    assert (plain["name"], plain["cases"]) == ("trace", ["infllm2 10%"])
     setting = read_traces(path, ["infllm2 10%"], 3).setting(DecodeSetting(1), [0.9])
     assert (setting.overlaps, setting.settings) == ((0.9,), {"top_k": 18})
     chosen = followed.setting(DecodeSetting(1, settings={"selector": "lowbit2"}), [])

@@ -24,13 +24,14 @@ import torch
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.text.documents import token_ids
 from sparda_compile.evaluation.text.filler import Filler, continuation
-from sparda_compile.evaluation.text.frame import Frame, template_frame
+from sparda_compile.evaluation.text.frame import opening_ids, turn_frame
 from sparda_compile.evaluation.text.scripts import Part, Script
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sparda_compile.evaluation.text.documents import Documents
+    from sparda_compile.evaluation.text.frame import Frame
 
 __all__ = ["NUM_QUESTIONS", "chat_scripts"]
 
@@ -38,8 +39,6 @@ NUM_QUESTIONS: Final = 4
 _DONE: Final = "Thank you, I will remember that."
 # Of the text, what stands in the turns that ask, one part each; the rest is in those that tell.
 _ASKED_PARTS: Final = 12
-# Of a tokenizer without a template.
-_WORDS: Final = Frame("User: ", "\nAssistant:\n", "\nUser: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ def chat_scripts(
         ConfigError: If the length leaves no room for text, the documents are too short, or the
             chat template changes what was said before.
     """
-    frame = template_frame(tokenizer) or _WORDS
+    frame = turn_frame(tokenizer)
     return [
         _script(tokenizer, documents, length, frame, number, random.Random(f"{seed} {number}"))
         for number in range(chats)
@@ -127,7 +126,7 @@ def _script(
         (fact, generator.choice(fact.values)) for fact in generator.sample(_FACTS, NUM_QUESTIONS)
     ]
     writer = _Writer(tokenizer, frame, facts)
-    begin = [] if frame.opening.startswith(tokenizer.bos_token or "\0") else documents.begin
+    begin = opening_ids(tokenizer, frame, documents.begin)
     nothing: list[list[int]] = [[] for _ in range(2 * NUM_QUESTIONS - 1)]
     room = length - sum(map(len, writer.flat(begin, nothing)))
     if room < _ASKED_PARTS:
@@ -168,12 +167,12 @@ class _Writer:
         """Return the parts.
 
         Args:
-            begin: What a text begins with.
+            begin: What a conversation begins with.
             texts: Tokens of each turn that tells, then of each that asks.
         """
         frame, facts = self._frame, self._facts
         *told, (last, last_value) = facts
-        read = [*begin, *self._ids(frame.opening)]
+        read = [*begin]
         for (fact, value), text in zip(told, texts, strict=False):
             words = f"\n\n{fact.told.format(value)}{frame.to_assistant}{_DONE}{frame.to_user}"
             read += [*text, *self._ids(words)]

@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template puts around the words of a conversation."""
+"""What a tokenizer's chat template puts around the words of a conversation, and what ends them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any, Final
 
 from sparda_compile.errors import ConfigError
+from sparda_compile.evaluation.text.documents import token_ids
 
-__all__ = ["Frame", "template_frame"]
+__all__ = ["Frame", "answer_ends", "opening_ids", "template_frame", "turn_frame"]
 
 _MARKS: Final = ("first user words", "first assistant words", "last user words")
 
@@ -25,6 +26,41 @@ class Frame:
     opening: str
     to_assistant: str
     to_user: str
+
+
+# Of a tokenizer without a template.
+_WORDS: Final = Frame("User: ", "\nAssistant:\n", "\nUser: ")
+
+
+def turn_frame(tokenizer: Any) -> Frame:
+    """Return what the chat template puts around words, or `User:` and `Assistant:` without one.
+
+    Args:
+        tokenizer: Of the model.
+
+    Raises:
+        ConfigError: If the template leaves out what was said before, or refuses a conversation.
+    """
+    return template_frame(tokenizer) or _WORDS
+
+
+def opening_ids(tokenizer: Any, frame: Frame, begin: list[int]) -> list[int]:
+    """Return the tokens before the user's first words.
+
+    Args:
+        tokenizer: Of the model.
+        frame: What stands around words.
+        begin: What the tokenizer puts before every text; a template may write it itself.
+    """
+    writes_it = frame.opening.startswith(tokenizer.bos_token or "\0")
+    return [*([] if writes_it else begin), *token_ids(tokenizer, frame.opening)]
+
+
+def answer_ends(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer: the model's and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    found = own if isinstance(own, list) else [own]
+    return {token for token in [*found, tokenizer.eos_token_id] if token is not None}
 
 
 def template_frame(tokenizer: Any) -> Frame | None:

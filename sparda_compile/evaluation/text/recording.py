@@ -1,19 +1,23 @@
-"""Recording the blocks that a model selects on documents: traces for benchmarks.
+"""Recording the blocks that a model selects on documents and in talks: traces for benchmarks.
 
-The first tokens of a document are read densely; the next ones are decode steps in plain PyTorch
-(`evaluation/decode.py`), fed with the document's own tokens, each of which reads the blocks that
-its query selects.
+What comes before is read densely; then come decode steps in plain PyTorch (`evaluation/decode.py`),
+each of which reads the blocks that its query selects:
+
+    document    one run of steps, fed with the document's own tokens
+    talk        a run for each answer, fed with what the model wrote when it read everything; before
+                each, the cache is that of the model which read everything
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.reading import read
+from sparda_compile.evaluation.text.talk import Talk
 from sparda_compile.traces import Recording
 
 if TYPE_CHECKING:
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
     from sparda_compile.config import SpardaConfig
     from sparda_compile.evaluation.text.documents import Document
 
-__all__ = ["record_document"]
+    # By share of the blocks: a configuration for each selector.
+    Configs: TypeAlias = Mapping[float, Sequence[SpardaConfig]]
+
+__all__ = ["check_choices", "record_document", "record_talk"]
 
 
 class _Recorder:
@@ -62,7 +69,7 @@ def record_document(
     model: Any,
     document: Document,
     begin: Sequence[int],
-    configs: Mapping[float, Sequence[SpardaConfig]],
+    configs: Configs,
     num_tokens: int,
     num_steps: int,
     say: Callable[[str], None],
@@ -73,14 +80,64 @@ def record_document(
         model: A causal LM of transformers built like Llama, in eval mode.
         document: Of as many tokens as are read, or more.
         begin: What the tokenizer puts before a text.
-        configs: By share of the blocks: one for each selector, with its budget.
+        configs: By share of the blocks: one for each selector, with its budget that
+            `check_choices` has nothing against.
         num_tokens: Tokens before the first step.
         num_steps: Decode steps.
         say: Told what is being done.
 
     Raises:
-        ConfigError: If a budget leaves nothing to choose, or has more blocks than there are.
         UnsupportedInputError: If the model is not built like Llama.
+    """
+    device = next(model.parameters()).device
+    ids = [*begin, *document.ids_T[: num_tokens + num_steps - len(begin)].tolist()]
+    ids_1T = torch.tensor([ids], device=device)
+    say(f"{document.name}: reading {num_tokens} tokens")
+    reading = read(model, ids_1T[:, :num_tokens])
+    named = {"text": document.name, "sha256": document.sha256}
+    runs = ((num_tokens, num_tokens + num_steps),)
+    yield from _record(model, Talk(ids_1T, runs, reading), configs, named, say)
+
+
+def record_talk(
+    model: Any,
+    document: Document,
+    talk: Talk,
+    configs: Configs,
+    say: Callable[[str], None],
+) -> Iterator[Recording]:
+    """Yield what selectors choose while the answers of a talk are written.
+
+    Args:
+        model: The model that held the talk, built like Llama.
+        document: What it was about.
+        talk: What was said.
+        configs: As for `record_document`.
+        say: Told what is being done.
+
+    Raises:
+        ConfigError: If the answers have fewer than two tokens.
+        UnsupportedInputError: If the model is not built like Llama.
+    """
+    counts = tuple(end - begin for begin, end in talk.answers)
+    if sum(counts) < 2:
+        raise ConfigError(
+            f"the answers about {document.name} have {sum(counts)} tokens, and a trace is of 2 "
+            "steps or more; ask other questions."
+        )
+    named = {"text": f"{document.name} (talk)", "sha256": document.sha256, "answers": counts}
+    yield from _record(model, talk, configs, named, say)
+
+
+def check_choices(configs: Configs, num_tokens: int) -> None:
+    """Refuse budgets that leave nothing to choose, or choose more blocks than there are.
+
+    Args:
+        configs: By share of the blocks: one for each selector, with its budget.
+        num_tokens: Tokens before the first step.
+
+    Raises:
+        ConfigError: If there is one.
     """
     for config in (each for same in configs.values() for each in same):
         free = num_tokens // config.block_size - config.local_blocks - config.sink_blocks
@@ -90,24 +147,33 @@ def record_document(
                 f"of the {free} blocks that may be chosen in {num_tokens} tokens, this budget "
                 f"chooses {chosen}; a trace needs 1 to {free}. Change the budget or tokens."
             )
-    device = next(model.parameters()).device
-    ids = [*begin, *document.ids_T[: num_tokens + num_steps - len(begin)].tolist()]
-    ids_1T = torch.tensor([ids], device=device)
-    say(f"{document.name}: reading {num_tokens} tokens")
-    reading = read(model, ids_1T[:, :num_tokens])
+
+
+def _record(
+    model: Any,
+    talk: Talk,
+    configs: Configs,
+    named: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Iterator[Recording]:
+    """Yield what selectors choose in runs of steps, each behind a reading of what is before it."""
+    runs = [(begin, end) for begin, end in talk.answers if begin < end]
     for share, same in configs.items():
         for config in same:
-            say(f"{document.name}: {config.selector}, {share:.0%} of the blocks")
-            recorder: Any = _Recorder(config)
-            decode(model, reading, ids_1T[:, num_tokens:], config, guesses=recorder)
-            last = (num_tokens + num_steps - 1) // config.block_size - config.local_blocks
+            say(f"{named['text']}: {config.selector}, {share:.0%} of the blocks")
+            last = (runs[-1][1] - 1) // config.block_size - config.local_blocks
+            found = []
+            for begin, end in runs:
+                recorder: Any = _Recorder(config)
+                before = talk.reading.before(begin)
+                decode(model, before, talk.ids_1T[:, begin:end], config, guesses=recorder)
+                found.append(recorder.ids(last))
             yield Recording(
-                text=document.name,
-                sha256=document.sha256,
                 selector=config.selector,
                 share=share,
-                num_tokens=num_tokens,
+                num_tokens=runs[0][0],
                 sink_blocks=config.sink_blocks,
                 num_free=last - config.sink_blocks,
-                ids_LSGK=recorder.ids(last),
+                ids_LSGK=torch.cat(found, dim=1),
+                **named,
             )

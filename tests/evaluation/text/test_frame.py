@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 
 from sparda_compile.errors import ConfigError
-from sparda_compile.evaluation.text.frame import Frame, template_frame
+from sparda_compile.evaluation.text.frame import (
+    Frame,
+    answer_ends,
+    opening_ids,
+    template_frame,
+    turn_frame,
+)
 
 
 def with_template(tokenizer, template):
@@ -29,7 +36,29 @@ def test_frame_is_what_the_template_writes_around_words(byte_tokenizer):
 
 
 def test_no_template_is_no_frame(byte_tokenizer):
-    assert template_frame(with_template(byte_tokenizer, None)) is None
+    plain = with_template(byte_tokenizer, None)
+    assert template_frame(plain) is None
+    assert turn_frame(plain) == Frame("User: ", "\nAssistant:\n", "\nUser: ")
+    assert turn_frame(byte_tokenizer) == template_frame(byte_tokenizer)
+
+
+def test_a_template_may_write_what_a_text_begins_with(byte_tokenizer):
+    frame = turn_frame(byte_tokenizer)
+    words = byte_tokenizer("<user>")["input_ids"]
+    assert opening_ids(byte_tokenizer, frame, [7]) == [7, *words]
+    own = copy.deepcopy(byte_tokenizer)
+    own.bos_token = "<"
+    assert opening_ids(own, frame, [7]) == words
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "ends"), [(3, None, {3}), ([3, 4], "a", {3, 4, 64}), (None, None, set())]
+)
+def test_what_ends_an_answer(byte_tokenizer, own, theirs, ends):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.eos_token = theirs
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    assert answer_ends(model, tokenizer) == ends
 
 
 @pytest.mark.parametrize(

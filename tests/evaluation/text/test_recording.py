@@ -10,7 +10,12 @@ from sparda_compile import SpardaConfig
 from sparda_compile.errors import ConfigError
 from sparda_compile.evaluation.decode import decode
 from sparda_compile.evaluation.reading import read
-from sparda_compile.evaluation.text.recording import record_document
+from sparda_compile.evaluation.text.recording import (
+    check_choices,
+    record_document,
+    record_talk,
+)
+from sparda_compile.evaluation.text.talk import Talk
 
 SIZES = {"mode": "query", "block_size": 16, "sink_blocks": 1, "local_blocks": 1}
 
@@ -47,11 +52,43 @@ def test_it_is_what_the_steps_read_beside_what_they_always_read(model, documents
     assert not torch.equal(found[0].ids_LSGK, found[1].ids_LSGK)
 
 
+def test_of_a_talk_it_is_what_the_steps_of_each_answer_read(model, documents):
+    document = documents.each[0]
+    ids_1T = document.ids_T[None, :230]
+    # The second answer is empty: the model ended it at once.
+    talk = Talk(ids_1T, ((170, 179), (190, 190), (200, 211)), read(model, ids_1T))
+    config = SpardaConfig(top_k=2, **SIZES)
+    said = []
+    (found,) = record_talk(model, document, talk, {0.3: [config]}, said.append)
+    assert said == [f"{document.name} (talk): infllm2, 30% of the blocks"]
+    assert (found.text, found.sha256) == (f"{document.name} (talk)", document.sha256)
+    assert (found.num_tokens, found.answers) == (170, (9, 0, 11))
+    assert found.num_free == 210 // 16 - 2
+    step = 0
+    for begin, end in ((170, 179), (200, 211)):
+        decoded = decode(model, talk.reading.before(begin), ids_1T[:, begin:end], config)
+        for layers in decoded.records:
+            for layer, record in enumerate(layers):
+                chosen = record.read_BGN[0] & ~record.forced_BGN[0]
+                ids = torch.where(chosen)[1].view(2, 2).tolist()
+                assert found.ids_LSGK[layer, step].tolist() == ids
+            step += 1
+    assert found.ids_LSGK.shape[1] == step
+
+
+def test_a_talk_without_answers(model, documents):
+    ids_1T = documents.each[0].ids_T[None, :230]
+    talk = Talk(ids_1T, ((170, 170), (200, 201)), read(model, ids_1T))
+    configs = {0.3: [SpardaConfig(top_k=2, **SIZES)]}
+    with pytest.raises(ConfigError, match="have 1 tokens, and a trace is of 2 steps or more"):
+        next(record_talk(model, documents.each[0], talk, configs, print))
+
+
 @pytest.mark.parametrize(("top_k", "chosen"), [(None, "all"), (0, "0"), (9, "9")])
-def test_a_budget_that_leaves_no_choice(model, documents, top_k, chosen):
-    configs = {0.3: [SpardaConfig(top_k=top_k, **SIZES)]}
+def test_a_budget_that_leaves_no_choice(top_k, chosen):
     with pytest.raises(ConfigError, match=f"chooses {chosen}; a trace needs 1 to 8"):
-        next(record_document(model, documents.each[0], [], configs, 170, 20, print))
+        check_choices({0.3: [SpardaConfig(top_k=top_k, **SIZES)]}, 170)
+    check_choices({0.3: [SpardaConfig(top_k=8, **SIZES)]}, 170)
 
 
 def test_ids_beyond_a_byte(model, documents):
