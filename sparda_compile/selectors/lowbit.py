@@ -152,6 +152,7 @@ class _LowBit(Selector):
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses", "_low_bit_scores")
     is_comparable: ClassVar[bool] = True  # shares of one attention
     scores_tokens: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
     bits: ClassVar[int]
 
     def score(
@@ -163,14 +164,29 @@ class _LowBit(Selector):
         geometry: Geometry,
     ) -> Tensor:
         """Return [B, G, N] float32."""
+        return self.score_among(query_BHTD, tensors, lengths_B, scale, geometry, None)
+
+    def score_among(
+        self,
+        query_BHTD: Tensor,
+        tensors: Sequence[Tensor],
+        lengths_B: Tensor,
+        scale: float,
+        geometry: Geometry,
+        among_BGN: Tensor | None,
+    ) -> Tensor:
+        """Return [B, G, N] float32 of some blocks; see `Selector.score_among`."""
         logits_BGRNP, is_full_BN = _logits(
             query_BHTD, tensors, lengths_B, scale, geometry, self.bits
         )
-        hidden = ~is_full_BN[:, None, None, :, None]
+        is_read_BGN = is_full_BN[:, None]
+        if among_BGN is not None:
+            is_read_BGN = is_read_BGN & among_BGN
+        hidden = ~is_read_BGN[:, :, None, :, None]
         flat = logits_BGRNP.masked_fill(hidden, float("-inf")).flatten(-2)
         weights_BGRNP = flat.softmax(-1).view_as(logits_BGRNP)
         scores_BGN = weights_BGRNP.sum((2, 4))
-        return scores_BGN.masked_fill(~is_full_BN[:, None], float("-inf"))
+        return scores_BGN.masked_fill(~is_read_BGN, float("-inf"))
 
 
 class _LowBitForecast(Selector):
