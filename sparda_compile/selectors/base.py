@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["Geometry", "RowSummary", "Selector", "Summary", "empty_summary", "valid_tokens"]
+__all__ = [
+    "Geometry",
+    "Narrowing",
+    "RowSummary",
+    "Selector",
+    "Summary",
+    "empty_summary",
+    "valid_tokens",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +170,8 @@ class Selector(Protocol):
         selects_prompts: Whether it selects for the tokens of a prompt on a GPU. Where it does not,
             `prefill="auto"` is dense there, and `prefill="sparse"` is refused.
         scores_tokens: Whether it multiplies a query with a key of each token, and not of windows.
-        narrows: Whether it can score some blocks alone, which `forecast_selector` has proposed by
-            the mean query of a group.
+        narrows: Whether it is a `Narrowing` one, and scores blocks alone that `forecast_selector`
+            has proposed by the mean query of a group.
         is_comparable: Whether the scores of one step can be compared with those of another, and
             averaged; a prediction from past scores standardises others.
     """
@@ -195,6 +203,12 @@ class Selector(Protocol):
     ) -> Tensor:
         """Return [B, G, N] float32, higher is better, -inf for a block without a summary."""
 
+
+class Narrowing(Selector, Protocol):
+    """A selector that `narrows`."""
+
+    narrows: ClassVar[bool] = True
+
     def score_among(
         self,
         query_BHTD: Tensor,
@@ -204,7 +218,7 @@ class Selector(Protocol):
         geometry: Geometry,
         among_BGN: Tensor | None,
     ) -> Tensor:
-        """Score some blocks as if there were no others; called where it `narrows`.
+        """Score some blocks as if there were no others.
 
         Args:
             query_BHTD: As for `score`, and so are the next ones.
@@ -217,7 +231,6 @@ class Selector(Protocol):
         Returns:
             [B, G, N] float32, -inf for other blocks, too.
         """
-        raise NotImplementedError(f"selector {self.name!r} scores all blocks or none")
 
 
 def empty_summary(summary: Summary, like_BGTD: Tensor, geometry: Geometry) -> list[Tensor]:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
-from sparda_compile.selectors.base import Geometry, RowSummary, Selector, Summary
+from sparda_compile.selectors.base import Geometry, Narrowing, RowSummary, Selector, Summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,13 +146,12 @@ class LowBitKeys(RowSummary):
         open_GPD[:, : rest_GSD.shape[1]] = rest_GSD
 
 
-class _LowBit(Selector):
+class _LowBit(Narrowing):
     """Attention mass by the query."""
 
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses", "_low_bit_scores")
     is_comparable: ClassVar[bool] = True  # shares of one attention
     scores_tokens: ClassVar[bool] = True
-    narrows: ClassVar[bool] = True
     bits: ClassVar[int]
 
     def score(
@@ -175,7 +174,7 @@ class _LowBit(Selector):
         geometry: Geometry,
         among_BGN: Tensor | None,
     ) -> Tensor:
-        """Return [B, G, N] float32 of some blocks; see `Selector.score_among`."""
+        """Return [B, G, N] float32 of some blocks; see `Narrowing`."""
         logits_BGRNP, is_full_BN = _logits(
             query_BHTD, tensors, lengths_B, scale, geometry, self.bits
         )
