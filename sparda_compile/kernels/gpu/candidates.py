@@ -60,6 +60,18 @@ def _num_named(readers_at, stop, token):
     return found
 
 
+@triton.jit
+def _named(
+    ids_at, readers_at, start, stop, num_keyed, SPAN: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Return blocks of a union: of each key of a tile, of each block, and its readers."""
+    key = start + tl.arange(0, BLOCKS * SPAN) // SPAN
+    entry = start + tl.arange(0, BLOCKS)
+    block = tl.load(ids_at + key, mask=key < stop, other=num_keyed)
+    named = tl.load(ids_at + entry, mask=entry < stop, other=num_keyed)
+    return block, named, tl.load(readers_at + entry, mask=entry < stop, other=0)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_keyed", "first", "end", "per_part"])
 def _candidate_masses(
     query, keys, positions, counts, union_ids, readers, masses, factor, q_row, q_head, q_token,
@@ -91,18 +103,15 @@ def _candidate_masses(
         # A block that is longer than a tile is summed piece by piece.
         PIECES: tl.constexpr = (SIZE + SPAN - 1) // SPAN
         steps = (stop - begin + BLOCKS - 1) // BLOCKS * PIECES
+        block, named, bits = _named(ids_at, readers_at, begin, stop, num_keyed, SPAN, BLOCKS)
         for step in tl.range(steps, num_stages=STAGES):
-            start, piece = begin + step // PIECES * BLOCKS, step % PIECES
-            entry, slot = start + place // SPAN, piece * SPAN + place % SPAN
-            block = tl.load(ids_at + entry, mask=entry < stop, other=num_keyed)
+            piece = step % PIECES
             dots = block_dots(
-                vectors, keys_at, block, slot, num_keyed, SIZE, SPAN, DIM, DIMS, INTERPRETED
-            )
+                vectors, keys_at, block, piece * SPAN + place % SPAN, num_keyed, SIZE, SPAN, DIM,
+                DIMS, INTERPRETED,
+            )  # fmt: skip
             most, mass = add_dots(dots, most, mass, factor)
             if piece == PIECES - 1:
-                scored = start + tl.arange(0, BLOCKS)
-                named = tl.load(ids_at + scored, mask=scored < stop, other=num_keyed)
-                bits = tl.load(readers_at + scored, mask=scored < stop, other=0)
                 is_named = (bits[None, :] >> token[:, None]) & 1
                 mass = tl.where(named[None, :] < full[:, None], most + tl.log2(mass), none)
                 at = list_at[:, None] + rank[:, None] + tl.cumsum(is_named, axis=1) - 1
@@ -110,6 +119,9 @@ def _candidate_masses(
                 tl.store(masses + at * ROOM + head[:, None], mass, mask=is_kept)
                 rank += tl.sum(is_named, axis=1)
                 most, mass = none, tl.zeros([COLUMNS, BLOCKS], dtype=tl.float32)
+            # Known a step before its keys are asked for, so that these are asked for early.
+            start = begin + (step + 1) // PIECES * BLOCKS
+            block, named, bits = _named(ids_at, readers_at, start, stop, num_keyed, SPAN, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "first"])
