@@ -7,6 +7,7 @@ P tokens of a block, D head dim.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch.nn import functional as F
@@ -36,13 +37,17 @@ class Step:
     def num_blocks(self):
         return -(-self.k.shape[1] // self.block)
 
-    def masses(self, k, *, full_only=True):
+    def masses(self, k, *, full_only=True, kept=None):
         """Return the softmax weights of keys [G, S, D] in blocks, [G, R, T, N, P].
 
         As a decode step has them: before its own key, and of low-bit keys those of full blocks.
+        With `kept` [G, T, N] as if there were no other blocks.
         """
         end = self.positions // self.block * self.block if full_only else self.positions
         unseen = torch.arange(k.shape[1]) >= end[:, None]
+        if kept is not None:
+            kept = kept.repeat_interleave(self.block, -1)[..., : k.shape[1]]
+            unseen = (unseen | ~kept)[:, None]
         logits = torch.einsum("grtd,gsd->grts", self.q * k.shape[-1] ** -0.5, k)
         weights = logits.masked_fill_(unseen, NEVER).softmax(-1)
         missing = self.num_blocks * self.block - k.shape[1]
@@ -100,6 +105,26 @@ def among(factor, bits):
     return score
 
 
+def among_mean(factor, bits):
+    """Low-bit mass among the best blocks of one query, the mean of the group's, by the same keys.
+
+    `factor` times K of them, and those that are read anyway, as if there were no others.
+    """
+
+    def score(step, tuned):
+        keys = rounded(step.k, bits)
+        logits = torch.einsum("gtd,gsd->gts", step.q.mean(1) * keys.shape[-1] ** -0.5, keys)
+        logits = F.pad(logits, (0, -keys.shape[1] % step.block), value=NEVER)
+        first = logits.unflatten(-1, (-1, step.block)).logsumexp(-1)
+        first = first.masked_fill(~may_choose(step), NEVER)
+        best = first.topk(min(math.ceil(factor * tuned["num_chosen"]), first.shape[-1]), -1).indices
+        named = torch.zeros_like(first, dtype=torch.bool).scatter_(-1, best, True)
+        mass = step.masses(keys, kept=named | always_read(step)).sum((1, 4))
+        return mass.masked_fill(~named, NEVER)
+
+    return score
+
+
 def with_values(bits, *, by_token):
     """Mass times the norms of the values: of each token, or their mean over the block."""
 
@@ -151,6 +176,10 @@ METHODS = {
     "mixed 2 and 4 bits, mean 3": Method(mixed("bits_2_4"), shares=LOW),
     "lowbit2 among 2 K of infllm2": Method(among(2, 2)),
     "lowbit2 among 3 K of infllm2": Method(among(3, 2), shares=LOW),
+    "lowbit2 among 1 K of the mean query": Method(among_mean(1, 2)),
+    "lowbit2 among 2 K of the mean query": Method(among_mean(2, 2)),
+    "lowbit2 among 3 K of the mean query": Method(among_mean(3, 2)),
+    "lowbit2 among 4 K of the mean query": Method(among_mean(4, 2)),
     "lowbit2 x mean norm of values": Method(with_values(2, by_token=False), shares=LOW),
     "lowbit2 x norm of each value": Method(with_values(2, by_token=True)),
     "lowbit2, largest head": Method(by_head(2, "max")),

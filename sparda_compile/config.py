@@ -243,6 +243,20 @@ class SpardaConfig(Selection, Prediction, Blocks, Memory, Execution):
             return num_blocks
         return min(num_blocks, self.num_forced + self.top_k)
 
+    def num_candidates(self, num_blocks: int) -> int:
+        """Blocks that a token of a sparse prompt scores out of `num_blocks`; 0 where that is all.
+
+        Those that are always read are among them.
+        """
+        if self.prefill_candidates is None or self.mode == "dense" or self.top_k is None:
+            return 0
+        return min(num_blocks, self.num_forced + self.num_proposed)
+
+    @property
+    def num_proposed(self) -> int:
+        """Blocks that a look at all proposes to a token of a sparse prompt; 0 without one."""
+        return math.ceil((self.prefill_candidates or 0.0) * (self.top_k or 0))
+
     def num_predicted(self, num_blocks: int) -> int:
         """Most blocks that mode `speculate` predicts for a step, out of `num_blocks`."""
         return min(num_blocks, self.prediction_budget(num_blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Final, Literal, get_args
 
 from sparda_compile.checks import flag, number, one_of, plain_numbers, whole
@@ -71,6 +72,12 @@ class Selection:
             keeps. The cache then keeps both summaries, in decode too, since a later turn's tokens
             select among all blocks. None is `selector` itself; not read where no prompt can be
             sparse.
+        prefill_candidates: Times `top_k` blocks whose every key is scored for a token of a sparse
+            prompt, 1.0 or more, for `lowbit2` and `lowbit4`: a look at all blocks by one query for
+            each KV head, the mean of its group, proposes them (docs/gpu.md). A token that has no
+            more blocks scores all. None scores all blocks for every token. Refused where one head
+            scores as that look does, as a Forecast of one head; not read where no prompt can be
+            sparse.
         shared_tokens: Neighbouring tokens of a sparse prompt that read the same blocks, those of
             the first of them; it divides `block_size`. 1, the default, gives each token its own, as
             a decode step would. Of more, one scores blocks for all, and what is selected depends on
@@ -88,6 +95,7 @@ class Selection:
     local_blocks: int = 32
     prefill: Prefill = "auto"
     prefill_selector: str | None = None
+    prefill_candidates: float | None = None
     shared_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -111,6 +119,7 @@ class Selection:
             whole("forecast_rank", self.forecast_rank, 1)
         if self.forecast_heads is not None:
             whole("forecast_heads", self.forecast_heads, 1)
+        self._check_prefill_candidates()
         if self.mode == "dense" and self.prefill == "sparse":
             wrong = "prefill='sparse' selects by the mode, and mode='dense' selects nothing"
             raise ConfigError(f"{wrong}; use prefill='auto', or mode='query' or 'forecast'.")
@@ -132,6 +141,31 @@ class Selection:
             raise ConfigError(
                 f"prefill_selector={name!r} has a short list, and selector={self.selector!r} has "
                 f"none; use prefill_selector='infllm2', or selector={name!r} for both."
+            )
+
+    def _check_prefill_candidates(self) -> None:
+        value, name = self.prefill_candidates, self.prefill_selector or self.selector
+        if value is None:
+            return
+        number("prefill_candidates", value)
+        if not 1.0 <= value < math.inf:
+            raise ConfigError(
+                f"prefill_candidates={value} is no multiple of top_k that holds top_k blocks; use "
+                "1.0 or more, such as 2.0, or None, which scores all blocks."
+            )
+        if self.mode == "dense":
+            return
+        if not SELECTORS[name].narrows:
+            raise ConfigError(
+                f"prefill_candidates={value} are blocks whose every low-bit key is scored, and "
+                f"selector={name!r} of prompts scores no such keys; use prefill_selector='lowbit2' "
+                "or 'lowbit4', or prefill_candidates=None."
+            )
+        if self.mode == "forecast" and (self.forecast_heads or 1) == 1:
+            raise ConfigError(
+                f"prefill_candidates={value} are proposed by one query for each KV head, and a "
+                "Forecast of one head is one: it scores all blocks in that time. Use "
+                "prefill_candidates=None, or a Forecast of several heads, forecast_heads=4."
             )
 
 

@@ -30,6 +30,7 @@ REFUSED = {
     "hint": ("emma", ["hint='emma'", "forecast, previous_step, previous_layer"]),
     "prefill": (None, ["prefill=None", "auto, sparse, dense"]),
     "prefill_selector": ("infllm", ["prefill_selector='infllm'", "Did you mean 'infllm2'?"]),
+    "prefill_candidates": (0.5, ["prefill_candidates=0.5", "use 1.0 or more, such as 2.0"]),
     "shared_tokens": (3, ["shared_tokens=3", "does not divide block_size=64", "power of two"]),
     "chunk_tokens": (0, ["chunk_tokens=0", "use 1 or more"]),
     "offload": (True, ["offload=True", "always, never"]),
@@ -138,6 +139,36 @@ def test_a_short_list_for_prompts_needs_one_for_steps():
     nosa = {"selector": "nosa", "top_k": 78, "local_blocks": 16}
     assert SpardaConfig(prefill_selector="nosa", **nosa).prefill_selector == "nosa"
     assert SpardaConfig(prefill_selector="infllm2", **nosa).selector == "nosa"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "query"}, r"selector='infllm2' of prompts .* prefill_selector='lowbit2' or"),
+        ({"mode": "query", "selector": "lowbit2", "prefill_selector": "quest"}, "selector='quest'"),
+        ({"selector": "lowbit2"}, r"a Forecast of one head is one.* forecast_heads=4"),
+        ({"selector": "lowbit4", "forecast_heads": 1}, r"a Forecast of one head is one"),
+    ],
+)
+def test_candidates_are_refused_where_nobody_scores_their_keys_head_by_head(settings, said):
+    with pytest.raises(ConfigError, match=rf"prefill_candidates=2\.0 are .*{said}"):
+        SpardaConfig(prefill_candidates=2.0, **settings)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "2", True])
+def test_candidates_are_a_number(value):
+    with pytest.raises(ConfigError, match="prefill_candidates="):
+        SpardaConfig(mode="query", selector="lowbit2", prefill_candidates=value)
+
+
+def test_candidates_are_beside_the_blocks_that_are_always_read():
+    query = {"mode": "query", "selector": "lowbit2", "top_k": 62}
+    found = SpardaConfig(prefill_candidates=1.5, **query)
+    assert (found.num_proposed, found.num_candidates(1000)) == (93, 34 + 93)
+    assert found.num_candidates(100) == 100
+    assert found.replace(mode="forecast", forecast_heads=4).num_candidates(1000) == 127
+    for none in ({"prefill_candidates": None}, {"mode": "dense"}, {"top_k": None}):
+        assert found.replace(**none).num_candidates(1000) == 0
 
 
 def test_short_list_within_the_budget_is_allowed():

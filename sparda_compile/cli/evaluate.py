@@ -29,6 +29,7 @@ from sparda_compile.cli.options import (
     KvFormat,
     LocalBlocks,
     Mode,
+    PrefillCandidates,
     PrefillSelector,
     Prompt,
     Repair,
@@ -183,6 +184,7 @@ def evaluate_model(
     kv_format: KvFormats = None,
     prefill: Prompts = None,
     prefill_selector: PrefillSelector = None,
+    prefill_candidates: PrefillCandidates = None,
     task: Tasks = None,
     tokens: Lengths = None,
     samples: Samples = 32,
@@ -202,7 +204,7 @@ def evaluate_model(
     with errors_as_sentences(evaluate_model):
         check_outputs(json_file=json_file)
         check_plot(plot)
-        prompts = prompts_of(prefill or (_PROMPT,), prefill_selector)
+        prompts, how = prompts_of(prefill or (_PROMPT,), prefill_selector, prefill_candidates)
         with progress() as say:
             say("importing torch and transformers")
             from sparda_compile.evaluation.results import EvaluationFile
@@ -211,8 +213,7 @@ def evaluate_model(
             weights = _forecast(model, forecast)
             fields = _sizes(weights, ema, pool_size=pool_size, pool_stride=pool_stride)
             fields |= {"ema_calibrate": True} if ema_calibrate else {}
-            fields |= {"short_list": short_list, "local_blocks": local_blocks}
-            fields |= {"prefill_selector": str(prefill_selector)} if prefill_selector else {}
+            fields |= {"short_list": short_list, "local_blocks": local_blocks, **how}
             parts = EvaluationParts(
                 _bases(mode or _DEFAULT_MODES, selector or (_SELECTOR,), repair, kv_format, fields),
                 tuple(budget or _BUDGETS),

@@ -29,6 +29,7 @@ from sparda_compile.cli.options import (
     LocalBlocks,
     Lowering,
     Mode,
+    PrefillCandidates,
     PrefillSelector,
     Selector,
     ShortList,
@@ -187,6 +188,7 @@ def evaluate_text(
     kv_format: KvFormats = None,
     prefill: Prompts = None,
     prefill_selector: PrefillSelector = None,
+    prefill_candidates: PrefillCandidates = None,
     no_oracle: Annotated[bool, typer.Option("--no-oracle", help="Leave the oracle out.")] = False,
     scored: Scored = 256,
     trials: Trials = 10,
@@ -214,13 +216,12 @@ def evaluate_text(
         tasks = tuple(map(str, task or _TASKS))
         if plot is not None and "perplexity" not in tasks:
             raise ConfigError("--plot draws perplexity; add --task perplexity, or leave it out.")
-        prompts = prompts_of(prefill or _PROMPTS, prefill_selector)
+        prompts, how = prompts_of(prefill or _PROMPTS, prefill_selector, prefill_candidates)
         with progress() as say:
             say("importing torch and transformers")
             where = find_device(device)
             sizes = {"block_size": block_size, "local_blocks": local_blocks}
-            sizes |= {"short_list": short_list}
-            fields = _fields(where, lowering, sizes, prefill_selector, forecast)
+            fields = _fields(where, lowering, sizes | how | {"short_list": short_list}, forecast)
             request = TextRequest(
                 model,
                 tuple(document),
@@ -253,8 +254,7 @@ def _show(file: TextFile, json_file: Path | None, plot: Path | None, *, as_json:
 def _fields(
     device: torch.device,
     lowering: Lowering | None,
-    sizes: dict[str, int],
-    prefill_selector: str | None,
+    sizes: dict[str, Any],
     forecast: Path | None,
 ) -> dict[str, Any]:
     """Return what all configurations share; where blocks are kept changes no result."""
@@ -264,7 +264,6 @@ def _fields(
     return {
         **(info.settings if info is not None else {}),
         **sizes,
-        "prefill_selector": prefill_selector,
         "lowering": lowering or ("eager" if device.type == "cpu" else "inductor"),
         "offload": "never",
         "progress": False,

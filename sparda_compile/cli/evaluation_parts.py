@@ -90,6 +90,8 @@ class EvaluationParts:
             for share in self.budgets:
                 config = budget_config(base, length, share)
                 by = f" by {base.prefill_selector}" if base.prefill_selector else ""
+                times = base.prefill_candidates
+                by += f" of {times:g}x candidates" if times else ""
                 for prompt, ending in _ENDINGS.items():
                     name = f"{rule} {100 * share:g}%{tail}{ending}{by if ending else ''}"
                     if prompt in self.prompts:
@@ -178,22 +180,28 @@ class EvaluationParts:
             file.save(found.rows)
 
 
-def prompts_of(names: Sequence[str], selector: str | None) -> tuple[str, ...]:
-    """Return the kinds of prompts as plain strings.
+def prompts_of(
+    names: Sequence[str], selector: str | None, candidates: float | None = None
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the kinds of prompts as plain strings, and the fields that say how they select.
 
     Args:
         names: `dense`, and others, in which tokens select.
         selector: Who selects for them; None is none of its own.
+        candidates: Multiple of the budget that they score; None for all blocks.
 
     Raises:
-        ConfigError: If it would have no effect.
+        ConfigError: If either would have no effect.
     """
-    if selector is not None and all(name == "dense" for name in names):
+    given = {"prefill_selector": selector and str(selector), "prefill_candidates": candidates}
+    given = {field: value for field, value in given.items() if value is not None}
+    if given and all(name == "dense" for name in names):
+        field, value = next(iter(given.items()))
         raise ConfigError(
-            f"--prefill-selector {selector} is how tokens of a sparse prompt score blocks, and no "
-            "prompt is sparse here; add --prefill sparse, or leave it out."
+            f"--{field.replace('_', '-')} {value} is how tokens of a sparse prompt score blocks, "
+            "and no prompt is sparse here; add --prefill sparse, or leave it out."
         )
-    return tuple(map(str, names))
+    return tuple(map(str, names)), given
 
 
 def selectors_of(mode: str, selectors: Sequence[str], heads: int = 1) -> list[str]:

@@ -46,6 +46,7 @@ __all__ = [
     "OffloadingMode",
     "OutFolder",
     "PageFormat",
+    "PrefillCandidates",
     "PrefillSelector",
     "Prompt",
     "PromptProgram",
@@ -163,6 +164,15 @@ PrefillSelector = Annotated[
         help="How tokens of a sparse prompt score blocks: infllm2 takes less time than lowbit2 and "
         "lowbit4, which multiply with the key of every token.",
         show_default="the selector",
+    ),
+]
+PrefillCandidates = Annotated[
+    float | None,
+    typer.Option(
+        min=1.0,
+        help="Times the scored budget blocks that tokens of a sparse prompt score by each low-bit "
+        "key; a look by the mean query proposes them.",
+        show_default="all blocks",
     ),
 ]
 ForecastFile = Annotated[

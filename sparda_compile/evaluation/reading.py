@@ -231,6 +231,7 @@ class _Reader:
             config.sink_blocks,
             config.local_blocks,
             geometry.short_list,
+            num_candidates=config.num_candidates(geometry.num_blocks),
         )
         return ids_BGTK
 

@@ -266,6 +266,9 @@ def select_for_tokens(
         set_argument(ids, "short_list", layout.geometry.short_list)
     if config.shared_tokens > 1:
         set_argument(ids, "shared", config.shared_tokens)
+    num_candidates = config.num_candidates(layout.num_blocks)
+    if num_candidates:
+        set_argument(ids, "num_candidates", num_candidates)
     return ids
 
 

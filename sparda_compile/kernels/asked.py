@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -36,6 +38,7 @@ class Asked:
         geometry: Sizes.
         spread: A token's position is less than `num_past` and so many times one more than its
             place.
+        most_blocks: No token has more; None where positions and sizes alone say so.
     """
 
     query: Tensor
@@ -47,6 +50,7 @@ class Asked:
     scale: float
     geometry: Geometry
     spread: int = 1
+    most_blocks: int | None = None
 
     @property
     def softmax(self) -> bool:
@@ -62,6 +66,32 @@ class Asked:
     def is_low_bit(self) -> bool:
         """Whether scores are made of each token's key, in few bits."""
         return self.selector in LOW_BIT
+
+    def blocks_of(self, end: int) -> int:
+        """Return how many blocks any of the tokens up to one may have."""
+        size, most = self.geometry.block_size, self.geometry.num_blocks
+        most = most if self.most_blocks is None else min(most, self.most_blocks)
+        return min(-(-(self.num_past + end * self.spread) // size), most)
+
+    def apart(self, num_blocks: int) -> tuple[Asked, Asked]:
+        """Return what is asked of the tokens with so many blocks before theirs, and of the others.
+
+        First of those with fewer; the other tokens have position -1.
+        """
+        is_first = self.positions < num_blocks * self.geometry.block_size
+        first = dataclasses.replace(
+            self, positions=self.positions.where(is_first, -1), most_blocks=num_blocks
+        )
+        return first, dataclasses.replace(self, positions=self.positions.where(~is_first, -1))
+
+    def look(self, selector: str) -> Asked:
+        """Return what is asked of one query for each KV head, the mean of its group.
+
+        Args:
+            selector: Scores it as it does a Forecast of one head.
+        """
+        mean_BGTD = self.query.unflatten(1, (self.num_groups, -1)).mean(2, dtype=torch.float32)
+        return dataclasses.replace(self, query=mean_BGTD.to(self.query.dtype), selector=selector)
 
     @property
     def num_groups(self) -> int:

@@ -25,11 +25,13 @@ def select_blocks_reference(
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
+    among_BGN: Tensor | None = None,
 ) -> Tensor:
     """Pick blocks; ties go to the lower id. Returns [B, G, K] int32, ascending, then -1.
 
-    A score that is NaN, as all of a group are where one of its keys is, counts as none: forced
-    blocks are picked all the same.
+    Of `among_BGN` alone, bool, where that is given: K of them, or more, exist. A score that is NaN,
+    as all of a group are where one of its keys is, counts as none: forced blocks are picked all
+    the same.
     """
     num_blocks = scores_BGN.shape[-1]
     block_N = torch.arange(num_blocks, device=scores_BGN.device)
@@ -41,9 +43,10 @@ def select_blocks_reference(
     lowest = torch.finfo(torch.float32).min
     ranked = scores_BGN.masked_fill(scores_BGN.isnan(), lowest)
     ranked = ranked.masked_fill(forced_BN[:, None], float("inf"))
-    ranked = ranked.clamp(min=lowest).masked_fill(~exists_BN[:, None], float("-inf"))
+    exists_BGN = exists_BN[:, None] if among_BGN is None else exists_BN[:, None] & among_BGN
+    ranked = ranked.clamp(min=lowest).masked_fill(~exists_BGN, float("-inf"))
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
-    picked = exists_BN[:, None].expand_as(ranked).gather(-1, best)
+    picked = exists_BGN.expand_as(ranked).gather(-1, best)
     ids = best.masked_fill(~picked, num_blocks).sort(-1).values
     return ids.masked_fill(ids == num_blocks, -1).int()
 

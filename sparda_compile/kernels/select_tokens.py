@@ -15,6 +15,15 @@ That is the same selection. A past block that a token picks is among the K best 
 score is the same; only blocks with a window that reaches into new tokens score anew, and they are
 local to the first new position, so they are always there. On CUDA: `gpu/select_tokens.py` for
 selectors that it covers; any other's `score` runs there as it stands.
+
+A selector that multiplies each token with all low-bit keys may look at some blocks alone:
+
+    look        f = mean of the group's queries; candidates = its C best blocks, and the forced ones
+    score       softmax masses of every head over the candidates' keys; then the K best of these
+
+Source: candidates first, then exact scores, as in retrieval; the mean query names on real text what
+the masses of all heads pick, but for a few in a hundred (docs/quality.md). A token that has no more
+blocks than candidates scores all of them.
 """
 
 from __future__ import annotations
@@ -29,8 +38,8 @@ from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
 from sparda_compile.kernels.asked import Asked
 from sparda_compile.kernels.select_blocks import select_blocks_reference
+from sparda_compile.kernels.selection_bytes import select_past_bytes, select_tokens_bytes
 from sparda_compile.kernels.shared_sets import leads_of
-from sparda_compile.kernels.workspace import select_past_bytes, select_tokens_bytes
 from sparda_compile.selectors import SELECTORS, Geometry
 
 __all__ = ["select_past", "select_tokens"]
@@ -77,6 +86,7 @@ def select_tokens(
     near_ids: Tensor | None = None,
     near_scores: Tensor | None = None,
     shared: int = 1,
+    num_candidates: int = 0,
 ) -> Tensor:
     """Score and pick the blocks of each new token.
 
@@ -100,6 +110,8 @@ def select_tokens(
             where there is none.
         near_scores: [B, G, T, K] float32 from it.
         shared: Tokens that read one set, see `shared_sets`.
+        num_candidates: Blocks that are scored, forced ones among them, K or more: a look at all
+            proposes them, for a selector that `narrows`. 0 scores all.
 
     Returns:
         [B, G, T, K] int32 block ids, ascending, -1 where fewer than K exist and for padding.
@@ -114,14 +126,14 @@ def select_tokens(
     asked = Asked(query, summary, positions, lengths, num_past, selector, scale, geometry)
     ids = _empty_ids(query, summary, num_selected)
     if shared == 1:
-        _select(asked, choice, near, ids)
+        _select(asked, choice, near, num_candidates, ids)
         return ids
     leads = leads_of(positions, lengths, shared)
     if near is not None:
         near = (leads.of(near[0]), leads.of(near[1]))
     asked = leads.ask(asked, shared)
     picked = _empty_ids(asked.query, summary, num_selected)
-    _select(asked, choice, near, picked)
+    _select(asked, choice, near, num_candidates, picked)
     leads.spread(picked, ids)
     return ids.masked_fill_(positions[:, None, :, None] < 0, -1)
 
@@ -130,6 +142,7 @@ def _select(
     asked: Asked,
     choice: tuple[int, int, int, int],
     near: tuple[Tensor, Tensor] | None,
+    num_candidates: int,
     ids: Tensor,
 ) -> None:
     """Write the blocks that each token picks to `ids`."""
@@ -138,19 +151,36 @@ def _select(
 
         if gpu.covers(asked.selector, asked.query, asked.num_groups, asked.geometry):
             if near is None:
-                gpu.select_tokens(asked, gpu.Choice(*choice), ids)
+                gpu.select_tokens(asked, gpu.Choice(*choice), ids, num_candidates)
             else:
                 gpu.select_near(asked, gpu.Choice(*choice), near, ids)
             return
     geometry, position_BT = asked.geometry, asked.positions.long()
+    look = asked.look(SELECTORS[asked.selector].forecast_selector) if num_candidates else None
     ids.copy_(_all_blocks(position_BT // geometry.block_size, choice[0]))
     for row, columns in _choosing(asked, choice[0]):
         place = position_BT[row, columns].int()
-        scores = _scores(asked, row, columns, place)
+        among = None
+        if look is not None:
+            among = _candidates(look, row, columns, place, (num_candidates, *choice[1:]))
+        scores = _scores(asked, row, columns, place, among)
         if near is not None:
             settled = int(asked.lengths[row]) // geometry.block_size - geometry.num_open_blocks
             scores = _of_near(scores, [part[row][:, columns] for part in near], settled)
-        ids[row, :, columns] = select_blocks_reference(scores, place, *choice).transpose(0, 1)
+        picked = select_blocks_reference(scores, place, *choice, among)
+        ids[row, :, columns] = picked.transpose(0, 1)
+
+
+def _candidates(
+    look: Asked, row: int, columns: Tensor, place: Tensor, choice: tuple[int, int, int, int]
+) -> Tensor:
+    """Return which blocks some tokens of a sequence score, [n, G, N] bool: all, of no more."""
+    scores = _scores(look, row, columns, place)
+    ids = select_blocks_reference(scores, place, *choice).long()
+    num_blocks = scores.shape[-1]
+    named = scores.new_zeros((*scores.shape[:-1], num_blocks + 1), dtype=torch.bool)
+    # An id that is missing goes to a place of no block.
+    return named.scatter_(-1, ids.where(ids >= 0, num_blocks), value=True)[..., :-1]
 
 
 @define(
@@ -259,15 +289,22 @@ def _choosing(asked: Asked, num_selected: int) -> Iterator[tuple[int, Tensor]]:
         yield from ((row, columns) for columns in chosen.split(step) if len(columns))
 
 
-def _scores(asked: Asked, row: int, columns: Tensor, place: Tensor) -> Tensor:
-    """Return the scores of some tokens of a sequence, [n, G, N], at some positions."""
-    scores: Tensor = SELECTORS[asked.selector].score(
+def _scores(
+    asked: Asked, row: int, columns: Tensor, place: Tensor, among: Tensor | None = None
+) -> Tensor:
+    """Return the scores of some tokens of a sequence, [n, G, N], at some positions.
+
+    Of all blocks, or of those that `among` says, [n, G, N] bool.
+    """
+    rule = SELECTORS[asked.selector]
+    scored = (
         asked.query[row].transpose(0, 1)[columns].unsqueeze(2),
         [tensor[row].expand(len(columns), *tensor.shape[1:]) for tensor in asked.tensors],
         place,
         asked.scale,
         asked.geometry,
     )
+    scores: Tensor = rule.score(*scored) if among is None else rule.score_among(*scored, among)
     return scores
 
 

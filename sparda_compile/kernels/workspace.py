@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from sparda_compile.kernels.asked import LOW_BIT, SOFTMAX
 from sparda_compile.kernels.paged import block_pool
 from sparda_compile.kernels.union_sizes import mark_words, union_entries, union_words, unions_bytes
 
@@ -41,12 +40,11 @@ __all__ = [
     "in_halves",
     "most_vectors",
     "num_runs",
+    "power_of_two",
     "prefill_attention_bytes",
     "score_columns",
     "score_room",
     "score_widths",
-    "select_past_bytes",
-    "select_tokens_bytes",
     "tile_rows",
     "unions_at_once",
     "window_attention_bytes",
@@ -90,7 +88,8 @@ def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _power_of_two(number: int, least: int = 1) -> int:
+def power_of_two(number: int, least: int = 1) -> int:
+    """Return the smallest power of two that is at least `number` and `least`."""
     return max(1 << (int(number) - 1).bit_length(), least)
 
 
@@ -103,8 +102,8 @@ def tile_rows(heads: int, dim: int, dtype: torch.dtype) -> int:
         dtype: Of queries.
     """
     most = _ROWS_OF_32_BITS if dtype.itemsize == 4 else TILE_ROWS
-    rows = min(most, QUERY_BYTES // (_power_of_two(dim) * dtype.itemsize))
-    return max(rows, _power_of_two(heads), 16)
+    rows = min(most, QUERY_BYTES // (power_of_two(dim) * dtype.itemsize))
+    return max(rows, power_of_two(heads), 16)
 
 
 def most_vectors(dims: int, itemsize: int) -> int:
@@ -130,8 +129,8 @@ def num_runs(num_blocks: int, selected: int) -> int:
         num_blocks: That may be scored.
         selected: K, of which each lies in one of the K best runs.
     """
-    listed = RUN_BLOCKS * _power_of_two(selected)
-    return -(-num_blocks // RUN_BLOCKS) if 4 * listed <= _power_of_two(num_blocks) else 0
+    listed = RUN_BLOCKS * power_of_two(selected)
+    return -(-num_blocks // RUN_BLOCKS) if 4 * listed <= power_of_two(num_blocks) else 0
 
 
 class ScoreRoom(NamedTuple):
@@ -177,7 +176,7 @@ def score_room(
     chunks, begin = [], 0
     while begin < tokens:
         ends = range(begin + columns, tokens + columns, columns)
-        width = _power_of_two(blocks(begin + columns), LEAST_BLOCKS)
+        width = power_of_two(blocks(begin + columns), LEAST_BLOCKS)
 
         def is_too_much(end: int, begin: int = begin, width: int = width) -> bool:
             last = min(end, tokens)
@@ -198,88 +197,6 @@ def score_widths(num_blocks: int, *, in_runs: bool) -> tuple[int, int]:
     """Return the numbers that a token's scores take: those of blocks, and of runs of them."""
     runs = -(-num_blocks // RUN_BLOCKS) if in_runs else 0
     return num_blocks + -num_blocks % STRIP_BLOCKS, runs + -runs % SCORED_TOGETHER
-
-
-def select_past_bytes(a: Any) -> int:
-    """Return what `select_past` takes: scores of the past, and what leads of runs take."""
-    if not a.num_past:
-        return 0
-    leads, tokens = _leads(a)
-    return leads + _scores(a, tokens, a.num_past, 1, is_past=True)
-
-
-def select_tokens_bytes(a: Any) -> int:
-    """Return what `select_tokens` takes: scores, and what leads of runs take."""
-    leads, tokens = _leads(a)
-    if a.near_ids is not None and a.num_past:
-        return leads + _scores(a, tokens, 0, 2, is_new=True)
-    return leads + _scores(a, tokens, a.num_past)
-
-
-def _leads(a: Any) -> tuple[int, int]:
-    """Return what it takes that some tokens pick for all, and how many those are."""
-    batch, heads, num_tokens, dim = a.query.shape
-    if a.shared == 1:
-        return 0, int(num_tokens)
-    tokens = -(-int(num_tokens) // a.shared) + 1
-    queries = batch * heads * tokens * dim * a.query.dtype.itemsize
-    picked = batch * a.summary[0].shape[1] * tokens * a.num_selected * 4
-    # Of each token the run, in 64 bits; of leads columns and positions.
-    return int(queries + picked + 8 * batch * num_tokens + 12 * batch * tokens), tokens
-
-
-def _scores(
-    a: Any, tokens: int, past: int, more: int = 0, *, is_new: bool = False, is_past: bool = False
-) -> int:
-    """Return what it takes to score blocks for so many tokens.
-
-    Args:
-        a: What the op is given.
-        tokens: That are scored.
-        past: Tokens before the first one, whose blocks are scored.
-        more: Blocks beside those that tokens fill.
-        is_new: Whether only blocks are scored that are new, which are in no runs.
-        is_past: Whether only blocks of the past are.
-    """
-    batch, groups = a.summary[0].shape[:2]
-    pairs = batch * groups
-    vectors, dim, itemsize = a.query.shape[1] // groups, a.query.shape[3], a.query.dtype.itemsize
-    parts = while_made = 0
-    if a.selector == "quest":
-        while_made, parts, vectors = _mean_parts(a, pairs * tokens * dim)
-        dim, itemsize = 2 * dim, a.summary[0].dtype.itemsize
-    retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
-    room = _power_of_two(vectors)
-    is_low_bit = a.selector in LOW_BIT
-    columns = score_columns(room, _power_of_two(dim, 16), itemsize)
-
-    def blocks(end: int) -> int:
-        filled = past if is_past else past + end * a.shared + a.block_size - 1
-        return min(int(a.num_blocks), int(filled // a.block_size) + more)
-
-    in_runs = not retention and not is_new and num_runs(blocks(tokens), a.num_selected) > 0
-    masses = room if is_low_bit else 0
-    taken = score_room(blocks, (pairs, columns, room), tokens, in_runs=in_runs, masses=masses)
-    if is_low_bit:
-        # All keys that are scored, unpacked.
-        parts = pairs * blocks(tokens) * a.block_size * dim * a.summary[1].dtype.itemsize
-    sums = taken.sums if a.selector in SOFTMAX else 1
-    kept = 4 * (taken.scores + taken.masses) + 8 * sums
-    return int(max(while_made, parts + retention + kept))
-
-
-def _mean_parts(a: Any, numbers: int) -> tuple[int, int, int]:
-    """Return what Quest's mean query takes: while it is split, and in parts; and how many.
-
-    Args:
-        a: What the op is given.
-        numbers: Of all mean queries.
-    """
-    heads = int(a.query.shape[1] // a.summary[0].shape[1])
-    if a.summary[0].dtype.itemsize == 4:
-        return 28 * numbers, 8 * numbers, 1
-    # All queries in 32 bits and their mean; or that, what is left of it twice, and the parts.
-    return max(4 * heads + 4, 40) * numbers, 12 * numbers, 3
 
 
 def unions_at_once(pairs: int, num_blocks: int, tokens: int, selected: int, tiles: int) -> int:
@@ -303,7 +220,7 @@ def in_halves(query_BHTD: Tensor, staging: Tensor) -> bool:
         staging: [B, G, S, 2, P, D].
     """
     size, dim = staging.shape[4:]
-    room = _power_of_two(query_BHTD.shape[1] // staging.shape[1])
+    room = power_of_two(query_BHTD.shape[1] // staging.shape[1])
     # A word of a half has 16 bits for readers.
     fits = size == 64 and dim in (64, 128) and HALVES_ROWS // 32 <= room <= HALVES_ROWS
     fits = fits and query_BHTD.dtype in (torch.float16, torch.bfloat16)
@@ -323,7 +240,7 @@ def attend_tokens_bytes(a: Any) -> int:
     heads, num_blocks, pairs = a.query.shape[1] // groups, a.slots.shape[2], batch * groups
     halves = in_halves(a.query, a.staging)
     rows = HALVES_ROWS if halves else tile_rows(heads, a.query.shape[3], a.query.dtype)
-    tokens = rows // _power_of_two(heads)
+    tokens = rows // power_of_two(heads)
     at_once = unions_at_once(pairs, num_blocks, tokens, selected, -(-num_tokens // tokens))
     each = unions_bytes(num_blocks, tokens, selected)
     if halves:
@@ -359,7 +276,7 @@ def all_blocks_bytes(a: Any) -> int:
     blocks = -(-num_tokens // size) + 1 + a.num_past // size
     staging = blocks * _bytes(pool) // pool.shape[2]
     heads = a.query.shape[1] // groups
-    tokens = tile_rows(heads, a.query.shape[3], a.query.dtype) // _power_of_two(heads)
+    tokens = tile_rows(heads, a.query.shape[3], a.query.dtype) // power_of_two(heads)
     tables = 4 * pairs * num_blocks * (3 + union_words(tokens))
     return int(staging + tables + 8 * batch * num_tokens + 4 * batch)
 

@@ -4,13 +4,15 @@
               link where it is in CPU memory
     sparse    T * H * K * P * 4 * D FLOP, and the products of what neighbours read and a token does
               not; scores of all windows, or of all tokens by low-bit keys: half the FLOP of dense;
-              a pick among all blocks
+              a pick among all blocks. With candidates, one query for each KV head scores all tokens
+              by low-bit keys, and every head those of the candidates: two picks
 
 All layers of a model are alike here, or near enough: the sums are over the layers that select.
 Rates are shares of the machine's rate of matrix products, as measured on one H200 in autumn 2026.
 In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts,
 `prompt-pick` the time of a pick, `prompt-profile` scores, and `prompt-low-bit` scores of every
-token. How many blocks a token changes is assumed, as for `prompt-attention-variants`.
+token. How many blocks a token changes is assumed, as for `prompt-attention-variants`. Scores of
+candidates were not timed: they are taken to have the rate of those of all tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.graph.site import sites_of
+from sparda_compile.kernels.selection_bytes import CANDIDATE_TOKENS
 from sparda_compile.kernels.workspace import TILE_ROWS
 from sparda_compile.state.strategy import strategy_of
 
@@ -141,7 +144,8 @@ def _site_cost(
     union = selected + scored * (readers - 1) * _NEW_SHARE
     attend = num_tokens * min(union * config.block_size, seen) * pair_flop / _KERNEL_SHARE
     score = _score_flop(site, config, seen) * num_tokens
-    pick = _PICK_FLOP * site.num_groups * num_tokens * seen / config.block_size
+    looked_at = seen / config.block_size + _num_candidates(config, seen)
+    pick = _PICK_FLOP * site.num_groups * num_tokens * looked_at
     select = (score + pick) / config.shared_tokens
     return PromptCost(dense_us, (attend + select) / flop_us)
 
@@ -153,9 +157,26 @@ def _score_flop(site: AttentionSite, config: SpardaConfig, seen: float) -> float
     heads = site.num_groups * of_group if by_forecast else site.num_heads
     if rule is not None and rule.scores_tokens:
         one = heads == site.num_groups
+        if _num_candidates(config, seen):
+            return _candidate_flop(site, config, seen, heads)
         share = _ONE_HEAD_TOKEN_SCORES_SHARE if one else _TOKEN_SCORES_SHARE
         return 2.0 * heads * site.head_dim * seen / share
     windows = seen / config.pool_stride
     if by_forecast and of_group == 1:
         return 2.0 * heads * site.head_dim * windows / _FORECAST_SCORES_SHARE
     return 4.0 * heads * site.head_dim * windows / _QUERY_SCORES_SHARE
+
+
+def _num_candidates(config: SpardaConfig, seen: float) -> int:
+    """Return the blocks that a token scores of all that it has seen; 0 where it scores all."""
+    num_blocks = int(seen / config.block_size)
+    num_candidates = config.num_candidates(num_blocks)
+    return num_candidates if num_candidates < num_blocks else 0
+
+
+def _candidate_flop(site: AttentionSite, config: SpardaConfig, seen: float, heads: int) -> float:
+    """Return the same of a look at all by one query for each KV head, and scores of candidates."""
+    look = 2.0 * site.num_groups * site.head_dim * seen / _ONE_HEAD_TOKEN_SCORES_SHARE
+    named = config.num_forced + config.num_proposed * (1 + (CANDIDATE_TOKENS - 1) * _NEW_SHARE)
+    scored = min(named * config.block_size, seen)
+    return look + 2.0 * heads * site.head_dim * scored / _TOKEN_SCORES_SHARE

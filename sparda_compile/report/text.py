@@ -88,6 +88,11 @@ def selection_sentence(config: SpardaConfig, max_tokens: int | None = None) -> s
     name = config.prefill_selector
     if name not in (None, config.selector) and config.prefill != "dense":
         text += f" Tokens of a sparse prompt select by {name}, whose summary is kept beside."
+    if config.prefill_candidates is not None and config.prefill != "dense":
+        text += (
+            f" They score the keys of {config.num_forced} + {config.num_proposed} blocks, which a "
+            "look at all by one query for each KV head proposes."
+        )
     return text
 
 

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from sparda_compile.config import SpardaConfig
 
-__all__ = ["Geometry", "RowSummary", "Selector", "Summary", "empty_summary", "valid_tokens"]
+__all__ = [
+    "Geometry",
+    "Narrowing",
+    "RowSummary",
+    "Selector",
+    "Summary",
+    "empty_summary",
+    "valid_tokens",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +170,8 @@ class Selector(Protocol):
         selects_prompts: Whether it selects for the tokens of a prompt on a GPU. Where it does not,
             `prefill="auto"` is dense there, and `prefill="sparse"` is refused.
         scores_tokens: Whether it multiplies a query with a key of each token, and not of windows.
+        narrows: Whether it is a `Narrowing` one, and scores blocks alone that `forecast_selector`
+            has proposed by the mean query of a group.
         is_comparable: Whether the scores of one step can be compared with those of another, and
             averaged; a prediction from past scores standardises others.
     """
@@ -175,6 +185,7 @@ class Selector(Protocol):
     reads_retention: ClassVar[bool] = False
     selects_prompts: ClassVar[bool] = True
     scores_tokens: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
     is_comparable: ClassVar[bool] = False
 
     @property
@@ -191,6 +202,35 @@ class Selector(Protocol):
         geometry: Geometry,
     ) -> Tensor:
         """Return [B, G, N] float32, higher is better, -inf for a block without a summary."""
+
+
+class Narrowing(Selector, Protocol):
+    """A selector that `narrows`."""
+
+    narrows: ClassVar[bool] = True
+
+    def score_among(
+        self,
+        query_BHTD: Tensor,
+        tensors: Sequence[Tensor],
+        lengths_B: Tensor,
+        scale: float,
+        geometry: Geometry,
+        among_BGN: Tensor | None,
+    ) -> Tensor:
+        """Score some blocks as if there were no others.
+
+        Args:
+            query_BHTD: As for `score`, and so are the next ones.
+            tensors: The summary.
+            lengths_B: int32.
+            scale: Factor on q . k.
+            geometry: Sizes.
+            among_BGN: bool, which blocks; None for all, which is `score`.
+
+        Returns:
+            [B, G, N] float32, -inf for other blocks, too.
+        """
 
 
 def empty_summary(summary: Summary, like_BGTD: Tensor, geometry: Geometry) -> list[Tensor]:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 
-from sparda_compile.selectors.base import Geometry, RowSummary, Selector, Summary
+from sparda_compile.selectors.base import Geometry, Narrowing, RowSummary, Selector, Summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,7 +146,7 @@ class LowBitKeys(RowSummary):
         open_GPD[:, : rest_GSD.shape[1]] = rest_GSD
 
 
-class _LowBit(Selector):
+class _LowBit(Narrowing):
     """Attention mass by the query."""
 
     kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses", "_low_bit_scores")
@@ -163,14 +163,29 @@ class _LowBit(Selector):
         geometry: Geometry,
     ) -> Tensor:
         """Return [B, G, N] float32."""
+        return self.score_among(query_BHTD, tensors, lengths_B, scale, geometry, None)
+
+    def score_among(
+        self,
+        query_BHTD: Tensor,
+        tensors: Sequence[Tensor],
+        lengths_B: Tensor,
+        scale: float,
+        geometry: Geometry,
+        among_BGN: Tensor | None,
+    ) -> Tensor:
+        """Return [B, G, N] float32 of some blocks; see `Narrowing`."""
         logits_BGRNP, is_full_BN = _logits(
             query_BHTD, tensors, lengths_B, scale, geometry, self.bits
         )
-        hidden = ~is_full_BN[:, None, None, :, None]
+        is_read_BGN = is_full_BN[:, None]
+        if among_BGN is not None:
+            is_read_BGN = is_read_BGN & among_BGN
+        hidden = ~is_read_BGN[:, :, None, :, None]
         flat = logits_BGRNP.masked_fill(hidden, float("-inf")).flatten(-2)
         weights_BGRNP = flat.softmax(-1).view_as(logits_BGRNP)
         scores_BGN = weights_BGRNP.sum((2, 4))
-        return scores_BGN.masked_fill(~is_full_BN[:, None], float("-inf"))
+        return scores_BGN.masked_fill(~is_read_BGN, float("-inf"))
 
 
 class _LowBitForecast(Selector):

@@ -11,6 +11,7 @@ Legend: H query heads, G KV heads (groups), R = H / G, D head size, C hidden siz
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -66,6 +67,7 @@ def reference_decode(
     short_list: int = 23,
     prefill: Literal["dense", "sparse"] = "dense",
     prefill_selector: ReferenceSelector | None = None,
+    prefill_candidates: float | None = None,
     shared_tokens: int = 1,
     forecast: Mapping[int | str, Tensor] | None = None,
     trace: list[BlockIds] | None = None,
@@ -99,6 +101,8 @@ def reference_decode(
         prefill: Whether tokens of the prompt read all earlier ones, or select blocks too.
         prefill_selector: How a query, or a forecast, scores for tokens of a sparse prompt; None is
             `selector`.
+        prefill_candidates: Multiple of `top_k` blocks that a query scores for tokens of a sparse
+            prompt, by keys in few bits: those that the mean of its heads scores best; None is all.
         shared_tokens: Tokens of the prompt that read what the first of them selects, from each
             multiple on; for a sparse prompt.
         forecast: For `forecast`: under the key l the projection [G * D, C] of layer l's
@@ -126,7 +130,9 @@ def reference_decode(
         is_prompt_sparse=prefill == "sparse",
         shared_tokens=shared_tokens,
     )
-    in_prompts = dataclasses.replace(rules, selector=prefill_selector or selector)
+    in_prompts = dataclasses.replace(
+        rules, selector=prefill_selector or selector, candidates=prefill_candidates
+    )
     decoder = _Decoder(model, in_prompts, forecast or {})
     lead_ids: BlockIds | None = None
     for token in torch.as_tensor(prompt_ids).reshape(-1).tolist():
@@ -288,15 +294,22 @@ def _select(
     num_blocks = current + 1
     if rules.mode == "dense" or rules.top_k is None:
         return list(range(num_blocks))
-    scores = block_scores(q_RD, forecast_D, scale, keys, num_blocks, rules)
     first_local = current - rules.local_blocks
     forced = [m for m in range(num_blocks) if m < rules.sink_blocks or m >= first_local]
     others = [m for m in range(num_blocks) if m not in forced]
+    always = rules.sink_blocks + rules.local_blocks + 1
+    among = None
+    if rules.candidates is not None:
+        look = block_scores(q_RD, q_RD.mean(0), scale, keys, num_blocks, rules)
+        others.sort(key=lambda m: (-look[m], m))
+        proposed = math.ceil(rules.candidates * rules.top_k)
+        others = sorted(others[: always + proposed - len(forced)])
+        among = forced + others
+    scores = block_scores(q_RD, forecast_D, scale, keys, num_blocks, rules, among)
     others.sort(key=lambda m: (-scores[m], m))
     if rules.selector == "nosa":
         others = others[: rules.short_list] + _by_worth(others[rules.short_list :], worths, rules)
-    budget = rules.sink_blocks + rules.local_blocks + 1 + rules.top_k
-    return sorted(forced + others[: budget - len(forced)])
+    return sorted(forced + others[: always + rules.top_k - len(forced)])
 
 
 def _by_worth(blocks: list[int], worths: Sequence[Tensor], rules: Rules) -> list[int]:

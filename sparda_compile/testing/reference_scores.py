@@ -8,10 +8,13 @@ Legend: R query heads of a group, D head size, P tokens of a block, L = 2^bits l
 from __future__ import annotations
 
 import dataclasses
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 __all__ = [
     "ReferenceMode",
@@ -43,6 +46,7 @@ class Rules:
     short_list: int = 23
     is_prompt_sparse: bool = False
     shared_tokens: int = 1
+    candidates: float | None = None
 
 
 def block_scores(
@@ -52,6 +56,7 @@ def block_scores(
     keys: list[Tensor],
     num_blocks: int,
     rules: Rules,
+    among: Collection[int] | None = None,
 ) -> list[float]:
     """Return the score of each block, -inf for one without.
 
@@ -62,11 +67,16 @@ def block_scores(
         keys: Of the tokens before the step, [D] each.
         num_blocks: How many blocks there are, the one being written included.
         rules: How to score.
+        among: Blocks that a query scores by keys in few bits, as if there were no others; None is
+            all.
     """
     if rules.selector in _BITS:
         bits = _BITS[rules.selector]
         if forecast_D is None:
-            return _lowbit_block_scores(q_RD, scale, keys, num_blocks, rules, bits)
+            blocks = dict(enumerate(_full_blocks(keys, rules, bits)))
+            if among is not None:
+                blocks = {m: block for m, block in blocks.items() if m in among}
+            return _lowbit_block_scores(q_RD, scale, blocks, num_blocks, rules)
         return _lowbit_forecast_scores(forecast_D, scale, keys, num_blocks, rules, bits)
     if forecast_D is not None:
         window_scores = [float(forecast_D @ pooled_D) for pooled_D in pooled_keys(keys, rules)]
@@ -143,14 +153,13 @@ def _full_blocks(keys: list[Tensor], rules: Rules, bits: int) -> list[Tensor]:
 
 
 def _lowbit_block_scores(
-    q_RD: Tensor, scale: float, keys: list[Tensor], num_blocks: int, rules: Rules, bits: int
+    q_RD: Tensor, scale: float, blocks: dict[int, Tensor], num_blocks: int, rules: Rules
 ) -> list[float]:
-    """Return each full block's share of attention over all of them, summed over the heads."""
-    blocks = _full_blocks(keys, rules, bits)
+    """Return each given block's share of attention over all of them, summed over the heads."""
     scores = [_NEVER] * num_blocks
     if blocks:
-        weights_RT = (q_RD.float() @ torch.cat(blocks).T * scale).softmax(-1)
-        for m, weights_RP in enumerate(weights_RT.split(rules.block_size, dim=1)):
+        weights_RT = (q_RD.float() @ torch.cat([*blocks.values()]).T * scale).softmax(-1)
+        for m, weights_RP in zip(blocks, weights_RT.split(rules.block_size, dim=1), strict=True):
             scores[m] = float(weights_RP.sum())
     return scores
 

@@ -130,20 +130,23 @@ def test_prompts_by_another_selector(folder, texts):
         "lowbit2", "--budget", 0.2, "--prefill", "sparse", "--no-oracle", "--json",
     )  # fmt: skip
     found = []
-    for more in ((), ("--prefill-selector", "infllm2")):
+    others = (("--prefill-selector", "infllm2"), ("--prefill-candidates", 1))
+    for more in ((), *others):
         result = run(*given, *more)
         assert result.exit_code == 0, result.output
         found.append(json.loads(result.stdout)["rows"][1])
-    ends = ["lowbit2 20%, sparse prompt", "lowbit2 20%, sparse prompt by infllm2"]
-    assert [row["case"] for row in found] == [f"query {end}" for end in ends]
-    assert [row["prefill_selector"] for row in found] == ["", "infllm2"]
-    assert found[0]["kl"] != found[1]["kl"]
+    ends = ("", " by infllm2", " of 1x candidates")
+    assert [row["case"] for row in found] == [f"query lowbit2 20%, sparse prompt{e}" for e in ends]
+    assert [row["prefill_selector"] for row in found] == ["", "infllm2", ""]
+    assert [row["prefill_candidates"] for row in found] == [0.0, 0.0, 1.0]
+    assert len({row["kl"]["value"] for row in found}) == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--prefill-selector", "infllm2"], "no prompt is sparse here; add --prefill sparse"),
+        (["--prefill-candidates", "2"], "--prefill-candidates 2.0 is how tokens of a sparse"),
         (["--selector", "best"], "is not one of 'infllm2', 'quest', 'nosa', 'lowbit2'"),
         (["--tokens", "5000"], "one.txt has 1269 tokens, fewer than the 5000 that are read"),
         (["--task", "needle", "--tokens", "600"], "--tokens 600 is more than the 512 positions"),

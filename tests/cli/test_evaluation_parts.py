@@ -45,6 +45,11 @@ def test_names_say_who_selects_for_a_prompt_where_one_selects():
     some = parts(bases=[base], prompts=("dense", "sparse"), budgets=(0.4,))
     names = ["query lowbit2 40%", "query lowbit2 40%, and its prompt by infllm2"]
     assert list(some.configs(640)) == names
+    base = base.replace(prefill_selector=None, prefill_candidates=2.0)
+    names[1] = "query lowbit2 40%, and its prompt of 2x candidates"
+    assert (
+        list(parts(bases=[base], prompts=("dense", "sparse"), budgets=(0.4,)).configs(640)) == names
+    )
 
 
 @pytest.mark.parametrize(("as_bytes", "needed"), [(False, 1600), (True, 128)])

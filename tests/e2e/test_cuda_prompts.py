@@ -108,6 +108,23 @@ def test_prompts_by_low_bit_keys(lab, on_cpu, mode, selector):
         assert (other - got).abs().max() < TOLERANCE * want.abs().max()
 
 
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+def test_prompts_by_candidates(lab, on_cpu, selector):
+    """Also where they are replayed, and where some tokens have no more blocks than candidates."""
+    settings = {"selector": selector, "prefill": "sparse", "prefill_candidates": 1.5}
+    want = on_cpu.run(on_cpu.module("query", **settings))
+    of_all = on_cpu.run(on_cpu.module("query", selector=selector, prefill="sparse"))
+    assert (of_all - want).abs().max() > TOLERANCE * want.abs().max()
+    module = lab.module("query", **settings)
+    got = lab.run(module).cpu()
+    assert (got - want).abs().max() < TOLERANCE * want.abs().max()
+    for turn in range(3):
+        assert torch.equal(lab.run(module).cpu(), got), f"turn {turn}"
+    for changes in ({"chunk_tokens": 7}, {"chunk_tokens": 64}, {"offload": "never"}):
+        other = lab.run(lab.module("query", **settings, **changes)).cpu()
+        assert (other - got).abs().max() < TOLERANCE * want.abs().max()
+
+
 @pytest.mark.parametrize("prefill", ["sparse", "dense"])
 @pytest.mark.parametrize("chunk", [7, 64, 300])
 def test_chunks(lab, prefill, chunk):

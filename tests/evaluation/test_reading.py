@@ -35,6 +35,9 @@ CASES = {
     "lowbit2, its prompt by infllm2": (
         tiny_llama, {"mode": "query", "selector": "lowbit2", "prefill_selector": "infllm2"},
     ),
+    "lowbit2, its prompt by candidates": (
+        tiny_llama, {"mode": "query", "selector": "lowbit2", "prefill_candidates": 1.5},
+    ),
     "lowbit4 by forecast, its prompt by pooled keys": (
         tiny_llama, {"mode": "forecast", "selector": "lowbit4", "prefill_selector": "infllm2"},
     ),

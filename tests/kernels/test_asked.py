@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -26,3 +28,22 @@ def test_what_a_selector_asks_for(selector):
     assert 16 // it.windows.pool_stride == (1 if of_blocks else 4)
     # A bound is of any block that has a token, low-bit keys are of full ones.
     assert it.windows.pool_size == (16 if it.is_low_bit else 1 if of_blocks else 8)
+
+
+def test_a_look_asks_with_the_mean_of_each_group():
+    it = dataclasses.replace(asked("lowbit2"), query=torch.randn(1, 6, 3, 8).bfloat16())
+    look = it.look("lowbit2_forecast")
+    assert (look.selector, look.softmax) == ("lowbit2_forecast", False)
+    want = torch.stack([it.query[0, :3].float().mean(0), it.query[0, 3:].float().mean(0)])
+    assert torch.equal(look.query[0], want.bfloat16())
+
+
+def test_tokens_are_told_apart_by_the_blocks_before_theirs():
+    positions = torch.tensor([[-1, 0, 95, 96, 150]], dtype=torch.int32)
+    it = dataclasses.replace(asked("lowbit2"), positions=positions, num_past=90)
+    few, many = it.apart(6)
+    assert few.positions.tolist() == [[-1, 0, 95, -1, -1]]
+    assert many.positions.tolist() == [[-1, -1, -1, 96, 150]]
+    assert [each.blocks_of(5) for each in (few, many, it)] == [6, 6, 6]
+    assert [each.blocks_of(70) for each in (few, many)] == [6, 10]
+    assert it.blocks_of(1000) == 12  # as many as there is room for

@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparda_compile.isa.engines import DeferredEngine, use_engine
-from sparda_compile.kernels.select_blocks import all_blocks, select_blocks
+from sparda_compile.kernels.select_blocks import (
+    all_blocks,
+    select_blocks,
+    select_blocks_reference,
+)
 
 
 def selected(scores, length, num_selected, sink=1, local=2, size=16):
@@ -102,3 +106,12 @@ def test_all_blocks_are_those_that_exist(lengths):
     for row, length in enumerate(lengths):
         want = [m if m <= length // 16 else -1 for m in range(6)]
         assert ids[row].tolist() == [want] * 3
+
+
+def test_of_some_blocks_alone_the_best_are_picked():
+    """Others are not there, even where a score is no number."""
+    scores = torch.tensor([[[0.0, 9.0, 3.0, math.nan, 8.0, 2.0, 0.0]]])
+    among = torch.tensor([[[True, False, True, True, False, True, True]]])
+    length = torch.tensor([100], dtype=torch.int32)
+    ids = [select_blocks_reference(scores, length, k, 16, 1, 0, among).tolist() for k in (4, 5)]
+    assert ids == [[[[0, 2, 5, 6]]], [[[0, 2, 3, 5, 6]]]]

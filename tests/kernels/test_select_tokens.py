@@ -179,3 +179,38 @@ def test_how_a_prompt_is_cut_changes_no_choice():
             torch.tensor([begin], dtype=torch.int32),
         )  # fmt: skip
         assert torch.equal(part, whole[:, :, begin:end])
+
+
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+def test_candidates_are_what_the_mean_query_scores_best(selector):
+    """Of these a token picks as if there were no others, and of all where it has no more."""
+    lengths, mask = torch.tensor([90], dtype=torch.int32), torch.ones(1, 70, dtype=torch.bool)
+    query, tensors = case(selector, lengths, mask)
+    positions = number_tokens(mask, lengths)[0]
+
+    def picked(num_candidates):
+        sizes = (BLOCKS, SIZE, 8, 4, *CHOICE)
+        return room.select_tokens(
+            query, tensors, positions, lengths, 90, selector, 0.3, *sizes,
+            num_candidates=num_candidates,
+        )  # fmt: skip
+
+    got, of_all, rule = picked(6), picked(0), SELECTORS[selector]
+    mean = query.unflatten(1, (GROUPS, -1)).mean(2)
+    for token, place in enumerate(positions[0].tolist()):
+        now = (tensors, torch.tensor([place], dtype=torch.int32), 0.3, GEOMETRY)
+        look = SELECTORS[f"{selector}_forecast"].score(mean[:, :, token, None], *now)
+        current = place // SIZE
+        forced = [0, current - 1, current]
+        for group in range(GROUPS):
+            others = range(1, current - 1)
+            proposed = sorted(others, key=lambda m: -look[0, group, m])[:3]
+            among = torch.zeros(1, GROUPS, BLOCKS, dtype=torch.bool)
+            among[..., [*forced, *proposed]] = True
+            scores = rule.score_among(query[:, :, token, None], *now, among)[0, group]
+            best = sorted(proposed, key=lambda m: -scores[m])[:1]
+            assert got[0, group, token].tolist() == sorted(forced + best)
+    few = positions[0] < 6 * SIZE
+    assert torch.equal(got[:, :, few], of_all[:, :, few])
+    assert not torch.equal(got, of_all)
+    assert torch.equal(picked(10), of_all)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
+from prompt_tensors import BATCH, DIM, GROUPS, SIZE, all_tensors, prompt_of, selected
 
 from sparda_compile import ops
 from sparda_compile.isa.define import implementation
 from sparda_compile.isa.table import INSTRUCTIONS
 from sparda_compile.kernels import workspace
+from sparda_compile.kernels.selection_bytes import select_tokens_bytes
 from sparda_compile.kernels.workspace import (
     SCORE_BYTES,
     UNION_BYTES,
@@ -19,13 +20,10 @@ from sparda_compile.kernels.workspace import (
     attend_tokens_bytes,
     score_room,
     score_widths,
-    select_past_bytes,
-    select_tokens_bytes,
 )
-from sparda_compile.selectors import Geometry
 
 assert ops.OPS  # which fills the table of instructions
-BATCH, HEADS, GROUPS, DIM, SIZE = 2, 4, 2, 32, 16
+HEADS = 4
 
 
 def tensors(tokens):
@@ -64,24 +62,6 @@ def test_attention_over_a_window(counted_bytes, window, softcap):
     work = INSTRUCTIONS["window_attention"].workspace
     longer, k, v, mask = tensors(4096)
     assert work(longer, k, v, mask, *args[4:]) == work(*args)
-
-
-def selected(tokens, blocks=16384):
-    with torch.device("meta"):
-        return SimpleNamespace(
-            query=torch.empty(1, 32, tokens, 128, dtype=torch.bfloat16),
-            block_ids=torch.empty(1, 2, tokens, 96, dtype=torch.int32),
-            slots=torch.empty(1, 2, blocks, dtype=torch.int32),
-            staging=torch.empty(1, 2, 1, 2, 64, 128, dtype=torch.bfloat16),
-            summary=[torch.empty(1, 2, 4 * blocks, 128)],
-            num_blocks=blocks,
-            block_size=64,
-            num_past=0,
-            num_selected=96,
-            selector="infllm2",
-            near_ids=None,
-            shared=1,
-        )
 
 
 @pytest.mark.parametrize(
@@ -124,27 +104,6 @@ def test_a_border_between_two_tiles_makes_no_turn_of_its_own():
     taken = score_room(lambda end: -(-(1000 + end) // 64), (2, 128, 16), 1 << 17, in_runs=True)
     assert all((end - begin) % 128 == 0 for begin, end in taken.chunks)
     assert len(taken.chunks) <= 9
-
-
-def test_quest_splits_the_mean_query():
-    prompt = selected(1 << 17)
-    prompt.selector = "quest"
-    assert select_tokens_bytes(prompt) > 0.97 * SCORE_BYTES + 2 * (1 << 17) * 128 * 12
-
-
-@pytest.mark.parametrize(("past", "room", "runs"), [(1600, 1792, 0), (3000, 3072, 376)])
-def test_what_is_picked_at_two_times_takes_what_each_scores(past, room, runs):
-    """Rows have whole strips. Of many blocks every eight are a run, which is scored as well."""
-    prompt = selected(256, blocks=4096)
-    prompt.selector = "forecast"
-    assert select_past_bytes(prompt) == 0
-    prompt.num_past = past * 64 + 7
-    vectors = 2 * 256
-    assert select_past_bytes(prompt) == vectors * (room + runs) * 4 + 8  # no sums
-    whole = select_tokens_bytes(prompt)
-    prompt.near_ids = prompt.block_ids
-    # Of 256 tokens five blocks may be new, behind another one.
-    assert whole - select_tokens_bytes(prompt) == vectors * (room + runs - 256) * 4
 
 
 def test_what_halves_attend_for(monkeypatch):
@@ -224,76 +183,3 @@ class TestKernels:
                 (given.pages, torch.empty(0), given.block_table), past, (0.2, 20.0),
             )  # fmt: skip
         assert counted.peak - out.untyped_storage().nbytes() == all_blocks_bytes(given)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize(
-        "selector", ["forecast", "infllm2", "quest", "nosa", "lowbit2", "lowbit4_forecast"]
-    )
-    @pytest.mark.parametrize(
-        ("heads", "tokens", "past"), [(2, 16, 0), (6, 700, 100), (32, 41, 640)]
-    )
-    @pytest.mark.parametrize("limit", [1 << 15, SCORE_BYTES])
-    def test_selection(
-        self, counted_bytes, monkeypatch, heads, tokens, past, selector, dtype, limit
-    ):
-        from sparda_compile.kernels.gpu import select_tokens
-
-        monkeypatch.setattr(workspace, "SCORE_BYTES", limit)
-        by_forecast = selector.endswith("forecast")
-        given = prompt_of(GROUPS if by_forecast else heads, tokens, dtype, num_past=past)
-        given.selector, given.summary = (
-            selector,
-            [given.bounds if selector == "quest" else given.pooled],
-        )
-        if selector == "nosa":
-            given.summary = [torch.cat([given.pooled, given.pooled[..., :1]], -1)]
-        if selector.startswith("lowbit"):
-            given.summary = low_bit_keys(given, int(selector[6]))
-        geometry = Geometry(given.num_blocks, SIZE, 8, 4, int(selector == "nosa"), 1, 1)
-        positions = torch.zeros(BATCH, tokens, dtype=torch.int32)
-        ids = torch.zeros(BATCH, GROUPS, tokens, 4, dtype=torch.int32)
-        asked = select_tokens.Asked(
-            given.query, given.summary, positions, given.lengths, past, selector, 0.2, geometry
-        )
-        with counted_bytes(all_tensors(given, [positions, ids, *given.summary])) as counted:
-            select_tokens.select_tokens(asked, select_tokens.Choice(4, SIZE, 1, 1), ids)
-        assert counted.peak == select_tokens_bytes(given)
-        if past and (by_forecast or selector == "quest"):
-            choice, known = select_tokens.Choice(4, SIZE, 1, 1), ids.float()
-            held = all_tensors(given, [positions, ids, known, *given.summary])
-            with counted_bytes(held) as counted:
-                select_tokens.select_past(asked, choice, ids, known)
-            assert counted.peak == select_past_bytes(given)
-            given.near_ids = ids
-            with counted_bytes(held) as counted:
-                select_tokens.select_near(asked, choice, (ids, known), ids)
-            assert counted.peak == select_tokens_bytes(given)
-
-
-def prompt_of(heads, tokens, dtype, num_past=0, blocks=64):
-    """Return new tokens and a cache of so many blocks, as ops are given them."""
-    query, k, v = (
-        torch.zeros(BATCH, tokens, n, DIM, dtype=dtype).transpose(1, 2)
-        for n in (heads, GROUPS, GROUPS)
-    )
-    numbers = torch.zeros(BATCH, GROUPS, blocks, dtype=torch.int32)
-    return SimpleNamespace(
-        query=query, k=k, v=v, lengths=torch.zeros(BATCH, dtype=torch.int32), slots=numbers,
-        block_table=numbers.clone(), pages=torch.zeros(BATCH, GROUPS, 9, 2, SIZE, DIM, dtype=dtype),
-        block_ids=torch.zeros(BATCH, GROUPS, tokens, 4, dtype=torch.int32), num_past=num_past,
-        staging=torch.zeros(BATCH, GROUPS, 99, 2, SIZE, DIM, dtype=dtype), num_blocks=blocks,
-        pooled=torch.zeros(BATCH, GROUPS, 4 * blocks, DIM, dtype=dtype), block_size=SIZE,
-        bounds=torch.zeros(BATCH, GROUPS, blocks, 2, DIM, dtype=dtype), near_ids=None, shared=1,
-        num_selected=4, tail=None,
-    )  # fmt: skip
-
-
-def low_bit_keys(given, bits):
-    """Return the tensors of a summary of low-bit keys."""
-    scales = given.bounds[:, :, :, 0].contiguous(), given.bounds[:, :, :, 1].contiguous()
-    codes = torch.zeros(BATCH, GROUPS, given.num_blocks, bits * SIZE // 16, DIM).short()
-    return [codes, *scales, given.k.new_zeros(BATCH, GROUPS, SIZE, DIM)]
-
-
-def all_tensors(given, others):
-    return [t for t in (*vars(given).values(), *others) if isinstance(t, torch.Tensor)]

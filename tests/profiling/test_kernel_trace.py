@@ -34,7 +34,7 @@ OTHER_KERNELS = {
     "_extend_pooled_keys",
     "_extend_key_bounds", "_store_prefix", "_store_prefix_packed",
     "_token_sums", "_token_blocks", "_pick_tokens", "_pick_past", "_pick_near",
-    "_unpack_keys", "_token_masses", "_mass_scores",
+    "_unpack_keys", "_token_masses", "_mass_scores", "_candidate_masses", "_pick_candidates",
     "_mark_blocks", "_place_blocks", "_copy_pages", "_gather_listed",
     "_gather_listed_packed",
     "_pack_blocks", "_tile_unions",

@@ -173,6 +173,7 @@ LOW_BIT_SPARSE = {
     *STORED, *PACKED, "_extend_low_bit_keys", "_unpack_keys", "_token_masses", "_mass_scores",
     "_pick_tokens",
 }  # fmt: skip
+CANDIDATES = {"_candidate_masses", "_pick_candidates"}
 # What a hint keeps of a prompt's last token.
 PREDICTED = dict.fromkeys(("ema", "mixture"), INFLLM2 | {"_update_prediction"})
 PROMPTS = {
@@ -192,6 +193,10 @@ PROMPTS = {
     ),
     "lowbit2": (
         "sparse_prefill", {"selector": "lowbit2"}, LOW_BIT_SPARSE, {*LOW_BIT_SPARSE, *STAGED},
+    ),
+    "lowbit2, candidates": (
+        "sparse_prefill", {"selector": "lowbit2", "prefill_candidates": 1.0},
+        {*LOW_BIT_SPARSE, *CANDIDATES}, {*LOW_BIT_SPARSE, *CANDIDATES, *STAGED},
     ),
     "lowbit4 behind lowbit2": (
         "sparse_prefill", {"selector": "lowbit2", "prefill_selector": "lowbit4"}, LOW_BIT_SPARSE,

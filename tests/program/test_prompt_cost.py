@@ -150,6 +150,23 @@ def test_products_with_each_token_cost_half_of_dense_attention_or_a_heads_share(
     assert is_faster(1 << 17, 2, mode="query", offload="always")
 
 
+def test_candidates_cost_a_look_of_one_head_and_their_own_keys(captures, monkeypatch):
+    site = types.SimpleNamespace(head_dim=128, num_heads=32, num_groups=2, window=None)
+    monkeypatch.setattr("sparda_compile.program.prompt_cost.sites_of", lambda _: [site])
+
+    def sparse_us(num_past, **settings):
+        config = SpardaConfig(machine="h200", selector="lowbit2", **settings)
+        return prompt_cost(captures, config, 1, num_past, 1 << 14).sparse_us
+
+    of_all, of_some, of_more = (
+        sparse_us(1 << 17, mode="query", prefill_candidates=times) for times in (None, 2.0, 4.0)
+    )
+    assert sparse_us(1 << 17, mode="forecast") < of_some < of_more < of_all / 2
+    # Few blocks are all scored.
+    few = [sparse_us(0, mode="query", prefill_candidates=times) for times in (None, 4.0)]
+    assert few[0] == few[1]
+
+
 def test_several_heads_of_a_forecast_cost_as_many_products(captures):
     def sparse_us(heads):
         config = SpardaConfig(

@@ -61,6 +61,9 @@ def test_who_selects_for_prompts_is_named_where_it_is_another():
     named = "Tokens of a sparse prompt select by infllm2, whose summary is kept beside."
     other = {"selector": "lowbit2", "prefill_selector": "infllm2"}
     assert last(**other) == named
+    by_query = {"mode": "query", "selector": "lowbit2", "prefill_candidates": 2.0}
+    assert last(**by_query).startswith("They score the keys of 34 + 124 blocks, which a look")
+    assert last(**by_query, prefill="dense").startswith("Selection begins")
     for settings in ({**other, "prefill": "dense"}, {"prefill_selector": "infllm2"}):
         assert last(**settings).startswith("Selection begins")
 

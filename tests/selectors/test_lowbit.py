@@ -272,3 +272,24 @@ def test_bytes_are_those_of_the_codes_and_two_numbers_a_channel():
         shapes = summary.shapes(geometry, 128)
         codes, span, base, opened = (math.prod(s) * 2 * 2 * 32 / 2**20 for s in shapes.values())
         assert (codes, span + base, opened) == (mib, 64, 1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_some_blocks_are_scored_as_if_there_were_no_others(bits):
+    tensors, _, generator = filled(bits, [70, 35])
+    query = torch.randn(2, 4, 1, 12, generator=generator)
+    rule, lengths = SELECTORS[f"lowbit{bits}"], torch.tensor([70, 35], dtype=torch.int32)
+    among = torch.tensor([True, False, True, False, True]).expand(2, 2, 5)
+    scored = (query, tensors, lengths, 0.3, GEOMETRY)
+    got, of_all = rule.score_among(*scored, among), rule.score(*scored)
+    assert torch.equal(got.isfinite(), among & of_all.isfinite())
+    assert torch.allclose(got[0, :, [0, 2]].sum(-1), torch.tensor(2.0))  # heads of a group
+    # A head's shares keep their ratio, so of one head blocks keep their order.
+    one = rule.score_among(query[:, [0, 2]], *scored[1:], among)
+    whole = rule.score(query[:, [0, 2]], *scored[1:])
+    torch.testing.assert_close(one[0, :, 0] / one[0, :, 2], whole[0, :, 0] / whole[0, :, 2])
+    assert torch.equal(rule.score_among(*scored, torch.ones_like(among)), of_all)
+
+
+def test_only_selectors_of_query_heads_score_some_blocks_alone():
+    assert [s.name for s in SELECTORS if s.narrows] == ["lowbit2", "lowbit4"]

@@ -78,7 +78,11 @@ def make_cases(
     for budget in budgets:
         if oracle and bases:
             base = bases[0].replace(
-                mode="query", selector=ORACLE, prefill="dense", kv_format="model"
+                mode="query",
+                selector=ORACLE,
+                prefill="dense",
+                prefill_candidates=None,
+                kv_format="model",
             )
             found[f"{ORACLE} {budget}"] = Case(f"{ORACLE} {budget}", budget.config(base, length))
         for base in bases:
@@ -97,4 +101,6 @@ def _name(config: SpardaConfig, budget: Budget, prefill: str) -> str:
     ending = ", sparse prompt" if prefill == "sparse" else ""
     if ending and config.prefill_selector:
         ending += f" by {config.prefill_selector}"
+    if ending and config.prefill_candidates:
+        ending += f" of {config.prefill_candidates:g}x candidates"
     return f"{config.mode} {config.selector}{hint} {budget}{tail}{ending}"

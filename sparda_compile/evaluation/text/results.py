@@ -49,6 +49,7 @@ class Record:
         is_right: Whether all of their likeliest tokens are right.
         kv_format: How full blocks are written.
         prefill_selector: Who selects for the tokens of a sparse prompt; empty for the selector.
+        prefill_candidates: Blocks that they score, as a multiple of those chosen; 0 for all.
     """
 
     task: str
@@ -70,6 +71,7 @@ class Record:
     is_right: bool
     kv_format: str = "model"
     prefill_selector: str = ""
+    prefill_candidates: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class TextRow:
         right_by_label: Share of right answers by depth or question.
         kv_format: How full blocks are written.
         prefill_selector: As in records.
+        prefill_candidates: As in records.
     """
 
     task: str
@@ -117,6 +120,7 @@ class TextRow:
     right_by_label: dict[str, float]
     kv_format: str = "model"
     prefill_selector: str = ""
+    prefill_candidates: float = 0.0
 
 
 def rows_of(records: Sequence[Record]) -> list[TextRow]:
@@ -170,6 +174,7 @@ def _row(records: list[Record], dense: list[Record]) -> TextRow:
         },
         kv_format=first.kv_format,
         prefill_selector=first.prefill_selector,
+        prefill_candidates=first.prefill_candidates,
     )
 
 

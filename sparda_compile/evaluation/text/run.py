@@ -242,6 +242,11 @@ def _prompt_selector(config: SpardaConfig) -> str:
     return (config.prefill_selector or "") if config.prefill == "sparse" else ""
 
 
+def _prompt_candidates(config: SpardaConfig) -> float:
+    """Return the multiple of chosen blocks that the prompt's tokens score; 0 for all of them."""
+    return (config.prefill_candidates or 0.0) if config.prefill == "sparse" else 0.0
+
+
 def _records(
     part: TextPart, batch: Sequence[Script], case: Case, found: list[list[Scored]]
 ) -> list[Record]:
@@ -260,6 +265,7 @@ def _records(
             hints="+".join(config.hints),
             prefill=config.prefill,
             prefill_selector=_prompt_selector(config),
+            prefill_candidates=_prompt_candidates(config),
             num_read=config.num_selected(num_blocks),
             num_blocks=num_blocks,
             kv_format=str(config.kv_format),

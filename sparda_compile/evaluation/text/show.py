@@ -150,6 +150,8 @@ def _draw(panel: Any, length: int, rows: Sequence[TextRow]) -> None:
         if row.mode != "dense":
             prompt = ", sparse prompt" if row.prefill == "sparse" else ""
             prompt += f" by {row.prefill_selector}" if row.prefill_selector else ""
+            times = row.prefill_candidates
+            prompt += f" of {times:g}x candidates" if times else ""
             hints = f" by {row.hints}" if row.hints else ""
             tail = "" if row.kv_format == "model" else f", {row.kv_format}"
             name = f"{row.mode} {row.selector}{hints}{tail}{prompt}"

@@ -24,6 +24,7 @@ __all__ = [
     "best_of_runs",
     "first_scored",
     "is_between",
+    "log2_sums",
     "normals",
     "place_of",
     "query_vectors",
@@ -89,7 +90,12 @@ def normals(  # noqa: ANN201 - a part of kernels
     place = (pair.to(tl.int64) * parts + each[:, None]) * columns + column[None, :]
     mask = (each < parts)[:, None] & (column < columns)[None, :]
     peaks = tl.load(maxima + place, mask=mask, other=float("-inf"))
-    totals = tl.load(sums + place, mask=mask, other=0.0)
+    return log2_sums(peaks, tl.load(sums + place, mask=mask, other=0.0))
+
+
+@triton.jit
+def log2_sums(peaks, totals):  # noqa: ANN201 - a part of kernels
+    """Return log2 sum_i totals[i] * 2^peaks[i] of each column; 0 of nothing."""
     peak = tl.max(peaks, axis=0)
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(totals * tl.exp2(peaks - safe[None, :]), axis=0)

@@ -165,7 +165,7 @@ def _num_blocks(asked: Asked, blocks: Blocks, end: int) -> int:
     """Return how many blocks may be scored for the tokens up to one, from the first that is."""
     size, num_tokens = asked.geometry.block_size, end * asked.spread
     most: dict[Blocks, int] = {
-        Blocks.ALL: triton.cdiv(asked.num_past + num_tokens, size),
+        Blocks.ALL: asked.blocks_of(end),
         Blocks.PAST: asked.num_past // size + 1,
         # New tokens lie in one block more than they fill, behind another one.
         Blocks.NEW: triton.cdiv(num_tokens, size) + 2,

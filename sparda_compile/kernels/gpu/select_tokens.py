@@ -2,7 +2,8 @@
 
 Scores are those of `token_scores.py`, and of low-bit keys those of `token_masses.py`.
 
-    select_tokens    of all blocks, at once
+    select_tokens    of all blocks, at once; or of candidates, which a look at all proposes, see
+                     `candidates.py`
     select_past      of those before the new tokens, with the scores of those picked
     select_near      of what that has picked, and of the blocks that new tokens change
 
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING
 import triton
 
 from sparda_compile.kernels.asked import LOW_BIT, Asked
+from sparda_compile.kernels.gpu.candidates import pick_candidates
 from sparda_compile.kernels.gpu.pick_tokens import pick_near, pick_past, pick_tokens
 from sparda_compile.kernels.gpu.score_turns import Blocks
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.gpu.token_masses import covers_low_bit, massed_tokens
 from sparda_compile.kernels.gpu.token_scores import covers_windows, scored_tokens
+from sparda_compile.selectors import SELECTORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,20 +51,35 @@ def _scored(
     return score(asked, blocks, choice.num_selected * choice.block_size, selected)
 
 
-def select_tokens(asked: Asked, choice: Choice, ids: Tensor) -> None:
+def select_tokens(asked: Asked, choice: Choice, ids: Tensor, num_candidates: int = 0) -> None:
     """Score and pick; see `kernels.select_tokens`.
 
     Args:
         asked: Queries and summary, with the keys of the new tokens.
         choice: What to pick.
         ids: [B, G, T, K] int32, written.
+        num_candidates: C, blocks that are scored; 0 for all.
     """
+    num_tokens = ids.shape[2]
+    if not num_candidates or asked.blocks_of(num_tokens) <= num_candidates:
+        _select_of_all(asked, choice, ids)
+        return
+    # A token's blocks are scored by the same kernels, whatever other tokens have.
+    with_few, with_many = asked.apart(num_candidates)
+    _select_of_all(with_few, choice, ids)
+    candidates = ids.new_empty((*ids.shape[:3], num_candidates))
+    look = with_many.look(SELECTORS[asked.selector].forecast_selector)
+    _select_of_all(look, choice._replace(num_selected=num_candidates), candidates)
+    del look
+    pick_candidates(with_many, candidates, choice, ids)
+
+
+def _select_of_all(asked: Asked, choice: Choice, ids: Tensor) -> None:
+    """Score all blocks, and pick."""
     retention = asked.tensors[0][..., -1].float().contiguous() if asked.lists else None
     selected = None if asked.lists else choice.num_selected
     for begin, end, scores in _scored(asked, Blocks.ALL, choice, selected):
-        # Blocks that any of these tokens may have.
-        seen = triton.cdiv(asked.num_past + end * asked.spread, choice.block_size)
-        tokens = (begin, end, seen)
+        tokens = (begin, end, asked.blocks_of(end))
         pick_tokens(scores, retention, asked.positions, ids, tokens, asked.windows, choice)
 
 

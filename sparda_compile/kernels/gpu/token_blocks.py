@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Prompt", "Unions", "all_blocks", "pack_prompt", "unions"]
+__all__ = ["Prompt", "Unions", "all_blocks", "listed_unions", "pack_prompt", "unions"]
 
 _TILE: Final = 1024
 # Elements that a program of `pack` holds of keys, and as many of values.
@@ -213,9 +213,9 @@ def _list_groups(
 @triton.jit(do_not_specialize=["num_tokens", "first_tile"])
 def _tile_unions(
     block_ids, columns, totals, lengths, slots, marks, union_counts, union_ids, readers,
-    union_slots, groups, num_tokens, num_blocks, num_marks, num_entries, first_tile,
+    union_slots, groups, num_tokens, num_blocks, num_marks, num_entries, first_tile, spread,
     SELECTED: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    WORDS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    WORDS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     # Bits of a block, of which a word has as many as it holds.
     BITS: tl.constexpr = 32 if TOKENS > 32 else TOKENS
@@ -227,8 +227,9 @@ def _tile_unions(
     own = wide * tl.num_programs(0) + local_tile
     marks_at, ids_at = marks + own * num_marks, union_ids + own * num_entries
     readers_at = readers + own * num_entries * WORDS
-    # Blocks up to the last token's own.
-    stop = tl.where(first < end, (length + end - 1) // SIZE + 1, 0)
+    # Blocks up to the last token's own, or some more.
+    last = tl.minimum((length + end * spread - 1) // SIZE, num_blocks - 1)
+    stop = tl.where(first < end, last + 1, 0)
     num_groups = (stop + BLOCKS - 1) // BLOCKS
     _mark_blocks(
         block_ids + wide * num_tokens * SELECTED, columns + row.to(tl.int64) * num_tokens, marks_at,
@@ -256,9 +257,12 @@ def _tile_unions(
         read = tl.max((bits != 0).to(tl.int32), axis=1) > 0
         count -= tl.sum(read.to(tl.int32), 0)
         rank = count + tl.cumsum(read.to(tl.int32), 0) - 1
-        new = block - length // SIZE
-        staged = tl.load(slots + wide * num_blocks + block, mask=read & (new < 0), other=0)
-        slot = tl.where(new < 0, staged, new)
+        if STAGED:
+            new = block - length // SIZE
+            staged = tl.load(slots + wide * num_blocks + block, mask=read & (new < 0), other=0)
+            tl.store(
+                union_slots + own * num_entries + rank, tl.where(new < 0, staged, new), mask=read
+            )
         # Ids are written where this turn's groups were listed.
         tl.debug_barrier()
         tl.store(
@@ -266,7 +270,6 @@ def _tile_unions(
             mask=read[:, None] & (every < WORDS)[None, :],
         )  # fmt: skip
         tl.store(ids_at + rank, block, mask=read)
-        tl.store(union_slots + own * num_entries + rank, slot, mask=read)
 
 
 def unions(
@@ -281,22 +284,65 @@ def unions(
         first_tile: Tile to begin with.
         num_tiles: How many.
     """
+    order = (prompt.columns, prompt.totals, prompt.lengths)
+    sizes = (prompt.slots.shape[2], prompt.staging.shape[4], 1)
+    return _unions(order, block_ids_BGTK, prompt.slots, sizes, (tokens, first_tile, num_tiles))
+
+
+def listed_unions(
+    block_ids_BGTK: Tensor,
+    lengths_B: Tensor,
+    sizes: tuple[int, int, int],
+    tiles: tuple[int, int, int],
+) -> Unions:
+    """Return what tiles of neighbouring columns name, where blocks lie in their own order.
+
+    Args:
+        block_ids_BGTK: int32, contiguous; -1 for none.
+        lengths_B: int32, tokens before them.
+        sizes: N, P, and how many positions a column may stand for.
+        tiles: Columns of one, a power of two; the tile to begin with; and how many.
+    """
+    batch, _, num_tokens, _ = block_ids_BGTK.shape
+    columns = torch.arange(num_tokens, dtype=torch.int32, device=lengths_B.device)
+    order = (columns.repeat(batch, 1), lengths_B + num_tokens, lengths_B)
+    return _unions(order, block_ids_BGTK, None, sizes, tiles)
+
+
+def _unions(
+    order: tuple[Tensor, Tensor, Tensor],
+    block_ids_BGTK: Tensor,
+    slots_BGN: Tensor | None,
+    sizes: tuple[int, int, int],
+    tiles: tuple[int, int, int],
+) -> Unions:
+    """Return unions; `sizes` and `tiles` as for `listed_unions`.
+
+    Args:
+        order: Columns [B, T], totals [B] and lengths [B], as `Prompt` has them.
+        block_ids_BGTK: int32.
+        slots_BGN: Of past blocks; None where a block's slot is its id.
+        sizes: N, P, and how many positions a column may stand for.
+        tiles: Tokens of one, the first one, and how many.
+    """
     batch, groups, num_tokens, selected = block_ids_BGTK.shape
-    num_blocks, size = prompt.slots.shape[2], prompt.staging.shape[4]
+    (num_blocks, size, spread), (tokens, first_tile, num_tiles) = sizes, tiles
     num_entries, words = union_entries(num_blocks, tokens, selected), union_words(tokens)
     pairs = batch * groups
-    shape, new = (pairs, num_tiles), prompt.columns.new_empty
-    counts, ids, slots = new(shape), new((*shape, num_entries)), new((*shape, num_entries))
+    shape, new = (pairs, num_tiles), order[0].new_empty
+    counts, ids = new(shape), new((*shape, num_entries))
+    is_staged = slots_BGN is not None
+    slots = new((*shape, num_entries)) if is_staged else ids
     readers = new((*shape, num_entries, words))
     num_marks = mark_words(num_blocks, tokens)
     marks = new((*shape, num_marks))
     listed = power_of_two(selected)
     launch(_tile_unions, (num_tiles, pairs))(
-        block_ids_BGTK, prompt.columns, prompt.totals, prompt.lengths, prompt.slots, marks,
+        block_ids_BGTK, *order, ids if slots_BGN is None else slots_BGN, marks,
         counts, ids, readers, slots, groups, num_tokens, num_blocks, num_marks, num_entries,
-        first_tile,
+        first_tile, spread,
         selected, listed, min(max(_IDS // listed, 1), tokens), tokens, words, size, _TILE,
-        num_warps=4,
+        is_staged, num_warps=4,
     )  # fmt: skip
     return Unions(counts, ids, readers, slots)
 

@@ -25,18 +25,13 @@ one head for each KV head. Dense attention has twice those FLOP. Masses are writ
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import triton
 import triton.language as tl
 
-from sparda_compile.kernels.gpu.launch import (
-    as_written,
-    interpreting,
-    launch,
-    power_of_two,
-    shared_bytes,
-)
+from sparda_compile.kernels.gpu.launch import as_written, interpreting, launch, power_of_two
+from sparda_compile.kernels.gpu.low_bit_tiles import Form, add_dots, block_dots, unpacked_keys
 from sparda_compile.kernels.gpu.score_tiles import (
     IN_TURN,
     best_of_runs,
@@ -48,15 +43,12 @@ from sparda_compile.kernels.gpu.score_tiles import (
 )
 from sparda_compile.kernels.gpu.score_turns import Blocks, Turns
 from sparda_compile.kernels.gpu.select import MOST_BLOCKS
-from sparda_compile.kernels.gpu.staying import write_block
 from sparda_compile.kernels.workspace import (
     MASS_PART_BLOCKS,
     RUN_BLOCKS,
     SCORE_COLUMNS,
     SCORED_TOGETHER,
     STRIP_BLOCKS,
-    most_vectors,
-    score_columns,
 )
 
 if TYPE_CHECKING:
@@ -70,57 +62,13 @@ if TYPE_CHECKING:
 
 __all__ = ["covers_low_bit", "massed_tokens"]
 
-# Keys of a product: of as many blocks as they hold, or of one, piece by piece.
-_KEYS: Final = 64
-_MOST_STAGES: Final = 3
 # Query vectors of a program that adds up heads.
 _ADDED_COLUMNS: Final = 32
-_NUMBERS_OF_A_WARP: Final = 1024
-# What a program of an H200 may have: where nobody can be asked.
-_SHARED: Final = 227 << 10
-# That sums between threads take of it.
-_SUMS: Final = 8 << 10
 _LOG2_E: Final = math.log2(math.e)
 _LN_2: Final = tl.constexpr(math.log(2))
 _STRIP = tl.constexpr(STRIP_BLOCKS)
 _EIGHT = tl.constexpr(SCORED_TOGETHER)
 _TURNS = tl.constexpr(IN_TURN)
-
-
-@triton.jit(do_not_specialize=["num_keyed"])
-def _unpack_keys(
-    codes, spans, bases, lengths, keys, groups, num_blocks, num_keyed,
-    SIZE: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
-    BITS: tl.constexpr, NEW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    each, pair = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + pair // groups)
-    block = (first_scored(length, SIZE) if NEW else length * 0) + each
-    if block < num_blocks:
-        place = pair.to(tl.int64) * num_blocks + block
-        target = keys + (pair.to(tl.int64) * num_keyed + each) * (SIZE * DIM)
-        write_block(
-            place, codes, spans, bases, keys, target, SIZE, SLOTS, DIM, DIMS, BITS, INTERPRETED
-        )
-
-
-@triton.jit
-def _dots(
-    vectors, keys_at, block, slot, stop,
-    SIZE: tl.constexpr, SPAN: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Return q . k' of some tokens of blocks; -inf where a block has no such token."""
-    dims, is_token = tl.arange(0, DIMS), slot < SIZE
-    mask = ((block < stop) & is_token)[:, None] & (dims < DIM)[None, :]
-    at = keys_at + (block * SIZE + slot).to(tl.int64)[:, None] * DIM + dims[None, :]
-    keys = tl.load(at, mask=mask, other=0.0)
-    if INTERPRETED:
-        keys = keys.to(tl.float32)
-    dots = tl.dot(vectors, tl.trans(keys), input_precision="ieee")
-    if SIZE % SPAN != 0:
-        dots = tl.where(is_token[None, :], dots, float("-inf"))
-    return dots
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keyed", "num_rows", "begin", "end"])
@@ -157,12 +105,8 @@ def _token_masses(
     for step in tl.range(steps, num_stages=STAGES):
         start, piece = part * PART + step // PIECES * BLOCKS, step % PIECES
         block, slot = start + place // SPAN, piece * SPAN + place % SPAN
-        dots = _dots(vectors, keys_at, block, slot, stop, SIZE, SPAN, DIM, DIMS, INTERPRETED)
-        dots = tl.reshape(dots, [COLUMNS, BLOCKS, SPAN])
-        above = tl.maximum(most, tl.max(dots, axis=2) * factor)
-        each = tl.exp2(dots * factor - above[:, :, None])
-        mass = mass * tl.exp2(most - above) + tl.sum(each, axis=2)
-        most = above
+        dots = block_dots(vectors, keys_at, block, slot, stop, SIZE, SPAN, DIM, DIMS, INTERPRETED)
+        most, mass = add_dots(dots, most, mass, factor)
         if piece == PIECES - 1:
             own = start + tl.arange(0, BLOCKS)
             mass = tl.where(own[None, :] < full[:, None], most + tl.log2(mass), float("-inf"))
@@ -240,40 +184,6 @@ def covers_low_bit(query_BHTD: Tensor, groups: int, geometry: Geometry) -> bool:
     return fits and geometry.num_blocks <= MOST_BLOCKS
 
 
-class _Form(NamedTuple):
-    """What products are made of; by shapes alone.
-
-    Attributes:
-        room: Vectors of one token, a power of two.
-        columns: Vectors of a program.
-        dims: Numbers of a vector, a power of two.
-        span: Tokens of each block of a tile of keys.
-        blocks: Of a tile of keys.
-        stages: Tiles of keys that are read at once.
-    """
-
-    room: int
-    columns: int
-    dims: int
-    span: int
-    blocks: int
-    stages: int
-
-    @classmethod
-    def of(cls, query: Tensor, groups: int, size: int) -> _Form:
-        room, dims = power_of_two(query.shape[1] // groups), power_of_two(query.shape[3], 16)
-        itemsize = query.element_size()
-        columns = score_columns(room, dims, itemsize)
-        # Numbers of 32 bits are multiplied by threads, which hold what they multiply.
-        keys = min(_KEYS, most_vectors(dims, itemsize)) // (2 if itemsize == 4 else 1)
-        keys = max(keys, 16)
-        span = min(power_of_two(size), keys)
-        free = _SHARED if query.device.type != "cuda" else shared_bytes(query.device)
-        free -= columns * dims * itemsize + _SUMS
-        stages = max(min(_MOST_STAGES, free // (keys * dims * itemsize)), 1)
-        return cls(room, columns, dims, span, keys // span, stages)
-
-
 def massed_tokens(
     asked: Asked, blocks: Blocks, scored_from: int, selected: int | None = None
 ) -> Iterator[tuple[int, int, Scores]]:
@@ -285,9 +195,9 @@ def massed_tokens(
     query = query if query.stride(-1) == 1 else query.contiguous()
     groups, num_tokens = asked.num_groups, query.shape[2]
     pairs, heads, softmax = query.shape[0] * groups, query.shape[1] // groups, asked.softmax
-    form = _Form.of(query, groups, geometry.block_size)
+    form = Form.of(query, groups, geometry.block_size)
     turns = Turns.of(asked, blocks, selected, (form.columns, form.room), masses=form.room)
-    keys = _unpacked(asked, turns.num_blocks, is_new=blocks is Blocks.NEW)
+    keys = unpacked_keys(asked, turns.num_blocks, is_new=blocks is Blocks.NEW)
     masses, (maxima, sums) = turns.numbers(turns.room.masses), turns.sums()
     # A Forecast's parts are compiled in two forms, whose scores are compared.
     same_bits = {} if softmax else as_written()
@@ -312,21 +222,3 @@ def massed_tokens(
             num_warps=4,
         )  # fmt: skip
         yield begin, end, scores
-
-
-def _unpacked(asked: Asked, num_blocks: int, *, is_new: bool) -> Tensor:
-    """Return k' [pairs, n, P, D] of the first n blocks that are scored, in the dtype of spans.
-
-    What is in a block that is not full is any number.
-    """
-    codes, span, base = asked.tensors[:3]
-    batch, groups, all_blocks, words, dim = codes.shape
-    size = asked.geometry.block_size
-    slots, dims = power_of_two(size), power_of_two(dim)
-    keys = span.new_empty(batch * groups, num_blocks, size, dim)
-    launch(_unpack_keys, (num_blocks, batch * groups))(
-        codes, span, base, asked.lengths, keys, groups, all_blocks, num_blocks, size, slots, dim,
-        dims, 16 * words // size, is_new, interpreting(),
-        num_warps=min(max(slots * dims // _NUMBERS_OF_A_WARP, 1), 16), **as_written(),
-    )  # fmt: skip
-    return keys

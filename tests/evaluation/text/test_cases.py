@@ -55,6 +55,17 @@ def test_who_selects_for_a_prompt_is_named():
     assert [case.name for case in found] == names
 
 
+def test_candidates_of_a_prompt_are_named():
+    base = BASE.replace(selector="lowbit2", prefill_candidates=1.5)
+    found = cases(base, prefills=("dense", "sparse"), oracle=True)
+    names = [
+        "oracle 25%",
+        "query lowbit2 25%",
+        "query lowbit2 25%, sparse prompt of 1.5x candidates",
+    ]
+    assert [case.name for case in found] == names
+
+
 def test_mode_dense_has_no_budget():
     budgets = (Budget(share=0.25), Budget(share=0.5))
     (case,) = cases(BASE.replace(mode="dense"), budgets=budgets, prefills=("dense", "sparse"))

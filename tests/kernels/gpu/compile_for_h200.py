@@ -6,6 +6,7 @@ since the tests' process has Triton's interpreter on.
 """
 
 import collections
+import dataclasses
 import json
 import re
 import sys
@@ -117,6 +118,9 @@ def run_all(dtype, dim, size):
         keys = (asked, tensors, lengths[:, None], lengths)
         prompt = select_tokens.Asked(*keys, 9 * size, name, 1.0, geometry)
         select_tokens.select_tokens(prompt, choice, ids[:, :, None])
+        if SELECTORS[name].narrows:
+            behind = dataclasses.replace(prompt, num_past=(BLOCKS - 1) * size)
+            select_tokens.select_tokens(behind, choice, ids[:, :, None], BLOCKS - 2)
         if SELECTORS[name].settles:
             near = (ids[:, :, None], scores[:, :, None, :SELECTED].contiguous())
             select_tokens.select_past(prompt, choice, *near)
@@ -262,6 +266,8 @@ def run_largest(dtype, dim, size):
         select_tokens.select_tokens(
             select_tokens.Asked(*asked), choice, ints(BATCH, GROUPS, 1, SELECTED)
         )
+    behind = select_tokens.Asked(*asked[:4], (BLOCKS - 1) * size, *asked[5:])
+    select_tokens.select_tokens(behind, choice, ints(BATCH, GROUPS, 1, SELECTED), BLOCKS - 2)
     pages = torch.zeros(BATCH, GROUPS, PAGES, 2, size, dim, dtype=dtype)
     ids = ints(BATCH, GROUPS, SELECTED)
     attention.partials(query, pages, ids, ids, None, ints(BATCH), 1.0, 0.0, 16)

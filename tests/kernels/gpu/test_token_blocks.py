@@ -50,6 +50,39 @@ def check_unions(device, prompt_case, tokens):
             check_block(case, prompt, (row, group, block), int(union.slots[pair, tile, entry]))
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 32])
+@pytest.mark.parametrize("spread", [1, 5])
+def test_unions_of_columns_are_by_their_own_order(device, tokens, spread):
+    """With none here and there; a column may stand for several positions."""
+    generator = torch.Generator().manual_seed(tokens)
+    batch, groups, num_tokens, selected = 2, 2, 45, 3
+    lengths = torch.tensor([70, 0], dtype=torch.int32)
+    ids = torch.full((batch, groups, num_tokens, selected), -1, dtype=torch.int32)
+    for row, group, token in torch.cartesian_prod(
+        torch.arange(batch), torch.arange(groups), torch.arange(num_tokens)
+    ).tolist():
+        last = (int(lengths[row]) + token * spread) // 16
+        if token % 7 != 2 and last >= selected:
+            ids[row, group, token] = torch.randperm(last + 1, generator=generator)[
+                :selected
+            ].sort()[0]
+    num_blocks = int(ids.max()) + 1
+    first, tiles = (1, 2) if tokens == 8 else (0, -(-num_tokens // tokens))
+    union = token_blocks.listed_unions(
+        ids.to(device), lengths.to(device), (num_blocks, 16, spread), (tokens, first, tiles)
+    )
+    for row, group, tile in torch.cartesian_prod(*map(torch.arange, (2, 2, tiles))).tolist():
+        own = ids[row, group, (first + tile) * tokens : (first + tile + 1) * tokens]
+        blocks = [block for block in own.unique().tolist() if block >= 0]
+        pair, count = 2 * row + group, len(blocks)
+        assert union.counts[pair, tile] == count
+        for found in (union.block_ids, union.slots):
+            assert found[pair, tile, :count].tolist() == blocks
+        for word, block in zip(union.readers[pair, tile, :count, 0].tolist(), blocks, strict=True):
+            bits = [word >> t & 1 for t in range(len(own))]
+            assert bits == (own == block).any(-1).int().tolist()
+
+
 def check_block(case, prompt, which, slot):
     """A slot has the block's tokens, and zeros behind them."""
     row, group, block = which
