@@ -4,8 +4,8 @@
               per part and head the largest, and the sum of 2^(mass - largest)
     scores    per block sum_h 2^(mass - log2 of all), for a query; a Forecast's are its masses
 
-A tile is some words of a channel's codes, the words of four blocks one below the other, beside all
-channels. Its first codes are 32 keys, its second ones 32 others, and so on: which token of a block
+A tile is some words of a channel's codes, the words of a few blocks one below the other, beside all
+channels. Its first codes are as many keys, its second ones others, and so on: which token of a block
 is which makes no difference to a sum. A code becomes a number by being put behind the exponent of
 1.0, which takes a third of what a conversion does.
 
@@ -41,12 +41,14 @@ __all__ = ["score_low_bit", "score_low_bit_forecast"]
 
 # Blocks of a tile, and the fewest words of a channel in one. Measured on one H200: 8 blocks take 3
 # and 5% longer for sixteen sequences, in 2 and 4 bits, and 2 blocks as long and 5% longer;
-# `benchmarks/results/2026-11-30-h200-low-bit-tiles.json`.
+# `benchmarks/results/2026-11-30-h200-low-bit-tiles.json`. With few heads a tile has 64 words: a warp
+# alone with 16 of them takes .94 to 1 of that (2026-12-01-h200-low-bit-columns.json).
 _TILE_BLOCKS: Final = 4
 _FEWEST_WORDS: Final = 32
 # Programs that an H200 has room for at once, four of each multiprocessor; and tiles of one program.
 _PROGRAMS: Final = 512
 _MOST_TILES: Final = 16
+_WARPS: Final = 4
 # Blocks of a program of the second kernel.
 _BLOCKS: Final = 64
 _LOG2_E: Final = math.log2(math.e)
@@ -91,8 +93,13 @@ def _for_words(each, ROOM: tl.constexpr):
 
 @triton.jit
 def _dots(q, words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Return q . k' of the keys in place i of each word, [ROWS, words]."""
+    """Return q . k' of the keys in place i of each word, [ROWS, words].
+
+    A product of the matrix unit has 16 rows and 8 columns: few heads are its columns.
+    """
     keys = _key(words, span, base, i, BITS, KIND)
+    if q.shape[0] < 16:
+        return tl.trans(tl.dot(keys, tl.trans(q), input_precision="ieee"))
     return tl.dot(q, tl.trans(keys), input_precision="ieee")
 
 
@@ -230,9 +237,12 @@ def _low_bit_scores(
     tl.store(scores + pair * num_blocks + block, score, mask=block < num_blocks)
 
 
-def tile_blocks(room: int) -> int:
-    """Return how many blocks a tile has, each with room for so many words of a channel."""
-    return max(_TILE_BLOCKS, _FEWEST_WORDS // room)
+def tile_blocks(room: int, rows: int) -> int:
+    """Return how many blocks a tile has, each with room for so many words of a channel.
+
+    Where keys are rows of a product, each warp has 16 words.
+    """
+    return max(_TILE_BLOCKS, (_FEWEST_WORDS if rows >= 16 else 16 * _WARPS) // room)
 
 
 class _Split(NamedTuple):
@@ -254,10 +264,10 @@ class _Split(NamedTuple):
     def of(cls, query: Tensor, codes: Tensor) -> _Split:
         batch, groups, num_blocks, words, _ = codes.shape
         room = power_of_two(words)
-        num_tiles = triton.cdiv(num_blocks, tile_blocks(room))
+        rows = power_of_two(query.shape[1] // groups, 8)
+        num_tiles = triton.cdiv(num_blocks, tile_blocks(room, rows))
         wanted = batch * groups * num_tiles // _PROGRAMS
         tiles = min(1 << max(wanted.bit_length() - 1, 0), _MOST_TILES)
-        rows = power_of_two(query.shape[1] // groups, 16)
         return cls(triton.cdiv(num_tiles, tiles), tiles, rows, room)
 
 
@@ -278,8 +288,8 @@ def _masses(
     launch(_low_bit_masses, (batch * groups, split.parts))(
         query, *tensors[:3], lengths_B, *out, factor, q_row, q_head, groups, num_blocks,
         split.parts, split.tiles, query.shape[1] // groups, split.rows, tensors[3].shape[2], words,
-        split.room, tile_blocks(split.room), dim, power_of_two(dim, 16), softmax, interpreting(),
-        num_warps=4,
+        split.room, tile_blocks(split.room, split.rows), dim, power_of_two(dim, 16), softmax,
+        interpreting(), num_warps=_WARPS,
     )  # fmt: skip
 
 
