@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Final, Literal, get_args
 
 from sparda_compile.checks import flag, number, one_of, plain_numbers, whole
@@ -148,7 +147,7 @@ class Selection:
         if value is None:
             return
         number("prefill_candidates", value)
-        if not 1.0 <= value < math.inf:
+        if value < 1.0:
             raise ConfigError(
                 f"prefill_candidates={value} is no multiple of top_k that holds top_k blocks; use "
                 "1.0 or more, such as 2.0, or None, which scores all blocks."

@@ -3,8 +3,8 @@
     linear      2 FLOP for each weight of a linear layer and token, and the logits of one token
     attention   4 FLOP for each channel of a query head and key that it reads
     select      2 FLOP for each channel of a query head and pooled key, twice for a softmax; of a
-                query head and the low-bit key of every token, once; of a group's mean query and the
-                two bounds of a block
+                query head and the low-bit key of every token, once, or of those of candidates, and
+                of a group's mean query and those of all; of that and the two bounds of a block
     d2h         the bytes of keys and values, which go to CPU memory once
 
 The first three take turns on the same matrix units, so their times add up, at the rate of one large
@@ -95,6 +95,9 @@ def _score_flop(shape: ModelShape, config: SpardaConfig, seen: float) -> float:
         heads = shape.num_groups * config.heads_of_forecast
     per_head = 2.0 * shape.head_dim * seen
     if SELECTORS[name].scores_tokens:
+        share = config.num_candidates(1 << 62) * config.block_size / seen
+        if 0 < share < 1:
+            return (shape.num_groups + share * heads) * per_head
         return heads * per_head
     if name == "quest":
         return 2 * shape.num_groups * per_head / config.block_size

@@ -200,8 +200,10 @@ class PromptPrograms:
         self.settings = settings
 
     def config(self, name: str) -> SpardaConfig:
-        """Return the configuration of one of `OURS`."""
+        """Return the configuration of one of `OURS`; candidates are of those by the query alone."""
         fields: dict[str, Any] = {**OURS[name], **self.settings}
+        if fields["mode"] == "forecast":
+            fields.pop("prefill_candidates", None)
         return SpardaConfig(**fields)
 
     def ours(self, name: str) -> OptimizedModule:

@@ -307,6 +307,7 @@ def print_turns(content: Mapping[str, Any], console: Console) -> None:
 def _selection(content: Mapping[str, Any]) -> str:
     """Return who selects for ours, where a file says that it is not as usual."""
     names = {"selector": "selector {}", "prefill_selector": "selector of prompts {}"}
+    names["prefill_candidates"] = "{}x candidates"
     return ", ".join(said.format(content[n]) for n, said in names.items() if n in content)
 
 

@@ -17,7 +17,7 @@ __all__ = ["REPEAT", "budget_file", "decode_file", "kernels_file", "prompt_file"
 REPEAT: Final = 14
 """As `bench.prompt_programs.REPEAT`, which imports torch."""
 
-_AS_THEY_ARE: Final = ("top_k", "page_ratio", "hint")
+_AS_THEY_ARE: Final = ("top_k", "page_ratio", "hint", "prefill_candidates")
 # What is measured of prompts -> the field that tells its results apart.
 _PROMPT_KEYS: Final = {"prefill": "tokens", "turns": "past"}
 
@@ -122,7 +122,8 @@ def kernels_file(path: Path, commit: str | None) -> ResultFile:
 def _own(fields: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the fields that are not as usual, in an order of their own."""
     usual = {"mode": "forecast", "hint": None, "kv_format": "model", "page_format": "model"}
-    usual |= {"selector": None, "prefill_selector": None, "top_k": None, "page_ratio": None}
+    others = ("selector", "prefill_selector", "prefill_candidates", "top_k", "page_ratio")
+    usual |= dict.fromkeys(others)
     given = {name: (fields or {}).get(name, value) for name, value in usual.items()}
     plain = {name: value for name, value in given.items() if value != usual[name]}
     if "hint" in plain:
@@ -133,5 +134,5 @@ def _own(fields: Mapping[str, Any] | None) -> dict[str, Any]:
 def _words(own: Mapping[str, Any]) -> list[str]:
     """Return how the name of a file says them."""
     said = {"top_k": "top{}".format, "page_ratio": "pages{}".format, "hint": "-".join}
-    said["prefill_selector"] = "prompts-{}".format
+    said |= {"prefill_selector": "prompts-{}".format, "prefill_candidates": "candidates{}".format}
     return [said.get(name, str)(value) for name, value in own.items()]

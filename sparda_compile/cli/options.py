@@ -170,6 +170,7 @@ PrefillCandidates = Annotated[
     float | None,
     typer.Option(
         min=1.0,
+        max=MOST_BLOCKS,
         help="Times the scored budget blocks that tokens of a sparse prompt score by each low-bit "
         "key; a look by the mean query proposes them.",
         show_default="all blocks",

@@ -23,6 +23,7 @@ from sparda_compile.cli.options import (
     Commit,
     HostGib,
     OutFolder,
+    PrefillCandidates,
     PrefillSelector,
     PromptProgram,
     Selector,
@@ -120,6 +121,7 @@ def bench_prefill(
     program: Programs = None,
     selector: HowSelected = None,
     prefill_selector: PrefillSelector = None,
+    prefill_candidates: PrefillCandidates = None,
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
     limit: Limit = 130.0,
@@ -142,13 +144,12 @@ def bench_prefill(
             from sparda_compile.bench.prompt_programs import OURS_OFFLOADED, PREFILL_BACKENDS
             from sparda_compile.cli.bench import make_lab, require_gpu
 
-            fields = _settings(chunk_tokens, selector, prefill_selector)
+            fields = _settings(chunk_tokens, selector, prefill_selector, prefill_candidates)
+            times = (rounds, limit, minutes)
             setting = PrefillSetting(
                 tuple(dict.fromkeys(tokens or DEFAULT_TOKENS)),
                 (*(program or OURS_OFFLOADED), *(PREFILL_BACKENDS if baseline else ())),
-                rounds,
-                limit,
-                minutes,
+                *times,
                 fields,
                 repeat,
                 profile,
@@ -184,6 +185,7 @@ def bench_turns(
     program: Programs = None,
     selector: HowSelected = None,
     prefill_selector: PrefillSelector = None,
+    prefill_candidates: PrefillCandidates = None,
     baseline: Baseline = True,
     rounds: Rounds = _ROUNDS,
     chunk_tokens: ChunkTokens = None,
@@ -203,7 +205,7 @@ def bench_turns(
             from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
             from sparda_compile.cli.bench import make_lab, require_gpu
 
-            fields = _settings(chunk_tokens, selector, prefill_selector)
+            fields = _settings(chunk_tokens, selector, prefill_selector, prefill_candidates)
             setting = TurnSetting(
                 tuple(dict.fromkeys(past or TurnSetting.past)),
                 tuple(dict.fromkeys(tokens or DEFAULT_TURNS)),
@@ -288,12 +290,16 @@ def _is_whole(
 
 
 def _settings(
-    chunk_tokens: int | None, selector: str | None, prefill_selector: str | None
+    chunk_tokens: int | None,
+    selector: str | None,
+    prefill_selector: str | None,
+    prefill_candidates: float | None,
 ) -> dict[str, Any]:
     """Return the fields of SpardaConfig that are given, for all of ours."""
     given = {
         "chunk_tokens": chunk_tokens,
         "selector": selector,
         "prefill_selector": prefill_selector,
+        "prefill_candidates": prefill_candidates,
     }
     return {name: value for name, value in given.items() if value is not None}

@@ -70,6 +70,7 @@ HEADS, GROUPS = SHAPE.num_heads * SHAPE.head_dim, SHAPE.num_groups * SHAPE.head_
         ("forecast", {"forecast_heads": 2}, 2 * 2 * 2 * GROUPS / 16),
         ("query", {"selector": "lowbit2", "prefill_selector": "infllm2"}, 2 * 2 * HEADS / 16),
         ("query", {"prefill_selector": "lowbit4"}, 2 * HEADS),
+        ("query", {"selector": "lowbit2", "prefill_candidates": 9.0}, 2 * HEADS),
         # The mean query of a group, and two bounds of a block of 16 tokens.
         ("query", {"selector": "quest"}, 2 * 2 * GROUPS / 16),
         ("forecast", {"selector": "quest"}, 2 * GROUPS / 16),
@@ -80,6 +81,12 @@ def test_selection_by_others(mode, fields, per_pair):
     found = floor(f"sparse_{mode}", tokens, mode, **fields)
     assert found["select"] == SHAPE.num_layers * tokens * (tokens / 2) * per_pair
     assert found["attention"] == floor(f"sparse_{mode}", tokens, mode)["attention"]
+
+
+def test_candidates_are_looked_at_by_one_head_and_scored_by_all():
+    """Of 128 tokens on the mean: one candidate, and the current block."""
+    found = floor("sparse_query", 256, "query", selector="lowbit2", prefill_candidates=1.0)
+    assert found["select"] == SHAPE.num_layers * 256 * 2 * (GROUPS * 128 + HEADS * 2 * 16)
 
 
 def test_a_copy_runs_beside_the_products():

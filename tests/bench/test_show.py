@@ -263,10 +263,10 @@ def test_turns(console):
             "transformers_over": {"1": {"program": "transformers_flash", "sparse_query": 1.4}},
         }
     ]
-    chosen = {"selector": "lowbit2", "prefill_selector": "infllm2"}
+    chosen = {"selector": "lowbit2", "prefill_selector": "infllm2", "prefill_candidates": 2.5}
     print_turns({**chosen, "results": results}, console)
     printed = lines(console)
-    assert "selector lowbit2, selector of prompts infllm2" in printed
+    assert "selector lowbit2, selector of prompts infllm2, 2.5x candidates" in printed
     assert "131072 1 sparse_query 500.0 50.0 1.400 0.900 0.500" in printed
     assert "131072 1 transformers_flash 100.0 70.0 - - -" in printed
     assert "131072 200 sparse_query 600.0 100.0 - - -" in printed

@@ -76,6 +76,8 @@ def test_files_of_prompts(tmp_path):
     assert file.path.name == "turns-8b-lowbit2-prompts-infllm2-repeat-1-tp2.json"
     assert file.head == {"name": "turns-tp", "shape": "8b", "repeat": 1, "tp": 2, **fields}
     assert file.key == "past"
+    file = prompt_file("turns", tmp_path, "8b", "abc", {"prefill_candidates": 2.5})
+    assert (file.path.name, file.head["prefill_candidates"]) == ("turns-8b-candidates2.5.json", 2.5)
 
 
 def test_prompts_by_another_selector_are_not_mixed(tmp_path):

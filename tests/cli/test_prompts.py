@@ -145,6 +145,19 @@ def test_prefill_by_another_selector(lab, tmp_path, chosen, name):
     assert words(result.stdout).startswith(f"selector {chosen['selector']}")
 
 
+def test_prefill_by_candidates(lab, tmp_path):
+    few = ("--tokens", 200, "--rounds", 1, "--no-baseline", "--out", tmp_path)
+    options = ("--selector", "lowbit2", "--prefill-candidates", 2)
+    programs = ("--program", "sparse_query", "--program", "sparse_forecast")
+    result = run("prefill", "--shape", "tiny", *few, *options, *programs)
+    assert result.exit_code == 0, result.output
+    assert lab.prompts.config("sparse_query").prefill_candidates == 2.0
+    assert lab.prompts.config("sparse_forecast").prefill_candidates is None
+    found = json.loads((tmp_path / "prefill-tiny-lowbit2-candidates2.0.json").read_text())
+    assert found["prefill_candidates"] == 2.0
+    assert words(result.stdout).startswith("selector lowbit2, 2.0x candidates")
+
+
 def test_selector_nosa_needs_another_model(lab, tmp_path):
     few = ("--tokens", 200, "--no-baseline", "--program", "sparse_query", "--out", tmp_path)
     result = run("prefill", "--shape", "tiny", *few, "--selector", "nosa", "--minutes", 1)

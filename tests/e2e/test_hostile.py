@@ -86,6 +86,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "mode": st.sampled_from(("dense", "query", "forecast", "exact")),
     "selector": st.sampled_from(("infllm2", "quest", "nosa", "lowbit2", "lowbit4")),
     "prefill_selector": st.sampled_from((None, "infllm2", "quest", "lowbit2")),
+    "prefill_candidates": st.sampled_from((None, 1, 1.5, 4.0, 0.5)),
     "hint": st.sampled_from((*HINTS.names(), ("ema", "forecast"), ("previous_step", "next_query"))),
     "forecast_rank": st.sampled_from((1, 4, 1000)),
     "forecast_heads": st.sampled_from((1, 2, 3)),

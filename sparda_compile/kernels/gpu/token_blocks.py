@@ -227,9 +227,9 @@ def _tile_unions(
     own = wide * tl.num_programs(0) + local_tile
     marks_at, ids_at = marks + own * num_marks, union_ids + own * num_entries
     readers_at = readers + own * num_entries * WORDS
-    # Blocks up to the last token's own, or some more.
-    last = tl.minimum((length + end * spread - 1) // SIZE, num_blocks - 1)
-    stop = tl.where(first < end, last + 1, 0)
+    # Blocks up to the last token's own; columns of no token may lie behind the last block.
+    stop = tl.where(first < end, (length + end * spread - 1) // SIZE + 1, 0)
+    stop = stop if STAGED else tl.minimum(stop, num_blocks)
     num_groups = (stop + BLOCKS - 1) // BLOCKS
     _mark_blocks(
         block_ids + wide * num_tokens * SELECTED, columns + row.to(tl.int64) * num_tokens, marks_at,
