@@ -11,8 +11,8 @@ All layers of a model are alike here, or near enough: the sums are over the laye
 Rates are shares of the machine's rate of matrix products, as measured on one H200 in autumn 2026.
 In `benchmarks/results/`, `prompt-attention-variants` has that of the kernel of sparse prompts,
 `prompt-pick` the time of a pick, `prompt-profile` scores, and `prompt-low-bit` scores of every
-token. How many blocks a token changes is assumed, as for `prompt-attention-variants`. Scores of
-candidates were not timed: they are taken to have the rate of those of all tokens.
+token; those of candidates have about its rate (`prompt-candidates`). How many blocks a token
+changes is assumed, as for `prompt-attention-variants`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     scores    per block sum_h 2^(mass - log2 of all), for a query; a Forecast's are its masses
 
 A tile is some words of a channel's codes, the words of a few blocks one below the other, beside all
-channels. Its first codes are as many keys, its second ones others, and so on: which token of a block
-is which makes no difference to a sum. A code becomes a number by being put behind the exponent of
-1.0, which takes a third of what a conversion does.
+channels. Its first codes are as many keys, its second ones others, and so on: which token of a
+block is which makes no difference to a sum. A code becomes a number by being put behind the
+exponent of 1.0, which takes a third of what a conversion does.
 
 Floor: codes, spans and bases are read once, (bits / 8 * P + 2 * itemsize) * D bytes a block.
 """
@@ -41,8 +41,8 @@ __all__ = ["score_low_bit", "score_low_bit_forecast"]
 
 # Blocks of a tile, and the fewest words of a channel in one. Measured on one H200: 8 blocks take 3
 # and 5% longer for sixteen sequences, in 2 and 4 bits, and 2 blocks as long and 5% longer;
-# `benchmarks/results/2026-11-30-h200-low-bit-tiles.json`. With few heads a tile has 64 words: a warp
-# alone with 16 of them takes .94 to 1 of that (2026-12-01-h200-low-bit-columns.json).
+# `benchmarks/results/2026-11-30-h200-low-bit-tiles.json`. With few heads a tile has 64 words; a
+# warp alone, with 16, takes .94 to 1 of that (2026-12-01-h200-low-bit-columns.json).
 _TILE_BLOCKS: Final = 4
 _FEWEST_WORDS: Final = 32
 # Programs that an H200 has room for at once, four of each multiprocessor; and tiles of one program.
