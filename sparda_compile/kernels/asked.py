@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from sparda_compile.selectors import Geometry
 
-__all__ = ["LOW_BIT", "SOFTMAX", "Asked"]
+__all__ = ["LOW_BIT", "NOSA", "SOFTMAX", "Asked"]
+
+NOSA: Final = frozenset({"nosa", "nosa_forecast"})
+"""Selectors whose keys end with a retention score."""
 
 LOW_BIT: Final = frozenset({"lowbit2", "lowbit4", "lowbit2_forecast", "lowbit4_forecast"})
 """Selectors by the key of each token, in few bits, that kernels select for."""
@@ -60,7 +63,7 @@ class Asked:
     @property
     def lists(self) -> bool:
         """Whether the last number of a key is its retention score, which no query multiplies."""
-        return self.selector.startswith("nosa")
+        return self.selector in NOSA
 
     @property
     def is_low_bit(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sparda_compile.kernels.asked import LOW_BIT, SOFTMAX
+from sparda_compile.kernels.asked import LOW_BIT, NOSA, SOFTMAX
 from sparda_compile.kernels.union_sizes import union_entries, unions_bytes
 from sparda_compile.kernels.workspace import (
     SCORE_BYTES,
@@ -134,7 +134,7 @@ def _scores(
     if a.selector == "quest":
         while_made, parts, vectors = _mean_parts(a, pairs * tokens * dim)
         dim, itemsize = 2 * dim, a.summary[0].dtype.itemsize
-    retention = 4 * pairs * a.summary[0].shape[2] if a.selector.startswith("nosa") else 0
+    retention = 4 * pairs * a.summary[0].shape[2] if a.selector in NOSA else 0
     room = power_of_two(vectors)
     is_low_bit = a.selector in LOW_BIT
     columns = score_columns(room, power_of_two(dim, 16), itemsize)
