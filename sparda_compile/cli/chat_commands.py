@@ -50,6 +50,10 @@ def _name_or_none(text: str) -> str | None:
     return None if text == "none" else text
 
 
+def _times(text: str) -> float | None:
+    return None if text == "all" else float(text)
+
+
 def _hints(text: str) -> str | tuple[str, ...]:
     names = tuple(text.split(","))
     return names[0] if len(names) == 1 else names
@@ -72,6 +76,11 @@ _SETTINGS: Final = {
         "how tokens of a sparse question score blocks, in the place of /selector",
         _name_or_none,
         _names(lambda: (*SELECTORS.choices(), "none")),
+    ),
+    "prefill_candidates": _Setting(
+        "times /top-k, how many blocks tokens of a sparse question score by low-bit keys",
+        _times,
+        _fixed("1.0 or more, or all"),
     ),
     "kv_format": _Setting("how full blocks are written", str, _names(KV_FORMATS.choices)),
     "offload": _Setting("where the KV cache lives", str, _names(lambda: get_args(Offload))),
@@ -164,7 +173,7 @@ def _current(name: str, conversation: Conversation) -> str:
     if isinstance(value, tuple):
         return ",".join(value)
     if value is None:
-        return "all" if name == "top_k" else "none"
+        return "all" if name in ("top_k", "prefill_candidates") else "none"
     return str(value)
 
 

@@ -43,6 +43,7 @@ def conversation():
         ("/prefill sparse", "prefill", "sparse"),
         ("/prefill-selector quest", "prefill_selector", "quest"),
         ("/prefill-selector none", "prefill_selector", None),
+        ("/prefill-candidates all", "prefill_candidates", None),
         ("/offload auto", "offload", "auto"),
         ("/top-k 3", "top_k", 3),
         ("/top_k all", "top_k", None),
@@ -60,6 +61,14 @@ def test_settings_of_the_conversation(conversation):
     assert (conversation.settings.budget, conversation.settings.max_new_tokens) == (0.5, 9)
     assert run_command("/hint ema,next_query", conversation) == "/hint ema,next_query: as told"
     assert conversation.settings.base.hint == ("ema", "next_query")
+
+
+def test_candidates_are_of_a_selector_by_low_bit_keys(conversation):
+    with pytest.raises(ConfigError, match="selector='infllm2' of prompts scores no such keys"):
+        run_command("/prefill-candidates 2", conversation)
+    run_command("/selector lowbit2", conversation)
+    assert run_command("/prefill-candidates 2", conversation).startswith("/prefill-candidates 2")
+    assert conversation.settings.base.prefill_candidates == 2.0
 
 
 def test_a_command_without_a_value_says_what_there_is(conversation):
@@ -87,6 +96,7 @@ def test_other_commands(conversation):
         ("/poem", r"/poem is no command; use one of /mode, /selector, .*/quit\."),
         ("/", r"/ is no command"),
         ("/top-k many", r"/top-k many is not allowed; use a whole number, or all\."),
+        ("/prefill-candidates two", r"two is not allowed; use 1\.0 or more, or all\."),
         ("/budget half", r"/budget half is not allowed; use 0\.01 to 1\."),
         ("/budget 0", r"/budget 0\.0 is not a share"),
         ("/mode best", r"/mode best is not known; use one of dense, query"),
