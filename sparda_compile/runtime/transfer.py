@@ -156,7 +156,7 @@ def fetch_blocks(
         host: [B, G, N, 2, P, D], or empty without offload.
         pages: [B, G, C, 2, P, D], updated.
         kv_format: How blocks in CPU memory are written; `model` where pages hold the same.
-        key_codes: [B, G, N, C, D] int16, by which keys that stay are read, like the next two.
+        key_codes: [B, G, N, C, D] uint8, by which keys that stay are read, like the next two.
         key_span: [B, G, N, D].
         key_base: [B, G, N, D].
     """

@@ -20,7 +20,7 @@ Source of the codes: KIVI (arXiv 2402.02750) section 3, keys quantised per chann
 tokens, here a block each; it computes with them what here ranks blocks.
 
 Dimensions: B batch, G groups, R query heads of a group, N blocks, P tokens of a block, D head dim,
-C words of 16 bits that hold a channel's codes of one block.
+C bytes that hold a channel's codes of one block.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
     "quantize",
 ]
 
-_WORD_BITS: Final = 16
+_BYTE: Final = 8
 # Of the keys that formats of values alone read back.
 _STAYING_BITS: Final = 4
 
@@ -59,8 +59,8 @@ def quantize(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         bits: Of one code, 2 or 4.
 
     Returns:
-        Codes [..., C, D] int16, span and base [..., D] of the keys' dtype. Token t is in word
-        t // (16 / bits), the first one in the lowest bits. A channel that is constant, or almost,
+        Codes [..., C, D] uint8, span and base [..., D] of the keys' dtype. Token t is in byte
+        t // (8 / bits), the first one in the lowest bits. A channel that is constant, or almost,
         has span 0 and codes 0.
     """
     low, high = k.float().amin(-2), k.float().amax(-2)
@@ -70,15 +70,15 @@ def quantize(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     step = span.float()[..., None, :] / levels
     steps = (k.float() - base.float()[..., None, :]) / step.where(step > 0, 1.0) - levels
     codes = (steps.where(step > 0, 0.0) + 0.5).floor().clamp(0, levels - 1).int()
-    per_word = _WORD_BITS // bits
-    shifts = torch.arange(per_word, device=k.device, dtype=torch.int32) * bits
-    words = codes.unflatten(-2, (-1, per_word)) << shifts[:, None]
-    return words.sum(-2).to(torch.int16), span, base
+    per_byte = _BYTE // bits
+    shifts = torch.arange(per_byte, device=k.device, dtype=torch.int32) * bits
+    each = codes.unflatten(-2, (-1, per_byte)) << shifts[:, None]
+    return each.sum(-2).to(torch.uint8), span, base
 
 
 def dequantize(codes: Tensor, span: Tensor, base: Tensor, bits: int) -> Tensor:
     """Return k' of `quantize`'s results, [..., P, D] of their dtype."""
-    shifts = torch.arange(0, _WORD_BITS, bits, device=codes.device, dtype=torch.int32)
+    shifts = torch.arange(0, _BYTE, bits, device=codes.device, dtype=torch.int32)
     each = (codes.int().unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)
     factor = 1.0 + each.flatten(-3, -2) / 2**bits
     near = factor * span.float().unsqueeze(-2) + base.float().unsqueeze(-2)
@@ -89,7 +89,7 @@ def dequantize(codes: Tensor, span: Tensor, base: Tensor, bits: int) -> Tensor:
 class LowBitKeys(RowSummary):
     """Codes, spans and bases of the full blocks, and the keys of the block being written.
 
-    key_codes [B, G, N, C, D] int16       key_span, key_base [B, G, N, D]
+    key_codes [B, G, N, C, D] uint8       key_span, key_base [B, G, N, D]
     open_k    [B, G, P, D]                the token at position p in slot p % P
 
     Those names are of 4 bits. Of 2 bits they end in `_2bit`: a cache may have both, as keys that
@@ -101,7 +101,7 @@ class LowBitKeys(RowSummary):
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.name = f"lowbit{bits}_keys"
-        self.dtypes = {self._named("key_codes"): torch.int16}  # type: ignore[misc]
+        self.dtypes = {self._named("key_codes"): torch.uint8}  # type: ignore[misc]
         self.uncounted = frozenset({self._named("open_k")})  # type: ignore[misc]
 
     def _named(self, tensor: str) -> str:
@@ -111,7 +111,7 @@ class LowBitKeys(RowSummary):
         """Return the shapes behind [B, G]."""
         blocks, size = geometry.num_blocks, geometry.block_size
         return {
-            self._named("key_codes"): (blocks, size * self.bits // _WORD_BITS, head_dim),
+            self._named("key_codes"): (blocks, size * self.bits // _BYTE, head_dim),
             self._named("key_span"): (blocks, head_dim),
             self._named("key_base"): (blocks, head_dim),
             self._named("open_k"): (size, head_dim),
@@ -149,7 +149,11 @@ class LowBitKeys(RowSummary):
 class _LowBit(Narrowing):
     """Attention mass by the query."""
 
-    kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses", "_low_bit_scores")
+    kernels: ClassVar[tuple[str, ...]] = (
+        "_integer_masses",
+        "_low_bit_masses",
+        "_low_bit_scores",
+    )
     is_comparable: ClassVar[bool] = True  # shares of one attention
     scores_tokens: ClassVar[bool] = True
     bits: ClassVar[int]
@@ -191,7 +195,7 @@ class _LowBit(Narrowing):
 class _LowBitForecast(Selector):
     """Attention mass by a predicted query, one head per group, up to a factor of its own."""
 
-    kernels: ClassVar[tuple[str, ...]] = ("_low_bit_masses",)
+    kernels: ClassVar[tuple[str, ...]] = ("_integer_masses", "_low_bit_masses")
     settles: ClassVar[bool] = True
     scores_tokens: ClassVar[bool] = True
     bits: ClassVar[int]

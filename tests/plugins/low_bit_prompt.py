@@ -45,7 +45,7 @@ class Prompt:
         self.rule.summary.extend(tensors, self.k, none, mask, self.geometry)
         for row, count in enumerate(counts.tolist()):
             full = count // self.geometry.block_size
-            tensors[0][row, :, full:] = 0x5AA5
+            tensors[0][row, :, full:] = 0x5A
             for tensor in tensors[1:3]:
                 tensor[row, :, full:] = math.nan
         return tensors

@@ -51,14 +51,14 @@ def test_codes_follow_the_formula(bits):
     generator = torch.Generator().manual_seed(bits)
     k = torch.randn(SIZE, 7, generator=generator, dtype=torch.float64).float()
     codes, span, base = quantize(k, bits)
-    assert codes.shape == (SIZE * bits // 16, 7)
+    assert codes.shape == (SIZE * bits // 8, 7)
     got = dequantize(codes, span, base, bits)
     for channel in range(7):
         want = torch.tensor(approximate(k[:, channel].double().tolist(), bits))
         torch.testing.assert_close(got[:, channel], want.float())
-    word = codes[0, 0].item() & 0xFFFF
     first = (k[0, 0] - base[0]) * 2**bits / span[0] - 2**bits
-    assert word & (2**bits - 1) == math.floor(first + 0.5)  # the first token, in the lowest bits
+    # The first token is in the lowest bits.
+    assert codes[0, 0].item() & (2**bits - 1) == math.floor(first + 0.5)
 
 
 @given(
@@ -270,7 +270,8 @@ def test_bytes_are_those_of_the_codes_and_two_numbers_a_channel():
     for bits, mib in ((2, 256), (4, 512)):
         summary = summary_named(f"lowbit{bits}_keys")
         shapes = summary.shapes(geometry, 128)
-        codes, span, base, opened = (math.prod(s) * 2 * 2 * 32 / 2**20 for s in shapes.values())
+        codes, *numbers = (math.prod(shape) * 2 * 32 / 2**20 for shape in shapes.values())
+        span, base, opened = (2 * each for each in numbers)
         assert (codes, span + base, opened) == (mib, 64, 1)
 
 

@@ -67,15 +67,15 @@ def _store_codes(
     DIMS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Quantise the keys [SLOTS, DIMS] of a block; `place` is its number among all blocks."""
-    PER: tl.constexpr = 16 // BITS
-    WORDS: tl.constexpr = SIZE // PER
+    PER: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = SIZE // PER
     code, span, base = quantize_keys(keys, spans, SIZE, SLOTS, BITS, LARGEST, False)
     shift = tl.arange(0, PER) * BITS
     parts = tl.reshape(code, [SLOTS // PER, PER, DIMS]) << shift[None, :, None]
-    words = tl.sum(parts, axis=1).to(tl.int16)
-    word = tl.arange(0, SLOTS // PER)
-    target = codes + (place.to(tl.int64) * WORDS + word[:, None]) * DIM + dims[None, :]
-    tl.store(target, words, mask=(word < WORDS)[:, None] & is_dim[None, :])
+    packed = tl.sum(parts, axis=1).to(tl.uint8)
+    byte = tl.arange(0, SLOTS // PER)
+    target = codes + (place.to(tl.int64) * BYTES + byte[:, None]) * DIM + dims[None, :]
+    tl.store(target, packed, mask=(byte < BYTES)[:, None] & is_dim[None, :])
     channel = place.to(tl.int64) * DIM + dims
     tl.store(spans + channel, span, mask=is_dim)
     tl.store(bases + channel, base, mask=is_dim)
@@ -187,9 +187,9 @@ def extend_low_bit_keys(
 def _sizes(tensors: Sequence[Tensor]) -> tuple[int, int, int, tuple[Any, ...]]:
     """Return pairs, N, G, and what kernels are compiled for."""
     codes, opened = tensors[0], tensors[3]
-    batch, groups, num_blocks, words, dim = codes.shape
+    batch, groups, num_blocks, num_bytes, dim = codes.shape
     size = opened.shape[2]
-    bits = 16 * words // size
+    bits = 8 * num_bytes // size
     channels = min(power_of_two(dim, 16), _CHANNELS)
     largest = torch.finfo(opened.dtype).max
     forms = (size, power_of_two(size), bits, dim, channels, largest)

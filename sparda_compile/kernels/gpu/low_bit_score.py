@@ -4,10 +4,10 @@
               per part and head the largest, and the sum of 2^(mass - largest)
     scores    per block sum_h 2^(mass - log2 of all), for a query; a Forecast's are its masses
 
-A tile is some words of a channel's codes, the words of a few blocks one below the other, beside all
-channels. Its first codes are as many keys, its second ones others, and so on: which token of a
-block is which makes no difference to a sum. A code becomes a number by being put behind the
-exponent of 1.0, which takes a third of what a conversion does.
+Queries of 16 bits are multiplied as integers (`low_bit_integers.py`), where these fit. Here masses
+are of other queries: a tile is some bytes of a channel's codes, the bytes of a few blocks one below
+the other, beside all channels. Its first codes are as many keys, its second ones others, and so on:
+which token of a block is which makes no difference to a sum.
 
 Floor: codes, spans and bases are read once, (bits / 8 * P + 2 * itemsize) * D bytes a block.
 """
@@ -29,6 +29,11 @@ from sparda_compile.kernels.gpu.launch import (
     power_of_two,
     rows_of,
 )
+from sparda_compile.kernels.gpu.low_bit_integers import (
+    fits_integers,
+    integer_masses,
+    integer_parts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,109 +44,67 @@ if TYPE_CHECKING:
 
 __all__ = ["score_low_bit", "score_low_bit_forecast"]
 
-# Blocks of a tile, and the fewest words of a channel in one. Measured on one H200: 8 blocks take 3
-# and 5% longer for sixteen sequences, in 2 and 4 bits, and 2 blocks as long and 5% longer;
-# `benchmarks/results/2026-11-30-h200-low-bit-tiles.json`. With few heads a tile has 64 words; a
-# warp alone, with 16, takes .94 to 1 of that (2026-12-01-h200-low-bit-columns.json).
+# Blocks of a tile, and the fewest bytes of a channel in one.
 _TILE_BLOCKS: Final = 4
-_FEWEST_WORDS: Final = 32
+_FEWEST_BYTES: Final = 32
 # Programs that an H200 has room for at once, four of each multiprocessor; and tiles of one program.
 _PROGRAMS: Final = 512
 _MOST_TILES: Final = 16
-_WARPS: Final = 4
-# Blocks of a program of the second kernel.
+# Of the second kernel: blocks of a program, and parts that are read at once.
 _BLOCKS: Final = 64
+_MOST_BLOCKS: Final = 256
+_PARTS: Final = 256
 _LOG2_E: Final = math.log2(math.e)
 _LN_2: Final = tl.constexpr(math.log(2))
 
 
-# Two channels of a word at once: rotate the codes wanted to the top of a mantissa, put the exponent
-# of 1.0 before them, and multiply and add as pairs. By mantissa: bfloat16 7 bits, float16 10.
-_UNPACK: Final = (
-    "{{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, $2; lop3.b32 t, t, {mask}, {one}, 0xEA; "
-    "fma.rn.{kind} $0, t, $4, $5; }}"
-)
-_BFLOAT_2: Final = tl.constexpr(_UNPACK.format(mask="0x00600060", one="0x3F803F80", kind="bf16x2"))
-_BFLOAT_4: Final = tl.constexpr(_UNPACK.format(mask="0x00780078", one="0x3F803F80", kind="bf16x2"))
-_HALF_2: Final = tl.constexpr(_UNPACK.format(mask="0x03000300", one="0x3C003C00", kind="f16x2"))
-_HALF_4: Final = tl.constexpr(_UNPACK.format(mask="0x03C003C0", one="0x3C003C00", kind="f16x2"))
+@triton.jit
+def _key(codes, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Return the keys of the codes that stand in place i of each byte."""
+    code = (codes.to(tl.int32) >> (i * BITS)) & ((1 << BITS) - 1)
+    factor = 1.0 + code.to(tl.float32) * (1.0 / (1 << BITS))
+    return (factor * span.to(tl.float32) + base.to(tl.float32)).to(KIND)
 
 
 @triton.jit
-def _key(words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Return the keys of the codes that stand in place i of each word."""
-    if KIND.is_fp32():
-        code = (words.to(tl.int32) >> (i * BITS)) & ((1 << BITS) - 1)
-        return (1.0 + code.to(tl.float32) * (1.0 / (1 << BITS))) * span + base
-    # The first bit of the code goes to the top of the mantissa.
-    MANTISSA: tl.constexpr = 7 if KIND.is_bf16() else 10
-    HALF: tl.constexpr = _HALF_2 if BITS == 2 else _HALF_4
-    BFLOAT: tl.constexpr = _BFLOAT_2 if BITS == 2 else _BFLOAT_4
-    UNPACK: tl.constexpr = BFLOAT if KIND.is_bf16() else HALF
-    operands = [words, (i + 1) * BITS - MANTISSA, span, base]
-    return tl.inline_asm_elementwise(
-        UNPACK, "=r,r,r,r,r,r", operands, dtype=span.dtype, is_pure=True, pack=2
-    )
-
-
-@triton.jit
-def _for_words(each, ROOM: tl.constexpr):
-    """Repeat the channels of each block for each of its words."""
+def _for_bytes(each, ROOM: tl.constexpr):
+    """Repeat the channels of each block for each of its bytes."""
     repeated = tl.broadcast_to(each[:, None, :], [each.shape[0], ROOM, each.shape[1]])
     return tl.reshape(repeated, [each.shape[0] * ROOM, each.shape[1]])
 
 
 @triton.jit
-def _dots(q, words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Return q . k' of the keys in place i of each word, [ROWS, words].
-
-    A product of the matrix unit has 16 rows and 8 columns: few heads are its columns.
-    """
-    keys = _key(words, span, base, i, BITS, KIND)
-    if q.shape[0] < 16:
-        return tl.trans(tl.dot(keys, tl.trans(q), input_precision="ieee"))
+def _dots(q, codes, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Return q . k' of the keys in place i of each byte, [ROWS, bytes]."""
+    keys = _key(codes, span, base, i, BITS, KIND)
     return tl.dot(q, tl.trans(keys), input_precision="ieee")
 
 
 @triton.jit
-def _four_dots(q, words, span, base, i, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Return q . k' of four places of each word, and the largest."""
-    one = _dots(q, words, span, base, i, BITS, KIND)
-    two = _dots(q, words, span, base, i + 1, BITS, KIND)
-    three = _dots(q, words, span, base, i + 2, BITS, KIND)
-    four = _dots(q, words, span, base, i + 3, BITS, KIND)
-    largest = tl.maximum(tl.maximum(one, two), tl.maximum(three, four))
-    return one, two, three, four, largest
-
-
-@triton.jit
-def _four_masses(one, two, three, four, factor, peak):
-    """Return the sum of 2^(factor * x - peak) of four products."""
-    pair = tl.exp2(one * factor - peak) + tl.exp2(two * factor - peak)
-    return pair + (tl.exp2(three * factor - peak) + tl.exp2(four * factor - peak))
-
-
-@triton.jit
 def _block_masses(
-    q, words, span, base, is_word, factor,
-    BLOCKS: tl.constexpr, ROOM: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    q, codes, span, base, is_byte, factor, BLOCKS: tl.constexpr, ROOM: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Return log2 sum_t 2^(q . k' * factor) of each block of a tile, [ROWS, BLOCKS].
+    """Return log2 of the sum of exponentials of each block, [ROWS, BLOCKS].
 
-    All products of a word are there before one is exponentiated, so that none is scaled twice.
+    Products are reduced by the largest, byte by byte, before they are exponentiated, so that none
+    is scaled twice.
     """
     ROWS: tl.constexpr = q.shape[0]
-    one, two, three, four, most = _four_dots(q, words, span, base, 0, BITS, KIND)
+    one = _dots(q, codes, span, base, 0, BITS, KIND)
+    two = _dots(q, codes, span, base, 1, BITS, KIND)
+    most = tl.maximum(one, two)
     if BITS == 2:
-        five, six, seven, eight, other = _four_dots(q, words, span, base, 4, BITS, KIND)
-        most = tl.maximum(most, other) * factor
-        mass = _four_masses(one, two, three, four, factor, most)
-        mass += _four_masses(five, six, seven, eight, factor, most)
+        three = _dots(q, codes, span, base, 2, BITS, KIND)
+        four = _dots(q, codes, span, base, 3, BITS, KIND)
+        most = tl.maximum(most, tl.maximum(three, four)) * factor
+        mass = tl.exp2(one * factor - most) + tl.exp2(two * factor - most)
+        mass += tl.exp2(three * factor - most) + tl.exp2(four * factor - most)
     else:
         most = most * factor
-        mass = _four_masses(one, two, three, four, factor, most)
-    # A word that a block lacks counts for nothing.
-    most = tl.where(is_word[None, :], most, float("-inf"))
+        mass = tl.exp2(one * factor - most) + tl.exp2(two * factor - most)
+    # A byte that a block lacks counts for nothing.
+    most = tl.where(is_byte[None, :], most, float("-inf"))
     most = tl.reshape(most, [ROWS, BLOCKS, ROOM])
     above = tl.max(most, axis=2)
     mass = tl.reshape(mass, [ROWS, BLOCKS, ROOM])
@@ -152,7 +115,7 @@ def _block_masses(
 def _low_bit_masses(
     query, codes, spans, bases, lengths, masses, maxima, sums, factor, q_row, q_head, groups,
     num_blocks, parts, tiles,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BYTES: tl.constexpr,
     ROOM: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     SOFTMAX: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -162,30 +125,30 @@ def _low_bit_masses(
     head = tl.arange(0, ROWS)
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    BITS: tl.constexpr = 16 * WORDS // SIZE
+    BITS: tl.constexpr = 8 * BYTES // SIZE
     KIND: tl.constexpr = tl.float32 if INTERPRETED else query.dtype.element_ty
     dims = tl.arange(0, DIMS)
     is_dim = dims < DIM
     asked = query + row * q_row + (group * HEADS + head)[:, None] * q_head + dims[None, :]
     q = tl.load(asked, mask=(head < HEADS)[:, None] & is_dim[None, :], other=0.0).to(KIND)
     place = tl.arange(0, BLOCKS * ROOM)
-    word = place % ROOM
+    byte = place % ROOM
     first = part * tiles * BLOCKS
     scored = tl.minimum(tl.cdiv(tl.maximum(full - first, 0), BLOCKS), tiles)
     for tile in range(scored):
         start = first + tile * BLOCKS
         block = start + place // ROOM
-        exists = ((block < full) & (word < WORDS))[:, None] & is_dim[None, :]
+        exists = ((block < full) & (byte < BYTES))[:, None] & is_dim[None, :]
         number = pair.to(tl.int64) * num_blocks + block
-        words = tl.load(
-            codes + (number * WORDS + word)[:, None] * DIM + dims[None, :], mask=exists, other=0
+        packed = tl.load(
+            codes + (number * BYTES + byte)[:, None] * DIM + dims[None, :], mask=exists, other=0
         )
         each = start + tl.arange(0, BLOCKS)
         channel = (pair.to(tl.int64) * num_blocks + each)[:, None] * DIM + dims[None, :]
         mask = (each < full)[:, None] & is_dim[None, :]
-        span = _for_words(tl.load(spans + channel, mask=mask, other=0.0).to(KIND), ROOM)
-        base = _for_words(tl.load(bases + channel, mask=mask, other=0.0).to(KIND), ROOM)
-        mass = _block_masses(q, words, span, base, word < WORDS, factor, BLOCKS, ROOM, BITS, KIND)
+        span = _for_bytes(tl.load(spans + channel, mask=mask, other=0.0).to(KIND), ROOM)
+        base = _for_bytes(tl.load(bases + channel, mask=mask, other=0.0).to(KIND), ROOM)
+        mass = _block_masses(q, packed, span, base, byte < BYTES, factor, BLOCKS, ROOM, BITS, KIND)
         mass = tl.where((each < full)[None, :], mass, float("-inf"))
         if SOFTMAX:
             kept = (pair.to(tl.int64) * num_blocks + each)[None, :] * ROWS + head[:, None]
@@ -224,25 +187,25 @@ def _low_bit_scores(
     score = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)
     if part * BLOCKS < full:
         head, each = tl.arange(0, ROWS), tl.arange(0, PARTS)
-        place = (pair * parts + each[:, None]) * ROWS + head[None, :]
-        peaks = tl.load(maxima + place, mask=each[:, None] < parts, other=float("-inf"))
-        totals = tl.load(sums + place, mask=each[:, None] < parts, other=0.0)
-        peak = tl.max(peaks, axis=0)
-        all_of_it = peak + tl.log2(tl.sum(totals * tl.exp2(peaks - peak[None, :]), axis=0))
+        peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        for begin in range(0, parts, PARTS):
+            here = (begin + each)[:, None]
+            place = (pair * parts + here) * ROWS + head[None, :]
+            peaks = tl.load(maxima + place, mask=here < parts, other=float("-inf"))
+            totals = tl.load(sums + place, mask=here < parts, other=0.0)
+            above = tl.maximum(peak, tl.max(peaks, axis=0))
+            # A part without a full block has neither: the first one has both.
+            total = total * tl.exp2(peak - above)
+            total += tl.sum(totals * tl.exp2(peaks - above[None, :]), axis=0)
+            peak = above
+        all_of_it = peak + tl.log2(total)
         kept = (pair.to(tl.int64) * num_blocks + block)[:, None] * ROWS + head[None, :]
         mask = (block < full)[:, None] & (head < HEADS)[None, :]
         mass = tl.load(masses + kept, mask=mask, other=float("-inf"))
         share = tl.where(mask, tl.exp2(mass - all_of_it[None, :]), 0.0)
         score = tl.where(block < full, tl.sum(share, axis=1), float("-inf"))
     tl.store(scores + pair * num_blocks + block, score, mask=block < num_blocks)
-
-
-def tile_blocks(room: int, rows: int) -> int:
-    """Return how many blocks a tile has, each with room for so many words of a channel.
-
-    Where keys are rows of a product, each warp has 16 words.
-    """
-    return max(_TILE_BLOCKS, (_FEWEST_WORDS if rows >= 16 else 16 * _WARPS) // room)
 
 
 class _Split(NamedTuple):
@@ -252,23 +215,34 @@ class _Split(NamedTuple):
         parts: Programs.
         tiles: Of each program.
         rows: Query heads, with room for a product.
-        room: Words of a channel and block, with room for a power of two.
+        room: Bytes of a channel and block, with room for a power of two.
+        blocks: Of a tile.
     """
 
     parts: int
     tiles: int
     rows: int
     room: int
+    blocks: int
 
     @classmethod
     def of(cls, query: Tensor, codes: Tensor) -> _Split:
-        batch, groups, num_blocks, words, _ = codes.shape
-        room = power_of_two(words)
-        rows = power_of_two(query.shape[1] // groups, 8)
-        num_tiles = triton.cdiv(num_blocks, tile_blocks(room, rows))
+        batch, groups, num_blocks, num_bytes, _ = codes.shape
+        room = power_of_two(num_bytes)
+        blocks = max(_TILE_BLOCKS, _FEWEST_BYTES // room)
+        num_tiles = triton.cdiv(num_blocks, blocks)
         wanted = batch * groups * num_tiles // _PROGRAMS
         tiles = min(1 << max(wanted.bit_length() - 1, 0), _MOST_TILES)
-        return cls(triton.cdiv(num_tiles, tiles), tiles, rows, room)
+        rows = power_of_two(query.shape[1] // groups, 16)
+        return cls(triton.cdiv(num_tiles, tiles), tiles, rows, room, blocks)
+
+
+def _parts(query: Tensor, codes: Tensor) -> tuple[int, int]:
+    """Return how many programs share out the blocks of a KV head, and the rows of a mass."""
+    if fits_integers(query, codes):
+        return integer_parts(query, codes)
+    split = _Split.of(query, codes)
+    return split.parts, split.rows
 
 
 def _masses(
@@ -282,14 +256,17 @@ def _masses(
 ) -> None:
     """Launch the first kernel; `out` has masses, and of parts the maxima and sums."""
     codes = tensors[0]
-    batch, groups, num_blocks, words, dim = codes.shape
+    if fits_integers(query_BHTD, codes):
+        integer_masses(query_BHTD, tensors, lengths_B, factor, out, softmax=softmax)
+        return
+    batch, groups, num_blocks, num_bytes, dim = codes.shape
     split = _Split.of(query_BHTD, codes)
     query, q_row, q_head = rows_of(query_BHTD)
     launch(_low_bit_masses, (batch * groups, split.parts))(
         query, *tensors[:3], lengths_B, *out, factor, q_row, q_head, groups, num_blocks,
-        split.parts, split.tiles, query.shape[1] // groups, split.rows, tensors[3].shape[2], words,
-        split.room, tile_blocks(split.room, split.rows), dim, power_of_two(dim, 16), softmax,
-        interpreting(), num_warps=_WARPS,
+        split.parts, split.tiles, query.shape[1] // groups, split.rows, tensors[3].shape[2],
+        num_bytes, split.room, split.blocks, dim, power_of_two(dim, 16), softmax, interpreting(),
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -304,16 +281,18 @@ def score_low_bit(
     """Score by a query; arguments as those of `score.SCORE_KERNELS`."""
     batch, groups, num_blocks = tensors[0].shape[:3]
     pairs = batch * groups
-    parts, _, rows, _ = _Split.of(query_BH1D, tensors[0])
+    parts, rows = _parts(query_BH1D, tensors[0])
     new = lengths_B.new_empty
     masses = new((pairs, num_blocks, rows), dtype=torch.float32)
     maxima, sums = (new((pairs, parts, rows), dtype=torch.float32) for _ in range(2))
     out = (masses, maxima, sums)
     _masses(query_BH1D, tensors, lengths_B, scale * _LOG2_E, out, softmax=True)
-    launch(_low_bit_scores, (pairs, triton.cdiv(num_blocks, _BLOCKS)))(
+    # Each program reads what all parts have: of many parts, fewer programs.
+    blocks = _BLOCKS if parts <= 2 * _PARTS else _MOST_BLOCKS
+    launch(_low_bit_scores, (pairs, triton.cdiv(num_blocks, blocks)))(
         *out, lengths_B, scores_BGN, groups, num_blocks, parts, query_BH1D.shape[1] // groups,
-        rows, power_of_two(parts), geometry.block_size, _BLOCKS, interpreting(), num_warps=4,
-        **launch_early(),
+        rows, min(power_of_two(parts), _PARTS), geometry.block_size, blocks, interpreting(),
+        num_warps=4, **launch_early(),
     )  # fmt: skip
 
 

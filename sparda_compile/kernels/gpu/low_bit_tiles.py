@@ -142,13 +142,13 @@ def unpacked_keys(asked: Asked, num_blocks: int, *, is_new: bool = False) -> Ten
     What is in a block that is not full is any number.
     """
     codes, span, base = asked.tensors[:3]
-    batch, groups, all_blocks, words, dim = codes.shape
+    batch, groups, all_blocks, num_bytes, dim = codes.shape
     size = asked.geometry.block_size
     slots, dims = power_of_two(size), power_of_two(dim)
     keys = span.new_empty(batch * groups, num_blocks, size, dim)
     launch(_unpack_keys, (num_blocks, batch * groups))(
         codes, span, base, asked.lengths, keys, groups, all_blocks, num_blocks, size, slots, dim,
-        dims, 16 * words // size, is_new, interpreting(),
+        dims, 8 * num_bytes // size, is_new, interpreting(),
         num_warps=min(max(slots * dims // _NUMBERS_OF_A_WARP, 1), 16), **as_written(),
     )  # fmt: skip
     return keys

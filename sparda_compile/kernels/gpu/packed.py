@@ -223,7 +223,7 @@ def gather_packed(
         host_BG: int64 addresses.
         pages: [B, G, C, 2, P, D], updated.
         kv_format: How the blocks are stored.
-        keys: Of keys that stay, codes [B, G, N, C, D] int16, span and base [B, G, N, D]; else none.
+        keys: Of keys that stay, codes [B, G, N, C, D] uint8, span and base [B, G, N, D]; else none.
         num_programs: Programs, half of them for keys.
     """
     batch, groups, selected = miss_blocks_BGK.shape

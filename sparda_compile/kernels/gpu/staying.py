@@ -17,7 +17,7 @@ from sparda_compile.kernels.gpu.packed_form import rounded
 
 __all__ = ["keys_of", "write_block", "write_keys"]
 
-_WORD_BITS: Final = tl.constexpr(16)
+_BYTE: Final = tl.constexpr(8)
 
 
 @triton.jit
@@ -33,14 +33,14 @@ def write_block(  # noqa: ANN201 - a part of kernels
     DIM: tl.constexpr, DIMS: tl.constexpr, KEPT: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
     """Write the keys of a block to [P, D] in a page; `place` is its number among all blocks."""
-    PER: tl.constexpr = _WORD_BITS // KEPT
-    WORDS: tl.constexpr = SIZE // PER
-    token, dims, word = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
+    PER: tl.constexpr = _BYTE // KEPT
+    BYTES: tl.constexpr = SIZE // PER
+    token, dims, byte = tl.arange(0, SLOTS), tl.arange(0, DIMS), tl.arange(0, SLOTS // PER)
     is_dim = dims < DIM
-    at = codes + (place * WORDS + word[:, None]) * DIM + dims[None, :]
-    words = tl.load(at, mask=(word < WORDS)[:, None] & is_dim[None, :], other=0).to(tl.int32)
+    at = codes + (place * BYTES + byte[:, None]) * DIM + dims[None, :]
+    packed = tl.load(at, mask=(byte < BYTES)[:, None] & is_dim[None, :], other=0).to(tl.int32)
     shift = tl.arange(0, PER) * KEPT
-    code = (words[:, None, :] >> shift[None, :, None]) & ((1 << KEPT) - 1)
+    code = (packed[:, None, :] >> shift[None, :, None]) & ((1 << KEPT) - 1)
     channel = place * DIM + dims
     span = tl.load(spans + channel, mask=is_dim, other=0.0)
     base = tl.load(bases + channel, mask=is_dim, other=0.0)

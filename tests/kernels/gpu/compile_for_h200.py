@@ -46,6 +46,7 @@ from sparda_compile.kernels.gpu import (  # noqa: E402
     copy,
     extend,
     extend_summary,
+    low_bit_integers,
     packed,
     packed_store,
     partials,
@@ -292,6 +293,21 @@ def run_halves(dim, softcap):
     )  # fmt: skip
 
 
+def run_integers(dtype, dim, size):
+    """Score by low-bit keys as a GPU does that multiplies integers, for one head and for many."""
+    lengths, out = ints(BATCH), torch.zeros(BATCH, GROUPS, BLOCKS)
+    for bits in (2, 4):
+        tensors = empty_summary(
+            summary_named(f"lowbit{bits}_keys"), torch.zeros(BATCH, GROUPS, 1, dim, dtype=dtype),
+            Geometry(BLOCKS, size, 32, 16),
+        )  # fmt: skip
+        for heads in (1, 16):
+            query = torch.zeros(BATCH, GROUPS * heads, 1, dim, dtype=dtype)
+            low_bit_integers.integer_masses(
+                query, tensors, lengths, 1.0, (out, out, out), softmax=heads > 1
+            )
+
+
 run_all(torch.bfloat16, 128, 64)
 run_largest(torch.float32, 256, 128)
 run_prompt(torch.bfloat16, 128, 64, (*PACKED, *STAYING))
@@ -300,6 +316,8 @@ run_mass_loss(torch.bfloat16, 64, 64, 0.0)
 run_mass_loss(torch.bfloat16, 256, 128, 30.0)
 run_mass_loss(torch.float16, 80, 16, 0.0)
 run_mass_loss(torch.bfloat16, 128, 64, 0.0, HEADS // GROUPS)
+run_integers(torch.bfloat16, 128, 64)
+run_integers(torch.float16, 80, 16)
 run_halves(128, 0.0)
 run_halves(64, 30.0)
 most = {name: [max(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}

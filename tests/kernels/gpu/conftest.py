@@ -30,6 +30,8 @@ TOLERANCES = {
     ("score", torch.float32): 1e-4,
     ("score", torch.float16): 1e-4,
     ("score", torch.bfloat16): 1e-4,
+    ("score of integers", torch.float16): 5e-2,
+    ("score of integers", torch.bfloat16): 5e-2,
     ("attention", torch.float32): 1e-4,
     ("attention", torch.float16): 4e-3,
     ("attention", torch.bfloat16): 3e-2,

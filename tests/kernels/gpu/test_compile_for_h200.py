@@ -18,7 +18,7 @@ MOST_SHARED = 227 * 1024
 # Kernels that read many bytes, and those that write as many.
 READ = {
     "_partials", "_score_forecast", "_score_quest", "_infllm2_logits", "_infllm2_blocks",
-    "_low_bit_masses", "_low_bit_scores",
+    "_integer_masses", "_low_bit_masses", "_low_bit_scores",
     "_token_sums", "_token_blocks", "_attend_tokens", "_attend_blocks", "_repair_predicted",
     "_token_masses", "_mass_scores", "_candidate_masses", "_pick_candidates",
     "_merge_partials", "_merge_predicted", "_remove_partial",
@@ -56,7 +56,7 @@ def test_kernels_compile_and_fit_and_read_16_bytes_at_once(kept_folder):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 64
+    assert len(found) == 65
     assert {name: shared for name, (shared, *_) in found.items() if shared > MOST_SHARED} == {}
     assert {name: found[name][1] for name in READ | COPY} == dict.fromkeys(READ | COPY, 16)
     assert {name: found[name][2] for name in COPY} == dict.fromkeys(COPY, 16)
