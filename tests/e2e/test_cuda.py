@@ -126,6 +126,24 @@ def test_logits_do_not_depend_on_how_a_step_runs(lab, mode, change, lowering):
         assert all(layer.h2d_bytes > 0 for layer in stats.layers.values())
 
 
+@pytest.mark.parametrize("selector", ["lowbit2", "lowbit4"])
+def test_scores_of_integers_are_the_same_in_every_step(selector):
+    """Queries of 16 bits are multiplied as integers; `exact` is `query`, wherever blocks are."""
+    lab = Lab(torch.bfloat16)
+    settings = {"selector": selector, "lowering": "inductor"}
+    tokens, wanted = lab.run(lab.module("query", **settings))
+    assert torch.isfinite(wanted).all()
+    for mode, change in (
+        ("query", {"offload": "never"}),
+        ("query", {"page_ratio": 1.0}),
+        ("exact/previous_step", {}),
+        ("exact/ema", {"page_ratio": 1.0}),
+    ):
+        got = lab.run(lab.module(mode, **settings, **change))
+        assert torch.equal(got[1], wanted), (mode, change)
+        assert torch.equal(got[0], tokens)
+
+
 def decode_of(module):
     return module.programs.get("decode", len(PROMPT_LENGTHS), MAX_TOKENS, last_only=True)
 

@@ -55,8 +55,7 @@ _begin_copy: Any = getattr(async_copy, "async_load", None) or async_copy.async_c
 _barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
 _LARGEST = gl.constexpr(127.0)
 _LN_2 = gl.constexpr(0.6931471805599453)
-# The float 1.5 * 2^23, and its bits.
-_ZERO = gl.constexpr(12582912.0)
+_ZERO = gl.constexpr(12582912.0)  # 1.5 * 2^23, and its bits
 _ZERO_BITS = gl.constexpr(0x4B400000)
 # Four numbers at once: 1536 is 0x6600 in float16, whose last bits are then an integer.
 _MULTIPLY = gl.constexpr(
@@ -87,15 +86,9 @@ def _whole_products(v, u):
 
 
 @gluon.jit
-def _masked(codes, TEXT: gl.constexpr):
-    """Return some bits of each byte."""
-    return gl.inline_asm_elementwise(TEXT, "=r,r", [codes], dtype=gl.int8, is_pure=True, pack=4)
-
-
-@gluon.jit
 def _sums(w, codes, TEXT: gl.constexpr, SUMS: gl.constexpr, FEW: gl.constexpr):
-    """Return sum_d w code * weight of some codes of each byte, float32."""
-    part = _masked(codes, TEXT)
+    """Return sum_d w code * weight of the codes that TEXT takes out of each byte, float32."""
+    part = gl.inline_asm_elementwise(TEXT, "=r,r", [codes], dtype=gl.int8, is_pure=True, pack=4)
     if FEW:
         begin = gl.full([codes.shape[0], w.shape[1]], _ZERO_BITS, gl.int32, SUMS)
         found = mma_v2(part, w, begin)
@@ -330,7 +323,7 @@ def _integer_masses(
 def fits_integers(query_BHTD: Tensor, codes_BGNCD: Tensor) -> bool:
     """Whether products of integers score such queries: by dtype, sizes and device.
 
-    Queries of 16 bits, at most 16 of a KV head; channels in runs of 16 bytes, at most 256.
+    Queries of 16 bits, at most 16 of a KV head; channels in runs of 16, at most 256.
     """
     groups, dim = codes_BGNCD.shape[1], codes_BGNCD.shape[4]
     if interpreting() or query_BHTD.dtype not in (torch.bfloat16, torch.float16):
@@ -340,7 +333,7 @@ def fits_integers(query_BHTD: Tensor, codes_BGNCD: Tensor) -> bool:
 
 
 def _has_integers(device: torch.device) -> bool:
-    """Whether the matrix unit multiplies integers as the kernel asks it to: Ampere and later."""
+    """Whether the matrix unit multiplies integers as asked: Ampere and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -388,9 +381,8 @@ def integer_masses(
         tensors: Codes, spans, bases and the open block's keys.
         lengths_B: [B] int32, tokens of each sequence.
         factor: Of a logit, to the power of two.
-        out: Masses [B * G, N, rows], maxima and sums [B * G, parts, rows], float32; or for
-            Forecasts their scores [B, G, N] alone.
-        softmax: Whether it is the former.
+        out: Masses [B * G, N, rows], maxima and sums [B * G, parts, rows], float32.
+        softmax: Whether it is so; else masses are a Forecast's scores [B, G, N].
     """
     codes = tensors[0]
     batch, groups, num_blocks, num_bytes, dim = codes.shape
