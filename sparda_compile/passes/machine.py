@@ -79,16 +79,16 @@ LATENCY_US: Final[Mapping[str, Mapping[str, float]]] = {
 
 # What the scores of a selector take beside its bytes, and the rate at which their kernels read
 # these: unpacking codes and summing weights take instructions, not bytes. A selector that is not
-# named takes `score_blocks` of the above, and the rate of the memory. On one H200, November 2026,
-# 128K tokens, 2 KV heads of 128, 1 and 16 sequences, in replayed CUDA graphs
-# (benchmarks/results/2026-11-30-h200-score-forms.json and -low-bit-forms.json, for Forecasts
-# 2026-12-01-h200-low-bit-columns.json): these two numbers are the line through the two times.
+# named takes `score_blocks` of the above, and the rate of the memory. On one H200, November and
+# December 2026, 128K tokens, 2 KV heads of 128, 1 and 16 sequences, in replayed CUDA graphs
+# (benchmarks/results/2026-11-30-h200-score-forms.json, 2026-12-01-h200-low-bit-integers.json):
+# these two numbers are the line through the two times.
 SCORES: Final[Mapping[str, Mapping[str, float]]] = {
     "infllm2": {"latency_us": 4.8, "gbps": 2710.0},
-    "lowbit2": {"latency_us": 6.4, "gbps": 1786.0},
-    "lowbit4": {"latency_us": 7.3, "gbps": 2712.0},
-    "lowbit2_forecast": {"latency_us": 4.4, "gbps": 2323.0},
-    "lowbit4_forecast": {"latency_us": 5.1, "gbps": 3858.0},
+    "lowbit2": {"latency_us": 9.7, "gbps": 2641.0},
+    "lowbit4": {"latency_us": 9.2, "gbps": 3305.0},
+    "lowbit2_forecast": {"latency_us": 4.6, "gbps": 3538.0},
+    "lowbit4_forecast": {"latency_us": 5.1, "gbps": 4120.0},
 }
 
 
