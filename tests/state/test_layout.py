@@ -135,9 +135,9 @@ def test_summaries_are_those_that_are_scored(config, summaries):
 def test_each_summary_has_tensors_of_its_own():
     sizes = layout(mode="query", selector="lowbit2", kv_format="values8")
     tensors = sizes.tensors(SPARSE)
-    for bits, words in ((2, 8), (4, 16)):
+    for bits, num_bytes in ((2, 16), (4, 32)):
         codes, *_ = sizes.summary_tensors(f"lowbit{bits}_keys", SPARSE)
-        assert tensors[codes] == TensorSpec((3, 2, 200, words, 64), torch.int16)
+        assert tensors[codes] == TensorSpec((3, 2, 200, num_bytes, 64), torch.uint8)
     assert sizes.staying_keys(SPARSE.layer) == sizes.summary_tensors("lowbit4_keys", SPARSE)[:3]
 
 
