@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from sparda_compile.bench.timing import Spread, graph_us, time_calls
+from sparda_compile.bench.timing import graph_us, matmul_tflops
 from sparda_compile.environment import write_result
 from sparda_compile.passes.machine import Machine, calibration_file
 
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["matmul_tflops", "measure_machine", "write_machine"]
+__all__ = ["measure_machine", "write_machine"]
 
-_SIZE: Final = 8192
 _TINY_KERNELS: Final = 256
 
 
@@ -68,16 +67,6 @@ def write_machine(machine: Machine, commit: str | None = None) -> Path:
     path = calibration_file(torch.cuda.get_device_name())
     write_result(path, {"machine": dataclasses.asdict(machine)}, commit)
     return path
-
-
-def matmul_tflops(device: torch.device) -> float:
-    """Return the rate of a large matrix multiplication in bf16."""
-    a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    multiply = partial(torch.mm, a, b, out=out)
-    time_calls(multiply, 5)  # clocks rise
-    us = Spread.of(time_calls(multiply, 20)).median
-    return round(2 * _SIZE**3 / us / 1e6, 1)
 
 
 def _launch_us(device: torch.device) -> float:

@@ -1,8 +1,7 @@
-"""A model that all measurements of a shape share, and files that keep what was measured.
+"""A model that all measurements of a shape share.
 
 Making the 8b model takes half a minute, and so does compiling each of its programs; so one `Lab`
-serves every batch size. A result is written as soon as it is there, and measurements of the same
-environment that a file holds already are kept.
+serves every batch size.
 """
 
 from __future__ import annotations
@@ -20,71 +19,20 @@ from sparda_compile.bench.memory import GIB, FreeMemory, free_everything, layout
 from sparda_compile.bench.programs import KNOBS
 from sparda_compile.bench.shapes import SHAPES, build_model
 from sparda_compile.bench.sharing import louder_tokens
-from sparda_compile.environment import kept_result, write_result
 from sparda_compile.program.captures import Captures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import nn
 
     from sparda_compile.bench.prefill import PrefillSetting
     from sparda_compile.bench.prompt_floor import Rates
     from sparda_compile.bench.prompt_programs import PromptPrograms
+    from sparda_compile.bench.result_file import ResultFile
     from sparda_compile.bench.turns import TurnSetting
 
-__all__ = ["Lab", "ResultFile"]
-
-
-class ResultFile:
-    """A JSON file of results, one for each value of `key`; rewritten whenever one is added.
-
-    Args:
-        path: The file. What it holds is kept if it was measured in this environment; the date may
-            differ.
-        head: Fields beside the results.
-        key: Field that tells results apart.
-        commit: Of this package, where it is not a git checkout.
-
-    Attributes:
-        results: What is there, by key.
-    """
-
-    def __init__(
-        self, path: Path, head: dict[str, Any], key: str, commit: str | None = None
-    ) -> None:
-        self.path = path
-        self.head = head
-        self.key = key
-        self.commit = commit
-        self.results: list[dict[str, Any]] = self._kept()
-
-    def _kept(self) -> list[dict[str, Any]]:
-        found = kept_result(self.path, self.head, self.commit) or {}
-        return list(found.get("results", []))
-
-    def has(self, value: object) -> bool:
-        """Return whether there is a result of this key with everything in it."""
-        return any(r[self.key] == value and not r.get("unfinished") for r in self.results)
-
-    def get(self, value: object) -> dict[str, Any] | None:
-        """Return the result of this key, whole or not."""
-        return next((r for r in self.results if r[self.key] == value), None)
-
-    def save(self, result: dict[str, Any]) -> None:
-        """Add a result, in place of one with the same key, and write the file."""
-        others = [r for r in self.results if r[self.key] != result[self.key]]
-        self.results = sorted([*others, result], key=lambda r: r[self.key])
-        self.write()
-
-    def write(self) -> None:
-        """Write the file as it is now."""
-        write_result(self.path, self.content(), self.commit)
-
-    def content(self) -> dict[str, Any]:
-        """Return the head and the results."""
-        return {**self.head, "results": self.results}
+__all__ = ["Lab"]
 
 
 class Lab:

@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparda_compile.bench.lab import ResultFile
     from sparda_compile.bench.prompt_floor import Rates
     from sparda_compile.bench.prompt_programs import PromptPrograms
+    from sparda_compile.bench.result_file import ResultFile
     from sparda_compile.bench.shapes import ModelShape
 
 __all__ = [

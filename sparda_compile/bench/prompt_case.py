@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sparda_compile.kernels.gpu import attend_tokens, stage
-from sparda_compile.kernels.prefill_attention import num_new_slots
+from sparda_compile.kernels.paged import num_new_slots
 from sparda_compile.runtime.staging import empty_staging
 from sparda_compile.selectors import Geometry
 

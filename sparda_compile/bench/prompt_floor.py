@@ -17,10 +17,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sparda_compile.bench.calibration import matmul_tflops
 from sparda_compile.bench.decode import memcpy_gbps
 from sparda_compile.bench.memory import dense_kv_bytes
 from sparda_compile.bench.prompt_programs import BACKENDS, OURS
+from sparda_compile.bench.timing import matmul_tflops
 from sparda_compile.kernels.asked import SOFTMAX
 from sparda_compile.registry import SELECTORS, forecast_rule
 

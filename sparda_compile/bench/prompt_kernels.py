@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sparda_compile.bench.calibration import matmul_tflops
 from sparda_compile.bench.prompt_case import KEPT, MOST_ERROR, Case, Shape, randn
 from sparda_compile.bench.prompt_others import bench_others
-from sparda_compile.bench.timing import graph_us
+from sparda_compile.bench.timing import graph_us, matmul_tflops
 from sparda_compile.kernels.gpu import attend_tokens, select_tokens, token_blocks
 from sparda_compile.kernels.gpu.select import Choice
 from sparda_compile.kernels.select_blocks import select_blocks_reference

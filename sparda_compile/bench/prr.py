@@ -27,7 +27,7 @@ from sparda_compile.bench.suite import Part, run_parts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sparda_compile.bench.lab import ResultFile
+    from sparda_compile.bench.result_file import ResultFile
 
 __all__ = ["BATCHES", "SUMMARY", "TOKENS", "PrrBench", "PrrSetting"]
 

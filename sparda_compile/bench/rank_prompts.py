@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import torch.distributed as dist
 
-from sparda_compile.bench.lab import Lab, ResultFile
+from sparda_compile.bench.lab import Lab
 from sparda_compile.bench.memory import FreeMemory
 from sparda_compile.bench.prefill import PrefillSetting
 from sparda_compile.bench.prompt_floor import Rates
 from sparda_compile.bench.prompt_programs import PromptPrograms
 from sparda_compile.bench.rank_group import rank_group
 from sparda_compile.bench.rank_model import build_sharded_model
+from sparda_compile.bench.result_file import ResultFile
 from sparda_compile.bench.shapes import SHAPES, ModelShape
 from sparda_compile.ranks.agreement import Ranks, ranks_of
 from sparda_compile.runtime.host_pool import free_host_bytes

@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Spread", "graph_us", "graphs_us", "time_calls", "time_turns", "wait_for"]
+__all__ = [
+    "Spread",
+    "graph_us",
+    "graphs_us",
+    "matmul_tflops",
+    "time_calls",
+    "time_turns",
+    "wait_for",
+]
+
+# Rows and columns of a large product.
+_SIZE: Final = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +123,13 @@ def graphs_us(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict
         graphs[name].replay()
     times = time_turns([graph.replay for graph in graphs.values()], rounds)
     return dict(zip(graphs, times, strict=True))
+
+
+def matmul_tflops(device: torch.device) -> float:
+    """Return the rate of a large matrix multiplication in bf16."""
+    a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    multiply = partial(torch.mm, a, b, out=out)
+    time_calls(multiply, 5)  # clocks rise
+    us = Spread.of(time_calls(multiply, 20)).median
+    return round(2 * _SIZE**3 / us / 1e6, 1)

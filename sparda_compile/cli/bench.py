@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparda_compile.cli import labs
 from sparda_compile.cli.bench_files import budget_file, decode_file, kernels_file
 from sparda_compile.cli.compile_ahead import bench_compile
 from sparda_compile.cli.console import (
@@ -45,10 +46,11 @@ from sparda_compile.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sparda_compile.bench.lab import Lab, ResultFile
+    from sparda_compile.bench.lab import Lab
+    from sparda_compile.bench.result_file import ResultFile
     from sparda_compile.bench.suite import Part
 
-__all__ = ["bench_app", "make_lab", "require_gpu"]
+__all__ = ["bench_app"]
 
 _BUDGETS: Final = (8.0, 16.0)
 _TOKENS: Final = 131072
@@ -67,17 +69,6 @@ bench_app.command("compile")(bench_compile)
 bench_app.command("decode")(bench_decode)
 
 Format = Annotated[KvFormat, typer.Option(help="How full blocks are written.")]
-
-
-def require_gpu(command: str) -> None:
-    """Raise ConfigError if there is no CUDA GPU to measure."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"`{command}` measures a CUDA GPU, and torch {torch.__version__} sees none; run it on "
-            "a machine with one, with a CUDA build of torch and the extra `gpu`."
-        )
 
 
 @bench_app.command("budget")
@@ -115,8 +106,8 @@ def bench_budget(
             formats = {"kv_format": str(kv_format)}
             setting = decode_setting(1, tokens, overlap or [0.9], None, rounds, steps, formats)
             check_folder(out)
-            require_gpu("sparda bench budget")
-            lab = make_lab(shape, say, max_host_gib)
+            labs.require_gpu("sparda bench budget")
+            lab = labs.make_lab(shape, say, max_host_gib)
             file = budget_file(out, shape, tokens, commit, formats)
             for size in budgets:
                 lab.budget(size, setting, file.save)
@@ -135,7 +126,7 @@ def bench_kernels(
     """Measure the kernels alone, beside their floors and what else could do the same."""
     with errors_as_sentences(bench_kernels):
         check_folder(out)
-        require_gpu("sparda bench kernels")
+        labs.require_gpu("sparda bench kernels")
         with progress() as say:
             result = _measure_kernels(out / "kernels.json", commit, say)
         from sparda_compile.bench.show import print_kernels
@@ -159,7 +150,7 @@ def bench_all(
     """Run everything, the most important part first, and stop before the time is over."""
     with errors_as_sentences(bench_all):
         check_folder(out)
-        require_gpu("sparda bench all")
+        labs.require_gpu("sparda bench all")
         with progress() as say:
             from sparda_compile.bench.suite import run_parts
             from sparda_compile.environment import write_result
@@ -189,14 +180,14 @@ def _parts(
     from sparda_compile.bench.memory import free_everything
     from sparda_compile.bench.suite import PARTS, WITH_BASELINES, Part
 
-    labs: dict[str, Lab] = {}
+    made: dict[str, Lab] = {}
 
     def lab(shape: str) -> Lab:
-        if shape not in labs:
-            labs.clear()
+        if shape not in made:
+            made.clear()
             free_everything()
-            labs[shape] = make_lab(shape, say, max_host_gib)
-        return labs[shape]
+            made[shape] = labs.make_lab(shape, say, max_host_gib)
+        return made[shape]
 
     def decode(shape: str, batch: int) -> None:
         setting = decode_setting(batch, _TOKENS, None, None, 3, 20)
@@ -242,18 +233,3 @@ def _measure_kernels(path: Path, commit: str | None, say: Callable[[str], None])
     result = measure(say)
     kernels_file(path, commit).save({"part": "kernels", **result})
     return result
-
-
-def make_lab(shape: str, say: Callable[[str], None], max_host_gib: float | None) -> Lab:
-    """Return the lab of a shape.
-
-    Args:
-        shape: A key of `SHAPES`.
-        say: Told what is going on.
-        max_host_gib: Most CPU memory for KV, GiB; None is what is free.
-    """
-    from sparda_compile.bench.lab import Lab
-    from sparda_compile.bench.memory import GIB
-
-    limit = None if max_host_gib is None else round(max_host_gib * GIB)
-    return Lab(shape, say, max_host_bytes=limit)

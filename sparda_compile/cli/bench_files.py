@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from sparda_compile.bench.lab import ResultFile
+    from sparda_compile.bench.result_file import ResultFile
 
 __all__ = ["REPEAT", "budget_file", "decode_file", "kernels_file", "prompt_file", "trace_file"]
 

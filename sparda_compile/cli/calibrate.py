@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparda_compile.cli.bench import require_gpu
+from sparda_compile.cli import labs
 from sparda_compile.cli.console import (
     AsJson,
     errors_as_sentences,
@@ -33,7 +33,7 @@ def calibrate_machine(
 ) -> None:
     """Measure this GPU and its link, and keep the constants for every later plan."""
     with errors_as_sentences(calibrate_machine):
-        require_gpu("sparda calibrate")
+        labs.require_gpu("sparda calibrate")
         from sparda_compile.bench.calibration import measure_machine, write_machine
         from sparda_compile.bench.show import print_machine
 

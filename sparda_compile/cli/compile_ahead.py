@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
+from sparda_compile.cli import labs
 from sparda_compile.cli.console import CANNOT, errors_as_sentences, fail, progress
 from sparda_compile.cli.options import MOST_SEQUENCES, MOST_TOKENS, Shape, Variant
 
@@ -45,11 +46,10 @@ def bench_compile(
 
         from sparda_compile.bench.decode import VARIANTS
         from sparda_compile.bench.precompile import Target, compile_apart, compile_here
-        from sparda_compile.cli.bench import require_gpu
 
         sizes = product(shape or _SHAPES, batch or (1,), variant or VARIANTS)
         targets = [Target(*each, tokens) for each in sizes]
-        require_gpu("sparda bench compile")
+        labs.require_gpu("sparda bench compile")
         failed = []
         if jobs == 1 or len(targets) == 1:
             compile_here(targets, "cuda", say)

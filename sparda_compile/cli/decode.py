@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
+from sparda_compile.cli import labs
 from sparda_compile.cli.bench_files import decode_file, trace_file
 from sparda_compile.cli.console import (
     AsJson,
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sparda_compile.bench.decode import DecodeSetting
-    from sparda_compile.bench.lab import Lab, ResultFile
+    from sparda_compile.bench.lab import Lab
+    from sparda_compile.bench.result_file import ResultFile
     from sparda_compile.cli.trace_options import FollowedTraces
 
 __all__ = ["bench_decode", "decode_setting"]
@@ -145,8 +147,6 @@ def bench_decode(
 ) -> None:
     """Measure decode of one token: programs interleaved, outputs compared first."""
     with errors_as_sentences(bench_decode):
-        from sparda_compile.cli.bench import make_lab, require_gpu
-
         with progress() as say:
             say("importing torch and transformers")
             formats = [str(name) for name in kv_format or ("model",)]
@@ -163,8 +163,8 @@ def bench_decode(
             check_plot(plot)
             check_folder(out)
             if tp == 1:
-                require_gpu("sparda bench decode")
-                lab = make_lab(shape, say, max_host_gib)
+                labs.require_gpu("sparda bench decode")
+                lab = labs.make_lab(shape, say, max_host_gib)
                 place = (out, shape, tokens, commit)
                 files = [_measure(lab, group, place, followed, baseline) for group in groups]
         if tp > 1:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sparda_compile.bench.lab import ResultFile
+    from sparda_compile.bench.result_file import ResultFile
 
 __all__ = ["check_folder", "check_outputs", "check_plot", "result_file", "write_file"]
 
@@ -90,6 +90,6 @@ def _check(path: Path, option: str) -> None:
 
 def result_file(path: Path, head: dict[str, Any], key: str, commit: str | None) -> ResultFile:
     """Return a file of results; arguments are those of `ResultFile`."""
-    from sparda_compile.bench.lab import ResultFile
+    from sparda_compile.bench.result_file import ResultFile
 
     return ResultFile(path, head, key, commit)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparda_compile.cli import labs
 from sparda_compile.cli.console import (
     AsJson,
     errors_as_sentences,
@@ -67,9 +68,7 @@ def bench_profile(
         check_folder(out)
         with progress() as say:
             say("importing torch and transformers")
-            from sparda_compile.cli.bench import require_gpu
-
-            require_gpu("sparda bench profile")
+            labs.require_gpu("sparda bench profile")
             trace = write_file(lambda path: path, out / "trace.json")
             assert trace is not None
             measured = _measure(shape, batch, tokens, overlap, mode, trace, say)

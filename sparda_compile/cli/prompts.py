@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparda_compile.cli import labs
 from sparda_compile.cli.bench_files import REPEAT, prompt_file
 from sparda_compile.cli.console import (
     AsJson,
@@ -35,7 +36,8 @@ from sparda_compile.cli.ranks import NumRanks, prompts_on_ranks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sparda_compile.bench.lab import Lab, ResultFile
+    from sparda_compile.bench.lab import Lab
+    from sparda_compile.bench.result_file import ResultFile
     from sparda_compile.bench.suite import Part
 
 __all__ = ["bench_prefill", "bench_turns", "prompt_part"]
@@ -142,7 +144,6 @@ def bench_prefill(
             say("importing torch and transformers")
             from sparda_compile.bench.prefill import DEFAULT_TOKENS, PrefillSetting
             from sparda_compile.bench.prompt_programs import OURS_OFFLOADED, PREFILL_BACKENDS
-            from sparda_compile.cli.bench import make_lab, require_gpu
 
             fields = _settings(chunk_tokens, selector, prefill_selector, prefill_candidates)
             times = (rounds, limit, minutes)
@@ -158,9 +159,9 @@ def bench_prefill(
             check_folder(out)
             named = partial(prompt_file, "prefill", out, shape, commit, fields, repeat, tp)
             if tp == 1:
-                require_gpu("sparda bench prefill")
+                labs.require_gpu("sparda bench prefill")
                 file = named()
-                make_lab(shape, say, max_host_gib).prefill(setting, file)
+                labs.make_lab(shape, say, max_host_gib).prefill(setting, file)
         if tp > 1:
             found = prompts_on_ranks(context, shape, setting, tp, named, max_host_gib)
             if found is None:  # one of the ranks: it has written what it found
@@ -203,7 +204,6 @@ def bench_turns(
             say("importing torch and transformers")
             from sparda_compile.bench.prompt_programs import BACKENDS, OURS_OFFLOADED
             from sparda_compile.bench.turns import DEFAULT_TURNS, TurnSetting
-            from sparda_compile.cli.bench import make_lab, require_gpu
 
             fields = _settings(chunk_tokens, selector, prefill_selector, prefill_candidates)
             setting = TurnSetting(
@@ -218,9 +218,9 @@ def bench_turns(
             check_folder(out)
             named = partial(prompt_file, "turns", out, shape, commit, fields, repeat, tp)
             if tp == 1:
-                require_gpu("sparda bench turns")
+                labs.require_gpu("sparda bench turns")
                 file = named()
-                make_lab(shape, say, max_host_gib).turns(setting, file)
+                labs.make_lab(shape, say, max_host_gib).turns(setting, file)
         if tp > 1:
             found = prompts_on_ranks(context, shape, setting, tp, named, max_host_gib)
             if found is None:  # one of the ranks: it has written what it found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from sparda_compile.cli import labs
 from sparda_compile.cli.console import (
     CANNOT,
     AsJson,
@@ -87,7 +88,7 @@ def bench_prr(
             say("importing torch")
             setting = _setting(shape, tokens, batch, coverage)
             check_folder(out)
-            _require_gpu()
+            labs.require_gpu("sparda bench prr")
             bench = _bench(setting, out, commit, say)
             parts = bench.run(minutes)
         from sparda_compile.bench.prr_show import print_prr
@@ -126,12 +127,6 @@ def prr_part(out: Path, commit: str | None, say: Callable[[str], None]) -> Part:
     return Part("prr", _MINUTES, is_done, run)
 
 
-def _require_gpu() -> None:
-    from sparda_compile.cli.bench import require_gpu
-
-    require_gpu("sparda bench prr")
-
-
 def _setting(
     shape: list[Shape] | None,
     tokens: list[int] | None,
@@ -163,8 +158,8 @@ def _bench(
 ) -> PrrBench:
     import torch
 
-    from sparda_compile.bench.lab import ResultFile
     from sparda_compile.bench.prr import PrrBench
+    from sparda_compile.bench.result_file import ResultFile
 
     file = ResultFile(out / "prr.json", setting.head, "part", commit)
     return PrrBench(setting, file, torch.device("cuda"), say)

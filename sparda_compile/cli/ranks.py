@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparda_compile.bench.decode import DecodeSetting
-    from sparda_compile.bench.lab import ResultFile
     from sparda_compile.bench.prefill import PrefillSetting
+    from sparda_compile.bench.result_file import ResultFile
     from sparda_compile.bench.turns import TurnSetting
 
     Place = tuple[Path, str | None]

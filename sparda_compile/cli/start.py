@@ -85,7 +85,7 @@ def bench_start(
     with errors_as_sentences(bench_start):
         with progress() as say:
             say("importing torch")
-            from sparda_compile.bench.lab import ResultFile
+            from sparda_compile.bench.result_file import ResultFile
             from sparda_compile.bench.start import measure_start, plan_runs
 
             job = _job(shape, layers, device, scenario, mode, lowering)

@@ -146,7 +146,7 @@ def mix_scores(
             from sparda_compile.kernels.gpu.mixture import mix
 
             past = (level, trend, damping, calibrated)
-            mix(asked, past, mixture, mixed, are_comparable=are_comparable)
+            mix(asked, past, mixture, mixed, START, are_comparable=are_comparable)
             return
         given = asked if are_comparable else standardise(asked)
         mixed.copy_(mix_reference(given, _past(level, trend, damping, calibrated), mixture))
@@ -204,7 +204,7 @@ def learn_mixture(
 
             past = (level, trend, damping, calibrated)
             operands = (scores, asked, past, lengths, mixture, choice)
-            learn(*operands, are_comparable=are_comparable)
+            learn(*operands, DECAY, are_comparable=are_comparable)
             return
         right, early = (s if are_comparable else standardise(s) for s in (scores, asked))
         predicted = _past(level, trend, damping, calibrated)

@@ -20,8 +20,6 @@ import torch
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
 __all__ = [
@@ -29,7 +27,7 @@ __all__ = [
     "WRITTEN",
     "Stored",
     "block_pool",
-    "past_keys_values",
+    "num_new_slots",
     "read_blocks",
     "read_pages",
     "stored_or_none",
@@ -67,6 +65,11 @@ def stored_or_none(tail: Tensor | None, kv_format: str) -> Stored | None:
 def block_pool(pages: Tensor, tail: Tensor | None) -> Tensor:
     """Return the pool whose last dimensions and dtype are those of a block, [2, P, D]."""
     return pages if tail is None else tail
+
+
+def num_new_slots(num_tokens: int, block_size: int) -> int:
+    """Return how many blocks new tokens may lie in, of which the first may have older ones."""
+    return -(-num_tokens // block_size) + 1
 
 
 def tail_pages(block_table: Tensor, *, is_tail: bool) -> Tensor:
@@ -120,50 +123,3 @@ def read_pages(
     written_B = lengths_B.long() // stored.tail.shape[4]
     is_tail = block_ids == written_B.view(batch, 1, *ones)
     return torch.where(is_tail[..., None, None, None], stored.tail[rows, heads, WRITTEN], blocks)
-
-
-def past_keys_values(
-    pages: Tensor,
-    host: Tensor,
-    block_table: Tensor,
-    lengths_B: Tensor,
-    kv_format: str = "model",
-    keys: Sequence[Tensor] = (),
-    tail: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gather the first blocks of each sequence: two tensors [B, G, n * P, D].
-
-    Args:
-        pages: [B, G, C, 2, P, D], or stored runs.
-        host: [B, G, N, 2, P, D], or addresses (see `runtime.transfer`), or empty without offload.
-        block_table: [B, G, n] int32; a block without a page comes from the host.
-        lengths_B: Tokens in the cache, int32.
-        kv_format: How blocks in CPU memory are written.
-        keys: What keys that stay are read back from, of at least n blocks; empty for others.
-        tail: [B, G, 2, 2, P, D] beside stored runs.
-    """
-    num_blocks = block_table.shape[2]
-    if pages.is_cuda:
-        from sparda_compile.kernels.gpu.prefill import load_prefix
-
-        blocks = load_prefix(pages, host, block_table, num_blocks, kv_format, keys, tail)
-    else:
-        rows = torch.arange(pages.shape[0])[:, None, None]
-        heads = torch.arange(pages.shape[1])[:, None]
-        page = block_table.long()
-        index = (rows, heads, page.clamp(min=0))
-        blocks = read_blocks(pages, index, stored_or_none(tail, kv_format))
-        if host.numel():
-            absent = (page < 0)[..., None, None, None]
-            mine = [each[:, :, :num_blocks] for each in keys]
-            size, dim = blocks.shape[4:]
-            found = KV_FORMATS[kv_format]
-            stored = found.read(host[:, :, :num_blocks], mine, size, dim, blocks.dtype)
-            blocks = torch.where(absent, stored, blocks)
-    if tail is not None:
-        number = torch.arange(num_blocks, device=pages.device)
-        is_tail = number == lengths_B[:, None].long() // tail.shape[4]
-        is_tail = is_tail[:, None, :, None, None, None]
-        blocks = torch.where(is_tail, tail[:, :, WRITTEN : WRITTEN + 1], blocks)
-    k, v = blocks.unbind(3)
-    return k.flatten(2, 3), v.flatten(2, 3)

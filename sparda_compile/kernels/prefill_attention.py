@@ -20,14 +20,14 @@ from torch import Tensor
 
 from sparda_compile.isa.define import define
 from sparda_compile.isa.table import Work
-from sparda_compile.kernels.paged import block_pool, past_keys_values, tail_pages
+from sparda_compile.kernels.paged import block_pool, tail_pages
+from sparda_compile.kernels.past import past_keys_values
 from sparda_compile.kernels.workspace import attend_tokens_bytes, prefill_attention_bytes
 
 __all__ = [
     "SelectedBlocks",
     "attend_tokens",
     "masked_attention",
-    "num_new_slots",
     "prefill_attention",
     "real_columns",
     "token_positions",
@@ -321,11 +321,6 @@ def attend_tokens(
     return _token_major(
         masked_attention(query, keys, values, position_BT, place_BS, scale, softcap, 0, blocks)
     )
-
-
-def num_new_slots(num_tokens: int, block_size: int) -> int:
-    """Return how many blocks new tokens may lie in, of which the first may have older ones."""
-    return -(-num_tokens // block_size) + 1
 
 
 def _pack(

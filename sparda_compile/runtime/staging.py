@@ -22,8 +22,12 @@ from torch import Tensor
 from sparda_compile.isa.define import define
 from sparda_compile.isa.engines import current_engine
 from sparda_compile.isa.table import Work
-from sparda_compile.kernels.paged import block_pool, read_blocks, stored_or_none
-from sparda_compile.kernels.prefill_attention import num_new_slots
+from sparda_compile.kernels.paged import (
+    block_pool,
+    num_new_slots,
+    read_blocks,
+    stored_or_none,
+)
 from sparda_compile.registry import KV_FORMATS
 
 if TYPE_CHECKING:

@@ -137,7 +137,9 @@ def aligned_teacher(
     if is_fused(backend, query_BHTD):
         from sparda_compile.training.teacher_kernel import launch_aligned_teacher
 
-        return launch_aligned_teacher(query_BHTD, fine_BGJD, queries, pool, scale, softcap)
+        width = visible_windows(fine_BGJD.shape[2] + 1, queries, pool)
+        factors = (scale, softcap)
+        return launch_aligned_teacher(query_BHTD, fine_BGJD, queries, pool, factors, width)
     return plain_teacher(query_BHTD, fine_BGJD, queries, pool, scale, softcap)
 
 

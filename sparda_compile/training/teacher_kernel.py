@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparda_compile.errors import BackendUnavailableError, ConfigError
-from sparda_compile.training.teacher import visible_windows
 
 try:
     import triton
@@ -151,10 +150,12 @@ def launch_aligned_teacher(
     fine_BGJD: Tensor,
     queries: range,
     pool: tuple[int, int],
-    scale: float,
-    softcap: float,
+    factors: tuple[float, float],
+    width: int,
 ) -> Tensor:
     """Do what `aligned_teacher` says with two kernels.
+
+    `factors`: scale and softcap; `width`: how many windows can have mass for these queries.
 
     Raises:
         ConfigError: If the stride or the head dim is outside the limits.
@@ -170,7 +171,7 @@ def launch_aligned_teacher(
         )
     query_BHTD = query_BHTD if query_BHTD.stride(-1) == 1 else query_BHTD.contiguous()
     num_queries, device = len(queries), query_BHTD.device
-    width = visible_windows(num_fine + 1, queries, pool)
+    scale, softcap = factors
     num_fine = min(num_fine, queries.stop)
     # Each cell's last window also counts for the next one, so there may be one cell more.
     num_cells = max(-(-num_fine // stride), width)

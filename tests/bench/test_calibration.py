@@ -64,12 +64,6 @@ def test_each_constant_comes_from_its_measurement(gpu, monkeypatch):
     assert len(told) == 6
 
 
-def test_rate_of_a_matrix_multiplication(monkeypatch):
-    monkeypatch.setattr(calibration, "_SIZE", 64)
-    monkeypatch.setattr(calibration, "time_calls", lambda call, runs: [2.0])
-    assert calibration.matmul_tflops(torch.device("cpu")) == round(2 * 64**3 / 2.0 / 1e6, 1)
-
-
 @pytest.mark.gpu
 def test_real_machine():
     machine = measure_machine(lambda text: None)

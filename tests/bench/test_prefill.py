@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sparda_compile.bench import prefill
-from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.prefill import (
     DEFAULT_TOKENS,
     NUM_NEW,
@@ -21,6 +20,7 @@ from sparda_compile.bench.prefill import (
 )
 from sparda_compile.bench.prompt_floor import Rates
 from sparda_compile.bench.prompt_programs import PromptPrograms
+from sparda_compile.bench.result_file import ResultFile
 from sparda_compile.bench.shapes import SHAPES
 from sparda_compile.errors import ConfigError, HostPoolFullError
 

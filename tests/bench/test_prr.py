@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparda_compile import environment
-from sparda_compile.bench.lab import ResultFile
+from sparda_compile.bench.result_file import ResultFile
 
 prr = pytest.importorskip("sparda_compile.bench.prr")
 

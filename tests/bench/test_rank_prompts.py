@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.prefill import PrefillSetting
 from sparda_compile.bench.rank_prompts import (
     RankLab,
@@ -19,6 +18,7 @@ from sparda_compile.bench.rank_prompts import (
     measure_prompts_on_ranks,
     shape_of_rank,
 )
+from sparda_compile.bench.result_file import ResultFile
 from sparda_compile.bench.shapes import SHAPES, ModelShape
 from sparda_compile.errors import ConfigError
 from sparda_compile.ranks.agreement import Ranks

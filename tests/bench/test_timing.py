@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparda_compile.bench import timing
 from sparda_compile.bench.timing import (
     Spread,
     graph_us,
@@ -61,3 +62,9 @@ def test_graphs_take_turns():
     times = graphs_us({name: lambda v=v: v.add_(1) for name, v in values.items()}, rounds=3)
     assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
     assert all(int(v[0]) == 5 for v in values.values())  # once as it is, four replays
+
+
+def test_rate_of_a_matrix_multiplication(monkeypatch):
+    monkeypatch.setattr(timing, "_SIZE", 64)
+    monkeypatch.setattr(timing, "time_calls", lambda call, runs: [2.0])
+    assert timing.matmul_tflops(torch.device("cpu")) == round(2 * 64**3 / 2.0 / 1e6, 1)

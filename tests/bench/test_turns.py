@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparda_compile.bench import turns as turns_module
-from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.memory import FreeMemory
 from sparda_compile.bench.prompt_programs import PromptPrograms
+from sparda_compile.bench.result_file import ResultFile
 from sparda_compile.bench.shapes import SHAPES
 from sparda_compile.bench.turns import TurnBench, TurnSetting
 from sparda_compile.errors import ConfigError

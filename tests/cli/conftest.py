@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sparda_compile import environment
 from sparda_compile.bench import memory, suite
 from sparda_compile.bench.suite import Part
-from sparda_compile.cli import bench
+from sparda_compile.cli import bench, labs
 from sparda_compile.cli import main as cli
 
 
@@ -104,8 +104,8 @@ def asked(monkeypatch):
         asked.append((shape, max_host_gib))
         return FakeLab(shape, asked)
 
-    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
-    monkeypatch.setattr(bench, "make_lab", lab)
+    monkeypatch.setattr(labs, "require_gpu", lambda command: None)
+    monkeypatch.setattr(labs, "make_lab", lab)
     monkeypatch.setattr(environment, "_commit", lambda: "abc123")
     monkeypatch.setattr(memory, "free_everything", lambda: None)
     monkeypatch.setattr(suite, "free_everything", lambda: None)

@@ -7,9 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparda_compile.bench.memory import GIB
 from sparda_compile.bench.suite import PARTS, WITH_BASELINES
-from sparda_compile.cli import bench
 from sparda_compile.cli import main as cli
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
@@ -135,9 +133,3 @@ def test_no_gpu(command, tmp_path):
     assert result.exit_code == 2
     assert f"`sparda bench {command}` measures a CUDA GPU" in words(result.stderr)
     assert not list(tmp_path.iterdir())
-
-
-def test_lab_is_told_how_much_cpu_memory_it_may_take():
-    lab = bench.make_lab("tiny", lambda text: None, 1.5)
-    assert lab.max_host_bytes == 1.5 * GIB
-    assert bench.make_lab("tiny", lambda text: None, None).max_host_bytes is None

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparda_compile.bench import calibration
-from sparda_compile.cli import calibrate
+from sparda_compile.cli import labs
 from sparda_compile.cli import main as cli
 from sparda_compile.passes.machine import Machine, calibration_file, machine_for
 
@@ -22,7 +22,7 @@ def run(*arguments):
 def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU 9000")
-    monkeypatch.setattr(calibrate, "require_gpu", lambda command: None)
+    monkeypatch.setattr(labs, "require_gpu", lambda command: None)
     monkeypatch.setattr(calibration, "measure_machine", lambda say: MACHINE)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparda_compile.bench import precompile
-from sparda_compile.cli import bench
+from sparda_compile.cli import labs
 
 
 def words(text):
@@ -13,7 +13,7 @@ def words(text):
 
 @pytest.fixture
 def asked(monkeypatch):
-    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
+    monkeypatch.setattr(labs, "require_gpu", lambda command: None)
     return []
 
 

@@ -145,7 +145,7 @@ def test_every_command_checks_its_outputs_before_the_work_begins(arguments, tmp_
     for name in (
         "api.explain", "demo.needles.run_shipped_model", "evaluation.run.evaluate",
         "training.run.train_forecast", "cli.evaluate._load", "bench.start.measure_start",
-        "cli.bench.require_gpu",
+        "cli.labs.require_gpu",
     ):  # fmt: skip
         monkeypatch.setattr(f"sparda_compile.{name}", work)
     (tmp_path / "file").write_text("")

@@ -9,7 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from sparda_compile.cli import bench, profile
+from sparda_compile.cli import labs, profile
 from sparda_compile.profiling.measured import measure
 
 
@@ -27,7 +27,7 @@ def run(monkeypatch, decode_trace, tmp_path):
 
     def invoke(*args, has_gpu=True):
         if has_gpu:
-            monkeypatch.setattr(bench, "require_gpu", lambda command: None)
+            monkeypatch.setattr(labs, "require_gpu", lambda command: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(profile, "_measure", recorded)
         result = CliRunner().invoke(app, ["--out", str(tmp_path / "new"), *args])

@@ -16,7 +16,7 @@ from sparda_compile.bench.prefill import PrefillSetting
 from sparda_compile.bench.prompt_floor import Rates
 from sparda_compile.bench.suite import PARTS
 from sparda_compile.bench.turns import TurnSetting
-from sparda_compile.cli import bench
+from sparda_compile.cli import labs
 from sparda_compile.cli import main as cli
 from sparda_compile.cli.prompts import prompt_part
 
@@ -62,8 +62,8 @@ def lab(tiny, monkeypatch):
     room = FreeMemory(1 << 40, 1 << 40)
     monkeypatch.setattr(FreeMemory, "now", classmethod(lambda cls, limit=None: room))
     monkeypatch.setattr(Rates, "measure", classmethod(lambda cls, device: Rates(0.05, 5.0)))
-    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
-    monkeypatch.setattr(bench, "make_lab", lambda shape, say, max_host_gib: tiny)
+    monkeypatch.setattr(labs, "require_gpu", lambda command: None)
+    monkeypatch.setattr(labs, "make_lab", lambda shape, say, max_host_gib: tiny)
     monkeypatch.setattr(environment, "_commit", lambda: "abc123")
     yield tiny
     tiny.prompts.drop()

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparda_compile import environment
-from sparda_compile.cli import bench
+from sparda_compile.cli import labs
 from sparda_compile.cli import main as cli
 from sparda_compile.cli.prr import prr_part
 
@@ -39,7 +39,7 @@ def asked(monkeypatch):
             return [self._part("attention", 1.0, lambda: result)]
 
     monkeypatch.setattr(prr, "PrrBench", OnePart)
-    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
+    monkeypatch.setattr(labs, "require_gpu", lambda command: None)
     monkeypatch.setattr(environment, "_commit", lambda: "abc123")
     return asked
 

@@ -6,9 +6,9 @@ import torch
 from typer.testing import CliRunner
 
 from sparda_compile import SpardaConfig, train_forecast
-from sparda_compile.bench.lab import ResultFile
 from sparda_compile.bench.prefill import PrefillSetting
 from sparda_compile.bench.rank_prompts import RankLab
+from sparda_compile.bench.result_file import ResultFile
 from sparda_compile.bench.turns import TurnSetting
 from sparda_compile.cli.main import app
 from sparda_compile.errors import RanksDisagreeError

@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stored_pools import DIM, GROUPS, LENGTHS, SIZE, Pools
 
 from sparda_compile.kernels.paged import (
     WRITTEN,
     Stored,
     block_pool,
-    past_keys_values,
+    num_new_slots,
     read_blocks,
     read_pages,
     stored_or_none,
     tail_pages,
 )
-from sparda_compile.registry import KV_FORMATS
 
 NAMES = ("int8", "fp8", "int4")
-SIZE, DIM, GROUPS, BLOCKS = 16, 8, 2, 5
-LENGTHS = torch.tensor([4 * SIZE + 3, 2 * SIZE], dtype=torch.int32)
-
-
-class Pools:
-    """Blocks of two sequences: some on pages, all that are full in CPU memory."""
-
-    def __init__(self, name):
-        found, generator = KV_FORMATS[name], torch.Generator().manual_seed(0)
-        blocks = torch.randn(2, GROUPS, BLOCKS, 2, SIZE, DIM, generator=generator)
-        self.host, self.blocks = found.pack(blocks), found.rounded(blocks)
-        self.tail = torch.full((2, GROUPS, 2, 2, SIZE, DIM), float("nan"))
-        self.tail[:, :, WRITTEN] = blocks[:, :, 4]
-        self.blocks[0, :, 4] = blocks[0, :, 4]  # which is open
-        self.table = torch.tensor([2, -1, 0, -1, 1], dtype=torch.int32).expand(2, GROUPS, BLOCKS)
-        self.runs = self.host[:, :, [2, 0, 0]].clone()
-        self.runs[:, :, 1] = 255  # the page that the open block has
-        self.pages = self.blocks[:, :, [2, 4, 0]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,21 +43,6 @@ def test_blocks_of_an_index(name):
     assert torch.equal(want[1], pools.blocks[1, 0, 2])
 
 
-@pytest.mark.parametrize("has_host", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_past_in_order(name, has_host):
-    pools = Pools(name)
-    table, host = pools.table, pools.host if has_host else torch.empty(0)
-    given = (host, table, LENGTHS, name, ())
-    want = past_keys_values(pools.pages, *given)
-    got = past_keys_values(pools.runs, *given, pools.tail)
-    known = (table[0, 0] >= 0).repeat_interleave(SIZE) if not has_host else slice(None)
-    for mine, its in zip(got, want, strict=True):
-        assert mine.shape == (2, GROUPS, BLOCKS * SIZE, DIM)
-        assert torch.equal(mine[0][:, known], its[0][:, known])
-        assert torch.equal(mine[1][:, :SIZE], its[1][:, :SIZE])
-
-
 def test_what_ops_are_given():
     tail, table = torch.zeros(1, 1, 2, 2, SIZE, DIM), torch.full((1, 1, 3), 7)
     pages = torch.zeros(1, 1, 3, 40, dtype=torch.uint8)
@@ -85,3 +52,7 @@ def test_what_ops_are_given():
     assert stored_or_none(tail, "int8") == Stored(tail, "int8")
     assert tail_pages(table, is_tail=False) is table
     assert (tail_pages(table, is_tail=True) == WRITTEN).all()
+
+
+def test_new_tokens_may_begin_in_a_block_and_end_in_another():
+    assert [num_new_slots(tokens, 16) for tokens in (1, 16, 17, 33)] == [2, 2, 3, 4]

@@ -42,8 +42,7 @@ from sparda_compile.kernels.gpu.token_blocks import (
     pack_prompt,
     unions,
 )
-from sparda_compile.kernels.paged import block_pool, tail_pages
-from sparda_compile.kernels.prefill_attention import num_new_slots
+from sparda_compile.kernels.paged import block_pool, num_new_slots, tail_pages
 from sparda_compile.kernels.workspace import (
     HALVES_ROWS,
     QUERY_BYTES,

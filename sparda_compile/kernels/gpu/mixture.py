@@ -16,7 +16,6 @@ import triton.language as tl
 from sparda_compile.kernels.gpu.launch import as_written, launch, power_of_two
 from sparda_compile.kernels.gpu.predict import standardised
 from sparda_compile.kernels.gpu.select import check_num_blocks
-from sparda_compile.kernels.mixture import DECAY, START
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +93,7 @@ def mix(
     past: tuple[Tensor, Tensor, float, Tensor | None],
     mixture_BG2: Tensor,
     mixed_BGN: Tensor,
+    start: float,
     *,
     are_comparable: bool,
 ) -> None:
@@ -104,6 +104,7 @@ def mix(
         past: Level, trend, damping, and what prompts were calibrated to or None.
         mixture_BG2: What was learned, float32.
         mixed_BGN: float32, written.
+        start: Share of the early query where nothing was learned.
         are_comparable: Whether scores of two steps can be compared.
     """
     batch, groups, num_blocks = asked_BGN.shape
@@ -113,7 +114,7 @@ def mix(
     if are_comparable:
         blocks = min(blocks, _BLOCKS)
     launch(_mix_scores, (batch * groups, triton.cdiv(num_blocks, blocks)))(
-        asked_BGN, level, trend, mixture_BG2, calibrated, mixed_BGN, damping, START, groups,
+        asked_BGN, level, trend, mixture_BG2, calibrated, mixed_BGN, damping, start, groups,
         num_blocks, are_comparable, blocks, num_warps=_warps(blocks), **as_written(),
     )  # fmt: skip
 
@@ -125,6 +126,7 @@ def learn(
     lengths_B: Tensor,
     mixture_BG2: Tensor,
     choice: tuple[int, int, int],
+    decay: float,
     *,
     are_comparable: bool,
 ) -> None:
@@ -137,6 +139,7 @@ def learn(
         lengths_B: Tokens before the step, int32.
         mixture_BG2: Both sums, float32, updated.
         choice: Tokens of a block, sink blocks and local blocks.
+        decay: Of both sums, a step.
         are_comparable: Whether scores of two steps can be compared.
     """
     batch, groups, num_blocks = scores_BGN.shape
@@ -145,7 +148,7 @@ def learn(
     size, sink, local = choice
     blocks = power_of_two(num_blocks)
     launch(_learn_mixture, (batch * groups,))(
-        scores_BGN, asked_BGN, level, trend, lengths_B, mixture_BG2, calibrated, damping, DECAY,
+        scores_BGN, asked_BGN, level, trend, lengths_B, mixture_BG2, calibrated, damping, decay,
         groups, num_blocks, sink, local, size, are_comparable, blocks,
         num_warps=_warps(blocks), **as_written(),
     )  # fmt: skip

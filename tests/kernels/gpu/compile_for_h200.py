@@ -161,7 +161,7 @@ def run_all(dtype, dim, size):
     run_stored(query, k, ids, lengths, size)
     launch_aligned_teacher(
         torch.zeros(1, HEADS, 64, dim, dtype=dtype), torch.zeros(1, GROUPS, 40, dim, dtype=dtype),
-        range(64), (32, 16), 1.0, 0.0,
+        range(64), (32, 16), (1.0, 0.0), 5,
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from sparda_compile.kernels.gpu import stage
 from sparda_compile.kernels.gpu.launch import as_written, launch
 from sparda_compile.kernels.number_tokens import number_tokens
-from sparda_compile.kernels.prefill_attention import num_new_slots, token_positions
+from sparda_compile.kernels.paged import num_new_slots
+from sparda_compile.kernels.prefill_attention import token_positions
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime.staging import empty_staging
 

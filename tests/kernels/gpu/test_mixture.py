@@ -7,7 +7,7 @@ import torch
 
 from sparda_compile.errors import UnsupportedInputError
 from sparda_compile.kernels.gpu import mixture as room
-from sparda_compile.kernels.mixture import learn_reference, mix_reference
+from sparda_compile.kernels.mixture import DECAY, START, learn_reference, mix_reference
 from sparda_compile.kernels.predict_blocks import calibrated_or, standardise
 from sparda_compile.selectors.nosa import LISTED
 
@@ -43,11 +43,11 @@ def test_kernels_are_the_references(device, num_blocks, comparable, calibrated):
     got = torch.full_like(want, float("nan")).to(device)
     moved = [x.to(device) for x in (own, asked, level, trend, lengths, sums)]
     given = (moved[2], moved[3], 0.25, None if weights is None else weights.to(device))
-    room.mix(moved[1], given, moved[5], got, are_comparable=comparable)
+    room.mix(moved[1], given, moved[5], got, START, are_comparable=comparable)
     torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
     learn_reference(right, early, past, lengths, sums, (SIZE, 1, 2))
     operands = (moved[0], moved[1], given, moved[4], moved[5], (SIZE, 1, 2))
-    room.learn(*operands, are_comparable=comparable)
+    room.learn(*operands, DECAY, are_comparable=comparable)
     torch.testing.assert_close(moved[5].cpu(), sums, rtol=1e-5, atol=1e-4)
 
 
@@ -55,4 +55,4 @@ def test_more_blocks_than_a_program_holds_are_refused(device):
     asked = torch.zeros(1, 1, 40000, device=device)
     sums = torch.zeros(1, 1, 2, device=device)
     with pytest.raises(UnsupportedInputError, match="32768"):
-        room.mix(asked, (asked, asked, 0.0, None), sums, asked.clone(), are_comparable=True)
+        room.mix(asked, (asked, asked, 0.0, None), sums, asked.clone(), START, are_comparable=True)

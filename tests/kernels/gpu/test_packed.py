@@ -7,7 +7,7 @@ import torch
 
 from sparda_compile.kernels.gpu import packed, stage
 from sparda_compile.kernels.gpu.prefill import load_prefix
-from sparda_compile.kernels.paged import past_keys_values
+from sparda_compile.kernels.past import past_keys_values
 from sparda_compile.registry import KV_FORMATS
 from sparda_compile.runtime.staging import stage_blocks
 

@@ -8,7 +8,7 @@ from picked import first
 
 from sparda_compile.kernels.gpu.prefill import load_prefix, store_prefix
 from sparda_compile.kernels.number_tokens import number_tokens
-from sparda_compile.kernels.paged import past_keys_values
+from sparda_compile.kernels.past import past_keys_values
 from sparda_compile.runtime.copied import store_prefix as store_prefix_reference
 
 GROUPS, NUM_BLOCKS, NUM_PAGES = 2, 9, 6
