@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
-from sparda_compile.kernels.gpu.launch import interpreting, launch, launch_early
+from sparda_compile.kernels.gpu.early import await_last, launch_early
+from sparda_compile.kernels.gpu.launch import interpreting, launch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +28,8 @@ def _raise_scores(
     place = (pair.to(tl.int64) * num_steps + step) * num_blocks + block
     named = tl.load(trace + place, mask=block < num_blocks, other=0) != 0
     rows = tl.zeros([BLOCKS], dtype=tl.float32) + best
-    if not INTERPRETED:
-        # What is read above was there before the scores were begun.
-        cuda.gdc_wait()
+    # What is read above was there before the scores were begun.
+    await_last(INTERPRETED)
     tl.store(scores + pair * num_blocks + block, rows, mask=named)
 
 

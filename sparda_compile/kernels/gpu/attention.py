@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
+from sparda_compile.kernels.gpu.early import await_last, begin_next, launch_early
 from sparda_compile.kernels.gpu.launch import (
     as_written,
     interpreting,
     launch,
-    launch_early,
     power_of_two,
     rows_of,
     shared_bytes,
@@ -158,8 +157,7 @@ def _partials(
             acc += tl.dot(weight2.to(values2.dtype), values2, input_precision="ieee")
             peak = new_peak
             block, page, block2, page2 = next_block, next_page, next_block2, next_page2
-    if not INTERPRETED:
-        cuda.gdc_launch_dependents()
+    begin_next(INTERPRETED)
     place = (pair.to(tl.int64) * splits + split) * HEADS + head
     total = tl.sum(totals, axis=1)
     nothing = total == 0.0
@@ -250,8 +248,7 @@ def _merge(
     TILE: tl.constexpr, LATE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, head = tl.program_id(0), tl.program_id(1)
-    if not INTERPRETED:
-        cuda.gdc_wait()
+    await_last(INTERPRETED)
     dims = tl.arange(0, DIMS)
     is_dim = dims < DIM
     rows = pair.to(tl.int64) * splits

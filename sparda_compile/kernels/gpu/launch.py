@@ -1,10 +1,5 @@
 """What every Triton kernel of this folder shares: sizes of tiles, launches, the interpreter.
 
-A kernel that reads only what the kernel just before it wrote may begin while that one ends: its
-launch is then paid for in advance. The first says `gdc_launch_dependents`, the second `gdc_wait`
-before it reads anything, and is launched with `launch_early()` (CUDA's programmatic dependent
-launch). Both are launched by one function, so that nothing comes between them in the stream.
-
 A kernel that is compiled in several forms whose results must be equal bit for bit is launched with
 `as_written()`: else the compiler joins a product with one sum or another as each form suggests. Nor
 may a tile of a dot be made of narrower numbers in one form than in another: see `tiles.py`.
@@ -45,7 +40,6 @@ __all__ = [
     "device_of",
     "interpreting",
     "launch",
-    "launch_early",
     "power_of_two",
     "rows_of",
     "shared_bytes",
@@ -201,11 +195,6 @@ def _compile(it: Launch, device: torch.device) -> None:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def launch_early() -> dict[str, bool]:
-    """Return the launch options of a kernel that begins with `gdc_wait`."""
-    return {} if interpreting() else {"launch_pdl": True}
 
 
 def as_written() -> dict[str, bool]:

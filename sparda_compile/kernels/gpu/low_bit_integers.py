@@ -28,6 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra import cuda
+from triton.language.target_info import cuda_capability_geq
 
 from sparda_compile.kernels.gpu.launch import interpreting, launch, power_of_two, rows_of
 
@@ -38,16 +39,14 @@ if TYPE_CHECKING:
 
 __all__ = ["fits_integers", "integer_masses", "integer_parts"]
 
-# Blocks whose channels have one width, and of a program at most.
-_GROUP: Final = 16
-_FEWEST_BLOCKS: Final = 4
+# Blocks whose channels have one width, and of a program at most; and at least.
+_GROUP, _FEWEST_BLOCKS = 16, 4
 # Programs that an H200 has room for at once, 16 of each multiprocessor.
 _PROGRAMS: Final = 2048
 # So that there are so many: registers of a thread, where the codes of a block leave room.
 _REGISTERS: Final = 128
 _FEW_CODES: Final = 4096
-_MOST_ROWS: Final = 16
-_MOST_DIMS: Final = 256
+_MOST_ROWS, _MOST_DIMS = 16, 256
 
 # What Triton 3.6 calls otherwise.
 _NAMES_IT = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -310,7 +309,8 @@ def _integer_masses(
         gl.store(masses + (at + block)[:, None] * ROWS + head[None, :], mass, mask=is_own[:, None])
         peak = gl.max(mass, axis=0)
         total = gl.where(is_own[:, None], _exp2(mass - peak[None, :]), 0.0)
-        cuda.gdc_launch_dependents()
+        if cuda_capability_geq(9, 0):
+            cuda.gdc_launch_dependents()
         place = (pair * parts + part) * ROWS + head
         gl.store(maxima + place, peak)
         gl.store(sums + place, gl.sum(total, axis=0))
@@ -374,7 +374,7 @@ def integer_masses(
     *,
     softmax: bool,
 ) -> None:
-    """Write masses, and of each part the largest and the sum; as `low_bit_score.py` says.
+    """Write masses, and of each part the largest and the sum: see `low_bit_score.py`.
 
     Args:
         query_BHTD: Queries or Forecasts, T = 1.

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
+from sparda_compile.kernels.gpu.early import await_last, begin_next, launch_early
 from sparda_compile.kernels.gpu.launch import (
     interpreting,
     launch,
-    launch_early,
     power_of_two,
     rows_of,
 )
@@ -161,8 +160,7 @@ def _low_bit_masses(
             best = tl.sum(tl.where((head < HEADS)[:, None], mass, 0.0), axis=0)
             tl.store(masses + pair * num_blocks + each, best * _LN_2, mask=each < num_blocks)
     if SOFTMAX:
-        if not INTERPRETED:
-            cuda.gdc_launch_dependents()
+        begin_next(INTERPRETED)
         place = (pair * parts + part) * ROWS + head
         tl.store(maxima + place, peak)
         tl.store(sums + place, total)
@@ -180,8 +178,7 @@ def _low_bit_scores(
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
-    if not INTERPRETED:
-        cuda.gdc_wait()
+    await_last(INTERPRETED)
     full = tl.load(lengths + pair // groups) // SIZE
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     score = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)

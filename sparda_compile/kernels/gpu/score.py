@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
+from sparda_compile.kernels.gpu.early import await_last, begin_next, launch_early
 from sparda_compile.kernels.gpu.launch import (
     interpreting,
     launch,
-    launch_early,
     power_of_two,
     rows_of,
 )
@@ -148,8 +147,7 @@ def _infllm2_logits(
         above = tl.maximum(peak, tl.max(dots, axis=0))
         total = total * tl.exp(peak - above) + tl.sum(tl.exp(dots - above[None, :]), axis=0)
         peak = above
-    if not INTERPRETED:
-        cuda.gdc_launch_dependents()
+    begin_next(INTERPRETED)
     place = (pair * parts + part) * ROWS + head
     tl.store(maxima + place, peak)
     tl.store(sums + place, total)
@@ -163,8 +161,7 @@ def _infllm2_blocks(
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
-    if not INTERPRETED:
-        cuda.gdc_wait()
+    await_last(INTERPRETED)
     complete = complete_windows(tl.load(lengths + pair // groups), POOL, STRIDE)
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     best = tl.full([BLOCKS], float("-inf"), dtype=tl.float32)

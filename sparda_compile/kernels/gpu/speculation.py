@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from sparda_compile.isa.counters import REPAIRED, WASTED
 from sparda_compile.kernels.gpu.attention import score_factors
+from sparda_compile.kernels.gpu.early import await_last, begin_next, launch_early
 from sparda_compile.kernels.gpu.launch import (
     as_written,
     interpreting,
     launch,
-    launch_early,
     power_of_two,
     rows_of,
 )
@@ -102,8 +101,7 @@ def _repair_predicted(
         factor, cap, q_row, q_head, pair, groups, num_pages, selected, HEADS, ROWS, SIZE, ROOM,
         TOKENS, DIM, DIMS, SOFTCAP, STAGES, INTERPRETED, RUN, BITS, SCALES, CUTS, DECODE,
     )  # fmt: skip
-    if not INTERPRETED:
-        cuda.gdc_launch_dependents()
+    begin_next(INTERPRETED)
 
 
 @triton.jit
@@ -131,8 +129,7 @@ def _merge_predicted(
         number = tl.arange(0, WIDTH)
         guess = tl.load(predicted + pair * width + number, mask=number < width, other=-1)
         num_early = tl.sum(((guess >= 0) & (guess < current)).to(tl.int32), 0)
-    if not INTERPRETED:
-        cuda.gdc_wait()
+    await_last(INTERPRETED)
     entry = tl.arange(0, SOURCES)
     is_early, is_late, early, late = _sources(
         source, entry, pair, head, num_sources, selected, width, HEADS

@@ -1,4 +1,4 @@
-"""A driver of an H200 that is not there: launches compile their kernel, and nothing runs.
+"""A driver of a GPU that is not there, an H200 by default: launches compile, and nothing runs.
 
 For programs of their own, since the tests' process has Triton's interpreter on.
 """
@@ -13,8 +13,11 @@ from triton.runtime.jit import JITFunction
 class OnPaper:
     """A driver of a GPU that is not there."""
 
+    def __init__(self, arch=90):
+        self.arch = arch
+
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
         return 0
@@ -26,8 +29,8 @@ class OnPaper:
         return torch.device("cpu")
 
 
-def compile_only(note):
-    """Let each launch compile its kernel for an H200 and tell `note` its name and what was built.
+def compile_only(note, arch=90):
+    """Let each launch compile its kernel for a GPU and tell `note` its name and what was built.
 
     Kernels are to be imported behind this call.
     """
@@ -38,7 +41,7 @@ def compile_only(note):
 
         return launch
 
-    triton.runtime.driver.set_active(OnPaper())
+    triton.runtime.driver.set_active(OnPaper(arch))
     JITFunction.__getitem__ = launcher
 
 
